@@ -1,0 +1,177 @@
+//! Between two steps: requests come and go, adapters are swapped, inputs are embedded.
+
+use super::kv::CacheKey;
+use super::orders::Order;
+use super::sequence::{Admissible, RequestFacts, Sequence};
+use super::step::{Embedding, StepLoop};
+use crate::ipc::{AdapterId, EngineError, EngineErrorKind, Reply, RequestId};
+use crossbeam_channel::RecvTimeoutError;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long to sleep when there is nothing at all to do.
+const IDLE: Duration = Duration::from_secs(1);
+/// How long when there are requests, but none can run (their clients read slowly).
+const BLOCKED: Duration = Duration::from_millis(10);
+/// More cancellations than intake can hold requests: the oldest were for finished ones.
+const MAX_EARLY_CANCELS: usize = 4096;
+
+impl StepLoop {
+    /// Does what it is told; sleeps first if there is nothing to do. False to leave.
+    pub(super) fn take_orders(&mut self, idle: bool) -> bool {
+        if idle {
+            let patience = if self.scheduler.is_empty() { IDLE } else { BLOCKED };
+            match self.orders.recv_timeout(patience) {
+                Ok(order) => {
+                    if !self.obey(order) {
+                        return false;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return false,
+            }
+        }
+        while let Ok(order) = self.orders.try_recv() {
+            if !self.obey(order) {
+                return false;
+            }
+        }
+        self.remove_retired_adapters();
+        true
+    }
+
+    fn obey(&mut self, order: Order) -> bool {
+        match order {
+            Order::Admit(admissible) => self.admit(*admissible),
+            Order::Refuse(request, error) => {
+                if !self.cancelled.remove(&request) {
+                    self.outbox.failed(request, error);
+                }
+            }
+            Order::Cancel(request) => self.cancel(request),
+            Order::Pause(request, paused) => {
+                let mine = |sequence: &&mut Sequence| sequence.key.request == request;
+                self.scheduler.sequences_mut().filter(mine).for_each(|s| s.paused = paused);
+            }
+            Order::Embed { call, inputs } => self.embeddings.push_back(Embedding {
+                call,
+                tokens: inputs.iter().map(Vec::len).sum::<usize>() as u32,
+                inputs: VecDeque::from(inputs),
+                vectors: Vec::new(),
+            }),
+            Order::InstallAdapter { call, adapter, digest, handle } => {
+                self.runner.install_adapter(adapter, handle);
+                self.adapters.insert(adapter, digest);
+                self.outbox.reply(call, Ok(Reply::Done));
+            }
+            Order::UnloadAdapter { call, adapter } => {
+                self.retiring.push(adapter);
+                self.outbox.reply(call, Ok(Reply::Done));
+            }
+            Order::Ping { call } => self.outbox.reply(call, Ok(Reply::Done)),
+            Order::Shutdown => return false,
+        }
+        true
+    }
+
+    fn admit(&mut self, admissible: Admissible) {
+        let request = &admissible.request;
+        let id = request.id;
+        if self.cancelled.remove(&id) {
+            return;
+        }
+        if self.scheduler.is_full() {
+            return self.outbox.failed(id, overloaded());
+        }
+        let adapter = match request.adapter {
+            None => [0; 32],
+            Some(adapter) => match self.adapters.get(&adapter) {
+                Some(&digest) => digest,
+                None => return self.outbox.failed(id, unknown_adapter(adapter)),
+            },
+        };
+        let facts = Arc::new(RequestFacts {
+            id,
+            prompt_len: admissible.tokens.len(),
+            cache_key: CacheKey { adapter, tenant: request.tenant },
+            adapter: request.adapter,
+            priority: request.priority,
+            fair_key: request.fair_key,
+            stop: request.stop.clone(),
+            max_tokens: admissible.max_tokens,
+            logprobs: request.logprobs,
+            echo: request.echo,
+            render_special: request.render_special,
+            choices: admissible.choices.len() as u32,
+            arrived: admissible.arrived,
+        });
+        self.outbox.accepted(&facts);
+        let mut choices = admissible.choices.into_iter();
+        let first = choices.next().expect("a request has at least one choice");
+        self.scheduler.push(Sequence::new(facts, admissible.tokens, first, choices.collect()));
+    }
+
+    /// The client went away: its pages are free before the next step.
+    fn cancel(&mut self, request: RequestId) {
+        self.outbox.forget(request);
+        if !self.drop_sequences(request) {
+            // Still in intake, or just finished.
+            if self.cancelled.len() >= MAX_EARLY_CANCELS {
+                self.cancelled.clear();
+            }
+            self.cancelled.insert(request);
+        }
+    }
+
+    fn remove_retired_adapters(&mut self) {
+        let mut at = 0;
+        while let Some(&adapter) = self.retiring.get(at) {
+            if self.scheduler.uses_adapter(adapter) {
+                at += 1;
+                continue;
+            }
+            self.retiring.remove(at);
+            self.adapters.remove(&adapter);
+            self.runner.remove_adapter(adapter);
+        }
+    }
+
+    /// Embeds one input. False when there is none.
+    pub(super) fn embed_one(&mut self) -> bool {
+        let Some(embedding) = self.embeddings.front_mut() else { return false };
+        let result = match embedding.inputs.pop_front() {
+            Some(tokens) => self.runner.embed(&tokens).map(|vector| embedding.vectors.push(vector)),
+            None => Ok(()),
+        };
+        let over = embedding.inputs.is_empty() || result.is_err();
+        if over && let Some(embedding) = self.embeddings.pop_front() {
+            let reply = match result {
+                Ok(()) => Ok(Reply::Embeddings {
+                    vectors: embedding.vectors,
+                    prompt_tokens: embedding.tokens,
+                }),
+                Err(error) => Err(EngineError::internal(error.to_string())),
+            };
+            self.outbox.reply(embedding.call, reply);
+        }
+        true
+    }
+}
+
+/// The queue is full.
+pub fn overloaded() -> EngineError {
+    EngineError {
+        kind: EngineErrorKind::Overloaded,
+        message: "the server has as many requests waiting as it may; try again shortly".into(),
+        param: None,
+    }
+}
+
+fn unknown_adapter(adapter: AdapterId) -> EngineError {
+    EngineError {
+        kind: EngineErrorKind::Unavailable,
+        message: format!("adapter {} is not loaded in the engine; try again", adapter.0),
+        param: Some("model".into()),
+    }
+}

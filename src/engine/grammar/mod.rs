@@ -1,0 +1,27 @@
+//! Constrained decoding: grammars compiled by llguidance, token masks, triggers.
+//!
+//! A [`GrammarEngine`] belongs to one loaded model. It compiles a request's grammar once
+//! ([`CompiledGrammar`], kept in a small cache), and every choice of the request walks it on its own
+//! ([`GrammarState`], wrapped in a [`TriggeredGrammar`] that stays out of the way until its trigger
+//! appears). Masks are computed by a [`MaskWorker`] while the forward pass runs.
+//!
+//! The order within a step: `submit` every sequence that [`needs_mask`](TriggeredGrammar::needs_mask),
+//! run the batch, `collect`, sample under [`mask`](TriggeredGrammar::mask), then
+//! [`observe`](TriggeredGrammar::observe) the token.
+
+mod engine;
+mod source;
+mod state;
+mod trigger;
+mod vocab;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+pub use engine::GrammarEngine;
+pub use source::{JSON_WHITESPACE, MAX_DEPTH, MAX_GRAMMAR_BYTES};
+pub use state::{CompiledGrammar, GrammarState};
+pub use trigger::TriggeredGrammar;
+pub use vocab::{Tokenize, VocabSource, VocabToken};
+pub use worker::{MaskWorker, Masked};

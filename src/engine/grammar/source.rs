@@ -1,0 +1,187 @@
+//! From the request's grammar to llguidance's, with the checks that need no compilation, and the
+//! wording of refusals.
+
+use crate::ipc::{EngineError, Grammar};
+use llguidance::api::{ParserLimits, TopLevelGrammar};
+use serde_json::{Value, json};
+
+/// Longest grammar text, in bytes.
+pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
+/// Deepest nesting of a JSON schema's text.
+pub const MAX_DEPTH: usize = 64;
+/// White space between JSON tokens, as a regular expression: a space or two, or one line break
+/// with its indentation. Bounded, since models under a mask that always allows white space can
+/// write nothing else for ever.
+///
+/// JSON inside a Lark grammar (`%json`) has llguidance's own, unbounded, unless its schema says
+/// `"x-guidance": {"whitespace_pattern": ...}` with this.
+pub const JSON_WHITESPACE: &str = r"[ ]{1,2}|\r?\n[ \t]{0,48}";
+/// Longest part of llguidance's message that is passed on, in bytes.
+const MAX_CAUSE: usize = 240;
+
+/// What a grammar may cost. llguidance counts fuel, not time, so that the same grammar always
+/// gets the same answer; the times are for one core of 2024.
+pub fn limits() -> ParserLimits {
+    ParserLimits {
+        max_items_in_row: 2000,
+        // About 20 ms of building the lexer.
+        initial_lexer_fuel: 1_000_000,
+        // About 15 ms of one mask.
+        step_lexer_fuel: 200_000,
+        // About 3 ms of one mask.
+        step_max_items: 50_000,
+        // About 1-2 kB each.
+        max_lexer_states: 50_000,
+        max_grammar_size: 250_000,
+        precompute_large_lexemes: true,
+        // They would echo the grammar and the text so far.
+        verbose_errors: false,
+    }
+}
+
+/// The request's field that a grammar of this kind comes from.
+pub fn param(grammar: &Grammar) -> &'static str {
+    match grammar {
+        Grammar::JsonSchema(_) | Grammar::JsonObject | Grammar::Regex(_) => "response_format",
+        Grammar::Lark(_) => "grammar",
+    }
+}
+
+fn text(grammar: &Grammar) -> &str {
+    match grammar {
+        Grammar::JsonSchema(text) | Grammar::Regex(text) | Grammar::Lark(text) => text,
+        Grammar::JsonObject => "",
+    }
+}
+
+fn noun(grammar: &Grammar) -> &'static str {
+    match grammar {
+        Grammar::JsonSchema(_) | Grammar::JsonObject => "JSON schema",
+        Grammar::Regex(_) => "regular expression",
+        Grammar::Lark(_) => "Lark grammar",
+    }
+}
+
+/// Checks size and depth and turns the text into llguidance's grammar.
+///
+/// # Errors
+/// Invalid, naming the field and what to change.
+pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
+    let invalid = |message: String| EngineError::invalid(param(grammar), message);
+    let length = text(grammar).len();
+    if length > MAX_GRAMMAR_BYTES {
+        return Err(invalid(format!(
+            "the {} is {length} bytes long; the limit is {MAX_GRAMMAR_BYTES}",
+            noun(grammar)
+        )));
+    }
+    match grammar {
+        Grammar::JsonObject => Ok(json_grammar(json!({"type": "object"}))),
+        Grammar::Regex(pattern) => Ok(TopLevelGrammar::from_regex(pattern)),
+        Grammar::Lark(text) if text.trim().is_empty() => {
+            Err(invalid("the Lark grammar is empty; it needs a rule named start".into()))
+        }
+        Grammar::Lark(text) => Ok(TopLevelGrammar::from_lark(text.clone())),
+        Grammar::JsonSchema(text) => {
+            if depth(text) > MAX_DEPTH {
+                return Err(invalid(format!(
+                    "the JSON schema nests deeper than {MAX_DEPTH} levels; move inner parts to \
+                     $defs and refer to them with $ref"
+                )));
+            }
+            let schema: Value = serde_json::from_str(text)
+                .map_err(|error| invalid(format!("the JSON schema is not valid JSON: {error}")))?;
+            match schema {
+                Value::Object(_) => Ok(json_grammar(schema)),
+                Value::Bool(true) => Ok(json_grammar(json!({}))),
+                Value::Bool(false) => {
+                    Err(invalid("the JSON schema false allows nothing; use an object".into()))
+                }
+                _ => Err(invalid("the JSON schema must be a JSON object".into())),
+            }
+        }
+    }
+}
+
+/// Sets the options of llguidance's JSON compiler, over any that the schema brings along.
+fn json_grammar(mut schema: Value) -> TopLevelGrammar {
+    if let Some(object) = schema.as_object_mut() {
+        object.insert("x-guidance".into(), json!({"whitespace_pattern": JSON_WHITESPACE}));
+    }
+    TopLevelGrammar::from_json_schema(schema)
+}
+
+/// Deepest nesting of brackets outside of strings.
+fn depth(text: &str) -> usize {
+    let (mut depth, mut deepest) = (0usize, 0);
+    let (mut in_string, mut escaped) = (false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' | b'[' => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
+/// Words llguidance's refusal of a grammar for the person who sent it.
+pub fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
+    let advice = match grammar {
+        Grammar::JsonSchema(_) | Grammar::JsonObject => {
+            "remove or rewrite the part named, or simplify the schema"
+        }
+        Grammar::Regex(_) => {
+            "use plain regular expressions (no look-around, back-references or anchors) with small \
+             repetition counts"
+        }
+        Grammar::Lark(_) => "correct the part named (see llguidance's Lark syntax), or simplify it",
+    };
+    let noun = noun(grammar);
+    let message = match cause_line(cause) {
+        Some(line) => format!("the {noun} cannot be used: {line}; {advice}"),
+        None => format!("the {noun} cannot be used; {advice}"),
+    };
+    EngineError::invalid(param(grammar), message)
+}
+
+/// The first line of an error of llguidance, shortened. `None` for a panic: its text is about
+/// llguidance's insides.
+fn cause_line(cause: &str) -> Option<String> {
+    let line = cause.lines().map(str::trim).find(|line| !line.is_empty())?;
+    if line.starts_with("panic") || line.contains("<non-verbose/>") {
+        return None;
+    }
+    let mut end = line.len().min(MAX_CAUSE);
+    while !line.is_char_boundary(end) {
+        end -= 1;
+    }
+    let cut = if end < line.len() { "..." } else { "" };
+    Some(format!("{}{cut}", line[..end].trim_end_matches(['.', ':', ';'])))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn depth_ignores_strings() {
+        assert_eq!(depth(r#"{"a": [{"b": "[[[\"{{{"}]}"#), 3);
+        assert_eq!(depth("]]]]{"), 1);
+        assert_eq!(depth(""), 0);
+    }
+
+    #[test]
+    fn causes_are_one_short_line() {
+        assert_eq!(cause_line("\n  bad rule:\nsource"), Some("bad rule".into()));
+        assert_eq!(cause_line("panic: oh\n<backtrace>"), None);
+        assert!(cause_line(&"é".repeat(400)).is_some_and(|line| line.len() < 250));
+    }
+}

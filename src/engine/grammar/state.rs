@@ -1,0 +1,211 @@
+//! A compiled grammar and the walks through it.
+
+use super::{source, vocab};
+use crate::ipc::{EngineError, Grammar, Token};
+use llguidance::api::StopReason;
+use llguidance::{Matcher, ParserFactory};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use toktrie::{SimpleVob, TokEnv};
+
+/// A grammar ready for use; cheap to clone. Its walks share the lexer's tables, which grow as text
+/// is seen, so later requests find them warm.
+#[derive(Clone)]
+pub struct CompiledGrammar {
+    inner: Arc<Compiled>,
+}
+
+struct Compiled {
+    /// At the beginning of the grammar; cloned for every walk. A mutex because it is not `Sync`.
+    fresh: Mutex<Matcher>,
+    env: TokEnv,
+    param: &'static str,
+    /// The shared tables are full or suspect: compile anew for the next request.
+    worn: AtomicBool,
+}
+
+impl CompiledGrammar {
+    /// Compiles; runs as long as [`source::limits`] let it, on the caller's stack.
+    ///
+    /// # Errors
+    /// Invalid, where llguidance refuses the grammar or it exceeds a limit.
+    pub(super) fn new(factory: &ParserFactory, grammar: &Grammar) -> Result<Self, EngineError> {
+        let top_level = source::top_level(grammar)?;
+        // llguidance catches its own panics here and in the matcher.
+        let parser = factory
+            .create_parser(top_level)
+            .map_err(|error| source::refusal(grammar, &format!("{error:#}")))?;
+        let fresh = Matcher::new(Ok(parser));
+        if let Some(error) = fresh.get_error() {
+            return Err(source::refusal(grammar, &error));
+        }
+        Ok(Self {
+            inner: Arc::new(Compiled {
+                fresh: Mutex::new(fresh),
+                env: factory.tok_env().clone(),
+                param: source::param(grammar),
+                worn: AtomicBool::new(false),
+            }),
+        })
+    }
+
+    /// A walk from the beginning of the grammar.
+    pub fn matcher(&self) -> GrammarState {
+        let fresh = self.inner.fresh.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        GrammarState { matcher: fresh, mask: None, failed: None, compiled: self.inner.clone() }
+    }
+
+    /// Whether both came from one compilation.
+    #[cfg(test)]
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    /// Whether a walk has spoiled the tables that all walks share.
+    pub(super) fn is_worn(&self) -> bool {
+        self.inner.worn.load(Ordering::Relaxed)
+    }
+}
+
+/// Where one sequence stands in a grammar.
+pub struct GrammarState {
+    matcher: Matcher,
+    /// Of the current position; `None` until asked for.
+    mask: Option<SimpleVob>,
+    /// An error ends the walk; it is given again on every later call.
+    failed: Option<EngineError>,
+    compiled: Arc<Compiled>,
+}
+
+impl GrammarState {
+    /// The tokens that may come next, a bit per token, low bits first; computed on the first call
+    /// at a position and kept. End-of-generation tokens are among them only where the text so far
+    /// is complete, and are all there is once nothing else may follow.
+    ///
+    /// # Errors
+    /// Invalid where the grammar allows no token of this vocabulary here or is too complex to go
+    /// on; internal where llguidance panics.
+    pub fn mask(&mut self) -> Result<&[u32], EngineError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        if self.mask.is_none() {
+            match self.matcher.compute_mask_or_eos() {
+                Ok(mask) => self.mask = Some(mask),
+                Err(_) => return Err(self.fail()),
+            }
+        }
+        Ok(self.mask.as_ref().map_or(&[], SimpleVob::as_slice))
+    }
+
+    /// Takes a token in, which the mask must have allowed.
+    ///
+    /// # Errors
+    /// Internal where the grammar does not allow the token, invalid where it is too complex; the
+    /// walk is over then.
+    pub fn accept(&mut self, token: Token) -> Result<(), EngineError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        if self.matcher.is_stopped() {
+            return match self.is_eos(token) {
+                true => Ok(()),
+                false => Err(EngineError::internal("a token came after the end of the grammar")),
+            };
+        }
+        self.mask = None;
+        self.matcher.consume_token(token).map_err(|_| self.fail())
+    }
+
+    /// Takes text in whose tokens are not at hand, such as the rest of a trigger's token. False
+    /// where the grammar does not allow it; the position is unchanged then.
+    ///
+    /// # Errors
+    /// As [`mask`](Self::mask).
+    pub fn accept_text(&mut self, text: &[u8]) -> Result<bool, EngineError> {
+        match self.tokenize(text) {
+            Some(tokens) => self.accept_all(&tokens),
+            None => Ok(false),
+        }
+    }
+
+    /// Takes all of these tokens in, or none of them. False where the grammar does not allow them.
+    ///
+    /// # Errors
+    /// As [`mask`](Self::mask).
+    pub fn accept_all(&mut self, tokens: &[Token]) -> Result<bool, EngineError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        if tokens.is_empty() {
+            return Ok(true);
+        }
+        match self.matcher.validate_tokens(tokens) {
+            Ok(valid) if valid < tokens.len() => return Ok(false),
+            Ok(_) => {}
+            Err(_) => return Err(self.fail()),
+        }
+        self.mask = None;
+        self.matcher.consume_tokens(tokens).map_err(|_| self.fail())?;
+        Ok(true)
+    }
+
+    /// Nothing but an end-of-generation token may follow (or one has come).
+    pub fn is_finished(&self) -> bool {
+        self.failed.is_none() && self.matcher.is_stopped()
+    }
+
+    /// The text so far is complete, though more may follow.
+    pub fn is_accepting(&mut self) -> bool {
+        self.failed.is_none() && (self.matcher.is_stopped() || self.can_stop())
+    }
+
+    fn can_stop(&mut self) -> bool {
+        self.matcher.is_accepting().unwrap_or(false)
+    }
+
+    /// Plain tokens for a text; `None` where the vocabulary cannot spell it.
+    pub(super) fn tokenize(&self, text: &[u8]) -> Option<Vec<Token>> {
+        let tokens = self.compiled.env.tokenize_bytes(text);
+        vocab::spells(self.compiled.env.tok_trie(), &tokens, text).then_some(tokens)
+    }
+
+    /// The control token of this text.
+    pub(super) fn special_token(&self, text: &str) -> Option<Token> {
+        self.compiled.env.tok_trie().get_special_token(text)
+    }
+
+    fn is_eos(&self, token: Token) -> bool {
+        self.compiled.env.tok_trie().eos_tokens().contains(&token)
+    }
+
+    /// Ends the walk after a panic outside of llguidance's own nets.
+    pub(super) fn poison(&mut self) -> EngineError {
+        self.compiled.worn.store(true, Ordering::Relaxed);
+        let error = EngineError::internal("the grammar failed; its tables are discarded");
+        self.failed = Some(error.clone());
+        error
+    }
+
+    /// Ends the walk after an error of llguidance.
+    fn fail(&mut self) -> EngineError {
+        let param = self.compiled.param;
+        let error = match self.matcher.stop_reason() {
+            StopReason::LexerTooComplex | StopReason::ParserTooComplex => EngineError::invalid(
+                param,
+                "the grammar became too complex to follow at this point of the output; use smaller \
+                 repetition counts and fewer alternatives",
+            ),
+            StopReason::NoExtensionBias => EngineError::invalid(
+                param,
+                "the grammar leads to a point where no token of this model fits; allow more text \
+                 there",
+            ),
+            _ => EngineError::internal("the grammar engine failed on this output"),
+        };
+        // Full tables fail every later walk, and a panic leaves a poisoned lock.
+        self.compiled.worn.store(true, Ordering::Relaxed);
+        self.failed = Some(error.clone());
+        error
+    }
+}

@@ -1,0 +1,124 @@
+//! The model's vocabulary as llguidance wants it: a trie of token bytes and a tokenizer.
+
+use crate::ipc::{EngineError, Token};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use toktrie::{INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
+
+/// Longest token that grammars may use, in bytes: toktrie asserts at 1024.
+const MAX_TOKEN_BYTES: usize = 1000;
+
+/// Turns bytes (not always UTF-8) into plain tokens: adds no special token, recognises none.
+pub type Tokenize = Arc<dyn Fn(&[u8]) -> Vec<Token> + Send + Sync>;
+
+/// One token of the vocabulary, by id.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VocabToken {
+    /// What the token writes; for a control token its text, such as `<tool_call>`. Empty: a
+    /// grammar never uses it.
+    pub bytes: Vec<u8>,
+    /// A control token: never part of grammar text, only named by Lark's `<tool_call>`, or
+    /// `<[id]>` where the text is not of that form.
+    pub special: bool,
+}
+
+/// What a [`GrammarEngine`](super::GrammarEngine) is built from.
+pub struct VocabSource {
+    /// All tokens of the model, in the order of ids.
+    pub tokens: Vec<VocabToken>,
+    /// Tokens that end a generation; special whatever their flag says. May be empty: then a
+    /// finished grammar's mask is empty too, and the sequence must be ended.
+    pub eos: Vec<Token>,
+    /// The model's own tokenizer, so that text that a grammar leaves no choice about is forced in
+    /// the tokens that the model knows it by. May be approximate: an answer that does not spell the
+    /// input is replaced by the greedy longest match.
+    pub tokenize: Tokenize,
+}
+
+/// toktrie's view of the model's tokenizer.
+struct Tokenizer {
+    trie: TokTrie,
+    tokenize: Tokenize,
+}
+
+impl TokenizerEnv for Tokenizer {
+    fn tok_trie(&self) -> &TokTrie {
+        &self.trie
+    }
+
+    fn tokenize_bytes(&self, bytes: &[u8]) -> Vec<Token> {
+        let tokens = (self.tokenize)(bytes);
+        if spells(&self.trie, &tokens, bytes) { tokens } else { self.trie.greedy_tokenize(bytes) }
+    }
+}
+
+/// Whether these tokens write exactly these bytes, without control tokens.
+pub fn spells(trie: &TokTrie, tokens: &[Token], bytes: &[u8]) -> bool {
+    let mut rest = bytes;
+    for &token in tokens {
+        let piece = trie.token(token);
+        if piece.is_empty() || trie.is_special_token(token) {
+            return false;
+        }
+        match rest.strip_prefix(piece) {
+            Some(after) => rest = after,
+            None => return false,
+        }
+    }
+    rest.is_empty()
+}
+
+/// Builds the token environment.
+///
+/// # Errors
+/// An internal error where the vocabulary is empty or larger than toktrie can hold.
+pub fn token_env(source: VocabSource) -> Result<TokEnv, EngineError> {
+    let VocabSource { tokens, eos, tokenize } = source;
+    let size = tokens.len();
+    if size == 0 || size >= 1 << 24 {
+        return Err(EngineError::internal(format!(
+            "grammars need a vocabulary of 1 to {} tokens, not {size}",
+            (1 << 24) - 1
+        )));
+    }
+    let eos: Vec<Token> = eos.into_iter().filter(|&token| (token as usize) < size).collect();
+    let mut words: Vec<Vec<u8>> = tokens
+        .into_iter()
+        .map(|token| match token {
+            VocabToken { bytes, .. } if bytes.len() > MAX_TOKEN_BYTES => Vec::new(),
+            VocabToken { bytes, special: true } => marked(bytes),
+            // Longer text that begins with the marker would pass for a control token. No valid
+            // UTF-8 holds that byte.
+            VocabToken { bytes, .. } if bytes.len() > 1 && bytes[0] == MARKER => Vec::new(),
+            VocabToken { bytes, .. } => bytes,
+        })
+        .collect();
+    for &token in &eos {
+        let word = &mut words[token as usize];
+        if word.first() != Some(&MARKER) {
+            *word = marked(std::mem::take(word));
+        }
+    }
+    let info = TokRxInfo::new(size as u32, eos.first().copied().unwrap_or(INVALID_TOKEN));
+    // A token that cannot be told by its text has no place in the trie, but toktrie asserts that
+    // its nodes fit 22 bits, which only a hostile vocabulary can break.
+    let trie = catch_unwind(AssertUnwindSafe(|| {
+        let trie = TokTrie::from(&info, &words);
+        if eos.is_empty() { trie } else { trie.with_eos_tokens(&eos) }
+    }))
+    .map_err(|_| EngineError::internal("the vocabulary is too large for grammars"))?;
+    Ok(Arc::new(Tokenizer { trie, tokenize }))
+}
+
+const MARKER: u8 = TokTrie::SPECIAL_TOKEN_MARKER;
+
+/// toktrie marks control tokens by a byte that no UTF-8 text holds.
+fn marked(text: Vec<u8>) -> Vec<u8> {
+    if text.is_empty() {
+        return text;
+    }
+    let mut word = Vec::with_capacity(text.len() + 1);
+    word.push(MARKER);
+    word.extend(text);
+    word
+}

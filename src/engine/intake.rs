@@ -1,0 +1,306 @@
+//! From a [`Generate`] frame to a request that fits: tokenizing, checking, compiling grammars.
+//!
+//! Runs on its own threads, with a big stack and bounded work, so that neither a huge prompt nor a
+//! slow grammar holds up the step loop.
+
+use super::grammar::{GrammarEngine, VocabSource, VocabToken};
+use super::orders::Order;
+use super::sampler::{Sampler, overlapping_sequences};
+use super::sequence::{Admissible, Choice};
+use super::tokenizer::Tokenizer;
+use crate::ipc::{
+    Call, EngineError, EngineErrorKind, FromEngine, Generate, ModelInfo, Prompt, Reply, Token,
+};
+use crossbeam_channel::{Receiver, Sender};
+use serde_bytes::ByteBuf;
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// llama.cpp's pre-tokenizers recurse on long inputs.
+const STACK: usize = 64 << 20;
+const THREADS: usize = 2;
+
+/// Work for the intake threads.
+pub enum Job {
+    Generate(Box<Generate>, Instant),
+    Call { call: u64, what: Call },
+}
+
+/// The model's facts that requests are checked against.
+pub struct Desk {
+    tokenizer: Arc<dyn Tokenizer>,
+    info: ModelInfo,
+    longest_piece: usize,
+    grammars: OnceLock<Result<GrammarEngine, EngineError>>,
+}
+
+impl Desk {
+    pub fn new(tokenizer: Arc<dyn Tokenizer>, info: ModelInfo) -> Self {
+        let vocab = tokenizer.vocab();
+        let longest_piece =
+            (0..vocab.len() as Token).map(|token| vocab.piece(token).len()).max().unwrap_or(1);
+        Self { tokenizer, info, longest_piece: longest_piece.max(4), grammars: OnceLock::new() }
+    }
+
+    /// Starts the threads; they end when `jobs` is disconnected.
+    pub fn open(
+        self,
+        jobs: &Receiver<Job>,
+        orders: &Sender<Order>,
+        replies: &Sender<FromEngine>,
+    ) -> std::io::Result<Vec<JoinHandle<()>>> {
+        let desk = Arc::new(self);
+        let work = |index: usize| {
+            let (desk, jobs) = (desk.clone(), jobs.clone());
+            let (orders, replies) = (orders.clone(), replies.clone());
+            std::thread::Builder::new().name(format!("intake-{index}")).stack_size(STACK).spawn(
+                move || {
+                    for job in jobs {
+                        desk.handle(job, &orders, &replies);
+                    }
+                },
+            )
+        };
+        (0..THREADS).map(work).collect()
+    }
+
+    fn handle(&self, job: Job, orders: &Sender<Order>, replies: &Sender<FromEngine>) {
+        match job {
+            Job::Generate(request, arrived) => {
+                let id = request.id;
+                let outcome = match self.check(*request, arrived) {
+                    Ok(admissible) => Order::Admit(Box::new(admissible)),
+                    Err(error) => Order::Refuse(id, error),
+                };
+                let _ = orders.send(outcome);
+            }
+            Job::Call { call, what: Call::Embed { inputs } } => {
+                let tokens: Result<Vec<_>, _> =
+                    inputs.into_iter().map(|input| self.embed_tokens(input)).collect();
+                match tokens {
+                    Ok(inputs) => {
+                        let _ = orders.send(Order::Embed { call, inputs });
+                    }
+                    Err(error) => {
+                        let _ = replies.send(FromEngine::Reply { call, result: Err(error) });
+                    }
+                }
+            }
+            Job::Call { call, what } => {
+                let _ = replies.send(FromEngine::Reply { call, result: self.answer(what) });
+            }
+        }
+    }
+
+    fn answer(&self, what: Call) -> Result<Reply, EngineError> {
+        let vocab = self.tokenizer.vocab();
+        match what {
+            Call::Tokenize { text, add_special, parse_special } => {
+                let tokens = self.tokenizer.encode(&text, add_special, parse_special);
+                let pieces =
+                    tokens.iter().map(|&token| ByteBuf::from(vocab.piece(token))).collect();
+                Ok(Reply::Tokens { tokens, pieces })
+            }
+            Call::Detokenize { tokens, render_special } => {
+                self.check_ids(&tokens, "tokens")?;
+                let bytes: Vec<u8> = tokens
+                    .iter()
+                    .flat_map(|&token| {
+                        let hidden = vocab.is_control(token) && !render_special;
+                        if hidden { &[][..] } else { vocab.piece(token) }
+                    })
+                    .copied()
+                    .collect();
+                Ok(Reply::Text(String::from_utf8_lossy(&bytes).into_owned()))
+            }
+            Call::CheckGrammar { grammar } => {
+                self.grammars()?.compile(&grammar)?;
+                Ok(Reply::Done)
+            }
+            // The others are answered by the step loop or the loader.
+            _ => Err(EngineError::internal("this call does not belong to intake")),
+        }
+    }
+
+    fn check(&self, request: Generate, arrived: Instant) -> Result<Admissible, EngineError> {
+        if !self.info.can_generate {
+            return Err(EngineError::invalid(
+                "model",
+                format!(
+                    "{} is an embedding model and cannot generate text; use /v1/embeddings",
+                    self.info.description
+                ),
+            ));
+        }
+        if request.choices > self.info.max_sequences {
+            return Err(EngineError::invalid(
+                "n",
+                format!(
+                    "n is {}, but this server runs at most {} sequences at once",
+                    request.choices, self.info.max_sequences
+                ),
+            ));
+        }
+        self.check_ids(&request.stop.token_ids, "stop_token_ids")?;
+        let biased: Vec<_> = request.sampling.logit_bias.iter().map(|&(token, _)| token).collect();
+        self.check_ids(&biased, "logit_bias")?;
+        let tokens = self.prompt_tokens(&request.prompt)?;
+        let max_tokens = self.room(tokens.len(), request.stop.max_tokens)?;
+        let choice = |choice: u32| {
+            let grammar = match &request.grammar {
+                Some(spec) => Some(self.grammars()?.start(spec)?),
+                None => None,
+            };
+            Ok(Choice { choice, sampler: self.sampler(&request, choice), grammar })
+        };
+        let choices =
+            (0..request.choices.max(1)).map(choice).collect::<Result<_, EngineError>>()?;
+        Ok(Admissible { request, tokens, max_tokens, choices, arrived })
+    }
+
+    fn sampler(&self, request: &Generate, choice: u32) -> Sampler {
+        let vocab = self.tokenizer.vocab();
+        let encode = |text: &str| self.tokenizer.encode(text, false, false);
+        let breakers = |text: &str| {
+            let pieces = (0..vocab.len() as Token).map(|token| (token, vocab.piece(token)));
+            overlapping_sequences(text, pieces, &encode)
+        };
+        Sampler::new(&request.sampling, choice, vocab.len(), &breakers)
+    }
+
+    fn grammars(&self) -> Result<&GrammarEngine, EngineError> {
+        let made = self.grammars.get_or_init(|| {
+            let vocab = self.tokenizer.vocab();
+            let tokens = (0..vocab.len() as Token)
+                .map(|token| VocabToken {
+                    bytes: vocab.piece(token).to_vec(),
+                    special: vocab.is_control(token) || vocab.ends_generation(token),
+                })
+                .collect();
+            let tokenizer = self.tokenizer.clone();
+            GrammarEngine::new(VocabSource {
+                tokens,
+                eos: vocab.end_tokens(),
+                tokenize: Arc::new(move |bytes| match std::str::from_utf8(bytes) {
+                    Ok(text) => tokenizer.encode(text, false, false),
+                    Err(_) => Vec::new(),
+                }),
+            })
+        });
+        made.as_ref().map_err(Clone::clone)
+    }
+
+    fn prompt_tokens(&self, prompt: &Prompt) -> Result<Vec<Token>, EngineError> {
+        let vocab = self.tokenizer.vocab();
+        let mut tokens = match prompt {
+            Prompt::Tokens(tokens) => {
+                self.check_ids(tokens, "prompt")?;
+                tokens.clone()
+            }
+            Prompt::Text { text, add_special, parse_special } => {
+                self.check_length(text)?;
+                self.tokenizer.encode(text, *add_special, *parse_special)
+            }
+            Prompt::Infill { prefix, suffix } => {
+                let Some([pre, suf, mid]) = vocab.infill else {
+                    return Err(EngineError::invalid(
+                        "suffix",
+                        "this model has no infill tokens, so suffix cannot be used; leave it out",
+                    ));
+                };
+                self.check_length(prefix)?;
+                self.check_length(suffix)?;
+                let mut tokens: Vec<_> = vocab.bos.into_iter().collect();
+                tokens.push(pre);
+                tokens.extend(self.tokenizer.encode(prefix, false, false));
+                tokens.push(suf);
+                tokens.extend(self.tokenizer.encode(suffix, false, false));
+                tokens.push(mid);
+                tokens
+            }
+        };
+        if tokens.is_empty() {
+            // A model cannot continue nothing: its own beginning-of-text mark stands for it.
+            tokens.extend(vocab.bos.or(vocab.eos));
+        }
+        if tokens.is_empty() {
+            return Err(EngineError::invalid("prompt", "the prompt is empty; give some text"));
+        }
+        Ok(tokens)
+    }
+
+    fn embed_tokens(&self, input: Prompt) -> Result<Vec<Token>, EngineError> {
+        let tokens = match &input {
+            Prompt::Text { text, .. } => {
+                self.check_length(text)?;
+                self.tokenizer.encode(text, true, false)
+            }
+            other => self.prompt_tokens(other)?,
+        };
+        if tokens.is_empty() {
+            return Err(EngineError::invalid("input", "the input is empty; give some text"));
+        }
+        let limit = self.info.context_length as usize;
+        if tokens.len() > limit {
+            return Err(context_error(format!(
+                "this model's maximum context length is {limit} tokens, but an input has {} \
+                 tokens; shorten it",
+                tokens.len()
+            )));
+        }
+        Ok(tokens)
+    }
+
+    /// A text so long that it cannot fit whatever its tokens are is not worth tokenizing.
+    fn check_length(&self, text: &str) -> Result<(), EngineError> {
+        let limit = self.info.context_length as usize;
+        let least = text.len() / self.longest_piece;
+        if least > limit {
+            return Err(context_error(format!(
+                "this model's maximum context length is {limit} tokens, but the prompt of {} \
+                 bytes has at least {least} tokens; shorten it",
+                text.len()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Tokens that may be generated after a prompt of `prompt` tokens.
+    fn room(&self, prompt: usize, wanted: Option<u32>) -> Result<usize, EngineError> {
+        let limit = self.info.context_length as usize;
+        let room = limit.saturating_sub(prompt);
+        match wanted.map(|wanted| wanted as usize) {
+            Some(wanted) if wanted > room => Err(context_error(format!(
+                "this model's maximum context length is {limit} tokens, but {} were requested \
+                 ({prompt} in the prompt, {wanted} for the completion); shorten the prompt or \
+                 lower max_tokens",
+                prompt.saturating_add(wanted)
+            ))),
+            None if room == 0 => Err(context_error(format!(
+                "this model's maximum context length is {limit} tokens, but the prompt has \
+                 {prompt} tokens, which leaves none for the completion; shorten it"
+            ))),
+            wanted => Ok(wanted.unwrap_or(room)),
+        }
+    }
+
+    fn check_ids(&self, tokens: &[Token], param: &str) -> Result<(), EngineError> {
+        let size = self.tokenizer.vocab().len();
+        match tokens.iter().find(|&&token| token as usize >= size) {
+            None => Ok(()),
+            Some(token) => Err(EngineError::invalid(
+                param,
+                format!("token id {token} is not in the vocabulary, which has {size} tokens"),
+            )),
+        }
+    }
+}
+
+fn context_error(message: String) -> EngineError {
+    EngineError {
+        kind: EngineErrorKind::ContextLength,
+        message,
+        param: Some("messages".to_owned()),
+    }
+}

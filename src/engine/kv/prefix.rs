@@ -1,0 +1,225 @@
+//! The prefix index: a radix tree at page granularity.
+//!
+//! A node stands for one full page of tokens after its parent's; its key is those tokens
+//! themselves, so that there are no collisions. A root stands for an adapter's content and a
+//! tenant: pages are never shared across either. Nodes are entered when their page is allocated,
+//! before its contents are computed, so that requests which arrive together find each other.
+//!
+//! Who holds a page: the index holds one reference to every node's page, each running sequence
+//! one to every page in its table. A page that only the index holds is *cached*, and is given up
+//! least recently used first, tails before heads.
+
+use super::pool::Page;
+use crate::engine::runner::PAGE_TOKENS;
+use crate::ipc::Token;
+use std::collections::{BTreeSet, HashMap};
+use std::rc::Rc;
+
+pub type NodeId = u32;
+type PageKey = [Token; PAGE_TOKENS];
+
+/// What pages may be shared within: the adapter's content and the tenant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CacheKey {
+    /// Digest of the adapter's file; zero for the base model.
+    pub adapter: [u8; 32],
+    pub tenant: u64,
+}
+
+#[derive(Debug)]
+struct Node {
+    parent: Option<NodeId>,
+    /// `None` for a root.
+    page: Option<(Box<PageKey>, Rc<Page>)>,
+    /// Pages from the root to this node, itself included.
+    depth: u32,
+    children: u32,
+    last_used: u64,
+    /// The page's contents are in the cache.
+    computed: bool,
+    root: Option<CacheKey>,
+}
+
+#[derive(Debug, Default)]
+pub struct PrefixIndex {
+    nodes: Vec<Option<Node>>,
+    vacant: Vec<NodeId>,
+    roots: HashMap<CacheKey, NodeId>,
+    edges: HashMap<(NodeId, Box<PageKey>), NodeId>,
+    /// Nodes without children, least recently used first: the candidates for eviction.
+    leaves: BTreeSet<(u64, NodeId)>,
+    clock: u64,
+    pages: usize,
+}
+
+/// The longest known beginning of a token sequence.
+#[derive(Debug, Default)]
+pub struct Match {
+    /// Nodes whose contents are computed, from the first page on.
+    pub computed: Vec<NodeId>,
+    /// Further pages that match but are still being computed by a running sequence.
+    pub pending: usize,
+}
+
+impl PrefixIndex {
+    /// Pages in the index, computed or pending.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Looks up full pages of `tokens`, without counting that as a use.
+    pub fn lookup(&self, key: CacheKey, tokens: &[Token]) -> Match {
+        let mut found = Match::default();
+        let Some(&root) = self.roots.get(&key) else { return found };
+        let mut at = root;
+        for page in tokens.chunks_exact(PAGE_TOKENS) {
+            let Some(&next) = self.edges.get(&(at, page_key(page))) else { break };
+            // A pending page has only pending ones behind it.
+            if self.node(next).computed {
+                found.computed.push(next);
+            } else {
+                found.pending += 1;
+            }
+            at = next;
+        }
+        found
+    }
+
+    /// The node for an empty prefix.
+    pub fn root(&mut self, key: CacheKey) -> NodeId {
+        if let Some(&root) = self.roots.get(&key) {
+            return root;
+        }
+        let id = self.enter(Node {
+            parent: None,
+            page: None,
+            depth: 0,
+            children: 0,
+            last_used: self.clock,
+            computed: true,
+            root: Some(key),
+        });
+        self.roots.insert(key, id);
+        id
+    }
+
+    /// Enters `page`, holding `tokens` after `parent`, as not yet computed. `None` if the same
+    /// tokens already have a node there: the caller's page stays private.
+    pub fn insert(&mut self, parent: NodeId, tokens: &[Token], page: Rc<Page>) -> Option<NodeId> {
+        let key = page_key(tokens);
+        if self.edges.contains_key(&(parent, key.clone())) {
+            return None;
+        }
+        let depth = self.node(parent).depth + 1;
+        let id = self.enter(Node {
+            parent: Some(parent),
+            page: Some((key.clone(), page)),
+            depth,
+            children: 0,
+            last_used: self.clock,
+            computed: false,
+            root: None,
+        });
+        self.pages += 1;
+        self.edges.insert((parent, key), id);
+        let parent_node = self.node_mut(parent);
+        parent_node.children += 1;
+        let was = (parent_node.last_used, parent);
+        self.leaves.remove(&was);
+        self.leaves.insert((self.clock, id));
+        Some(id)
+    }
+
+    pub fn set_computed(&mut self, node: NodeId) {
+        self.node_mut(node).computed = true;
+    }
+
+    pub fn page(&self, node: NodeId) -> Rc<Page> {
+        let (_, page) = self.node(node).page.as_ref().expect("roots are never in a match");
+        page.clone()
+    }
+
+    /// Tokens from the start of the sequence to the end of this node's page.
+    pub fn end_token(&self, node: NodeId) -> usize {
+        self.node(node).depth as usize * PAGE_TOKENS
+    }
+
+    /// The node of the page before; `None` for a first page.
+    pub fn parent(&self, node: NodeId) -> Option<NodeId> {
+        self.node(node).parent.filter(|&parent| self.node(parent).page.is_some())
+    }
+
+    /// The least recently used leaf that only the index holds.
+    pub fn eviction_candidate(&self) -> Option<NodeId> {
+        self.leaves.iter().map(|&(_, id)| id).find(|&id| {
+            let page = self.node(id).page.as_ref();
+            page.is_some_and(|(_, page)| Rc::strong_count(page) == 1)
+        })
+    }
+
+    /// Removes a leaf.
+    pub fn remove(&mut self, id: NodeId) {
+        let node = self.nodes[id as usize].take().expect("a node is removed once");
+        debug_assert_eq!(node.children, 0, "tails go first");
+        self.leaves.remove(&(node.last_used, id));
+        self.vacant.push(id);
+        if let Some(key) = node.root {
+            self.roots.remove(&key);
+        }
+        let (Some(parent), Some((key, _page))) = (node.parent, node.page) else { return };
+        self.pages -= 1;
+        self.edges.remove(&(parent, key));
+        let above = self.node_mut(parent);
+        above.children -= 1;
+        if above.children > 0 {
+            return;
+        }
+        let (last_used, is_root) = (above.last_used, above.page.is_none());
+        if is_root {
+            self.remove(parent);
+        } else {
+            self.leaves.insert((last_used, parent));
+        }
+    }
+
+    /// Marks nodes as just used.
+    pub fn touch(&mut self, path: &[NodeId]) {
+        self.clock += 1;
+        let clock = self.clock;
+        for &id in path {
+            let node = self.node_mut(id);
+            let was = (std::mem::replace(&mut node.last_used, clock), id);
+            if self.leaves.remove(&was) {
+                self.leaves.insert((clock, id));
+            }
+        }
+    }
+
+    fn enter(&mut self, node: Node) -> NodeId {
+        if let Some(id) = self.vacant.pop() {
+            self.nodes[id as usize] = Some(node);
+            return id;
+        }
+        self.nodes.push(Some(node));
+        NodeId::try_from(self.nodes.len() - 1).expect("there are fewer nodes than pages")
+    }
+
+    fn node(&self, id: NodeId) -> &Node {
+        self.nodes[id as usize].as_ref().expect("node ids in use are live")
+    }
+
+    fn node_mut(&mut self, id: NodeId) -> &mut Node {
+        self.nodes[id as usize].as_mut().expect("node ids in use are live")
+    }
+
+    /// Pages that only the index holds.
+    pub fn cached_pages(&self) -> usize {
+        let held =
+            |node: &&Node| node.page.as_ref().is_some_and(|(_, page)| Rc::strong_count(page) == 1);
+        self.nodes.iter().flatten().filter(held).count()
+    }
+}
+
+fn page_key(tokens: &[Token]) -> Box<PageKey> {
+    Box::new(tokens.try_into().expect("callers cut whole pages"))
+}

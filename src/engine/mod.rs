@@ -1,0 +1,225 @@
+//! The engine process: one loaded model, its scheduler, its cache.
+//!
+//! Threads: the *reader* takes frames off the socket; *intake* threads tokenize and check; the
+//! *step loop* (this process's main thread) owns model, scheduler and cache; the *loader* reads
+//! adapter files; the *writer* encodes frames. They meet in channels; nothing is shared but the
+//! vocabulary.
+//!
+//! A request walks `intake` → `scheduler` → `kv` → `runner` → `sampler` → `text` → `outbox`.
+//! Text is assembled on the step loop, not on a thread of its own: it costs microseconds, and a
+//! stop string ends its sequence in the very step that completes it.
+
+mod attend;
+pub mod grammar;
+mod intake;
+pub mod kv;
+mod orders;
+mod outbox;
+pub mod runner;
+mod sample;
+pub mod sampler;
+mod scheduler;
+mod sequence;
+mod step;
+mod text;
+pub mod tokenizer;
+
+use crate::ipc::{self, Call, EngineError, FrameError, FromEngine, LoadSpec, RequestId, ToEngine};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
+use intake::{Desk, Job};
+use orders::Order;
+use rustix::process::{Signal, getpid, kill_process};
+use std::io::{BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::time::Instant;
+
+/// Requests and calls that may wait to be tokenized.
+const INTAKE_QUEUE: usize = 1024;
+
+/// The `engine` role: serves the gateway at the other end of standard input until that closes.
+pub fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .with_ansi(false)
+        .with_max_level(tracing::Level::INFO)
+        .init();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), FrameError> {
+    let socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    let mut reader = BufReader::new(socket.try_clone()?);
+    let (frames, to_write) = unbounded();
+    std::thread::Builder::new()
+        .name("writer".into())
+        .spawn(move || write_frames(socket, &to_write))?;
+    let ToEngine::Load(spec) = ipc::read_frame(&mut reader)? else {
+        tracing::error!("the first frame must name a model");
+        return Ok(());
+    };
+    let (orders, to_do) = unbounded();
+    let (jobs, to_check) = bounded(INTAKE_QUEUE);
+    let (adapters, to_load) = unbounded();
+    let desk = Reception { orders: orders.clone(), jobs, adapters, frames: frames.clone() };
+    // Reads from now on, so that the gateway's death is noticed while the model loads.
+    std::thread::Builder::new().name("reader".into()).spawn(move || desk.receive(reader))?;
+    let runner = match runner::load(&spec) {
+        Ok(runner) => runner,
+        Err(error) => {
+            let _ = frames.send(FromEngine::LoadFailed(error.to_string()));
+            // The gateway closes the socket when it has read this.
+            std::thread::park();
+            return Ok(());
+        }
+    };
+    serve(runner, &spec, orders, to_do, &to_check, to_load, frames)
+}
+
+fn serve(
+    runner: Box<dyn runner::ModelRunner>,
+    spec: &LoadSpec,
+    orders: Sender<Order>,
+    to_do: Receiver<Order>,
+    to_check: &Receiver<Job>,
+    to_load: Receiver<AdapterJob>,
+    frames: Sender<FromEngine>,
+) -> Result<(), FrameError> {
+    Desk::new(runner.tokenizer(), runner.info().clone()).open(to_check, &orders, &frames)?;
+    let loader = runner.adapter_loader();
+    let replies = frames.clone();
+    std::thread::Builder::new()
+        .name("loader".into())
+        .spawn(move || load_adapters(&*loader, &to_load, &orders, &replies))?;
+    let info = Box::new(runner.info().clone());
+    match step::StepLoop::new(runner, spec, to_do, frames.clone()) {
+        Ok(steps) => {
+            let _ = frames.send(FromEngine::Loaded(info));
+            steps.run();
+        }
+        Err(error) => {
+            let _ = frames.send(FromEngine::LoadFailed(error.message));
+            std::thread::park();
+        }
+    }
+    Ok(())
+}
+
+struct AdapterJob {
+    call: u64,
+    adapter: ipc::AdapterId,
+    path: std::path::PathBuf,
+    digest: [u8; 32],
+    scale: f32,
+}
+
+/// Sends frames where they belong.
+struct Reception {
+    orders: Sender<Order>,
+    jobs: Sender<Job>,
+    adapters: Sender<AdapterJob>,
+    frames: Sender<FromEngine>,
+}
+
+impl Reception {
+    /// Reads until the gateway is gone, and then ends the process at once: nobody is left to
+    /// finish anything for, and the model's memory is wanted back.
+    fn receive(self, mut from: BufReader<UnixStream>) {
+        loop {
+            match ipc::read_frame(&mut from) {
+                Ok(ToEngine::Shutdown) => {
+                    let _ = self.orders.send(Order::Shutdown);
+                }
+                Ok(frame) => self.pass_on(frame),
+                Err(_) => {
+                    let _ = kill_process(getpid(), Signal::KILL);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn pass_on(&self, frame: ToEngine) {
+        let order = match frame {
+            ToEngine::Generate(request) => {
+                let id = request.id;
+                return self.check(Job::Generate(request, Instant::now()), |error| {
+                    Answer::Refuse(id, error)
+                });
+            }
+            ToEngine::Call { call, what } => match what {
+                Call::LoadAdapter { adapter, path, digest, scale } => {
+                    let _ = self.adapters.send(AdapterJob { call, adapter, path, digest, scale });
+                    return;
+                }
+                Call::UnloadAdapter { adapter } => Order::UnloadAdapter { call, adapter },
+                Call::Ping => Order::Ping { call },
+                what => {
+                    return self
+                        .check(Job::Call { call, what }, |error| Answer::Reply(call, error));
+                }
+            },
+            ToEngine::Cancel(request) => Order::Cancel(request),
+            ToEngine::Pause(request) => Order::Pause(request, true),
+            ToEngine::Resume(request) => Order::Pause(request, false),
+            ToEngine::Load(_) | ToEngine::Shutdown => return,
+        };
+        let _ = self.orders.send(order);
+    }
+
+    /// Hands a job to intake, or refuses it when intake is full.
+    fn check(&self, job: Job, answer: impl FnOnce(EngineError) -> Answer) {
+        if let Err(TrySendError::Full(_)) = self.jobs.try_send(job) {
+            match answer(attend::overloaded()) {
+                Answer::Refuse(request, error) => {
+                    let _ = self.orders.send(Order::Refuse(request, error));
+                }
+                Answer::Reply(call, error) => {
+                    let _ = self.frames.send(FromEngine::Reply { call, result: Err(error) });
+                }
+            }
+        }
+    }
+}
+
+enum Answer {
+    Refuse(RequestId, EngineError),
+    Reply(u64, EngineError),
+}
+
+fn load_adapters(
+    loader: &dyn runner::AdapterLoader,
+    jobs: &Receiver<AdapterJob>,
+    orders: &Sender<Order>,
+    replies: &Sender<FromEngine>,
+) {
+    for AdapterJob { call, adapter, path, digest, scale } in jobs {
+        match loader.prepare(&path, scale) {
+            Ok(handle) => {
+                let _ = orders.send(Order::InstallAdapter { call, adapter, digest, handle });
+            }
+            Err(error) => {
+                let result = Err(EngineError::invalid("adapter", error.to_string()));
+                let _ = replies.send(FromEngine::Reply { call, result });
+            }
+        }
+    }
+}
+
+fn write_frames(mut socket: UnixStream, frames: &Receiver<FromEngine>) {
+    for frame in frames {
+        let written = ipc::encode(&frame).and_then(|bytes| Ok(socket.write_all(&bytes)?));
+        if let Err(error) = written {
+            tracing::warn!("a frame could not be sent: {error}");
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! A llama.cpp context: cache, compute buffers, and the batch on its way in.
+
+use super::super::{Batch, BatchSequence, MAX_PROMPT_LOGITS, RunnerError, SeqSlot, Wants};
+use super::adapter::Adapter;
+use super::model::Model;
+use crate::ipc::{KvCacheType, LoadSpec, Token};
+use llama_cpp_sys_2 as sys;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Longest input of an embedding: all of it has to be one batch.
+const MAX_EMBED_TOKENS: u32 = 4096;
+
+pub enum ContextKind {
+    Generate { slots: u32 },
+    Embed,
+}
+
+pub struct Context {
+    raw: NonNull<sys::llama_context>,
+    slots: u32,
+    rows: Rows,
+    /// Keeps the weights alive.
+    _model: Arc<Model>,
+}
+
+/// The batch in llama.cpp's shape, reused from step to step.
+#[derive(Default)]
+struct Rows {
+    tokens: Vec<sys::llama_token>,
+    positions: Vec<sys::llama_pos>,
+    counts: Vec<i32>,
+    ids: Vec<sys::llama_seq_id>,
+    id_pointers: Vec<*mut sys::llama_seq_id>,
+    wanted: Vec<i8>,
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: created by `llama_init_from_model`, freed once; the model is still alive.
+        unsafe { sys::llama_free(self.raw.as_ptr()) }
+    }
+}
+
+impl Context {
+    pub fn new(
+        model: &Arc<Model>,
+        spec: &LoadSpec,
+        kind: ContextKind,
+    ) -> Result<Self, RunnerError> {
+        // SAFETY: takes nothing, returns plain data.
+        let mut params = unsafe { sys::llama_context_default_params() };
+        let threads = i32::try_from(spec.threads.max(1)).unwrap_or(1);
+        params.n_threads = threads;
+        params.n_threads_batch = threads;
+        params.no_perf = true;
+        params.kv_unified = true;
+        // Windowed layers keep all their tokens: a shared prefix needs those outside the window.
+        params.swa_full = true;
+        let cache_type = match spec.kv_type {
+            KvCacheType::F16 => sys::GGML_TYPE_F16,
+            KvCacheType::Q8_0 => sys::GGML_TYPE_Q8_0,
+        };
+        params.flash_attn_type = if spec.flash_attention {
+            sys::LLAMA_FLASH_ATTN_TYPE_ENABLED
+        } else {
+            sys::LLAMA_FLASH_ATTN_TYPE_DISABLED
+        };
+        let slots = match kind {
+            ContextKind::Generate { slots } => {
+                params.n_ctx = spec.kv_tokens;
+                params.n_batch = spec.batch_tokens;
+                params.n_ubatch = spec.batch_tokens;
+                params.n_seq_max = slots;
+                // The compute buffer holds this many rows of the whole vocabulary.
+                params.n_outputs_max = slots + MAX_PROMPT_LOGITS as u32;
+                params.n_outputs_max_per_seq = 0;
+                params.type_k = cache_type;
+                params.type_v = cache_type;
+                slots
+            }
+            ContextKind::Embed => {
+                // llama.cpp rounds a short context up, past the rows of a position table.
+                let length = spec.context_length.min(MAX_EMBED_TOKENS);
+                params.n_ctx = length;
+                params.n_batch = length;
+                params.n_ubatch = length;
+                params.n_seq_max = 1;
+                params.embeddings = true;
+                params.pooling_type = pooling(model);
+                params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
+                1
+            }
+        };
+        // SAFETY: the model is live and outlives the context (`_model`).
+        let raw = unsafe { sys::llama_init_from_model(model.as_ptr(), params) };
+        let raw = NonNull::new(raw).ok_or_else(|| {
+            RunnerError(
+                "llama.cpp could not make a context for the model; see its log above".into(),
+            )
+        })?;
+        Ok(Self { raw, slots, rows: Rows::default(), _model: model.clone() })
+    }
+
+    /// Computes the batch; on an error the caller gives up all sequences in it.
+    pub fn decode(&mut self, batch: &Batch) -> Result<(), RunnerError> {
+        self.rows.fill(batch, self.slots)?;
+        let raw = self.rows.as_batch();
+        // SAFETY: all arrays have `n_tokens` elements and live in `self.rows`; every sequence id
+        // was checked to be below `n_seq_max`.
+        match unsafe { sys::llama_decode(self.raw.as_ptr(), raw) } {
+            0 => Ok(()),
+            1 => Err(RunnerError("the KV cache has no room for the batch".into())),
+            code => Err(RunnerError(format!("llama.cpp failed to decode a batch (code {code})"))),
+        }
+    }
+
+    /// (vocabulary) logits after row `row` of the last batch.
+    pub fn logits(&mut self, row: usize, vocab_size: usize) -> Result<&mut [f32], RunnerError> {
+        let missing = || RunnerError(format!("row {row} has no logits"));
+        if self.rows.wanted.get(row) != Some(&1) {
+            return Err(missing());
+        }
+        // SAFETY: the row was part of the last batch and asked for logits; llama.cpp answers null
+        // if it has none.
+        let raw = unsafe { sys::llama_get_logits_ith(self.raw.as_ptr(), row as i32) };
+        let raw = NonNull::new(raw).ok_or_else(missing)?;
+        // SAFETY: a row of logits is one float per token of the vocabulary, in a buffer that
+        // stays until the next decode, for which `&mut self` is needed.
+        Ok(unsafe { std::slice::from_raw_parts_mut(raw.as_ptr(), vocab_size) })
+    }
+
+    pub fn copy_sequence(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize) {
+        assert!(from.0 < self.slots && to.0 < self.slots, "slots are below the limit");
+        // SAFETY: both ids are below `n_seq_max`; a null memory is accepted.
+        unsafe {
+            let memory = sys::llama_get_memory(self.raw.as_ptr());
+            sys::llama_memory_seq_cp(memory, from.0 as i32, to.0 as i32, 0, tokens as i32);
+        }
+    }
+
+    /// Forgets all but the first `keep` tokens of a sequence.
+    pub fn remove_tokens(&mut self, slot: SeqSlot, keep: usize) {
+        assert!(slot.0 < self.slots, "slots are below the limit");
+        let from = if keep == 0 { -1 } else { keep as i32 };
+        // SAFETY: the id is below `n_seq_max`; a null memory is accepted.
+        unsafe {
+            let memory = sys::llama_get_memory(self.raw.as_ptr());
+            sys::llama_memory_seq_rm(memory, slot.0 as i32, from, -1);
+        }
+    }
+
+    /// Applies to all rows of later batches. llama.cpp plans its graph anew, so a change is dear.
+    pub fn use_adapter(&mut self, adapter: Option<&Adapter>) -> Result<(), RunnerError> {
+        let mut pointers: Vec<_> = adapter.iter().map(|adapter| adapter.raw.as_ptr()).collect();
+        let mut scales: Vec<_> = adapter.iter().map(|adapter| adapter.scale).collect();
+        // SAFETY: both arrays have as many elements as stated; the runner keeps adapters alive
+        // while the context uses them.
+        let code = unsafe {
+            sys::llama_set_adapters_lora(
+                self.raw.as_ptr(),
+                pointers.as_mut_ptr(),
+                pointers.len(),
+                scales.as_mut_ptr(),
+            )
+        };
+        if code == 0 {
+            return Ok(());
+        }
+        Err(RunnerError(format!("llama.cpp refused the adapter (code {code})")))
+    }
+
+    /// One pooled vector of `size` elements, L2-normalised.
+    pub fn embed(&mut self, tokens: &[Token], size: usize) -> Result<Vec<f32>, RunnerError> {
+        let batch = Batch {
+            tokens: tokens.to_vec(),
+            sequences: vec![BatchSequence {
+                slot: SeqSlot(0),
+                rows: 0..tokens.len(),
+                position: 0,
+                wants: Wants::AllLogits,
+                pages: Vec::new(),
+            }],
+            adapter: None,
+        };
+        self.remove_tokens(SeqSlot(0), 0);
+        self.decode(&batch)?;
+        // SAFETY: the context was made with embeddings and pooling; llama.cpp answers null if it
+        // has none for the sequence.
+        let raw = unsafe { sys::llama_get_embeddings_seq(self.raw.as_ptr(), 0) };
+        let raw = NonNull::new(raw)
+            .ok_or_else(|| RunnerError("llama.cpp returned no embedding".into()))?;
+        // SAFETY: a pooled embedding has `llama_model_n_embd_out` elements, which is `size`.
+        let vector = unsafe { std::slice::from_raw_parts(raw.as_ptr(), size) };
+        let norm = vector.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        if !norm.is_finite() || norm == 0.0 {
+            return Err(RunnerError("the embedding is not finite".into()));
+        }
+        Ok(vector.iter().map(|x| (f64::from(*x) / norm) as f32).collect())
+    }
+}
+
+/// The file's own pooling; a causal model without one is pooled by its last token, as vLLM does,
+/// any other by the mean.
+fn pooling(model: &Model) -> sys::llama_pooling_type {
+    match model.pooling() {
+        Some(named) if named > sys::LLAMA_POOLING_TYPE_NONE => named,
+        _ if model.is_causal() => sys::LLAMA_POOLING_TYPE_LAST,
+        _ => sys::LLAMA_POOLING_TYPE_MEAN,
+    }
+}
+
+impl Rows {
+    fn fill(&mut self, batch: &Batch, slots: u32) -> Result<(), RunnerError> {
+        self.tokens.clear();
+        self.positions.clear();
+        self.ids.clear();
+        self.wanted.clear();
+        for sequence in &batch.sequences {
+            if sequence.slot.0 >= slots {
+                return Err(RunnerError(format!("slot {} is out of range", sequence.slot.0)));
+            }
+            for (offset, row) in sequence.rows.clone().enumerate() {
+                let wanted = match sequence.wants {
+                    Wants::Nothing => false,
+                    Wants::LastLogits => row + 1 == sequence.rows.end,
+                    Wants::AllLogits => true,
+                };
+                self.tokens.push(batch.tokens[row] as sys::llama_token);
+                self.positions.push((sequence.position + offset) as sys::llama_pos);
+                self.ids.push(sequence.slot.0 as sys::llama_seq_id);
+                self.wanted.push(i8::from(wanted));
+            }
+        }
+        self.counts.clear();
+        self.counts.resize(self.tokens.len(), 1);
+        self.id_pointers.clear();
+        self.id_pointers.extend(self.ids.iter_mut().map(std::ptr::from_mut));
+        Ok(())
+    }
+
+    fn as_batch(&mut self) -> sys::llama_batch {
+        sys::llama_batch {
+            n_tokens: self.tokens.len() as i32,
+            token: self.tokens.as_mut_ptr(),
+            embd: std::ptr::null_mut(),
+            pos: self.positions.as_mut_ptr(),
+            n_seq_id: self.counts.as_mut_ptr(),
+            seq_id: self.id_pointers.as_mut_ptr(),
+            logits: self.wanted.as_mut_ptr(),
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The llama.cpp runner: any GGUF that llama.cpp can load.
+//!
+//! Built on `llama-cpp-sys-2` directly: adapters at run time, bounded sequence ids and logits
+//! without a copy are out of reach through `llama-cpp-2` (its adapter type leaks, its batch does
+//! not check ids, its logits accessor panics).
+//!
+//! Cache layout: one unified buffer, so that a shared prefix costs nothing but metadata and rows
+//! of all kinds share one batch. A slot is a llama.cpp sequence id, of which there are 256.
+
+mod adapter;
+mod context;
+mod log;
+mod model;
+
+pub use adapter::Adapter;
+
+use super::{AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot};
+use crate::engine::tokenizer::Tokenizer;
+use crate::ipc::{AdapterId, LoadSpec, ModelInfo, Token};
+use adapter::Loader;
+use context::{Context, ContextKind};
+use model::Model;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// llama.cpp's own limit (LLAMA_MAX_SEQ).
+const MAX_SEQUENCE_IDS: u32 = 256;
+
+pub struct LlamaCpp {
+    // Declared before the model, and so dropped before it.
+    context: Option<Context>,
+    embedding: Option<Context>,
+    adapters: HashMap<AdapterId, Adapter>,
+    current: Option<AdapterId>,
+    model: Arc<Model>,
+    spec: LoadSpec,
+    slots: u32,
+    info: ModelInfo,
+}
+
+impl LlamaCpp {
+    /// Loads the file and decodes one token.
+    pub fn load(spec: &LoadSpec) -> Result<Self, RunnerError> {
+        let started = Instant::now();
+        log::install();
+        let model = Arc::new(Model::load(spec)?);
+        if model.is_encoder_decoder() {
+            return Err(RunnerError(format!(
+                "{} is an encoder-decoder model, which is not supported; choose a decoder-only \
+                 model to chat or an encoder-only one to embed",
+                model.description()
+            )));
+        }
+        let generates = model.has_decoder() && model.is_causal();
+        // Recurrent state is big and cannot be cut: no resident sequences.
+        let residents = if model.shares_prefixes() { spec.max_sequences + 32 } else { 0 };
+        let slots = spec.max_sequences.saturating_add(residents).clamp(1, MAX_SEQUENCE_IDS);
+        let context = match generates {
+            true => Some(Context::new(&model, spec, ContextKind::Generate { slots })?),
+            false => None,
+        };
+        let mut runner = Self {
+            info: info(&model, spec, slots, generates),
+            context,
+            embedding: None,
+            adapters: HashMap::new(),
+            current: None,
+            model,
+            spec: spec.clone(),
+            slots,
+        };
+        runner.warm_up()?;
+        runner.info.load_seconds = started.elapsed().as_secs_f32();
+        Ok(runner)
+    }
+
+    /// Decodes (or embeds) one token twice: once to find out whether it works, once to time it.
+    fn warm_up(&mut self) -> Result<(), RunnerError> {
+        let token = self.model.vocab().bos.unwrap_or(0);
+        if self.context.is_none() {
+            self.embed(&[token])?;
+            return Ok(());
+        }
+        let batch = Batch {
+            tokens: vec![token],
+            sequences: vec![super::BatchSequence {
+                slot: SeqSlot(0),
+                rows: 0..1,
+                position: 0,
+                wants: super::Wants::LastLogits,
+                pages: Vec::new(),
+            }],
+            adapter: None,
+        };
+        for _ in 0..2 {
+            let started = Instant::now();
+            self.step(&batch)?;
+            self.logits(0)?;
+            self.info.step_seconds = started.elapsed().as_secs_f32();
+            self.release(SeqSlot(0));
+        }
+        Ok(())
+    }
+
+    fn generator(&mut self) -> Result<&mut Context, RunnerError> {
+        self.context.as_mut().ok_or_else(|| RunnerError("this model cannot generate text".into()))
+    }
+}
+
+fn info(model: &Model, spec: &LoadSpec, slots: u32, generates: bool) -> ModelInfo {
+    let context_length = spec.context_length.min(spec.kv_tokens.max(1));
+    ModelInfo {
+        description: model.description(),
+        architecture: model.metadata("general.architecture").unwrap_or_default(),
+        vocab_size: model.vocab().len() as u32,
+        parameters: model.parameters(),
+        context_length,
+        embedding_size: model.embedding_size(),
+        can_generate: generates,
+        can_embed: model.can_embed(),
+        can_infill: model.vocab().infill.is_some(),
+        shares_prefixes: model.shares_prefixes(),
+        mixes_adapters: false,
+        kv_pages: spec.kv_tokens / PAGE_TOKENS as u32,
+        page_tokens: PAGE_TOKENS as u32,
+        max_sequences: spec.max_sequences.min(slots),
+        special_tokens: model.vocab().control_tokens(),
+        load_seconds: 0.0,
+        step_seconds: 0.0,
+    }
+}
+
+impl ModelRunner for LlamaCpp {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn tokenizer(&self) -> Arc<dyn Tokenizer> {
+        self.model.clone()
+    }
+
+    fn adapter_loader(&self) -> Box<dyn AdapterLoader> {
+        Box::new(Loader::new(self.model.clone()))
+    }
+
+    fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    fn slots_hold_pages(&self) -> bool {
+        true
+    }
+
+    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
+        if batch.adapter != self.current {
+            let adapter =
+                match batch.adapter {
+                    Some(id) => Some(self.adapters.get(&id).ok_or_else(|| {
+                        RunnerError(format!("adapter {} is not installed", id.0))
+                    })?),
+                    None => None,
+                };
+            let context = self.context.as_mut();
+            context
+                .ok_or_else(|| RunnerError("this model cannot generate text".into()))?
+                .use_adapter(adapter)?;
+            self.current = batch.adapter;
+        }
+        self.generator()?.decode(batch)
+    }
+
+    fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
+        let vocab_size = self.info.vocab_size as usize;
+        self.generator()?.logits(row, vocab_size)
+    }
+
+    fn fork(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize) {
+        if let Some(context) = &mut self.context {
+            context.copy_sequence(from, to, tokens);
+        }
+    }
+
+    fn truncate(&mut self, slot: SeqSlot, tokens: usize) {
+        if let Some(context) = &mut self.context {
+            context.remove_tokens(slot, tokens);
+        }
+    }
+
+    fn release(&mut self, slot: SeqSlot) {
+        self.truncate(slot, 0);
+    }
+
+    fn install_adapter(&mut self, adapter: AdapterId, handle: AdapterHandle) {
+        if let AdapterHandle::LlamaCpp(loaded) = handle {
+            self.adapters.insert(adapter, loaded);
+        }
+    }
+
+    fn remove_adapter(&mut self, adapter: AdapterId) {
+        if self.current == Some(adapter)
+            && let Some(context) = &mut self.context
+        {
+            // The context must not keep a pointer to what is freed below.
+            if context.use_adapter(None).is_ok() {
+                self.current = None;
+            }
+        }
+        self.adapters.remove(&adapter);
+    }
+
+    fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError> {
+        if !self.info.can_embed {
+            return Err(RunnerError("this model cannot embed text".into()));
+        }
+        if self.embedding.is_none() {
+            self.embedding = Some(Context::new(&self.model, &self.spec, ContextKind::Embed)?);
+        }
+        let context = self.embedding.as_mut().expect("made above");
+        context.embed(tokens, self.info.embedding_size as usize)
+    }
+}

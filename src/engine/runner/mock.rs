@@ -1,0 +1,224 @@
+//! A runner without a model: a byte vocabulary and logits that are a hash of the sequence so far.
+//!
+//! It keeps every slot's tokens, so that a wrong fork, truncation or position changes its output
+//! or fails its step: the scheduler and the cache cannot be wrong unnoticed.
+
+use super::{
+    AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot, Wants,
+};
+use crate::engine::tokenizer::{Tokenizer, Vocab};
+use crate::ipc::{AdapterId, LoadSpec, ModelInfo, Token};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// 256 bytes, then BOS and EOS.
+const VOCAB: usize = 258;
+const BOS: Token = 256;
+const EOS: Token = 257;
+
+pub struct Mock {
+    info: ModelInfo,
+    tokenizer: Arc<ByteTokenizer>,
+    slots: Vec<Vec<Token>>,
+    capacity: usize,
+    adapters: HashMap<AdapterId, ()>,
+    logits: HashMap<usize, Vec<f32>>,
+    step_time: Duration,
+}
+
+impl Mock {
+    pub fn load(spec: &LoadSpec) -> Self {
+        let slots = 256;
+        Self {
+            info: ModelInfo {
+                description: "mock".into(),
+                architecture: "mock".into(),
+                vocab_size: VOCAB as u32,
+                parameters: 0,
+                context_length: spec.context_length,
+                embedding_size: 8,
+                can_generate: true,
+                can_embed: true,
+                can_infill: false,
+                shares_prefixes: true,
+                mixes_adapters: false,
+                kv_pages: spec.kv_tokens / PAGE_TOKENS as u32,
+                page_tokens: PAGE_TOKENS as u32,
+                max_sequences: spec.max_sequences,
+                special_tokens: Vec::new(),
+                load_seconds: 0.0,
+                step_seconds: spec.mock_step_us as f32 / 1e6,
+            },
+            tokenizer: Arc::new(ByteTokenizer::new()),
+            slots: vec![Vec::new(); slots],
+            capacity: spec.kv_tokens as usize,
+            adapters: HashMap::new(),
+            logits: HashMap::new(),
+            step_time: Duration::from_micros(spec.mock_step_us),
+        }
+    }
+
+    /// The sequence of tokens that greedy decoding continues `tokens` with: the tests' oracle.
+    pub fn next_greedy(tokens: &[Token], adapter: Option<AdapterId>) -> Token {
+        let logits = logits_of(tokens, adapter);
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+        best.unwrap_or(0) as Token
+    }
+}
+
+/// Letters mostly, an end now and then.
+fn logits_of(tokens: &[Token], adapter: Option<AdapterId>) -> Vec<f32> {
+    let mut state = adapter.map_or(0, |id| id.0.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    for &token in tokens {
+        state = mix(state ^ u64::from(token));
+    }
+    let value = |token: usize| {
+        let noise = (mix(state ^ (token as u64) << 32) >> 40) as f32 / (1 << 24) as f32;
+        let text = (0x61..0x7b).contains(&token) || token == 0x20;
+        if text { 4.0 + noise } else { noise }
+    };
+    let mut logits: Vec<f32> = (0..VOCAB).map(value).collect();
+    logits[BOS as usize] = f32::NEG_INFINITY;
+    // One draw in thirty-two ends the text.
+    logits[EOS as usize] = if state % 32 == 0 { 9.0 } else { -9.0 };
+    logits
+}
+
+fn mix(value: u64) -> u64 {
+    let value = (value ^ (value >> 30)).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let value = value.wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    value ^ (value >> 27)
+}
+
+impl ModelRunner for Mock {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn tokenizer(&self) -> Arc<dyn Tokenizer> {
+        self.tokenizer.clone()
+    }
+
+    fn adapter_loader(&self) -> Box<dyn AdapterLoader> {
+        Box::new(MockLoader)
+    }
+
+    fn slots(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    fn slots_hold_pages(&self) -> bool {
+        true
+    }
+
+    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
+        std::thread::sleep(self.step_time);
+        if let Some(adapter) = batch.adapter
+            && !self.adapters.contains_key(&adapter)
+        {
+            return Err(RunnerError(format!("adapter {} is not installed", adapter.0)));
+        }
+        self.logits.clear();
+        for sequence in &batch.sequences {
+            let slot = &mut self.slots[sequence.slot.0 as usize];
+            if slot.len() != sequence.position {
+                return Err(RunnerError(format!(
+                    "slot {} holds {} tokens, the batch says {}",
+                    sequence.slot.0,
+                    slot.len(),
+                    sequence.position
+                )));
+            }
+            for row in sequence.rows.clone() {
+                slot.push(batch.tokens[row]);
+                let wanted = match sequence.wants {
+                    Wants::Nothing => false,
+                    Wants::LastLogits => row + 1 == sequence.rows.end,
+                    Wants::AllLogits => true,
+                };
+                if wanted {
+                    self.logits.insert(row, logits_of(slot, batch.adapter));
+                }
+            }
+        }
+        // Shared cells are counted once per holder here: more than llama.cpp would use.
+        let longest = self.slots.iter().map(Vec::len).max().unwrap_or(0);
+        if longest > self.capacity {
+            return Err(RunnerError("a sequence is longer than the cache".into()));
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
+        let logits = self.logits.get_mut(&row).map(Vec::as_mut_slice);
+        logits.ok_or_else(|| RunnerError(format!("row {row} has no logits")))
+    }
+
+    fn fork(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize) {
+        let shared = self.slots[from.0 as usize][..tokens].to_vec();
+        let target = &mut self.slots[to.0 as usize];
+        assert!(target.is_empty(), "a fork's target is empty");
+        *target = shared;
+    }
+
+    fn truncate(&mut self, slot: SeqSlot, tokens: usize) {
+        self.slots[slot.0 as usize].truncate(tokens);
+    }
+
+    fn release(&mut self, slot: SeqSlot) {
+        self.slots[slot.0 as usize].clear();
+    }
+
+    fn install_adapter(&mut self, adapter: AdapterId, _handle: AdapterHandle) {
+        self.adapters.insert(adapter, ());
+    }
+
+    fn remove_adapter(&mut self, adapter: AdapterId) {
+        self.adapters.remove(&adapter);
+    }
+
+    fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError> {
+        let mut vector = vec![0f32; 8];
+        for &token in tokens {
+            vector[token as usize % 8] += 1.0;
+        }
+        let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
+        Ok(vector.into_iter().map(|x| x / norm).collect())
+    }
+}
+
+struct MockLoader;
+
+impl AdapterLoader for MockLoader {
+    fn prepare(&self, _path: &Path, _scale: f32) -> Result<AdapterHandle, RunnerError> {
+        Ok(AdapterHandle::Mock)
+    }
+}
+
+struct ByteTokenizer {
+    vocab: Vocab,
+}
+
+impl ByteTokenizer {
+    fn new() -> Self {
+        let bytes = (0..=255u8).map(|byte| (vec![byte], false, false));
+        let marks = [(b"<bos>".to_vec(), true, false), (b"<eos>".to_vec(), true, true)];
+        let mut vocab = Vocab::new(bytes.chain(marks));
+        vocab.bos = Some(BOS);
+        vocab.eos = Some(EOS);
+        Self { vocab }
+    }
+}
+
+impl Tokenizer for ByteTokenizer {
+    fn vocab(&self) -> &Vocab {
+        &self.vocab
+    }
+
+    fn encode(&self, text: &str, add_special: bool, _parse_special: bool) -> Vec<Token> {
+        let bos = add_special.then_some(BOS);
+        bos.into_iter().chain(text.bytes().map(Token::from)).collect()
+    }
+}

@@ -1,0 +1,117 @@
+//! What runs a batch through a model.
+//!
+//! A runner knows nothing of requests: it is given rows of sequence slots, computes them, and
+//! hands out logits for the rows that want them.
+
+pub mod llama_cpp;
+pub mod mock;
+
+use crate::engine::tokenizer::Tokenizer;
+use crate::ipc::{AdapterId, LoadSpec, ModelInfo, RunnerKind, Token};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Tokens per page of the cache.
+pub const PAGE_TOKENS: usize = 32;
+
+/// Rows of [`Wants::AllLogits`] in one step, at most: each is a whole row of the vocabulary.
+pub const MAX_PROMPT_LOGITS: usize = 64;
+
+/// A sequence in the runner's cache; at most `ModelInfo::max_sequences` run, more may be resident.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeqSlot(pub u32);
+
+/// Why a step or a load could not be done.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct RunnerError(pub String);
+
+/// Rows of one step. Sequences stand one after another; a sequence's rows are consecutive in
+/// position.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// (rows) token ids.
+    pub tokens: Vec<Token>,
+    pub sequences: Vec<BatchSequence>,
+    /// Base model when `None`. A runner that does not mix adapters gets one per batch.
+    pub adapter: Option<AdapterId>,
+}
+
+/// One sequence's share of a batch.
+#[derive(Debug)]
+pub struct BatchSequence {
+    pub slot: SeqSlot,
+    /// Its rows, as a range of `Batch::tokens`.
+    pub rows: std::ops::Range<usize>,
+    /// Position of the first row: tokens of this slot that are computed already.
+    pub position: usize,
+    pub wants: Wants,
+    /// Page table, for a runner with real pages; covers position + rows.
+    pub pages: Vec<u32>,
+}
+
+/// Which of a sequence's rows are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wants {
+    Nothing,
+    /// Logits after the last row.
+    LastLogits,
+    /// Logits after every row (echoed prompts with logprobs).
+    AllLogits,
+}
+
+impl Batch {
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.sequences.clear();
+        self.adapter = None;
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+}
+
+/// Reads adapter files beside the step loop.
+pub trait AdapterLoader: Send {
+    fn prepare(&self, path: &Path, scale: f32) -> Result<AdapterHandle, RunnerError>;
+}
+
+/// An adapter whose file has been read, off the step loop.
+pub enum AdapterHandle {
+    LlamaCpp(llama_cpp::Adapter),
+    Mock,
+}
+
+/// Runs batches. Two implementations at present: llama.cpp, and a mock that tests the rest.
+pub trait ModelRunner {
+    fn info(&self) -> &ModelInfo;
+    fn tokenizer(&self) -> Arc<dyn Tokenizer>;
+    fn adapter_loader(&self) -> Box<dyn AdapterLoader>;
+    /// Sequence slots, running and resident together.
+    fn slots(&self) -> u32;
+    /// Pages live under slots, not under page ids (see `engine/kv`).
+    fn slots_hold_pages(&self) -> bool;
+    /// Computes all rows. On an error the cache holds what it held before.
+    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError>;
+    /// (vocabulary) logits after a row of the last batch that wanted them; the caller may write
+    /// into them.
+    fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError>;
+    /// The first `tokens` tokens of `from` become those of `to`, which is empty.
+    fn fork(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize);
+    /// Forgets all but the first `tokens` tokens.
+    fn truncate(&mut self, slot: SeqSlot, tokens: usize);
+    fn release(&mut self, slot: SeqSlot);
+    fn install_adapter(&mut self, adapter: AdapterId, handle: AdapterHandle);
+    fn remove_adapter(&mut self, adapter: AdapterId);
+    /// One pooled, L2-normalised vector.
+    fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError>;
+}
+
+/// Loads the model and decodes one token, so that whatever breaks does so before anyone waits.
+pub fn load(spec: &LoadSpec) -> Result<Box<dyn ModelRunner>, RunnerError> {
+    match spec.runner {
+        RunnerKind::LlamaCpp => Ok(Box::new(llama_cpp::LlamaCpp::load(spec)?)),
+        RunnerKind::Mock => Ok(Box::new(mock::Mock::load(spec))),
+    }
+}

@@ -1,0 +1,106 @@
+//! Logit bias, and the penalties on what has been said already.
+//!
+//! Two definitions of "already" live side by side, as in vLLM and llama.cpp:
+//! - *repetition* (Keskar et al., "CTRL", arXiv:1909.05858, with llama.cpp's fix of multiplying
+//!   negative logits) looks at prompt and output, at most `penalty_window` tokens back;
+//! - *presence* and *frequency* are OpenAI's: they count the output only, all of it.
+
+use crate::ipc::{SamplingParams, Token};
+use std::collections::HashMap;
+
+/// How often one token has occurred.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Count {
+    /// In prompt and output, within the window.
+    window: u32,
+    /// In the output, since its beginning.
+    output: u32,
+}
+
+/// The logit penalties of one sequence; keeps nothing where all of them are neutral.
+#[derive(Debug, Clone)]
+pub struct Penalties {
+    repetition: f32,
+    frequency: f32,
+    presence: f32,
+    /// Tokens that repetition looks back on; `usize::MAX` is all.
+    window: usize,
+    counts: HashMap<Token, Count>,
+}
+
+impl Penalties {
+    /// Values that make no sense (NaN, a repetition penalty of zero or less) count as neutral.
+    pub fn new(params: &SamplingParams) -> Self {
+        let sane = |x: f32| if x.is_finite() { x } else { 0.0 };
+        let repetition = params.repetition_penalty;
+        Self {
+            repetition: if repetition.is_finite() && repetition > 0.0 { repetition } else { 1.0 },
+            frequency: sane(params.frequency_penalty),
+            presence: sane(params.presence_penalty),
+            window: match params.penalty_window {
+                0 => usize::MAX,
+                n => n as usize,
+            },
+            counts: HashMap::new(),
+        }
+    }
+
+    /// Tokens of history that the window needs to know what leaves it; 0 where none does.
+    pub fn lookback(&self) -> usize {
+        if self.repeats() && self.window != usize::MAX { self.window } else { 0 }
+    }
+
+    fn repeats(&self) -> bool {
+        self.repetition != 1.0
+    }
+
+    fn counts_output(&self) -> bool {
+        self.frequency != 0.0 || self.presence != 0.0
+    }
+
+    /// Takes one token in. `history` is what came before it, of which the last
+    /// [`lookback`](Self::lookback) tokens are complete.
+    pub fn accept(&mut self, token: Token, history: &[Token], is_output: bool) {
+        let output = is_output && self.counts_output();
+        let repeats = self.repeats();
+        if !repeats && !output {
+            return;
+        }
+        let count = self.counts.entry(token).or_default();
+        count.output = count.output.saturating_add(u32::from(output));
+        count.window = count.window.saturating_add(u32::from(repeats));
+        if repeats && history.len() >= self.window {
+            let leaving = history[history.len() - self.window];
+            if let Some(count) = self.counts.get_mut(&leaving) {
+                count.window = count.window.saturating_sub(1);
+                if *count == Count::default() {
+                    self.counts.remove(&leaving);
+                }
+            }
+        }
+    }
+
+    /// Lowers the logits of counted tokens; touches no others.
+    pub fn apply(&self, logits: &mut [f32]) {
+        // Every token is changed on its own, so the map's order does not matter.
+        for (&token, count) in &self.counts {
+            let Some(logit) = logits.get_mut(token as usize) else { continue };
+            if count.window > 0 {
+                *logit =
+                    if *logit <= 0.0 { *logit * self.repetition } else { *logit / self.repetition };
+            }
+            if count.output > 0 {
+                *logit -= count.output as f32 * self.frequency + self.presence;
+            }
+        }
+    }
+}
+
+/// Adds each bias to its token's logit. Tokens outside the vocabulary are ignored.
+pub fn apply_bias(logits: &mut [f32], bias: &[(Token, f32)]) {
+    for &(token, value) in bias {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit += value;
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! Fairness between keys: virtual token counters (Sheng et al., "Fairness in Serving Large
+//! Language Models", OSDI 2024).
+//!
+//! Every key is charged for the tokens it is served; the key with the smallest counter goes first.
+//! A key that comes back from idleness is lifted to the smallest counter among the active ones,
+//! so that having been away earns no credit.
+
+use std::collections::HashMap;
+
+/// A token of output costs about as much as this many of prompt.
+const OUTPUT_WEIGHT: f64 = 4.0;
+/// Counters of keys long gone are dropped beyond this many.
+const MAX_KEYS: usize = 4096;
+
+#[derive(Debug, Default)]
+pub struct FairShares {
+    counters: HashMap<u64, f64>,
+}
+
+impl FairShares {
+    /// A request of `key` arrives; `active` are the keys that have requests already.
+    pub fn arrive(&mut self, key: u64, active: impl Iterator<Item = u64>) {
+        let mut floor = f64::INFINITY;
+        for other in active {
+            if other == key {
+                return;
+            }
+            floor = floor.min(self.counter(other));
+        }
+        if floor.is_finite() {
+            let counter = self.counters.entry(key).or_default();
+            *counter = counter.max(floor);
+        }
+        if self.counters.len() > MAX_KEYS {
+            self.counters.retain(|&other, _| other == key);
+        }
+    }
+
+    pub fn counter(&self, key: u64) -> f64 {
+        self.counters.get(&key).copied().unwrap_or(0.0)
+    }
+
+    pub fn charge(&mut self, key: u64, prompt: usize, output: usize) {
+        *self.counters.entry(key).or_default() += prompt as f64 + OUTPUT_WEIGHT * output as f64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_idle_key_comes_back_without_credit() {
+        let mut shares = FairShares::default();
+        shares.arrive(1, std::iter::empty());
+        shares.charge(1, 1000, 100);
+        shares.arrive(2, [1].into_iter());
+        assert_eq!(shares.counter(2), shares.counter(1));
+        shares.charge(2, 10, 0);
+        assert!(shares.counter(2) > shares.counter(1));
+    }
+}

@@ -1,0 +1,360 @@
+//! Who gets rows in the next step.
+//!
+//! Decode first, then chunks of prefill under a token budget. Waiting requests enter by priority,
+//! then fairly between keys, then longest cached prefix first; who has waited long goes before
+//! any prefix. When the cache is full, the sequence that is least in the right is put back and
+//! computed again later. Where the runner cannot mix adapters, groups take turns.
+
+mod cost;
+mod fair;
+#[cfg(test)]
+mod tests;
+
+use super::kv::KvCache;
+use super::runner::{MAX_PROMPT_LOGITS, PAGE_TOKENS, Wants};
+use super::sequence::{SeqKey, Sequence};
+use crate::ipc::{AdapterId, RequestId};
+use cost::CostModel;
+use fair::FairShares;
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// From this age on a request goes before any with a longer cached prefix.
+const OLD: Duration = Duration::from_secs(2);
+/// Requests looked at for a cached prefix in one step.
+const CANDIDATES: usize = 32;
+/// How long one adapter's requests have the runner while others wait.
+const QUANTUM: Duration = Duration::from_millis(250);
+
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub max_sequences: usize,
+    pub batch_tokens: usize,
+    pub target_step: Duration,
+    pub queue_limit: usize,
+    pub mixes_adapters: bool,
+}
+
+/// One sequence's rows in the next step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Work {
+    /// Index into [`Scheduler::running`].
+    pub index: usize,
+    pub rows: usize,
+    pub wants: Wants,
+    /// The last row's logits give the next token.
+    pub samples: bool,
+}
+
+/// The next step.
+#[derive(Debug, Default)]
+pub struct Plan {
+    pub work: Vec<Work>,
+    pub adapter: Option<AdapterId>,
+    /// Sequences that got their pages for this step, with the tokens found in the cache.
+    pub admitted: Vec<(RequestId, usize)>,
+    pub decoding: usize,
+    pub prefill: usize,
+}
+
+pub struct Scheduler {
+    limits: Limits,
+    pub waiting: Vec<Sequence>,
+    pub running: Vec<Sequence>,
+    shares: FairShares,
+    cost: CostModel,
+    /// Whose turn it is, since when, and when each group had its last.
+    group: Option<AdapterId>,
+    group_since: Instant,
+    last_turn: BTreeMap<Option<AdapterId>, u64>,
+    turns: u64,
+    pub preemptions: u64,
+    /// Prompt tokens looked up and found.
+    pub prefix_queries: u64,
+    pub prefix_hits: u64,
+}
+
+impl Scheduler {
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            waiting: Vec::new(),
+            running: Vec::new(),
+            shares: FairShares::default(),
+            cost: CostModel::new(limits.target_step, limits.batch_tokens),
+            group: None,
+            group_since: Instant::now(),
+            last_turn: BTreeMap::new(),
+            turns: 0,
+            preemptions: 0,
+            prefix_queries: 0,
+            prefix_hits: 0,
+        }
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.waiting.len() >= self.limits.queue_limit
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    pub fn push(&mut self, sequence: Sequence) {
+        let active = self.waiting.iter().chain(&self.running).map(|other| other.facts.fair_key);
+        self.shares.arrive(sequence.facts.fair_key, active);
+        self.waiting.push(sequence);
+    }
+
+    /// The next step; empty when nobody can run.
+    pub fn schedule(&mut self, kv: &mut KvCache) -> Plan {
+        let mut plan = Plan::default();
+        self.admit(kv, &mut plan);
+        self.take_turns();
+        plan.adapter = self.group;
+        self.grow(kv);
+        let order = self.order();
+        let decoding = order.iter().filter(|&&index| self.running[index].is_decoding()).count();
+        let mut budget = self.cost.budget(decoding);
+        let mut prompt_logits = MAX_PROMPT_LOGITS;
+        for index in order {
+            let sequence = &self.running[index];
+            let all = sequence.wants_prompt_logits() && sequence.output_len() == 0;
+            let limit = if all { budget.min(prompt_logits) } else { budget };
+            let rows = sequence.todo().min(limit);
+            if rows == 0 {
+                continue;
+            }
+            budget -= rows;
+            let samples = rows == sequence.todo();
+            let wants = match (all, samples) {
+                (true, _) => {
+                    prompt_logits -= rows;
+                    Wants::AllLogits
+                }
+                (false, true) => Wants::LastLogits,
+                (false, false) => Wants::Nothing,
+            };
+            if sequence.is_decoding() {
+                plan.decoding += 1;
+            } else {
+                plan.prefill += rows;
+            }
+            plan.work.push(Work { index, rows, wants, samples });
+        }
+        plan
+    }
+
+    /// What the step cost, and who is to be charged for it.
+    pub fn observe(&mut self, plan: &Plan, took: Duration) {
+        self.cost.observe(plan.decoding, plan.prefill, took);
+        for work in &plan.work {
+            let sequence = &self.running[work.index];
+            let output = usize::from(sequence.is_decoding());
+            self.shares.charge(sequence.facts.fair_key, work.rows - output, output);
+        }
+    }
+
+    /// Longest recent step in seconds, decayed.
+    pub fn longest_step(&self) -> f32 {
+        self.cost.longest()
+    }
+
+    /// Takes out every sequence of a request. The caller retires their pages.
+    pub fn remove(&mut self, request: RequestId) -> Vec<Sequence> {
+        let mine = |sequence: &mut Sequence| sequence.key.request == request;
+        let mut removed: Vec<_> = self.running.extract_if(.., mine).collect();
+        removed.extend(self.waiting.extract_if(.., mine));
+        removed
+    }
+
+    pub fn sequence_mut(&mut self, key: SeqKey) -> Option<&mut Sequence> {
+        self.sequences_mut().find(|sequence| sequence.key == key)
+    }
+
+    /// Takes out one sequence. The caller retires its pages.
+    pub fn take(&mut self, key: SeqKey) -> Option<Sequence> {
+        if let Some(at) = self.running.iter().position(|s| s.key == key) {
+            return Some(self.running.remove(at));
+        }
+        let at = self.waiting.iter().position(|s| s.key == key)?;
+        Some(self.waiting.remove(at))
+    }
+
+    /// Every sequence, running or waiting.
+    pub fn sequences_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.running.iter_mut().chain(&mut self.waiting)
+    }
+
+    pub fn uses_adapter(&self, adapter: AdapterId) -> bool {
+        self.running.iter().chain(&self.waiting).any(|s| s.facts.adapter == Some(adapter))
+    }
+
+    /// Adapters with requests that are not having their turn.
+    pub fn adapters_waiting(&self) -> usize {
+        let mut others: Vec<_> = self
+            .running
+            .iter()
+            .chain(&self.waiting)
+            .map(|sequence| sequence.facts.adapter)
+            .filter(|&adapter| adapter.is_some() && adapter != self.group)
+            .collect();
+        others.sort_unstable();
+        others.dedup();
+        others.len()
+    }
+
+    /// Moves waiting sequences into the cache while there is room.
+    fn admit(&mut self, kv: &mut KvCache, plan: &mut Plan) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let mut slots: usize = self.running.iter().map(Sequence::slots).sum();
+        for key in self.candidates(kv) {
+            let Some(at) = self.waiting.iter().position(|s| s.key == key) else { continue };
+            let sequence = &self.waiting[at];
+            if slots + sequence.slots() > self.limits.max_sequences {
+                return;
+            }
+            // Room for everyone who runs to go on for a page: admitting is not worth preempting.
+            let cached = kv.prospect(sequence.facts.cache_key, &sequence.tokens).cached;
+            let needed = (sequence.tokens.len() - cached).div_ceil(PAGE_TOKENS);
+            let room = kv.total_pages() - kv.held_pages();
+            if !self.running.is_empty() && needed + self.running.len() > room {
+                return;
+            }
+            let reuse = !sequence.wants_prompt_logits() || sequence.output_len() > 0;
+            let facts = &sequence.facts;
+            let Some(admission) = kv.admit(facts.cache_key, &sequence.tokens, reuse) else {
+                return;
+            };
+            let mut sequence = self.waiting.remove(at);
+            slots += sequence.slots();
+            self.prefix_queries += sequence.tokens.len() as u64;
+            self.prefix_hits += admission.cached as u64;
+            plan.admitted.push((sequence.key.request, admission.cached));
+            sequence.computed = admission.cached;
+            sequence.pages = Some(admission.pages);
+            self.running.push(sequence);
+        }
+    }
+
+    /// Waiting sequences that could start now, in the order in which they should. One whose prefix
+    /// is being computed for another is left for a later step.
+    fn candidates(&self, kv: &KvCache) -> Vec<SeqKey> {
+        let now = Instant::now();
+        let mut waiting: Vec<_> = self.waiting.iter().collect();
+        let standing = |sequence: &Sequence| {
+            let facts = &sequence.facts;
+            let old = now.duration_since(facts.arrived) > OLD;
+            let served = if old { 0 } else { self.shares.counter(facts.fair_key) as u64 };
+            (Reverse(facts.priority), !old, served)
+        };
+        waiting.sort_by_key(|sequence| (standing(sequence), sequence.facts.arrived));
+        waiting.truncate(CANDIDATES);
+        let mut candidates: Vec<_> = waiting
+            .into_iter()
+            .filter_map(|sequence| {
+                let prospect = kv.prospect(sequence.facts.cache_key, &sequence.tokens);
+                let (priority, young, served) = standing(sequence);
+                let cached = if young { prospect.cached } else { 0 };
+                let place = (priority, young, served, Reverse(cached), sequence.facts.arrived);
+                (prospect.pending == 0).then_some((place, sequence.key))
+            })
+            .collect();
+        candidates.sort_unstable();
+        candidates.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// Picks the adapter whose turn it is.
+    fn take_turns(&mut self) {
+        if self.limits.mixes_adapters {
+            return;
+        }
+        let mut groups: Vec<_> = self
+            .running
+            .iter()
+            .filter(|sequence| sequence.is_runnable())
+            .map(|sequence| sequence.facts.adapter)
+            .collect();
+        groups.sort_unstable();
+        groups.dedup();
+        let current_runs = groups.contains(&self.group);
+        if groups.is_empty() || (current_runs && groups.len() == 1) {
+            return;
+        }
+        if current_runs && self.group_since.elapsed() < QUANTUM {
+            return;
+        }
+        let last = |group: &Option<AdapterId>| self.last_turn.get(group).copied().unwrap_or(0);
+        let others = groups.iter().filter(|&&group| group != self.group || !current_runs);
+        let Some(&next) = others.min_by_key(|group| last(group)) else { return };
+        self.turns += 1;
+        self.last_turn.insert(self.group, self.turns);
+        self.last_turn.retain(|group, _| groups.contains(group));
+        self.group = next;
+        self.group_since = Instant::now();
+    }
+
+    /// Makes sure that everyone who decodes has a page for the next token; puts others back if
+    /// need be.
+    fn grow(&mut self, kv: &mut KvCache) {
+        let mut index = 0;
+        while index < self.running.len() {
+            let sequence = &mut self.running[index];
+            let length = sequence.tokens.len();
+            let grown = match &mut sequence.pages {
+                Some(pages) if pages.capacity() < length => kv.grow(pages, length),
+                _ => true,
+            };
+            if grown {
+                index += 1;
+                continue;
+            }
+            let victim = self.victim();
+            self.preempt(victim, kv);
+            // Everyone behind the victim moved up by one.
+            index -= usize::from(victim < index);
+        }
+    }
+
+    /// The sequence that gives way: lowest priority, then latest arrival.
+    fn victim(&self) -> usize {
+        let place = |index: &usize| {
+            let sequence = &self.running[*index];
+            (Reverse(sequence.facts.priority), sequence.facts.arrived, sequence.key)
+        };
+        (0..self.running.len()).max_by_key(place).expect("someone wanted a page")
+    }
+
+    /// Puts a sequence back into the queue; it is computed again when its turn comes, as far as
+    /// its pages are gone by then.
+    fn preempt(&mut self, index: usize, kv: &mut KvCache) {
+        let mut sequence = self.running.remove(index);
+        if let Some(pages) = sequence.pages.take() {
+            kv.retire(pages);
+        }
+        sequence.computed = 0;
+        self.preemptions += 1;
+        self.waiting.push(sequence);
+    }
+
+    /// Runnable sequences of the group whose turn it is: decoding ones first, then by priority
+    /// and age.
+    fn order(&self) -> Vec<usize> {
+        let mut order: Vec<_> = (0..self.running.len())
+            .filter(|&index| {
+                let sequence = &self.running[index];
+                let turn = self.limits.mixes_adapters || sequence.facts.adapter == self.group;
+                turn && sequence.is_runnable()
+            })
+            .collect();
+        order.sort_by_key(|&index| {
+            let sequence = &self.running[index];
+            let facts = &sequence.facts;
+            (!sequence.is_decoding(), Reverse(facts.priority), facts.arrived, sequence.key)
+        });
+        order
+    }
+}

@@ -1,0 +1,206 @@
+//! The step loop: schedule -> run -> sample -> emit.
+
+use super::grammar::MaskWorker;
+use super::kv::{KvCache, SlotChange};
+use super::orders::Order;
+use super::outbox::Outbox;
+use super::runner::{Batch, BatchSequence, ModelRunner, RunnerError, Wants};
+use super::sampler::Scratch;
+use super::scheduler::{Limits, Plan, Scheduler};
+use super::sequence::SeqKey;
+use super::tokenizer::Tokenizer;
+use crate::ipc::{AdapterId, EngineError, FromEngine, LoadSpec, RequestId, Token};
+use crossbeam_channel::{Receiver, Sender};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// One is enough: a mask takes a fraction of a step.
+const MASK_THREADS: usize = 1;
+
+/// An embedding call in progress: one input per turn, so that nobody waits for a long list.
+pub(super) struct Embedding {
+    pub call: u64,
+    pub inputs: VecDeque<Vec<Token>>,
+    pub tokens: u32,
+    pub vectors: Vec<Vec<f32>>,
+}
+
+pub struct StepLoop {
+    pub(super) runner: Box<dyn ModelRunner>,
+    pub(super) tokenizer: Arc<dyn Tokenizer>,
+    pub(super) scheduler: Scheduler,
+    pub(super) kv: KvCache,
+    pub(super) outbox: Outbox,
+    pub(super) orders: Receiver<Order>,
+    /// Requests that were cancelled before they came out of intake.
+    pub(super) cancelled: HashSet<RequestId>,
+    pub(super) embeddings: VecDeque<Embedding>,
+    /// Digests of the installed adapters.
+    pub(super) adapters: HashMap<AdapterId, [u8; 32]>,
+    /// Removed as soon as nobody uses them.
+    pub(super) retiring: Vec<AdapterId>,
+    pub(super) scratch: Scratch,
+    /// A copy of the model's own logits, where they are needed after sampling.
+    pub(super) row: Vec<f32>,
+    masks: MaskWorker<SeqKey>,
+    batch: Batch,
+}
+
+impl StepLoop {
+    pub fn new(
+        runner: Box<dyn ModelRunner>,
+        spec: &LoadSpec,
+        orders: Receiver<Order>,
+        frames: Sender<FromEngine>,
+    ) -> Result<Self, EngineError> {
+        let info = runner.info();
+        let limits = Limits {
+            max_sequences: info.max_sequences as usize,
+            batch_tokens: spec.batch_tokens as usize,
+            target_step: Duration::from_millis(u64::from(spec.target_step_ms)),
+            queue_limit: spec.queue_limit as usize,
+            mixes_adapters: info.mixes_adapters,
+        };
+        let kv = KvCache::new(
+            info.kv_pages,
+            runner.slots(),
+            runner.slots_hold_pages(),
+            info.shares_prefixes,
+        );
+        Ok(Self {
+            tokenizer: runner.tokenizer(),
+            scheduler: Scheduler::new(limits),
+            kv,
+            outbox: Outbox::new(frames),
+            orders,
+            cancelled: HashSet::new(),
+            embeddings: VecDeque::new(),
+            adapters: HashMap::new(),
+            retiring: Vec::new(),
+            scratch: Scratch::default(),
+            row: Vec::new(),
+            masks: MaskWorker::new(MASK_THREADS, limits.max_sequences)?,
+            batch: Batch::default(),
+            runner,
+        })
+    }
+
+    /// Runs until it is told to leave.
+    pub fn run(mut self) {
+        let mut idle = true;
+        while self.take_orders(idle) {
+            let embedded = self.embed_one();
+            let stepped = self.step();
+            idle = !embedded && !stepped;
+            self.outbox.report(&self.scheduler, &self.kv, self.adapters.len(), idle);
+        }
+    }
+
+    /// One step. False when nobody could run.
+    fn step(&mut self) -> bool {
+        let plan = self.scheduler.schedule(&mut self.kv);
+        self.prepare(&plan);
+        if plan.work.is_empty() {
+            return false;
+        }
+        self.submit_masks(&plan);
+        let started = Instant::now();
+        let ran = self.runner.step(&self.batch);
+        let took = started.elapsed();
+        self.collect_masks();
+        match ran {
+            Ok(()) => {
+                self.scheduler.observe(&plan, took);
+                self.outbox.stepped(self.batch.tokens.len(), plan.decoding, plan.prefill);
+                for (key, row) in self.commit(&plan) {
+                    self.sample(key, row);
+                }
+            }
+            Err(error) => self.fail_batch(&plan, &error),
+        }
+        self.outbox.flush();
+        true
+    }
+
+    /// Brings the runner's cache in line with the plan and fills the batch.
+    fn prepare(&mut self, plan: &Plan) {
+        for change in self.kv.take_changes() {
+            match change {
+                SlotChange::Fork(from, to, tokens) => self.runner.fork(from, to, tokens),
+                SlotChange::Truncate(slot, tokens) => self.runner.truncate(slot, tokens),
+                SlotChange::Release(slot) => self.runner.release(slot),
+            }
+        }
+        for &(request, cached) in &plan.admitted {
+            self.outbox.started(request, cached);
+        }
+        self.batch.clear();
+        self.batch.adapter = plan.adapter;
+        for work in &plan.work {
+            let sequence = &self.scheduler.running[work.index];
+            let pages = sequence.pages.as_ref().expect("running sequences have pages");
+            let (start, from) = (self.batch.tokens.len(), sequence.computed);
+            self.batch.tokens.extend_from_slice(&sequence.tokens[from..from + work.rows]);
+            self.batch.sequences.push(BatchSequence {
+                slot: pages.slot,
+                rows: start..start + work.rows,
+                position: from,
+                wants: work.wants,
+                pages: pages.page_ids().collect(),
+            });
+        }
+    }
+
+    /// Masks depend only on what has been sampled: they are computed while the model runs.
+    fn submit_masks(&mut self, plan: &Plan) {
+        for work in plan.work.iter().filter(|work| work.samples) {
+            let sequence = &mut self.scheduler.running[work.index];
+            if let Some(grammar) = sequence.grammar.take_if(|grammar| grammar.needs_mask()) {
+                self.masks.submit(sequence.key, grammar);
+            }
+        }
+    }
+
+    fn collect_masks(&mut self) {
+        for masked in self.masks.collect() {
+            if let Some(sequence) = self.scheduler.sequence_mut(masked.key) {
+                sequence.grammar = Some(masked.grammar);
+                sequence.failed = masked.result.err();
+            }
+        }
+    }
+
+    /// The rows are computed. Answers which sequences can be given their next token, and from
+    /// which row's logits.
+    fn commit(&mut self, plan: &Plan) -> Vec<(SeqKey, usize)> {
+        let (mut complete, mut echoed) = (Vec::new(), Vec::new());
+        for (work, rows) in plan.work.iter().zip(&self.batch.sequences) {
+            let sequence = &mut self.scheduler.running[work.index];
+            sequence.computed += work.rows;
+            let pages = sequence.pages.as_mut().expect("running sequences have pages");
+            self.kv.commit(pages, &sequence.tokens[..sequence.computed]);
+            let key = sequence.key;
+            if work.samples {
+                complete.push((key, rows.rows.end - 1));
+            }
+            if work.wants == Wants::AllLogits {
+                echoed.push((key, rows.rows.clone(), rows.position));
+            }
+        }
+        for (key, rows, position) in echoed {
+            self.score_prompt(key, rows, position);
+        }
+        complete
+    }
+
+    /// The runner could not do the step: everyone in it fails, everyone else goes on.
+    fn fail_batch(&mut self, plan: &Plan, error: &RunnerError) {
+        tracing::error!("a step of {} rows failed: {error}", self.batch.tokens.len());
+        let requests: Vec<_> =
+            plan.work.iter().map(|work| self.scheduler.running[work.index].key.request).collect();
+        for request in requests {
+            self.fail(request, EngineError::internal(format!("the model failed: {error}")));
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Text to tokens and back, for any thread of the engine.
+
+use crate::ipc::Token;
+
+/// A model's vocabulary and its tokenizer.
+pub trait Tokenizer: Send + Sync {
+    fn vocab(&self) -> &Vocab;
+    /// `add_special` puts BOS in front where the vocabulary asks for one; `parse_special`
+    /// recognises control tokens in the text.
+    fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token>;
+}
+
+/// The vocabulary's fixed facts, read once.
+#[derive(Debug)]
+pub struct Vocab {
+    /// All pieces, one after another.
+    bytes: Vec<u8>,
+    /// (tokens + 1) offsets into `bytes`.
+    offsets: Vec<u32>,
+    control: Vec<bool>,
+    end_of_generation: Vec<bool>,
+    pub bos: Option<Token>,
+    pub eos: Option<Token>,
+    /// Prefix, suffix and middle marks, where the model can fill in.
+    pub infill: Option<[Token; 3]>,
+}
+
+impl Vocab {
+    /// `pieces` are (bytes, is control, ends generation) by token id.
+    pub fn new(pieces: impl IntoIterator<Item = (Vec<u8>, bool, bool)>) -> Self {
+        let mut vocab = Self {
+            bytes: Vec::new(),
+            offsets: vec![0],
+            control: Vec::new(),
+            end_of_generation: Vec::new(),
+            bos: None,
+            eos: None,
+            infill: None,
+        };
+        for (bytes, control, end) in pieces {
+            vocab.bytes.extend_from_slice(&bytes);
+            vocab.offsets.push(u32::try_from(vocab.bytes.len()).unwrap_or(u32::MAX));
+            vocab.control.push(control);
+            vocab.end_of_generation.push(end);
+        }
+        vocab
+    }
+
+    pub fn len(&self) -> usize {
+        self.control.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.control.is_empty()
+    }
+
+    /// A token's bytes, control tokens by their text; empty for an unknown id.
+    pub fn piece(&self, token: Token) -> &[u8] {
+        let at = token as usize;
+        match (self.offsets.get(at), self.offsets.get(at + 1)) {
+            (Some(&from), Some(&to)) => &self.bytes[from as usize..to as usize],
+            _ => &[],
+        }
+    }
+
+    pub fn is_control(&self, token: Token) -> bool {
+        self.control.get(token as usize).copied().unwrap_or(false)
+    }
+
+    /// End of turn, end of text and the like.
+    pub fn ends_generation(&self, token: Token) -> bool {
+        self.end_of_generation.get(token as usize).copied().unwrap_or(false)
+    }
+
+    /// Bytes as they appear in output: nothing for control tokens unless asked for, nothing for
+    /// those that end generation.
+    pub fn output_piece(&self, token: Token, render_special: bool) -> &[u8] {
+        if self.ends_generation(token) || (self.is_control(token) && !render_special) {
+            return &[];
+        }
+        self.piece(token)
+    }
+
+    /// All tokens that end generation.
+    pub fn end_tokens(&self) -> Vec<Token> {
+        (0..self.len() as Token).filter(|&token| self.ends_generation(token)).collect()
+    }
+
+    /// Control tokens by text.
+    pub fn control_tokens(&self) -> Vec<(String, Token)> {
+        (0..self.len() as Token)
+            .filter(|&token| self.is_control(token))
+            .map(|token| (String::from_utf8_lossy(self.piece(token)).into_owned(), token))
+            .collect()
+    }
+}

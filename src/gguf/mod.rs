@@ -1,0 +1,42 @@
+//! GGUF files: reading them without trust, writing them atomically, and LoRA adapters in between.
+//!
+//! | file | what |
+//! |---|---|
+//! | `types.rs` | tensor types, metadata values |
+//! | `error.rs` | [`GgufError`], one sentence each |
+//! | `parser.rs` | bounded numbers, strings and values |
+//! | `reader.rs` | [`Gguf`]: checked header, memory-mapped tensors |
+//! | `facts.rs` | [`ModelFacts`]: what serving needs to know of a model, from its header alone |
+//! | `tokens.rs` | [`TokenizerFacts`]: the special tokens and templates within those facts |
+//! | `writer.rs` | [`GgufWriter`] |
+//! | `peft.rs` | PEFT folders: configuration, tensor names |
+//! | `lora.rs` | [`peft_to_gguf`] |
+//! | `lora_check.rs` | [`check_lora_gguf`] |
+//! | `fixture.rs` | tiny models for tests |
+//!
+//! Every file is untrusted input: no length, offset, count or shape is used before it was compared
+//! with the size of the file, and no allocation is larger than a small multiple of that size.
+
+mod error;
+mod facts;
+#[doc(hidden)]
+pub mod fixture;
+mod lora;
+mod lora_check;
+mod parser;
+mod peft;
+mod reader;
+#[cfg(test)]
+mod tests;
+mod tokens;
+mod types;
+mod writer;
+
+pub use error::GgufError;
+pub use facts::{KvType, ModelFacts, PoolingType, SplitFacts};
+pub use lora::{LoraError, LoraInfo, peft_to_gguf};
+pub use lora_check::check_lora_gguf;
+pub use reader::{Gguf, TensorInfo};
+pub use tokens::{SpecialToken, TokenizerFacts};
+pub use types::{Array, TensorType, UnknownTensorType, Value};
+pub use writer::GgufWriter;

@@ -1,0 +1,323 @@
+//! PEFT adapter folders: what `adapter_config.json` asks for, and which GGUF tensor each module is.
+//!
+//! Source: `peft/tuners/lora/config.py` for the configuration; `conversion/*.py` and
+//! `gguf-py/gguf/tensor_mapping.py` of llama.cpp for names.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Map, Value as Json};
+
+use crate::gguf::LoraError;
+
+/// Bytes of `adapter_config.json`, at most.
+const MAX_CONFIG: u64 = 1 << 20;
+/// Ranks past this are no low-rank adapters.
+pub(crate) const MAX_RANK: u64 = 8192;
+
+/// The parts of `adapter_config.json` that change what an adapter computes.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct PeftConfig {
+    pub rank: u64,
+    pub alpha: f64,
+    /// Scale by `alpha / sqrt(rank)` rather than `alpha / rank`.
+    pub rslora: bool,
+    /// Whether single modules may have another rank (`rank_pattern`).
+    pub mixed_ranks: bool,
+}
+
+/// Keys that must be absent, null, false or empty, and why.
+const REFUSED: &[(&str, &str)] = &[
+    ("use_dora", "DoRA adds a magnitude vector, which a LoRA GGUF cannot hold"),
+    ("modules_to_save", "whole modules cannot be part of a LoRA GGUF; merge them into the base"),
+    ("alpha_pattern", "alphas that differ between modules are not supported"),
+    ("lora_bias", "biases cannot be part of a LoRA GGUF"),
+    ("fan_in_fan_out", "transposed base weights are not supported"),
+    ("layer_replication", "replicated layers are not supported"),
+    ("target_parameters", "LoRA on bare parameters is not supported"),
+    ("trainable_token_indices", "trained token rows cannot be part of a LoRA GGUF"),
+    ("alora_invocation_tokens", "activated LoRA is not supported"),
+    ("invocation_string", "activated LoRA is not supported"),
+    ("use_qalora", "QALoRA pools its input, which a LoRA GGUF cannot express"),
+    ("use_bdlora", "block-diagonal LoRA is not supported"),
+    ("arrow_config", "Arrow routing is not supported"),
+    ("megatron_config", "Megatron adapters are not supported"),
+];
+
+impl PeftConfig {
+    /// Reads `adapter_config.json`.
+    ///
+    /// # Errors
+    /// [`LoraError::Config`] with the key at fault.
+    pub fn read(folder: &Path) -> Result<PeftConfig, LoraError> {
+        let path = folder.join("adapter_config.json");
+        let io = |source| LoraError::Io { file: "adapter_config.json", source };
+        let about = fs::metadata(&path).map_err(io)?;
+        if !about.is_file() || about.len() > MAX_CONFIG {
+            return Err(LoraError::Folder(
+                "adapter_config.json is not a file of up to 1 MiB".into(),
+            ));
+        }
+        let text = fs::read(&path).map_err(io)?;
+        let config: Map<String, Json> = serde_json::from_slice(&text)
+            .map_err(|e| LoraError::Folder(format!("adapter_config.json is not JSON: {e}")))?;
+        PeftConfig::from_json(&config)
+    }
+
+    fn from_json(config: &Map<String, Json>) -> Result<PeftConfig, LoraError> {
+        let fail = |key: &str, reason: String| LoraError::Config { key: key.to_owned(), reason };
+        match config.get("peft_type").and_then(Json::as_str) {
+            Some("LORA") => {}
+            other => {
+                let found = other.unwrap_or("absent");
+                return Err(fail(
+                    "peft_type",
+                    format!("it is {found}, but only LORA is supported"),
+                ));
+            }
+        }
+        for &(key, reason) in REFUSED {
+            let unset = match config.get(key) {
+                None | Some(Json::Null | Json::Bool(false)) => true,
+                Some(Json::Array(list)) => list.is_empty(),
+                Some(Json::Object(map)) => map.is_empty(),
+                Some(Json::String(text)) => text.is_empty(),
+                Some(_) => false,
+            };
+            if !unset {
+                return Err(fail(key, reason.to_owned()));
+            }
+        }
+        match config.get("bias") {
+            None | Some(Json::Null) => {}
+            Some(Json::String(bias)) if bias == "none" => {}
+            Some(_) => {
+                let reason = "only 'none' is supported: biases cannot be part of a LoRA GGUF";
+                return Err(fail("bias", reason.into()));
+            }
+        }
+        let rank = config.get("r").and_then(Json::as_u64);
+        let Some(rank) = rank.filter(|r| (1..=MAX_RANK).contains(r)) else {
+            return Err(fail("r", format!("it must be a whole number from 1 to {MAX_RANK}")));
+        };
+        // Zero would switch the adapter off in PEFT, but means "unscaled" to llama.cpp.
+        let alpha = config.get("lora_alpha").and_then(Json::as_f64);
+        let Some(alpha) = alpha.filter(|&a| a != 0.0 && (a as f32).is_normal()) else {
+            return Err(fail("lora_alpha", "it must be a number other than 0".into()));
+        };
+        let rslora = match config.get("use_rslora") {
+            None | Some(Json::Null) => false,
+            Some(Json::Bool(on)) => *on,
+            Some(_) => return Err(fail("use_rslora", "it must be true or false".into())),
+        };
+        let mixed_ranks = match config.get("rank_pattern") {
+            None | Some(Json::Null) => false,
+            Some(Json::Object(map)) => !map.is_empty(),
+            Some(_) => return Err(fail("rank_pattern", "it must be an object".into())),
+        };
+        Ok(PeftConfig { rank, alpha, rslora, mixed_ranks })
+    }
+
+    /// The alpha to write. llama.cpp scales each module by `alpha / its rank`.
+    pub fn gguf_alpha(&self) -> f32 {
+        let boost = if self.rslora { (self.rank as f64).sqrt() } else { 1.0 };
+        (self.alpha * boost) as f32
+    }
+
+    /// What B of a module with `rank` must be multiplied with, so that llama.cpp's scale becomes
+    /// PEFT's. 1 except for rsLoRA with a rank pattern.
+    pub fn correction(&self, rank: u64) -> f32 {
+        if !self.rslora || rank == self.rank {
+            return 1.0;
+        }
+        // PEFT: alpha / sqrt(rank). llama.cpp: alpha * sqrt(self.rank) / rank.
+        ((rank as f64).sqrt() / (self.rank as f64).sqrt()) as f32
+    }
+}
+
+/// Which half of a pair a tensor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Half {
+    A,
+    B,
+}
+
+/// How PEFT's factor relates to the one in the GGUF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// The same rows.
+    Plain,
+    /// Rows of B are reordered within each of these many heads.
+    Heads(u64),
+    /// A is transposed: it is a table of rows by token.
+    Embedding,
+}
+
+/// A base tensor that a module of the adapter changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// Name in the GGUF, such as `blk.3.attn_q.weight`.
+    pub tensor: String,
+    /// The same without layer and ending: `attn_q`.
+    pub short: &'static str,
+    pub layout: Layout,
+}
+
+/// Splits `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight` into the module's path and the
+/// half. `None` if it is not a LoRA tensor.
+pub(crate) fn split_name(name: &str) -> Option<(&str, Half)> {
+    // Saved state dicts drop the adapter's name, in-memory ones say "default".
+    const ENDINGS: &[(&str, Half)] = &[
+        (".lora_A.weight", Half::A),
+        (".lora_B.weight", Half::B),
+        (".lora_A.default.weight", Half::A),
+        (".lora_B.default.weight", Half::B),
+        (".lora_embedding_A", Half::A),
+        (".lora_embedding_B", Half::B),
+        (".lora_embedding_A.default", Half::A),
+        (".lora_embedding_B.default", Half::B),
+    ];
+    ENDINGS.iter().find_map(|&(ending, half)| {
+        let path = name.strip_suffix(ending)?;
+        Some((path.strip_prefix("base_model.model.").unwrap_or(path), half))
+    })
+}
+
+/// Linear modules of a layer by their Hugging Face path. Phi-3 packs q, k, v and gate, up; llama.cpp
+/// keeps both packed in the same order, and the rows need no change.
+const LAYER_MODULES: &[(&str, &str)] = &[
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.qkv_proj", "attn_qkv"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("mlp.gate_up_proj", "ffn_up"),
+];
+
+/// Architectures whose GGUF holds q and k in the order of interleaved rotary embedding, while
+/// Hugging Face holds them in halves (`undo_permute` in `conversion/llama.py`).
+const INTERLEAVED: &[&str] = &["llama", "mistral3", "smollm3", "granite", "arcee"];
+/// Architectures with the same order on both sides.
+const SAME_ORDER: &[&str] = &["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"];
+
+/// Finds the base tensor for a module's path.
+///
+/// `heads(layer)` gives query heads and key heads of a layer. `Err` holds the reason.
+pub(crate) fn target(
+    path: &str,
+    arch: &str,
+    heads: impl Fn(usize) -> Option<(u64, u64)>,
+) -> Result<Target, String> {
+    if !INTERLEAVED.contains(&arch) && !SAME_ORDER.contains(&arch) {
+        return Err(format!("PEFT adapters for the architecture '{arch}' are not supported"));
+    }
+    let whole = |short: &'static str, layout| {
+        Ok(Target { tensor: format!("{short}.weight"), short, layout })
+    };
+    // Multimodal wrappers put the text model under further names, in either order.
+    let mut inner = path;
+    while let Some(rest) =
+        inner.strip_prefix("model.").or_else(|| inner.strip_prefix("language_model."))
+    {
+        inner = rest;
+    }
+    match inner {
+        "embed_tokens" => return whole("token_embd", Layout::Embedding),
+        "lm_head" => return whole("output", Layout::Plain),
+        _ => {}
+    }
+    let unknown = || format!("the architecture '{arch}' has no module '{path}'");
+    let (layer, module) =
+        inner.strip_prefix("layers.").and_then(|rest| rest.split_once('.')).ok_or_else(unknown)?;
+    let layer: usize = layer.parse().map_err(|_| unknown())?;
+    let (n_head, n_head_kv) =
+        heads(layer).ok_or_else(|| format!("the base has no layer {layer}"))?;
+    let &(_, short) = LAYER_MODULES.iter().find(|(hf, _)| *hf == module).ok_or_else(unknown)?;
+    let layout = match short {
+        "attn_q" if INTERLEAVED.contains(&arch) => Layout::Heads(n_head),
+        "attn_k" if INTERLEAVED.contains(&arch) => Layout::Heads(n_head_kv),
+        _ => Layout::Plain,
+    };
+    Ok(Target { tensor: format!("blk.{layer}.{short}.weight"), short, layout })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(extra: &str) -> Result<PeftConfig, LoraError> {
+        let text = format!(r#"{{"peft_type":"LORA","r":8,"lora_alpha":16{extra}}}"#);
+        PeftConfig::from_json(&serde_json::from_str(&text).unwrap())
+    }
+
+    #[test]
+    fn defaults_written_out_are_accepted() {
+        let text = r#","bias":"none","use_dora":false,"modules_to_save":null,"alpha_pattern":{},
+            "rank_pattern":{},"use_rslora":false,"lora_bias":false,"layer_replication":null"#;
+        let config = config(text).unwrap();
+        assert_eq!((config.gguf_alpha(), config.correction(4)), (16.0, 1.0));
+    }
+
+    #[test]
+    fn what_cannot_be_expressed_is_refused_by_name() {
+        for (extra, key) in [
+            (r#","use_dora":true"#, "use_dora"),
+            (r#","modules_to_save":["lm_head"]"#, "modules_to_save"),
+            (r#","alpha_pattern":{"q_proj":2}"#, "alpha_pattern"),
+            (r#","bias":"all""#, "bias"),
+            (r#","r":0"#, "r"),
+            (r#","r":-3"#, "r"),
+            (r#","lora_alpha":0"#, "lora_alpha"),
+            (r#","lora_alpha":1e300"#, "lora_alpha"),
+            (r#","peft_type":"LOHA""#, "peft_type"),
+            (r#","use_rslora":1"#, "use_rslora"),
+            (r#","rank_pattern":[1]"#, "rank_pattern"),
+        ] {
+            let error = config(extra).unwrap_err().to_string();
+            assert!(error.contains(&format!("'{key}'")), "{error}");
+        }
+    }
+
+    #[test]
+    fn rslora_scales_like_peft_whatever_the_rank() {
+        let config = config(r#","use_rslora":true,"rank_pattern":{"q_proj":2}"#).unwrap();
+        for rank in [2u64, 8, 32] {
+            let llama_cpp = config.gguf_alpha() / rank as f32 * config.correction(rank);
+            assert!((llama_cpp - 16.0 / (rank as f32).sqrt()).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn modules_find_their_tensors() {
+        let find = |path, arch| target(path, arch, |layer| (layer < 2).then_some((4, 2)));
+        let q = find("model.layers.1.self_attn.q_proj", "llama").unwrap();
+        assert_eq!((q.tensor.as_str(), q.layout), ("blk.1.attn_q.weight", Layout::Heads(4)));
+        let k = find("model.layers.0.self_attn.k_proj", "llama").unwrap();
+        assert_eq!(k.layout, Layout::Heads(2));
+        let q = find("model.language_model.layers.0.self_attn.q_proj", "gemma3").unwrap();
+        assert_eq!((q.tensor.as_str(), q.layout), ("blk.0.attn_q.weight", Layout::Plain));
+        let packed = find("model.layers.0.mlp.gate_up_proj", "phi3").unwrap();
+        assert_eq!(packed.tensor, "blk.0.ffn_up.weight");
+        assert_eq!(find("lm_head", "qwen2").unwrap().tensor, "output.weight");
+        for (path, arch) in [
+            ("model.layers.2.self_attn.q_proj", "llama"),
+            ("model.layers.0.block_sparse_moe.experts.0.w1", "llama"),
+            ("model.layers.0.self_attn.q_proj", "mamba"),
+            ("vision_tower.layers.0.q_proj", "gemma3"),
+        ] {
+            assert!(find(path, arch).is_err(), "{path}");
+        }
+    }
+
+    #[test]
+    fn names_split_into_path_and_half() {
+        let name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight";
+        assert_eq!(split_name(name), Some(("model.layers.0.mlp.up_proj", Half::B)));
+        let name = "base_model.model.model.embed_tokens.lora_embedding_A";
+        assert_eq!(split_name(name), Some(("model.embed_tokens", Half::A)));
+        assert_eq!(split_name("base_model.model.model.norm.weight"), None);
+    }
+}
