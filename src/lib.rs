@@ -1,3 +1,52 @@
+//! Ingot: one binary that carries a language model through its whole life on one machine.
+//!
+//! This page is the map. What is here today serves any GGUF model through an OpenAI-compatible
+//! API; training, alignment, compression and our own kernels have their rooms reserved in the
+//! design and join the same walks.
+//!
+//! # Processes
+//!
+//! | role | started by | holds |
+//! |---|---|---|
+//! | gateway (`ingot serve`) | the user | HTTP, keys, validation, chat templates, store, registry, supervisor, metrics; no model code |
+//! | engine (`ingot engine`, hidden) | the gateway, one per loaded model | weights, tokenizer, scheduler, cache, sampler, grammars, adapters |
+//!
+//! An engine may die at any time: its requests fail with a clear error, it is restarted, and the
+//! gateway stays. Frames of [`ipc`] over a socket pair are all that crosses.
+//!
+//! # A request walks
+//!
+//! [`gateway::api`] (validated once) → [`gateway::template`] (rendered) → [`gateway::registry`]
+//! (model and adapter by name) → [`gateway::supervisor`] → [`ipc`] → [`engine`]: intake
+//! (tokenized, found to fit) → scheduler → [`engine::kv`] → [`engine::runner`] →
+//! [`engine::sampler`] → outbox → [`ipc`] → [`gateway::stream`].
+//!
+//! Types narrow on the way: JSON → `ChatRequest` → [`ipc::Generate`] → `Admissible` → `Sequence` →
+//! [`engine::runner::Batch`] → logits → [`ipc::Event`]. Nothing is checked twice, and no step
+//! calls back up the walk; `tests/it/layers.rs` holds the table of allowed edges.
+//!
+//! # Invariants
+//!
+//! - Pages: free + cached + held = total, after every operation ([`engine::kv`]).
+//! - Every request ends with exactly one `Done` or `Failed`, whatever happens to the engine.
+//! - What a client sends is an id or a name, never a path.
+//! - Everything is bounded: queues, bodies, grammars, templates, time. Overflow is an answer.
+//! - `unsafe` lives in `engine/runner/llama_cpp/` and `gguf/` (mmap) only.
+//!
+//! # Rooms
+//!
+//! | folder | what |
+//! |---|---|
+//! | [`cli`] | one file per verb |
+//! | [`config`] | raw options → resolved → immutable |
+//! | [`gateway`] | the HTTP side |
+//! | [`ipc`] | frames |
+//! | [`engine`] | the model side |
+//! | [`gguf`] | reading and writing GGUF, LoRA adapters |
+
+pub mod cli;
+pub mod config;
 pub mod engine;
+pub mod gateway;
 pub mod gguf;
 pub mod ipc;

@@ -1,3 +1,29 @@
-fn main() -> std::process::ExitCode {
-    ingot::engine::main()
+//! Arguments to role.
+
+use clap::Parser;
+use ingot::cli::{self, BenchCommand, Cli, CliError, Command};
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Engine => return ingot::engine::main(),
+        Command::Version => return cli::version::main(),
+        Command::Serve(options) => serve(*options),
+        Command::Run(options) => cli::run::main(options),
+        Command::Pull(options) => cli::pull::main(options),
+        Command::Models(options) => cli::models::main(options),
+        Command::Bench(BenchCommand::Serve(options)) => cli::bench_serve::main(*options),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("ingot: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn serve(options: ingot::config::ServeOptions) -> Result<ExitCode, CliError> {
+    ingot::gateway::serve(cli::serve_config(options)?)?;
+    Ok(ExitCode::SUCCESS)
 }

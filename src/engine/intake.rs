@@ -271,7 +271,7 @@ impl Desk {
         let limit = self.info.context_length as usize;
         let room = limit.saturating_sub(prompt);
         match wanted.map(|wanted| wanted as usize) {
-            Some(wanted) if wanted > room => Err(context_error(format!(
+            Some(wanted) if prompt.saturating_add(wanted) > limit => Err(context_error(format!(
                 "this model's maximum context length is {limit} tokens, but {} were requested \
                  ({prompt} in the prompt, {wanted} for the completion); shorten the prompt or \
                  lower max_tokens",

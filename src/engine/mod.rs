@@ -21,6 +21,8 @@ pub mod sampler;
 mod scheduler;
 mod sequence;
 mod step;
+#[cfg(test)]
+mod tests;
 mod text;
 pub mod tokenizer;
 
@@ -94,16 +96,18 @@ fn serve(
     to_load: Receiver<AdapterJob>,
     frames: Sender<FromEngine>,
 ) -> Result<(), FrameError> {
-    Desk::new(runner.tokenizer(), runner.info().clone()).open(to_check, &orders, &frames)?;
+    let mut info = runner.info().clone();
+    // What does not fit into the cache as a whole could never be run.
+    info.context_length = info.context_length.min(info.kv_pages * info.page_tokens);
+    Desk::new(runner.tokenizer(), info.clone()).open(to_check, &orders, &frames)?;
     let loader = runner.adapter_loader();
     let replies = frames.clone();
     std::thread::Builder::new()
         .name("loader".into())
         .spawn(move || load_adapters(&*loader, &to_load, &orders, &replies))?;
-    let info = Box::new(runner.info().clone());
     match step::StepLoop::new(runner, spec, to_do, frames.clone()) {
         Ok(steps) => {
-            let _ = frames.send(FromEngine::Loaded(info));
+            let _ = frames.send(FromEngine::Loaded(Box::new(info)));
             steps.run();
         }
         Err(error) => {

@@ -155,7 +155,7 @@ impl Outbox {
         progress.step_seconds = scheduler.longest_step();
         progress.running = scheduler.running.len() as u32;
         progress.waiting = scheduler.waiting.len() as u32;
-        progress.paused = scheduler.running.iter().filter(|s| s.paused).count() as u32;
+        progress.paused = scheduler.paused() as u32;
         progress.kv_pages_total = kv.total_pages() as u32;
         progress.kv_pages_cached = cached as u32;
         progress.kv_pages_used = (kv.total_pages() - kv.free_pages() - cached) as u32;

@@ -89,14 +89,19 @@ impl Sequence {
         self.todo() == 1 && self.output_len() > 0
     }
 
-    /// Rows of the prompt whose logits are wanted too.
+    /// Whether the logits of all rows of the prompt are wanted: none may come from the cache.
     pub fn wants_prompt_logits(&self) -> bool {
-        self.facts.echo && self.facts.logprobs.is_some()
+        self.facts.echo && self.facts.logprobs.is_some() && self.output_len() == 0
+    }
+
+    /// Whether it has to wait for its client. The first token is never held back.
+    pub fn is_stalled(&self) -> bool {
+        self.paused && self.output_len() > 0
     }
 
     /// Whether the scheduler may give it rows now.
     pub fn is_runnable(&self) -> bool {
-        self.pages.is_some() && !(self.paused && self.output_len() > 0)
+        self.pages.is_some() && !self.is_stalled()
     }
 
     /// Slots that it and the choices to come need.

@@ -3,6 +3,7 @@
 
 use crate::ipc::{EngineError, Grammar};
 use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::regex_to_lark;
 use serde_json::{Value, json};
 
 /// Longest grammar text, in bytes.
@@ -32,7 +33,8 @@ pub fn limits() -> ParserLimits {
         step_max_items: 50_000,
         // About 1-2 kB each.
         max_lexer_states: 50_000,
-        max_grammar_size: 250_000,
+        // Symbols. Some of the work is quadratic in those that may come at one point.
+        max_grammar_size: 40_000,
         precompute_large_lexemes: true,
         // They would echo the grammar and the text so far.
         verbose_errors: false,
@@ -77,9 +79,15 @@ pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
     }
     match grammar {
         Grammar::JsonObject => Ok(json_grammar(json!({"type": "object"}))),
-        Grammar::Regex(pattern) => Ok(TopLevelGrammar::from_regex(pattern)),
+        Grammar::Regex(pattern) => Ok(TopLevelGrammar::from_regex(&whole_match(pattern))),
         Grammar::Lark(text) if text.trim().is_empty() => {
             Err(invalid("the Lark grammar is empty; it needs a rule named start".into()))
+        }
+        Grammar::Lark(text) if text.matches('|').count() > MAX_ALTERNATIVES => {
+            Err(invalid(format!(
+                "the Lark grammar has more than {MAX_ALTERNATIVES} alternatives; write sets of words \
+             as one regular expression"
+            )))
         }
         Grammar::Lark(text) => Ok(TopLevelGrammar::from_lark(text.clone())),
         Grammar::JsonSchema(text) => {
@@ -91,6 +99,13 @@ pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
             }
             let schema: Value = serde_json::from_str(text)
                 .map_err(|error| invalid(format!("the JSON schema is not valid JSON: {error}")))?;
+            if work(&schema) > MAX_WORK {
+                return Err(invalid(
+                    "the JSON schema has objects of too many properties (about 2,000) or \
+                     patternProperties (about 60); split them"
+                        .into(),
+                ));
+            }
             match schema {
                 Value::Object(_) => Ok(json_grammar(schema)),
                 Value::Bool(true) => Ok(json_grammar(json!({}))),
@@ -109,6 +124,37 @@ fn json_grammar(mut schema: Value) -> TopLevelGrammar {
         object.insert("x-guidance".into(), json!({"whitespace_pattern": JSON_WHITESPACE}));
     }
     TopLevelGrammar::from_json_schema(schema)
+}
+
+/// The pattern as llguidance takes it: the whole output must match, so anchors at the ends say
+/// nothing and it has none; `\d` and `\w` are ASCII, as in JSON schema's patterns.
+fn whole_match(pattern: &str) -> String {
+    let pattern = pattern.strip_prefix('^').unwrap_or(pattern);
+    let pattern = match pattern.strip_suffix('$') {
+        Some(rest) if rest.bytes().rev().take_while(|&b| b == b'\\').count() % 2 == 0 => rest,
+        _ => pattern,
+    };
+    regex_to_lark(pattern, "dw")
+}
+
+/// Most alternatives of a Lark grammar: llguidance's first mask is quadratic in them.
+const MAX_ALTERNATIVES: usize = 10_000;
+/// Most [`work`] of a JSON schema: 2,000 properties of one object, about a second.
+const MAX_WORK: usize = 4_500_000;
+
+/// Steps of those parts of llguidance's JSON compiler that are quadratic and count no fuel: the
+/// order of an object's properties, and whether its patterns are disjoint.
+fn work(schema: &Value) -> usize {
+    let size = |value: &Value| value.as_object().map_or(0, |object| object.len());
+    match schema {
+        Value::Object(object) => {
+            let patterns = object.get("patternProperties").map_or(0, size);
+            let own = object.len().pow(2) + 1000 * patterns.pow(2);
+            own + object.values().map(work).sum::<usize>()
+        }
+        Value::Array(items) => items.iter().map(work).sum(),
+        _ => 0,
+    }
 }
 
 /// Deepest nesting of brackets outside of strings.
@@ -135,6 +181,13 @@ fn depth(text: &str) -> usize {
 /// Words llguidance's refusal of a grammar for the person who sent it.
 pub fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
     let advice = match grammar {
+        _ if cause.contains("coerce_one_of") => {
+            return EngineError::invalid(
+                param(grammar),
+                "the schema's oneOf has branches that are not told apart by a required constant \
+                 property; use anyOf instead",
+            );
+        }
         Grammar::JsonSchema(_) | Grammar::JsonObject => {
             "remove or rewrite the part named, or simplify the schema"
         }
@@ -156,6 +209,9 @@ pub fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
 /// llguidance's insides.
 fn cause_line(cause: &str) -> Option<String> {
     let line = cause.lines().map(str::trim).find(|line| !line.is_empty())?;
+    if line.starts_with("NoExtension") {
+        return Some("it allows no text of this model at all".into());
+    }
     if line.starts_with("panic") || line.contains("<non-verbose/>") {
         return None;
     }
@@ -176,6 +232,14 @@ mod tests {
         assert_eq!(depth(r#"{"a": [{"b": "[[[\"{{{"}]}"#), 3);
         assert_eq!(depth("]]]]{"), 1);
         assert_eq!(depth(""), 0);
+    }
+
+    #[test]
+    fn anchors_at_the_ends_are_dropped() {
+        assert_eq!(whole_match(r"^a|b$"), "a|b");
+        assert_eq!(whole_match(r"cost \$"), r"cost \$");
+        assert_eq!(whole_match(r"\\$"), r"\\");
+        assert_eq!(whole_match(r"/\d"), r"\/[0-9]");
     }
 
     #[test]

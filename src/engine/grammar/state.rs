@@ -2,11 +2,17 @@
 
 use super::{source, vocab};
 use crate::ipc::{EngineError, Grammar, Token};
-use llguidance::api::StopReason;
 use llguidance::{Matcher, ParserFactory};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use toktrie::{SimpleVob, TokEnv};
+
+/// A grammar whose first mask takes longer is refused.
+const SLOW_START: Duration = Duration::from_millis(500);
+/// A walk that takes longer for one step is ended: a step of the engine waits for all its masks.
+/// Far above what [`source::limits`] allow on a machine that is not starved.
+const SLOW_STEP: Duration = Duration::from_secs(2);
 
 /// A grammar ready for use; cheap to clone. Its walks share the lexer's tables, which grow as text
 /// is seen, so later requests find them warm.
@@ -35,9 +41,15 @@ impl CompiledGrammar {
         let parser = factory
             .create_parser(top_level)
             .map_err(|error| source::refusal(grammar, &format!("{error:#}")))?;
-        let fresh = Matcher::new(Ok(parser));
-        if let Some(error) = fresh.get_error() {
-            return Err(source::refusal(grammar, &error));
+        let mut fresh = Matcher::new(Ok(parser));
+        // The first mask now: walks begin with it ready, and a grammar that cannot begin, or only
+        // slowly, is refused before any stream starts.
+        let start = Instant::now();
+        fresh
+            .compute_mask_or_eos()
+            .map_err(|error| source::refusal(grammar, &error.to_string()))?;
+        if start.elapsed() > SLOW_START {
+            return Err(source::refusal(grammar, "it is too slow to follow"));
         }
         Ok(Self {
             inner: Arc::new(Compiled {
@@ -72,7 +84,7 @@ pub struct GrammarState {
     matcher: Matcher,
     /// Of the current position; `None` until asked for.
     mask: Option<SimpleVob>,
-    /// An error ends the walk; it is given again on every later call.
+    /// An error ends the walk and is given again on every later call.
     failed: Option<EngineError>,
     compiled: Arc<Compiled>,
 }
@@ -90,10 +102,8 @@ impl GrammarState {
             return Err(error.clone());
         }
         if self.mask.is_none() {
-            match self.matcher.compute_mask_or_eos() {
-                Ok(mask) => self.mask = Some(mask),
-                Err(_) => return Err(self.fail()),
-            }
+            let mask = self.step(Matcher::compute_mask_or_eos)?;
+            self.mask = Some(mask);
         }
         Ok(self.mask.as_ref().map_or(&[], SimpleVob::as_slice))
     }
@@ -114,7 +124,7 @@ impl GrammarState {
             };
         }
         self.mask = None;
-        self.matcher.consume_token(token).map_err(|_| self.fail())
+        self.step(|matcher| matcher.consume_token(token))
     }
 
     /// Takes text in whose tokens are not at hand, such as the rest of a trigger's token. False
@@ -140,13 +150,15 @@ impl GrammarState {
         if tokens.is_empty() {
             return Ok(true);
         }
-        match self.matcher.validate_tokens(tokens) {
-            Ok(valid) if valid < tokens.len() => return Ok(false),
-            Ok(_) => {}
-            Err(_) => return Err(self.fail()),
+        let size = self.compiled.env.tok_trie().vocab_size();
+        if tokens.iter().any(|&token| token as usize >= size) {
+            return Ok(false);
+        }
+        if self.step(|matcher| matcher.validate_tokens(tokens))? < tokens.len() {
+            return Ok(false);
         }
         self.mask = None;
-        self.matcher.consume_tokens(tokens).map_err(|_| self.fail())?;
+        self.step(|matcher| matcher.consume_tokens(tokens))?;
         Ok(true)
     }
 
@@ -187,25 +199,53 @@ impl GrammarState {
         error
     }
 
-    /// Ends the walk after an error of llguidance.
-    fn fail(&mut self) -> EngineError {
-        let param = self.compiled.param;
-        let error = match self.matcher.stop_reason() {
-            StopReason::LexerTooComplex | StopReason::ParserTooComplex => EngineError::invalid(
-                param,
-                "the grammar became too complex to follow at this point of the output; use smaller \
-                 repetition counts and fewer alternatives",
-            ),
-            StopReason::NoExtensionBias => EngineError::invalid(
-                param,
-                "the grammar leads to a point where no token of this model fits; allow more text \
-                 there",
-            ),
-            _ => EngineError::internal("the grammar engine failed on this output"),
+    /// One operation of llguidance; its failure, or taking too long, ends the walk.
+    fn step<T, E: ToString>(
+        &mut self,
+        operation: impl FnOnce(&mut Matcher) -> Result<T, E>,
+    ) -> Result<T, EngineError> {
+        let start = Instant::now();
+        let error = match operation(&mut self.matcher) {
+            Ok(_) if start.elapsed() > SLOW_STEP => self.too_complex(),
+            Ok(value) => return Ok(value),
+            Err(error) => self.failure(&error.to_string()),
         };
+        self.failed = Some(error.clone());
+        Err(error)
+    }
+
+    /// Panics inside llguidance, which poisons the tables that all walks of the grammar share.
+    #[cfg(test)]
+    pub(super) fn break_tables(&mut self) -> Option<EngineError> {
+        self.step(Matcher::test_trigger_lexer_error).err()
+    }
+
+    /// Words an error of llguidance. It keeps no kind of error, only text (`tokenparser.rs`).
+    fn failure(&self, cause: &str) -> EngineError {
+        if cause.contains("doesn't satisfy the grammar") || cause.contains("out of range") {
+            return EngineError::internal("a token came that the grammar does not allow");
+        }
         // Full tables fail every later walk, and a panic leaves a poisoned lock.
         self.compiled.worn.store(true, Ordering::Relaxed);
-        self.failed = Some(error.clone());
-        error
+        if cause.contains("NoExtension") {
+            return EngineError::invalid(
+                self.compiled.param,
+                "the grammar leads to a point where no token of this model fits; allow more text \
+                 there",
+            );
+        }
+        let complex = ["lexer error", "parser error", "max is", "Too many items", "too complex"];
+        match complex.iter().any(|part| cause.contains(part)) && !cause.contains("panic") {
+            true => self.too_complex(),
+            false => EngineError::internal("the grammar engine failed on this output"),
+        }
+    }
+
+    fn too_complex(&self) -> EngineError {
+        EngineError::invalid(
+            self.compiled.param,
+            "the grammar became too complex to follow at this point of the output; use smaller \
+             repetition counts and fewer alternatives",
+        )
     }
 }

@@ -13,13 +13,12 @@ mod prefix;
 #[cfg(test)]
 mod tests;
 
-pub use pool::{Page, PagePool};
+pub use pool::{Hold, Page, PagePool};
 pub use prefix::{CacheKey, NodeId, PrefixIndex};
 
 use crate::engine::runner::{PAGE_TOKENS, SeqSlot};
 use crate::ipc::Token;
 use std::collections::{BTreeMap, HashMap};
-use std::rc::Rc;
 
 /// What the runner has to do so that its cache agrees with the ledger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +34,7 @@ pub enum SlotChange {
 pub struct SequencePages {
     pub slot: SeqSlot,
     key: CacheKey,
-    pages: Vec<Rc<Page>>,
+    pages: Vec<Hold>,
     /// Nodes of the first pages; further pages are private.
     path: Vec<NodeId>,
     /// Nodes of `path` whose contents are computed.
@@ -46,7 +45,7 @@ pub struct SequencePages {
 
 impl SequencePages {
     pub fn page_ids(&self) -> impl Iterator<Item = u32> + '_ {
-        self.pages.iter().map(|page| page.id())
+        self.pages.iter().map(|hold| hold.page().id())
     }
 
     /// Tokens that fit into the pages at hand.
@@ -80,7 +79,8 @@ pub struct KvCache {
     slots_hold_pages: bool,
     shares_prefixes: bool,
     free_slots: Vec<SeqSlot>,
-    /// Slots of finished sequences that hold cached pages, with the deepest node each.
+    /// Slots of finished sequences that hold cached pages, with the deepest node each, which no
+    /// other slot holds.
     residents: BTreeMap<SeqSlot, NodeId>,
     /// Slots, running or resident, that hold a node's page.
     holders: HashMap<NodeId, Vec<SeqSlot>>,
@@ -106,13 +106,14 @@ impl KvCache {
         self.pool.capacity()
     }
 
+    /// Pages that only the prefix index has.
     pub fn cached_pages(&self) -> usize {
-        self.index.cached_pages()
+        self.total_pages() - self.free_pages() - self.held_pages()
     }
 
     /// Pages of running sequences.
     pub fn held_pages(&self) -> usize {
-        self.total_pages() - self.free_pages() - self.cached_pages()
+        self.pool.held()
     }
 
     pub fn free_pages(&self) -> usize {
@@ -146,26 +147,18 @@ impl KvCache {
         let path = self.index.lookup(key, &tokens[..reusable]).computed;
         self.index.touch(&path);
         // Held from here on: making room must not evict what we are about to share.
-        let mut pages: Vec<_> = path.iter().map(|&node| self.index.page(node)).collect();
-        let donor = path.last().and_then(|node| self.holders.get(node)?.first().copied());
-        let donor_lost = self.slots_hold_pages && !path.is_empty() && donor.is_none();
-        debug_assert!(!donor_lost, "a computed node always has a holder");
+        let mut pages: Vec<_> =
+            path.iter().map(|&node| Hold::new(self.index.page(node).clone())).collect();
         let wanted = tokens.len().div_ceil(PAGE_TOKENS).max(1) - pages.len();
         if !self.make_room(wanted) {
             return None;
         }
-        let slot = self.take_slot()?;
+        let slot = self.take_slot(&path)?;
         for _ in 0..wanted {
             pages.push(self.pool.allocate().expect("room was made"));
         }
         let cached = path.len() * PAGE_TOKENS;
         let computed = path.len();
-        if let Some(donor) = donor {
-            self.changes.push(SlotChange::Fork(donor, slot, cached));
-        }
-        for &node in &path {
-            self.holders.entry(node).or_default().push(slot);
-        }
         let mut admitted =
             SequencePages { slot, key, pages, path, computed, diverged: !self.shares_prefixes };
         self.register(&mut admitted, tokens);
@@ -180,16 +173,13 @@ impl KvCache {
         if !self.make_room(wanted) {
             return None;
         }
-        let slot = self.take_slot()?;
+        let slot = self.take_slot(&[])?;
         let mut pages = from.pages[..shared].to_vec();
         for _ in 0..wanted {
             pages.push(self.pool.allocate().expect("room was made"));
         }
-        self.changes.push(SlotChange::Fork(from.slot, slot, tokens));
         let path = from.path[..shared].to_vec();
-        for &node in &path {
-            self.holders.entry(node).or_default().push(slot);
-        }
+        self.fill_slot(slot, from.slot, &path, tokens);
         // Private full pages in between would leave a gap in the path.
         let diverged = from.diverged || shared < tokens / PAGE_TOKENS;
         Some(SequencePages { slot, key: from.key, pages, path, computed: shared, diverged })
@@ -227,7 +217,8 @@ impl KvCache {
         of.path.truncate(of.computed);
         let slot = of.slot;
         match of.path.last() {
-            Some(&deepest) if self.slots_hold_pages && self.is_needed(slot, &of.path) => {
+            // A slot is kept only for pages that no other slot holds.
+            Some(&deepest) if self.slots_hold_pages && !self.other_holder(deepest, slot) => {
                 self.residents.insert(slot, deepest);
                 self.changes.push(SlotChange::Truncate(slot, self.index.end_token(deepest)));
             }
@@ -236,14 +227,6 @@ impl KvCache {
                 self.release_slot(slot);
             }
         }
-    }
-
-    /// A slot is kept only for pages that no other slot holds.
-    fn is_needed(&self, slot: SeqSlot, path: &[NodeId]) -> bool {
-        let others = |node: &NodeId| {
-            self.holders.get(node).is_some_and(|holders| holders.iter().any(|&h| h != slot))
-        };
-        !path.last().is_some_and(others)
     }
 
     /// Enters full pages of `tokens` that have no node yet.
@@ -255,7 +238,7 @@ impl KvCache {
                 None => self.index.root(of.key),
             };
             let page = &tokens[at * PAGE_TOKENS..(at + 1) * PAGE_TOKENS];
-            match self.index.insert(parent, page, of.pages[at].clone()) {
+            match self.index.insert(parent, page, of.pages[at].page().clone()) {
                 Some(node) => of.path.push(node),
                 None => of.diverged = true,
             }
@@ -302,14 +285,40 @@ impl KvCache {
         self.index.parent(node)
     }
 
-    fn take_slot(&mut self) -> Option<SeqSlot> {
-        while self.free_slots.is_empty() {
+    /// A slot that holds the pages of `path`: a resident's that holds just these, or else a copy.
+    fn take_slot(&mut self, path: &[NodeId]) -> Option<SeqSlot> {
+        loop {
+            let holder = path.last().and_then(|&deepest| self.holder(deepest));
+            if let Some(slot) = holder
+                && self.residents.get(&slot) == path.last()
+            {
+                self.residents.remove(&slot);
+                return Some(slot);
+            }
+            if let Some(slot) = self.free_slots.pop() {
+                if let Some(donor) = holder {
+                    self.fill_slot(slot, donor, path, path.len() * PAGE_TOKENS);
+                }
+                return Some(slot);
+            }
             // Slots run out before pages: give up the least recently used resident's tail.
             if self.residents.is_empty() || !self.evict_one() {
                 return None;
             }
         }
-        self.free_slots.pop()
+    }
+
+    fn holder(&self, node: NodeId) -> Option<SeqSlot> {
+        self.holders.get(&node)?.first().copied()
+    }
+
+    /// An empty slot takes over the first `tokens` tokens of another, the pages of `path` among
+    /// them.
+    fn fill_slot(&mut self, slot: SeqSlot, from: SeqSlot, path: &[NodeId], tokens: usize) {
+        self.changes.push(SlotChange::Fork(from, slot, tokens));
+        for &node in path {
+            self.holders.entry(node).or_default().push(slot);
+        }
     }
 
     fn release_resident(&mut self, slot: SeqSlot, deepest: Option<NodeId>) {

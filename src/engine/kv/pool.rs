@@ -1,14 +1,22 @@
 //! The page pool: reference-counted pages that come back through `Drop`.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-/// A page of the cache. Clone the `Rc` to share it; when the last clone is dropped the page is
-/// free again.
+/// A page of the cache. When the last `Rc` is dropped the page is free again.
 #[derive(Debug)]
 pub struct Page {
     id: u32,
-    free: Rc<RefCell<Vec<u32>>>,
+    /// [`Hold`]s on it.
+    holds: Cell<u32>,
+    ledger: Rc<Ledger>,
+}
+
+#[derive(Debug)]
+struct Ledger {
+    free: RefCell<Vec<u32>>,
+    /// Pages with a [`Hold`] on them.
+    held: Cell<usize>,
 }
 
 impl Page {
@@ -16,11 +24,48 @@ impl Page {
     pub fn id(&self) -> u32 {
         self.id
     }
+
+    /// Whether a running sequence needs it.
+    pub fn is_held(&self) -> bool {
+        self.holds.get() > 0
+    }
 }
 
 impl Drop for Page {
     fn drop(&mut self) {
-        self.free.borrow_mut().push(self.id);
+        self.ledger.free.borrow_mut().push(self.id);
+    }
+}
+
+/// A running sequence's share of a page; the prefix index has the bare page. So held pages are
+/// counted as they come and go: at any size of the cache the count is at hand.
+#[derive(Debug)]
+pub struct Hold(Rc<Page>);
+
+impl Hold {
+    pub fn new(page: Rc<Page>) -> Self {
+        if page.holds.replace(page.holds.get() + 1) == 0 {
+            page.ledger.held.update(|held| held + 1);
+        }
+        Self(page)
+    }
+
+    pub fn page(&self) -> &Rc<Page> {
+        &self.0
+    }
+}
+
+impl Clone for Hold {
+    fn clone(&self) -> Self {
+        Self::new(self.0.clone())
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if self.0.holds.replace(self.0.holds.get() - 1) == 1 {
+            self.0.ledger.held.update(|held| held - 1);
+        }
     }
 }
 
@@ -28,15 +73,13 @@ impl Drop for Page {
 #[derive(Debug)]
 pub struct PagePool {
     capacity: usize,
-    free: Rc<RefCell<Vec<u32>>>,
+    ledger: Rc<Ledger>,
 }
 
 impl PagePool {
     pub fn new(capacity: u32) -> Self {
-        Self {
-            capacity: capacity as usize,
-            free: Rc::new(RefCell::new((0..capacity).rev().collect())),
-        }
+        let free = RefCell::new((0..capacity).rev().collect());
+        Self { capacity: capacity as usize, ledger: Rc::new(Ledger { free, held: Cell::new(0) }) }
     }
 
     pub fn capacity(&self) -> usize {
@@ -44,12 +87,16 @@ impl PagePool {
     }
 
     pub fn free(&self) -> usize {
-        self.free.borrow().len()
+        self.ledger.free.borrow().len()
+    }
+
+    pub fn held(&self) -> usize {
+        self.ledger.held.get()
     }
 
     /// `None` when every page is in use.
-    pub fn allocate(&self) -> Option<Rc<Page>> {
-        let id = self.free.borrow_mut().pop()?;
-        Some(Rc::new(Page { id, free: self.free.clone() }))
+    pub fn allocate(&self) -> Option<Hold> {
+        let id = self.ledger.free.borrow_mut().pop()?;
+        Some(Hold::new(Rc::new(Page { id, holds: Cell::new(0), ledger: self.ledger.clone() })))
     }
 }

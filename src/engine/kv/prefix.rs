@@ -5,9 +5,9 @@
 //! tenant: pages are never shared across either. Nodes are entered when their page is allocated,
 //! before its contents are computed, so that requests which arrive together find each other.
 //!
-//! Who holds a page: the index holds one reference to every node's page, each running sequence
-//! one to every page in its table. A page that only the index holds is *cached*, and is given up
-//! least recently used first, tails before heads.
+//! Who holds a page: the index has one reference to every node's page, each running sequence a
+//! [`Hold`](super::pool::Hold) on every page in its table. A page that only the index has is
+//! *cached*, and is given up least recently used first, tails before heads.
 
 use super::pool::Page;
 use crate::engine::runner::PAGE_TOKENS;
@@ -134,9 +134,9 @@ impl PrefixIndex {
         self.node_mut(node).computed = true;
     }
 
-    pub fn page(&self, node: NodeId) -> Rc<Page> {
+    pub fn page(&self, node: NodeId) -> &Rc<Page> {
         let (_, page) = self.node(node).page.as_ref().expect("roots are never in a match");
-        page.clone()
+        page
     }
 
     /// Tokens from the start of the sequence to the end of this node's page.
@@ -149,12 +149,9 @@ impl PrefixIndex {
         self.node(node).parent.filter(|&parent| self.node(parent).page.is_some())
     }
 
-    /// The least recently used leaf that only the index holds.
+    /// The least recently used leaf that no running sequence holds.
     pub fn eviction_candidate(&self) -> Option<NodeId> {
-        self.leaves.iter().map(|&(_, id)| id).find(|&id| {
-            let page = self.node(id).page.as_ref();
-            page.is_some_and(|(_, page)| Rc::strong_count(page) == 1)
-        })
+        self.leaves.iter().map(|&(_, id)| id).find(|&id| !self.page(id).is_held())
     }
 
     /// Removes a leaf.
@@ -210,13 +207,6 @@ impl PrefixIndex {
 
     fn node_mut(&mut self, id: NodeId) -> &mut Node {
         self.nodes[id as usize].as_mut().expect("node ids in use are live")
-    }
-
-    /// Pages that only the index holds.
-    pub fn cached_pages(&self) -> usize {
-        let held =
-            |node: &&Node| node.page.as_ref().is_some_and(|(_, page)| Rc::strong_count(page) == 1);
-        self.nodes.iter().flatten().filter(held).count()
     }
 }
 

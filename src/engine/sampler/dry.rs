@@ -27,7 +27,7 @@ pub fn overlapping_sequences<'a>(
     while !breaker.is_char_boundary(end) {
         end -= 1;
     }
-    let text = breaker[..end].as_bytes();
+    let text = &breaker.as_bytes()[..end];
     let mut found = Vec::new();
     if text.is_empty() {
         return found;

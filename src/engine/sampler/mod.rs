@@ -309,15 +309,20 @@ impl Cuts {
 
 /// Every token at or above `floor` that has any weight.
 fn collect_above(logits: &[f32], floor: f32, max: f32, list: &mut Vec<Candidate>) {
+    const STRIDE: usize = 64;
     // e^-87 is the end of `f32`.
     let floor = floor.max(max - 87.0);
-    for (i, chunk) in logits.chunks(64).enumerate() {
-        if chunk.iter().fold(false, |any, &x| any | (x >= floor)) {
-            for (j, &logit) in chunk.iter().enumerate() {
-                if logit >= floor {
-                    list.push(Candidate::new((i * 64 + j) as Token, logit, max));
-                }
-            }
+    for (i, chunk) in logits.chunks(STRIDE).enumerate() {
+        if !chunk.iter().fold(false, |any, &x| any | (x >= floor)) {
+            continue;
         }
+        // All exponentials of the chunk at once: that vectorizes, one at a time does not.
+        let mut weights = [0f32; STRIDE];
+        for (weight, &logit) in weights.iter_mut().zip(chunk) {
+            *weight = numeric::exp_nonpositive(logit - max);
+        }
+        let all = chunk.iter().zip(weights).zip((i * STRIDE) as Token..);
+        let above = all.filter(|((logit, _), _)| **logit >= floor);
+        list.extend(above.map(|((&logit, weight), id)| Candidate::weighed(id, logit, weight)));
     }
 }

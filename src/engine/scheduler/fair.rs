@@ -40,6 +40,17 @@ impl FairShares {
         self.counters.get(&key).copied().unwrap_or(0.0)
     }
 
+    /// Where requests stand when served one after another: at their key's counter, those of the
+    /// key that come before them (a key, and the length of a prompt, each) already charged.
+    pub fn places(&self, requests: impl Iterator<Item = (u64, usize)>) -> Vec<u64> {
+        let mut counters = HashMap::new();
+        let mut place = |(key, prompt): (u64, usize)| {
+            let counter = counters.entry(key).or_insert_with(|| self.counter(key));
+            std::mem::replace(counter, *counter + prompt as f64) as u64
+        };
+        requests.map(&mut place).collect()
+    }
+
     pub fn charge(&mut self, key: u64, prompt: usize, output: usize) {
         *self.counters.entry(key).or_default() += prompt as f64 + OUTPUT_WEIGHT * output as f64;
     }

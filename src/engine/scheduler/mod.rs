@@ -1,17 +1,17 @@
 //! Who gets rows in the next step.
 //!
-//! Decode first, then chunks of prefill under a token budget. Waiting requests enter by priority,
-//! then fairly between keys, then longest cached prefix first; who has waited long goes before
-//! any prefix. When the cache is full, the sequence that is least in the right is put back and
+//! Decode first, then chunks of prefill under a token budget. Who may enter is decided in `queue`.
+//! When the cache is full, the sequence that is least in the right is put back and
 //! computed again later. Where the runner cannot mix adapters, groups take turns.
 
 mod cost;
 mod fair;
+mod queue;
 #[cfg(test)]
 mod tests;
 
 use super::kv::KvCache;
-use super::runner::{MAX_PROMPT_LOGITS, PAGE_TOKENS, Wants};
+use super::runner::{MAX_PROMPT_LOGITS, Wants};
 use super::sequence::{SeqKey, Sequence};
 use crate::ipc::{AdapterId, RequestId};
 use cost::CostModel;
@@ -20,10 +20,6 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// From this age on a request goes before any with a longer cached prefix.
-const OLD: Duration = Duration::from_secs(2);
-/// Requests looked at for a cached prefix in one step.
-const CANDIDATES: usize = 32;
 /// How long one adapter's requests have the runner while others wait.
 const QUANTUM: Duration = Duration::from_millis(250);
 
@@ -111,16 +107,16 @@ impl Scheduler {
     pub fn schedule(&mut self, kv: &mut KvCache) -> Plan {
         let mut plan = Plan::default();
         self.admit(kv, &mut plan);
+        self.grow(kv);
         self.take_turns();
         plan.adapter = self.group;
-        self.grow(kv);
         let order = self.order();
         let decoding = order.iter().filter(|&&index| self.running[index].is_decoding()).count();
         let mut budget = self.cost.budget(decoding);
         let mut prompt_logits = MAX_PROMPT_LOGITS;
         for index in order {
             let sequence = &self.running[index];
-            let all = sequence.wants_prompt_logits() && sequence.output_len() == 0;
+            let all = sequence.wants_prompt_logits();
             let limit = if all { budget.min(prompt_logits) } else { budget };
             let rows = sequence.todo().min(limit);
             if rows == 0 {
@@ -187,6 +183,11 @@ impl Scheduler {
         self.running.iter_mut().chain(&mut self.waiting)
     }
 
+    /// Sequences whose clients read slowly.
+    pub fn paused(&self) -> usize {
+        self.running.iter().chain(&self.waiting).filter(|sequence| sequence.paused).count()
+    }
+
     pub fn uses_adapter(&self, adapter: AdapterId) -> bool {
         self.running.iter().chain(&self.waiting).any(|s| s.facts.adapter == Some(adapter))
     }
@@ -203,68 +204,6 @@ impl Scheduler {
         others.sort_unstable();
         others.dedup();
         others.len()
-    }
-
-    /// Moves waiting sequences into the cache while there is room.
-    fn admit(&mut self, kv: &mut KvCache, plan: &mut Plan) {
-        if self.waiting.is_empty() {
-            return;
-        }
-        let mut slots: usize = self.running.iter().map(Sequence::slots).sum();
-        for key in self.candidates(kv) {
-            let Some(at) = self.waiting.iter().position(|s| s.key == key) else { continue };
-            let sequence = &self.waiting[at];
-            if slots + sequence.slots() > self.limits.max_sequences {
-                return;
-            }
-            // Room for everyone who runs to go on for a page: admitting is not worth preempting.
-            let cached = kv.prospect(sequence.facts.cache_key, &sequence.tokens).cached;
-            let needed = (sequence.tokens.len() - cached).div_ceil(PAGE_TOKENS);
-            let room = kv.total_pages() - kv.held_pages();
-            if !self.running.is_empty() && needed + self.running.len() > room {
-                return;
-            }
-            let reuse = !sequence.wants_prompt_logits() || sequence.output_len() > 0;
-            let facts = &sequence.facts;
-            let Some(admission) = kv.admit(facts.cache_key, &sequence.tokens, reuse) else {
-                return;
-            };
-            let mut sequence = self.waiting.remove(at);
-            slots += sequence.slots();
-            self.prefix_queries += sequence.tokens.len() as u64;
-            self.prefix_hits += admission.cached as u64;
-            plan.admitted.push((sequence.key.request, admission.cached));
-            sequence.computed = admission.cached;
-            sequence.pages = Some(admission.pages);
-            self.running.push(sequence);
-        }
-    }
-
-    /// Waiting sequences that could start now, in the order in which they should. One whose prefix
-    /// is being computed for another is left for a later step.
-    fn candidates(&self, kv: &KvCache) -> Vec<SeqKey> {
-        let now = Instant::now();
-        let mut waiting: Vec<_> = self.waiting.iter().collect();
-        let standing = |sequence: &Sequence| {
-            let facts = &sequence.facts;
-            let old = now.duration_since(facts.arrived) > OLD;
-            let served = if old { 0 } else { self.shares.counter(facts.fair_key) as u64 };
-            (Reverse(facts.priority), !old, served)
-        };
-        waiting.sort_by_key(|sequence| (standing(sequence), sequence.facts.arrived));
-        waiting.truncate(CANDIDATES);
-        let mut candidates: Vec<_> = waiting
-            .into_iter()
-            .filter_map(|sequence| {
-                let prospect = kv.prospect(sequence.facts.cache_key, &sequence.tokens);
-                let (priority, young, served) = standing(sequence);
-                let cached = if young { prospect.cached } else { 0 };
-                let place = (priority, young, served, Reverse(cached), sequence.facts.arrived);
-                (prospect.pending == 0).then_some((place, sequence.key))
-            })
-            .collect();
-        candidates.sort_unstable();
-        candidates.into_iter().map(|(_, key)| key).collect()
     }
 
     /// Picks the adapter whose turn it is.
@@ -303,9 +242,9 @@ impl Scheduler {
         let mut index = 0;
         while index < self.running.len() {
             let sequence = &mut self.running[index];
-            let length = sequence.tokens.len();
+            let (length, stalled) = (sequence.tokens.len(), sequence.is_stalled());
             let grown = match &mut sequence.pages {
-                Some(pages) if pages.capacity() < length => kv.grow(pages, length),
+                Some(pages) if !stalled && pages.capacity() < length => kv.grow(pages, length),
                 _ => true,
             };
             if grown {
@@ -319,11 +258,13 @@ impl Scheduler {
         }
     }
 
-    /// The sequence that gives way: lowest priority, then latest arrival.
+    /// The sequence that gives way: one that waits for its client, or else lowest priority, then
+    /// latest arrival.
     fn victim(&self) -> usize {
         let place = |index: &usize| {
             let sequence = &self.running[*index];
-            (Reverse(sequence.facts.priority), sequence.facts.arrived, sequence.key)
+            let facts = &sequence.facts;
+            (sequence.is_stalled(), Reverse(facts.priority), facts.arrived, sequence.key)
         };
         (0..self.running.len()).max_by_key(place).expect("someone wanted a page")
     }

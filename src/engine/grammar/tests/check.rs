@@ -31,7 +31,7 @@ fn is_a(name: &str, value: &Value) -> bool {
     match name {
         "null" => value.is_null(),
         "boolean" => value.is_boolean(),
-        "integer" => value.is_i64() || value.is_u64() || is_big_integer(value),
+        "integer" => value.is_i64() || value.is_u64() || is_whole(value),
         "number" => value.is_number(),
         "string" => value.is_string(),
         "array" => value.is_array(),
@@ -40,9 +40,9 @@ fn is_a(name: &str, value: &Value) -> bool {
     }
 }
 
-/// More digits than 64 bits hold are read as a float.
-fn is_big_integer(value: &Value) -> bool {
-    value.as_f64().is_some_and(|x| x.abs() > 1e18)
+/// More digits than 64 bits hold, and -0, are read as a float.
+fn is_whole(value: &Value) -> bool {
+    value.as_f64().is_some_and(|x| x.fract() == 0.0)
 }
 
 fn number(schema: &Value, value: &Value) -> bool {

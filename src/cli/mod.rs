@@ -1,0 +1,93 @@
+//! The command line: one file per verb. `main.rs` dispatches; `serve` and `engine` live with the
+//! gateway and the engine.
+//!
+//! | file | what |
+//! |---|---|
+//! | `pull.rs`, `models.rs` | models into the data folder, and what is there |
+//! | `run.rs`, `run/` | a chat in the terminal, over the HTTP API like any client |
+//! | `bench_serve.rs`, `bench_serve/` | load generator for any OpenAI-compatible server |
+//! | `version.rs` | what this binary was built from |
+//! | `http.rs`, `progress.rs` | what the verbs share: a small HTTP client, progress bars |
+
+pub mod bench_serve;
+mod http;
+pub mod models;
+mod progress;
+pub mod pull;
+pub mod run;
+pub mod version;
+
+pub use progress::PullBar;
+
+use crate::config::{ConfigError, ServeConfig, ServeOptions};
+use crate::gateway::ServeError;
+use crate::gateway::store::{BadRef, DEFAULT_MODEL, PullError, StoreError};
+use clap::{Parser, Subcommand};
+
+/// One binary that serves any GGUF model through an OpenAI-compatible API.
+#[derive(Debug, Parser)]
+#[command(name = "ingot", version, about, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve models through an OpenAI-compatible API
+    Serve(Box<ServeOptions>),
+    /// Ask a model once, or chat with it
+    Run(run::RunOptions),
+    /// Get a model into the data folder
+    Pull(pull::PullOptions),
+    /// List the models in the data folder
+    Models(models::ModelsOptions),
+    /// Measure
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// Say what this binary was built from
+    Version,
+    /// The engine process; started by `ingot serve`
+    #[command(hide = true)]
+    Engine,
+}
+
+/// What can be measured.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Put load on an OpenAI-compatible server and report throughput and latencies
+    Serve(Box<bench_serve::BenchServeOptions>),
+}
+
+/// Why a verb failed; printed as it is.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    #[error(transparent)]
+    BadRef(#[from] BadRef),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error("{0}")]
+    Message(String),
+}
+
+impl CliError {
+    fn message(text: impl Into<String>) -> Self {
+        Self::Message(text.into())
+    }
+}
+
+/// Resolves the options of `ingot serve`, with the default model where none is named.
+pub fn serve_config(options: ServeOptions) -> Result<ServeConfig, ConfigError> {
+    let mut config = options.resolve()?;
+    if config.models.is_empty() {
+        config.models.push(DEFAULT_MODEL.to_owned());
+    }
+    Ok(config)
+}

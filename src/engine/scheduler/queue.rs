@@ -1,0 +1,108 @@
+//! Who enters the cache next.
+//!
+//! Waiting requests enter by priority, then fairly between keys, and of one key those with the
+//! longest cached prefix first; who has waited long goes before any prefix.
+
+use super::{Plan, Scheduler};
+use crate::engine::kv::{KvCache, Prospect};
+use crate::engine::runner::PAGE_TOKENS;
+use crate::engine::sequence::{SeqKey, Sequence};
+use std::cmp::Reverse;
+use std::time::Duration;
+
+/// From this age on a request goes before any of its key with a longer cached prefix, and waits
+/// for nobody to compute its own.
+const OLD: Duration = Duration::from_secs(2);
+/// Requests looked at for a cached prefix in one step.
+const CANDIDATES: usize = 32;
+
+impl Scheduler {
+    /// Moves waiting sequences into the cache while there is room.
+    pub(super) fn admit(&mut self, kv: &mut KvCache, plan: &mut Plan) {
+        if self.waiting.is_empty() || (self.free_slots() == 0 && !self.any_stalled()) {
+            return;
+        }
+        for key in self.candidates(kv) {
+            let Some(at) = self.waiting.iter().position(|s| s.key == key) else { continue };
+            let prospect = prospect(&self.waiting[at], kv);
+            // Someone is computing its prefix, perhaps since a moment ago.
+            if prospect.pending > 0 && !is_old(&self.waiting[at]) {
+                continue;
+            }
+            // Whoever waits for a slow client gives way: there is no telling how long it takes.
+            while !self.fits(&self.waiting[at], prospect, kv) {
+                if !self.any_stalled() {
+                    return;
+                }
+                self.preempt(self.victim(), kv);
+            }
+            let sequence = &self.waiting[at];
+            let (reuse, facts) = (!sequence.wants_prompt_logits(), &sequence.facts);
+            let Some(admission) = kv.admit(facts.cache_key, &sequence.tokens, reuse) else {
+                return;
+            };
+            let mut sequence = self.waiting.remove(at);
+            self.prefix_queries += sequence.tokens.len() as u64;
+            self.prefix_hits += admission.cached as u64;
+            plan.admitted.push((sequence.key.request, admission.cached));
+            sequence.computed = admission.cached;
+            sequence.pages = Some(admission.pages);
+            self.running.push(sequence);
+        }
+    }
+
+    fn any_stalled(&self) -> bool {
+        self.running.iter().any(Sequence::is_stalled)
+    }
+
+    fn free_slots(&self) -> usize {
+        let taken: usize = self.running.iter().map(Sequence::slots).sum();
+        self.limits.max_sequences.saturating_sub(taken)
+    }
+
+    /// Whether a sequence can enter, and everyone who runs still go on for a page: admitting is not
+    /// worth preempting.
+    fn fits(&self, sequence: &Sequence, prospect: Prospect, kv: &KvCache) -> bool {
+        let needed = (sequence.tokens.len() - prospect.cached).div_ceil(PAGE_TOKENS);
+        let room = kv.total_pages() - kv.held_pages();
+        let alone = self.running.is_empty();
+        sequence.slots() <= self.free_slots() && (alone || needed + self.running.len() <= room)
+    }
+
+    /// Waiting sequences in the order in which they should enter.
+    fn candidates(&self, kv: &KvCache) -> Vec<SeqKey> {
+        let mut waiting: Vec<_> = self.waiting.iter().filter(|s| !s.is_stalled()).collect();
+        waiting.sort_by_key(|sequence| (sequence.facts.arrived, sequence.key));
+        self.take_fair_turns(&mut waiting);
+        waiting.truncate(CANDIDATES);
+        waiting.sort_by_cached_key(|sequence| {
+            let old = is_old(sequence);
+            let cached = if old { 0 } else { prospect(sequence, kv).cached };
+            (!old, Reverse(cached), sequence.facts.arrived, sequence.key)
+        });
+        self.take_fair_turns(&mut waiting);
+        waiting.into_iter().map(|sequence| sequence.key).collect()
+    }
+
+    /// Sorts by priority, and then lets the keys take turns; of one key the order stays.
+    fn take_fair_turns(&self, waiting: &mut Vec<&Sequence>) {
+        waiting.sort_by_key(|sequence| Reverse(sequence.facts.priority));
+        let requests = waiting.iter().map(|s| (s.facts.fair_key, s.tokens.len()));
+        let places = self.shares.places(requests);
+        let mut placed: Vec<_> = places.into_iter().zip(waiting.drain(..)).collect();
+        placed.sort_by_key(|&(place, sequence)| (Reverse(sequence.facts.priority), place));
+        waiting.extend(placed.into_iter().map(|(_, sequence)| sequence));
+    }
+}
+
+fn is_old(sequence: &Sequence) -> bool {
+    sequence.facts.arrived.elapsed() > OLD
+}
+
+/// What a sequence would find in the cache.
+fn prospect(sequence: &Sequence, kv: &KvCache) -> Prospect {
+    if sequence.wants_prompt_logits() {
+        return Prospect::default();
+    }
+    kv.prospect(sequence.facts.cache_key, &sequence.tokens)
+}

@@ -1,0 +1,432 @@
+//! The whole step loop over the mock runner, whose logits depend on nothing but what a slot holds:
+//! a request must give what it gives alone, whatever else goes on.
+
+use super::intake::{Desk, Job};
+use super::orders::Order;
+use super::runner::mock::Mock;
+use super::runner::{AdapterHandle, ModelRunner, PAGE_TOKENS};
+use super::step::StepLoop;
+use crate::ipc::{
+    AdapterId, EngineErrorKind, Event, FinishReason, FromEngine, Generate, Grammar, GrammarSpec,
+    KvCacheType, KvLayout, LoadSpec, Progress, Prompt, RequestId, RunnerKind, SamplingParams,
+    StopParams, Token,
+};
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+const EOS: Token = 257;
+const ADAPTERS: u64 = 2;
+/// Long enough for anything here to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn load_spec(kv_pages: u32, max_sequences: u32, batch_tokens: u32) -> LoadSpec {
+    LoadSpec {
+        model: "mock".into(),
+        runner: RunnerKind::Mock,
+        context_length: kv_pages * PAGE_TOKENS as u32,
+        kv_tokens: kv_pages * PAGE_TOKENS as u32,
+        max_sequences,
+        batch_tokens,
+        kv_type: KvCacheType::F16,
+        flash_attention: false,
+        kv_layout: KvLayout::Unified,
+        threads: 1,
+        gpu_layers: 0,
+        mmap: true,
+        target_step_ms: 100,
+        queue_limit: 1000,
+        mock_step_us: 0,
+    }
+}
+
+/// An engine without its process.
+struct Engine {
+    jobs: Sender<Job>,
+    orders: Sender<Order>,
+    frames: Receiver<FromEngine>,
+    steps: JoinHandle<()>,
+}
+
+impl Engine {
+    fn start(spec: LoadSpec) -> Self {
+        let (orders, to_do) = unbounded();
+        let (jobs, to_check) = unbounded();
+        let (to_gateway, frames) = unbounded();
+        let (for_desk, loading) = (orders.clone(), orders.clone());
+        let steps = std::thread::spawn(move || {
+            let runner = Box::new(Mock::load(&spec));
+            let desk = Desk::new(runner.tokenizer(), runner.info().clone());
+            desk.open(&to_check, &for_desk, &to_gateway).unwrap();
+            drop(for_desk);
+            StepLoop::new(runner, &spec, to_do, to_gateway).unwrap().run();
+        });
+        for id in 1..=ADAPTERS {
+            let (adapter, digest, handle) = (AdapterId(id), [id as u8; 32], AdapterHandle::Mock);
+            let _ = loading.send(Order::InstallAdapter { call: id, adapter, digest, handle });
+        }
+        Self { jobs, orders, frames, steps }
+    }
+
+    fn ask(&self, request: Generate) {
+        let _ = self.jobs.send(Job::Generate(Box::new(request), Instant::now()));
+    }
+
+    fn order(&self, order: Order) {
+        let _ = self.orders.send(order);
+    }
+
+    /// Takes in events until `count` requests have ended.
+    fn listen(&self, count: usize) -> BTreeMap<u64, Outcome> {
+        let mut outcomes: BTreeMap<u64, Outcome> = BTreeMap::new();
+        let deadline = Instant::now() + PATIENCE;
+        while outcomes.values().filter(|outcome| outcome.ended).count() < count {
+            match self.frames.recv_deadline(deadline).expect("every request ends") {
+                FromEngine::Events(events) => {
+                    for (request, event) in events {
+                        outcomes.entry(request.0).or_default().take(event);
+                    }
+                }
+                _ => continue,
+            }
+        }
+        outcomes
+    }
+
+    /// The last snapshot, taken when the engine is idle. Nothing else may come before it.
+    fn settle(self) -> Progress {
+        let mut last = None;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.frames.recv_deadline(deadline).expect("the engine falls idle") {
+                FromEngine::Progress(progress) if progress.running + progress.waiting == 0 => {
+                    last = Some(progress);
+                    if self.frames.is_empty() {
+                        break;
+                    }
+                }
+                FromEngine::Events(events) => panic!("{events:?} after the end"),
+                _ => {}
+            }
+        }
+        self.order(Order::Shutdown);
+        self.steps.join().expect("the step loop does not panic");
+        last.expect("the loop ends with one")
+    }
+}
+
+/// What came back for one request.
+#[derive(Debug, Default, PartialEq)]
+struct Outcome {
+    choices: BTreeMap<u32, Choice>,
+    accepted: bool,
+    started: bool,
+    prompt: Option<(String, usize)>,
+    ended: bool,
+    failed: Option<EngineErrorKind>,
+}
+
+#[derive(Debug, Default, PartialEq)]
+struct Choice {
+    text: String,
+    logprobs: Vec<(Token, String)>,
+    finish: Option<(FinishReason, u32)>,
+}
+
+impl Outcome {
+    fn take(&mut self, event: Event) {
+        assert!(!self.ended, "nothing comes after the end: {event:?}");
+        let first = !self.accepted;
+        match event {
+            Event::Accepted { .. } => {
+                assert!(first);
+                self.accepted = true;
+            }
+            Event::Started { .. } => {
+                assert!(self.accepted && !self.started);
+                self.started = true;
+            }
+            Event::Prompt { text, logprobs } => {
+                assert!(self.started && self.prompt.is_none() && self.choices.is_empty());
+                self.prompt = Some((text, logprobs.len()));
+            }
+            Event::Delta { choice, text, logprobs, .. } => {
+                assert!(self.started);
+                let choice = self.choices.entry(choice).or_default();
+                assert!(choice.finish.is_none());
+                choice.text.push_str(&text);
+                let entries = logprobs.into_iter();
+                choice
+                    .logprobs
+                    .extend(entries.map(|entry| (entry.token, format!("{:?}", entry.logprob))));
+            }
+            Event::Finish { choice, reason, completion_tokens } => {
+                let choice = self.choices.entry(choice).or_default();
+                assert!(choice.finish.replace((reason, completion_tokens)).is_none());
+            }
+            Event::Done { .. } => {
+                assert!(self.choices.values().all(|choice| choice.finish.is_some()));
+                self.ended = true;
+            }
+            Event::Failed(error) => {
+                self.failed = Some(error.kind);
+                self.ended = true;
+            }
+        }
+    }
+}
+
+fn request(id: u64, prompt: Vec<Token>) -> Generate {
+    Generate {
+        id: RequestId(id),
+        prompt: Prompt::Tokens(prompt),
+        choices: 1,
+        sampling: SamplingParams { temperature: 0.0, ..Default::default() },
+        stop: StopParams { max_tokens: Some(8), ..Default::default() },
+        logprobs: None,
+        echo: false,
+        grammar: None,
+        adapter: None,
+        tenant: 0,
+        priority: 0,
+        fair_key: 0,
+        render_special: false,
+    }
+}
+
+/// What greedy decoding gives, without an engine.
+fn greedy(prompt: &[Token], adapter: Option<AdapterId>, stop: &StopParams) -> (String, usize) {
+    let mut tokens = prompt.to_vec();
+    let mut text = String::new();
+    for count in 1..=stop.max_tokens.unwrap() as usize {
+        let token = Mock::next_greedy(&tokens, adapter);
+        tokens.push(token);
+        if token == EOS && !stop.ignore_eos {
+            return (text, count);
+        }
+        text.extend(u8::try_from(token).ok().map(char::from));
+        if let Some(at) = stop.strings.iter().filter_map(|stop| text.find(stop.as_str())).min() {
+            text.truncate(at);
+            return (text, count);
+        }
+    }
+    (text, tokens.len() - prompt.len())
+}
+
+/// Prompts of two families that share prefixes; everything fits into seven pages.
+fn any_request() -> impl Strategy<Value = Generate> {
+    let prompt = (0..2 as Token, 0..90usize, prop::collection::vec(97..100 as Token, 1..40));
+    let shape = (1..4u32, 0..70u32, 0..4u64, any::<bool>(), prop::bool::weighted(0.3));
+    let extras = (0..4u32, prop::bool::weighted(0.2), 0..=ADAPTERS, 0..3u64, 0..2i32);
+    let stops = prop::collection::vec("[a-z]{1,2}", 0..3);
+    (prompt, shape, extras, stops).prop_map(
+        |((family, shared, own), shape, (logprobs, echo, adapter, key, priority), strings)| {
+            let (choices, max_tokens, seed, is_greedy, ignore_eos) = shape;
+            let prompt = std::iter::repeat_n(110 + family, shared).chain(own).collect();
+            let temperature = if is_greedy { 0.0 } else { 1.0 };
+            let repetition_penalty = if seed == 3 { 1.3 } else { 1.0 };
+            Generate {
+                choices,
+                sampling: SamplingParams {
+                    temperature,
+                    seed,
+                    repetition_penalty,
+                    ..Default::default()
+                },
+                stop: StopParams {
+                    max_tokens: Some(max_tokens),
+                    strings,
+                    ignore_eos,
+                    ..Default::default()
+                },
+                logprobs: logprobs.checked_sub(1),
+                echo,
+                adapter: (adapter > 0).then_some(AdapterId(adapter)),
+                tenant: key / 2,
+                fair_key: key,
+                priority,
+                grammar: (seed == 2 && key == 0).then(|| GrammarSpec {
+                    grammar: Grammar::Regex("[a-f]{3,30}".into()),
+                    trigger: None,
+                }),
+                ..request(0, prompt)
+            }
+        },
+    )
+}
+
+/// What is done to one request while it runs.
+#[derive(Debug, Clone, Copy)]
+enum Fate {
+    Peace,
+    Cancel,
+    Pause,
+}
+
+fn fate() -> impl Strategy<Value = Fate> {
+    prop_oneof![6 => Just(Fate::Peace), 1 => Just(Fate::Cancel), 1 => Just(Fate::Pause)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..Default::default() })]
+    #[test]
+    fn everyone_gets_what_they_get_alone(
+        kv_pages in 7..20u32,
+        max_sequences in 3..8u32,
+        more_rows in 1..120u32,
+        requests in prop::collection::vec((any_request(), fate(), 0..300u64), 1..24),
+    ) {
+        let spec = load_spec(kv_pages, max_sequences, max_sequences + more_rows);
+        let mut alone = BTreeMap::new();
+        let solitary = Engine::start(load_spec(64, max_sequences, 4096));
+        for (id, (request, ..)) in requests.iter().enumerate() {
+            solitary.ask(Generate { id: RequestId(id as u64), ..request.clone() });
+            alone.append(&mut solitary.listen(1));
+        }
+        prop_assert_eq!(solitary.settle().preemptions, 0);
+
+        let engine = Engine::start(spec);
+        let mut cancelled = BTreeSet::new();
+        for (id, (request, fate, wait)) in requests.iter().enumerate() {
+            let id = RequestId(id as u64);
+            engine.ask(Generate { id, ..request.clone() });
+            std::thread::sleep(Duration::from_micros(*wait));
+            match fate {
+                Fate::Peace => {}
+                Fate::Cancel => {
+                    engine.order(Order::Cancel(id));
+                    cancelled.insert(id.0);
+                }
+                Fate::Pause => engine.order(Order::Pause(id, true)),
+            }
+        }
+        let calm = requests.iter().filter(|(_, fate, _)| matches!(fate, Fate::Peace)).count();
+        let peaceful = |id: &u64| matches!(requests[*id as usize].1, Fate::Peace);
+        let mut together: BTreeMap<u64, Outcome> = BTreeMap::new();
+        let deadline = Instant::now() + PATIENCE;
+        let mut resumed = false;
+        loop {
+            let ended = |id: &u64| together.get(id).is_some_and(|outcome| outcome.ended);
+            let at_peace = (0..requests.len() as u64).filter(|id| peaceful(id) && ended(id)).count();
+            if at_peace == calm && !resumed {
+                // Slow readers hold up nobody.
+                resumed = true;
+                for id in 0..requests.len() as u64 {
+                    engine.order(Order::Pause(RequestId(id), false));
+                }
+            }
+            if (0..requests.len() as u64).all(|id| cancelled.contains(&id) || ended(&id)) {
+                break;
+            }
+            match engine.frames.recv_deadline(deadline).expect("every request ends") {
+                FromEngine::Events(events) => {
+                    for (request, event) in events {
+                        together.entry(request.0).or_default().take(event);
+                    }
+                }
+                _ => continue,
+            }
+        }
+        for (id, outcome) in &together {
+            if !cancelled.contains(id) {
+                prop_assert_eq!(outcome, &alone[id], "request {}", id);
+            }
+        }
+        let last = engine.drain();
+        prop_assert_eq!(last.kv_pages_used, 0);
+        prop_assert_eq!(last.kv_pages_total, kv_pages);
+    }
+}
+
+impl Engine {
+    /// As [`Engine::settle`], where cancelled requests may still have been on their way.
+    fn drain(self) -> Progress {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let frame = self.frames.recv_deadline(deadline).expect("the engine falls idle");
+            if let FromEngine::Progress(progress) = frame
+                && progress.running + progress.waiting == 0
+                && self.frames.is_empty()
+            {
+                self.order(Order::Shutdown);
+                self.steps.join().expect("the step loop does not panic");
+                return progress;
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..Default::default() })]
+    #[test]
+    fn greedy_output_is_the_models(
+        kv_pages in 7..12u32,
+        requests in prop::collection::vec(any_request(), 1..20),
+    ) {
+        let engine = Engine::start(load_spec(kv_pages, 4, 64));
+        for (id, request) in requests.iter().enumerate() {
+            engine.ask(Generate {
+                id: RequestId(id as u64),
+                sampling: SamplingParams { temperature: 0.0, ..Default::default() },
+                grammar: None,
+                ..request.clone()
+            });
+        }
+        let outcomes = engine.listen(requests.len());
+        for (id, request) in requests.iter().enumerate() {
+            let Prompt::Tokens(prompt) = &request.prompt else { unreachable!() };
+            let (text, tokens) = greedy(prompt, request.adapter, &request.stop);
+            let outcome = &outcomes[&(id as u64)];
+            prop_assert_eq!(outcome.choices.len(), request.choices as usize);
+            for choice in outcome.choices.values() {
+                prop_assert_eq!(&choice.text, &text);
+                prop_assert_eq!(choice.finish.as_ref().unwrap().1 as usize, tokens);
+            }
+            let scored = request.echo.then(|| request.logprobs.map_or(0, |_| prompt.len()));
+            prop_assert_eq!(outcome.prompt.as_ref().map(|(_, scores)| *scores), scored);
+        }
+        prop_assert_eq!(engine.settle().kv_pages_used, 0);
+    }
+}
+
+#[test]
+fn a_prompt_past_the_context_is_refused() {
+    let engine = Engine::start(load_spec(4, 4, 64));
+    for (id, max_tokens) in [(0, 0), (1, 1)] {
+        let stop = StopParams { max_tokens: Some(max_tokens), ..Default::default() };
+        engine.ask(Generate { stop, ..request(id, vec![97; 129]) });
+    }
+    engine.ask(request(2, vec![97; 120]));
+    let outcomes = engine.listen(3);
+    assert_eq!(outcomes[&0].failed, Some(EngineErrorKind::ContextLength));
+    assert_eq!(outcomes[&1].failed, Some(EngineErrorKind::ContextLength));
+    assert_eq!(outcomes[&2].failed, None);
+    engine.settle();
+}
+
+/// Text that goes out has its logprobs, whatever a stop string holds back.
+#[test]
+fn logprobs_go_with_their_text() {
+    let engine = Engine::start(load_spec(16, 4, 64));
+    for id in 0..200 {
+        let prompt = vec![97 + id as Token % 26, 97 + id as Token / 26];
+        let stop = StopParams { max_tokens: Some(40), ..Default::default() };
+        let (text, _) = greedy(&prompt, None, &stop);
+        // A stop string that its own beginning precedes: "aab" in "aaab".
+        let doubled = text.as_bytes().windows(2).position(|pair| pair[0] == pair[1]);
+        let strings = doubled.map(|at| text[at..(at + 4).min(text.len())].to_owned());
+        let strings = strings.into_iter().chain(["zq".to_owned()]).collect();
+        let stop = StopParams { strings, ..stop };
+        engine.ask(Generate { stop, logprobs: Some(0), ..request(id, prompt) });
+    }
+    for outcome in engine.listen(200).into_values() {
+        let choice = &outcome.choices[&0];
+        let end = usize::from(matches!(choice.finish, Some((FinishReason::Stop, _))));
+        let text = choice.logprobs.iter().filter(|(token, _)| *token != EOS);
+        let text: String = text.map(|&(token, _)| char::from(token as u8)).collect();
+        assert_eq!(text, choice.text, "{end}");
+    }
+    engine.settle();
+}

@@ -1,0 +1,201 @@
+//! Adapters that come as a form: streamed into a folder of this process, loaded from there, and
+//! moved into the adapters folder once an engine has taken them.
+
+use super::MAX_NAME;
+use crate::gateway::app::App;
+use crate::gateway::error::ApiError;
+use crate::gateway::registry::{AdapterSpec, AdapterVersion, work_folder};
+use crate::gateway::store::{Store, StoredAdapter, hex};
+use axum::extract::Multipart;
+use axum::extract::multipart::{Field, MultipartError};
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+
+/// Parts of a form, at most.
+const MAX_PARTS: usize = 16;
+/// Bytes of a text field or of `adapter_config.json`, at most.
+const MAX_TEXT: u64 = 1 << 20;
+/// Bytes of all files together, at most.
+const MAX_UPLOAD: u64 = 4 << 30;
+
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+/// What a GGUF is called here, whatever its sender calls it.
+const GGUF: &str = "adapter.gguf";
+
+/// An adapter on its way in. What is not [kept](Upload::keep) is removed.
+#[derive(Debug)]
+pub(super) struct Upload {
+    folder: PathBuf,
+    bytes: u64,
+    digest: Sha256,
+    files: Vec<&'static str>,
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// Reads the whole form.
+pub(super) async fn receive(
+    app: &App,
+    mut form: Multipart,
+) -> Result<(AdapterSpec, Upload), ApiError> {
+    let patience = app.config.listen.body_timeout;
+    let mut upload = Upload::new(app.registry.store()).await?;
+    let (mut name, mut base, mut scale) = (None, None, 1.0);
+    for _ in 0..MAX_PARTS {
+        let next = tokio::time::timeout(patience, form.next_field()).await.map_err(|_| slow())?;
+        let Some(field) = next.map_err(broken)? else { break };
+        match field.name() {
+            Some("name") => name = Some(text(field, patience).await?),
+            Some("base") => base = Some(text(field, patience).await?),
+            Some("scale") => {
+                let number = text(field, patience).await?.parse().ok();
+                scale =
+                    number.ok_or_else(|| ApiError::invalid("scale", "scale must be a number."))?;
+            }
+            _ => upload.take(field, patience).await?,
+        }
+    }
+    let name =
+        name.ok_or_else(|| ApiError::invalid("name", "The form must have the field `name`."))?;
+    upload.check_complete()?;
+    let path = upload.folder.clone();
+    Ok((AdapterSpec { name, base, path, scale }, upload))
+}
+
+impl Upload {
+    async fn new(store: &Store) -> Result<Self, ApiError> {
+        let folder = work_folder(store).join(format!("upload-{:016x}", rand::random::<u64>()));
+        tokio::fs::create_dir_all(&folder).await.map_err(ApiError::internal)?;
+        Ok(Self { folder, bytes: 0, digest: Sha256::new(), files: Vec::new() })
+    }
+
+    /// Writes one file of the form, under the name that it has in an adapter folder.
+    async fn take(&mut self, mut field: Field<'_>, patience: Duration) -> Result<(), ApiError> {
+        let sent = field.file_name().or(field.name()).unwrap_or_default();
+        let (file_name, limit) = match sent.rsplit(['/', '\\']).next().unwrap_or_default() {
+            CONFIG => (CONFIG, MAX_TEXT),
+            WEIGHTS => (WEIGHTS, MAX_UPLOAD),
+            other if other.ends_with(".gguf") => (GGUF, MAX_UPLOAD),
+            // `tokenizer.json`, `README.md` and the like of a PEFT folder change nothing.
+            _ => return skip(field, patience).await,
+        };
+        if self.files.contains(&file_name) {
+            return Err(ApiError::bad_request(format!("The form holds two files `{file_name}`.")));
+        }
+        self.files.push(file_name);
+        self.digest.update(file_name.as_bytes());
+        let path = self.folder.join(file_name);
+        let mut file = tokio::fs::File::create_new(path).await.map_err(ApiError::internal)?;
+        let mut size = 0;
+        while let Some(chunk) = next_chunk(&mut field, patience).await? {
+            size += chunk.len() as u64;
+            self.bytes += chunk.len() as u64;
+            if size > limit || self.bytes > MAX_UPLOAD {
+                let message = format!("`{file_name}` is larger than {limit} bytes.");
+                return Err(ApiError::too_large(message));
+            }
+            self.digest.update(&chunk);
+            file.write_all(&chunk).await.map_err(ApiError::internal)?;
+        }
+        file.sync_all().await.map_err(ApiError::internal)
+    }
+
+    fn check_complete(&self) -> Result<(), ApiError> {
+        let has = |name| self.files.contains(&name);
+        match (has(GGUF), has(CONFIG), has(WEIGHTS)) {
+            (true, false, false) | (false, true, true) => Ok(()),
+            _ => Err(ApiError::bad_request(format!(
+                "The form must hold the files `{CONFIG}` and `{WEIGHTS}`, or one `.gguf`."
+            ))),
+        }
+    }
+
+    /// Moves the files into the adapters folder and lists them in the store, as the adapter `name`.
+    /// Blocks.
+    pub(super) fn keep(self, store: &Store, version: &AdapterVersion) -> Result<(), ApiError> {
+        let sha256 = hex(&self.digest.clone().finalize());
+        let folder = format!("upload-{}", &sha256[..16]);
+        let target = store.adapters_folder().join(&folder);
+        if !target.exists() {
+            std::fs::rename(&self.folder, &target).map_err(ApiError::internal)?;
+        }
+        let before = store.adapter(&version.name).map_err(ApiError::internal)?;
+        let adapter = StoredAdapter {
+            name: version.name.clone(),
+            base_model: version.base().to_owned(),
+            file: Path::new("adapters").join(folder),
+            format: if self.files.contains(&GGUF) { "gguf" } else { "peft" }.to_owned(),
+            sha256,
+            bytes: self.bytes,
+            created_at: i64::try_from(version.created).unwrap_or(i64::MAX),
+        };
+        store.put_adapter(&adapter).map_err(ApiError::internal)?;
+        let Some(before) = before.filter(|before| before.file != adapter.file) else {
+            return Ok(());
+        };
+        // The upload that this one replaces, unless another name still stands for it.
+        let adapters = store.adapters().map_err(ApiError::internal)?;
+        let ours = before
+            .file
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("upload-"));
+        if ours && !adapters.iter().any(|other| other.file == before.file) {
+            let _ = std::fs::remove_dir_all(store.folder().join(before.file));
+        }
+        Ok(())
+    }
+}
+
+async fn next_chunk(
+    field: &mut Field<'_>,
+    patience: Duration,
+) -> Result<Option<axum::body::Bytes>, ApiError> {
+    tokio::time::timeout(patience, field.chunk()).await.map_err(|_| slow())?.map_err(broken)
+}
+
+async fn skip(mut field: Field<'_>, patience: Duration) -> Result<(), ApiError> {
+    let mut size = 0;
+    while let Some(chunk) = next_chunk(&mut field, patience).await? {
+        size += chunk.len() as u64;
+        if size > 64 * MAX_TEXT {
+            return Err(ApiError::too_large("The form holds a large file that is not needed."));
+        }
+    }
+    Ok(())
+}
+
+/// A short text field.
+async fn text(mut field: Field<'_>, patience: Duration) -> Result<String, ApiError> {
+    let name = field.name().unwrap_or_default().to_owned();
+    let mut text = Vec::new();
+    while let Some(chunk) = next_chunk(&mut field, patience).await? {
+        text.extend_from_slice(&chunk);
+        if text.len() > MAX_NAME {
+            let message = format!("{name} is longer than {MAX_NAME} bytes.");
+            return Err(ApiError::invalid(name, message));
+        }
+    }
+    String::from_utf8(text).map_err(|_| {
+        let message = format!("{name} is not valid UTF-8.");
+        ApiError::invalid(name, message)
+    })
+}
+
+fn broken(error: MultipartError) -> ApiError {
+    ApiError::bad_request(format!("The form cannot be read: {}.", error.body_text()))
+}
+
+fn slow() -> ApiError {
+    ApiError::new(
+        http::StatusCode::REQUEST_TIMEOUT,
+        "timeout_error",
+        "The form did not arrive in time.",
+    )
+}

@@ -1,0 +1,215 @@
+//! `POST /v1/chat/completions`: a conversation goes on.
+
+use super::chat_answer::{Writer, whole};
+use super::constraint::{self, Constraint};
+use super::fields::{Fields, JsonBody, wrong};
+use super::format::take_response_format;
+use super::messages::take_messages;
+use super::params::{Common, MAX_TOP_LOGPROBS, take_max_tokens};
+use super::tools::{Tools, take_tools};
+use super::{check_grammar, render, template};
+use crate::gateway::app::App;
+use crate::gateway::auth::Identity;
+use crate::gateway::error::ApiError;
+use crate::gateway::registry::{Model, Served};
+use crate::gateway::stream::{self, Running};
+use crate::gateway::template::RenderInput;
+use crate::ipc::{Generate, Grammar, ModelInfo, Prompt, RequestId};
+use axum::Extension;
+use axum::extract::State;
+use axum::response::Response;
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+
+/// A validated request.
+#[derive(Debug)]
+pub(super) struct ChatRequest {
+    pub common: Common,
+    pub messages: Vec<Value>,
+    pub tools: Option<Tools>,
+    pub format: Option<Grammar>,
+    /// Alternatives per position, where log-probabilities are asked for at all.
+    pub logprobs: Option<u32>,
+    template_kwargs: Map<String, Value>,
+    reasoning_effort: Option<String>,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+}
+
+/// `POST /v1/chat/completions`.
+///
+/// # Errors
+/// 400 for what the request says, 404 for its model, 429 and 503 for the state of the engine.
+pub async fn handle(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    JsonBody(fields): JsonBody,
+) -> Result<Response, ApiError> {
+    let mut request = ChatRequest::read(fields)?;
+    let served = app.registry.resolve(&request.common.model)?;
+    let info = served.model.engine.info()?;
+    request.check(&info)?;
+    request.map_effort(&served.model)?;
+    let prompt = render(served.model.clone(), request.render_input()).await?;
+    let template = template(&served.model)?;
+    let constraint = constraint::build(template, &info, &prompt, &request)?;
+    if let (Some(spec), Some(param)) = (&constraint.grammar, constraint.param) {
+        check_grammar(&served, &spec.grammar, param).await?;
+    }
+    let writer = Writer::new(&request, &constraint);
+    let stream = request.common.stream;
+    let generate = request.into_generate(&served, identity, prompt, constraint);
+    let running = Running::start(&app, served, vec![generate]).await?;
+    match stream {
+        Some(_) => Ok(stream::respond(running, writer, app.config.listen.slow_client_timeout)),
+        None => whole(running, writer).await,
+    }
+}
+
+impl ChatRequest {
+    pub(super) fn read(mut fields: Fields) -> Result<Self, ApiError> {
+        refuse_media(&mut fields)?;
+        let mut common = Common::take(&mut fields)?;
+        common.stop.max_tokens = take_max_tokens(&mut fields, 1)?;
+        let messages = take_messages(&mut fields)?;
+        let tools = take_tools(&mut fields)?;
+        let format = take_response_format(&mut fields)?;
+        let logprobs = take_logprobs(&mut fields)?;
+        let template_kwargs = fields.object("chat_template_kwargs")?.map(Fields::into_map);
+        let continue_final_message = fields.boolean("continue_final_message")?.unwrap_or(false);
+        let add_generation_prompt =
+            fields.boolean("add_generation_prompt")?.unwrap_or(!continue_final_message);
+        if continue_final_message && add_generation_prompt {
+            let message = "add_generation_prompt cannot be combined with continue_final_message";
+            return Err(ApiError::invalid("add_generation_prompt", message));
+        }
+        let reasoning_effort = take_effort(&mut fields)?;
+        fields.finish()?;
+        Ok(Self {
+            common,
+            messages,
+            tools,
+            format,
+            logprobs,
+            template_kwargs: template_kwargs.unwrap_or_default(),
+            reasoning_effort,
+            add_generation_prompt,
+            continue_final_message,
+        })
+    }
+
+    /// Checks what depends on the model.
+    fn check(&self, info: &ModelInfo) -> Result<(), ApiError> {
+        if !info.can_generate {
+            let message = "This model computes embeddings only; it does not chat.";
+            return Err(ApiError::invalid("model", message));
+        }
+        self.common.check_vocabulary(info)
+    }
+
+    /// Hands `reasoning_effort` to the template, as far as it has a variable for it.
+    fn map_effort(&mut self, model: &Model) -> Result<(), ApiError> {
+        let Some(effort) = self.reasoning_effort.take() else { return Ok(()) };
+        let source = model.facts.tokenizer.chat_template.as_deref().unwrap_or_default();
+        let off = effort == "none";
+        let mut taken = false;
+        for (variable, value) in
+            [("reasoning_effort", json!(effort)), ("enable_thinking", json!(!off))]
+        {
+            if source.contains(variable) {
+                self.template_kwargs.entry(variable).or_insert(value);
+                taken = true;
+            }
+        }
+        // Without a variable, only what the model does anyway can be had.
+        let thinks = template(model)?.caps().thinking;
+        let neutral = effort == "medium" || (!thinks && (off || effort == "minimal"));
+        if taken || neutral {
+            return Ok(());
+        }
+        let message = format!("reasoning_effort \"{effort}\" is not supported by this model");
+        Err(ApiError::invalid("reasoning_effort", message).with_code("unsupported_parameter"))
+    }
+
+    fn render_input(&mut self) -> RenderInput {
+        RenderInput {
+            messages: std::mem::take(&mut self.messages),
+            tools: self.tools.as_ref().map(|tools| tools.definitions.clone()),
+            add_generation_prompt: self.add_generation_prompt,
+            continue_final_message: self.continue_final_message,
+            chat_template_kwargs: std::mem::take(&mut self.template_kwargs),
+            now: None,
+        }
+    }
+
+    fn into_generate(
+        self,
+        served: &Served,
+        identity: Identity,
+        prompt: String,
+        constraint: Constraint,
+    ) -> Generate {
+        let bos = served.model.facts.tokenizer.bos.as_ref();
+        let wrote_bos =
+            bos.is_some_and(|bos| !bos.text.is_empty() && prompt.starts_with(&bos.text));
+        Generate {
+            id: RequestId(0),
+            prompt: Prompt::Text { text: prompt, add_special: !wrote_bos, parse_special: true },
+            choices: self.common.choices,
+            sampling: self.common.sampling,
+            stop: self.common.stop,
+            logprobs: self.logprobs,
+            echo: false,
+            // The markers of calls and reasoning are control tokens in some models.
+            render_special: self.tools.is_some() || constraint.reasoning.is_some(),
+            grammar: constraint.grammar,
+            adapter: served.adapter.as_ref().map(|adapter| adapter.id),
+            tenant: identity.tenant,
+            priority: self.common.priority,
+            fair_key: identity.key,
+        }
+    }
+}
+
+/// `logprobs` (whether) and `top_logprobs` (how many more).
+fn take_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let wanted = fields.boolean("logprobs")?.unwrap_or(false);
+    let top = fields.count("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
+    match top {
+        Some(1..) if !wanted => Err(ApiError::invalid(
+            "top_logprobs",
+            "top_logprobs is only allowed when logprobs is true",
+        )),
+        _ => Ok(wanted.then_some(top.unwrap_or(0))),
+    }
+}
+
+fn take_effort(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    const KNOWN: [&str; 6] = ["none", "minimal", "low", "medium", "high", "xhigh"];
+    match fields.string("reasoning_effort", 64)? {
+        Some(effort) if !KNOWN.contains(&effort.as_str()) => {
+            let expected = "one of none, minimal, low, medium, high and xhigh";
+            Err(wrong("reasoning_effort", expected, &json!(effort)))
+        }
+        effort => Ok(effort),
+    }
+}
+
+/// What only multimodal or hosted models do.
+fn refuse_media(fields: &mut Fields) -> Result<(), ApiError> {
+    fields.only_neutral("modalities", &[json!(["text"])])?;
+    fields.only_neutral("verbosity", &[json!("medium")])?;
+    for key in ["audio", "prediction", "web_search_options"] {
+        // An empty object switches these on.
+        if fields.take(key).is_some() {
+            let message =
+                format!("Unsupported parameter: '{key}' is not supported by this server.");
+            return Err(ApiError::invalid(key, message).with_code("unsupported_parameter"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "chat_tests.rs"]
+mod tests;

@@ -1,0 +1,313 @@
+//! Answers of `/v1/chat/completions`, whole or in chunks.
+
+use super::chat::ChatRequest;
+use super::constraint::Constraint;
+use super::logprobs::ChatLogprobs;
+use super::{Answer, finish_reason};
+use crate::gateway::error::ApiError;
+use crate::gateway::stream::{Running, Sse, Transcript, Usage, UsageBody};
+use crate::gateway::template::{CallIds, Delta, OutputParser};
+use crate::ipc::{Event, FinishReason, TokenLogprob};
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+/// Turns events into an answer.
+#[derive(Debug)]
+pub(super) struct Writer {
+    answer: Answer,
+    include_usage: bool,
+    logprobs: bool,
+    choices: Vec<Choice>,
+}
+
+/// One choice on its way.
+#[derive(Debug)]
+struct Choice {
+    parser: OutputParser,
+    /// Tokens whose log-probabilities no chunk carries yet: the parser may still hold their text.
+    pending: Vec<TokenLogprob>,
+    begun: bool,
+    called: bool,
+}
+
+impl Writer {
+    pub fn new(request: &ChatRequest, constraint: &Constraint) -> Self {
+        let choice = |_| Choice {
+            parser: OutputParser::new(
+                constraint.family,
+                constraint.reasoning.clone(),
+                request.tools.is_some(),
+                request.tools.as_ref().is_none_or(|tools| tools.parallel),
+                CallIds::new(rand::random()),
+            ),
+            pending: Vec::new(),
+            begun: false,
+            called: false,
+        };
+        let stream = request.common.stream;
+        let object = if stream.is_some() { "chat.completion.chunk" } else { "chat.completion" };
+        Self {
+            answer: Answer::new("chatcmpl", object, &request.common.model),
+            include_usage: stream.is_some_and(|stream| stream.include_usage),
+            logprobs: request.logprobs.is_some(),
+            choices: (0..request.common.choices).map(choice).collect(),
+        }
+    }
+}
+
+impl Choice {
+    /// What the parser makes of a piece of text, or of the end.
+    fn parse(&mut self, text: Option<&str>) -> Vec<Delta> {
+        let mut deltas = match text {
+            Some(text) => self.parser.push(text),
+            None => self.parser.finish(),
+        };
+        deltas.retain(|delta| match delta {
+            Delta::Reasoning(text) | Delta::Content(text) => !text.is_empty(),
+            Delta::ToolCallStart { .. } | Delta::ToolCallArguments { .. } => true,
+        });
+        self.called |= deltas.iter().any(|delta| matches!(delta, Delta::ToolCallStart { .. }));
+        deltas
+    }
+
+    fn finish_reason(&self, reason: &FinishReason) -> &'static str {
+        match finish_reason(reason) {
+            "stop" if self.called => "tool_calls",
+            other => other,
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Streams
+
+#[derive(Debug, Serialize)]
+struct Chunk<'a> {
+    #[serde(flatten)]
+    answer: &'a Answer,
+    choices: &'a [ChunkChoice],
+    /// Absent, or null until the last chunk, if the client asked for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+}
+
+#[derive(Debug, Serialize)]
+struct ChunkChoice {
+    index: usize,
+    delta: ChunkDelta,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct ChunkDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[CallDelta; 1]>,
+}
+
+#[derive(Debug, Serialize)]
+struct CallDelta {
+    index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: FunctionDelta,
+}
+
+#[derive(Debug, Serialize)]
+struct FunctionDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    arguments: String,
+}
+
+impl From<Delta> for ChunkDelta {
+    fn from(delta: Delta) -> Self {
+        match delta {
+            Delta::Reasoning(text) => Self { reasoning_content: Some(text), ..Self::default() },
+            Delta::Content(text) => Self { content: Some(text), ..Self::default() },
+            Delta::ToolCallStart { index, id, name } => {
+                let function = FunctionDelta { name: Some(name), arguments: String::new() };
+                let call = CallDelta { index, id: Some(id), kind: Some("function"), function };
+                Self { tool_calls: Some([call]), ..Self::default() }
+            }
+            Delta::ToolCallArguments { index, json_fragment } => {
+                let function = FunctionDelta { name: None, arguments: json_fragment };
+                let call = CallDelta { index, id: None, kind: None, function };
+                Self { tool_calls: Some([call]), ..Self::default() }
+            }
+        }
+    }
+}
+
+impl Writer {
+    fn chunk(&self, choices: &[ChunkChoice], usage: Option<UsageBody>, out: &mut Sse) {
+        let usage = self.include_usage.then_some(usage);
+        out.json(&Chunk { answer: &self.answer, choices, usage });
+    }
+
+    /// One delta of a choice, with the log-probabilities that wait for one.
+    fn delta(
+        &mut self,
+        index: usize,
+        delta: ChunkDelta,
+        finish_reason: Option<&'static str>,
+        out: &mut Sse,
+    ) {
+        let choice = &mut self.choices[index];
+        let first = !std::mem::replace(&mut choice.begun, true);
+        let pending = std::mem::take(&mut choice.pending);
+        let logprobs = (self.logprobs && !pending.is_empty()).then(|| {
+            let mut logprobs = ChatLogprobs::default();
+            logprobs.extend(pending);
+            logprobs
+        });
+        if first {
+            let role = Some("assistant");
+            let delta = ChunkDelta { role, content: Some(String::new()), ..ChunkDelta::default() };
+            let opening = ChunkChoice { index, delta, logprobs: None, finish_reason: None };
+            self.chunk(&[opening], None, out);
+        }
+        self.chunk(&[ChunkChoice { index, delta, logprobs, finish_reason }], None, out);
+    }
+}
+
+impl Transcript for Writer {
+    fn event(&mut self, _prompt: usize, event: Event, out: &mut Sse) {
+        match event {
+            Event::Delta { choice, text, logprobs, .. } => {
+                let index = choice as usize;
+                let Some(choice) = self.choices.get_mut(index) else { return };
+                choice.pending.extend(logprobs);
+                for delta in choice.parse(Some(&text)) {
+                    self.delta(index, delta.into(), None, out);
+                }
+            }
+            Event::Finish { choice, reason, .. } => {
+                let index = choice as usize;
+                let Some(choice) = self.choices.get_mut(index) else { return };
+                let deltas = choice.parse(None);
+                let reason = choice.finish_reason(&reason);
+                for delta in deltas {
+                    self.delta(index, delta.into(), None, out);
+                }
+                self.delta(index, ChunkDelta::default(), Some(reason), out);
+            }
+            _ => {}
+        }
+    }
+
+    fn end(&mut self, usage: Usage, out: &mut Sse) {
+        if self.include_usage {
+            self.chunk(&[], Some(usage.body()), out);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Whole answers
+
+#[derive(Debug, Serialize)]
+struct Body<'a> {
+    #[serde(flatten)]
+    answer: &'a Answer,
+    choices: Vec<BodyChoice>,
+    usage: UsageBody,
+}
+
+#[derive(Debug, Serialize)]
+struct BodyChoice {
+    index: usize,
+    message: Message,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct Message {
+    role: &'static str,
+    /// Null where there are only tool calls.
+    content: Option<String>,
+    refusal: Option<()>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<MessageCall>,
+}
+
+#[derive(Debug, Serialize)]
+struct MessageCall {
+    id: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    function: MessageFunction,
+}
+
+#[derive(Debug, Serialize)]
+struct MessageFunction {
+    name: String,
+    arguments: String,
+}
+
+impl Message {
+    fn add(&mut self, delta: Delta) {
+        match delta {
+            Delta::Reasoning(text) => {
+                self.reasoning_content.get_or_insert_default().push_str(&text);
+            }
+            Delta::Content(text) => self.content.get_or_insert_default().push_str(&text),
+            Delta::ToolCallStart { id, name, .. } => {
+                let function = MessageFunction { name, arguments: String::new() };
+                self.tool_calls.push(MessageCall { id, kind: "function", function });
+            }
+            Delta::ToolCallArguments { index, json_fragment } => {
+                if let Some(call) = self.tool_calls.get_mut(index) {
+                    call.function.arguments.push_str(&json_fragment);
+                }
+            }
+        }
+    }
+}
+
+/// The answer of a request that does not stream.
+pub(super) async fn whole(mut running: Running, mut writer: Writer) -> Result<Response, ApiError> {
+    let empty = |index| BodyChoice {
+        index,
+        message: Message { role: "assistant", ..Message::default() },
+        logprobs: writer.logprobs.then(ChatLogprobs::default),
+        finish_reason: None,
+    };
+    let mut choices: Vec<BodyChoice> = (0..writer.choices.len()).map(empty).collect();
+    while let Some(event) = running.next().await {
+        let (index, text, tokens, finish) = match event?.1 {
+            Event::Delta { choice, text, logprobs, .. } => (choice, Some(text), logprobs, None),
+            Event::Finish { choice, reason, .. } => (choice, None, Vec::new(), Some(reason)),
+            _ => continue,
+        };
+        let index = index as usize;
+        let (Some(choice), Some(body)) = (writer.choices.get_mut(index), choices.get_mut(index))
+        else {
+            continue;
+        };
+        choice.parse(text.as_deref()).into_iter().for_each(|delta| body.message.add(delta));
+        if let Some(logprobs) = &mut body.logprobs {
+            logprobs.extend(tokens);
+        }
+        if let Some(reason) = finish {
+            body.finish_reason = Some(choice.finish_reason(&reason));
+            if body.message.tool_calls.is_empty() {
+                body.message.content.get_or_insert_default();
+            }
+        }
+    }
+    let usage = running.usage().body();
+    Ok(Json(Body { answer: &writer.answer, choices, usage }).into_response())
+}

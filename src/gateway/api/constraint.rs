@@ -1,0 +1,215 @@
+//! What holds the output of a chat to its form: tool calls, formats, and reasoning before both.
+//!
+//! | reasoning | constraint begins |
+//! |---|---|
+//! | none, or the prompt has closed it | at once |
+//! | the prompt has opened it | after its end |
+//! | the model decides | at once, with a reasoning block allowed in front by the grammar |
+
+use super::chat::ChatRequest;
+use super::tools::Choice;
+use crate::gateway::error::ApiError;
+use crate::gateway::template::{
+    ChatTemplate, ReasoningFormat, ToolChoice, ToolFamily, ToolGrammar,
+};
+use crate::ipc::{Grammar, GrammarSpec, GrammarTrigger, ModelInfo};
+use serde_json::{Value, json};
+
+/// White space between JSON tokens; llguidance's own is unbounded, and models get lost in it.
+const JSON_WHITESPACE: &str = r"[ ]{1,2}|\r?\n[ \t]{0,48}";
+
+/// How the output is constrained and read.
+#[derive(Debug)]
+pub(super) struct Constraint {
+    pub grammar: Option<GrammarSpec>,
+    /// The parameter at fault if the grammar is refused.
+    pub param: Option<&'static str>,
+    pub family: Option<ToolFamily>,
+    pub reasoning: Option<ReasoningFormat>,
+}
+
+/// Builds what `request` asks for, for the output that follows `prompt`.
+///
+/// # Errors
+/// 400 for tools or formats that this model or their combination does not allow.
+pub(super) fn build(
+    template: &ChatTemplate,
+    info: &ModelInfo,
+    prompt: &str,
+    request: &ChatRequest,
+) -> Result<Constraint, ApiError> {
+    let reasoning = template.reasoning(prompt);
+    let mut constraint =
+        Constraint { grammar: None, param: None, family: None, reasoning: reasoning.clone() };
+    let marker = |text: &str| token(info, text);
+    let before = Before::new(reasoning.as_ref(), prompt);
+    let Some(tools) = &request.tools else {
+        if let Some(format) = request.format.clone() {
+            constraint.grammar = Some(before.wrap_format(format, &marker));
+            constraint.param = Some("response_format");
+        }
+        return Ok(constraint);
+    };
+    let family = template.family();
+    constraint.family = Some(family);
+    constraint.param = Some("tools");
+    let choice = match &tools.choice {
+        Choice::Auto => ToolChoice::Auto,
+        Choice::Required => ToolChoice::Required,
+        Choice::Named(name) => ToolChoice::Named(name.clone()),
+    };
+    let grammar = family
+        .grammar(&tools.definitions, &choice, tools.parallel, marker)
+        .map_err(|error| ApiError::invalid("tools", error.to_string()))?;
+    constraint.grammar = match (&request.format, choice) {
+        // The answer is a call, or else has the format.
+        (Some(format), ToolChoice::Auto) => {
+            Some(before.wrap_lark(either(&grammar.lark, format)?, &marker))
+        }
+        (None, ToolChoice::Auto) => on_trigger(grammar, reasoning.is_some()),
+        // The answer is a call, whatever format other answers have.
+        _ => Some(before.wrap_lark(grammar.lark, &marker)),
+    };
+    Ok(constraint)
+}
+
+fn token(info: &ModelInfo, text: &str) -> Option<u32> {
+    info.special_tokens.iter().find(|(known, _)| known == text).map(|(_, token)| *token)
+}
+
+/// A call is constrained once it has begun.
+fn on_trigger(grammar: ToolGrammar, reasons: bool) -> Option<GrammarSpec> {
+    let trigger = grammar.trigger?;
+    if reasons && trigger.at_start_only {
+        // The engine's start is that of the reasoning, not of the answer: calls stay free here.
+        return None;
+    }
+    Some(GrammarSpec {
+        grammar: Grammar::Lark(grammar.lark),
+        trigger: Some(GrammarTrigger {
+            texts: trigger.text,
+            at_start_only: trigger.at_start_only,
+            inclusive: true,
+            required: false,
+        }),
+    })
+}
+
+/// What may or must come before the constrained part.
+enum Before<'a> {
+    Nothing,
+    /// Reasoning that the prompt has opened: free until this text.
+    Until(&'a str),
+    /// Reasoning if the model likes to.
+    Maybe(&'a ReasoningFormat),
+}
+
+impl<'a> Before<'a> {
+    fn new(reasoning: Option<&'a ReasoningFormat>, prompt: &str) -> Self {
+        match reasoning {
+            None => Self::Nothing,
+            Some(format) if format.starts_open => Self::Until(&format.close),
+            // Thinking was switched off: the template wrote an empty block.
+            Some(format) if prompt.trim_end().ends_with(&format.close) => Self::Nothing,
+            Some(format) => Self::Maybe(format),
+        }
+    }
+
+    fn wrap_format(&self, format: Grammar, marker: &dyn Fn(&str) -> Option<u32>) -> GrammarSpec {
+        let grammar = match (self, body(&format)) {
+            // A client's own Lark has rule names of its own: it is left alone, without reasoning.
+            (Self::Nothing | Self::Until(_), _) | (Self::Maybe(_), None) => format,
+            (Self::Maybe(_), Some(body)) => {
+                return self.wrap_lark(format!("start: form\n{body}"), marker);
+            }
+        };
+        GrammarSpec { grammar, trigger: self.trigger() }
+    }
+
+    /// `lark` begins with the rule `start`.
+    fn wrap_lark(&self, lark: String, marker: &dyn Fn(&str) -> Option<u32>) -> GrammarSpec {
+        let lark = match self {
+            Self::Nothing | Self::Until(_) => lark,
+            Self::Maybe(format) => {
+                format!("{}{}", thoughts(format, marker), rename_start(&lark, "answer"))
+            }
+        };
+        GrammarSpec { grammar: Grammar::Lark(lark), trigger: self.trigger() }
+    }
+
+    fn trigger(&self) -> Option<GrammarTrigger> {
+        match self {
+            Self::Until(close) => Some(GrammarTrigger {
+                texts: vec![(*close).to_owned()],
+                at_start_only: false,
+                inclusive: false,
+                required: true,
+            }),
+            Self::Nothing | Self::Maybe(_) => None,
+        }
+    }
+}
+
+/// `start: think answer | answer`, and the rules of `think`.
+fn thoughts(format: &ReasoningFormat, marker: &dyn Fn(&str) -> Option<u32>) -> String {
+    let literal = |text: &str| Value::from(text).to_string();
+    let open = marker(&format.open).map_or(literal(&format.open), |id| format!("<[{id}]>"));
+    let (tail, rules) = match marker(&format.close) {
+        Some(id) => (format!("THOUGHT <[{id}]>"), "THOUGHT: /(?s:.*)/\n".to_owned()),
+        None => (
+            "thought".to_owned(),
+            format!("thought[suffix={}]: /(?s:.*)/\n", literal(&format.close)),
+        ),
+    };
+    format!(
+        "start: think answer | answer\nthink: {open} {tail} AFTER_THOUGHT?\n{rules}\
+         AFTER_THOUGHT: /[ \\n]{{1,4}}/\n"
+    )
+}
+
+/// A tool call in the grammar `calls`, or the format.
+fn either(calls: &str, format: &Grammar) -> Result<String, ApiError> {
+    let Some(body) = body(format) else {
+        let message = "a Lark grammar cannot be combined with tools unless tool_choice is \"none\"";
+        return Err(ApiError::invalid("response_format", message));
+    };
+    Ok(format!("start: calling | form\n{}{body}", rename_start(calls, "calling")))
+}
+
+/// The first rule of a grammar of ours under another name.
+fn rename_start(lark: &str, name: &str) -> String {
+    lark.replacen("start:", &format!("{name}:"), 1)
+}
+
+/// A format as the rule `form`; `None` for a client's own Lark.
+fn body(format: &Grammar) -> Option<String> {
+    let mut schema = match format {
+        Grammar::Lark(_) => return None,
+        Grammar::Regex(regex) => return Some(format!("form: FORM\nFORM: /{}/\n", slashes(regex))),
+        Grammar::JsonObject => json!({"type": "object"}),
+        // It was written by serde_json.
+        Grammar::JsonSchema(text) => serde_json::from_str(text).unwrap_or_else(|_| json!({})),
+    };
+    schema["x-guidance"] = json!({"whitespace_pattern": JSON_WHITESPACE});
+    Some(format!("form: %json {schema}\n"))
+}
+
+/// A regular expression between slashes: slashes and line breaks in it are escaped.
+fn slashes(regex: &str) -> String {
+    let mut out = String::with_capacity(regex.len());
+    let mut escaped = false;
+    for character in regex.chars() {
+        match character {
+            '/' if !escaped => out.push_str("\\/"),
+            // An escaped line break is a line break.
+            '\n' => out.push_str(if escaped { "n" } else { "\\n" }),
+            other => out.push(other),
+        }
+        escaped = character == '\\' && !escaped;
+    }
+    out
+}
+
+#[cfg(test)]
+#[path = "constraint_tests.rs"]
+mod tests;

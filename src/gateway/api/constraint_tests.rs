@@ -1,0 +1,178 @@
+use super::super::fields::Fields;
+use super::*;
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities};
+use llguidance::{Matcher, ParserFactory};
+
+const THINKS: &str = "{%- for m in messages -%}<|{{ m.role }}|>{{ m.content }}{%- endfor -%}\
+    {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}{#- <think> </think> -#}";
+
+fn info(special_tokens: Vec<(String, u32)>) -> ModelInfo {
+    ModelInfo {
+        description: String::new(),
+        architecture: String::new(),
+        vocab_size: 256,
+        parameters: 0,
+        context_length: 64,
+        embedding_size: 0,
+        can_generate: true,
+        can_embed: false,
+        can_infill: false,
+        shares_prefixes: true,
+        mixes_adapters: false,
+        kv_pages: 1,
+        page_tokens: 32,
+        max_sequences: 1,
+        special_tokens,
+        load_seconds: 0.0,
+        step_seconds: 0.0,
+    }
+}
+
+fn request(more: Value) -> ChatRequest {
+    let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
+    for (key, value) in more.as_object().unwrap() {
+        body[key] = value.clone();
+    }
+    ChatRequest::read(Fields::of(String::new(), body).unwrap()).unwrap()
+}
+
+fn spec(source: &str, prompt: &str, more: Value) -> Option<GrammarSpec> {
+    let template = ChatTemplate::compile(source, None, "", "").unwrap();
+    build(&template, &info(vec![]), prompt, &request(more)).unwrap().grammar
+}
+
+fn format() -> Value {
+    json!({"response_format": {"type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"type": "object"}}}})
+}
+
+fn tools(choice: &str) -> Value {
+    let tool = json!({"type": "function", "function": {"name": "f",
+        "parameters": {"type": "object", "properties": {}}}});
+    json!({"tools": [tool], "tool_choice": choice})
+}
+
+#[test]
+fn without_reasoning_a_format_applies_at_once() {
+    let spec = spec("", "<|im_start|>assistant\n", format()).unwrap();
+    assert_eq!(spec.grammar, Grammar::JsonSchema("{\"type\":\"object\"}".into()));
+    assert_eq!(spec.trigger, None);
+}
+
+#[test]
+fn reasoning_comes_before_a_format() {
+    let open = spec(THINKS, "<|assistant|><think>\n", format()).unwrap();
+    let trigger = open.trigger.unwrap();
+    assert_eq!((trigger.texts, trigger.inclusive), (vec!["</think>".to_owned()], false));
+    let closed = spec(THINKS, "<|assistant|><think>\n\n</think>\n\n", format()).unwrap();
+    assert!(closed.trigger.is_none() && matches!(closed.grammar, Grammar::JsonSchema(_)));
+    let free = spec(THINKS, "<|assistant|>", format()).unwrap();
+    let Grammar::Lark(lark) = free.grammar else { panic!("{:?}", free.grammar) };
+    assert!(free.trigger.is_none());
+    assert!(lark.starts_with("start: think answer | answer\n"), "{lark}");
+    assert!(lark.contains("thought[suffix=\"</think>\"]"), "{lark}");
+    assert!(lark.contains("answer: form\n"), "{lark}");
+}
+
+#[test]
+fn special_tokens_stand_for_their_markers() {
+    let template = ChatTemplate::compile(THINKS, None, "", "").unwrap();
+    let info = info(vec![("<think>".into(), 7), ("</think>".into(), 8)]);
+    let built = build(&template, &info, "<|assistant|>", &request(format())).unwrap();
+    let Some(Grammar::Lark(lark)) = built.grammar.map(|spec| spec.grammar) else { panic!() };
+    assert!(lark.contains("think: <[7]> THOUGHT <[8]>"), "{lark}");
+}
+
+#[test]
+fn tools_by_choice() {
+    let auto = spec("", "", tools("auto")).unwrap();
+    assert_eq!(
+        auto.trigger.map(|t| (t.texts, t.inclusive)),
+        Some((vec!["<tool_call>".to_owned()], true))
+    );
+    let required = spec("", "", tools("required")).unwrap();
+    assert!(required.trigger.is_none() && matches!(required.grammar, Grammar::Lark(_)));
+    assert!(spec("", "", tools("none")).is_none());
+}
+
+#[test]
+fn tools_and_a_format_are_alternatives() {
+    let mut both = tools("auto");
+    both["response_format"] = json!({"type": "regex", "regex": "a/b\\/c\nd"});
+    let Some(Grammar::Lark(lark)) = spec("", "", both).map(|spec| spec.grammar) else { panic!() };
+    assert!(lark.starts_with("start: calling | form\ncalling: "), "{lark}");
+    assert!(lark.ends_with("form: FORM\nFORM: /a\\/b\\/c\\nd/\n"), "{lark}");
+    let template = ChatTemplate::compile("", None, "", "").unwrap();
+    let mut both = tools("auto");
+    both["response_format"] = json!({"type": "grammar", "grammar": "start: \"a\""});
+    let error = build(&template, &info(vec![]), "", &request(both)).unwrap_err();
+    assert_eq!(error.param.as_deref(), Some("response_format"));
+}
+
+/// Whether the grammar derives exactly this text, byte by byte.
+fn accepts(lark: &str, text: &str) -> bool {
+    let env = ApproximateTokEnv::single_byte_env();
+    let mut factory = ParserFactory::new(&env, InferenceCapabilities::default(), &[]).unwrap();
+    factory.quiet();
+    let grammar = TopLevelGrammar::from_lark(lark.to_owned());
+    let mut matcher = Matcher::new(factory.create_parser(grammar));
+    assert_eq!(matcher.get_error(), None, "{lark}");
+    let tokens: Vec<u32> = text.bytes().map(u32::from).collect();
+    matcher.try_consume_tokens(&tokens).is_ok_and(|count| count == tokens.len())
+        && matcher.is_accepting().unwrap_or(false)
+}
+
+fn lark(source: &str, prompt: &str, more: Value) -> String {
+    match spec(source, prompt, more).map(|spec| spec.grammar) {
+        Some(Grammar::Lark(lark)) => lark,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_model_that_decides_may_think_first() {
+    let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}},
+        "required": ["a"], "additionalProperties": false});
+    let format = json!({"response_format": {"type": "json_schema",
+        "json_schema": {"name": "x", "schema": schema}}});
+    let grammar = lark(THINKS, "<|assistant|>", format);
+    for text in [
+        "{\"a\":1}",
+        "{\"a\": 1}",
+        "<think>\nhm {} <b>\n</think>\n\n{\"a\": 1}",
+        "<think></think>{\"a\":1}",
+    ] {
+        assert!(accepts(&grammar, text), "{text}\n{grammar}");
+    }
+    for text in ["hm", "<think>hm", "<think>hm</think>", "<think>a</think>b</think>{\"a\":1}", "{}"]
+    {
+        assert!(!accepts(&grammar, text), "{text}\n{grammar}");
+    }
+    let regex = json!({"response_format": {"type": "regex", "regex": "[0-9]+/[0-9]+"}});
+    let grammar = lark(THINKS, "<|assistant|>", regex);
+    assert!(accepts(&grammar, "12/5") && accepts(&grammar, "<think>12</think>\n1/2"));
+    assert!(!accepts(&grammar, "12"));
+    let object = json!({"response_format": {"type": "json_object"}});
+    let grammar = lark(THINKS, "<|assistant|>", object);
+    assert!(accepts(&grammar, "{\"x\": [1, {}]}") && !accepts(&grammar, "[1]"));
+}
+
+#[test]
+fn a_model_may_think_before_a_required_call() {
+    let grammar = lark(THINKS, "<|assistant|>", tools("required"));
+    let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+    assert!(accepts(&grammar, call), "{grammar}");
+    assert!(accepts(&grammar, &format!("<think>\nf!</think>\n{call}")), "{grammar}");
+    assert!(!accepts(&grammar, "no") && !accepts(&grammar, "<think>f</think>"));
+}
+
+#[test]
+fn an_answer_is_a_call_or_has_the_format() {
+    let mut both = tools("auto");
+    both["response_format"] = format()["response_format"].clone();
+    let grammar = lark("", "", both);
+    let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+    assert!(accepts(&grammar, call) && accepts(&grammar, "{\"any\": 1}"), "{grammar}");
+    assert!(!accepts(&grammar, "hello"));
+}

@@ -1,0 +1,50 @@
+//! `GET /health`, `/ready`, `/version` and `/metrics`: for those who run the server. They need no
+//! key: they tell nothing of requests, and probes and scrapers should not hold one. `/metrics`
+//! names the loaded models; a server on a public address should have its proxy keep it inside.
+
+use crate::gateway::app::App;
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::{StatusCode, header};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// `GET /health`: the gateway lives.
+pub async fn health() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+/// `GET /ready`: 200 if every loaded model takes requests, else 503 with the reasons.
+pub async fn ready(State(app): State<Arc<App>>) -> Response {
+    let mut reasons: Vec<Value> = app
+        .registry
+        .not_ready()
+        .into_iter()
+        // Engine logs are for the operator: the admin route has the whole text.
+        .map(|(model, reason)| {
+            let state = reason.split(':').next().unwrap_or_default();
+            json!({"model": model, "reason": state})
+        })
+        .collect();
+    if app.life.is_draining() {
+        reasons.push(json!({"reason": "draining"}));
+    } else if !app.life.is_started() {
+        reasons.push(json!({"reason": "starting"}));
+    }
+    let ready = reasons.is_empty();
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({"ready": ready, "reasons": reasons}))).into_response()
+}
+
+/// `GET /version`.
+pub async fn version() -> Json<Value> {
+    let revision = option_env!("INGOT_GIT_REVISION");
+    Json(json!({"name": "ingot", "version": env!("CARGO_PKG_VERSION"), "revision": revision}))
+}
+
+/// `GET /metrics`, in Prometheus' text format.
+pub async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let text = app.metrics.render(&app.registry.samples());
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}

@@ -1,0 +1,112 @@
+//! The HTTP API: one file per family of endpoints, wire types beside their handler.
+//!
+//! | file | what |
+//! |---|---|
+//! | `chat.rs`, `chat_answer.rs` | `/v1/chat/completions`: request, answer |
+//! | `completions.rs`, `embeddings.rs`, `tokenize.rs` | their endpoints |
+//! | `models.rs`, `admin.rs`, `health.rs`, `openapi.rs` | their endpoints |
+//! | `fields.rs` | strict reading of JSON bodies |
+//! | `params.rs`, `format.rs`, `messages.rs`, `tools.rs` | parameters, validated once |
+//! | `constraint.rs` | what a grammar makes of tools and formats |
+//! | `logprobs.rs` | both of OpenAI's forms |
+
+pub mod admin;
+pub mod chat;
+mod chat_answer;
+pub mod completions;
+mod constraint;
+pub mod embeddings;
+pub mod fields;
+mod format;
+pub mod health;
+mod logprobs;
+mod messages;
+pub mod models;
+pub mod openapi;
+mod params;
+pub mod tokenize;
+mod tools;
+
+use crate::gateway::error::ApiError;
+use crate::gateway::registry::{Model, Served};
+use crate::gateway::template::{ChatTemplate, RenderInput, TemplateError};
+use crate::ipc::{Call, FinishReason, Grammar};
+use http::Uri;
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What every body of one generated answer has in common.
+#[derive(Debug, Serialize)]
+struct Answer {
+    id: String,
+    object: &'static str,
+    /// Seconds since 1970.
+    created: u64,
+    model: String,
+    system_fingerprint: &'static str,
+}
+
+impl Answer {
+    fn new(prefix: &str, object: &'static str, model: &str) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            id: format!("{prefix}-{:032x}", rand::random::<u128>()),
+            object,
+            created: now.map_or(0, |now| now.as_secs()),
+            model: model.to_owned(),
+            system_fingerprint: concat!("ingot-", env!("CARGO_PKG_VERSION")),
+        }
+    }
+}
+
+fn finish_reason(reason: &FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop | FinishReason::StopString(_) => "stop",
+        FinishReason::Length => "length",
+    }
+}
+
+/// Compiles a client's grammar in the engine, so that a bad one is a 400 that names `param`
+/// before anything is generated.
+async fn check_grammar(served: &Served, grammar: &Grammar, param: &str) -> Result<(), ApiError> {
+    let call = Call::CheckGrammar { grammar: grammar.clone() };
+    match served.model.engine.call(call).await {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let error = ApiError::from(error);
+            Err(if error.status.is_client_error() { error.with_param(param) } else { error })
+        }
+    }
+}
+
+/// The model's chat template, or why it cannot chat.
+fn template(model: &Model) -> Result<&ChatTemplate, ApiError> {
+    model.chat.as_ref().map_err(|error| ApiError::invalid("messages", error.to_string()))
+}
+
+/// Renders a conversation, away from the threads that serve sockets: templates are programs.
+async fn render(model: Arc<Model>, input: RenderInput) -> Result<String, ApiError> {
+    let render = move || template(&model)?.render(&input).map_err(refused);
+    match tokio::task::spawn_blocking(render).await {
+        Ok(prompt) => prompt,
+        Err(error) => Err(ApiError::internal(format!("the chat template: {error}"))),
+    }
+}
+
+fn refused(error: TemplateError) -> ApiError {
+    ApiError::invalid("messages", error.to_string())
+}
+
+/// Endpoints that clients know from elsewhere: 404, but it says so.
+pub async fn later(uri: Uri) -> ApiError {
+    ApiError::not_found(format!(
+        "{} is not served yet; it comes later. Use /v1/chat/completions or /v1/completions.",
+        uri.path().chars().take(100).collect::<String>()
+    ))
+    .with_code("not_implemented")
+}
+
+/// The paths of [`later`].
+pub const LATER: [&str; 5] =
+    ["/v1/responses", "/v1/messages", "/v1/rerank", "/v1/infill", "/infill"];

@@ -1,0 +1,264 @@
+//! The parameters that chat and text completions have in common, and their bounds.
+//!
+//! Every bound is stated here. A value outside is a 400 that names the parameter; so is any
+//! parameter that nobody takes (see [`Fields::finish`]).
+
+use super::fields::{Fields, wrong};
+use crate::gateway::error::ApiError;
+use crate::ipc::{ModelInfo, SamplingParams, StopParams, Token};
+use serde_json::{Value, json};
+
+/// Continuations of one prompt, at most.
+pub const MAX_CHOICES: u32 = 16;
+/// Alternatives per position, at most.
+pub const MAX_TOP_LOGPROBS: u32 = 20;
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 256;
+const MAX_LOGIT_BIAS: usize = 1024;
+/// Look-back windows, in tokens.
+const MAX_WINDOW: u32 = 1 << 20;
+const MAX_TOKENS: u32 = i32::MAX as u32;
+/// Names and other short strings that are only kept or looked up, in bytes.
+const MAX_NAME: usize = 512;
+
+/// What chat and text completions share, validated.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Common {
+    /// As the client wrote it; the registry resolves it.
+    pub model: String,
+    /// OpenAI's `n`.
+    pub choices: u32,
+    pub sampling: SamplingParams,
+    /// `max_tokens` is left to the endpoint.
+    pub stop: StopParams,
+    /// Higher runs earlier.
+    pub priority: i32,
+    pub stream: Option<StreamOptions>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StreamOptions {
+    /// A last chunk carries the token counts.
+    pub include_usage: bool,
+}
+
+impl Common {
+    /// Takes everything shared; also what is accepted without effect, and what exists elsewhere
+    /// but is not supported here.
+    pub fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+        let model = take_model(fields)?.ok_or_else(|| fields.missing("model"))?;
+        let choices = fields.count("n", 1, MAX_CHOICES)?.unwrap_or(1);
+        let common = Self {
+            model,
+            choices,
+            sampling: take_sampling(fields)?,
+            stop: take_stop(fields)?,
+            priority: fields
+                .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
+                .and_then(|priority| i32::try_from(priority).ok())
+                .unwrap_or(0),
+            stream: take_stream(fields)?,
+        };
+        take_bookkeeping(fields)?;
+        fields.only_neutral("best_of", &[json!(1), json!(choices)])?;
+        for (key, neutral) in neutral_elsewhere() {
+            fields.only_neutral(key, &[neutral])?;
+        }
+        Ok(common)
+    }
+
+    /// Checks what depends on the model: token ids lie within its vocabulary.
+    pub fn check_vocabulary(&self, info: &ModelInfo) -> Result<(), ApiError> {
+        let biased = self.sampling.logit_bias.iter().map(|(token, _)| token);
+        check_tokens("logit_bias", biased, info)?;
+        check_tokens("stop_token_ids", &self.stop.token_ids, info)
+    }
+}
+
+/// Every token id lies within the model's vocabulary.
+pub fn check_tokens<'a>(
+    param: &str,
+    tokens: impl IntoIterator<Item = &'a Token>,
+    info: &ModelInfo,
+) -> Result<(), ApiError> {
+    match tokens.into_iter().find(|token| **token >= info.vocab_size) {
+        None => Ok(()),
+        Some(token) => Err(ApiError::invalid(
+            param,
+            format!(
+                "{param} holds the token id {token}, but the model's vocabulary ends at {}",
+                info.vocab_size.saturating_sub(1)
+            ),
+        )),
+    }
+}
+
+/// The model's name, where there is one.
+pub fn take_model(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    Ok(fields.string("model", MAX_NAME)?.filter(|name| !name.is_empty()))
+}
+
+/// What official clients send for their own books: accepted, checked for its type, without effect.
+pub fn take_bookkeeping(fields: &mut Fields) -> Result<(), ApiError> {
+    fields.boolean("store")?;
+    fields.object("metadata")?;
+    for key in
+        ["user", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"]
+    {
+        fields.string(key, MAX_NAME)?;
+    }
+    Ok(())
+}
+
+/// Parameters of other servers that we do not support, each with the value that changes nothing.
+fn neutral_elsewhere() -> [(&'static str, Value); 14] {
+    [
+        ("use_beam_search", json!(false)),
+        ("length_penalty", json!(1)),
+        ("early_stopping", json!(false)),
+        ("min_tokens", json!(0)),
+        ("skip_special_tokens", json!(true)),
+        ("spaces_between_special_tokens", json!(true)),
+        ("include_stop_str_in_output", json!(false)),
+        ("truncate_prompt_tokens", json!(-1)),
+        ("prompt_logprobs", json!(null)),
+        ("mirostat", json!(0)),
+        ("tfs_z", json!(1)),
+        ("cache_prompt", json!(true)),
+        ("dynatemp_range", json!(0)),
+        ("top_n_sigma", json!(-1)),
+    ]
+}
+
+fn take_sampling(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
+    let mut sampling = SamplingParams::default();
+    let numbers = [
+        ("temperature", 0.0..=2.0, &mut sampling.temperature),
+        ("top_p", 0.0..=1.0, &mut sampling.top_p),
+        ("min_p", 0.0..=1.0, &mut sampling.min_p),
+        ("typical_p", 0.0..=1.0, &mut sampling.typical_p),
+        ("presence_penalty", -2.0..=2.0, &mut sampling.presence_penalty),
+        ("frequency_penalty", -2.0..=2.0, &mut sampling.frequency_penalty),
+        ("repetition_penalty", 0.01..=10.0, &mut sampling.repetition_penalty),
+        ("dry_multiplier", 0.0..=100.0, &mut sampling.dry_multiplier),
+        ("dry_base", 1.0..=100.0, &mut sampling.dry_base),
+        ("xtc_probability", 0.0..=1.0, &mut sampling.xtc_probability),
+        ("xtc_threshold", 0.0..=1.0, &mut sampling.xtc_threshold),
+    ];
+    for (key, range, slot) in numbers {
+        if let Some(number) = fields.number(key, range)? {
+            *slot = number;
+        }
+    }
+    // vLLM writes "all tokens" as -1, llama.cpp as 0.
+    if let Some(top_k) = fields.integer("top_k", -1..=i64::from(MAX_TOKENS))? {
+        sampling.top_k = u32::try_from(top_k).unwrap_or(0);
+    }
+    let counts = [
+        ("penalty_window", &mut sampling.penalty_window),
+        ("dry_allowed_length", &mut sampling.dry_allowed_length),
+        ("dry_penalty_last_n", &mut sampling.dry_penalty_last_n),
+    ];
+    for (key, slot) in counts {
+        if let Some(count) = fields.count(key, 0, MAX_WINDOW)? {
+            *slot = count;
+        }
+    }
+    if let Some(breakers) = fields.strings("dry_sequence_breakers", 64, 64)? {
+        sampling.dry_sequence_breakers = breakers;
+    }
+    sampling.logit_bias = take_logit_bias(fields)?;
+    sampling.seed = take_seed(fields)?;
+    Ok(sampling)
+}
+
+/// The seed as given (any 64-bit integer), or a random one.
+fn take_seed(fields: &mut Fields) -> Result<u64, ApiError> {
+    match fields.take("seed") {
+        None => Ok(rand::random()),
+        Some(value) => match (value.as_u64(), value.as_i64()) {
+            (Some(seed), _) => Ok(seed),
+            (None, Some(seed)) => Ok(seed.cast_unsigned()),
+            (None, None) => Err(fields.wrong("seed", "a 64-bit integer", &value)),
+        },
+    }
+}
+
+fn take_logit_bias(fields: &mut Fields) -> Result<Vec<(Token, f32)>, ApiError> {
+    let Some(bias) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
+    let bias = bias.into_map();
+    if bias.len() > MAX_LOGIT_BIAS {
+        let message =
+            format!("logit_bias may have at most {MAX_LOGIT_BIAS} entries, got {}", bias.len());
+        return Err(ApiError::invalid("logit_bias", message));
+    }
+    let entries = bias.into_iter().map(|(key, value)| {
+        let token = key.parse::<u32>().ok().filter(|token| *token <= MAX_TOKENS);
+        let token = token.ok_or_else(|| wrong("logit_bias", "keyed by token ids", &json!(key)))?;
+        match value.as_f64() {
+            Some(number) if (-100.0..=100.0).contains(&number) => Ok((token, number as f32)),
+            _ => {
+                Err(wrong(&format!("logit_bias.{token}"), "a number between -100 and 100", &value))
+            }
+        }
+    });
+    entries.collect()
+}
+
+fn take_stop(fields: &mut Fields) -> Result<StopParams, ApiError> {
+    let strings = match fields.take("stop") {
+        None => Vec::new(),
+        Some(Value::String(text)) if text.is_empty() => Vec::new(),
+        Some(Value::String(text)) if text.len() <= MAX_STOP_BYTES => vec![text],
+        Some(list @ Value::Array(_)) => {
+            let mut one = Fields::of(String::new(), json!({ "stop": list }))?;
+            one.strings("stop", MAX_STOPS, MAX_STOP_BYTES)?.unwrap_or_default()
+        }
+        Some(other) => {
+            let expected =
+                format!("a string or a list of strings, each of 1 to {MAX_STOP_BYTES} bytes");
+            return Err(fields.wrong("stop", &expected, &other));
+        }
+    };
+    Ok(StopParams {
+        max_tokens: None,
+        strings,
+        token_ids: fields.tokens("stop_token_ids", MAX_STOPS)?.unwrap_or_default(),
+        ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
+    })
+}
+
+fn take_stream(fields: &mut Fields) -> Result<Option<StreamOptions>, ApiError> {
+    let stream = fields.boolean("stream")?.unwrap_or(false);
+    let mut options = StreamOptions::default();
+    if let Some(mut object) = fields.object("stream_options")? {
+        if !stream {
+            return Err(ApiError::invalid(
+                "stream_options",
+                "stream_options is only allowed when stream is true",
+            ));
+        }
+        options.include_usage = object.boolean("include_usage")?.unwrap_or(false);
+        // Padding against traffic analysis, which official clients may switch off: we send none.
+        object.boolean("include_obfuscation")?;
+        object.finish()?;
+    }
+    Ok(stream.then_some(options))
+}
+
+/// `max_tokens`, and for chat its newer name; both only if they agree.
+pub fn take_max_tokens(fields: &mut Fields, least: u32) -> Result<Option<u32>, ApiError> {
+    let old = fields.count("max_tokens", least, MAX_TOKENS)?;
+    let new = fields.count("max_completion_tokens", least, MAX_TOKENS)?;
+    match (old, new) {
+        (Some(old), Some(new)) if old != new => Err(ApiError::invalid(
+            "max_tokens",
+            "max_tokens is the old name of max_completion_tokens: send one of them",
+        )),
+        _ => Ok(new.or(old)),
+    }
+}
+
+#[cfg(test)]
+#[path = "params_tests.rs"]
+mod tests;

@@ -1,0 +1,35 @@
+//! What every handler shares.
+
+use crate::config::ServeConfig;
+use crate::gateway::auth::Auth;
+use crate::gateway::metrics::Metrics;
+use crate::gateway::registry::Registry;
+use crate::gateway::server::Lifecycle;
+use std::sync::Arc;
+
+/// The state behind the routes: `axum::extract::State<Arc<App>>`.
+#[derive(Debug)]
+pub struct App {
+    pub config: Arc<ServeConfig>,
+    pub registry: Arc<Registry>,
+    pub metrics: Arc<Metrics>,
+    pub auth: Auth,
+    pub life: Lifecycle,
+}
+
+impl App {
+    /// Everything but the listener and the models.
+    pub fn new(config: Arc<ServeConfig>, registry: Arc<Registry>) -> Arc<Self> {
+        Arc::new(Self {
+            auth: Auth::new(&config.keys),
+            metrics: Arc::new(Metrics::new()),
+            life: Lifecycle::default(),
+            registry,
+            config,
+        })
+    }
+}
+
+/// The id of a request, as returned in `x-request-id`; in the extensions of every request.
+#[derive(Debug, Clone)]
+pub struct RequestTag(pub Arc<str>);

@@ -1,0 +1,199 @@
+//! Who asks. Keys are compared as SHA-256 digests in constant time; a route that is not listed in
+//! [`crate::gateway::server`] as open is denied without one.
+
+use crate::config::{KeyConfig, ShareScope};
+use crate::gateway::app::App;
+use crate::gateway::error::ApiError;
+use crate::gateway::limits::{GuardedBody, KeyLimits};
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http::{HeaderMap, header};
+use sha2::{Digest, Sha256};
+use std::sync::Arc;
+use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
+
+/// Key number of everyone where no API keys are set.
+const ANYONE: u64 = 0;
+/// Key number of the admin key; API keys are counted from the one after it.
+const ADMIN: u64 = 1;
+const FIRST_KEY: u64 = 2;
+/// Longest `Authorization` header worth hashing.
+const MAX_KEY: usize = 4096;
+
+/// Who sent a request; put into its extensions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Requests of one key share a fair queue and its limits.
+    pub key: u64,
+    /// Prefix pages are shared only within one tenant.
+    pub tenant: u64,
+    /// Whether the admin key was shown.
+    pub admin: bool,
+}
+
+/// The keys, as digests.
+#[derive(Debug)]
+pub struct Auth {
+    keys: Vec<[u8; 32]>,
+    admin: Option<[u8; 32]>,
+    share_all: bool,
+    limits: Arc<KeyLimits>,
+}
+
+impl Auth {
+    /// The keys and limits of the configuration.
+    pub fn new(config: &KeyConfig) -> Self {
+        Self {
+            keys: config.api_keys.iter().map(|key| key.digest()).collect(),
+            admin: config.admin_key.as_ref().map(|key| key.digest()),
+            share_all: config.share_prefixes == ShareScope::All,
+            limits: KeyLimits::new(config),
+        }
+    }
+
+    /// The identity behind a request to the API.
+    ///
+    /// # Errors
+    /// 401 if keys are set and none of them was sent.
+    pub fn identify(&self, headers: &HeaderMap) -> Result<Identity, ApiError> {
+        let sent = bearer(headers);
+        match sent.and_then(|sent| self.find(sent)) {
+            Some(key) => Ok(self.identity(key)),
+            // Official clients insist on sending some key, so an unknown one is fine here.
+            None if self.keys.is_empty() => Ok(self.identity(ANYONE)),
+            None if sent.is_none() => Err(ApiError::unauthorized(
+                "This server needs an API key: send it as `Authorization: Bearer KEY`.",
+            )),
+            None => Err(ApiError::unauthorized("The API key is not valid.")),
+        }
+    }
+
+    /// The identity behind a request to an admin route.
+    ///
+    /// # Errors
+    /// 404 while no admin key is set, so that nobody learns the routes; 401 without it.
+    pub fn identify_admin(&self, headers: &HeaderMap) -> Result<Identity, ApiError> {
+        if self.admin.is_none() {
+            return Err(ApiError::not_found("There is no such route."));
+        }
+        match bearer(headers).and_then(|sent| self.find(sent)) {
+            Some(ADMIN) => Ok(self.identity(ADMIN)),
+            _ => Err(ApiError::unauthorized(
+                "Admin routes need the admin key: send it as `Authorization: Bearer KEY`.",
+            )),
+        }
+    }
+
+    /// Looks at every key, whatever it finds: the time taken says nothing about them.
+    fn find(&self, sent: &str) -> Option<u64> {
+        let sent: [u8; 32] = Sha256::digest(sent.as_bytes()).into();
+        let mut found = ANYONE;
+        for (number, key) in (FIRST_KEY..).zip(&self.keys) {
+            found.conditional_assign(&number, sent.ct_eq(key));
+        }
+        let is_admin = self.admin.map_or(Choice::from(0), |admin| sent.ct_eq(&admin));
+        found.conditional_assign(&ADMIN, is_admin);
+        (found != ANYONE).then_some(found)
+    }
+
+    fn identity(&self, key: u64) -> Identity {
+        Identity { key, tenant: if self.share_all { ANYONE } else { key }, admin: key == ADMIN }
+    }
+}
+
+/// The token of `Authorization: Bearer TOKEN`.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.trim().split_once(' ')?;
+    let token = token.trim();
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() && token.len() <= MAX_KEY)
+        .then_some(token)
+}
+
+/// Middleware of the API routes: identifies, counts against the key's limits until the response
+/// body has ended, and hands [`Identity`] on. The operator (admin key) is not limited.
+pub async fn require_key(
+    State(app): State<Arc<App>>,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let identity = app
+        .auth
+        .identify(request.headers())
+        .inspect_err(|_| app.metrics.rejected("unauthorized"))?;
+    request.extensions_mut().insert(identity);
+    if identity.admin {
+        return Ok(next.run(request).await);
+    }
+    let permit = app.auth.limits.admit(identity.key).inspect_err(|error| {
+        app.metrics.rejected(error.code.as_deref().unwrap_or("rate_limit_exceeded"));
+    })?;
+    let response = next.run(request).await;
+    Ok(response.map(|body| GuardedBody::wrap(body, permit)))
+}
+
+/// Middleware of the admin routes.
+pub async fn require_admin(
+    State(app): State<Arc<App>>,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let identity = app.auth.identify_admin(request.headers()).inspect_err(|error| {
+        if error.status == http::StatusCode::UNAUTHORIZED {
+            app.metrics.rejected("unauthorized");
+        }
+    })?;
+    request.extensions_mut().insert(identity);
+    Ok(next.run(request).await)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn auth(keys: &[&str], admin: Option<&str>, share: ShareScope) -> Auth {
+        Auth::new(&KeyConfig {
+            api_keys: keys.iter().map(|key| key.parse().unwrap()).collect(),
+            admin_key: admin.map(|key| key.parse().unwrap()),
+            rate_limit: None,
+            max_concurrent_per_key: None,
+            share_prefixes: share,
+        })
+    }
+
+    fn sent(value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(header::AUTHORIZATION, value.parse().unwrap())])
+    }
+
+    #[test]
+    fn without_keys_everyone_is_one() {
+        let auth = auth(&[], None, ShareScope::Key);
+        let anyone = Identity { key: ANYONE, tenant: ANYONE, admin: false };
+        assert_eq!(auth.identify(&HeaderMap::new()).unwrap(), anyone);
+        assert_eq!(auth.identify(&sent("Bearer none")).unwrap(), anyone);
+        assert_eq!(auth.identify_admin(&sent("Bearer none")).unwrap_err().status, 404);
+    }
+
+    #[test]
+    fn keys_are_their_own_tenants_unless_shared() {
+        let own = auth(&["a", "b"], Some("root"), ShareScope::Key);
+        let tenant = |auth: &Auth, key: &str| auth.identify(&sent(key)).unwrap().tenant;
+        assert_ne!(tenant(&own, "Bearer a"), tenant(&own, "bearer  b"));
+        let all = auth(&["a", "b"], Some("root"), ShareScope::All);
+        assert_eq!(tenant(&all, "Bearer a"), tenant(&all, "Bearer b"));
+        assert_ne!(all.identify(&sent("Bearer a")).unwrap().key, 0);
+    }
+
+    #[test]
+    fn wrong_and_missing_keys_are_refused() {
+        let auth = auth(&["a"], Some("root"), ShareScope::Key);
+        for header in ["Bearer x", "Bearer ", "Basic a", "a", "Bearer aa"] {
+            assert_eq!(auth.identify(&sent(header)).unwrap_err().status, 401, "{header}");
+        }
+        assert_eq!(auth.identify(&HeaderMap::new()).unwrap_err().status, 401);
+        assert_eq!(auth.identify_admin(&sent("Bearer a")).unwrap_err().status, 401);
+        assert!(auth.identify_admin(&sent("Bearer root")).unwrap().admin);
+        assert!(auth.identify(&sent("Bearer root")).unwrap().admin);
+    }
+}

@@ -1,0 +1,352 @@
+//! What a model will take, planned from its header before anything is loaded.
+//!
+//! The plan also decides what the configuration leaves open: context length and size of the KV
+//! cache. What does not fit is refused with the numbers and what to change; nothing is tried first.
+
+mod machine;
+
+pub use machine::available;
+
+use crate::config::{ByteSize, DEFAULT_CONTEXT_LENGTH, EngineConfig};
+use crate::gateway::registry::ModelHeader;
+use crate::gguf::KvType;
+use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind};
+use serde::Serialize;
+use std::fmt;
+use std::path::PathBuf;
+
+/// llama.cpp rounds contexts up to a multiple of this.
+const CONTEXT_STEP: u64 = 256;
+/// Below this a context is of no use; it is refused rather than shrunk further.
+const SMALLEST_CONTEXT: u64 = 512;
+/// The default cache holds this many requests of [`TYPICAL_REQUEST`] tokens. It is not larger, even
+/// where memory would allow: the buffer is written at load, so all of it is resident.
+const TYPICAL_REQUESTS: u64 = 16;
+const TYPICAL_REQUEST: u64 = 2_048;
+/// Code, allocator, thread stacks and queues of an engine.
+const PROCESS_BYTES: u64 = 96 << 20;
+/// Tokenizer, token trie and candidate arrays, by token of the vocabulary.
+const BYTES_PER_VOCABULARY_TOKEN: u64 = 400;
+
+/// What a model will take, in bytes, and how its engine is to be set up.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MemoryPlan {
+    #[serde(skip)]
+    pub spec: LoadSpec,
+    /// Used where they lie in the file's mapping: the system may drop and read them again.
+    pub mapped_weights: u64,
+    /// Private copies: repacked for the CPU's instructions, or read without mmap.
+    pub private_weights: u64,
+    pub kv_cache: u64,
+    pub compute_buffers: u64,
+    pub overhead: u64,
+    /// Weights and cache on a GPU, which this plan cannot check.
+    pub on_gpu: u64,
+    /// What was free when the plan was made.
+    pub available: u64,
+    pub context_length: u32,
+    pub kv_tokens: u32,
+    /// What was decided against the configuration or the model's own limits.
+    pub notes: Vec<String>,
+}
+
+/// Why a model is not loaded: the numbers, and what to change.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct DoesNotFit(pub String);
+
+impl MemoryPlan {
+    /// Plans for the model at `path` with `available` bytes free.
+    ///
+    /// # Errors
+    /// [`DoesNotFit`] if it cannot run with what the configuration asks for.
+    pub fn make(
+        header: &ModelHeader,
+        path: PathBuf,
+        config: &EngineConfig,
+        available: u64,
+    ) -> Result<Self, DoesNotFit> {
+        let mut draft = Draft::new(header, config, available);
+        draft.choose_context();
+        draft.choose_cache()?;
+        let plan = draft.finish(path);
+        if plan.total() > available && plan.spec.runner != RunnerKind::Mock {
+            return Err(plan.refusal(header));
+        }
+        Ok(plan)
+    }
+
+    /// Bytes of memory, all parts together.
+    pub fn total(&self) -> u64 {
+        self.mapped_weights.saturating_add(self.private())
+    }
+
+    /// Bytes that the system cannot take back while the engine runs.
+    pub fn private(&self) -> u64 {
+        // Headers are untrusted: their numbers may add up to anything.
+        [self.private_weights, self.kv_cache, self.compute_buffers, self.overhead]
+            .into_iter()
+            .fold(0, u64::saturating_add)
+    }
+
+    fn refusal(&self, header: &ModelHeader) -> DoesNotFit {
+        let size = ByteSize;
+        let mut advice = vec!["a smaller quantization"];
+        if self.kv_cache > self.total() / 8 {
+            advice.push("a smaller --kv-tokens or --context-length");
+            if self.spec.kv_type == KvCacheType::F16 {
+                advice.push("--kv-type q8_0");
+            }
+        }
+        if self.compute_buffers > self.total() / 8 {
+            advice.push("a smaller --batch-tokens");
+        }
+        DoesNotFit(format!(
+            "The model needs {} of memory, but {} is available: {} for weights, {} for a KV cache \
+             of {} tokens ({} a token), {} for compute buffers, {} for the process. Unload another \
+             model, raise --memory-budget if it is set, or use {}.",
+            size(self.total()),
+            size(self.available),
+            size(self.mapped_weights.saturating_add(self.private_weights)),
+            size(self.kv_cache),
+            self.kv_tokens,
+            size(header.facts.kv_bytes_per_token(kv_type(self.spec.kv_type))),
+            size(self.compute_buffers),
+            size(self.overhead),
+            advice.join(", or "),
+        ))
+    }
+}
+
+/// The table that `ingot serve` prints.
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut row = |what: &str, bytes: u64, note: &str| {
+            writeln!(f, "  {what:<16} {:>10}  {note}", ByteSize(bytes).to_string())
+        };
+        if self.mapped_weights > 0 {
+            row("weights, mapped", self.mapped_weights, "from the file")?;
+        }
+        if self.private_weights > 0 {
+            row("weights, copied", self.private_weights, "repacked for this CPU")?;
+        }
+        let each = format!(
+            "{} tokens of {}, {} for one request at most",
+            self.kv_tokens,
+            match self.spec.kv_type {
+                KvCacheType::F16 => "f16",
+                KvCacheType::Q8_0 => "q8_0",
+            },
+            self.context_length
+        );
+        row("KV cache", self.kv_cache, &each)?;
+        let batch = format!("for {} tokens a step, an estimate", self.spec.batch_tokens);
+        row("compute buffers", self.compute_buffers, &batch)?;
+        row("process", self.overhead, "")?;
+        if self.on_gpu > 0 {
+            row("on the GPU", self.on_gpu, "not checked")?;
+        }
+        row("total", self.total(), &format!("of {} available", ByteSize(self.available)))?;
+        self.notes.iter().try_for_each(|note| writeln!(f, "  note: {note}"))
+    }
+}
+
+/// A plan in the making.
+struct Draft<'a> {
+    header: &'a ModelHeader,
+    config: &'a EngineConfig,
+    available: u64,
+    layout: KvLayout,
+    context: u64,
+    sequences: u64,
+    kv_tokens: u64,
+    notes: Vec<String>,
+}
+
+impl<'a> Draft<'a> {
+    fn new(header: &'a ModelHeader, config: &'a EngineConfig, available: u64) -> Self {
+        Self {
+            header,
+            config,
+            available,
+            layout: config.kv_layout.unwrap_or(KvLayout::Unified),
+            context: 0,
+            sequences: u64::from(config.max_sequences),
+            kv_tokens: 0,
+            notes: Vec::new(),
+        }
+    }
+
+    /// The configured context, at most the model's own.
+    fn choose_context(&mut self) {
+        let asked = self.config.context_length;
+        let wanted = u64::from(asked.unwrap_or(DEFAULT_CONTEXT_LENGTH));
+        let trained = u64::from(self.header.facts.n_ctx_train);
+        self.context = if trained == 0 { wanted } else { wanted.min(trained) };
+        if asked.is_some() && self.context < wanted {
+            self.notes.push(format!(
+                "--context-length {wanted} is more than the model was trained for; it is {trained}"
+            ));
+        }
+    }
+
+    /// The configured cache, or the default one; a default context shrinks until it fits.
+    fn choose_cache(&mut self) -> Result<(), DoesNotFit> {
+        if let Some(asked) = self.config.kv_tokens {
+            self.kv_tokens = u64::from(asked);
+            let one = match self.layout {
+                KvLayout::Unified => self.kv_tokens,
+                KvLayout::Streams => self.kv_tokens / self.sequences,
+            };
+            if one == 0 {
+                return Err(DoesNotFit(format!(
+                    "--kv-tokens {asked} leaves no token for each of {} sequences \
+                     (--max-sequences) with --kv-layout streams.",
+                    self.sequences
+                )));
+            }
+            if one < self.context {
+                self.notes.push(format!("the context is {one} tokens, all that --kv-tokens holds"));
+                self.context = one;
+            }
+            return Ok(());
+        }
+        let left = self.available.saturating_sub(self.fixed_bytes());
+        let fits = left / self.bytes_per_token().max(1);
+        let smallest = SMALLEST_CONTEXT.min(self.context);
+        if self.config.context_length.is_none() && fits < self.context && fits >= smallest {
+            let shrunk = round_down(fits).max(smallest);
+            self.notes.push(format!(
+                "the context is {shrunk} tokens instead of {}: more does not fit into memory",
+                self.context
+            ));
+            self.context = shrunk;
+        }
+        match self.layout {
+            KvLayout::Unified => {
+                let requests = self.sequences.min(TYPICAL_REQUESTS);
+                let wanted = requests * self.context.min(TYPICAL_REQUEST);
+                self.kv_tokens = wanted.min(round_down(fits / 2)).max(self.context);
+            }
+            KvLayout::Streams => {
+                self.sequences = (fits / 2 / self.context.max(1)).clamp(1, self.sequences);
+                self.kv_tokens = self.sequences * self.context;
+            }
+        }
+        Ok(())
+    }
+
+    /// Host bytes that do not depend on the size of the cache.
+    fn fixed_bytes(&self) -> u64 {
+        self.host(self.header.weights_bytes)
+            .saturating_add(self.compute_bytes(0))
+            .saturating_add(self.overhead())
+    }
+
+    /// Host bytes that one more token of cache takes, its column of the attention mask included.
+    fn bytes_per_token(&self) -> u64 {
+        let kv = self.header.facts.kv_bytes_per_token(kv_type(self.config.kv_type));
+        self.host(kv).saturating_add(self.mask_bytes_per_token())
+    }
+
+    /// An f32 mask and its f16 copy for flash attention; without it the scores of a layer.
+    fn mask_bytes_per_token(&self) -> u64 {
+        let heads = u64::from(self.header.facts.n_head);
+        let row = if self.config.flash_attention { 6 } else { 4 + 8 * heads };
+        self.batch_tokens().saturating_mul(row)
+    }
+
+    /// The worst-case graph that llama.cpp reserves: logits for every row (and once more for every
+    /// sequence, where they are read), and the widest activations (attention and feed-forward of
+    /// one layer; its width is taken as four times the hidden size).
+    fn compute_bytes(&self, kv_tokens: u64) -> u64 {
+        let facts = &self.header.facts;
+        let rows = self.batch_tokens();
+        let logits = match facts.is_encoder_only {
+            true => 0,
+            false => (4 * u64::from(facts.n_vocab)).saturating_mul(rows + self.sequences),
+        };
+        let activations = (4 * (8 + 12) * u64::from(facts.n_embd)).saturating_mul(rows);
+        let mask = kv_tokens.saturating_mul(self.mask_bytes_per_token());
+        logits.saturating_add(activations).saturating_add(mask)
+    }
+
+    fn overhead(&self) -> u64 {
+        PROCESS_BYTES + u64::from(self.header.facts.n_vocab) * BYTES_PER_VOCABULARY_TOKEN
+    }
+
+    /// The part of `bytes` that stays off the GPU.
+    fn host(&self, bytes: u64) -> u64 {
+        let layers = u64::from(self.header.facts.n_layer) + 1;
+        let on_gpu = u64::from(self.config.gpu_layers).min(layers);
+        bytes - bytes / layers * on_gpu
+    }
+
+    /// Inputs of models that look both ways go through in one piece.
+    fn batch_tokens(&self) -> u64 {
+        let configured = u64::from(self.config.batch_tokens);
+        if self.header.facts.causal { configured } else { configured.max(self.context) }
+    }
+
+    fn finish(self, path: PathBuf) -> MemoryPlan {
+        let runner = self.config.runner.unwrap_or(RunnerKind::LlamaCpp);
+        let facts = &self.header.facts;
+        let weights = self.host(self.header.weights_bytes);
+        let per_token = facts.kv_bytes_per_token(kv_type(self.config.kv_type));
+        let cache = self.kv_tokens.saturating_mul(per_token);
+        let repacks = self.config.gpu_layers == 0;
+        let private_weights = match self.config.mmap {
+            true if repacks => self.header.repackable_bytes.min(weights),
+            true => 0,
+            false => weights,
+        };
+        MemoryPlan {
+            mapped_weights: weights - private_weights,
+            private_weights,
+            kv_cache: self.host(cache),
+            compute_buffers: self.compute_bytes(self.kv_tokens),
+            overhead: self.overhead(),
+            on_gpu: (self.header.weights_bytes - weights).saturating_add(cache - self.host(cache)),
+            available: self.available,
+            context_length: narrow(self.context),
+            kv_tokens: narrow(self.kv_tokens),
+            spec: LoadSpec {
+                model: path,
+                runner,
+                context_length: narrow(self.context),
+                kv_tokens: narrow(self.kv_tokens),
+                max_sequences: narrow(self.sequences),
+                batch_tokens: narrow(self.batch_tokens()),
+                kv_type: self.config.kv_type,
+                flash_attention: self.config.flash_attention,
+                kv_layout: self.layout,
+                threads: self.config.threads,
+                gpu_layers: self.config.gpu_layers,
+                mmap: self.config.mmap,
+                target_step_ms: self.config.target_step_ms,
+                queue_limit: self.config.queue_limit,
+                mock_step_us: self.config.mock_step_us,
+            },
+            notes: self.notes,
+        }
+    }
+}
+
+fn round_down(tokens: u64) -> u64 {
+    tokens / CONTEXT_STEP * CONTEXT_STEP
+}
+
+fn narrow(tokens: u64) -> u32 {
+    u32::try_from(tokens).unwrap_or(u32::MAX)
+}
+
+/// The header's name for a cache type.
+fn kv_type(ty: KvCacheType) -> KvType {
+    match ty {
+        KvCacheType::F16 => KvType::F16,
+        KvCacheType::Q8_0 => KvType::Q8_0,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,125 @@
+use super::*;
+use crate::config::ServeOptions;
+
+const GIB: u64 = 1 << 30;
+
+/// SmolLM2-135M's shape.
+fn header() -> ModelHeader {
+    let mut header = ModelHeader::mock();
+    header.facts.n_layer = 30;
+    header.facts.n_embd = 576;
+    header.facts.n_head = 9;
+    header.facts.n_vocab = 49_152;
+    header.facts.n_ctx_train = 8_192;
+    header.facts.kv_elements = vec![(192, 192); 30];
+    header.weights_bytes = 94 << 20;
+    header.repackable_bytes = 20 << 20;
+    header
+}
+
+fn config(toml: &str) -> EngineConfig {
+    let mut options: ServeOptions = toml::from_str(toml).unwrap();
+    options.data_dir = Some("/nowhere".into());
+    options.resolve().unwrap().engine
+}
+
+fn plan(toml: &str, available: u64) -> Result<MemoryPlan, DoesNotFit> {
+    MemoryPlan::make(&header(), "model.gguf".into(), &config(toml), available)
+}
+
+#[test]
+fn defaults_hold_many_typical_requests() {
+    let plan = plan("", 16 * GIB).unwrap();
+    assert_eq!((plan.context_length, plan.kv_tokens), (8_192, 32_768));
+    assert_eq!(plan.kv_cache, 32_768 * 30 * 384 * 2);
+    assert_eq!(plan.mapped_weights + plan.private_weights, 94 << 20);
+    assert_eq!(plan.private_weights, 20 << 20);
+    assert!(plan.notes.is_empty(), "{:?}", plan.notes);
+    assert!(plan.total() < 2 * GIB, "{plan}");
+}
+
+#[test]
+fn q8_0_halves_the_cache() {
+    let f16 = plan("", 16 * GIB).unwrap().kv_cache;
+    let q8 = plan("kv_type = \"q8_0\"", 16 * GIB).unwrap().kv_cache;
+    assert_eq!(q8 * 64, f16 * 34);
+}
+
+#[test]
+fn a_small_machine_shrinks_the_cache_then_the_context() {
+    let most = plan("", 16 * GIB).unwrap();
+    let less = plan("", most.total() - (100 << 20)).unwrap();
+    assert!(less.kv_tokens < most.kv_tokens && less.context_length == 8_192, "{less}");
+    assert!(less.notes.is_empty());
+    let tiny = plan("", most.total() - most.kv_cache).unwrap();
+    assert!(tiny.context_length < 8_192 && tiny.kv_tokens >= tiny.context_length, "{tiny}");
+    assert_eq!(tiny.notes.len(), 1);
+}
+
+#[test]
+fn what_was_asked_for_is_refused_rather_than_shrunk() {
+    let error = plan("context_length = 8192\nkv_tokens = 1000000", GIB).unwrap_err().to_string();
+    for part in ["needs", "available", "1000000 tokens", "--kv-tokens", "--kv-type q8_0"] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    let error = plan("", 64 << 20).unwrap_err().to_string();
+    assert!(error.contains("64.0 MiB is available"), "{error}");
+}
+
+#[test]
+fn the_context_is_bounded_by_model_and_cache() {
+    let long = plan("context_length = 100000", 16 * GIB).unwrap();
+    assert_eq!((long.context_length, long.notes.len()), (8_192, 1));
+    let small = plan("kv_tokens = 1024", 16 * GIB).unwrap();
+    assert_eq!((small.context_length, small.kv_tokens), (1_024, 1_024));
+    assert!(plan("kv_tokens = 8\nkv_layout = \"streams\"", 16 * GIB).is_err());
+}
+
+#[test]
+fn streams_give_every_sequence_a_whole_context() {
+    let roomy = plan("kv_layout = \"streams\"\nmax_sequences = 4", 64 * GIB).unwrap();
+    assert_eq!((roomy.spec.max_sequences, roomy.kv_tokens), (4, 4 * 8_192));
+    let tight = plan("kv_layout = \"streams\"", GIB).unwrap();
+    assert!(tight.spec.max_sequences < 32 && tight.spec.max_sequences >= 1);
+    assert_eq!(tight.kv_tokens, tight.spec.max_sequences * tight.context_length);
+}
+
+#[test]
+fn models_without_a_cache_or_a_context_are_planned_too() {
+    let mut header = header();
+    header.facts.kv_elements.clear();
+    header.facts.n_ctx_train = 0;
+    header.facts.causal = false;
+    let plan = MemoryPlan::make(&header, "m".into(), &config(""), 16 * GIB).unwrap();
+    assert_eq!((plan.kv_cache, plan.context_length), (0, 8_192));
+    // Both directions at once: the whole input is one batch.
+    assert_eq!(plan.spec.batch_tokens, 8_192);
+}
+
+#[test]
+fn layers_on_a_gpu_leave_the_machine() {
+    let all = plan("gpu_layers = 9999", 16 * GIB).unwrap();
+    assert!(all.mapped_weights < 94 << 15 && all.on_gpu > 94 << 20, "{all}");
+}
+
+#[test]
+fn extreme_headers_do_not_overflow() {
+    let mut header = header();
+    header.facts.n_vocab = u32::MAX;
+    header.facts.n_embd = 1 << 24;
+    header.facts.n_head = 1 << 24;
+    header.facts.kv_elements = vec![(1 << 48, 1 << 48); 512];
+    header.weights_bytes = 1 << 62;
+    for toml in ["", "kv_tokens = 4294967295", "flash_attention = false", "kv_layout = \"streams\""]
+    {
+        assert!(MemoryPlan::make(&header, "m".into(), &config(toml), GIB).is_err(), "{toml}");
+    }
+}
+
+#[test]
+fn the_table_names_every_part() {
+    let text = plan("", 16 * GIB).unwrap().to_string();
+    for part in ["weights", "KV cache", "32768 tokens of f16", "compute buffers", "total"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}

@@ -1,0 +1,263 @@
+//! Models and adapters by name.
+//!
+//! A name resolves to a model and, where it names an adapter, to one version of it. Whoever holds
+//! the result keeps both alive: an adapter version leaves its engine when the last request that
+//! started with it has ended, so a reload under the same name is atomic; a model that is unloaded
+//! answers its running requests first. Loading is done one model at a time, so that memory plans
+//! see each other; while it does not fit, the least recently used idle model is unloaded.
+
+mod adapters;
+mod load;
+mod model;
+
+pub(crate) use adapters::work_folder;
+pub use adapters::{AdapterSpec, AdapterVersion};
+pub use model::{Model, ModelHeader};
+
+use crate::config::ServeConfig;
+use crate::gateway::error::ApiError;
+use crate::gateway::memory::MemoryPlan;
+use crate::gateway::metrics::EngineSample;
+use crate::gateway::store::Store;
+use crate::gateway::supervisor::{Engine, EngineState};
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Longest name of a model or adapter.
+const MAX_NAME: usize = 200;
+
+/// All loaded models and adapters.
+#[derive(Debug)]
+pub struct Registry {
+    config: Arc<ServeConfig>,
+    store: Arc<Store>,
+    state: Mutex<State>,
+    /// Held while a model is loaded or unloaded.
+    one_at_a_time: tokio::sync::Mutex<()>,
+    /// Numbers adapter versions, and orders uses of models.
+    next: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    models: BTreeMap<String, Arc<Model>>,
+    adapters: BTreeMap<String, Arc<AdapterVersion>>,
+    loading: BTreeSet<String>,
+    /// Engines that still answer their last requests, for the metrics and the memory plan.
+    leaving: BTreeMap<String, Arc<Model>>,
+}
+
+/// What a request's `model` names. Hold it until the request has ended.
+#[derive(Debug, Clone)]
+pub struct Served {
+    /// As the request wrote it.
+    pub name: String,
+    pub model: Arc<Model>,
+    pub adapter: Option<Arc<AdapterVersion>>,
+}
+
+/// An entry of `GET /v1/models`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ModelCard {
+    pub id: String,
+    pub object: &'static str,
+    /// Seconds since 1970 at which it was loaded.
+    pub created: u64,
+    pub owned_by: &'static str,
+    /// The base model of an adapter, else the model itself.
+    pub root: String,
+    /// The base model of an adapter.
+    pub parent: Option<String>,
+    /// Longest prompt plus output, in tokens (vLLM's name).
+    pub max_model_len: u32,
+}
+
+/// What operators see of a model.
+#[derive(Debug, Clone, Serialize)]
+pub struct ModelStatus {
+    pub name: String,
+    /// `ready`, `loading`, `restarting`, `failed` or `unloading`.
+    pub state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    pub architecture: String,
+    pub quantization: String,
+    pub parameters: u64,
+    pub running: u32,
+    pub waiting: u32,
+    pub restarts: u64,
+    pub adapters: Vec<String>,
+    /// Of the plan, in bytes.
+    pub memory_total: u64,
+    pub memory: MemoryPlan,
+}
+
+impl Registry {
+    /// An empty registry; relative names of models and adapters are those of `store`.
+    pub fn new(config: Arc<ServeConfig>, store: Arc<Store>) -> Arc<Self> {
+        adapters::sweep_work_folders(&store);
+        Arc::new(Self {
+            config,
+            store,
+            state: Mutex::default(),
+            one_at_a_time: tokio::sync::Mutex::default(),
+            next: AtomicU64::new(1),
+        })
+    }
+
+    /// The data folder behind names.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// What `name` stands for now.
+    ///
+    /// # Errors
+    /// 404 `model_not_found`, or 503 while it is loading.
+    pub fn resolve(&self, name: &str) -> Result<Served, ApiError> {
+        let state = self.lock();
+        let adapter = state.adapters.get(name);
+        let base = adapter.map_or(name, |adapter| adapter.base());
+        let Some(model) = state.models.get(base) else {
+            return Err(match state.loading.contains(name) {
+                true => ApiError::unavailable(format!(
+                    "The model `{name}` is still loading; try again soon."
+                )),
+                false => ApiError::model_not_found(name),
+            });
+        };
+        model.touch(self.next.fetch_add(1, Ordering::Relaxed));
+        Ok(Served { name: name.to_owned(), model: model.clone(), adapter: adapter.cloned() })
+    }
+
+    /// Everything that `resolve` finds: models, then adapters, each by name.
+    pub fn list(&self) -> Vec<ModelCard> {
+        let state = self.lock();
+        let card = |id: &str, created, parent: Option<&str>, model: &Model| ModelCard {
+            id: id.to_owned(),
+            object: "model",
+            created,
+            owned_by: "ingot",
+            root: parent.unwrap_or(id).to_owned(),
+            parent: parent.map(str::to_owned),
+            max_model_len: model.plan.context_length,
+        };
+        let models =
+            state.models.values().map(|model| card(&model.name, model.created, None, model));
+        let adapters = state.adapters.values().filter_map(|adapter| {
+            let model = state.models.get(adapter.base())?;
+            Some(card(&adapter.name, adapter.created, Some(adapter.base()), model))
+        });
+        models.chain(adapters).collect()
+    }
+
+    /// The entry of one name.
+    ///
+    /// # Errors
+    /// 404 `model_not_found`.
+    pub fn card(&self, name: &str) -> Result<ModelCard, ApiError> {
+        let found = self.list().into_iter().find(|card| card.id == name);
+        found.ok_or_else(|| ApiError::model_not_found(name))
+    }
+
+    /// Loaded adapters, by name.
+    pub fn adapters(&self) -> Vec<Arc<AdapterVersion>> {
+        self.lock().adapters.values().cloned().collect()
+    }
+
+    /// The engine of every model, those that are leaving included.
+    pub fn engines(&self) -> Vec<Arc<Engine>> {
+        let state = self.lock();
+        state.models.values().chain(state.leaving.values()).map(|m| m.engine.clone()).collect()
+    }
+
+    /// What the metrics show of each engine.
+    pub fn samples(&self) -> Vec<EngineSample> {
+        self.engines().iter().map(|engine| EngineSample::of(engine)).collect()
+    }
+
+    /// What operators see.
+    pub fn status(&self) -> Vec<ModelStatus> {
+        let state = self.lock();
+        let status = |model: &Arc<Model>, leaving: bool| {
+            let adapters = state.adapters.values().filter(|adapter| adapter.base() == model.name);
+            model.status(leaving, adapters.map(|adapter| adapter.name.clone()).collect())
+        };
+        let models = state.models.values().map(|model| status(model, false));
+        models.chain(state.leaving.values().map(|model| status(model, true))).collect()
+    }
+
+    /// Names that are being loaded.
+    pub fn loading(&self) -> Vec<String> {
+        self.lock().loading.iter().cloned().collect()
+    }
+
+    /// Models that cannot take requests now, each with the reason.
+    pub fn not_ready(&self) -> Vec<(String, String)> {
+        let state = self.lock();
+        let loading = state.loading.iter().map(|name| (name.clone(), "loading".to_owned()));
+        let down = state.models.values().filter_map(|model| {
+            let reason = match model.engine.state() {
+                EngineState::Ready(_) => return None,
+                EngineState::Loading => "loading".to_owned(),
+                EngineState::Restarting { reason } => format!("restarting: {reason}"),
+                EngineState::Failed { reason } => format!("failed: {reason}"),
+                EngineState::Stopped => "stopped".to_owned(),
+            };
+            Some((model.name.clone(), reason))
+        });
+        loading.chain(down).collect()
+    }
+
+    /// Ends every engine; running requests fail.
+    pub async fn stop(&self) {
+        let (models, adapters) = {
+            let mut state = self.lock();
+            let mut models = std::mem::take(&mut state.models);
+            models.append(&mut state.leaving);
+            (models, std::mem::take(&mut state.adapters))
+        };
+        drop(adapters);
+        let stops = models.into_values().map(|model| async move { model.stop().await });
+        futures_util::future::join_all(stops).await;
+        adapters::remove_work_folder(&self.store);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Refuses names that could not be told from anything else in a log or a URL.
+fn check_name(param: &str, name: &str) -> Result<(), ApiError> {
+    let plain = |c: char| !c.is_control() && !c.is_whitespace();
+    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(plain) {
+        return Err(ApiError::invalid(
+            param,
+            format!("{param} must be 1 to {MAX_NAME} bytes without white space."),
+        ));
+    }
+    Ok(())
+}
+
+/// 409.
+fn conflict(message: impl Into<String>) -> ApiError {
+    ApiError::new(http::StatusCode::CONFLICT, "invalid_request_error", message)
+}
+
+/// Runs `work` off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(ApiError::internal(error)))
+}
+
+fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,328 @@
+//! LoRA adapters: from a folder or file to a version in an engine.
+//!
+//! What an engine loads is a private copy, checked against the base's header: nobody can change it
+//! between the check and the load, or before an engine restart loads it again.
+
+use super::load::store_error;
+use super::{Model, Registry, blocking, check_name, conflict, seconds_since_1970};
+use crate::gateway::error::ApiError;
+use crate::gateway::store::Store;
+use crate::gateway::supervisor::{Engine, EngineAdapter};
+use crate::gguf::{Gguf, LoraInfo, check_lora_gguf, peft_to_gguf};
+use crate::ipc::{AdapterId, EngineErrorKind};
+use sha2::{Digest, Sha256};
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Bytes of a LoRA GGUF, at most.
+const MAX_GGUF: u64 = 4 << 30;
+
+/// What to load.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterSpec {
+    /// The name that requests use.
+    pub name: String,
+    /// The loaded model that it was trained on; `None`: the only one there is.
+    pub base: Option<String>,
+    /// A PEFT folder, a LoRA GGUF, or a folder that holds one. Never a client's choice.
+    pub path: PathBuf,
+    /// Multiplies the adapter's own scale; 1 is as trained.
+    pub scale: f32,
+}
+
+/// One loaded version of an adapter. Dropping the last reference takes it out of its engine, so
+/// every request that uses it holds one until it has ended.
+pub struct AdapterVersion {
+    pub id: AdapterId,
+    pub name: String,
+    /// SHA-256 of the GGUF that the engine loaded.
+    pub digest: [u8; 32],
+    pub scale: f32,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// What the check found; `None` with the mock runner.
+    pub info: Option<LoraInfo>,
+    base: String,
+    engine: Arc<Engine>,
+    _file: WorkFile,
+}
+
+impl fmt::Debug for AdapterVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("AdapterVersion").field(&self.name).field(&self.id).finish()
+    }
+}
+
+impl AdapterVersion {
+    /// Name of the model that it changes.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+}
+
+impl Drop for AdapterVersion {
+    fn drop(&mut self) {
+        self.engine.unload_adapter(self.id);
+    }
+}
+
+impl Registry {
+    /// The path of an adapter by its id: a name in the store's list, or the name of a file or
+    /// folder inside `<data>/adapters`.
+    ///
+    /// # Errors
+    /// 400 for what is no id, 404 if there is none.
+    pub async fn adapter_path(&self, id: &str) -> Result<PathBuf, ApiError> {
+        check_name("source", id)?;
+        let (store, id) = (self.store.clone(), id.to_owned());
+        blocking(move || {
+            let listed = store.adapter(&id).map_err(store_error)?;
+            let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+            let path = match listed {
+                Some(adapter) => store.folder().join(adapter.file),
+                None if !id.starts_with('.') && id.chars().all(plain) => {
+                    store.adapters_folder().join(&id)
+                }
+                None => {
+                    return Err(ApiError::invalid(
+                        "source",
+                        "source must be the name of a file or folder inside the adapters folder: \
+                         letters, digits, dots, dashes and underscores.",
+                    ));
+                }
+            };
+            let missing = |_| {
+                ApiError::not_found(format!("There is no adapter `{id}`.")).with_param("source")
+            };
+            let path = path.canonicalize().map_err(missing)?;
+            let inside = store.adapters_folder().canonicalize().map_err(missing)?;
+            // A link out of the folder is not followed.
+            if !path.starts_with(inside) {
+                return Err(missing(std::io::ErrorKind::NotFound.into()));
+            }
+            Ok(path)
+        })
+        .await
+    }
+
+    /// Loads an adapter, and puts it in place of the version of the same name at once: a request
+    /// sees the old or the new one, whole.
+    ///
+    /// # Errors
+    /// 404 if the base is not loaded, 409 if the name is a model's, 422 if the adapter does not fit
+    /// the base or the engine refuses it.
+    pub async fn load_adapter(
+        self: &Arc<Self>,
+        spec: AdapterSpec,
+    ) -> Result<Arc<AdapterVersion>, ApiError> {
+        check_name("name", &spec.name)?;
+        if !(spec.scale.is_finite() && spec.scale.abs() <= 100.0) {
+            return Err(ApiError::invalid("scale", "scale must lie between -100 and 100."));
+        }
+        let base = self.adapter_base(spec.base.as_deref())?;
+        let registry = self.clone();
+        // A task of its own: a client that goes away leaves no half-loaded adapter behind.
+        let task = tokio::spawn(async move { registry.load_adapter_on(base, spec).await });
+        task.await.unwrap_or_else(|error| Err(ApiError::internal(error)))
+    }
+
+    fn adapter_base(&self, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
+        let state = self.lock();
+        match (name, state.models.len()) {
+            (Some(name), _) => state.models.get(name).cloned().ok_or_else(|| {
+                let mut error = ApiError::model_not_found(name);
+                error.param = Some("base".into());
+                error
+            }),
+            (None, 1) => Ok(state.models.values().next().expect("there is one").clone()),
+            (None, _) => Err(ApiError::invalid(
+                "base",
+                "base must name the loaded model that the adapter was trained on.",
+            )),
+        }
+    }
+
+    async fn load_adapter_on(
+        self: Arc<Self>,
+        base: Arc<Model>,
+        spec: AdapterSpec,
+    ) -> Result<Arc<AdapterVersion>, ApiError> {
+        self.adapter_name_is_free(&spec.name)?;
+        let id = AdapterId(self.next.fetch_add(1, Ordering::Relaxed));
+        let file = WorkFile::new(&self.store, &format!("adapter-{}.gguf", id.0));
+        let (source, model) = (spec.path.clone(), base.clone());
+        let (file, info, digest) = blocking(move || {
+            let info = prepare(&source, &model, &file.0).inspect_err(|error| {
+                tracing::warn!("an adapter was refused: {error}");
+            })?;
+            let digest = digest_of(&file.0).map_err(ApiError::internal)?;
+            Ok((file, info, digest))
+        })
+        .await?;
+        let what = EngineAdapter { path: file.0.clone(), digest, scale: spec.scale };
+        base.engine.load_adapter(id, what).await.map_err(|error| match error.kind {
+            EngineErrorKind::Unavailable | EngineErrorKind::Overloaded => error.into(),
+            _ => ApiError::unprocessable(format!("The engine refused the adapter: {error}")),
+        })?;
+        let version = Arc::new(AdapterVersion {
+            id,
+            name: spec.name,
+            digest,
+            scale: spec.scale,
+            created: seconds_since_1970(),
+            info,
+            base: base.name.clone(),
+            engine: base.engine.clone(),
+            _file: file,
+        });
+        let replaced = {
+            let mut state = self.lock();
+            let still_there =
+                state.models.get(&base.name).is_some_and(|model| Arc::ptr_eq(model, &base));
+            if !still_there {
+                return Err(ApiError::model_not_found(&base.name));
+            }
+            if state.models.contains_key(&version.name) || state.loading.contains(&version.name) {
+                return Err(name_is_a_models(&version.name));
+            }
+            state.adapters.insert(version.name.clone(), version.clone())
+        };
+        tracing::info!(adapter = version.name, model = base.name, "adapter loaded");
+        drop(replaced);
+        Ok(version)
+    }
+
+    fn adapter_name_is_free(&self, name: &str) -> Result<(), ApiError> {
+        let state = self.lock();
+        if state.models.contains_key(name) || state.loading.contains(name) {
+            return Err(name_is_a_models(name));
+        }
+        Ok(())
+    }
+
+    /// Forgets an adapter. Requests that started with it end with it.
+    ///
+    /// # Errors
+    /// 404 if there is none of that name.
+    pub fn unload_adapter(&self, name: &str) -> Result<(), ApiError> {
+        let removed = self.lock().adapters.remove(name);
+        match removed {
+            Some(version) => {
+                tracing::info!(adapter = version.name, model = version.base, "adapter unloaded");
+                Ok(())
+            }
+            None => Err(ApiError::not_found(format!("There is no adapter `{name}` loaded."))),
+        }
+    }
+}
+
+fn name_is_a_models(name: &str) -> ApiError {
+    conflict(format!("`{name}` is the name of a model.")).with_param("name")
+}
+
+/// Writes the checked adapter to `out`. Blocks.
+fn prepare(source: &Path, base: &Model, out: &Path) -> Result<Option<LoraInfo>, ApiError> {
+    let refused = |error: &dyn std::fmt::Display| {
+        ApiError::unprocessable(format!("The adapter cannot be used: {error}."))
+    };
+    if source.is_dir() && source.join("adapter_config.json").is_file() {
+        if base.fileless {
+            let weights = source.join("adapter_model.safetensors");
+            return copy(&weights, out).map(|()| None).map_err(|e| refused(&e));
+        }
+        let gguf = Gguf::open_header(&base.path).map_err(ApiError::internal)?;
+        let info = peft_to_gguf(source, &base.facts, &gguf, out).map_err(|e| refused(&e))?;
+        return Ok(Some(info));
+    }
+    let file = if source.is_dir() { only_gguf(source)? } else { source.to_owned() };
+    copy(&file, out).map_err(|e| refused(&e))?;
+    if base.fileless {
+        return Ok(None);
+    }
+    let gguf = Gguf::open_header(&base.path).map_err(ApiError::internal)?;
+    check_lora_gguf(out, &gguf).map(Some).map_err(|e| refused(&e))
+}
+
+/// The one GGUF in a folder without `adapter_config.json`.
+fn only_gguf(folder: &Path) -> Result<PathBuf, ApiError> {
+    let files = std::fs::read_dir(folder).map_err(ApiError::internal)?;
+    let mut ggufs = files
+        .filter_map(|file| Some(file.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "gguf"));
+    match (ggufs.next(), ggufs.next()) {
+        (Some(path), None) => Ok(path),
+        _ => Err(ApiError::unprocessable(
+            "The folder is no adapter: it must hold adapter_config.json and \
+             adapter_model.safetensors, or one GGUF file.",
+        )),
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    let mut from = File::open(from)?;
+    let file = from.metadata()?;
+    if !file.is_file() || file.len() > MAX_GGUF {
+        return Err(std::io::Error::other("it is no file, or too large"));
+    }
+    std::io::copy(&mut from, &mut File::create_new(to)?).map(drop)
+}
+
+/// SHA-256 of a file. Blocks.
+pub(crate) fn digest_of(path: &Path) -> std::io::Result<[u8; 32]> {
+    let mut file = File::open(path)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hash.finalize().into()),
+            read => hash.update(&buffer[..read]),
+        }
+    }
+}
+
+/// A file of this process in the data folder, removed when it is dropped.
+#[derive(Debug)]
+struct WorkFile(PathBuf);
+
+impl WorkFile {
+    fn new(store: &Store, name: &str) -> Self {
+        let folder = work_folder(store);
+        if let Err(error) = std::fs::create_dir_all(&folder) {
+            tracing::error!("{} cannot be created: {error}", folder.display());
+        }
+        Self(folder.join(name))
+    }
+}
+
+impl Drop for WorkFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// `<data>/run/<pid>`: what this process needs while it lives.
+pub(crate) fn work_folder(store: &Store) -> PathBuf {
+    store.folder().join("run").join(std::process::id().to_string())
+}
+
+pub(super) fn remove_work_folder(store: &Store) {
+    let _ = std::fs::remove_dir_all(work_folder(store));
+}
+
+/// Removes what processes that are gone left behind.
+pub(super) fn sweep_work_folders(store: &Store) {
+    let Ok(folders) = std::fs::read_dir(store.folder().join("run")) else { return };
+    for folder in folders.flatten() {
+        let pid = folder.file_name().to_string_lossy().parse::<u32>().ok();
+        let alive = pid.is_some_and(|pid| {
+            pid != std::process::id() && Path::new(&format!("/proc/{pid}")).exists()
+        });
+        if pid.is_some() && !alive {
+            let _ = std::fs::remove_dir_all(folder.path());
+        }
+    }
+}

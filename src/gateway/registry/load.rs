@@ -1,0 +1,241 @@
+//! Loading and unloading models.
+//!
+//! Both run in tasks of their own: a client that goes away while it waits changes nothing.
+
+use super::{Model, ModelHeader, Registry, blocking, check_name, conflict, seconds_since_1970};
+use crate::gateway::error::ApiError;
+use crate::gateway::memory::{DoesNotFit, MemoryPlan, available};
+use crate::gateway::store::StoreError;
+use crate::gateway::supervisor::Engine;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A model that needs longer to load has hung.
+const LOAD_PATIENCE: Duration = Duration::from_secs(15 * 60);
+
+impl Registry {
+    /// Loads a model that the data folder knows, by its name there or the reference it was pulled
+    /// by, and serves it as `name` (its own name where there is none).
+    ///
+    /// # Errors
+    /// 404 if the data folder does not know it; then as [`Registry::load_path`].
+    pub async fn load_model(
+        self: &Arc<Self>,
+        reference: &str,
+        name: Option<&str>,
+    ) -> Result<Arc<Model>, ApiError> {
+        check_name("model", reference)?;
+        let (store, wanted) = (self.store.clone(), reference.to_owned());
+        let found = blocking(move || store.model(&wanted).map_err(store_error)).await?;
+        let stored = found.ok_or_else(|| {
+            ApiError::not_found(format!(
+                "The data folder has no model `{reference}`: get it with `ingot pull` first."
+            ))
+            .with_param("model")
+            .with_code("model_not_found")
+        })?;
+        let path = self.store.folder().join(&stored.file);
+        self.load_path(name.unwrap_or(&stored.name), path).await
+    }
+
+    /// Loads the model file at `path` (never a client's choice) and serves it as `name`. Returns
+    /// when it takes requests.
+    ///
+    /// # Errors
+    /// 409 if the name is taken, 422 with the numbers if it does not fit into memory, or with the
+    /// engine's last words if it does not load.
+    pub async fn load_path(
+        self: &Arc<Self>,
+        name: &str,
+        path: PathBuf,
+    ) -> Result<Arc<Model>, ApiError> {
+        check_name("name", name)?;
+        let loading = Loading::reserve(self, name)?;
+        let task = tokio::spawn(async move {
+            let registry = loading.registry.clone();
+            registry.load_reserved(loading, path).await
+        });
+        task.await.unwrap_or_else(|error| Err(ApiError::internal(error)))
+    }
+
+    async fn load_reserved(
+        self: Arc<Self>,
+        loading: Loading,
+        path: PathBuf,
+    ) -> Result<Arc<Model>, ApiError> {
+        let _turn = self.one_at_a_time.lock().await;
+        let runner = self.config.engine.runner;
+        let (header, path) = blocking(move || {
+            let path = path.canonicalize().unwrap_or(path);
+            Ok((ModelHeader::read(&path, runner)?, path))
+        })
+        .await?;
+        let plan = self.make_room(&header, path).await?;
+        let started = Instant::now();
+        let name = loading.name.clone();
+        let engine = Engine::start(name.clone(), plan.spec.clone(), self.config.engine.watchdog);
+        match tokio::time::timeout(LOAD_PATIENCE, engine.ready()).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(reason)) => {
+                return Err(ApiError::unprocessable(format!(
+                    "The model `{name}` could not be loaded: {reason}"
+                ))
+                .with_code("model_load_failed"));
+            }
+            Err(_) => {
+                engine.stop().await;
+                return Err(ApiError::unprocessable(format!(
+                    "The model `{name}` was not loaded within {} minutes.",
+                    LOAD_PATIENCE.as_secs() / 60
+                ))
+                .with_code("model_load_failed"));
+            }
+        }
+        tracing::info!(model = name, seconds = started.elapsed().as_secs_f32(), "model loaded");
+        let created = seconds_since_1970();
+        let make = move || Ok(Arc::new(Model::new(name, header, plan, engine, created)));
+        let model = blocking(make).await?;
+        let mut state = self.lock();
+        model.touch(self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
+        state.models.insert(model.name.clone(), model.clone());
+        Ok(model)
+    }
+
+    /// Plans for a new model, and unloads idle ones, the least recently used first, until it fits.
+    async fn make_room(
+        self: &Arc<Self>,
+        header: &ModelHeader,
+        path: PathBuf,
+    ) -> Result<MemoryPlan, ApiError> {
+        let refused =
+            |DoesNotFit(reason)| ApiError::unprocessable(reason).with_code("insufficient_memory");
+        let config = &self.config.engine;
+        let evictable: u64 = self.idle_models().iter().map(|model| model.plan.total()).sum();
+        let best = self.room().saturating_add(evictable);
+        MemoryPlan::make(header, path.clone(), config, best).map_err(refused)?;
+        loop {
+            let plan = MemoryPlan::make(header, path.clone(), config, self.room());
+            let full = self.lock().models.len() >= config.max_loaded_models as usize;
+            let refusal = match plan {
+                Ok(plan) if !full => return Ok(plan),
+                Ok(_) => ApiError::unprocessable(format!(
+                    "{} models are loaded and busy, the most that --max-loaded-models allows: \
+                     unload one first.",
+                    config.max_loaded_models
+                ))
+                .with_code("too_many_models"),
+                Err(reason) => refused(reason),
+            };
+            let Some(oldest) = self.idle_models().into_iter().min_by_key(|m| m.last_used()) else {
+                return Err(refusal);
+            };
+            tracing::info!(model = oldest.name, "unloaded to make room");
+            self.remove(oldest).await;
+        }
+    }
+
+    /// Loaded models that no request uses.
+    fn idle_models(&self) -> Vec<Arc<Model>> {
+        // One holder is the map.
+        self.lock().models.values().filter(|model| model.idle(1)).cloned().collect()
+    }
+
+    /// Bytes that one more model may take.
+    fn room(&self) -> u64 {
+        let state = self.lock();
+        let loaded = || state.models.values().chain(state.leaving.values()).map(|m| &m.plan);
+        // Mapped weights look available to the system, though their models need them.
+        let mapped: u64 = loaded().map(|plan| plan.mapped_weights).sum();
+        let machine = available().saturating_sub(mapped);
+        let taken: u64 = loaded().map(MemoryPlan::total).sum();
+        let budget = self.config.engine.memory_budget.map(|budget| budget.saturating_sub(taken));
+        budget.map_or(machine, |budget| budget.min(machine))
+    }
+
+    /// Unloads a model and its adapters: new requests get a 404 at once, running ones finish within
+    /// the grace time. Returns when the engine's process is gone.
+    ///
+    /// # Errors
+    /// 404 if there is none of that name, 409 while it is loading.
+    pub async fn unload_model(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
+        let model = {
+            let state = self.lock();
+            if state.loading.contains(name) {
+                return Err(conflict(format!("The model `{name}` is still loading.")));
+            }
+            state.models.get(name).cloned().ok_or_else(|| ApiError::model_not_found(name))?
+        };
+        let registry = self.clone();
+        let task = tokio::spawn(async move { registry.remove(model).await });
+        task.await.map_err(ApiError::internal)
+    }
+
+    async fn remove(&self, model: Arc<Model>) {
+        let name = model.name.as_str();
+        let adapters: Vec<_> = {
+            let mut state = self.lock();
+            match state.models.remove(name) {
+                // Somebody else removed it, and perhaps another of the same name is loaded.
+                Some(other) if !Arc::ptr_eq(&other, &model) => {
+                    state.models.insert(name.to_owned(), other);
+                    return;
+                }
+                None => return,
+                Some(_) => {}
+            }
+            state.leaving.insert(name.to_owned(), model.clone());
+            let of_model: Vec<_> = state
+                .adapters
+                .values()
+                .filter(|adapter| adapter.base() == name)
+                .map(|adapter| adapter.name.clone())
+                .collect();
+            of_model.iter().filter_map(|adapter| state.adapters.remove(adapter)).collect()
+        };
+        drop(adapters);
+        let deadline = Instant::now() + self.config.listen.grace_time;
+        // Two holders: `leaving`, and this function.
+        while !model.idle(2) && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        model.stop().await;
+        self.lock().leaving.remove(name);
+        tracing::info!(model = name, "model unloaded");
+    }
+}
+
+/// A name that is being loaded; dropping it frees the name, whatever happened.
+struct Loading {
+    registry: Arc<Registry>,
+    name: String,
+}
+
+impl Loading {
+    fn reserve(registry: &Arc<Registry>, name: &str) -> Result<Self, ApiError> {
+        let mut state = registry.lock();
+        let taken = if state.models.contains_key(name) {
+            "is loaded"
+        } else if state.loading.contains(name) {
+            "is being loaded"
+        } else if state.leaving.contains_key(name) {
+            "is being unloaded"
+        } else if state.adapters.contains_key(name) {
+            "is the name of an adapter"
+        } else {
+            state.loading.insert(name.to_owned());
+            return Ok(Self { registry: registry.clone(), name: name.to_owned() });
+        };
+        Err(conflict(format!("`{name}` {taken} already.")).with_param("name"))
+    }
+}
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        self.registry.lock().loading.remove(&self.name);
+    }
+}
+
+pub(super) fn store_error(error: StoreError) -> ApiError {
+    ApiError::internal(error)
+}

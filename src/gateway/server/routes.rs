@@ -1,0 +1,95 @@
+//! The table of routes, each group with who may use it. What is not listed is a 404.
+
+use super::guard::{json_body, outer};
+use crate::gateway::api::{
+    self, admin, chat, completions, embeddings, health, models, openapi, tokenize,
+};
+use crate::gateway::app::App;
+use crate::gateway::auth::{require_admin, require_key};
+use crate::gateway::error::ApiError;
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::response::Response;
+use axum::routing::{any, delete, get, post};
+use http::{Method, StatusCode, Uri};
+use std::sync::Arc;
+
+/// Everything that the server answers.
+pub fn router(app: Arc<App>) -> Router {
+    let json = || from_fn_with_state(app.clone(), json_body);
+    let key = || from_fn_with_state(app.clone(), require_key);
+    let admin = || from_fn_with_state(app.clone(), require_admin);
+    // Layers added last run first: who asks is settled before a byte of the body is read.
+    let api = Router::new()
+        .route("/v1/chat/completions", post(chat::handle))
+        .route("/v1/completions", post(completions::handle))
+        .route("/v1/embeddings", post(embeddings::handle))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/apply-template", post(tokenize::apply_template))
+        .route_layer(json())
+        .route_layer(key());
+    let listing = Router::new()
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
+        .route_layer(key());
+    let admin_json =
+        Router::new().route("/admin/models", post(admin::load_model)).route_layer(json());
+    let admin_routes = Router::new()
+        .route("/admin/models", get(admin::list_models))
+        .route("/admin/models/{*name}", delete(admin::unload_model))
+        .route("/admin/adapters", get(admin::list_adapters).post(admin::load_adapter))
+        .route("/admin/adapters/{*name}", delete(admin::unload_adapter))
+        .merge(admin_json)
+        .route_layer(admin());
+    let open = Router::new()
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .route("/version", get(health::version))
+        .route("/metrics", get(health::metrics))
+        .route("/openapi.json", get(openapi::document));
+    let later =
+        api::LATER.iter().fold(Router::new(), |routes, path| routes.route(path, any(api::later)));
+    let routes = api
+        .merge(listing)
+        .merge(later)
+        .merge(admin_routes)
+        .merge(open)
+        .fallback(not_found)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::disable())
+        .with_state(app.clone());
+    // The outermost layer wraps a service that already holds the fallbacks.
+    Router::new()
+        .fallback_service(routes)
+        .layer(from_fn(absolute_path))
+        .layer(from_fn_with_state(app, outer))
+}
+
+async fn not_found(method: Method, uri: Uri) -> ApiError {
+    let path: String = uri.path().chars().take(200).collect();
+    if uri.path() == "/" {
+        return ApiError::not_found(
+            "This is an Ingot server. Its API is described in /openapi.json.",
+        );
+    }
+    ApiError::not_found(format!("There is no route {method} {path}; see /openapi.json."))
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    let path: String = uri.path().chars().take(200).collect();
+    let message = format!("{path} does not answer to the method {method}.");
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+}
+
+/// Targets without a path (`CONNECT host:port`, `OPTIONS *`) name no route.
+async fn absolute_path(
+    request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> Result<Response, ApiError> {
+    match request.uri().path().starts_with('/') {
+        true => Ok(next.run(request).await),
+        false => Err(wrong_method(request.method().clone(), request.uri().clone()).await),
+    }
+}

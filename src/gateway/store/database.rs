@@ -1,0 +1,249 @@
+//! The database of the data folder.
+
+use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// One step per schema version; a step is never edited once it was released, only followed.
+const MIGRATIONS: &[&str] = &["
+    CREATE TABLE models (
+        name       TEXT PRIMARY KEY,
+        file       TEXT NOT NULL UNIQUE,      -- relative to the data folder
+        sha256     TEXT NOT NULL,
+        bytes      INTEGER NOT NULL,
+        source     TEXT NOT NULL,             -- the reference it was pulled by
+        created_at INTEGER NOT NULL           -- seconds since 1970
+    ) STRICT;
+    CREATE TABLE adapters (
+        name       TEXT PRIMARY KEY,
+        base_model TEXT NOT NULL,
+        file       TEXT NOT NULL,
+        format     TEXT NOT NULL,             -- peft or gguf
+        sha256     TEXT NOT NULL,
+        bytes      INTEGER NOT NULL,
+        created_at INTEGER NOT NULL
+    ) STRICT;
+"];
+
+/// Why the data folder could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error(
+        "The data folder {path} cannot be used: {source}. Name another one with --data-dir, or \
+         mend its permissions."
+    )]
+    Folder { path: PathBuf, source: std::io::Error },
+    #[error("The database {path} cannot be used: {source}.")]
+    Database { path: PathBuf, source: rusqlite::Error },
+    #[error(
+        "The database {path} was written by a newer Ingot (schema {found}; this one knows up to \
+         {known}): use that version, or another --data-dir."
+    )]
+    Newer { path: PathBuf, found: i64, known: usize },
+}
+
+/// A model in the data folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredModel {
+    pub name: String,
+    /// Relative to the data folder.
+    pub file: PathBuf,
+    /// Lower-case hexadecimal.
+    pub sha256: String,
+    pub bytes: u64,
+    /// The reference it was pulled by.
+    pub source: String,
+    /// Seconds since 1970.
+    pub created_at: i64,
+}
+
+/// An adapter in the data folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredAdapter {
+    pub name: String,
+    /// Name of the model that it was made for.
+    pub base_model: String,
+    /// File or folder, relative to the data folder.
+    pub file: PathBuf,
+    /// `peft` or `gguf`.
+    pub format: String,
+    pub sha256: String,
+    pub bytes: u64,
+    pub created_at: i64,
+}
+
+/// The data folder, open. Calls block for a disk access: milliseconds.
+#[derive(Debug)]
+pub struct Store {
+    folder: PathBuf,
+    connection: Mutex<Connection>,
+}
+
+impl Store {
+    /// Opens the folder, makes what is missing, and migrates the database.
+    pub fn open(folder: &Path) -> Result<Self, StoreError> {
+        let unusable = |source| StoreError::Folder { path: folder.to_owned(), source };
+        std::fs::create_dir_all(folder).map_err(unusable)?;
+        let folder = folder.canonicalize().map_err(unusable)?;
+        for part in ["models", "adapters", "downloads"] {
+            std::fs::create_dir_all(folder.join(part)).map_err(unusable)?;
+        }
+        let path = folder.join("ingot.db");
+        let broken = |source| StoreError::Database { path: path.clone(), source };
+        let mut connection = Connection::open(&path).map_err(broken)?;
+        connection.busy_timeout(Duration::from_secs(10)).map_err(broken)?;
+        connection.pragma_update(None, "journal_mode", "WAL").map_err(broken)?;
+        connection.pragma_update(None, "synchronous", "FULL").map_err(broken)?;
+        connection.pragma_update(None, "foreign_keys", true).map_err(broken)?;
+        let found = migrate(&mut connection).map_err(broken)?;
+        if found > MIGRATIONS.len() as i64 {
+            return Err(StoreError::Newer { path, found, known: MIGRATIONS.len() });
+        }
+        Ok(Self { folder, connection: Mutex::new(connection) })
+    }
+
+    /// The data folder, absolute.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Where adapters live.
+    pub fn adapters_folder(&self) -> PathBuf {
+        self.folder.join("adapters")
+    }
+
+    pub(super) fn models_folder(&self) -> PathBuf {
+        self.folder.join("models")
+    }
+
+    pub(super) fn downloads_folder(&self) -> PathBuf {
+        self.folder.join("downloads")
+    }
+
+    /// All models, by name.
+    pub fn models(&self) -> Result<Vec<StoredModel>, StoreError> {
+        self.with(|c| {
+            c.prepare("SELECT * FROM models ORDER BY name")?.query_map([], model)?.collect()
+        })
+    }
+
+    /// The model of a name or source reference.
+    pub fn model(&self, name_or_source: &str) -> Result<Option<StoredModel>, StoreError> {
+        self.with(|c| {
+            let sql = "SELECT * FROM models WHERE name = ?1 OR source = ?1 \
+                       ORDER BY name = ?1 DESC LIMIT 1";
+            c.query_row(sql, [name_or_source], model).optional()
+        })
+    }
+
+    /// Adds a model, or replaces the one of the same name.
+    pub fn put_model(&self, model: &StoredModel) -> Result<(), StoreError> {
+        self.with(|c| {
+            c.execute(
+                "INSERT OR REPLACE INTO models (name, file, sha256, bytes, source, created_at) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                params![
+                    model.name,
+                    model.file.to_string_lossy(),
+                    model.sha256,
+                    model.bytes as i64,
+                    model.source,
+                    model.created_at
+                ],
+            )
+        })
+        .map(drop)
+    }
+
+    /// Forgets a model; its file stays. False if there was none.
+    pub fn remove_model(&self, name: &str) -> Result<bool, StoreError> {
+        self.with(|c| c.execute("DELETE FROM models WHERE name = ?1", [name])).map(|n| n > 0)
+    }
+
+    /// All adapters, by name.
+    pub fn adapters(&self) -> Result<Vec<StoredAdapter>, StoreError> {
+        self.with(|c| {
+            c.prepare("SELECT * FROM adapters ORDER BY name")?.query_map([], adapter)?.collect()
+        })
+    }
+
+    /// The adapter of a name.
+    pub fn adapter(&self, name: &str) -> Result<Option<StoredAdapter>, StoreError> {
+        self.with(|c| {
+            c.query_row("SELECT * FROM adapters WHERE name = ?1", [name], adapter).optional()
+        })
+    }
+
+    /// Adds an adapter, or replaces the one of the same name.
+    pub fn put_adapter(&self, adapter: &StoredAdapter) -> Result<(), StoreError> {
+        self.with(|c| {
+            c.execute(
+                "INSERT OR REPLACE INTO adapters \
+                 (name, base_model, file, format, sha256, bytes, created_at) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                params![
+                    adapter.name,
+                    adapter.base_model,
+                    adapter.file.to_string_lossy(),
+                    adapter.format,
+                    adapter.sha256,
+                    adapter.bytes as i64,
+                    adapter.created_at
+                ],
+            )
+        })
+        .map(drop)
+    }
+
+    /// Forgets an adapter; its file stays. False if there was none.
+    pub fn remove_adapter(&self, name: &str) -> Result<bool, StoreError> {
+        self.with(|c| c.execute("DELETE FROM adapters WHERE name = ?1", [name])).map(|n| n > 0)
+    }
+
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, StoreError> {
+        // A panic inside `work` leaves SQLite's own state sound, so the lock may be taken over.
+        let connection: MutexGuard<'_, Connection> =
+            self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        work(&connection)
+            .map_err(|source| StoreError::Database { path: self.folder.join("ingot.db"), source })
+    }
+}
+
+/// Brings the schema up to date; returns the version found where it is newer than we know.
+fn migrate(connection: &mut Connection) -> rusqlite::Result<i64> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let version: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    for (index, step) in MIGRATIONS.iter().enumerate().skip(version.max(0) as usize) {
+        transaction.execute_batch(step)?;
+        transaction.pragma_update(None, "user_version", index as i64 + 1)?;
+    }
+    transaction.commit()?;
+    Ok(version)
+}
+
+fn model(row: &Row<'_>) -> rusqlite::Result<StoredModel> {
+    Ok(StoredModel {
+        name: row.get("name")?,
+        file: PathBuf::from(row.get::<_, String>("file")?),
+        sha256: row.get("sha256")?,
+        bytes: row.get::<_, i64>("bytes")? as u64,
+        source: row.get("source")?,
+        created_at: row.get("created_at")?,
+    })
+}
+
+fn adapter(row: &Row<'_>) -> rusqlite::Result<StoredAdapter> {
+    Ok(StoredAdapter {
+        name: row.get("name")?,
+        base_model: row.get("base_model")?,
+        file: PathBuf::from(row.get::<_, String>("file")?),
+        format: row.get("format")?,
+        sha256: row.get("sha256")?,
+        bytes: row.get::<_, i64>("bytes")? as u64,
+        created_at: row.get("created_at")?,
+    })
+}

@@ -1,0 +1,315 @@
+//! Engine events to server-sent events.
+//!
+//! A response body polls the engine's events itself: there is no task and no queue between them.
+//! All events that are ready at once leave in one chunk. Dropping the body (the client went away)
+//! cancels the request; a client that takes nothing for too long loses it.
+
+#[cfg(test)]
+pub(crate) use running::fake;
+
+mod running;
+
+pub use running::{Running, Usage, UsageBody};
+
+use crate::gateway::error::ApiError;
+use crate::ipc::Event;
+use axum::body::Body as AxumBody;
+use axum::response::{IntoResponse, Response};
+use bytes::{Bytes, BytesMut};
+use http::{HeaderValue, StatusCode, header};
+use http_body::{Body, Frame};
+use serde::Serialize;
+use std::convert::Infallible;
+use std::future::Future;
+use std::io::Write;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, Sleep, sleep};
+
+/// Silence that is filled with a comment, so that proxies keep the connection.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// A chunk is handed on when it has grown to this many bytes.
+const CHUNK: usize = 64 << 10;
+
+/// How an endpoint writes the events of a request.
+pub trait Transcript: Send + 'static {
+    /// Writes what one event of one prompt means to the client; often nothing.
+    fn event(&mut self, prompt: usize, event: Event, out: &mut Sse);
+
+    /// All prompts have ended well; `[DONE]` follows by itself.
+    fn end(&mut self, usage: Usage, out: &mut Sse);
+}
+
+/// Frames of server-sent events under construction.
+#[derive(Debug, Default)]
+pub struct Sse {
+    bytes: BytesMut,
+}
+
+impl Sse {
+    /// One event whose data is a JSON text (which has no line breaks).
+    pub fn json(&mut self, value: &impl Serialize) {
+        self.bytes.extend_from_slice(b"data: ");
+        let written = serde_json::to_writer(&mut *self, value);
+        debug_assert!(written.is_ok(), "our own types serialize: {written:?}");
+        self.bytes.extend_from_slice(b"\n\n");
+    }
+
+    fn done(&mut self) {
+        self.bytes.extend_from_slice(b"data: [DONE]\n\n");
+    }
+}
+
+impl Write for Sse {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A streamed answer: status 200 and the events of `running`, written by `transcript`.
+///
+/// `patience` is how long the client may leave a chunk untaken before its request is dropped.
+pub fn respond<T: Transcript>(running: Running, transcript: T, patience: Duration) -> Response {
+    let body = AxumBody::new(EventStream::new(running, transcript, patience, KEEP_ALIVE));
+    let mut response = (StatusCode::OK, body).into_response();
+    let headers = response.headers_mut();
+    let set = [
+        (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+        (header::CACHE_CONTROL, "no-cache"),
+        // nginx would otherwise collect the events.
+        (http::HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    for (name, value) in set {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// The body of a streamed answer.
+struct EventStream<T> {
+    state: Arc<Mutex<State<T>>>,
+    /// Silence that is filled with a comment.
+    quiet: Duration,
+    keep_alive: Pin<Box<Sleep>>,
+    /// Watches for a client that takes nothing.
+    watcher: AbortHandle,
+}
+
+struct State<T> {
+    /// `None` once the stream has ended, in whatever way.
+    running: Option<Running>,
+    transcript: T,
+    out: Sse,
+    /// When a chunk was handed to the connection, until it asks for the next one.
+    untaken_since: Option<Instant>,
+}
+
+impl<T: Transcript> EventStream<T> {
+    fn new(running: Running, transcript: T, patience: Duration, quiet: Duration) -> Self {
+        let state = Arc::new(Mutex::new(State {
+            running: Some(running),
+            transcript,
+            out: Sse::default(),
+            untaken_since: None,
+        }));
+        let watcher = tokio::spawn(watch(Arc::downgrade(&state), patience)).abort_handle();
+        Self { state, quiet, keep_alive: Box::pin(sleep(quiet)), watcher }
+    }
+}
+
+impl<T> Drop for EventStream<T> {
+    fn drop(&mut self) {
+        self.watcher.abort();
+    }
+}
+
+impl<T: Transcript> State<T> {
+    /// Writes all that is ready into `out`.
+    fn fill(&mut self, context: &mut Context<'_>) {
+        while self.out.bytes.len() < CHUNK {
+            let Some(running) = &mut self.running else { return };
+            match running.poll_next(context) {
+                Poll::Pending => return,
+                Poll::Ready(Some(Ok((prompt, event)))) => {
+                    self.transcript.event(prompt, event, &mut self.out);
+                }
+                Poll::Ready(Some(Err(error))) => self.fail(&error),
+                Poll::Ready(None) => {
+                    self.transcript.end(running.usage(), &mut self.out);
+                    self.out.done();
+                    self.running = None;
+                }
+            }
+        }
+    }
+
+    fn fail(&mut self, error: &ApiError) {
+        self.out.json(&error.body());
+        self.running = None;
+    }
+}
+
+impl<T: Transcript> Body for EventStream<T> {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let this = self.get_mut();
+        let mut state = lock(&this.state);
+        state.untaken_since = None;
+        state.fill(context);
+        if state.out.bytes.is_empty() {
+            if state.running.is_none() {
+                return Poll::Ready(None);
+            }
+            if this.keep_alive.as_mut().poll(context).is_pending() {
+                return Poll::Pending;
+            }
+            state.out.bytes.extend_from_slice(b": keep-alive\n\n");
+        }
+        let now = Instant::now();
+        state.untaken_since = Some(now);
+        let chunk = state.out.bytes.split().freeze();
+        drop(state);
+        this.keep_alive.as_mut().reset(now + this.quiet);
+        Poll::Ready(Some(Ok(Frame::data(chunk))))
+    }
+}
+
+/// Ends the request of a client that leaves a chunk untaken for longer than `patience`.
+async fn watch<T: Transcript>(state: Weak<Mutex<State<T>>>, patience: Duration) {
+    let mut wait = patience;
+    loop {
+        sleep(wait).await;
+        let Some(state) = state.upgrade() else { return };
+        let mut state = lock(&state);
+        if state.running.is_none() {
+            return;
+        }
+        wait = patience;
+        if let Some(since) = state.untaken_since {
+            match patience.checked_sub(since.elapsed()) {
+                Some(left) if !left.is_zero() => wait = left,
+                _ => {
+                    state.fail(&ApiError::timeout("The client read its stream too slowly."));
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// A poisoned lock means that a transcript panicked; the stream has ended then.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fake;
+    use super::*;
+    use crate::ipc::{EngineError, FinishReason};
+    use http_body_util::BodyExt;
+    use serde_json::json;
+
+    /// Writes texts and the completion tokens.
+    struct Plain;
+
+    impl Transcript for Plain {
+        fn event(&mut self, prompt: usize, event: Event, out: &mut Sse) {
+            if let Event::Delta { text, .. } = event {
+                out.json(&json!({"prompt": prompt, "text": text}));
+            }
+        }
+
+        fn end(&mut self, usage: Usage, out: &mut Sse) {
+            out.json(&json!({"tokens": usage.completion_tokens}));
+        }
+    }
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    async fn frame(body: &mut AxumBody) -> String {
+        let frame = body.frame().await.expect("a frame").expect("no error");
+        String::from_utf8(frame.into_data().expect("data").to_vec()).expect("UTF-8")
+    }
+
+    #[tokio::test]
+    async fn what_is_ready_at_once_leaves_in_one_chunk() {
+        let (running, senders) = fake::running(1, HOUR);
+        let mut body = respond(running, Plain, HOUR).into_body();
+        for text in ["a", "b\n"] {
+            senders[0].send(fake::delta(0, text)).unwrap();
+        }
+        let expected =
+            "data: {\"prompt\":0,\"text\":\"a\"}\n\ndata: {\"prompt\":0,\"text\":\"b\\n\"}\n\n";
+        assert_eq!(frame(&mut body).await, expected);
+        senders[0].send(fake::finish(0, FinishReason::Stop, 2)).unwrap();
+        senders[0].send(fake::done()).unwrap();
+        assert_eq!(frame(&mut body).await, "data: {\"tokens\":2}\n\ndata: [DONE]\n\n");
+        assert!(body.frame().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_failure_is_an_error_event_and_the_end() {
+        let events = vec![
+            fake::delta(0, "a"),
+            Event::Failed(EngineError {
+                kind: crate::ipc::EngineErrorKind::Unavailable,
+                message: "the engine died".into(),
+                param: None,
+            }),
+        ];
+        let body = respond(fake::recorded(events), Plain, HOUR).into_body();
+        let text = body.collect().await.unwrap().to_bytes();
+        let text = String::from_utf8(text.to_vec()).unwrap();
+        assert!(text.contains("data: {\"error\":{\"message\":\"the engine died\""), "{text}");
+        assert!(text.ends_with("}}\n\n") && !text.contains("[DONE]"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn dropping_the_body_cancels() {
+        let (running, senders) = fake::running(1, HOUR);
+        let body = respond(running, Plain, HOUR).into_body();
+        assert!(!senders[0].is_closed());
+        drop(body);
+        assert!(senders[0].is_closed());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_is_dropped() {
+        let (running, senders) = fake::running(1, HOUR);
+        let mut body = respond(running, Plain, Duration::from_millis(40)).into_body();
+        // Waiting for us is not slowness.
+        tokio::time::sleep(Duration::from_millis(120)).await;
+        assert!(!senders[0].is_closed());
+        senders[0].send(fake::delta(0, "a")).unwrap();
+        frame(&mut body).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(senders[0].is_closed());
+        assert!(frame(&mut body).await.contains("too slowly"));
+        assert!(body.frame().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn silence_is_filled_with_comments() {
+        let (running, _senders) = fake::running(1, HOUR);
+        let quiet = Duration::from_millis(20);
+        let mut body = AxumBody::new(EventStream::new(running, Plain, HOUR, quiet));
+        let before = Instant::now();
+        assert_eq!(frame(&mut body).await, ": keep-alive\n\n");
+        assert_eq!(frame(&mut body).await, ": keep-alive\n\n");
+        assert!(before.elapsed() >= quiet * 2);
+    }
+}

@@ -1,0 +1,173 @@
+//! What a template can express, found by rendering probes with marked words.
+
+use serde_json::{Value, json};
+
+use super::{ChatTemplate, RenderInput, TemplateError};
+
+/// What a template does with the parts of a conversation. The default is a template that can do
+/// everything, which is what the probes themselves are rendered with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caps {
+    /// Definitions of tools appear in the prompt.
+    pub tools: bool,
+    /// Tool calls and tool results of earlier turns appear in the prompt.
+    pub tool_calls: bool,
+    /// Tool-call arguments must be JSON text; an object breaks the template.
+    pub string_arguments: bool,
+    /// Tool-call ids must be nine alphanumerics (Mistral).
+    pub short_ids: bool,
+    /// A system message appears in the prompt.
+    pub system: bool,
+    /// The role `developer` is the template's own; otherwise it is rendered as `system`.
+    pub developer: bool,
+    /// Content must be a list of parts; a string does not appear.
+    pub typed_content: bool,
+    /// Content may be a list of text parts; otherwise the parts are joined by line breaks.
+    pub content_parts: bool,
+    /// Content may be null beside tool calls; otherwise it breaks, or is printed as "None".
+    pub null_content: bool,
+    /// The template knows reasoning: it mentions `enable_thinking` or a marker.
+    pub thinking: bool,
+    /// The generation prompt ends inside an open reasoning block when nothing else is asked for.
+    pub opens_reasoning: bool,
+}
+
+impl Default for Caps {
+    fn default() -> Self {
+        Caps {
+            tools: true,
+            tool_calls: true,
+            string_arguments: false,
+            short_ids: false,
+            system: true,
+            developer: true,
+            typed_content: false,
+            content_parts: true,
+            null_content: true,
+            thinking: false,
+            opens_reasoning: false,
+        }
+    }
+}
+
+/// The markers of reasoning blocks in use, the most specific first.
+const REASONING: [(&str, &str); 6] = [
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<think>", "</think>"),
+];
+
+/// The markers that a template's source mentions.
+pub(super) fn reasoning_markers(source: &str) -> Option<(&'static str, &'static str)> {
+    let mentioned = REASONING.into_iter().find(|(_, close)| source.contains(close));
+    let switch = || source.contains("enable_thinking").then_some(("<think>", "</think>"));
+    mentioned.or_else(switch)
+}
+
+/// Words that no template contains.
+const SYSTEM: &str = "ingot-probe-system";
+const USER: &str = "ingot-probe-user";
+const TOOL: &str = "ingot_probe_tool";
+const ARGUMENT: &str = "ingot_probe_argument";
+const RESULT: &str = "ingot-probe-result";
+const VALUE: &str = "ingot-probe-value";
+const SHORT_ID: &str = "probe0000";
+const LONG_ID: &str = "call_probe0000000000000000000";
+
+pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
+    let user = json!({"role": "user", "content": USER});
+    let part = |text: &str| json!({"type": "text", "text": text});
+    let typed = json!({"role": "user", "content": [part(USER), part(RESULT)]});
+    let render =
+        |messages: Vec<Value>, tools: Option<Vec<Value>>| -> Result<String, TemplateError> {
+            let input = RenderInput {
+                messages,
+                tools,
+                add_generation_prompt: true,
+                now: Some(0),
+                ..RenderInput::default()
+            };
+            template.render_raw(&input)
+        };
+    let shows = |result: Result<String, TemplateError>, words: &[&str]| {
+        result.is_ok_and(|prompt| words.iter().all(|word| prompt.contains(word)))
+    };
+
+    // A template that prints the list itself shows the keys of its parts.
+    let content_parts = render(vec![typed.clone()], None).is_ok_and(|prompt| {
+        [USER, RESULT].iter().all(|word| prompt.contains(word))
+            && !prompt.contains(&format!("'{USER}'"))
+            && !prompt.contains(&format!("\"{USER}\""))
+    });
+    let typed_content = content_parts && !shows(render(vec![user.clone()], None), &[USER]);
+    let user = if typed_content { typed } else { user };
+    let content = |text: &str| match typed_content {
+        true => json!([{"type": "text", "text": text}]),
+        false => json!(text),
+    };
+
+    let system = json!({"role": "system", "content": content(SYSTEM)});
+    let with_system = render(vec![system, user.clone()], None);
+    let tool = json!({"type": "function", "function": {
+        "name": TOOL,
+        "description": "probe",
+        "parameters": {
+            "type": "object",
+            "properties": {ARGUMENT: {"type": "string", "description": "probe"}},
+            "required": [ARGUMENT],
+        },
+    }});
+    let tools = shows(render(vec![user.clone()], Some(vec![tool.clone()])), &[TOOL]);
+    let history = |id: &str, content_beside: Value, arguments: Value| {
+        let call = json!({
+            "id": id,
+            "type": "function",
+            "function": {"name": TOOL, "arguments": arguments},
+        });
+        let messages = vec![
+            user.clone(),
+            json!({"role": "assistant", "content": content_beside, "tool_calls": [call]}),
+            json!({
+                "role": "tool",
+                "tool_call_id": id,
+                "name": TOOL,
+                "content": content(RESULT),
+            }),
+        ];
+        let prompt = render(messages, Some(vec![tool.clone()])).ok()?;
+        [TOOL, RESULT, VALUE].iter().all(|word| prompt.contains(word)).then_some(prompt)
+    };
+    let arguments = json!({ARGUMENT: VALUE});
+    let with_object = history(SHORT_ID, content(""), arguments.clone());
+    let text = Value::String(arguments.to_string());
+    let with_string = match with_object {
+        Some(_) => None,
+        None => history(SHORT_ID, content(""), text.clone()),
+    };
+    let string_arguments = with_string.is_some();
+    let arguments = if string_arguments { text } else { arguments };
+    let with_long_id = history(LONG_ID, content(""), arguments.clone());
+    let with_null = history(SHORT_ID, Value::Null, arguments);
+    let tool_calls = with_object.or(with_string);
+    let nones = |prompt: &Option<String>| prompt.as_ref().map(|p| p.matches("None").count());
+    let null_content = with_null.is_some() && nones(&with_null) <= nones(&tool_calls);
+    let thinking = reasoning_markers(source).is_some() || source.contains("reasoning_content");
+    let opens_reasoning = render(vec![user], None)
+        .is_ok_and(|prompt| template.reasoning(&prompt).is_some_and(|format| format.starts_open));
+    Caps {
+        tools,
+        tool_calls: tools && tool_calls.is_some(),
+        string_arguments,
+        short_ids: tool_calls.is_some() && with_long_id.is_none(),
+        system: shows(with_system, &[SYSTEM, USER]),
+        developer: source.contains("developer"),
+        typed_content,
+        content_parts,
+        null_content,
+        thinking,
+        opens_reasoning,
+    }
+}

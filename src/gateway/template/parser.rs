@@ -1,0 +1,506 @@
+//! A model's text, piece by piece, into reasoning, content and tool calls.
+//!
+//! Every decision depends on the characters read, never on how they were cut into pieces; where a
+//! marker may still be beginning, text waits. What looks like a tool call and is none is content.
+
+use super::family::ToolFamily;
+use super::json_scan::{CallEvent, CallObject, CallStep, JsonScan, Step};
+use super::message::{CallIds, Delta, ParsedMessage, ReasoningFormat};
+
+/// The most bytes that are read at once.
+const PIECE: usize = 512;
+
+/// The most bytes of a function's name, with what may stand between it and its arguments.
+const MAX_NAME: usize = 512;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Nothing but white space so far: bare JSON may begin.
+    Start,
+    Middle,
+    /// After a tool call; white space is dropped.
+    AfterCall,
+}
+
+#[derive(Clone, Debug)]
+enum Mode {
+    /// Before the first character that is not white space, reasoning possible.
+    Undecided,
+    Reasoning {
+        at_start: bool,
+    },
+    Content(Place),
+    Call(Call),
+}
+
+/// How far a call is, from its trigger on.
+#[derive(Clone, Debug)]
+struct Call {
+    /// The trigger, and the white space before it, should they turn out to be content.
+    raw: String,
+    /// Bytes at the beginning that are certainly content if this is no call.
+    certain: usize,
+    /// Inside `[ … ]`.
+    list: bool,
+    phase: Phase,
+}
+
+#[derive(Clone, Debug)]
+enum Phase {
+    Open,
+    Object(CallObject),
+    /// Mistral's `name[ARGS]`.
+    Name,
+    /// Mistral's `{…}` after a name.
+    Arguments(JsonScan),
+    /// Between the items of a list.
+    Between,
+    /// Before Hermes' closing marker.
+    Close,
+}
+
+/// An incremental parser of one message.
+#[derive(Debug)]
+pub struct OutputParser {
+    family: Option<ToolFamily>,
+    reasoning: Option<ReasoningFormat>,
+    parallel: bool,
+    ids: CallIds,
+    mode: Mode,
+    /// Text not yet decided on.
+    pending: String,
+    /// White space that is emitted only if something follows it.
+    spaces: String,
+    /// Calls begun, the suppressed ones included.
+    calls: usize,
+    out: Vec<Delta>,
+}
+
+impl OutputParser {
+    /// A parser for one message. Without `tools_enabled` all text is content; without `parallel`
+    /// calls after the first are dropped.
+    pub fn new(
+        family: Option<ToolFamily>,
+        reasoning: Option<ReasoningFormat>,
+        tools_enabled: bool,
+        parallel: bool,
+        ids: CallIds,
+    ) -> Self {
+        let mode = match &reasoning {
+            Some(format) if format.starts_open => Mode::Reasoning { at_start: true },
+            Some(_) => Mode::Undecided,
+            None => Mode::Content(Place::Start),
+        };
+        OutputParser {
+            family: family.filter(|_| tools_enabled),
+            reasoning,
+            parallel,
+            ids,
+            mode,
+            pending: String::new(),
+            spaces: String::new(),
+            calls: 0,
+            out: Vec::new(),
+        }
+    }
+
+    /// Reads the next piece of text.
+    pub fn push(&mut self, text: &str) -> Vec<Delta> {
+        // In short pieces, so that a text full of broken markers costs no more than its length.
+        let mut rest = text;
+        while !rest.is_empty() {
+            let (piece, after) = rest.split_at(rest.floor_char_boundary(PIECE));
+            self.pending.push_str(piece);
+            self.run(false);
+            rest = after;
+        }
+        self.take()
+    }
+
+    /// Reads the end: whatever still waits is decided now.
+    pub fn finish(&mut self) -> Vec<Delta> {
+        self.run(true);
+        self.take()
+    }
+
+    /// Parses a whole text at once.
+    pub fn parse(mut self, text: &str) -> ParsedMessage {
+        let mut deltas = self.push(text);
+        deltas.extend(self.finish());
+        ParsedMessage::collect(deltas)
+    }
+
+    /// The deltas so far, neighbours of one kind joined.
+    fn take(&mut self) -> Vec<Delta> {
+        let mut deltas: Vec<Delta> = Vec::new();
+        for delta in self.out.drain(..) {
+            match (deltas.last_mut(), delta) {
+                (Some(Delta::Content(a)), Delta::Content(b))
+                | (Some(Delta::Reasoning(a)), Delta::Reasoning(b)) => a.push_str(&b),
+                (
+                    Some(Delta::ToolCallArguments { index: i, json_fragment: a }),
+                    Delta::ToolCallArguments { index: j, json_fragment: b },
+                ) if *i == j => a.push_str(&b),
+                (_, delta) => deltas.push(delta),
+            }
+        }
+        deltas
+    }
+
+    fn run(&mut self, end: bool) {
+        // Every turn consumes text or changes the mode towards doing so.
+        while match self.mode {
+            Mode::Undecided => self.undecided(end),
+            Mode::Reasoning { at_start } => self.reasoning(at_start, end),
+            Mode::Content(place) => self.content(place, end),
+            Mode::Call(_) => self.call(end),
+        } {}
+    }
+
+    fn undecided(&mut self, end: bool) -> bool {
+        let Some(format) = &self.reasoning else { return self.go(Mode::Content(Place::Start)) };
+        let text = self.pending.trim_start();
+        if let Some(rest) = text.strip_prefix(format.open.as_str()) {
+            self.pending = rest.to_owned();
+            return self.go(Mode::Reasoning { at_start: true });
+        }
+        if !end && format.open.starts_with(text) {
+            return false;
+        }
+        self.go(Mode::Content(Place::Start))
+    }
+
+    fn reasoning(&mut self, at_start: bool, end: bool) -> bool {
+        let Some(format) = &self.reasoning else { return self.go(Mode::Content(Place::Start)) };
+        if at_start {
+            // Some models open the block again although the prompt did.
+            let mut rest = self.pending.trim_start();
+            while let Some(after) = rest.strip_prefix(format.open.as_str()) {
+                rest = after.trim_start();
+            }
+            self.pending = rest.to_owned();
+            if self.pending.is_empty() || (!end && format.open.starts_with(&self.pending)) {
+                return false;
+            }
+        }
+        let close = format.close.clone();
+        let (text, closed) = match self.pending.find(&close) {
+            Some(at) => (at, true),
+            None if end => (self.pending.len(), false),
+            None => (self.pending.len() - partial_suffix(&self.pending, &close), false),
+        };
+        let text: String = self.pending.drain(..text).collect();
+        self.emit_text(&text, Delta::Reasoning);
+        if closed {
+            self.pending.drain(..close.len());
+            self.spaces.clear();
+            // The white space after the block is part of the template, not of the answer.
+            return self.go(Mode::Content(Place::AfterCall));
+        }
+        if !text.is_empty() {
+            self.mode = Mode::Reasoning { at_start: false };
+        }
+        false
+    }
+
+    fn content(&mut self, place: Place, end: bool) -> bool {
+        if place != Place::Middle {
+            let start = self.pending.len() - self.pending.trim_start().len();
+            let spaces: String = self.pending.drain(..start).collect();
+            if place == Place::Start {
+                self.spaces.push_str(&spaces);
+            }
+            if self.pending.is_empty() {
+                if end {
+                    self.flush_spaces();
+                }
+                return false;
+            }
+        }
+        let Some(family) = self.family else {
+            let text = std::mem::take(&mut self.pending);
+            self.flush_spaces();
+            self.emit(Delta::Content(text));
+            self.mode = Mode::Content(Place::Middle);
+            return false;
+        };
+        if place != Place::Middle && family.bare() {
+            match self.bare_start(place, end) {
+                Some(true) => return true,
+                Some(false) => {}
+                None => return false,
+            }
+        }
+        let marker = family.marker();
+        let found = marker.and_then(|marker| self.pending.find(marker));
+        let text = match (found, marker) {
+            (Some(at), _) => at,
+            (None, Some(marker)) if !end => {
+                self.pending.len() - partial_suffix(&self.pending, marker)
+            }
+            _ => self.pending.len(),
+        };
+        let text: String = self.pending.drain(..text).collect();
+        self.emit_text(&text, Delta::Content);
+        if let (Some(_), Some(marker)) = (found, marker) {
+            self.pending.drain(..marker.len());
+            let raw = std::mem::take(&mut self.spaces) + marker;
+            let certain = raw.len();
+            return self.go(Mode::Call(Call::new(raw, certain)));
+        }
+        if end {
+            self.flush_spaces();
+        }
+        if !text.is_empty() {
+            self.mode = Mode::Content(Place::Middle);
+        }
+        false
+    }
+
+    /// Whether bare JSON begins here; `None` to wait for more text.
+    fn bare_start(&mut self, place: Place, end: bool) -> Option<bool> {
+        // Between calls models write `;`, `,` or a line break.
+        let after_separator = match place {
+            Place::AfterCall if self.calls > 0 => self.pending.strip_prefix([';', ',']),
+            _ => None,
+        };
+        let text = after_separator.map_or(self.pending.as_str(), str::trim_start);
+        let first = match text.chars().next() {
+            Some(first) => first,
+            None if end => return Some(false),
+            None => return None,
+        };
+        if !(first == '{' || (first == '[' && self.family == Some(ToolFamily::Json))) {
+            return Some(false);
+        }
+        let skipped = self.pending.len() - text.len();
+        let raw = std::mem::take(&mut self.spaces) + &self.pending[..skipped];
+        self.pending.drain(..skipped);
+        let certain = raw.len() + 1;
+        self.mode = Mode::Call(Call::new(raw, certain));
+        Some(true)
+    }
+
+    /// Reads on in a call, as far as the text goes.
+    fn call(&mut self, end: bool) -> bool {
+        let Mode::Call(mut call) = std::mem::replace(&mut self.mode, Mode::Content(Place::Middle))
+        else {
+            return false;
+        };
+        let (Some(family), pending) = (self.family, std::mem::take(&mut self.pending)) else {
+            return false;
+        };
+        let (mut events, mut rest) = (Vec::new(), pending.as_str());
+        let outcome = loop {
+            let (outcome, used) = call.read(family, rest, end, &mut events);
+            call.raw.push_str(&rest[..used]);
+            rest = &rest[used..];
+            if outcome != Outcome::More || used == 0 {
+                break outcome;
+            }
+        };
+        rest.clone_into(&mut self.pending);
+        self.emit_events(events);
+        match outcome {
+            Outcome::Done => self.go(Mode::Content(Place::AfterCall)),
+            Outcome::More if !end => {
+                self.mode = Mode::Call(call);
+                false
+            }
+            // The start of the call is out: what follows the break is content.
+            _ if call.started() => true,
+            _ => {
+                let text = call.raw + &self.pending;
+                let certain = text.get(..call.certain).unwrap_or(&text).len();
+                self.flush_spaces();
+                self.emit(Delta::Content(text[..certain].to_owned()));
+                text[certain..].clone_into(&mut self.pending);
+                true
+            }
+        }
+    }
+
+    fn go(&mut self, mode: Mode) -> bool {
+        self.mode = mode;
+        true
+    }
+
+    fn emit(&mut self, delta: Delta) {
+        self.out.push(delta);
+    }
+
+    /// Emits text but its trailing white space, which waits for what follows.
+    fn emit_text(&mut self, text: &str, delta: fn(String) -> Delta) {
+        let solid = text.trim_end();
+        if !solid.is_empty() {
+            let spaces = std::mem::take(&mut self.spaces);
+            self.emit(delta(spaces + solid));
+        }
+        self.spaces.push_str(&text[solid.len()..]);
+    }
+
+    fn flush_spaces(&mut self) {
+        if !self.spaces.is_empty() {
+            let spaces = std::mem::take(&mut self.spaces);
+            self.emit(Delta::Content(spaces));
+        }
+    }
+
+    fn emit_events(&mut self, events: Vec<CallEvent>) {
+        for event in events {
+            if let CallEvent::Start(_) = event {
+                self.calls += 1;
+            }
+            if self.calls > 1 && !self.parallel {
+                continue;
+            }
+            let index = self.calls.saturating_sub(1);
+            let delta = match event {
+                CallEvent::Start(name) => {
+                    Delta::ToolCallStart { index, id: self.ids.next_id(), name }
+                }
+                CallEvent::Arguments(json_fragment) => {
+                    Delta::ToolCallArguments { index, json_fragment }
+                }
+            };
+            self.emit(delta);
+        }
+    }
+}
+
+/// What reading did to a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// It goes on; if nothing was read, it needs more text.
+    More,
+    Done,
+    Failed,
+}
+
+impl Call {
+    fn new(raw: String, certain: usize) -> Self {
+        Call { raw, certain, list: false, phase: Phase::Open }
+    }
+
+    /// Whether something of the call was emitted and cannot be taken back.
+    fn started(&self) -> bool {
+        match &self.phase {
+            Phase::Object(object) => object.started(),
+            Phase::Arguments(_) | Phase::Between | Phase::Close => true,
+            Phase::Open | Phase::Name => false,
+        }
+    }
+
+    /// Reads a character or a marker of `text`; also says how many bytes that took.
+    fn read(
+        &mut self,
+        family: ToolFamily,
+        text: &str,
+        end: bool,
+        events: &mut Vec<CallEvent>,
+    ) -> (Outcome, usize) {
+        match &mut self.phase {
+            Phase::Close => return read_close(text, end),
+            Phase::Name => return self.read_name(text, events),
+            _ => {}
+        }
+        let Some(c) = text.chars().next() else { return (Outcome::More, 0) };
+        let one = c.len_utf8();
+        match &mut self.phase {
+            Phase::Open | Phase::Between if c.is_whitespace() => (Outcome::More, one),
+            Phase::Open if c == '{' => {
+                let mut object = CallObject::new(family.bare());
+                object.push(c, events);
+                self.phase = Phase::Object(object);
+                (Outcome::More, one)
+            }
+            Phase::Open if c == '[' && !self.list && family.lists() => {
+                self.list = true;
+                (Outcome::More, one)
+            }
+            Phase::Open if is_name(c) && family == ToolFamily::Mistral && !self.list => {
+                self.phase = Phase::Name;
+                self.read_name(text, events)
+            }
+            Phase::Object(object) => match object.push(c, events) {
+                CallStep::More => (Outcome::More, one),
+                CallStep::Failed => (Outcome::Failed, 0),
+                CallStep::Done if self.list => {
+                    self.phase = Phase::Between;
+                    (Outcome::More, one)
+                }
+                CallStep::Done if family == ToolFamily::Hermes => {
+                    self.phase = Phase::Close;
+                    (Outcome::More, one)
+                }
+                CallStep::Done => (Outcome::Done, one),
+            },
+            Phase::Arguments(scan) => match scan.push(c) {
+                Step::Error | Step::EndBefore => (Outcome::Failed, 0),
+                step => {
+                    events.push(CallEvent::Arguments(c.into()));
+                    (if step == Step::End { Outcome::Done } else { Outcome::More }, one)
+                }
+            },
+            Phase::Between if c == ',' => {
+                // The call before is out; only the next one could still become content.
+                *self = Call { list: true, ..Call::new(String::new(), 0) };
+                (Outcome::More, one)
+            }
+            Phase::Between if c == ']' => (Outcome::Done, one),
+            Phase::Between => (Outcome::Done, 0),
+            _ => (Outcome::Failed, 0),
+        }
+    }
+
+    /// Reads Mistral's `name[ARGS]` up to the `{`; also `name[CALL_ID]id[ARGS]` and `name{`.
+    fn read_name(&mut self, text: &str, events: &mut Vec<CallEvent>) -> (Outcome, usize) {
+        let rest = text.trim_start_matches(is_name);
+        let name = &text[..text.len() - rest.len()];
+        let id = rest.strip_prefix("[CALL_ID]").map(|id| id.trim_start_matches(is_name));
+        let rest = id.unwrap_or(rest);
+        let arguments = rest.strip_prefix("[ARGS]").unwrap_or(rest).trim_start();
+        if text.len() - arguments.len() > MAX_NAME {
+            return (Outcome::Failed, 0);
+        }
+        if arguments.starts_with('{') {
+            self.phase = Phase::Arguments(JsonScan::new());
+            events.push(CallEvent::Start(name.to_owned()));
+            return (Outcome::More, text.len() - arguments.len());
+        }
+        let waits = text.len() <= MAX_NAME
+            && (arguments.is_empty()
+                || "[ARGS]".starts_with(rest)
+                || (id.is_none() && "[CALL_ID]".starts_with(rest)));
+        (if waits { Outcome::More } else { Outcome::Failed }, 0)
+    }
+}
+
+/// Reads Hermes' closing marker; a model that leaves it out is forgiven.
+fn read_close(text: &str, end: bool) -> (Outcome, usize) {
+    const CLOSE: &str = "</tool_call>";
+    let rest = text.trim_start();
+    match rest.strip_prefix(CLOSE) {
+        Some(after) => (Outcome::Done, text.len() - after.len()),
+        None if CLOSE.starts_with(rest) && end => (Outcome::Done, text.len()),
+        None if CLOSE.starts_with(rest) => (Outcome::More, 0),
+        None => (Outcome::Done, 0),
+    }
+}
+
+fn is_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.')
+}
+
+/// The length of the longest end of `text` that may be the beginning of `marker`.
+fn partial_suffix(text: &str, marker: &str) -> usize {
+    (1..marker.len())
+        .rev()
+        .filter(|n| *n <= text.len() && text.is_char_boundary(text.len() - n))
+        .find(|n| marker.starts_with(&text[text.len() - n..]))
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+#[path = "parser_tests.rs"]
+mod tests;

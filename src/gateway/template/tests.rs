@@ -1,0 +1,247 @@
+//! Tests of rendering: Python's semantics, adaptation, errors and hostile templates.
+
+use serde_json::json;
+
+use super::*;
+
+fn compile(source: &str) -> ChatTemplate {
+    ChatTemplate::compile(source, None, "<s>", "</s>").unwrap()
+}
+
+fn chat(messages: Value) -> RenderInput {
+    RenderInput {
+        messages: messages.as_array().cloned().unwrap_or_default(),
+        add_generation_prompt: true,
+        now: Some(0),
+        ..RenderInput::default()
+    }
+}
+
+fn weather() -> Vec<Value> {
+    vec![json!({"type": "function", "function": {"name": "get_weather", "parameters": {}}})]
+}
+
+/// Renders a template that sees one user message, "hi".
+fn eval(source: &str) -> Result<String, TemplateError> {
+    compile(source).render_exact(&chat(json!([{"role": "user", "content": "hi"}])))
+}
+
+#[test]
+fn values_print_as_in_python() {
+    // Each right-hand side is what jinja2 3.1 prints.
+    for (source, text) in [
+        ("{{ none }}|{{ true }}|{{ missing }}", "None|True|"),
+        ("{{ [1, 2.0, 'it', none, (1,)] }}", "[1, 2.0, 'it', None, (1,)]"),
+        ("{{ {'a': [true]} }}", "{'a': [True]}"),
+        ("{{ {'b': 1, 'a': 'é<\"'}|tojson }}", r#"{"b": 1, "a": "é<\""}"#),
+        (
+            "{{ {'b': 1, 'a': []}|tojson(indent=2, sort_keys=true) }}",
+            "{\n  \"a\": [],\n  \"b\": 1\n}",
+        ),
+        (
+            "{{ 'é'|tojson(ensure_ascii=true) }}{{ [1,2]|tojson(separators=(',', ':')) }}",
+            "\"\\u00e9\"[1,2]",
+        ),
+        (
+            "{{ 1e22 }} {{ 1e22|string }} {{ 7 / 2 }} {{ 7 // 2 }} {{ -7 % 3 }}",
+            "1e+22 1e+22 3.5 3 2",
+        ),
+        ("{{ ' x '.strip() }}{{ 'a-b'.split('-')[-1] }}{{ 'ab'.replace('a', 'c') }}", "xbcb"),
+        ("{{ 'a\nb'|indent(2, first=true) }}", "  a\n  b"),
+        ("{{ strftime_now('%d %b %Y') }}", "01 Jan 1970"),
+        ("{% generation %}x{% endgeneration %}{{ bos_token }}{{ eos_token }}", "x<s></s>"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        (
+            "{% set ns = namespace(n=1) %}{% for m in messages %}{% set ns.n = 5 %}{% endfor %}{{ ns.n }}",
+            "5",
+        ),
+        ("{{ none is iterable }}{{ 'x' is sequence }}{{ true is number }}", "FalseTrueTrue"),
+        ("  {% if true %}\n  a\n  {% endif %}\nb\n", "  a\nb"),
+    ] {
+        assert_eq!(eval(source).as_deref(), Ok(text), "{source}");
+    }
+}
+
+#[test]
+fn errors_are_told_apart() {
+    let refused = eval("{{ raise_exception('only users, ' ~ messages[0].role) }}");
+    assert_eq!(refused, Err(TemplateError::Refused("only users, user".into())));
+    let in_macro = eval("{% macro m() %}{{ raise_exception('no') }}{% endmacro %}{{ m()|upper }}");
+    assert_eq!(in_macro, Err(TemplateError::Refused("no".into())));
+    let invalid = ChatTemplate::compile("{% if %}", None, "", "");
+    assert!(matches!(invalid, Err(TemplateError::Invalid(_))));
+    assert!(matches!(eval("{{ messages.x.y }}"), Err(TemplateError::Failed(_))));
+    assert!(matches!(eval("{{ messages.append(1) }}"), Err(TemplateError::Failed(_))));
+}
+
+#[test]
+fn hostile_templates_are_bounded() {
+    let loops = "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}";
+    let nest = "{% set ns = namespace(x=[]) %}{% for a in range(9999) %}{% for b in range(999) %}\
+                {% set ns.x = [ns.x] %}{% endfor %}{% endfor %}";
+    let double = "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}\
+                  {% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    let big = "{% set a = 'a' * 3000000 %}";
+    for source in [
+        loops.to_owned(),
+        nest.to_owned(),
+        format!("{double}{{{{ ns.x }}}}"),
+        format!("{double}{{{{ ns.x|string }}}}"),
+        format!("{double}{{{{ ns.x|tojson }}}}"),
+        format!("{big}{{{{ a }}}}{{{{ a }}}}"),
+        format!("{big}{{{{ a.replace('a', a)|length }}}}"),
+        "{{ '{:>99999999999}'.format(1) }}".to_owned(),
+        "{{ ' ' * 99999999999 }}".to_owned(),
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".to_owned(),
+        "{{ 'a'.ljust(99999999999) }}".to_owned(),
+    ] {
+        let template = ChatTemplate::compile(&source, None, "", "");
+        let result = template.and_then(|t| t.render(&chat(json!([]))));
+        assert!(result.is_err(), "{source}");
+    }
+    // Values as deep as the fuel allows are printed, or refused, without running out of stack.
+    for tail in ["{{ ns.x }}", "{{ ns.x|tojson }}", "{{ ns.x == ns.x }}", "ok"] {
+        let nest = nest.replace("999)", "9)");
+        let template = ChatTemplate::compile(&format!("{nest}{tail}"), None, "", "").unwrap();
+        assert!(template.render_exact(&chat(json!([]))).is_ok(), "{tail}");
+    }
+    for chain in ["+1", "|abs", "[0]", " if 1 else 2", "~1", "**1", ".x", "()"] {
+        let source = format!("{{{{ 1{} }}}}", chain.repeat(1_000_000 / chain.len()));
+        assert!(matches!(eval_compile(&source), Some(TemplateError::Invalid(_))), "{chain}");
+        let source = format!("{{{{ 1{} }}}}", chain.repeat(2000));
+        drop(eval_compile(&source));
+    }
+    for prefix in ["not ", "-", "(", "[", "{1:"] {
+        drop(eval_compile(&format!("{{{{ {}1 }}}}", prefix.repeat(3000))));
+    }
+}
+
+#[test]
+fn families_are_told_by_their_templates() {
+    for (source, family) in [
+        ("<tool_call>{{ '\n' }}", Some(ToolFamily::Hermes)),
+        ("<tool_call>\n<function=", None),
+        ("[TOOL_CALLS]", Some(ToolFamily::Mistral)),
+        ("<|start_header_id|> \"parameters\" <|python_tag|>", Some(ToolFamily::Llama3)),
+        ("m.tool_calls {\"name\": x, \"arguments\": y}", Some(ToolFamily::Json)),
+        ("<|channel|> tool_calls name arguments", None),
+        ("plain", None),
+    ] {
+        assert_eq!(ToolFamily::detect(source), family, "{source}");
+    }
+}
+
+fn eval_compile(source: &str) -> Option<TemplateError> {
+    ChatTemplate::compile(source, None, "", "").err()
+}
+
+#[test]
+fn a_missing_template_is_chatml() {
+    let template = compile(" ");
+    let mut input = chat(json!([
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    ]));
+    assert_eq!(
+        template.render(&input).unwrap(),
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n\
+         <|im_start|>assistant\n"
+    );
+    assert!(template.caps().system && !template.caps().tools);
+    input.tools = Some(weather());
+    let prompt = template.render(&input).unwrap();
+    assert!(prompt.contains("Be brief.\n\n# Tools") && prompt.contains("get_weather"));
+    assert_eq!((template.family(), template.native_tools()), (ToolFamily::Hermes, false));
+}
+
+#[test]
+fn a_template_without_system_or_tools_still_gets_both() {
+    // Gemma's: roles must alternate, and a system message is refused.
+    let template = compile(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}\
+         {% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}\
+         {{ raise_exception('alternate') }}{% endif %}<{{ m.role }}>{{ m.content|trim }}{% endfor %}",
+    );
+    let call = json!({"id": "a", "type": "function", "function":
+        {"name": "get_weather", "arguments": "{\"city\": \"Rome\"}"}});
+    let input = RenderInput {
+        tools: Some(weather()),
+        ..chat(json!([
+            {"role": "system", "content": "SYS"},
+            {"role": "user", "content": "Rome and Oslo?"},
+            {"role": "assistant", "content": null, "tool_calls": [call.clone(), call]},
+            {"role": "tool", "tool_call_id": "a", "content": "20"},
+            {"role": "tool", "tool_call_id": "b", "content": "3"},
+        ]))
+    };
+    let prompt = template.render(&input).unwrap();
+    assert!(prompt.starts_with("<user>SYS\n\n# Tools"));
+    assert!(prompt.ends_with(
+        "Rome and Oslo?<assistant><tool_call>\n{\"name\":\"get_weather\",\"arguments\":{\"city\":\"Rome\"}}\n\
+         </tool_call>\n<tool_call>\n{\"name\":\"get_weather\",\"arguments\":{\"city\":\"Rome\"}}\n</tool_call>\
+         <user><tool_response>\n20\n</tool_response>\n<tool_response>\n3\n</tool_response>"
+    ));
+    assert!(matches!(template.render_exact(&input), Err(TemplateError::Refused(_))));
+}
+
+#[test]
+fn a_tool_template_is_used_when_there_are_tools() {
+    let tool_use = "{{ tools[0].function.name }}{% for m in messages %}{{ m.content }}{% endfor %}";
+    let template = ChatTemplate::compile("plain", Some(tool_use), "", "").unwrap();
+    let mut input = chat(json!([{"role": "user", "content": "hi"}]));
+    assert_eq!(template.render_exact(&input).unwrap(), "plain");
+    input.tools = Some(weather());
+    assert_eq!(template.render_exact(&input).unwrap(), "get_weatherhi");
+}
+
+#[test]
+fn the_final_message_can_be_continued() {
+    let template = compile(CHATML);
+    let input = RenderInput {
+        continue_final_message: true,
+        ..chat(json!([
+            {"role": "user", "content": "Say hi"},
+            {"role": "assistant", "content": "Hi the"},
+        ]))
+    };
+    assert!(template.render(&input).unwrap().ends_with("<|im_start|>assistant\nHi the"));
+}
+
+#[test]
+fn reasoning_that_the_prompt_opens_is_noticed() {
+    let template = compile(
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}\
+         {% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}",
+    );
+    assert!(template.caps().opens_reasoning && template.caps().thinking);
+    let mut input = chat(json!([{"role": "user", "content": "hi"}]));
+    let prompt = template.render(&input).unwrap();
+    assert!(template.reasoning(&prompt).unwrap().starts_open);
+    input.chat_template_kwargs.insert("enable_thinking".into(), json!(false));
+    // What is ours stays ours.
+    input.chat_template_kwargs.insert("messages".into(), json!([]));
+    let prompt = template.render(&input).unwrap();
+    assert_eq!(prompt, "hi");
+    assert!(!template.reasoning(&prompt).unwrap().starts_open);
+}
+
+#[test]
+fn mistral_gets_short_call_ids() {
+    let template = compile(
+        "{# [TOOL_CALLS] #}{{ tools }}{% for m in messages %}{% for c in m.tool_calls or [] %}\
+         {% if c.id|length != 9 %}{{ raise_exception('length 9!') }}{% endif %}\
+         {{ c.function.arguments }}{{ c.id }}{% endfor %}\
+         {% if m.tool_call_id %}={{ m.tool_call_id }}{% endif %}{{ m.content or '' }}{% endfor %}",
+    );
+    let id = CallIds::new(1).next_id();
+    let call = json!({"id": id, "type": "function", "function": {"name": "f", "arguments": "{}"}});
+    let input = RenderInput {
+        tools: Some(weather()),
+        ..chat(json!([
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": id, "content": "20"},
+        ]))
+    };
+    let short = &id[id.len() - 9..];
+    assert!(template.render(&input).unwrap().ends_with(&format!("{{}}{short}={short}20")));
+}

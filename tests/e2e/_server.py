@@ -1,0 +1,60 @@
+"""A server for the tests: the one that INGOT_URL names, or one started from INGOT_BIN."""
+
+import atexit
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+START_SECONDS = 120
+
+
+def find_or_start():
+    """The base URL, a model's name and the API key (or None) of a server that is ready."""
+    url, key = os.environ.get("INGOT_URL"), os.environ.get("INGOT_API_KEY")
+    process = None
+    if not url:
+        key = "sk-end-to-end"
+        url, process = start(key)
+    url = url.rstrip("/")
+    return url, os.environ.get("INGOT_MODEL") or first_model(url, key, process), key
+
+
+def start(key):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [os.environ["INGOT_BIN"], "serve", os.environ.get("INGOT_TEST_MODEL", "smollm2:135m")]
+    command += ["--port", str(port), "--api-key", key]
+    if data := os.environ.get("INGOT_TEST_DATA"):
+        command += ["--data-dir", data]
+    process = subprocess.Popen(command)
+    atexit.register(stop, process)
+    return f"http://127.0.0.1:{port}", process
+
+
+def stop(process):
+    process.terminate()
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def first_model(url, key, process):
+    """Waits until the server is ready."""
+    request = urllib.request.Request(url + "/v1/models", headers={"Authorization": f"Bearer {key}"})
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if process is not None and process.poll() is not None:
+            raise SystemExit(f"the server ended with status {process.returncode}")
+        try:
+            urllib.request.urlopen(url + "/ready", timeout=5).close()
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return json.load(answer)["data"][0]["id"]
+        except (OSError, urllib.error.URLError, IndexError):
+            time.sleep(0.1)
+    raise SystemExit("the server is not ready")
