@@ -44,6 +44,7 @@
 //! | [`engine`] | the model side |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters |
 
+pub mod build_info;
 pub mod cli;
 pub mod config;
 pub mod engine;

@@ -13,6 +13,7 @@ use crate::ipc::{
 };
 use crossbeam_channel::{Receiver, Sender};
 use serde_bytes::ByteBuf;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -57,12 +58,28 @@ impl Desk {
             std::thread::Builder::new().name(format!("intake-{index}")).stack_size(STACK).spawn(
                 move || {
                     for job in jobs {
-                        desk.handle(job, &orders, &replies);
+                        desk.handle_safely(job, &orders, &replies);
                     }
                 },
             )
         };
         (0..THREADS).map(work).collect()
+    }
+
+    /// A panic is a bug, but it must not leave anyone waiting.
+    fn handle_safely(&self, job: Job, orders: &Sender<Order>, replies: &Sender<FromEngine>) {
+        let who = match &job {
+            Job::Generate(request, _) => Ok(request.id),
+            Job::Call { call, .. } => Err(*call),
+        };
+        let handled = catch_unwind(AssertUnwindSafe(|| self.handle(job, orders, replies)));
+        if handled.is_err() {
+            let error = EngineError::internal("the request could not be read: a bug in Ingot");
+            let _ = match who {
+                Ok(request) => orders.send(Order::Refuse(request, error)).is_ok(),
+                Err(call) => replies.send(FromEngine::Reply { call, result: Err(error) }).is_ok(),
+            };
+        }
     }
 
     fn handle(&self, job: Job, orders: &Sender<Order>, replies: &Sender<FromEngine>) {

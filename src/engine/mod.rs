@@ -61,7 +61,7 @@ pub fn main() -> ExitCode {
 fn run() -> Result<(), FrameError> {
     let socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     let mut reader = BufReader::new(socket.try_clone()?);
-    let (frames, to_write) = unbounded();
+    let (reception, work, to_write) = wire();
     std::thread::Builder::new()
         .name("writer".into())
         .spawn(move || write_frames(socket, &to_write))?;
@@ -69,53 +69,90 @@ fn run() -> Result<(), FrameError> {
         tracing::error!("the first frame must name a model");
         return Ok(());
     };
+    // Reads from now on, so that the gateway's death is noticed while the model loads.
+    std::thread::Builder::new().name("reader".into()).spawn(move || reception.receive(reader))?;
+    host(&spec, work)?;
+    Ok(())
+}
+
+/// An engine on threads of this process, without the socket: what the process boundary is
+/// measured against.
+pub struct Local {
+    reception: Reception,
+    frames: Receiver<FromEngine>,
+}
+
+impl Local {
+    /// Starts to load; the first frame tells how that went.
+    pub fn start(spec: LoadSpec) -> std::io::Result<Self> {
+        let (reception, work, frames) = wire();
+        std::thread::Builder::new().name("engine".into()).spawn(move || host(&spec, work))?;
+        Ok(Self { reception, frames })
+    }
+
+    pub fn send(&self, frame: ToEngine) {
+        self.reception.pass_on(frame);
+    }
+
+    pub fn frames(&self) -> &Receiver<FromEngine> {
+        &self.frames
+    }
+}
+
+/// The ends of the channels that the engine's own threads hold.
+struct Work {
+    orders: Sender<Order>,
+    to_do: Receiver<Order>,
+    to_check: Receiver<Job>,
+    to_load: Receiver<AdapterJob>,
+    frames: Sender<FromEngine>,
+}
+
+fn wire() -> (Reception, Work, Receiver<FromEngine>) {
+    let (frames, to_write) = unbounded();
     let (orders, to_do) = unbounded();
     let (jobs, to_check) = bounded(INTAKE_QUEUE);
     let (adapters, to_load) = unbounded();
-    let desk = Reception { orders: orders.clone(), jobs, adapters, frames: frames.clone() };
-    // Reads from now on, so that the gateway's death is noticed while the model loads.
-    std::thread::Builder::new().name("reader".into()).spawn(move || desk.receive(reader))?;
-    let runner = match runner::load(&spec) {
-        Ok(runner) => runner,
-        Err(error) => {
-            let _ = frames.send(FromEngine::LoadFailed(error.to_string()));
-            // The gateway closes the socket when it has read this.
-            std::thread::park();
-            return Ok(());
-        }
+    let reception = Reception { orders: orders.clone(), jobs, adapters, frames: frames.clone() };
+    (reception, Work { orders, to_do, to_check, to_load, frames }, to_write)
+}
+
+/// Loads the model and serves it on this thread until told to leave.
+fn host(spec: &LoadSpec, work: Work) -> std::io::Result<()> {
+    let frames = work.frames.clone();
+    let failed = match runner::load(spec) {
+        Ok(runner) => match serve(runner, spec, work)? {
+            Ok(()) => return Ok(()),
+            Err(error) => error.message,
+        },
+        Err(error) => error.to_string(),
     };
-    serve(runner, &spec, orders, to_do, &to_check, to_load, frames)
+    let _ = frames.send(FromEngine::LoadFailed(failed));
+    // The gateway ends this process when it has read that.
+    loop {
+        std::thread::park();
+    }
 }
 
 fn serve(
     runner: Box<dyn runner::ModelRunner>,
     spec: &LoadSpec,
-    orders: Sender<Order>,
-    to_do: Receiver<Order>,
-    to_check: &Receiver<Job>,
-    to_load: Receiver<AdapterJob>,
-    frames: Sender<FromEngine>,
-) -> Result<(), FrameError> {
+    work: Work,
+) -> std::io::Result<Result<(), EngineError>> {
+    let Work { orders, to_do, to_check, to_load, frames } = work;
     let mut info = runner.info().clone();
     // What does not fit into the cache as a whole could never be run.
     info.context_length = info.context_length.min(info.kv_pages * info.page_tokens);
-    Desk::new(runner.tokenizer(), info.clone()).open(to_check, &orders, &frames)?;
+    Desk::new(runner.tokenizer(), info.clone()).open(&to_check, &orders, &frames)?;
     let loader = runner.adapter_loader();
     let replies = frames.clone();
     std::thread::Builder::new()
         .name("loader".into())
         .spawn(move || load_adapters(&*loader, &to_load, &orders, &replies))?;
-    match step::StepLoop::new(runner, spec, to_do, frames.clone()) {
-        Ok(steps) => {
-            let _ = frames.send(FromEngine::Loaded(Box::new(info)));
-            steps.run();
-        }
-        Err(error) => {
-            let _ = frames.send(FromEngine::LoadFailed(error.message));
-            std::thread::park();
-        }
-    }
-    Ok(())
+    Ok(step::StepLoop::new(runner, spec, to_do, frames.clone()).map(|steps| {
+        let _ = frames.send(FromEngine::Loaded(Box::new(info)));
+        steps.run();
+    }))
 }
 
 struct AdapterJob {

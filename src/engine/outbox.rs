@@ -19,6 +19,8 @@ pub struct Outbox {
     requests: HashMap<RequestId, InFlight>,
     reported: Instant,
     was_idle: bool,
+    /// Running, waiting, held pages and adapters, as last reported.
+    shown: [usize; 4],
     progress: Progress,
 }
 
@@ -41,6 +43,7 @@ impl Outbox {
             requests: HashMap::new(),
             reported: Instant::now(),
             was_idle: false,
+            shown: [0; 4],
             progress: Progress::default(),
         }
     }
@@ -141,14 +144,20 @@ impl Outbox {
         self.progress.prefill_tokens += prefill as u64;
     }
 
-    /// Sends a snapshot every 50 ms, and when the engine falls idle.
+    /// Sends a snapshot every 50 ms, when the engine falls idle, and when something goes while it is
+    /// (a paused request whose client leaves).
     pub fn report(&mut self, scheduler: &Scheduler, kv: &KvCache, adapters: usize, idle: bool) {
         self.flush();
-        let fell_idle = idle && !self.was_idle;
+        let shown = [scheduler.running.len(), scheduler.waiting.len(), kv.held_pages(), adapters];
+        let due = match idle {
+            true => !self.was_idle || shown != self.shown,
+            false => self.reported.elapsed() >= REPORT_EVERY,
+        };
         self.was_idle = idle;
-        if !fell_idle && (idle || self.reported.elapsed() < REPORT_EVERY) {
+        if !due {
             return;
         }
+        self.shown = shown;
         self.reported = Instant::now();
         let cached = kv.cached_pages();
         let progress = &mut self.progress;

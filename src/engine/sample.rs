@@ -126,16 +126,13 @@ impl StepLoop {
         let text = match sequence.text.push(vocab.output_piece(token, facts.render_special)) {
             Progressed::Text(text) => text,
             Progressed::Stopped { text, stop } => {
-                let logprobs = keep_bytes(&mut sequence.held_logprobs, text.len());
+                let logprobs = release_logprobs(sequence, vocab);
                 self.outbox.delta(key, text, logprobs);
                 self.finish(key, FinishReason::StopString(stop));
                 return Ok(());
             }
         };
-        let logprobs = match sequence.text.holds_text() {
-            true => Vec::new(),
-            false => std::mem::take(&mut sequence.held_logprobs),
-        };
+        let logprobs = release_logprobs(sequence, vocab);
         self.outbox.delta(key, text, logprobs);
         if sequence.output_len() >= facts.max_tokens {
             self.end_text(key, FinishReason::Length);
@@ -152,7 +149,7 @@ impl StepLoop {
             Progressed::Text(text) => (text, reason),
             Progressed::Stopped { text, stop } => (text, FinishReason::StopString(stop)),
         };
-        let logprobs = std::mem::take(&mut sequence.held_logprobs);
+        let logprobs = release_logprobs(sequence, self.tokenizer.vocab());
         if !text.is_empty() || !logprobs.is_empty() {
             self.outbox.tail(key, text, logprobs);
         }
@@ -229,13 +226,13 @@ fn describe(
     }
 }
 
-/// The logprobs of tokens that lie within the first `length` bytes of what was held back.
-fn keep_bytes(held: &mut Vec<TokenLogprob>, length: usize) -> Vec<TokenLogprob> {
-    let mut end = 0;
-    let mut kept = std::mem::take(held);
-    kept.retain(|entry| {
-        end += entry.bytes.len();
-        end <= length
-    });
-    kept
+/// The logprobs of tokens whose text has gone out to its last byte.
+fn release_logprobs(sequence: &mut Sequence, vocab: &Vocab) -> Vec<TokenLogprob> {
+    let (mut end, mut held) = (sequence.held_logprobs.len(), sequence.text.held_len());
+    while held > 0 && end > 0 {
+        end -= 1;
+        let token = sequence.held_logprobs[end].token;
+        held = held.saturating_sub(vocab.output_piece(token, sequence.facts.render_special).len());
+    }
+    sequence.held_logprobs.drain(..end).collect()
 }

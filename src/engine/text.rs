@@ -55,9 +55,9 @@ impl TextAssembler {
         }
     }
 
-    /// Whether bytes wait that have not gone out.
-    pub fn holds_text(&self) -> bool {
-        !self.partial.is_empty() || !self.held.is_empty()
+    /// Bytes that have not gone out; after a stop string, those from its beginning on.
+    pub fn held_len(&self) -> usize {
+        self.partial.len() + self.held.len()
     }
 
     /// Whole characters only; invalid bytes become U+FFFD.
@@ -99,8 +99,7 @@ impl TextAssembler {
             .min_by_key(|&(at, stop)| (at, stop.len()));
         if let Some((at, stop)) = first {
             let stop = stop.clone();
-            self.held.truncate(at);
-            return Progressed::Stopped { text: std::mem::take(&mut self.held), stop };
+            return Progressed::Stopped { text: self.held.drain(..at).collect(), stop };
         }
         let keep = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);

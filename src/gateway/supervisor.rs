@@ -27,6 +27,8 @@ const PAUSE_ABOVE: usize = 256;
 const RESUME_BELOW: usize = 32;
 /// The last lines of an engine's log, shown when it fails to load a model.
 const LOG_LINES: usize = 40;
+/// The watchdog waits for at least this many of the longest recent steps.
+const STEPS_OF_PATIENCE: u32 = 4;
 const PING_EVERY: Duration = Duration::from_millis(500);
 /// How long the pause before a restart may grow.
 const MAX_BACK_OFF: Duration = Duration::from_secs(30);
@@ -84,7 +86,22 @@ struct Connection {
 struct Sink {
     send: mpsc::UnboundedSender<Event>,
     waiting: AtomicUsize,
-    paused: AtomicBool,
+    paused: Mutex<bool>,
+}
+
+impl Sink {
+    /// Counts anew under the lock: a client that has caught up in between finds itself unpaused,
+    /// one that catches up afterwards finds itself paused and says so.
+    fn pause_if_behind(&self, pause: impl FnOnce()) {
+        if self.waiting.load(Ordering::Acquire) <= PAUSE_ABOVE {
+            return;
+        }
+        let mut paused = lock(&self.paused);
+        if !*paused && self.waiting.load(Ordering::Acquire) > PAUSE_ABOVE {
+            *paused = true;
+            pause();
+        }
+    }
 }
 
 /// A running request. Dropping it cancels the request in the engine.
@@ -189,8 +206,7 @@ impl Engine {
         request.id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let id = request.id;
         let (send, events) = mpsc::unbounded_channel();
-        let sink =
-            Arc::new(Sink { send, waiting: AtomicUsize::new(0), paused: AtomicBool::new(false) });
+        let sink = Arc::new(Sink { send, waiting: AtomicUsize::new(0), paused: Mutex::new(false) });
         lock(&connection.requests).insert(id, sink.clone());
         let generation =
             Generation { id, events, sink, connection: connection.clone(), over: false };
@@ -214,9 +230,14 @@ impl Engine {
         adapter: AdapterId,
         what: EngineAdapter,
     ) -> Result<(), EngineError> {
-        self.call(load_adapter_call(adapter, &what)).await?;
+        // Listed first, so that a process that starts meanwhile loads it too.
+        let call = load_adapter_call(adapter, &what);
         lock(&self.adapters).insert(adapter, what);
-        Ok(())
+        let loaded = self.call(call).await;
+        if loaded.is_err() {
+            lock(&self.adapters).remove(&adapter);
+        }
+        loaded.map(|_| ())
     }
 
     /// Requests that use it finish first; nobody may start new ones.
@@ -235,7 +256,8 @@ impl Engine {
     pub async fn stop(&self) {
         self.stop.send_replace(true);
         let mut state = self.state.subscribe();
-        let stopped = state.wait_for(|state| matches!(state, EngineState::Stopped));
+        let stopped = state
+            .wait_for(|state| matches!(state, EngineState::Stopped | EngineState::Failed { .. }));
         let _ = tokio::time::timeout(Duration::from_secs(10), stopped).await;
     }
 
@@ -301,6 +323,11 @@ impl Engine {
             ended = self.read_frames(read, &connection, was_ready) => ended,
             ended = self.watch(&connection) => ended,
         };
+        if *was_ready {
+            // Before anything is waited for: nobody may take the engine for ready any more.
+            let reason = "the engine process ended".to_owned();
+            self.state.send_replace(EngineState::Restarting { reason });
+        }
         connection.bury(&unavailable(
             "the engine process ended while the request was running; it is being restarted",
         ));
@@ -334,6 +361,9 @@ impl Engine {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
+            // Ctrl-C in a terminal goes to the whole group: the gateway drains, the engine must not
+            // die before that.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
         Ok((child, UnixStream::from_std(ours)?))
@@ -401,7 +431,7 @@ impl Engine {
         loop {
             tokio::time::sleep(PING_EVERY).await;
             let step = Duration::from_secs_f32(lock(&self.progress).step_seconds.clamp(0.0, 600.0));
-            let patience = self.watchdog.max(step * 20);
+            let patience = self.watchdog.max(step * STEPS_OF_PATIENCE);
             let call = self.next_id.fetch_add(1, Ordering::Relaxed);
             match tokio::time::timeout(patience, connection.call(call, Call::Ping)).await {
                 Ok(Ok(_)) => {}
@@ -414,7 +444,7 @@ impl Engine {
     async fn read_log(self: Arc<Self>, stderr: tokio::process::ChildStderr) {
         let mut lines = BufReader::new(stderr.take(1 << 40)).split(b'\n');
         while let Ok(Some(line)) = lines.next_segment().await {
-            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            let line = String::from_utf8_lossy(&line).trim().to_owned();
             let (level, text) = match line.split_once(' ') {
                 Some((level @ ("ERROR" | "WARN" | "INFO" | "DEBUG" | "TRACE"), text)) => {
                     (level, text)
@@ -488,10 +518,12 @@ impl Connection {
         for (id, event) in events {
             let last = matches!(event, Event::Done { .. } | Event::Failed(_));
             let Some(sink) = requests.get(&id) else { continue };
-            let waiting = sink.waiting.fetch_add(1, Ordering::AcqRel) + 1;
+            sink.waiting.fetch_add(1, Ordering::AcqRel);
             let _ = sink.send.send(event);
-            if waiting > PAUSE_ABOVE && !last && !sink.paused.swap(true, Ordering::AcqRel) {
-                let _ = self.send(ToEngine::Pause(id));
+            if !last {
+                sink.pause_if_behind(|| {
+                    let _ = self.send(ToEngine::Pause(id));
+                });
             }
             if last {
                 requests.remove(&id);
@@ -521,7 +553,7 @@ impl Generation {
         }
         let event = self.events.recv().await;
         let waiting = self.sink.waiting.fetch_sub(1, Ordering::AcqRel).saturating_sub(1);
-        if waiting < RESUME_BELOW && self.sink.paused.swap(false, Ordering::AcqRel) {
+        if waiting < RESUME_BELOW && std::mem::take(&mut *lock(&self.sink.paused)) {
             let _ = self.connection.send(ToEngine::Resume(self.id));
         }
         self.over = matches!(event, None | Some(Event::Done { .. } | Event::Failed(_)));

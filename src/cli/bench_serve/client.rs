@@ -54,12 +54,19 @@ async fn stream_unbounded(
     {
         reusable = None;
     }
-    let mut connection = match reusable {
-        Some(open) => open,
-        None => server.connect().await?,
+    let (mut connection, reused) = match reusable {
+        Some(open) => (open, true),
+        None => (server.connect().await?, false),
     };
     let mut sample = Sample::default();
-    let response = connection.send(server, Method::POST, path, Some(body)).await?;
+    let response = match connection.send(server, Method::POST, path, Some(body.clone())).await {
+        // A server may close an idle connection at any moment: that is no failure of the request.
+        Err(HttpError::Lost(_)) if reused => {
+            connection = server.connect().await?;
+            connection.send(server, Method::POST, path, Some(body)).await?
+        }
+        answer => answer?,
+    };
     let mut frames = response.into_body();
     let mut lines = SseLines::default();
     let mut ended = false;

@@ -59,6 +59,8 @@ impl SequencePages {
 pub struct Prospect {
     /// Tokens whose pages are computed.
     pub cached: usize,
+    /// Those of them whose pages are held by running sequences: to share them takes no room.
+    pub held: usize,
     /// Further tokens that a running sequence is computing: worth waiting for.
     pub pending: usize,
 }
@@ -132,8 +134,10 @@ impl KvCache {
             return Prospect::default();
         }
         let found = self.index.lookup(key, &tokens[..tokens.len().saturating_sub(1)]);
+        let held = found.computed.iter().filter(|&&node| self.index.page(node).is_held());
         Prospect {
             cached: found.computed.len() * PAGE_TOKENS,
+            held: held.count() * PAGE_TOKENS,
             pending: found.pending * PAGE_TOKENS,
         }
     }

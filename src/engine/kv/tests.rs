@@ -2,6 +2,7 @@
 
 use super::*;
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -153,12 +154,9 @@ impl World {
         tokens.truncate(tokens.len() - cut);
         let prospect = self.kv.prospect(KEYS[key], &tokens);
         let reused = if reuse { prospect.cached / PAGE_TOKENS } else { 0 };
-        let path = self.kv.index.lookup(KEYS[key], &tokens[..reused * PAGE_TOKENS]).computed;
-        let held = self.held();
-        let revived =
-            path.iter().filter(|&&node| !held.contains(&self.kv.index.page(node).id())).count();
-        let room = self.kv.free_pages() + self.kv.cached_pages() - revived;
-        let fits = tokens.len().div_ceil(PAGE_TOKENS) - reused <= room
+        let shared = if reuse { prospect.held / PAGE_TOKENS } else { 0 };
+        let room = self.kv.free_pages() + self.kv.cached_pages();
+        let fits = tokens.len().div_ceil(PAGE_TOKENS) - shared <= room
             && self.live.len() < self.slots.len();
         let admission = self.kv.admit(KEYS[key], &tokens, reuse);
         assert_eq!(admission.is_some(), fits, "admitted exactly if there is room");
@@ -283,8 +281,14 @@ impl World {
     }
 }
 
+/// Seeded: a run that passes passes again.
+fn config(cases: u32) -> ProptestConfig {
+    let rng_seed = RngSeed::Fixed(1);
+    ProptestConfig { cases, rng_seed, failure_persistence: None, ..Default::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(config(3000))]
     #[test]
     fn random_operations_agree_with_the_model(
         pages in 3..24u32,
@@ -316,16 +320,16 @@ fn pending_pages_are_seen_but_not_given_away() {
     let tokens = text(3);
     let mut first = kv.admit(KEYS[0], &tokens, true).unwrap();
     // The last token is never taken from the cache.
-    let pending = Prospect { cached: 0, pending: 2 * PAGE_TOKENS };
+    let pending = Prospect { pending: 2 * PAGE_TOKENS, ..Default::default() };
     assert_eq!(kv.prospect(KEYS[0], &tokens), pending);
     assert_eq!(kv.prospect(KEYS[1], &tokens), Prospect::default());
     kv.commit(&mut first.pages, &tokens[..PAGE_TOKENS + 1]);
-    let half = Prospect { cached: PAGE_TOKENS, pending: PAGE_TOKENS };
+    let half = Prospect { cached: PAGE_TOKENS, held: PAGE_TOKENS, pending: PAGE_TOKENS };
     assert_eq!(kv.prospect(KEYS[0], &tokens), half);
     let second = kv.admit(KEYS[0], &tokens, true).unwrap();
     assert_eq!(second.cached, PAGE_TOKENS);
     kv.retire(first.pages);
-    assert_eq!(kv.prospect(KEYS[0], &tokens), Prospect { cached: PAGE_TOKENS, pending: 0 });
+    assert_eq!(kv.prospect(KEYS[0], &tokens), Prospect { pending: 0, ..half });
     kv.retire(second.pages);
     assert_eq!(kv.cached_pages(), 1);
 }

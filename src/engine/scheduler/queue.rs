@@ -24,13 +24,12 @@ impl Scheduler {
         }
         for key in self.candidates(kv) {
             let Some(at) = self.waiting.iter().position(|s| s.key == key) else { continue };
-            let prospect = prospect(&self.waiting[at], kv);
             // Someone is computing its prefix, perhaps since a moment ago.
-            if prospect.pending > 0 && !is_old(&self.waiting[at]) {
+            if prospect(&self.waiting[at], kv).pending > 0 && !is_old(&self.waiting[at]) {
                 continue;
             }
             // Whoever waits for a slow client gives way: there is no telling how long it takes.
-            while !self.fits(&self.waiting[at], prospect, kv) {
+            while !self.fits(&self.waiting[at], kv) {
                 if !self.any_stalled() {
                     return;
                 }
@@ -62,8 +61,9 @@ impl Scheduler {
 
     /// Whether a sequence can enter, and everyone who runs still go on for a page: admitting is not
     /// worth preempting.
-    fn fits(&self, sequence: &Sequence, prospect: Prospect, kv: &KvCache) -> bool {
-        let needed = (sequence.tokens.len() - prospect.cached).div_ceil(PAGE_TOKENS);
+    fn fits(&self, sequence: &Sequence, kv: &KvCache) -> bool {
+        let shared = prospect(sequence, kv).held;
+        let needed = (sequence.tokens.len() - shared).div_ceil(PAGE_TOKENS);
         let room = kv.total_pages() - kv.held_pages();
         let alone = self.running.is_empty();
         sequence.slots() <= self.free_slots() && (alone || needed + self.running.len() <= room)

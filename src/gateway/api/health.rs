@@ -2,6 +2,7 @@
 //! key: they tell nothing of requests, and probes and scrapers should not hold one. `/metrics`
 //! names the loaded models; a server on a public address should have its proxy keep it inside.
 
+use crate::build_info::{BUILD, BuildInfo};
 use crate::gateway::app::App;
 use axum::Json;
 use axum::extract::State;
@@ -38,9 +39,8 @@ pub async fn ready(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /version`.
-pub async fn version() -> Json<Value> {
-    let revision = option_env!("INGOT_GIT_REVISION");
-    Json(json!({"name": "ingot", "version": env!("CARGO_PKG_VERSION"), "revision": revision}))
+pub async fn version() -> Json<BuildInfo> {
+    Json(BUILD)
 }
 
 /// `GET /metrics`, in Prometheus' text format.

@@ -37,10 +37,6 @@ impl ChatLogprobs {
                 token.top.iter().map(|(_, bytes, logprob)| likely(bytes, *logprob)).collect(),
         }));
     }
-
-    pub fn is_empty(&self) -> bool {
-        self.content.is_empty()
-    }
 }
 
 fn likely(bytes: &[u8], logprob: f32) -> Likely {

@@ -163,7 +163,8 @@ impl Registry {
             Ok((file, info, digest))
         })
         .await?;
-        let what = EngineAdapter { path: file.0.clone(), digest, scale: spec.scale };
+        let cache_digest = with_scale(&digest, spec.scale);
+        let what = EngineAdapter { path: file.0.clone(), digest: cache_digest, scale: spec.scale };
         base.engine.load_adapter(id, what).await.map_err(|error| match error.kind {
             EngineErrorKind::Unavailable | EngineErrorKind::Overloaded => error.into(),
             _ => ApiError::unprocessable(format!("The engine refused the adapter: {error}")),
@@ -282,6 +283,11 @@ pub(crate) fn digest_of(path: &Path) -> std::io::Result<[u8; 32]> {
             read => hash.update(&buffer[..read]),
         }
     }
+}
+
+/// What tells cached prefixes apart: the same weights at another scale compute something else.
+fn with_scale(digest: &[u8; 32], scale: f32) -> [u8; 32] {
+    Sha256::new().chain_update(digest).chain_update(scale.to_le_bytes()).finalize().into()
 }
 
 /// A file of this process in the data folder, removed when it is dropped.

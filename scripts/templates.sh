@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Gets the chat templates that llama.cpp ships (from the source package of llama-cpp-python), and
+# what jinja2 makes of them. Prints the folder, which the tests find in INGOT_TEST_TEMPLATES.
+#
+# Needs a Python with pip and jinja2: INGOT_TEST_PYTHON, or .cache/venv. Does nothing if the folder is
+# there already for this version.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+version=0.3.36
+folder=$root/.cache/templates
+python=${INGOT_TEST_PYTHON:-$root/.cache/venv/bin/python}
+inside=llama_cpp_python-$version/vendor/llama.cpp/models/templates
+
+# The sum of all that the reference is made from.
+stamp=$({
+    echo "$version"
+    cat "$root/tests/templates/reference.py" "$root/tests/templates/conversations.json"
+} | sha256sum | cut -d' ' -f1)
+if [ "$(cat "$folder/.stamp" 2>/dev/null)" = "$stamp" ]; then
+    echo "$folder"
+    exit
+fi
+
+has "$python" || [ -x "$python" ] || fail "no Python at $python: set INGOT_TEST_PYTHON."
+mkdir -p "$root/.cache"
+work=$(mktemp -d "$root/.cache/templates.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+archive=$work/llama_cpp_python-$version.tar.gz
+say "downloading the source package llama-cpp-python $version (77 MB), for its chat templates"
+for attempt in 1 2 3; do
+    # pip asks the package for its metadata, and for that gets its build tools; nothing is built.
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps \
+        --no-binary llama-cpp-python --dest "$work" "llama-cpp-python==$version" >&2 && break
+    [ "$attempt" -lt 3 ] || fail "llama-cpp-python $version could not be downloaded."
+    sleep 2
+done
+tar -xzf "$archive" -C "$work" "$inside"
+mkdir "$work/new"
+cp "$work/$inside"/*.jinja "$work/new/"
+"$python" "$root/tests/templates/reference.py" "$work/new" "$work/new/reference.json" >&2
+echo "$stamp" >"$work/new/.stamp"
+rm -rf "$folder"
+mv "$work/new" "$folder"
+echo "$folder"

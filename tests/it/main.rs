@@ -1,0 +1,29 @@
+//! The whole binary under test, as one more binary: linked once.
+//!
+//! | module | what |
+//! |---|---|
+//! | `support.rs`, `http.rs`, `models_made.rs` | servers, requests, tiny models |
+//! | `reliability.rs`, `drain.rs`, `loading.rs` | death of engines and gateways, draining, slow clients, broken models |
+//! | `lora.rs` | adapters: right, and swapped under load |
+//! | `models.rs` | several models, embeddings, keys and limits |
+//! | `oracle.rs` | greedy text against a plain llama.cpp loop |
+//! | `templates.rs` | chat templates against jinja2 |
+//! | `layers.rs` | who may import whom, where `unsafe` may stand |
+//! | `metrics.rs` | the series, and the transcript of a stream |
+//! | `hostile.rs` | malformed requests by the thousand |
+//!
+//! Tests that need a real model find it in `INGOT_TEST_MODEL`; templates in `INGOT_TEST_TEMPLATES`.
+
+mod drain;
+mod hostile;
+mod http;
+mod layers;
+mod loading;
+mod lora;
+mod metrics;
+mod models;
+mod models_made;
+mod oracle;
+mod reliability;
+mod support;
+mod templates;
