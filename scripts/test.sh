@@ -4,7 +4,7 @@
 #
 # What the tests read: INGOT_BIN (the binary), INGOT_TEST_MODEL (the default model's file),
 # INGOT_TEST_DATA (a data folder that holds it), INGOT_TEST_PYTHON (a Python with openai, jinja2 and
-# prometheus_client).
+# prometheus_client), INGOT_TEST_TEMPLATES (see templates.sh).
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -86,6 +86,14 @@ venv=$root/.cache/venv
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     openai jinja2 prometheus_client
 export INGOT_TEST_PYTHON=$venv/bin/python
+
+say "chat templates and what jinja2 makes of them, in .cache/templates"
+if INGOT_TEST_TEMPLATES=$(scripts/templates.sh); then
+    export INGOT_TEST_TEMPLATES
+else
+    failed=$((failed + 1))
+    failures+=("chat templates")
+fi
 
 say "Node packages for the tests, in .cache/node"
 mkdir -p "$root/.cache/node"

@@ -1,72 +1,305 @@
 //! The shape of the source: who imports whom, where `unsafe` may stand, how long a file may be.
 //!
-//! A module imports only what stands below it on its walk. The tables name, for every room, the
-//! rooms that it may import; whoever adds an edge adds it here, and a cycle is refused whatever the
-//! tables say. Tests inside `src` are free.
+//! A module imports only what stands below it on its walk. The tables list the rooms from the top of
+//! the walk down; each may import the rooms named with it, all of which stand below. Whoever adds an
+//! edge adds it here. Tests inside `src` are free.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// A room, and what it may import.
+/// Rooms from the top down, and what each may import.
 type Table = &'static [(&'static str, &'static [&'static str])];
 
 /// Rooms of the crate. Gateway and engine meet in `ipc` and nowhere else.
 const ROOMS: Table = &[
     ("main", &["cli", "engine", "gateway", "config"]),
-    ("cli", &["gateway", "config", "gguf", "ipc"]),
-    ("gateway", &["config", "gguf", "ipc"]),
+    ("cli", &["gateway", "config", "gguf", "ipc", "build_info"]),
     ("engine", &["ipc"]),
+    ("gateway", &["config", "gguf", "ipc", "build_info"]),
     ("config", &["ipc"]),
+    ("build_info", &[]),
     ("gguf", &[]),
     ("ipc", &[]),
 ];
 
-/// Rooms of the gateway, from the top of the walk down.
+/// Rooms of the gateway.
 const GATEWAY: Table = &[
-    ("server", &["api", "app", "auth", "limits", "registry", "store", "error", "lifecycle"]),
-    ("api", &["app", "auth", "stream", "template", "registry", "store", "error"]),
-    ("stream", &["app", "registry", "supervisor", "metrics", "error"]),
-    ("auth", &["app", "limits", "error", "lifecycle"]),
-    ("app", &["auth", "limits", "registry", "metrics", "lifecycle"]),
-    ("limits", &["error"]),
-    ("registry", &["memory", "template", "store", "metrics", "supervisor", "error"]),
-    ("memory", &["error"]),
+    ("server", &["api", "auth", "app", "registry", "limits", "store", "error"]),
+    ("api", &["stream", "auth", "app", "registry", "template", "store", "error"]),
+    ("stream", &["app", "registry", "metrics", "supervisor", "error"]),
+    ("auth", &["app", "limits", "error"]),
+    ("app", &["registry", "metrics", "limits"]),
+    ("registry", &["memory", "metrics", "supervisor", "template", "store", "error"]),
+    ("memory", &[]),
     ("metrics", &["supervisor"]),
     ("supervisor", &[]),
     ("template", &[]),
     ("store", &[]),
-    ("lifecycle", &[]),
+    ("limits", &["error"]),
     ("error", &[]),
 ];
 
-/// Rooms of the engine, from the top of the walk down. The step loop is one type in several files,
-/// which know each other.
+/// Rooms of the engine. `step`, `attend` and `sample` are one type in three files, the loop.
 const ENGINE: Table = &[
+    ("mod", &["intake", "step", "orders", "runner"]),
     (
-        "loop",
+        "step",
         &[
-            "intake",
-            "scheduler",
-            "kv",
-            "runner",
-            "sampler",
-            "grammar",
-            "text",
             "outbox",
+            "scheduler",
             "orders",
             "sequence",
+            "kv",
+            "runner",
+            "grammar",
+            "sampler",
+            "text",
             "tokenizer",
         ],
     ),
-    ("intake", &["orders", "sequence", "grammar", "sampler", "text", "tokenizer", "attend"]),
+    ("intake", &["orders", "sequence", "grammar", "sampler", "text", "tokenizer"]),
+    ("outbox", &["scheduler", "sequence", "kv"]),
+    ("scheduler", &["sequence", "kv", "runner", "sampler"]),
     ("orders", &["sequence", "runner"]),
-    ("outbox", &["scheduler", "kv", "sequence"]),
-    ("scheduler", &["kv", "sequence", "sampler", "runner"]),
     ("sequence", &["kv", "grammar", "sampler", "text"]),
     ("kv", &["runner"]),
-    ("text", &["tokenizer"]),
     ("runner", &["tokenizer"]),
     ("grammar", &["sampler", "tokenizer"]),
+    ("text", &["tokenizer"]),
     ("sampler", &[]),
     ("tokenizer", &[]),
 ];
+
+/// Imports upwards that are there all the same, and why.
+const UPWARDS: &[(&str, &str, &str)] = &[
+    ("gateway/app", "server", "`Lifecycle` is kept with the server's other files"),
+    ("gateway/app", "auth", "holds the keys, which its middleware in the same file looks up"),
+    ("gateway/memory", "registry", "the plan is made from the registry's reading of the header"),
+];
+
+/// Folders and files in which `unsafe` may stand.
+const UNSAFE: &[&str] = &["engine/runner/llama_cpp/", "gguf/"];
+const LONGEST_FILE: usize = 800;
+
+/// Every source file, by its path below `src`, with its text.
+fn sources() -> BTreeMap<String, String> {
+    fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).expect("readable").flatten() {
+            match entry.path() {
+                path if path.is_dir() => walk(&path, files),
+                path if path.extension().is_some_and(|end| end == "rs") => files.push(path),
+                _ => {}
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    walk(&root, &mut files);
+    let name = |path: &Path| path.strip_prefix(&root).expect("inside").display().to_string();
+    files.iter().map(|path| (name(path), std::fs::read_to_string(path).expect("text"))).collect()
+}
+
+fn is_test(file: &str) -> bool {
+    file.contains("/tests/") || file.ends_with("tests.rs")
+}
+
+/// The module that a file is: `a/b/mod.rs` and `a/b.rs` are `[a, b]`.
+fn module(file: &str) -> Vec<&str> {
+    let path = file.strip_suffix(".rs").expect("a source file");
+    let path = path.strip_suffix("/mod").unwrap_or(path);
+    path.split('/').filter(|part| *part != "lib").collect()
+}
+
+/// Full paths of what a file imports from this crate at its top level, without `crate`.
+fn imports(file: &str, text: &str) -> BTreeSet<Vec<String>> {
+    let mut found = BTreeSet::new();
+    // Everything from the tests' module on is theirs.
+    let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+    for statement in text.split("\nuse ").skip(1).chain(text.split("\npub use ").skip(1)) {
+        let statement = statement.split(';').next().unwrap_or_default();
+        let compact: String = statement.split_whitespace().collect::<Vec<_>>().join(" ");
+        for path in expand(&compact) {
+            let mut parts: Vec<&str> = path.split("::").map(str::trim).collect();
+            let mut full = match parts[0] {
+                "crate" | "ingot" => Vec::new(),
+                "super" => module(file),
+                _ => continue,
+            };
+            if parts[0] == "super" {
+                while parts.first() == Some(&"super") {
+                    full.pop();
+                    parts.remove(0);
+                }
+            } else {
+                parts.remove(0);
+            }
+            full.extend(parts);
+            found.insert(full.into_iter().map(str::to_owned).collect());
+        }
+    }
+    found
+}
+
+/// `a::{b, c::{d, e}}` as `a::b`, `a::c::d`, `a::c::e`.
+fn expand(tree: &str) -> Vec<String> {
+    let Some((head, rest)) = tree.split_once('{') else {
+        let path = tree.split(" as ").next().unwrap_or_default();
+        return vec![path.trim().to_owned()];
+    };
+    let inner = rest.rsplit_once('}').map_or(rest, |(inner, _)| inner);
+    let mut parts = Vec::new();
+    let (mut depth, mut start) = (0, 0);
+    for (at, letter) in inner.char_indices() {
+        match letter {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                parts.push(&inner[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    parts.push(&inner[start..]);
+    let parts = parts.into_iter().map(str::trim).filter(|part| !part.is_empty());
+    parts.flat_map(|part| expand(&format!("{head}{part}"))).collect()
+}
+
+/// Edges between rooms: importer, imported, and a file where it stands. `within` is the parent of
+/// the rooms; `alias` gives a module's room.
+fn edges(within: &[&str], alias: impl Fn(&str) -> String) -> BTreeMap<(String, String), String> {
+    let mut edges = BTreeMap::new();
+    for (file, text) in sources().iter().filter(|(file, _)| !is_test(file)) {
+        let own = module(file);
+        let Some(own) = own.strip_prefix(within) else { continue };
+        let from = alias(own.first().copied().unwrap_or("mod"));
+        for path in imports(file, text) {
+            let path: Vec<&str> = path.iter().map(String::as_str).collect();
+            let Some(below) = path.strip_prefix(within) else { continue };
+            let Some(to) = below.first().map(|to| alias(to)) else { continue };
+            if from != to {
+                edges.entry((from.clone(), to)).or_insert_with(|| file.clone());
+            }
+        }
+    }
+    edges
+}
+
+/// What is wrong with `edges` by the table.
+fn violations(
+    table: Table,
+    prefix: &str,
+    edges: &BTreeMap<(String, String), String>,
+) -> Vec<String> {
+    let place = |room: &str| table.iter().position(|(name, _)| *name == room);
+    let mut wrong = Vec::new();
+    for (index, (room, allowed)) in table.iter().enumerate() {
+        for below in *allowed {
+            if place(below).is_none_or(|place| place <= index) {
+                wrong.push(format!("the table is no walk: {prefix}{room} -> {below}"));
+            }
+        }
+    }
+    for ((from, to), file) in edges {
+        // Names that are no rooms are items of the parent: types, functions, constants.
+        if place(to).is_none() {
+            continue;
+        }
+        let upwards = UPWARDS.iter().any(|(a, b, _)| *a == format!("{prefix}{from}") && b == to);
+        let allowed =
+            table.iter().any(|(room, allowed)| room == from && allowed.contains(&to.as_str()));
+        if !upwards && !allowed {
+            wrong.push(format!("{prefix}{from} must not import {to} (in {file})"));
+        }
+    }
+    for (from, to, _) in UPWARDS.iter().filter(|(from, ..)| from.starts_with(prefix)) {
+        let from = from.strip_prefix(prefix).expect("filtered");
+        if !prefix.is_empty() && !edges.contains_key(&(from.to_owned(), (*to).to_owned())) {
+            wrong.push(format!("{prefix}{from} -> {to} is gone: take it out of UPWARDS"));
+        }
+    }
+    wrong
+}
+
+#[test]
+fn rooms_import_only_what_stands_below_them() {
+    let plain = str::to_owned;
+    let mut wrong = violations(ROOMS, "", &edges(&[], plain));
+    wrong.extend(violations(GATEWAY, "gateway/", &edges(&["gateway"], plain)));
+    let the_loop = |room: &str| match room {
+        "attend" | "sample" => "step".to_owned(),
+        other => other.to_owned(),
+    };
+    wrong.extend(violations(ENGINE, "engine/", &edges(&["engine"], the_loop)));
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_scanner_sees_imports() {
+    let text = "//! x\nuse std::fs;\nuse crate::gateway::{app::App, error::{self, ApiError}};\n\
+                use super::super::kv::Page as P;\npub use super::x;\n    use crate::inner;\n";
+    let found = imports("engine/runner/mock.rs", text);
+    let found: Vec<String> = found.into_iter().map(|path| path.join("::")).collect();
+    let expected = [
+        "engine::kv::Page",
+        "engine::runner::x",
+        "gateway::app::App",
+        "gateway::error::ApiError",
+        "gateway::error::self",
+    ];
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn every_room_is_in_a_table() {
+    let files = sources();
+    for (within, table) in [("", ROOMS), ("gateway/", GATEWAY), ("engine/", ENGINE)] {
+        for file in files.keys().filter(|file| !is_test(file)) {
+            let Some(rest) = file.strip_prefix(within) else { continue };
+            let room = rest.split('/').next().unwrap_or_default().trim_end_matches(".rs");
+            let room = if ["attend", "sample"].contains(&room) { "step" } else { room };
+            let known =
+                table.iter().any(|(name, _)| *name == room) || ["lib", "mod"].contains(&room);
+            assert!(known, "{file}: the room {room} is in no table");
+        }
+    }
+}
+
+#[test]
+fn unsafe_stands_in_its_rooms_and_says_why() {
+    for (file, text) in sources() {
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        for (at, line) in lines.iter().enumerate() {
+            let code = line.split("//").next().unwrap_or_default();
+            let word = |word: &str| {
+                code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == word)
+            };
+            if !word("unsafe") || code.starts_with("#![") || code.contains('"') {
+                continue;
+            }
+            assert!(
+                UNSAFE.iter().any(|room| file.starts_with(room)),
+                "{file}:{} has `unsafe`, which stands only in {UNSAFE:?}: {line}",
+                at + 1
+            );
+            // A foreign function type or an `unsafe fn` states its contract in `# Safety`.
+            let reason = lines[at.saturating_sub(8)..=at].iter();
+            let reason =
+                reason.filter(|line| line.contains("SAFETY:") || line.contains("# Safety"));
+            let callback = code.contains("unsafe extern \"C\" fn");
+            assert!(
+                callback || reason.count() > 0,
+                "{file}:{}: `unsafe` without its SAFETY reason: {line}",
+                at + 1
+            );
+        }
+    }
+}
+
+#[test]
+fn files_are_short_enough_to_read() {
+    for (file, text) in sources() {
+        let lines = text.lines().count();
+        assert!(lines <= LONGEST_FILE, "{file} has {lines} lines, more than {LONGEST_FILE}");
+    }
+}

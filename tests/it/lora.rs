@@ -2,8 +2,9 @@
 
 use crate::http::Client;
 use crate::models_made::{Changes, copy_with, facts, llama, peft};
-use crate::support::{Options, Server, completion, eventually, text_of};
+use crate::support::{Options, Server, completion, eventually, send, streamed, text_of};
 use ingot::gguf::{Gguf, ModelFacts, peft_to_gguf};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
@@ -75,6 +76,34 @@ fn every_way_in_leads_to_the_same_adapter() {
     eventually(Duration::from_secs(2), "it has left the engine", || {
         server.metric("ingot_adapters_resident", &[]) == 5.0
     });
+}
+
+#[test]
+fn adapters_outlive_their_engine_process() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = llama(folder.path(), "tiny", 1);
+    let options = Options::models(&[&model]).admin();
+    let adapters = options.data().join("adapters");
+    std::fs::create_dir_all(&adapters).expect("made");
+    let source = peft(&adapters, "style", &model, 5);
+    let server = options.start();
+    load(&server, "style", "style");
+    let (plain, adapted) =
+        (server.complete("tiny", PROMPT, 24), server.complete("style", PROMPT, 24));
+    assert_ne!(adapted, plain);
+    // What was loaded is a copy of the server's own.
+    std::fs::remove_dir_all(source).expect("removed");
+    let engine = server.engine();
+    let stream = server.client.stream("/v1/completions", &streamed("style", PROMPT, 400)).events();
+    send(engine, Signal::KILL);
+    let transcript = stream.transcript();
+    assert!(transcript.error.is_some() && !transcript.done, "{transcript:?}");
+    eventually(Duration::from_secs(10), "the engine is restarted", || {
+        !server.engines().is_empty() && server.client.get("/ready").status == 200
+    });
+    assert_ne!(server.engine(), engine);
+    assert_eq!(server.complete("style", PROMPT, 24), adapted);
+    assert_eq!(server.complete("tiny", PROMPT, 24), plain);
 }
 
 #[test]

@@ -82,7 +82,7 @@ fn an_aborted_engine_is_restarted() {
     let server = Options::mock(2000).start();
     engine_death(&server, "mock", Signal::ABORT, AT_ONCE);
     // Twice in a row is no different.
-    engine_death(&server, "mock", Signal::SEGV, AT_ONCE);
+    engine_death(&server, "mock", Signal::ABORT, AT_ONCE);
     assert_eq!(server.metric("ingot_engine_restarts_total", &[("model", "mock")]), 2.0);
 }
 

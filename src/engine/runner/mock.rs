@@ -82,7 +82,7 @@ fn logits_of(tokens: &[Token], adapter: Option<AdapterId>) -> Vec<f32> {
     let mut logits: Vec<f32> = (0..VOCAB).map(value).collect();
     logits[BOS as usize] = f32::NEG_INFINITY;
     // One draw in thirty-two ends the text.
-    logits[EOS as usize] = if state % 32 == 0 { 9.0 } else { -9.0 };
+    logits[EOS as usize] = if state.is_multiple_of(32) { 9.0 } else { -9.0 };
     logits
 }
 

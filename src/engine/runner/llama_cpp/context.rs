@@ -3,7 +3,7 @@
 use super::super::{Batch, BatchSequence, MAX_PROMPT_LOGITS, RunnerError, SeqSlot, Wants};
 use super::adapter::Adapter;
 use super::model::Model;
-use crate::ipc::{KvCacheType, LoadSpec, Token};
+use crate::ipc::{KvCacheType, KvLayout, LoadSpec, Token};
 use llama_cpp_sys_2 as sys;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -19,6 +19,7 @@ pub enum ContextKind {
 pub struct Context {
     raw: NonNull<sys::llama_context>,
     slots: u32,
+    unified: bool,
     rows: Rows,
     /// Keeps the weights alive.
     _model: Arc<Model>,
@@ -68,7 +69,9 @@ impl Context {
         };
         let slots = match kind {
             ContextKind::Generate { slots } => {
+                // Divided among the slots, where each has its own.
                 params.n_ctx = spec.kv_tokens;
+                params.kv_unified = spec.kv_layout == KvLayout::Unified;
                 params.n_batch = spec.batch_tokens;
                 params.n_ubatch = spec.batch_tokens;
                 params.n_seq_max = slots;
@@ -99,7 +102,8 @@ impl Context {
                 "llama.cpp could not make a context for the model; see its log above".into(),
             )
         })?;
-        Ok(Self { raw, slots, rows: Rows::default(), _model: model.clone() })
+        let unified = params.kv_unified;
+        Ok(Self { raw, slots, unified, rows: Rows::default(), _model: model.clone() })
     }
 
     /// Computes the batch; on an error the caller gives up all sequences in it.
@@ -132,10 +136,15 @@ impl Context {
 
     pub fn copy_sequence(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize) {
         assert!(from.0 < self.slots && to.0 < self.slots, "slots are below the limit");
+        // Between streams llama.cpp copies whole sequences only: the tail is removed afterwards.
+        let end = if self.unified { tokens as i32 } else { -1 };
         // SAFETY: both ids are below `n_seq_max`; a null memory is accepted.
         unsafe {
             let memory = sys::llama_get_memory(self.raw.as_ptr());
-            sys::llama_memory_seq_cp(memory, from.0 as i32, to.0 as i32, 0, tokens as i32);
+            sys::llama_memory_seq_cp(memory, from.0 as i32, to.0 as i32, -1, end);
+        }
+        if !self.unified {
+            self.remove_tokens(to, tokens);
         }
     }
 

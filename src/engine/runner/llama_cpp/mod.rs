@@ -4,8 +4,10 @@
 //! without a copy are out of reach through `llama-cpp-2` (its adapter type leaks, its batch does
 //! not check ids, its logits accessor panics).
 //!
-//! Cache layout: one unified buffer, so that a shared prefix costs nothing but metadata and rows
-//! of all kinds share one batch. A slot is a llama.cpp sequence id, of which there are 256.
+//! A slot is a llama.cpp sequence id, of which there are 256. Cache layout: by default one unified
+//! buffer, so that a shared prefix costs nothing but metadata and rows of all kinds share one
+//! graph; or a buffer per slot (streams), where decoding rows never walk other slots' cells, but a
+//! shared prefix is a copy, and every slot takes a whole context's memory.
 
 mod adapter;
 mod context;
@@ -16,7 +18,7 @@ pub use adapter::Adapter;
 
 use super::{AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot};
 use crate::engine::tokenizer::Tokenizer;
-use crate::ipc::{AdapterId, LoadSpec, ModelInfo, Token};
+use crate::ipc::{AdapterId, KvLayout, LoadSpec, ModelInfo, Token};
 use adapter::Loader;
 use context::{Context, ContextKind};
 use model::Model;
@@ -55,7 +57,11 @@ impl LlamaCpp {
         let generates = model.has_decoder() && model.is_causal();
         // Recurrent state is big and cannot be cut: no resident sequences.
         let residents = if model.shares_prefixes() { spec.max_sequences + 32 } else { 0 };
-        let slots = spec.max_sequences.saturating_add(residents).clamp(1, MAX_SEQUENCE_IDS);
+        let slots = match spec.kv_layout {
+            KvLayout::Unified => spec.max_sequences.saturating_add(residents),
+            KvLayout::Streams => spec.kv_tokens / spec.context_length.max(1),
+        };
+        let slots = slots.clamp(1, MAX_SEQUENCE_IDS);
         let context = match generates {
             true => Some(Context::new(&model, spec, ContextKind::Generate { slots })?),
             false => None,
