@@ -24,6 +24,6 @@ fn main() -> ExitCode {
 }
 
 fn serve(options: ingot::config::ServeOptions) -> Result<ExitCode, CliError> {
-    ingot::gateway::serve(cli::serve_config(options)?)?;
+    ingot::gateway::serve(options.resolve()?)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -19,9 +19,9 @@ pub mod version;
 
 pub use progress::PullBar;
 
-use crate::config::{ConfigError, ServeConfig, ServeOptions};
+use crate::config::{ConfigError, ServeOptions};
 use crate::gateway::ServeError;
-use crate::gateway::store::{BadRef, DEFAULT_MODEL, PullError, StoreError};
+use crate::gateway::store::{BadRef, PullError, StoreError};
 use clap::{Parser, Subcommand};
 
 /// One binary that serves any GGUF model through an OpenAI-compatible API.
@@ -81,13 +81,4 @@ impl CliError {
     fn message(text: impl Into<String>) -> Self {
         Self::Message(text.into())
     }
-}
-
-/// Resolves the options of `ingot serve`, with the default model where none is named.
-pub fn serve_config(options: ServeOptions) -> Result<ServeConfig, ConfigError> {
-    let mut config = options.resolve()?;
-    if config.models.is_empty() {
-        config.models.push(DEFAULT_MODEL.to_owned());
-    }
-    Ok(config)
 }

@@ -2,9 +2,9 @@
 
 use crate::config::ServeConfig;
 use crate::gateway::auth::Auth;
+use crate::gateway::lifecycle::Lifecycle;
 use crate::gateway::metrics::Metrics;
 use crate::gateway::registry::Registry;
-use crate::gateway::server::Lifecycle;
 use std::sync::Arc;
 
 /// The state behind the routes: `axum::extract::State<Arc<App>>`.

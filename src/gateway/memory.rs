@@ -8,7 +8,7 @@ mod machine;
 pub use machine::available;
 
 use crate::config::{ByteSize, DEFAULT_CONTEXT_LENGTH, EngineConfig};
-use crate::gateway::registry::ModelHeader;
+use crate::gateway::header::ModelHeader;
 use crate::gguf::KvType;
 use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind};
 use serde::Serialize;

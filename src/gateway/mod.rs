@@ -8,6 +8,8 @@
 //! | `app.rs` | what every handler shares |
 //! | `auth.rs`, `limits.rs` | who asks, and how much of it is allowed |
 //! | `registry.rs`, `registry/` | loaded models and adapters by name |
+//! | `lifecycle.rs` | starting, running, draining |
+//! | `header.rs` | what a model's header tells before it is loaded |
 //! | `memory.rs` | what a model will take, planned before it is loaded |
 //! | `supervisor.rs` | one engine process, kept alive |
 //! | `stream.rs` | engine events to server-sent events |
@@ -20,6 +22,8 @@ pub mod api;
 pub mod app;
 pub mod auth;
 pub mod error;
+pub mod header;
+pub mod lifecycle;
 pub mod limits;
 pub mod memory;
 pub mod metrics;

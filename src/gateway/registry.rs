@@ -12,7 +12,7 @@ mod model;
 
 pub(crate) use adapters::work_folder;
 pub use adapters::{AdapterSpec, AdapterVersion};
-pub use model::{Model, ModelHeader};
+pub use model::Model;
 
 use crate::config::ServeConfig;
 use crate::gateway::error::ApiError;

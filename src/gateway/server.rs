@@ -7,18 +7,15 @@
 //! | `socket.rs` | one connection's socket: write time-out, OpenAI-shaped protocol errors |
 //! | `guard.rs` | what every request passes: id, panic net, host, drain, body |
 //! | `routes.rs` | the table of routes, each with who may use it |
-//! | `lifecycle.rs` | starting, running, draining |
 //! | `log.rs` | where the log goes |
 
 mod accept;
 mod guard;
-mod lifecycle;
 mod log;
 mod routes;
 mod socket;
 mod startup;
 
-pub use lifecycle::{Lifecycle, RunningRequest};
 pub use routes::router;
 
 use crate::config::ServeConfig;

@@ -28,9 +28,11 @@ const GATEWAY: Table = &[
     ("api", &["stream", "auth", "app", "registry", "template", "store", "error"]),
     ("stream", &["app", "registry", "metrics", "supervisor", "error"]),
     ("auth", &["app", "limits", "error"]),
-    ("app", &["registry", "metrics", "limits"]),
-    ("registry", &["memory", "metrics", "supervisor", "template", "store", "error"]),
-    ("memory", &[]),
+    ("app", &["registry", "metrics", "limits", "lifecycle"]),
+    ("registry", &["memory", "header", "metrics", "supervisor", "template", "store", "error"]),
+    ("memory", &["header"]),
+    ("header", &["error"]),
+    ("lifecycle", &[]),
     ("metrics", &["supervisor"]),
     ("supervisor", &[]),
     ("template", &[]),
@@ -71,11 +73,8 @@ const ENGINE: Table = &[
 ];
 
 /// Imports upwards that are there all the same, and why.
-const UPWARDS: &[(&str, &str, &str)] = &[
-    ("gateway/app", "server", "`Lifecycle` is kept with the server's other files"),
-    ("gateway/app", "auth", "holds the keys, which its middleware in the same file looks up"),
-    ("gateway/memory", "registry", "the plan is made from the registry's reading of the header"),
-];
+const UPWARDS: &[(&str, &str, &str)] =
+    &[("gateway/app", "auth", "holds the keys, which its middleware in the same file looks up")];
 
 /// Folders and files in which `unsafe` may stand.
 const UNSAFE: &[&str] = &["engine/runner/llama_cpp/", "gguf/"];

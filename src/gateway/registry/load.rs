@@ -2,8 +2,9 @@
 //!
 //! Both run in tasks of their own: a client that goes away while it waits changes nothing.
 
-use super::{Model, ModelHeader, Registry, blocking, check_name, conflict, seconds_since_1970};
+use super::{Model, Registry, blocking, check_name, conflict, seconds_since_1970};
 use crate::gateway::error::ApiError;
+use crate::gateway::header::ModelHeader;
 use crate::gateway::memory::{DoesNotFit, MemoryPlan, available};
 use crate::gateway::store::StoreError;
 use crate::gateway::supervisor::Engine;

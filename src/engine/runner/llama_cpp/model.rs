@@ -42,7 +42,7 @@ impl Model {
         params.n_gpu_layers = i32::try_from(spec.gpu_layers).unwrap_or(i32::MAX);
         params.load_mode =
             if spec.mmap { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
-        // Weights that are lies about their own contents must not reach the kernels.
+        // Would read every weight before the first is used; a bad one makes bad text, not a crash.
         params.check_tensors = false;
         // SAFETY: the path is NUL-terminated and the parameters are llama.cpp's own defaults but
         // for plain values.
