@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = {
     "single": (
         "1 client, 80-word prompts, 128 tokens out: output tokens/s",
-        "--concurrency 1 --requests 4 --prompt-words 80 --output-tokens 128 --ignore-eos",
+        "--concurrency 1 --requests 3 --prompt-words 80 --output-tokens 128 --ignore-eos",
         ("output_tokens_per_second",),
         True,
         {"-np 1": "-np 1 -c 8192"},

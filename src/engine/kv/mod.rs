@@ -80,6 +80,7 @@ pub struct KvCache {
     /// Whether the runner keeps pages under slots.
     slots_hold_pages: bool,
     shares_prefixes: bool,
+    /// Highest first: the lowest is handed out next, so that slots in use lie close together.
     free_slots: Vec<SeqSlot>,
     /// Slots of finished sequences that hold cached pages, with the deepest node each, which no
     /// other slot holds.
@@ -347,6 +348,7 @@ impl KvCache {
 
     fn release_slot(&mut self, slot: SeqSlot) {
         self.changes.push(SlotChange::Release(slot));
-        self.free_slots.push(slot);
+        let at = self.free_slots.partition_point(|&free| free > slot);
+        self.free_slots.insert(at, slot);
     }
 }

@@ -139,6 +139,9 @@ impl Scheduler {
             }
             plan.work.push(Work { index, rows, wants, samples });
         }
+        // llama.cpp's streams compute neighbouring slots in one graph, others one after the other.
+        let slot = |work: &Work| self.running[work.index].pages.as_ref().map(|pages| pages.slot);
+        plan.work.sort_by_key(slot);
         plan
     }
 
