@@ -34,7 +34,7 @@ ROWS = {
     ),
     "eight": (
         "8 clients, 80-word prompts, 64 tokens out: total tokens/s",
-        "--concurrency 8 --requests 16 --prompt-words 80 --output-tokens 64 --ignore-eos",
+        "--concurrency 8 --requests 8 --prompt-words 80 --output-tokens 64 --ignore-eos",
         ("total_tokens_per_second",),
         True,
         {"-np 8": "-np 8 -c 16384", "-np 8 -kvu": "-np 8 -c 16384 -kvu"},
