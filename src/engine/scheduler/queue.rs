@@ -10,9 +10,11 @@ use crate::engine::sequence::{SeqKey, Sequence};
 use std::cmp::Reverse;
 use std::time::Duration;
 
-/// From this age on a request goes before any of its key with a longer cached prefix, and waits
-/// for nobody to compute its own.
+/// From this age on a request goes before any of its key with a longer cached prefix, and no
+/// longer waits for a less important one to compute its own.
 const OLD: Duration = Duration::from_secs(2);
+/// From this age on it waits for nobody.
+const VERY_OLD: Duration = Duration::from_secs(60);
 /// Requests looked at for a cached prefix in one step.
 const CANDIDATES: usize = 32;
 
@@ -25,7 +27,7 @@ impl Scheduler {
         for key in self.candidates(kv) {
             let Some(at) = self.waiting.iter().position(|s| s.key == key) else { continue };
             // Someone is computing its prefix, perhaps since a moment ago.
-            if prospect(&self.waiting[at], kv).pending > 0 && !is_old(&self.waiting[at]) {
+            if prospect(&self.waiting[at], kv).pending > 0 && self.may_wait(&self.waiting[at]) {
                 continue;
             }
             // Whoever waits for a slow client gives way: there is no telling how long it takes.
@@ -48,6 +50,20 @@ impl Scheduler {
             sequence.pages = Some(admission.pages);
             self.running.push(sequence);
         }
+    }
+
+    /// Whether a prefix that is being computed is worth waiting for. A long one takes longer than
+    /// `OLD`, and computing it again would take no less; but a prefill of lower priority may be
+    /// starved itself.
+    fn may_wait(&self, sequence: &Sequence) -> bool {
+        let facts = &sequence.facts;
+        let progresses = |other: &Sequence| {
+            other.todo() > 1
+                && other.facts.cache_key == facts.cache_key
+                && other.facts.priority >= facts.priority
+        };
+        !is_old(sequence)
+            || (facts.arrived.elapsed() < VERY_OLD && self.running.iter().any(progresses))
     }
 
     fn any_stalled(&self) -> bool {

@@ -350,13 +350,17 @@ fn one_computes_a_prefix_for_all() {
     assert_eq!(sim.scheduler.prefix_hits, 3 * 96);
 }
 
+/// It waits for its equals, whose prefill makes progress, however long the prefix is.
 #[test]
-fn an_old_request_computes_its_own() {
-    let mut sim = Sim::new(limits(8, 512), 64);
-    for _ in 0..2 {
-        sim.arrive(Spec { shared: 96, length: 100, age: 3000, ..PLAIN });
+fn an_old_request_does_not_wait_for_a_lesser_one() {
+    for (priority, running) in [(0, 1), (1, 2)] {
+        let mut sim = Sim::new(limits(8, 64), 64);
+        sim.arrive(Spec { shared: 96, length: 100, ..PLAIN });
+        sim.step();
+        sim.arrive(Spec { shared: 96, length: 100, age: 3000, priority, ..PLAIN });
+        sim.step();
+        assert_eq!(sim.scheduler.running.len(), running, "priority {priority}");
     }
-    assert_eq!(sim.step().prefill, 200);
 }
 
 /// With many waiting behind one that does not fit.
