@@ -49,7 +49,7 @@ ROWS = {
     ),
     "probe": (
         "4 streams while a 4,000-token prompt arrives: p99 inter-token latency, ms",
-        "--concurrency 4 --probe-prompt-tokens 4000 --prompt-words 20 --ignore-eos",
+        "--concurrency 4 --probe-prompt-tokens 4000 --prompt-words 20 --output-tokens 500 --ignore-eos",
         ("during_ms", "p99"),
         False,
         {
