@@ -25,6 +25,9 @@ pub const MAX_SEQUENCES: u32 = 256;
 /// A context is not longer than this unless `--context-length` asks for it.
 pub const DEFAULT_CONTEXT_LENGTH: u32 = 8_192;
 
+/// Requests that run at once, unless the memory plan finds fewer to be faster.
+pub const DEFAULT_SEQUENCES: u32 = 32;
+
 /// Everything `ingot serve` was told, checked. Immutable after [`ServeOptions::resolve`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct ServeConfig {
@@ -80,7 +83,7 @@ pub struct EngineConfig {
     pub kv_tokens: Option<u32>,
     pub kv_type: KvCacheType,
     pub kv_layout: Option<KvLayout>,
-    pub max_sequences: u32,
+    pub max_sequences: Option<u32>,
     pub batch_tokens: u32,
     pub threads: u32,
     pub gpu_layers: u32,
@@ -307,18 +310,19 @@ impl ServeOptions {
     }
 
     fn resolve_engine(&self) -> Result<EngineConfig, ConfigError> {
-        let max_sequences = self.max_sequences.map_or(32, NonZeroU32::get);
-        if max_sequences > MAX_SEQUENCES {
+        let max_sequences = self.max_sequences.map(NonZeroU32::get);
+        let batch_tokens = self.batch_tokens.map_or(512, NonZeroU32::get);
+        if let Some(max_sequences) = max_sequences.filter(|&most| most > MAX_SEQUENCES) {
             let reason = format!("is {max_sequences}; llama.cpp allows at most {MAX_SEQUENCES}");
             return Err(option("max-sequences", reason));
         }
-        let batch_tokens = self.batch_tokens.map_or(512, NonZeroU32::get);
-        if batch_tokens < max_sequences {
+        let sequences = max_sequences.unwrap_or(DEFAULT_SEQUENCES);
+        if batch_tokens < sequences {
             return Err(option(
                 "batch-tokens",
                 format!(
                     "is {batch_tokens}, which is less than one token for each of \
-                     {max_sequences} sequences (--max-sequences)"
+                     {sequences} sequences (--max-sequences)"
                 ),
             ));
         }

@@ -142,11 +142,11 @@ pub struct ServeOptions {
     #[arg(long, value_name = "TYPE", env = "INGOT_KV_TYPE", help_heading = "Engine")]
     pub kv_type: Option<KvCacheType>,
 
-    /// Layout of llama.cpp's KV cache [default: the one that measures best]
+    /// Layout of llama.cpp's KV cache [default: streams where memory allows, the faster one]
     #[arg(long, value_name = "LAYOUT", env = "INGOT_KV_LAYOUT", help_heading = "Engine")]
     pub kv_layout: Option<KvLayout>,
 
-    /// Requests in one batch, at most [default: 32]
+    /// Requests in one batch, at most [default: 8 with streams, 32 unified]
     #[arg(long, value_name = "N", env = "INGOT_MAX_SEQUENCES", help_heading = "Engine")]
     pub max_sequences: Option<NonZeroU32>,
 

@@ -32,7 +32,7 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(config.listen.address.to_string(), "127.0.0.1:8000");
     assert_eq!(config.limits.body_limit, 16 << 20);
     assert_eq!(config.limits.request_timeout, Duration::from_secs(600));
-    assert_eq!(config.engine.max_sequences, 32);
+    assert_eq!(config.engine.max_sequences, None);
     assert_eq!(config.engine.context_length, None);
     assert!(config.engine.threads >= 1);
     assert!(config.engine.flash_attention && config.engine.mmap && !config.log.prompts);
@@ -45,7 +45,7 @@ fn flag_beats_file_beats_default() {
                 memory_budget = '4GiB'\nkv_type = 'q8_0'\nrunner = 'mock'";
     let config = resolve_with(text, &["--port", "7002", "--mmap", "off"]).unwrap();
     assert_eq!(config.listen.address.port(), 7002);
-    assert_eq!(config.engine.max_sequences, 8);
+    assert_eq!(config.engine.max_sequences, Some(8));
     assert_eq!(config.engine.watchdog, Duration::from_millis(2500));
     assert_eq!(config.listen.body_timeout, Duration::from_secs(7));
     assert_eq!(config.engine.memory_budget, Some(4 << 30));
@@ -62,7 +62,7 @@ fn environment_lies_between_flag_and_file() {
         let config =
             resolve_with("port = 7001\nqueue_limit = 3", &["--max-sequences", "9"]).unwrap();
         assert_eq!(config.listen.address.port(), 7003);
-        assert_eq!(config.engine.max_sequences, 9);
+        assert_eq!(config.engine.max_sequences, Some(9));
         assert_eq!(config.engine.queue_limit, 3);
         assert_eq!(config.keys.api_keys.len(), 2);
         assert_eq!(config.hub.token, Some("hub".parse().unwrap()));

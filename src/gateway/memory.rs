@@ -7,7 +7,7 @@ mod machine;
 
 pub use machine::available;
 
-use crate::config::{ByteSize, DEFAULT_CONTEXT_LENGTH, EngineConfig};
+use crate::config::{ByteSize, DEFAULT_CONTEXT_LENGTH, DEFAULT_SEQUENCES, EngineConfig};
 use crate::gateway::header::ModelHeader;
 use crate::gguf::KvType;
 use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind};
@@ -23,6 +23,8 @@ const SMALLEST_CONTEXT: u64 = 512;
 /// where memory would allow: the buffer is written at load, so all of it is resident.
 const TYPICAL_REQUESTS: u64 = 16;
 const TYPICAL_REQUEST: u64 = 2_048;
+/// Requests that run at once where each has a stream of its own: two cores gain nothing from more.
+const DEFAULT_STREAMS: u32 = 8;
 /// Code, allocator, thread stacks and queues of an engine.
 const PROCESS_BYTES: u64 = 96 << 20;
 /// Tokenizer, token trie and candidate arrays, by token of the vocabulary.
@@ -68,6 +70,7 @@ impl MemoryPlan {
     ) -> Result<Self, DoesNotFit> {
         let mut draft = Draft::new(header, config, available);
         draft.choose_context();
+        draft.choose_layout();
         draft.choose_cache()?;
         let plan = draft.finish(path);
         if plan.total() > available && plan.spec.runner != RunnerKind::Mock {
@@ -171,7 +174,7 @@ impl<'a> Draft<'a> {
             available,
             layout: config.kv_layout.unwrap_or(KvLayout::Unified),
             context: 0,
-            sequences: u64::from(config.max_sequences),
+            sequences: u64::from(config.max_sequences.unwrap_or(DEFAULT_SEQUENCES)),
             kv_tokens: 0,
             notes: Vec::new(),
         }
@@ -188,6 +191,26 @@ impl<'a> Draft<'a> {
                 "--context-length {wanted} is more than the model was trained for; it is {trained}"
             ));
         }
+    }
+
+    /// The configured layout; or else streams, the faster one, where memory allows a whole context
+    /// for every request.
+    fn choose_layout(&mut self) {
+        let sequences = u64::from(self.config.max_sequences.unwrap_or(DEFAULT_STREAMS));
+        let config = self.config;
+        let open = config.kv_layout.is_none() && config.kv_tokens.is_none();
+        let known = config.gpu_layers == 0 && config.runner != Some(RunnerKind::Mock);
+        if open && known && sequences.saturating_mul(self.context) <= self.fits() / 4 {
+            self.layout = KvLayout::Streams;
+        }
+        if self.layout == KvLayout::Streams {
+            self.sequences = sequences;
+        }
+    }
+
+    /// Tokens of cache that fit into what is available.
+    fn fits(&self) -> u64 {
+        self.available.saturating_sub(self.fixed_bytes()) / self.bytes_per_token().max(1)
     }
 
     /// The configured cache, or the default one; a default context shrinks until it fits.
@@ -211,8 +234,7 @@ impl<'a> Draft<'a> {
             }
             return Ok(());
         }
-        let left = self.available.saturating_sub(self.fixed_bytes());
-        let fits = left / self.bytes_per_token().max(1);
+        let fits = self.fits();
         let smallest = SMALLEST_CONTEXT.min(self.context);
         if self.config.context_length.is_none() && fits < self.context && fits >= smallest {
             let shrunk = round_down(fits).max(smallest);

@@ -6,7 +6,8 @@
 //! A runner whose cache is not addressed by pages (llama.cpp) keeps a page's contents under the
 //! sequence slots that computed it. For such a runner finished sequences leave their slot behind
 //! as a *resident*, and the cache remembers which slots hold which node; [`SlotChange`]s tell the
-//! runner what to forget when pages are evicted.
+//! runner what to forget when pages are evicted. Such a slot can also lend the beginning of a page,
+//! so there a prompt shares with others to the token, not only to the page.
 
 mod pool;
 mod prefix;
@@ -54,7 +55,7 @@ impl SequencePages {
     }
 }
 
-/// What a prompt would find.
+/// What a prompt would find, in whole pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Prospect {
     /// Tokens whose pages are computed.
@@ -149,7 +150,8 @@ impl KvCache {
     pub fn admit(&mut self, key: CacheKey, tokens: &[Token], reuse: bool) -> Option<Admission> {
         let reusable =
             if reuse && self.shares_prefixes { tokens.len().saturating_sub(1) } else { 0 };
-        let path = self.index.lookup(key, &tokens[..reusable]).computed;
+        let found = self.index.lookup(key, &tokens[..reusable]);
+        let path = found.computed;
         self.index.touch(&path);
         // Held from here on: making room must not evict what we are about to share.
         let mut pages: Vec<_> =
@@ -158,11 +160,13 @@ impl KvCache {
         if !self.make_room(wanted) {
             return None;
         }
-        let slot = self.take_slot(&path)?;
+        // Making room may have taken the page that begins alike.
+        let tail = found.tail.filter(|&(node, _)| self.slots_hold_pages && self.index.has(node));
+        let whole = path.len() * PAGE_TOKENS;
+        let (slot, cached) = self.take_slot(key, &path, tail, &tokens[whole..reusable.max(whole)])?;
         for _ in 0..wanted {
             pages.push(self.pool.allocate().expect("room was made"));
         }
-        let cached = path.len() * PAGE_TOKENS;
         let computed = path.len();
         let mut admitted =
             SequencePages { slot, key, pages, path, computed, diverged: !self.shares_prefixes };
@@ -178,7 +182,7 @@ impl KvCache {
         if !self.make_room(wanted) {
             return None;
         }
-        let slot = self.take_slot(&[])?;
+        let (slot, _) = self.take_slot(from.key, &[], None, &[])?;
         let mut pages = from.pages[..shared].to_vec();
         for _ in 0..wanted {
             pages.push(self.pool.allocate().expect("room was made"));
@@ -290,27 +294,84 @@ impl KvCache {
         self.index.parent(node)
     }
 
-    /// A slot that holds the pages of `path`: a resident's that holds just these, or else a copy.
-    fn take_slot(&mut self, path: &[NodeId]) -> Option<SeqSlot> {
+    /// A slot that holds the pages of `path` and what others have of `rest`, the tokens after
+    /// them; with the number of tokens it holds. `tail` is the page that begins most like `rest`.
+    fn take_slot(
+        &mut self,
+        key: CacheKey,
+        path: &[NodeId],
+        tail: Option<(NodeId, usize)>,
+        rest: &[Token],
+    ) -> Option<(SeqSlot, usize)> {
+        let whole = path.len() * PAGE_TOKENS;
         loop {
             let holder = path.last().and_then(|&deepest| self.holder(deepest));
             if let Some(slot) = holder
                 && self.residents.get(&slot) == path.last()
             {
                 self.residents.remove(&slot);
-                return Some(slot);
+                return Some((slot, whole));
             }
+            let tail = tail.filter(|&(node, _)| self.index.has(node));
             if let Some(slot) = self.free_slots.pop() {
-                if let Some(donor) = holder {
-                    self.fill_slot(slot, donor, path, path.len() * PAGE_TOKENS);
+                let (donor, tokens) = match tail {
+                    Some((node, shared)) => (self.holder(node), whole + shared),
+                    None => (holder, whole),
+                };
+                if let Some(donor) = donor {
+                    self.fill_slot(slot, donor, path, tokens);
                 }
-                return Some(slot);
+                return Some((slot, tokens));
             }
-            // Slots run out before pages: give up the least recently used resident's tail.
+            // Slots run out before pages: the least recently used resident makes room.
+            let most = tail.map_or(0, |(_, shared)| shared);
+            if let Some((slot, shared)) = self.take_over(key, path, most, rest) {
+                return Some((slot, whole + shared));
+            }
             if self.residents.is_empty() || !self.evict_one() {
                 return None;
             }
         }
+    }
+
+    /// Cuts the least recently used resident back to what it shares with a prompt, `path` and at
+    /// least `most` tokens of `rest`: nothing has to be copied then.
+    fn take_over(
+        &mut self,
+        key: CacheKey,
+        path: &[NodeId],
+        most: usize,
+        rest: &[Token],
+    ) -> Option<(SeqSlot, usize)> {
+        let slot = self.holder(self.index.eviction_candidate()?)?;
+        let mut beyond = self.path_to(*self.residents.get(&slot)?);
+        if beyond.len() < path.len() || beyond.drain(..path.len()).ne(path.iter().copied()) {
+            return None;
+        }
+        let next = beyond.first().filter(|&&next| self.index.key(next) == key);
+        let shared = next.map_or(0, |&next| self.index.shared_tokens(next, rest));
+        if shared < most {
+            return None;
+        }
+        self.residents.remove(&slot);
+        for &node in beyond.iter().rev() {
+            if self.other_holder(node, slot) {
+                self.forget_holder(slot, &[node]);
+            } else {
+                self.holders.remove(&node);
+                self.index.remove(node);
+            }
+        }
+        self.changes.push(SlotChange::Truncate(slot, path.len() * PAGE_TOKENS + shared));
+        Some((slot, shared))
+    }
+
+    /// The nodes from the first page to `deepest`.
+    fn path_to(&self, deepest: NodeId) -> Vec<NodeId> {
+        let mut path: Vec<_> =
+            std::iter::successors(Some(deepest), |&node| self.parent_of(node)).collect();
+        path.reverse();
+        path
     }
 
     fn holder(&self, node: NodeId) -> Option<SeqSlot> {
@@ -328,12 +389,7 @@ impl KvCache {
 
     fn release_resident(&mut self, slot: SeqSlot, deepest: Option<NodeId>) {
         self.residents.remove(&slot);
-        let mut path = Vec::new();
-        let mut at = deepest;
-        while let Some(node) = at {
-            path.push(node);
-            at = self.parent_of(node);
-        }
+        let path = deepest.map_or_else(Vec::new, |node| self.path_to(node));
         self.forget_holder(slot, &path);
         self.release_slot(slot);
     }

@@ -12,10 +12,13 @@
 use super::pool::Page;
 use crate::engine::runner::PAGE_TOKENS;
 use crate::ipc::Token;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
 pub type NodeId = u32;
+
+/// Pages looked at on either side for one that is computed.
+const NEIGHBOURS: usize = 8;
 type PageKey = [Token; PAGE_TOKENS];
 
 /// What pages may be shared within: the adapter's content and the tenant.
@@ -45,7 +48,8 @@ pub struct PrefixIndex {
     nodes: Vec<Option<Node>>,
     vacant: Vec<NodeId>,
     roots: HashMap<CacheKey, NodeId>,
-    edges: HashMap<(NodeId, Box<PageKey>), NodeId>,
+    /// Ordered: the page that shares most with some tokens is a neighbour of where they would be.
+    edges: BTreeMap<(NodeId, Box<PageKey>), NodeId>,
     /// Nodes without children, least recently used first: the candidates for eviction.
     leaves: BTreeSet<(u64, NodeId)>,
     clock: u64,
@@ -59,6 +63,8 @@ pub struct Match {
     pub computed: Vec<NodeId>,
     /// Further pages that match but are still being computed by a running sequence.
     pub pending: usize,
+    /// Another computed page after the first ones, and how many of its first tokens match.
+    pub tail: Option<(NodeId, usize)>,
 }
 
 impl PrefixIndex {
@@ -82,7 +88,36 @@ impl PrefixIndex {
             }
             at = next;
         }
+        let end = found.computed.last().copied().unwrap_or(root);
+        found.tail = self.nearest_page(end, &tokens[found.computed.len() * PAGE_TOKENS..]);
         found
+    }
+
+    /// The computed page after `parent` that begins with most of `tokens`.
+    fn nearest_page(&self, parent: NodeId, tokens: &[Token]) -> Option<(NodeId, usize)> {
+        let mut key = Box::new([0; PAGE_TOKENS]);
+        let known = tokens.len().min(PAGE_TOKENS);
+        key[..known].copy_from_slice(&tokens[..known]);
+        let place = (parent, key);
+        let near = |(&(from, _), &node): (&(NodeId, Box<PageKey>), &NodeId)| {
+            (from == parent && self.node(node).computed)
+                .then(|| (node, self.shared_tokens(node, tokens)))
+        };
+        let below = self.edges.range(..&place).rev().take(NEIGHBOURS).filter_map(near).next();
+        let above = self.edges.range(&place..).take(NEIGHBOURS).filter_map(near).next();
+        let best = below.into_iter().chain(above).max_by_key(|&(_, shared)| shared);
+        best.filter(|&(_, shared)| shared > 0)
+    }
+
+    /// How many tokens of its page a node shares with `tokens`.
+    pub fn shared_tokens(&self, node: NodeId, tokens: &[Token]) -> usize {
+        let (page, _) = self.node(node).page.as_ref().expect("roots are never in a match");
+        page.iter().zip(tokens).take_while(|(a, b)| a == b).count()
+    }
+
+    /// Whether the node is still there, if no other has been entered since.
+    pub fn has(&self, node: NodeId) -> bool {
+        self.nodes[node as usize].is_some()
     }
 
     /// The node for an empty prefix.
@@ -147,6 +182,15 @@ impl PrefixIndex {
     /// The node of the page before; `None` for a first page.
     pub fn parent(&self, node: NodeId) -> Option<NodeId> {
         self.node(node).parent.filter(|&parent| self.node(parent).page.is_some())
+    }
+
+    /// What the node's page may be shared within.
+    pub fn key(&self, node: NodeId) -> CacheKey {
+        let mut at = self.node(node);
+        while let Some(parent) = at.parent {
+            at = self.node(parent);
+        }
+        at.root.expect("a node without a parent is a root")
     }
 
     /// The least recently used leaf that no running sequence holds.

@@ -152,19 +152,49 @@ impl World {
         let mut tokens: Vec<_> =
             texts.iter().flat_map(|&text| std::iter::repeat_n(text, PAGE_TOKENS)).collect();
         tokens.truncate(tokens.len() - cut);
+        // Some part within a page.
+        if let Some(token) = tokens.get_mut(cut * texts.len()) {
+            *token = 2 + (cut % 3) as Token;
+        }
         let prospect = self.kv.prospect(KEYS[key], &tokens);
         let reused = if reuse { prospect.cached / PAGE_TOKENS } else { 0 };
         let shared = if reuse { prospect.held / PAGE_TOKENS } else { 0 };
         let room = self.kv.free_pages() + self.kv.cached_pages();
         let fits = tokens.len().div_ceil(PAGE_TOKENS) - shared <= room
             && self.live.len() < self.slots.len();
+        let whole = reused * PAGE_TOKENS;
+        let best = if reuse { self.longest_prefix(key, &tokens).max(whole) } else { 0 };
+        let pages = tokens.len().div_ceil(PAGE_TOKENS) - reused;
+        let roomy = !self.kv.free_slots.is_empty() && self.kv.free_pages() >= pages;
         let admission = self.kv.admit(KEYS[key], &tokens, reuse);
         assert_eq!(admission.is_some(), fits, "admitted exactly if there is room");
         let Some(Admission { pages, cached }) = admission else { return };
-        assert_eq!(cached, reused * PAGE_TOKENS);
+        // Making room may cost the page that begins alike, but none that is wholly alike.
+        assert!((whole..=best).contains(&cached), "{cached} of {best}");
+        assert!(cached == best || !roomy, "{cached} of {best}");
         assert!(cached < tokens.len());
         assert!(pages.capacity() >= tokens.len());
-        self.live.push(Live { pages, key, tokens, computed: cached });
+        let live = Live { pages, key, tokens, computed: cached };
+        if !cached.is_multiple_of(PAGE_TOKENS) {
+            // The runner copies the beginning of a page.
+            let page = live.pages.page_ids().nth(cached / PAGE_TOKENS).expect("there is room");
+            self.contents.insert(page, live.cells());
+        }
+        self.live.push(live);
+    }
+
+    /// The most tokens that a prompt shares with any computed page, and those before it.
+    fn longest_prefix(&self, key: usize, tokens: &[Token]) -> usize {
+        if !self.kv.slots_hold_pages || !self.kv.shares_prefixes {
+            return 0;
+        }
+        let wanted = tokens[..tokens.len() - 1].iter().map(|&token| (key, token));
+        let known = self.kv.holders.iter().filter(|(_, holders)| !holders.is_empty());
+        let shared = known.map(|(&node, _)| {
+            let contents = &self.contents[&self.kv.index.page(node).id()];
+            contents.iter().zip(wanted.clone()).take_while(|&(&a, b)| a == b).count()
+        });
+        shared.max().unwrap_or(0)
     }
 
     fn compute(&mut self, index: usize, rows: usize) {
@@ -345,6 +375,29 @@ fn a_conversation_needs_one_slot() {
         kv.retire(admitted.pages);
         assert_eq!(kv.residents.len(), 1);
     }
+}
+
+/// Prompts that begin alike share what they have in common, to the token; a cache without a free
+/// slot cuts an old sequence back instead of copying it.
+#[test]
+fn prompts_share_part_of_a_page() {
+    let mut kv = KvCache::new(64, 2, true, true);
+    for turn in 0..6 {
+        let mut tokens = vec![1; PAGE_TOKENS + 9];
+        tokens.extend([10 + turn; 2 * PAGE_TOKENS]);
+        let mut admitted = kv.admit(KEYS[0], &tokens, true).unwrap();
+        assert_eq!(admitted.cached, if turn == 0 { 0 } else { PAGE_TOKENS + 9 });
+        let changes = kv.take_changes();
+        match turn {
+            0 => assert_eq!(changes, []),
+            1 => assert!(matches!(changes[..], [_, SlotChange::Fork(_, _, 41)]), "{changes:?}"),
+            _ => assert!(matches!(changes[..], [.., SlotChange::Truncate(_, 41)]), "{changes:?}"),
+        }
+        kv.commit(&mut admitted.pages, &tokens);
+        kv.retire(admitted.pages);
+    }
+    // Another key's tokens are not shared.
+    assert_eq!(kv.admit(KEYS[1], &[1; 20], true).unwrap().cached, 0);
 }
 
 /// Making room must not release the slot that is about to be copied.

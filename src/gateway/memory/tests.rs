@@ -29,7 +29,7 @@ fn plan(toml: &str, available: u64) -> Result<MemoryPlan, DoesNotFit> {
 
 #[test]
 fn defaults_hold_many_typical_requests() {
-    let plan = plan("", 16 * GIB).unwrap();
+    let plan = plan("kv_layout = \"unified\"", 16 * GIB).unwrap();
     assert_eq!((plan.context_length, plan.kv_tokens), (8_192, 32_768));
     assert_eq!(plan.kv_cache, 32_768 * 30 * 384 * 2);
     assert_eq!(plan.mapped_weights + plan.private_weights, 94 << 20);
@@ -47,7 +47,7 @@ fn q8_0_halves_the_cache() {
 
 #[test]
 fn a_small_machine_shrinks_the_cache_then_the_context() {
-    let most = plan("", 16 * GIB).unwrap();
+    let most = plan("", 4 * GIB).unwrap();
     let less = plan("", most.total() - (100 << 20)).unwrap();
     assert!(less.kv_tokens < most.kv_tokens && less.context_length == 8_192, "{less}");
     assert!(less.notes.is_empty());
@@ -72,7 +72,7 @@ fn the_context_is_bounded_by_model_and_cache() {
     assert_eq!((long.context_length, long.notes.len()), (8_192, 1));
     let small = plan("kv_tokens = 1024", 16 * GIB).unwrap();
     assert_eq!((small.context_length, small.kv_tokens), (1_024, 1_024));
-    assert!(plan("kv_tokens = 8\nkv_layout = \"streams\"", 16 * GIB).is_err());
+    assert!(plan("kv_tokens = 7\nkv_layout = \"streams\"", 16 * GIB).is_err());
 }
 
 #[test]
@@ -82,6 +82,18 @@ fn streams_give_every_sequence_a_whole_context() {
     let tight = plan("kv_layout = \"streams\"", GIB).unwrap();
     assert!(tight.spec.max_sequences < 32 && tight.spec.max_sequences >= 1);
     assert_eq!(tight.kv_tokens, tight.spec.max_sequences * tight.context_length);
+}
+
+#[test]
+fn streams_are_chosen_where_they_take_a_quarter_of_the_memory() {
+    let layout = |toml: &str, available| plan(toml, available).unwrap().spec.kv_layout;
+    let roomy = plan("", 16 * GIB).unwrap();
+    assert_eq!((roomy.spec.kv_layout, roomy.kv_tokens), (KvLayout::Streams, 8 * 8_192));
+    assert_eq!(layout("", 4 * GIB), KvLayout::Unified);
+    assert_eq!(layout("max_sequences = 2", 4 * GIB), KvLayout::Streams);
+    assert_eq!(layout("max_sequences = 64", 16 * GIB), KvLayout::Unified);
+    assert_eq!(layout("kv_tokens = 1024", 16 * GIB), KvLayout::Unified);
+    assert_eq!(layout("runner = \"mock\"", 16 * GIB), KvLayout::Unified);
 }
 
 #[test]
@@ -119,7 +131,7 @@ fn extreme_headers_do_not_overflow() {
 #[test]
 fn the_table_names_every_part() {
     let text = plan("", 16 * GIB).unwrap().to_string();
-    for part in ["weights", "KV cache", "32768 tokens of f16", "compute buffers", "total"] {
+    for part in ["weights", "KV cache", "65536 tokens of f16", "compute buffers", "total"] {
         assert!(text.contains(part), "{part} in {text}");
     }
 }
