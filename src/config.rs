@@ -87,7 +87,8 @@ pub struct EngineConfig {
     pub batch_tokens: u32,
     pub threads: u32,
     pub gpu_layers: u32,
-    pub flash_attention: bool,
+    /// `None`: where it is faster.
+    pub flash_attention: Option<bool>,
     pub mmap: bool,
     pub target_step_ms: u32,
     pub queue_limit: u32,
@@ -326,21 +327,27 @@ impl ServeOptions {
                 ),
             ));
         }
+        let kv_type = self.kv_type.unwrap_or(KvCacheType::F16);
+        if self.flash_attention == Some(false) && kv_type != KvCacheType::F16 {
+            let reason =
+                "cannot be off with --kv-type q8_0: only flash attention reads a quantized cache";
+            return Err(option("flash-attention", reason));
+        }
         let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
         let all_layers = if cfg!(feature = "cuda") { ALL_GPU_LAYERS } else { 0 };
         Ok(EngineConfig {
             runner: self.runner,
             context_length: self.context_length.map(NonZeroU32::get),
             kv_tokens: self.kv_tokens.map(NonZeroU32::get),
-            kv_type: self.kv_type.unwrap_or(KvCacheType::F16),
+            kv_type,
             kv_layout: self.kv_layout,
             max_sequences,
             batch_tokens,
             threads: self.threads.map_or_else(cores, NonZeroU32::get),
             gpu_layers: self.gpu_layers.unwrap_or(all_layers),
-            flash_attention: self.flash_attention.unwrap_or(true),
+            flash_attention: self.flash_attention,
             mmap: self.mmap.unwrap_or(true),
-            target_step_ms: self.target_step_ms.map_or(100, NonZeroU32::get),
+            target_step_ms: self.target_step_ms.map_or(200, NonZeroU32::get),
             queue_limit: self.queue_limit.map_or(256, NonZeroU32::get),
             watchdog: time("watchdog", self.watchdog, 10)?,
             max_loaded_models: self.max_loaded_models.map_or(4, NonZeroU32::get),

@@ -166,7 +166,7 @@ pub struct ServeOptions {
     #[arg(long, env = "INGOT_RUNNER", help_heading = "Engine")]
     pub runner: Option<RunnerKind>,
 
-    /// Use flash attention [default: true]
+    /// Use flash attention [default: where it is faster: on a GPU, and for a unified cache]
     #[arg(
         long,
         value_name = "BOOL",
@@ -187,7 +187,7 @@ pub struct ServeOptions {
     pub mmap: Option<bool>,
 
     /// While requests decode, prompts are read in chunks of about this many milliseconds
-    /// [default: 100]
+    /// [default: 200]
     #[arg(long, value_name = "MS", env = "INGOT_TARGET_STEP_MS", help_heading = "Engine")]
     pub target_step_ms: Option<NonZeroU32>,
 

@@ -35,7 +35,8 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(config.engine.max_sequences, None);
     assert_eq!(config.engine.context_length, None);
     assert!(config.engine.threads >= 1);
-    assert!(config.engine.flash_attention && config.engine.mmap && !config.log.prompts);
+    assert!(config.engine.flash_attention.is_none());
+    assert!(config.engine.mmap && !config.log.prompts);
     assert!(config.models.is_empty() && config.keys.rate_limit.is_none());
 }
 

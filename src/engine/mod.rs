@@ -36,9 +36,15 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::Instant;
+use tracing::level_filters::LevelFilter;
 
 /// Requests and calls that may wait to be tokenized.
 const INTAKE_QUEUE: usize = 1024;
+
+fn log_level() -> LevelFilter {
+    let named = std::env::var(crate::ipc::ENGINE_LOG).ok().and_then(|level| level.parse().ok());
+    named.unwrap_or(LevelFilter::INFO)
+}
 
 /// The `engine` role: serves the gateway at the other end of standard input until that closes.
 pub fn main() -> ExitCode {
@@ -47,7 +53,7 @@ pub fn main() -> ExitCode {
         .without_time()
         .with_target(false)
         .with_ansi(false)
-        .with_max_level(tracing::Level::INFO)
+        .with_max_level(log_level())
         .init();
     match run() {
         Ok(()) => ExitCode::SUCCESS,

@@ -111,6 +111,7 @@ impl StepLoop {
         self.collect_masks();
         match ran {
             Ok(()) => {
+                tracing::trace!(decoding = plan.decoding, prefill = plan.prefill, ?took, "step");
                 self.scheduler.observe(&plan, took);
                 self.outbox.stepped(self.batch.tokens.len(), plan.decoding, plan.prefill);
                 for (key, row) in self.commit(&plan) {

@@ -122,6 +122,20 @@ impl ApiError {
         )
     }
 
+    /// 507 where the disk is full, else as [`ApiError::internal`].
+    pub fn disk(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::new(
+                StatusCode::INSUFFICIENT_STORAGE,
+                "server_error",
+                "The disk of the data folder is full: make room, or start the server with another \
+                 --data-dir.",
+            )
+            .with_code("disk_full"),
+            _ => Self::internal(error),
+        }
+    }
+
     /// The body, also used as the error event of a stream.
     pub fn body(&self) -> Value {
         json!({"error": {

@@ -274,8 +274,28 @@ impl<'a> Draft<'a> {
     /// An f32 mask and its f16 copy for flash attention; without it the scores of a layer.
     fn mask_bytes_per_token(&self) -> u64 {
         let heads = u64::from(self.header.facts.n_head);
-        let row = if self.config.flash_attention { 6 } else { 4 + 8 * heads };
+        let row = if self.flash_attention() { 6 } else { 4 + 8 * heads };
         self.batch_tokens().saturating_mul(row)
+    }
+
+    /// As configured; or else where it is the faster one. On the CPU the plain operations win as
+    /// soon as there is some context (1,000 tokens: a third), but they compute the masked cells of
+    /// a unified cache too, and cannot read a quantized one.
+    fn flash_attention(&self) -> bool {
+        let config = self.config;
+        config.flash_attention.unwrap_or(
+            self.layout == KvLayout::Unified
+                || config.gpu_layers > 0
+                || config.kv_type != KvCacheType::F16,
+        )
+    }
+
+    /// Cells of the cache that a row of a batch can see.
+    fn visible(&self, kv_tokens: u64) -> u64 {
+        match self.layout {
+            KvLayout::Unified => kv_tokens,
+            KvLayout::Streams => kv_tokens.min(self.context),
+        }
     }
 
     /// The worst-case graph that llama.cpp reserves: logits for every row (and once more for every
@@ -289,7 +309,7 @@ impl<'a> Draft<'a> {
             false => (4 * u64::from(facts.n_vocab)).saturating_mul(rows + self.sequences),
         };
         let activations = (4 * (8 + 12) * u64::from(facts.n_embd)).saturating_mul(rows);
-        let mask = kv_tokens.saturating_mul(self.mask_bytes_per_token());
+        let mask = self.visible(kv_tokens).saturating_mul(self.mask_bytes_per_token());
         logits.saturating_add(activations).saturating_add(mask)
     }
 
@@ -340,7 +360,7 @@ impl<'a> Draft<'a> {
                 max_sequences: narrow(self.sequences),
                 batch_tokens: narrow(self.batch_tokens()),
                 kv_type: self.config.kv_type,
-                flash_attention: self.config.flash_attention,
+                flash_attention: self.flash_attention(),
                 kv_layout: self.layout,
                 threads: self.config.threads,
                 gpu_layers: self.config.gpu_layers,

@@ -21,6 +21,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
+use tracing::level_filters::LevelFilter;
 
 /// Events that may wait for one client before the engine is told to pause its request.
 const PAUSE_ABOVE: usize = 256;
@@ -358,6 +359,7 @@ impl Engine {
         let child = Command::new("/proc/self/exe")
             .arg0("ingot")
             .arg("engine")
+            .env(ipc::ENGINE_LOG, LevelFilter::current().to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -456,6 +458,7 @@ impl Engine {
                 "ERROR" => tracing::error!(target: "ingot::engine", model, "{text}"),
                 "WARN" => tracing::warn!(target: "ingot::engine", model, "{text}"),
                 "INFO" => tracing::info!(target: "ingot::engine", model, "{text}"),
+                "TRACE" => tracing::trace!(target: "ingot::engine", model, "{text}"),
                 _ => tracing::debug!(target: "ingot::engine", model, "{text}"),
             }
             let mut log = lock(&self.log);

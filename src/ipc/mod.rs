@@ -9,3 +9,6 @@ mod types;
 
 pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, write_frame};
 pub use types::*;
+
+/// The environment variable with which the gateway says how much an engine is to log.
+pub const ENGINE_LOG: &str = "INGOT_ENGINE_LOG";

@@ -222,16 +222,14 @@ pub enum Grammar {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GrammarTrigger {
-    /// The first of these to appear in the output switches the grammar on.
+    /// The first of these to appear in the output switches the grammar on; while none has come,
+    /// nothing is constrained.
     pub texts: Vec<String>,
     /// Only where the output begins with the text (leading white space aside).
     pub at_start_only: bool,
     /// The grammar describes the trigger text itself too (tool-call markers); otherwise it begins
     /// after it (the end of a reasoning block).
     pub inclusive: bool,
-    /// Where the prompt itself has opened the block that the trigger closes and the text never
-    /// comes, nothing is constrained.
-    pub required: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

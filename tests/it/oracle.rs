@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 const TOKENS: usize = 24;
-/// As the server's defaults: llama.cpp chooses its kernels by them.
+/// As the server's: llama.cpp chooses its kernels by them.
 const BATCH: u32 = 512;
 const CONTEXT: u32 = 4096;
 /// More would wait for each other while other tests run.
@@ -51,12 +51,25 @@ fn prompt(number: usize) -> String {
 
 #[test]
 fn greedy_text_equals_a_plain_llama_cpp_loop() {
+    equals_the_oracle("unified", true);
+}
+
+#[test]
+fn greedy_text_of_streams_equals_a_plain_llama_cpp_loop() {
+    equals_the_oracle("streams", false);
+}
+
+fn equals_the_oracle(layout: &str, flash_attention: bool) {
     let _turn = one_at_a_time();
     let path = real_model();
     let server = Options::models(&[&path])
         .flag("--threads", THREADS)
         .flag("--batch-tokens", BATCH)
+        .flag("--context-length", CONTEXT / 4)
         .flag("--kv-tokens", CONTEXT)
+        .flag("--max-sequences", 4)
+        .flag("--kv-layout", layout)
+        .flag("--flash-attention", flash_attention)
         .start();
     let model = server.client.get("/v1/models").good()["data"][0]["id"].clone();
     let ask = |prompt: &str| {
@@ -86,7 +99,7 @@ fn greedy_text_equals_a_plain_llama_cpp_loop() {
     });
     drop(server);
 
-    let mut oracle = Oracle::load(&path);
+    let mut oracle = Oracle::load(&path, flash_attention);
     let (mut equal, mut ties) = (0, 0);
     for (i, answer) in ours.iter().enumerate() {
         let tokens = answer["choices"][0]["logprobs"]["tokens"].as_array().expect("a list");
@@ -138,7 +151,7 @@ impl Drop for Oracle {
 unsafe extern "C" fn silence(_: sys::ggml_log_level, _: *const c_char, _: *mut c_void) {}
 
 impl Oracle {
-    fn load(path: &Path) -> Self {
+    fn load(path: &Path, flash_attention: bool) -> Self {
         let path = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
         // SAFETY: parameters are llama.cpp's defaults but for plain values, the path is
         // NUL-terminated, the callback lives for ever, and null results are caught.
@@ -155,7 +168,10 @@ impl Oracle {
             params.n_ubatch = BATCH;
             params.n_threads = THREADS;
             params.n_threads_batch = THREADS;
-            params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_ENABLED;
+            params.flash_attn_type = match flash_attention {
+                true => sys::LLAMA_FLASH_ATTN_TYPE_ENABLED,
+                false => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            };
             let context = sys::llama_init_from_model(model, params);
             assert!(!context.is_null(), "the oracle makes a context");
             Self { model, context, vocab: sys::llama_model_get_vocab(model) }

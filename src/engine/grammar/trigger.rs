@@ -21,9 +21,6 @@ enum Mode {
 impl TriggeredGrammar {
     /// Stands before the first token of the output. A trigger with an empty text acts at once; one
     /// without any text never does.
-    ///
-    /// `required` of the trigger changes nothing here: while the text has not come, nothing is
-    /// constrained.
     pub fn new(grammar: &CompiledGrammar, trigger: Option<&GrammarTrigger>) -> Self {
         let mode = match trigger {
             None => Mode::Constrained,

@@ -163,7 +163,8 @@ impl KvCache {
         // Making room may have taken the page that begins alike.
         let tail = found.tail.filter(|&(node, _)| self.slots_hold_pages && self.index.has(node));
         let whole = path.len() * PAGE_TOKENS;
-        let (slot, cached) = self.take_slot(key, &path, tail, &tokens[whole..reusable.max(whole)])?;
+        let (slot, cached) =
+            self.take_slot(key, &path, tail, &tokens[whole..reusable.max(whole)])?;
         for _ in 0..wanted {
             pages.push(self.pool.allocate().expect("room was made"));
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 /// Weight of the newest step.
 const ALPHA: f32 = 0.2;
 /// Smaller chunks waste the fixed part of a step.
-const MIN_CHUNK: usize = 16;
+const MIN_CHUNK: usize = 8;
 
 #[derive(Debug)]
 pub struct CostModel {
@@ -47,7 +47,7 @@ impl CostModel {
                 (spare / per_token).max(0.0) as usize
             }
             // Nothing known yet: a cautious first chunk.
-            _ => 4 * MIN_CHUNK,
+            _ => 8 * MIN_CHUNK,
         };
         (decoding + chunk.max(MIN_CHUNK)).min(self.max_tokens)
     }

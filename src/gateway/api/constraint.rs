@@ -90,7 +90,6 @@ fn on_trigger(grammar: ToolGrammar, reasons: bool) -> Option<GrammarSpec> {
             texts: trigger.text,
             at_start_only: trigger.at_start_only,
             inclusive: true,
-            required: false,
         }),
     })
 }
@@ -143,7 +142,6 @@ impl<'a> Before<'a> {
                 texts: vec![(*close).to_owned()],
                 at_start_only: false,
                 inclusive: false,
-                required: true,
             }),
             Self::Nothing | Self::Maybe(_) => None,
         }

@@ -97,6 +97,16 @@ fn streams_are_chosen_where_they_take_a_quarter_of_the_memory() {
 }
 
 #[test]
+fn flash_attention_is_used_where_it_wins() {
+    let flash = |toml: &str| plan(toml, 16 * GIB).unwrap().spec.flash_attention;
+    assert!(!flash(""));
+    assert!(flash("flash_attention = true"));
+    assert!(flash("kv_layout = \"unified\""));
+    assert!(flash("kv_type = \"q8_0\""));
+    assert!(flash("gpu_layers = 1"));
+}
+
+#[test]
 fn models_without_a_cache_or_a_context_are_planned_too() {
     let mut header = header();
     header.facts.kv_elements.clear();

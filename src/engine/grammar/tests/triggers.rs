@@ -4,7 +4,7 @@ use super::*;
 
 fn trigger(texts: &[&str], at_start_only: bool, inclusive: bool) -> GrammarTrigger {
     let texts = texts.iter().map(|text| text.to_string()).collect();
-    GrammarTrigger { texts, at_start_only, inclusive, required: false }
+    GrammarTrigger { texts, at_start_only, inclusive }
 }
 
 /// What became of a grammar that has seen some output.

@@ -20,12 +20,26 @@ pub struct Context {
     raw: NonNull<sys::llama_context>,
     slots: u32,
     unified: bool,
+    vocab_size: usize,
     rows: Rows,
+    /// Where the logits of the last batch's rows are.
+    logits: Vec<Logits>,
+    /// (rows saved, vocabulary) logits of all but the last part of the batch.
+    saved: Vec<f32>,
     /// Keeps the weights alive.
     _model: Arc<Model>,
 }
 
-/// The batch in llama.cpp's shape, reused from step to step.
+#[derive(Clone, Copy, PartialEq)]
+enum Logits {
+    Unwanted,
+    /// In llama.cpp's buffer, by the row's index in its last call.
+    InContext(i32),
+    /// From this index of `Context::saved` on.
+    Saved(usize),
+}
+
+/// A part of a batch in llama.cpp's shape, reused from step to step.
 #[derive(Default)]
 struct Rows {
     tokens: Vec<sys::llama_token>,
@@ -34,6 +48,8 @@ struct Rows {
     ids: Vec<sys::llama_seq_id>,
     id_pointers: Vec<*mut sys::llama_seq_id>,
     wanted: Vec<i8>,
+    /// Indices into the batch.
+    rows: Vec<usize>,
 }
 
 impl Drop for Context {
@@ -103,35 +119,92 @@ impl Context {
             )
         })?;
         let unified = params.kv_unified;
-        Ok(Self { raw, slots, unified, rows: Rows::default(), _model: model.clone() })
+        Ok(Self {
+            raw,
+            slots,
+            unified,
+            vocab_size: model.vocab().len(),
+            rows: Rows::default(),
+            logits: Vec::new(),
+            saved: Vec::new(),
+            _model: model.clone(),
+        })
     }
 
     /// Computes the batch; on an error the caller gives up all sequences in it.
     pub fn decode(&mut self, batch: &Batch) -> Result<(), RunnerError> {
-        self.rows.fill(batch, self.slots)?;
+        self.saved.clear();
+        self.logits.clear();
+        self.logits.resize(batch.tokens.len(), Logits::Unwanted);
+        // Streams that are computed together walk as many cells each as the longest has: a long
+        // prompt would make every decoding row as dear as its own.
+        let chunk = |sequence: &BatchSequence| sequence.rows.len() > 1;
+        let chunks = batch.sequences.iter().filter(|sequence| chunk(sequence)).count();
+        if self.unified || chunks == 0 || chunks == batch.sequences.len() {
+            return self.decode_part(batch, |_| true);
+        }
+        self.decode_part(batch, chunk)?;
+        self.save_logits()?;
+        self.decode_part(batch, |sequence| !chunk(sequence))
+    }
+
+    fn decode_part(
+        &mut self,
+        batch: &Batch,
+        part: impl Fn(&BatchSequence) -> bool,
+    ) -> Result<(), RunnerError> {
+        self.rows.fill(batch, part, self.slots)?;
         let raw = self.rows.as_batch();
         // SAFETY: all arrays have `n_tokens` elements and live in `self.rows`; every sequence id
         // was checked to be below `n_seq_max`.
         match unsafe { sys::llama_decode(self.raw.as_ptr(), raw) } {
-            0 => Ok(()),
-            1 => Err(RunnerError("the KV cache has no room for the batch".into())),
-            code => Err(RunnerError(format!("llama.cpp failed to decode a batch (code {code})"))),
+            0 => {}
+            1 => return Err(RunnerError("the KV cache has no room for the batch".into())),
+            code => {
+                return Err(RunnerError(format!(
+                    "llama.cpp failed to decode a batch (code {code})"
+                )));
+            }
         }
+        let wanted = self.rows.wanted.iter().zip(&self.rows.rows).enumerate();
+        for (index, (_, &row)) in wanted.filter(|(_, (wanted, _))| **wanted == 1) {
+            self.logits[row] = Logits::InContext(index as i32);
+        }
+        Ok(())
+    }
+
+    /// Copies what the next call would overwrite.
+    fn save_logits(&mut self) -> Result<(), RunnerError> {
+        for row in 0..self.logits.len() {
+            if let Logits::InContext(index) = self.logits[row] {
+                let at = self.saved.len();
+                let mut saved = std::mem::take(&mut self.saved);
+                saved.extend_from_slice(self.logits_in_context(index)?);
+                self.saved = saved;
+                self.logits[row] = Logits::Saved(at);
+            }
+        }
+        Ok(())
     }
 
     /// (vocabulary) logits after row `row` of the last batch.
-    pub fn logits(&mut self, row: usize, vocab_size: usize) -> Result<&mut [f32], RunnerError> {
-        let missing = || RunnerError(format!("row {row} has no logits"));
-        if self.rows.wanted.get(row) != Some(&1) {
-            return Err(missing());
+    pub fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
+        match self.logits.get(row) {
+            Some(&Logits::InContext(index)) => self.logits_in_context(index),
+            Some(&Logits::Saved(at)) => Ok(&mut self.saved[at..at + self.vocab_size]),
+            _ => Err(RunnerError(format!("row {row} has no logits"))),
         }
-        // SAFETY: the row was part of the last batch and asked for logits; llama.cpp answers null
+    }
+
+    fn logits_in_context(&mut self, index: i32) -> Result<&mut [f32], RunnerError> {
+        // SAFETY: the row was part of the last call and asked for logits; llama.cpp answers null
         // if it has none.
-        let raw = unsafe { sys::llama_get_logits_ith(self.raw.as_ptr(), row as i32) };
-        let raw = NonNull::new(raw).ok_or_else(missing)?;
+        let raw = unsafe { sys::llama_get_logits_ith(self.raw.as_ptr(), index) };
+        let raw = NonNull::new(raw)
+            .ok_or_else(|| RunnerError(format!("llama.cpp has no logits for row {index}")))?;
         // SAFETY: a row of logits is one float per token of the vocabulary, in a buffer that
         // stays until the next decode, for which `&mut self` is needed.
-        Ok(unsafe { std::slice::from_raw_parts_mut(raw.as_ptr(), vocab_size) })
+        Ok(unsafe { std::slice::from_raw_parts_mut(raw.as_ptr(), self.vocab_size) })
     }
 
     pub fn copy_sequence(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize) {
@@ -220,12 +293,18 @@ fn pooling(model: &Model) -> sys::llama_pooling_type {
 }
 
 impl Rows {
-    fn fill(&mut self, batch: &Batch, slots: u32) -> Result<(), RunnerError> {
+    fn fill(
+        &mut self,
+        batch: &Batch,
+        part: impl Fn(&BatchSequence) -> bool,
+        slots: u32,
+    ) -> Result<(), RunnerError> {
         self.tokens.clear();
         self.positions.clear();
         self.ids.clear();
         self.wanted.clear();
-        for sequence in &batch.sequences {
+        self.rows.clear();
+        for sequence in batch.sequences.iter().filter(|sequence| part(sequence)) {
             if sequence.slot.0 >= slots {
                 return Err(RunnerError(format!("slot {} is out of range", sequence.slot.0)));
             }
@@ -239,6 +318,7 @@ impl Rows {
                 self.positions.push((sequence.position + offset) as sys::llama_pos);
                 self.ids.push(sequence.slot.0 as sys::llama_seq_id);
                 self.wanted.push(i8::from(wanted));
+                self.rows.push(row);
             }
         }
         self.counts.clear();

@@ -177,8 +177,7 @@ impl ModelRunner for LlamaCpp {
     }
 
     fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
-        let vocab_size = self.info.vocab_size as usize;
-        self.generator()?.logits(row, vocab_size)
+        self.generator()?.logits(row)
     }
 
     fn fork(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize) {

@@ -72,7 +72,7 @@ pub(super) async fn receive(
 impl Upload {
     async fn new(store: &Store) -> Result<Self, ApiError> {
         let folder = work_folder(store).join(format!("upload-{:016x}", rand::random::<u64>()));
-        tokio::fs::create_dir_all(&folder).await.map_err(ApiError::internal)?;
+        tokio::fs::create_dir_all(&folder).await.map_err(ApiError::disk)?;
         Ok(Self { folder, bytes: 0, digest: Sha256::new(), files: Vec::new() })
     }
 
@@ -92,7 +92,7 @@ impl Upload {
         self.files.push(file_name);
         self.digest.update(file_name.as_bytes());
         let path = self.folder.join(file_name);
-        let mut file = tokio::fs::File::create_new(path).await.map_err(ApiError::internal)?;
+        let mut file = tokio::fs::File::create_new(path).await.map_err(ApiError::disk)?;
         let mut size = 0;
         while let Some(chunk) = next_chunk(&mut field, patience).await? {
             size += chunk.len() as u64;
@@ -102,9 +102,9 @@ impl Upload {
                 return Err(ApiError::too_large(message));
             }
             self.digest.update(&chunk);
-            file.write_all(&chunk).await.map_err(ApiError::internal)?;
+            file.write_all(&chunk).await.map_err(ApiError::disk)?;
         }
-        file.sync_all().await.map_err(ApiError::internal)
+        file.sync_all().await.map_err(ApiError::disk)
     }
 
     fn check_complete(&self) -> Result<(), ApiError> {
