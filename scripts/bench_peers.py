@@ -30,14 +30,18 @@ ROWS = {
         "--concurrency 1 --requests 3 --prompt-words 80 --output-tokens 128 --ignore-eos",
         ("output_tokens_per_second",),
         True,
-        {"-np 1": "-np 1 -c 8192"},
+        {"-np 1": "-np 1 -c 8192 -fa on", "-np 1 -fa off": "-np 1 -c 8192 -fa off"},
     ),
     "eight": (
         "8 clients, 80-word prompts, 64 tokens out: total tokens/s",
         "--concurrency 8 --requests 8 --prompt-words 80 --output-tokens 64 --ignore-eos",
         ("total_tokens_per_second",),
         True,
-        {"-np 8": "-np 8 -c 16384", "-np 8 -kvu": "-np 8 -c 16384 -kvu"},
+        {
+            "-np 8": "-np 8 -c 16384 -fa on",
+            "-np 8 -fa off": "-np 8 -c 16384 -fa off",
+            "-np 8 -kvu": "-np 8 -c 16384 -fa on -kvu",
+        },
     ),
     "shared": (
         "8 clients together, 1,000 shared tokens, 32 out: output tokens/s",
@@ -45,7 +49,11 @@ ROWS = {
         " --prompt-words 10 --output-tokens 32 --ignore-eos --warmup 0",
         ("output_tokens_per_second",),
         True,
-        {"-np 8": "-np 8 -c 16384", "-np 8 -kvu": "-np 8 -c 16384 -kvu", "-np 1": "-np 1 -c 8192"},
+        {
+            "-np 8": "-np 8 -c 16384 -fa off",
+            "-np 1": "-np 1 -c 8192 -fa on",
+            "-np 1 -fa off": "-np 1 -c 8192 -fa off",
+        },
     ),
     "probe": (
         "4 streams while a 4,000-token prompt arrives: p99 inter-token latency, ms",
@@ -53,9 +61,9 @@ ROWS = {
         ("during_ms", "p99"),
         False,
         {
-            "default batch": "-np 5 -c 40960",
-            "-b 256": "-np 5 -c 40960 -b 256 -ub 256",
-            "-b 64": "-np 5 -c 40960 -b 64 -ub 64",
+            "-b 256": "-np 5 -c 40960 -fa on -b 256 -ub 256",
+            "-b 64": "-np 5 -c 40960 -fa on -b 64 -ub 64",
+            "-b 64 -fa off": "-np 5 -c 40960 -fa off -b 64 -ub 64",
         },
     ),
 }
@@ -120,7 +128,7 @@ def run_row(options, model, row):
     servers = [Server("ingot", ingot)]
     for index, (name, flags) in enumerate(variants.items()):
         port = options.port + index
-        command = [options.llama_server, "-m", model, "-t", str(options.threads), "-fa", "on"]
+        command = [options.llama_server, "-m", model, "-t", str(options.threads)]
         command += ["--host", "127.0.0.1", "--port", str(port), *shlex.split(flags)]
         servers.append(Server(name, command, f"http://127.0.0.1:{port}"))
     figures = {server.name: [] for server in servers}

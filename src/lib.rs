@@ -51,3 +51,4 @@ pub mod engine;
 pub mod gateway;
 pub mod gguf;
 pub mod ipc;
+pub mod kernels;

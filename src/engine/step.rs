@@ -131,6 +131,7 @@ impl StepLoop {
                 SlotChange::Fork(from, to, tokens) => self.runner.fork(from, to, tokens),
                 SlotChange::Truncate(slot, tokens) => self.runner.truncate(slot, tokens),
                 SlotChange::Release(slot) => self.runner.release(slot),
+                SlotChange::CopyPage(from, to) => self.runner.copy_page(from, to),
             }
         }
         for &(request, cached) in &plan.admitted {
@@ -149,6 +150,7 @@ impl StepLoop {
                 position: from,
                 wants: work.wants,
                 pages: pages.page_ids().collect(),
+                adapter: sequence.facts.adapter,
             });
         }
     }

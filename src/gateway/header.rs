@@ -1,7 +1,7 @@
 //! What a model's header tells before the model is loaded.
 
 use crate::gateway::error::ApiError;
-use crate::gguf::{Gguf, ModelFacts, TensorType, TokenizerFacts};
+use crate::gguf::{Covered, Gguf, ModelFacts, TensorType, TokenizerFacts};
 use crate::ipc::RunnerKind;
 use std::path::Path;
 
@@ -13,6 +13,8 @@ pub struct ModelHeader {
     pub weights_bytes: u64,
     /// Those of types that llama.cpp's CPU backend copies into another layout.
     pub repackable_bytes: u64,
+    /// Why the native runner does not cover it.
+    pub uncovered: Option<String>,
     pub(in crate::gateway) fileless: bool,
 }
 
@@ -60,6 +62,10 @@ impl ModelHeader {
         Ok(Self {
             weights_bytes: facts.weights_bytes.saturating_add(others),
             repackable_bytes,
+            uncovered: match facts.split {
+                Some(_) => Some("it is split over several files".into()),
+                None => Covered::read(&gguf).err().map(|reason| reason.to_string()),
+            },
             facts,
             fileless: false,
         })
@@ -97,7 +103,8 @@ impl ModelHeader {
             split: None,
             tokenizer: TokenizerFacts::default(),
         };
-        Self { facts, weights_bytes: 0, repackable_bytes: 0, fileless: true }
+        let uncovered = Some("there is no file".into());
+        Self { facts, weights_bytes: 0, repackable_bytes: 0, uncovered, fileless: true }
     }
 }
 

@@ -199,12 +199,34 @@ impl<'a> Draft<'a> {
         let sequences = u64::from(self.config.max_sequences.unwrap_or(DEFAULT_STREAMS));
         let config = self.config;
         let open = config.kv_layout.is_none() && config.kv_tokens.is_none();
-        let known = config.gpu_layers == 0 && config.runner != Some(RunnerKind::Mock);
+        let known = config.gpu_layers == 0 && self.runner() == RunnerKind::LlamaCpp;
         if open && known && sequences.saturating_mul(self.context) <= self.fits() / 4 {
             self.layout = KvLayout::Streams;
         }
         if self.layout == KvLayout::Streams {
             self.sequences = sequences;
+        }
+    }
+
+    /// The native runner where it covers the model and its options, unless another was asked for.
+    fn runner(&self) -> RunnerKind {
+        match (self.config.runner, self.uncovered()) {
+            (Some(runner @ (RunnerKind::LlamaCpp | RunnerKind::Mock)), _) => runner,
+            (_, Some(_)) => RunnerKind::LlamaCpp,
+            (_, None) => RunnerKind::Native,
+        }
+    }
+
+    fn uncovered(&self) -> Option<String> {
+        let config = self.config;
+        if config.gpu_layers > 0 {
+            Some("the native runner computes on the CPU (--gpu-layers)".into())
+        } else if config.kv_type != KvCacheType::F16 {
+            Some("the native runner's cache is f16 (--kv-type)".into())
+        } else if config.kv_layout.is_some() {
+            Some("the native runner has no choice of layout (--kv-layout)".into())
+        } else {
+            self.header.uncovered.clone()
         }
     }
 
@@ -331,13 +353,15 @@ impl<'a> Draft<'a> {
     }
 
     fn finish(self, path: PathBuf) -> MemoryPlan {
-        let runner = self.config.runner.unwrap_or(RunnerKind::LlamaCpp);
+        let runner = self.runner();
         let facts = &self.header.facts;
         let weights = self.host(self.header.weights_bytes);
         let per_token = facts.kv_bytes_per_token(kv_type(self.config.kv_type));
         let cache = self.kv_tokens.saturating_mul(per_token);
         let repacks = self.config.gpu_layers == 0;
         let private_weights = match self.config.mmap {
+            // All that it reads while it runs.
+            _ if runner == RunnerKind::Native => weights,
             true if repacks => self.header.repackable_bytes.min(weights),
             true => 0,
             false => weights,

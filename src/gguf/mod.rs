@@ -6,6 +6,8 @@
 //! | `error.rs` | [`GgufError`], one sentence each |
 //! | `parser.rs` | bounded numbers, strings and values |
 //! | `reader.rs` | [`Gguf`]: checked header, memory-mapped tensors |
+//! | `dequantize.rs` | [`dequantize()`]: stored tensors as `f32`, bit for bit as in ggml |
+//! | `covered.rs` | [`Covered`]: what a header must say for our own kernels to run the model |
 //! | `facts.rs` | [`ModelFacts`]: what serving needs to know of a model, from its header alone |
 //! | `tokens.rs` | [`TokenizerFacts`]: the special tokens and templates within those facts |
 //! | `writer.rs` | [`GgufWriter`] |
@@ -17,6 +19,8 @@
 //! Every file is untrusted input: no length, offset, count or shape is used before it was compared
 //! with the size of the file, and no allocation is larger than a small multiple of that size.
 
+mod covered;
+mod dequantize;
 mod error;
 mod facts;
 #[doc(hidden)]
@@ -32,6 +36,8 @@ mod tokens;
 mod types;
 mod writer;
 
+pub use covered::{Covered, KERNEL_TYPES, RopeFacts, Uncovered};
+pub use dequantize::{DequantizeError, can_dequantize, dequantize};
 pub use error::GgufError;
 pub use facts::{KvType, ModelFacts, PoolingType, SplitFacts};
 pub use lora::{LoraError, LoraInfo, peft_to_gguf};

@@ -8,11 +8,11 @@ use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-use half::{bf16, f16};
 use memmap2::Mmap;
 
+use super::dequantize::dequantize;
 use super::error::malformed;
-use super::parser::{Parser, chunks};
+use super::parser::Parser;
 use super::types::{TensorType, Value};
 use crate::gguf::GgufError;
 
@@ -383,21 +383,19 @@ impl Gguf {
         Ok(&map[info.offset as usize..][..info.bytes as usize])
     }
 
-    /// An F32, F16 or BF16 tensor as `f32`, in the order of [`TensorInfo::dims`].
+    /// A tensor as `f32`, in the order of [`TensorInfo::dims`].
     ///
     /// # Errors
-    /// As [`Gguf::data`], and [`GgufError::Malformed`] for another type.
+    /// As [`Gguf::data`], and [`GgufError::Malformed`] for a type that
+    /// [`can_dequantize`](crate::gguf::can_dequantize) denies.
     pub fn to_f32(&self, name: &str) -> Result<Vec<f32>, GgufError> {
         let data = self.data(name)?;
-        let ty = self.tensor(name).map(TensorInfo::ty);
-        Ok(match ty {
-            Some(TensorType::F32) => chunks(data).map(f32::from_le_bytes).collect(),
-            Some(TensorType::F16) => chunks(data).map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-            Some(TensorType::BF16) => {
-                chunks(data).map(|b| bf16::from_le_bytes(b).to_f32()).collect()
-            }
-            _ => malformed!("tensor '{name}' is neither F32, F16 nor BF16"),
-        })
+        let info = self.tensor(name).expect("its data was found");
+        let mut out = vec![0.0; info.elements() as usize];
+        match dequantize(info.ty, data, &mut out) {
+            Ok(()) => Ok(out),
+            Err(error) => malformed!("tensor '{name}': {error}"),
+        }
     }
 }
 

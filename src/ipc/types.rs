@@ -68,6 +68,8 @@ pub struct LoadSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunnerKind {
+    /// Our own kernels: what they cover; a file that they do not falls to llama.cpp.
+    Native,
     /// llama.cpp: any GGUF that it can load.
     LlamaCpp,
     /// No model at all: deterministic tokens from a byte vocabulary, for tests of the server.

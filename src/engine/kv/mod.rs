@@ -6,8 +6,10 @@
 //! A runner whose cache is not addressed by pages (llama.cpp) keeps a page's contents under the
 //! sequence slots that computed it. For such a runner finished sequences leave their slot behind
 //! as a *resident*, and the cache remembers which slots hold which node; [`SlotChange`]s tell the
-//! runner what to forget when pages are evicted. Such a slot can also lend the beginning of a page,
-//! so there a prompt shares with others to the token, not only to the page.
+//! runner what to forget when pages are evicted.
+//!
+//! A prompt shares with others to the token: the beginning of a page comes from the slot that holds
+//! it, or is copied with its page.
 
 mod pool;
 mod prefix;
@@ -28,6 +30,8 @@ pub enum SlotChange {
     Fork(SeqSlot, SeqSlot, usize),
     Truncate(SeqSlot, usize),
     Release(SeqSlot),
+    /// For a runner with real pages: one page's contents become another's.
+    CopyPage(u32, u32),
 }
 
 /// The pages of one running sequence.
@@ -161,12 +165,17 @@ impl KvCache {
             return None;
         }
         // Making room may have taken the page that begins alike.
-        let tail = found.tail.filter(|&(node, _)| self.slots_hold_pages && self.index.has(node));
+        let tail = found.tail.filter(|&(node, _)| self.index.has(node));
         let whole = path.len() * PAGE_TOKENS;
-        let (slot, cached) =
-            self.take_slot(key, &path, tail, &tokens[whole..reusable.max(whole)])?;
+        let rest = &tokens[whole..reusable.max(whole)];
+        let (slot, mut cached) = self.take_slot(key, &path, tail, rest)?;
         for _ in 0..wanted {
             pages.push(self.pool.allocate().expect("room was made"));
+        }
+        if let Some((node, shared)) = tail.filter(|_| !self.slots_hold_pages) {
+            let (from, to) = (self.index.page(node).id(), pages[path.len()].page().id());
+            self.changes.push(SlotChange::CopyPage(from, to));
+            cached = whole + shared;
         }
         let computed = path.len();
         let mut admitted =
@@ -190,6 +199,14 @@ impl KvCache {
         }
         let path = from.path[..shared].to_vec();
         self.fill_slot(slot, from.slot, &path, tokens);
+        if !self.slots_hold_pages {
+            let copied = from.pages.iter().zip(&pages).take(tokens.div_ceil(PAGE_TOKENS));
+            self.changes.extend(
+                copied
+                    .skip(shared)
+                    .map(|(from, to)| SlotChange::CopyPage(from.page().id(), to.page().id())),
+            );
+        }
         // Private full pages in between would leave a gap in the path.
         let diverged = from.diverged || shared < tokens / PAGE_TOKENS;
         Some(SequencePages { slot, key: from.key, pages, path, computed: shared, diverged })
@@ -313,7 +330,7 @@ impl KvCache {
                 self.residents.remove(&slot);
                 return Some((slot, whole));
             }
-            let tail = tail.filter(|&(node, _)| self.index.has(node));
+            let tail = tail.filter(|&(node, _)| self.slots_hold_pages && self.index.has(node));
             if let Some(slot) = self.free_slots.pop() {
                 let (donor, tokens) = match tail {
                     Some((node, shared)) => (self.holder(node), whole + shared),
@@ -382,7 +399,9 @@ impl KvCache {
     /// An empty slot takes over the first `tokens` tokens of another, the pages of `path` among
     /// them.
     fn fill_slot(&mut self, slot: SeqSlot, from: SeqSlot, path: &[NodeId], tokens: usize) {
-        self.changes.push(SlotChange::Fork(from, slot, tokens));
+        if self.slots_hold_pages {
+            self.changes.push(SlotChange::Fork(from, slot, tokens));
+        }
         for &node in path {
             self.holders.entry(node).or_default().push(slot);
         }

@@ -115,6 +115,13 @@ impl PrefixIndex {
         page.iter().zip(tokens).take_while(|(a, b)| a == b).count()
     }
 
+    #[cfg(test)]
+    pub fn computed_nodes(&self) -> impl Iterator<Item = NodeId> {
+        let live =
+            self.nodes.iter().enumerate().filter_map(|(id, node)| Some((id, node.as_ref()?)));
+        live.filter(|(_, node)| node.computed && node.page.is_some()).map(|(id, _)| id as NodeId)
+    }
+
     /// Whether the node is still there, if no other has been entered since.
     pub fn has(&self, node: NodeId) -> bool {
         self.nodes[node as usize].is_some()

@@ -112,6 +112,11 @@ impl World {
                     self.slots[slot.0 as usize].truncate(tokens);
                 }
                 SlotChange::Release(slot) => self.slots[slot.0 as usize].clear(),
+                SlotChange::CopyPage(from, to) => {
+                    assert!(!real && from != to);
+                    let (from, to) = (&self.contents[&from], &self.contents[&to]);
+                    assert!(from.starts_with(to), "what was copied is what is needed");
+                }
             }
         }
     }
@@ -185,12 +190,11 @@ impl World {
 
     /// The most tokens that a prompt shares with any computed page, and those before it.
     fn longest_prefix(&self, key: usize, tokens: &[Token]) -> usize {
-        if !self.kv.slots_hold_pages || !self.kv.shares_prefixes {
+        if !self.kv.shares_prefixes {
             return 0;
         }
         let wanted = tokens[..tokens.len() - 1].iter().map(|&token| (key, token));
-        let known = self.kv.holders.iter().filter(|(_, holders)| !holders.is_empty());
-        let shared = known.map(|(&node, _)| {
+        let shared = self.kv.index.computed_nodes().map(|node| {
             let contents = &self.contents[&self.kv.index.page(node).id()];
             contents.iter().zip(wanted.clone()).take_while(|&(&a, b)| a == b).count()
         });

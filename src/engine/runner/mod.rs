@@ -5,6 +5,7 @@
 
 pub mod llama_cpp;
 pub mod mock;
+pub mod native;
 
 use crate::engine::tokenizer::Tokenizer;
 use crate::ipc::{AdapterId, LoadSpec, ModelInfo, RunnerKind, Token};
@@ -33,7 +34,7 @@ pub struct Batch {
     /// (rows) token ids.
     pub tokens: Vec<Token>,
     pub sequences: Vec<BatchSequence>,
-    /// Base model when `None`. A runner that does not mix adapters gets one per batch.
+    /// That of all sequences, for a runner that does not mix adapters.
     pub adapter: Option<AdapterId>,
 }
 
@@ -48,6 +49,8 @@ pub struct BatchSequence {
     pub wants: Wants,
     /// Page table, for a runner with real pages; covers position + rows.
     pub pages: Vec<u32>,
+    /// Base model when `None`. Sequences with the same one stand together.
+    pub adapter: Option<AdapterId>,
 }
 
 /// Which of a sequence's rows are wanted.
@@ -79,11 +82,12 @@ pub trait AdapterLoader: Send {
 
 /// An adapter whose file has been read, off the step loop.
 pub enum AdapterHandle {
+    Native(native::Adapter),
     LlamaCpp(llama_cpp::Adapter),
     Mock,
 }
 
-/// Runs batches. Two implementations at present: llama.cpp, and a mock that tests the rest.
+/// Runs batches: our own kernels, llama.cpp, and a mock that tests the rest.
 pub trait ModelRunner {
     fn info(&self) -> &ModelInfo;
     fn tokenizer(&self) -> Arc<dyn Tokenizer>;
@@ -102,6 +106,8 @@ pub trait ModelRunner {
     /// Forgets all but the first `tokens` tokens.
     fn truncate(&mut self, slot: SeqSlot, tokens: usize);
     fn release(&mut self, slot: SeqSlot);
+    /// One page's contents become another's; only for a runner whose slots hold no pages.
+    fn copy_page(&mut self, _from: u32, _to: u32) {}
     fn install_adapter(&mut self, adapter: AdapterId, handle: AdapterHandle);
     fn remove_adapter(&mut self, adapter: AdapterId);
     /// One pooled, L2-normalised vector.
@@ -111,6 +117,13 @@ pub trait ModelRunner {
 /// Loads the model and decodes one token, so that whatever breaks does so before anyone waits.
 pub fn load(spec: &LoadSpec) -> Result<Box<dyn ModelRunner>, RunnerError> {
     match spec.runner {
+        RunnerKind::Native => match native::Native::load(spec) {
+            Ok(runner) => Ok(Box::new(runner)),
+            Err(reason) => {
+                tracing::info!("llama.cpp runs this model: {reason}");
+                Ok(Box::new(llama_cpp::LlamaCpp::load(spec)?))
+            }
+        },
         RunnerKind::LlamaCpp => Ok(Box::new(llama_cpp::LlamaCpp::load(spec)?)),
         RunnerKind::Mock => Ok(Box::new(mock::Mock::load(spec))),
     }

@@ -139,9 +139,12 @@ impl Scheduler {
             }
             plan.work.push(Work { index, rows, wants, samples });
         }
-        // llama.cpp's streams compute neighbouring slots in one graph, others one after the other.
-        let slot = |work: &Work| self.running[work.index].pages.as_ref().map(|pages| pages.slot);
-        plan.work.sort_by_key(slot);
+        // Rows of one adapter together; and llama.cpp's streams compute neighbouring slots in one
+        // graph, others one after the other.
+        plan.work.sort_by_key(|work| {
+            let sequence = &self.running[work.index];
+            (sequence.facts.adapter, sequence.pages.as_ref().map(|pages| pages.slot))
+        });
         plan
     }
 

@@ -150,6 +150,7 @@ impl Sim {
                 }
                 SlotChange::Truncate(slot, tokens) => self.slots[slot.0 as usize].truncate(tokens),
                 SlotChange::Release(slot) => self.slots[slot.0 as usize].clear(),
+                SlotChange::CopyPage(..) => unreachable!("slots hold the pages"),
             }
         }
         self.scheduler.observe(&plan, Duration::from_millis(1));

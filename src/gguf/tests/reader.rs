@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use half::f16;
 use proptest::prelude::*;
 
 use super::{folder, llama};
@@ -72,6 +73,7 @@ fn every_kind_of_value_survives() {
     writer.tensor_f32("two", &[3, 2], TensorType::F16, &data).unwrap();
     writer.tensor_f32("three", &[6], TensorType::BF16, &data).unwrap();
     writer.tensor("four", &[32, 1, 2], TensorType::Q8_0, vec![7; 68]).unwrap();
+    writer.tensor("refused", &[4], TensorType::I8, vec![7; 4]).unwrap();
     let size = writer.write(&path).unwrap();
     assert_eq!(size, fs::metadata(&path).unwrap().len());
 
@@ -85,7 +87,9 @@ fn every_kind_of_value_survives() {
     assert_eq!(gguf.data("four").unwrap(), [7; 68]);
     assert_eq!(gguf.tensor("four").unwrap().dims(), [32, 1, 2]);
     assert!(matches!(gguf.data("five"), Err(GgufError::MissingTensor(_))));
-    assert!(gguf.to_f32("four").is_err());
+    assert_eq!(gguf.to_f32("four").unwrap(), [7.0 * f16::from_bits(0x0707).to_f32(); 64]);
+    let refused = gguf.to_f32("refused").unwrap_err().to_string();
+    assert_eq!(refused, "tensor 'refused': type I8 cannot be converted to f32");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
 }
 

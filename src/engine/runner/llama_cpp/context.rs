@@ -262,6 +262,7 @@ impl Context {
                 position: 0,
                 wants: Wants::AllLogits,
                 pages: Vec::new(),
+                adapter: None,
             }],
             adapter: None,
         };

@@ -23,6 +23,7 @@ use adapter::Loader;
 use context::{Context, ContextKind};
 use model::Model;
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -96,6 +97,7 @@ impl LlamaCpp {
                 position: 0,
                 wants: super::Wants::LastLogits,
                 pages: Vec::new(),
+                adapter: None,
             }],
             adapter: None,
         };
@@ -112,6 +114,12 @@ impl LlamaCpp {
     fn generator(&mut self) -> Result<&mut Context, RunnerError> {
         self.context.as_mut().ok_or_else(|| RunnerError("this model cannot generate text".into()))
     }
+}
+
+/// The vocabulary of a model, without its weights.
+pub fn tokenizer(model: &Path) -> Result<Arc<dyn Tokenizer>, RunnerError> {
+    log::install();
+    Ok(Arc::new(Model::load_vocabulary(model)?))
 }
 
 fn info(model: &Model, spec: &LoadSpec, slots: u32, generates: bool) -> ModelInfo {

@@ -34,9 +34,6 @@ impl Drop for Model {
 
 impl Model {
     pub fn load(spec: &LoadSpec) -> Result<Self, RunnerError> {
-        // SAFETY: called once, before any other llama.cpp function.
-        BACKEND.call_once(|| unsafe { sys::llama_backend_init() });
-        let path = c_path(&spec.model)?;
         // SAFETY: takes nothing, returns plain data.
         let mut params = unsafe { sys::llama_model_default_params() };
         params.n_gpu_layers = i32::try_from(spec.gpu_layers).unwrap_or(i32::MAX);
@@ -44,12 +41,26 @@ impl Model {
             if spec.mmap { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
         // Would read every weight before the first is used; a bad one makes bad text, not a crash.
         params.check_tensors = false;
+        Self::load_with(&spec.model, params)
+    }
+
+    /// Only what tokenizing needs.
+    pub fn load_vocabulary(path: &Path) -> Result<Self, RunnerError> {
+        // SAFETY: takes nothing, returns plain data.
+        let mut params = unsafe { sys::llama_model_default_params() };
+        params.vocab_only = true;
+        Self::load_with(path, params)
+    }
+
+    fn load_with(path: &Path, params: sys::llama_model_params) -> Result<Self, RunnerError> {
+        // SAFETY: called once, before any other llama.cpp function.
+        BACKEND.call_once(|| unsafe { sys::llama_backend_init() });
+        let file = c_path(path)?;
         // SAFETY: the path is NUL-terminated and the parameters are llama.cpp's own defaults but
         // for plain values.
-        let raw = unsafe { sys::llama_model_load_from_file(path.as_ptr(), params) };
-        let raw = NonNull::new(raw).ok_or_else(|| {
-            RunnerError(format!("llama.cpp could not load {}", spec.model.display()))
-        })?;
+        let raw = unsafe { sys::llama_model_load_from_file(file.as_ptr(), params) };
+        let raw = NonNull::new(raw)
+            .ok_or_else(|| RunnerError(format!("llama.cpp could not load {}", path.display())))?;
         // SAFETY: the model is live; its vocabulary lives as long.
         let vocab = unsafe { read_vocab(sys::llama_model_get_vocab(raw.as_ptr())) };
         Ok(Self { raw, vocab, adapters: Mutex::new(()) })

@@ -1,0 +1,248 @@
+//! The native runner: our own kernels over real pages, for the architectures of
+//! [`weights`](weights).
+//!
+//! A row's numbers never depend on what else is in the batch, on how a prompt was cut into chunks,
+//! or on what was found in the cache: the same request gives the same bits.
+
+mod adapter;
+mod forward;
+#[cfg(test)]
+mod tests;
+mod weights;
+
+pub use adapter::Adapter;
+pub use weights::Unsupported;
+
+use super::{
+    AdapterHandle, AdapterLoader, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, RunnerError,
+    SeqSlot, Wants, llama_cpp,
+};
+use crate::engine::tokenizer::Tokenizer;
+use crate::gguf::Gguf;
+use crate::ipc::{AdapterId, KvCacheType, LoadSpec, ModelInfo, Token};
+use crate::kernels::ops::Span;
+use crate::kernels::{Cache, Pool};
+use forward::{Forward, Rows};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+use weights::Weights;
+
+/// Longest input of an embedding.
+const MAX_EMBED_TOKENS: usize = 4096;
+
+pub struct Native {
+    pool: Pool,
+    weights: Weights,
+    cache: Cache,
+    /// Pages of its own for one input at a time.
+    embedding_cache: Option<Cache>,
+    forward: Forward,
+    adapters: HashMap<AdapterId, Adapter>,
+    tokenizer: Arc<dyn Tokenizer>,
+    info: ModelInfo,
+    batch_tokens: usize,
+    /// Rows of the last batch that wanted logits, in order.
+    wanted: Vec<usize>,
+}
+
+impl Native {
+    /// Loads the file and computes one token.
+    ///
+    /// # Errors
+    /// [`Unsupported`] where llama.cpp may do better.
+    pub fn load(spec: &LoadSpec) -> Result<Self, Unsupported> {
+        let started = Instant::now();
+        if spec.kv_type != KvCacheType::F16 {
+            return Err(Unsupported::Other("its cache is f16, not q8_0".into()));
+        }
+        if spec.gpu_layers > 0 {
+            return Err(Unsupported::Other("it computes on the CPU (--gpu-layers)".into()));
+        }
+        let other = |error: &dyn std::fmt::Display| Unsupported::Other(error.to_string());
+        let mut pool = Pool::new(spec.threads.max(1) as usize).map_err(|error| other(&error))?;
+        let weights = Weights::load(Gguf::open(&spec.model)?, &mut pool)?;
+        let tokenizer = llama_cpp::tokenizer(&spec.model).map_err(|error| other(&error))?;
+        if tokenizer.vocab().len() > weights.shape.vocab {
+            return Err(Unsupported::Other("it has more tokens than embeddings".into()));
+        }
+        let shape = &weights.shape;
+        let pages = spec.kv_tokens as usize / PAGE_TOKENS;
+        let cache = Cache::new(shape.layers, pages, shape.kv_heads, shape.head_dim);
+        let mut runner = Self {
+            info: info(spec, &weights, &*tokenizer),
+            cache,
+            embedding_cache: None,
+            forward: Forward::default(),
+            adapters: HashMap::new(),
+            tokenizer,
+            batch_tokens: spec.batch_tokens as usize,
+            wanted: Vec::new(),
+            weights,
+            pool,
+        };
+        runner.warm_up().map_err(|error| other(&error))?;
+        runner.info.load_seconds = started.elapsed().as_secs_f32();
+        Ok(runner)
+    }
+
+    /// Computes one token twice: once to find out whether it works, once to time it.
+    fn warm_up(&mut self) -> Result<(), RunnerError> {
+        let token = self.tokenizer.vocab().bos.unwrap_or(0);
+        let sequence = BatchSequence {
+            slot: SeqSlot(0),
+            rows: 0..1,
+            position: 0,
+            wants: Wants::LastLogits,
+            pages: vec![0],
+            adapter: None,
+        };
+        let batch = Batch { tokens: vec![token], sequences: vec![sequence], adapter: None };
+        for _ in 0..2 {
+            let started = Instant::now();
+            self.step(&batch)?;
+            self.info.step_seconds = started.elapsed().as_secs_f32();
+        }
+        Ok(())
+    }
+}
+
+fn info(spec: &LoadSpec, weights: &Weights, tokenizer: &dyn Tokenizer) -> ModelInfo {
+    let vocab = tokenizer.vocab();
+    let millions = weights.parameters as f64 / 1e6;
+    ModelInfo {
+        description: format!("{} {millions:.0}M", weights.shape.architecture),
+        architecture: weights.shape.architecture.clone(),
+        vocab_size: vocab.len() as u32,
+        parameters: weights.parameters,
+        context_length: spec.context_length.min(spec.kv_tokens.max(1)),
+        embedding_size: weights.shape.width as u32,
+        can_generate: true,
+        can_embed: true,
+        can_infill: vocab.infill.is_some(),
+        shares_prefixes: true,
+        mixes_adapters: true,
+        kv_pages: spec.kv_tokens / PAGE_TOKENS as u32,
+        page_tokens: PAGE_TOKENS as u32,
+        max_sequences: spec.max_sequences,
+        special_tokens: vocab.control_tokens(),
+        load_seconds: 0.0,
+        step_seconds: 0.0,
+    }
+}
+
+impl ModelRunner for Native {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn tokenizer(&self) -> Arc<dyn Tokenizer> {
+        self.tokenizer.clone()
+    }
+
+    fn adapter_loader(&self) -> Box<dyn AdapterLoader> {
+        Box::new(adapter::Loader::new(&self.weights.shape))
+    }
+
+    fn slots(&self) -> u32 {
+        self.info.max_sequences
+    }
+
+    fn slots_hold_pages(&self) -> bool {
+        false
+    }
+
+    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
+        self.wanted.clear();
+        let mut spans = Vec::with_capacity(batch.sequences.len());
+        let mut adapted: Vec<(Range<usize>, &Adapter)> = Vec::new();
+        for sequence in &batch.sequences {
+            let rows = sequence.rows.clone();
+            match sequence.wants {
+                Wants::Nothing => {}
+                Wants::LastLogits => self.wanted.push(rows.end - 1),
+                Wants::AllLogits => self.wanted.extend(rows.clone()),
+            }
+            if let Some(id) = sequence.adapter {
+                let adapter = self.adapters.get(&id);
+                let adapter = adapter
+                    .ok_or_else(|| RunnerError(format!("adapter {} is not installed", id.0)))?;
+                match adapted.last_mut() {
+                    Some((range, last))
+                        if range.end == rows.start && std::ptr::eq(*last, adapter) =>
+                    {
+                        range.end = rows.end;
+                    }
+                    _ => adapted.push((rows.clone(), adapter)),
+                }
+            }
+            let pages = sequence.pages.clone();
+            spans.push(Span { rows, position: sequence.position, pages });
+        }
+        let (tokens, wanted) = (&batch.tokens[..], &self.wanted[..]);
+        let rows = Rows { tokens, spans: &spans, wanted, adapted: &adapted };
+        let forward = &mut self.forward;
+        forward.run(&self.weights, &mut self.cache, &mut self.pool, &rows).map_err(RunnerError)
+    }
+
+    fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
+        let index = self.wanted.binary_search(&row);
+        let index = index.map_err(|_| RunnerError(format!("row {row} has no logits")))?;
+        let logits = self.forward.logits(index, self.weights.shape.vocab);
+        // A file may have more rows than tokens.
+        Ok(&mut logits[..self.info.vocab_size as usize])
+    }
+
+    /// Sequences are their pages: nothing is kept under a slot.
+    fn fork(&mut self, _from: SeqSlot, _to: SeqSlot, _tokens: usize) {}
+
+    fn truncate(&mut self, _slot: SeqSlot, _tokens: usize) {}
+
+    fn release(&mut self, _slot: SeqSlot) {}
+
+    fn copy_page(&mut self, from: u32, to: u32) {
+        self.cache.copy_page(from, to);
+    }
+
+    fn install_adapter(&mut self, adapter: AdapterId, handle: AdapterHandle) {
+        if let AdapterHandle::Native(loaded) = handle {
+            self.adapters.insert(adapter, loaded);
+        }
+    }
+
+    fn remove_adapter(&mut self, adapter: AdapterId) {
+        self.adapters.remove(&adapter);
+    }
+
+    /// The last token's, as llama.cpp pools a causal model.
+    fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError> {
+        if tokens.is_empty() || tokens.len() > MAX_EMBED_TOKENS {
+            let length = tokens.len();
+            return Err(RunnerError(format!(
+                "{length} tokens; 1 to {MAX_EMBED_TOKENS} can be embedded"
+            )));
+        }
+        let shape = &self.weights.shape;
+        let pages = MAX_EMBED_TOKENS / PAGE_TOKENS;
+        let cache = self
+            .embedding_cache
+            .get_or_insert_with(|| Cache::new(shape.layers, pages, shape.kv_heads, shape.head_dim));
+        let pages: Vec<u32> = (0..pages as u32).collect();
+        self.wanted.clear();
+        for (chunk, part) in tokens.chunks(self.batch_tokens).enumerate() {
+            let position = chunk * self.batch_tokens;
+            let span = Span { rows: 0..part.len(), position, pages: pages.clone() };
+            let wanted = &[part.len() - 1];
+            let rows = Rows { tokens: part, spans: &[span], wanted, adapted: &[] };
+            let ran = self.forward.run(&self.weights, cache, &mut self.pool, &rows);
+            ran.map_err(RunnerError)?;
+        }
+        let vector = self.forward.hidden(0);
+        let norm = vector.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        if !norm.is_finite() || norm == 0.0 {
+            return Err(RunnerError("the embedding is not finite".into()));
+        }
+        Ok(vector.iter().map(|x| (f64::from(*x) / norm) as f32).collect())
+    }
+}

@@ -1,0 +1,129 @@
+//! The native runner against llama.cpp, and against itself.
+
+use super::*;
+use crate::ipc::{KvLayout, RunnerKind};
+use std::path::PathBuf;
+
+/// The default model's file; CI has it.
+fn model() -> Option<PathBuf> {
+    let path = std::env::var_os("INGOT_TEST_MODEL").map(PathBuf::from);
+    assert!(path.is_some() || std::env::var_os("CI").is_none(), "CI sets INGOT_TEST_MODEL");
+    path
+}
+
+fn spec(model: PathBuf, runner: RunnerKind) -> LoadSpec {
+    LoadSpec {
+        model,
+        runner,
+        context_length: 2048,
+        kv_tokens: 8192,
+        max_sequences: 4,
+        batch_tokens: 512,
+        kv_type: KvCacheType::F16,
+        flash_attention: false,
+        kv_layout: KvLayout::Streams,
+        threads: 2,
+        gpu_layers: 0,
+        mmap: true,
+        target_step_ms: 100,
+        queue_limit: 8,
+        mock_step_us: 0,
+    }
+}
+
+const TEXT: &str = "The sea was calm that morning, and the fishermen set out early. By noon the wind \
+    had turned; clouds stood over the hills in the west, and the oldest of them, who had seen many \
+    summers, said that it was time to go home. Nobody listened. In 1987 the harbour was rebuilt with \
+    stone from the quarry (see page 12), and `let x = 3;` was carved into the wall as a joke.";
+
+/// One sequence's rows of a batch, on pages from `first` on.
+fn part(rows: std::ops::Range<usize>, position: usize, slot: u32, wants: Wants) -> BatchSequence {
+    let pages = (0..64).map(|page| slot * 64 + page).collect();
+    BatchSequence { slot: SeqSlot(slot), rows, position, wants, pages, adapter: None }
+}
+
+fn step(runner: &mut dyn ModelRunner, tokens: &[Token], sequences: Vec<BatchSequence>) {
+    let batch = Batch { tokens: tokens.to_vec(), sequences, adapter: None };
+    runner.step(&batch).unwrap();
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits.iter().map(|&x| f64::from(x - max).exp()).sum();
+    logits.iter().map(|&x| f64::from(x - max) - total.ln()).collect()
+}
+
+fn kl(p: &[f64], q: &[f64]) -> f64 {
+    p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
+}
+
+#[test]
+fn predicts_what_llama_cpp_predicts() {
+    let Some(model) = model() else { return };
+    let mut native = Native::load(&spec(model.clone(), RunnerKind::Native)).unwrap();
+    let mut oracle = llama_cpp::LlamaCpp::load(&spec(model, RunnerKind::LlamaCpp)).unwrap();
+    let tokens = native.tokenizer().encode(TEXT, false, false);
+    let tokens = &tokens[..tokens.len().min(64)];
+    let count = tokens.len();
+    step(&mut native, tokens, vec![part(0..count, 0, 0, Wants::AllLogits)]);
+    step(&mut oracle, tokens, vec![part(0..count, 0, 0, Wants::AllLogits)]);
+    let (mut sum, mut same) = (0.0, 0);
+    for row in 0..count {
+        let ours = log_softmax(native.logits(row).unwrap());
+        let theirs = log_softmax(oracle.logits(row).unwrap());
+        sum += kl(&theirs, &ours);
+        let best = |p: &[f64]| (0..p.len()).max_by(|&a, &b| p[a].total_cmp(&p[b]));
+        same += usize::from(best(&ours) == best(&theirs));
+    }
+    let mean = sum / count as f64;
+    println!("mean KL {mean:.5}, same best token {same} of {count}");
+    // Both round activations to eight bits, each in its own way.
+    assert!(mean < 0.01, "{mean}");
+    assert!(same * 10 >= count * 9, "{same} of {count}");
+}
+
+#[test]
+fn a_request_gives_the_same_bits_in_any_company() {
+    let Some(model) = model() else { return };
+    let mut native = Native::load(&spec(model, RunnerKind::Native)).unwrap();
+    let tokens = native.tokenizer().encode(TEXT, false, false);
+    let count = tokens.len().min(80);
+    let (tokens, others) = (&tokens[..count], &tokens[tokens.len() - 30..]);
+    step(&mut native, tokens, vec![part(0..count, 0, 0, Wants::LastLogits)]);
+    let alone = native.logits(count - 1).unwrap().to_vec();
+    // In chunks, beside another sequence, on other pages.
+    let mut at = 0;
+    for size in [1, 7, 32, 5, 1, 1, 100] {
+        let size = size.min(count - at);
+        let mut rows = others.to_vec();
+        rows.extend_from_slice(&tokens[at..at + size]);
+        let beside = part(0..30, 0, 1, Wants::LastLogits);
+        let mine = part(30..30 + size, at, 2, Wants::LastLogits);
+        step(&mut native, &rows, vec![beside, mine]);
+        at += size;
+        if at == count {
+            let together = native.logits(30 + size - 1).unwrap();
+            assert!(alone.iter().zip(together).all(|(a, b)| a.to_bits() == b.to_bits()));
+        }
+    }
+    assert_eq!(at, count);
+    // With the beginning copied from another sequence's pages, and on one thread.
+    native.pool = Pool::new(1).unwrap();
+    native.copy_page(2 * 64, 3 * 64);
+    native.copy_page(2 * 64 + 1, 3 * 64 + 1);
+    let rest = part(0..count - 40, 40, 3, Wants::LastLogits);
+    step(&mut native, &tokens[40..], vec![rest]);
+    let cached = native.logits(count - 41).unwrap();
+    assert!(alone.iter().zip(cached).all(|(a, b)| a.to_bits() == b.to_bits()));
+}
+
+#[test]
+fn embeds_as_llama_cpp_does() {
+    let Some(model) = model() else { return };
+    let mut native = Native::load(&spec(model.clone(), RunnerKind::Native)).unwrap();
+    let mut oracle = llama_cpp::LlamaCpp::load(&spec(model, RunnerKind::LlamaCpp)).unwrap();
+    let tokens = native.tokenizer().encode(TEXT, false, false);
+    let (ours, theirs) = (native.embed(&tokens).unwrap(), oracle.embed(&tokens).unwrap());
+    let cosine: f32 = ours.iter().zip(&theirs).map(|(a, b)| a * b).sum();
+    assert!(cosine > 0.995, "{cosine}");
+}

@@ -1,0 +1,108 @@
+//! Every decoder against ggml's own, bit for bit.
+
+use llama_cpp_sys_2 as sys;
+
+use crate::gguf::fixture::Rng;
+use crate::gguf::{DequantizeError, TensorType, can_dequantize, dequantize};
+
+/// What ggml makes of `bytes`; `None` where it has no decoder.
+fn ggml(ty: TensorType, bytes: &[u8], elements: usize) -> Option<Vec<f32>> {
+    // ggml reads blocks as structs of u16 or u32, so they have to be aligned.
+    let words: Vec<u64> = bytes
+        .chunks(8)
+        .map(|part| {
+            let mut word = [0; 8];
+            word[..part.len()].copy_from_slice(part);
+            u64::from_ne_bytes(word)
+        })
+        .collect();
+    let mut out = vec![f32::NAN; elements];
+    // SAFETY: the traits of a type that ggml defines are a constant of its own; `words` holds whole
+    // blocks, checked by the caller, of `elements` elements, for which `out` has room.
+    unsafe {
+        let to_float = (*sys::ggml_get_type_traits(ty as sys::ggml_type)).to_float?;
+        to_float(words.as_ptr().cast(), out.as_mut_ptr(), elements as i64);
+    }
+    Some(out)
+}
+
+fn ours(ty: TensorType, bytes: &[u8], elements: usize) -> Vec<f32> {
+    let mut out = vec![f32::NAN; elements];
+    dequantize(ty, bytes, &mut out).unwrap();
+    out
+}
+
+fn assert_same_bits(ty: TensorType, bytes: &[u8]) {
+    let elements = bytes.len() as u64 / ty.block_bytes() * ty.block_size();
+    assert_eq!(ty.bytes_for(elements), Some(bytes.len() as u64), "{ty}: whole blocks");
+    let ours = ours(ty, bytes, elements as usize);
+    let theirs = ggml(ty, bytes, elements as usize).expect("ggml decodes what we decode");
+    // A NaN may be quieted on the way.
+    let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+    for (at, (&a, &b)) in ours.iter().zip(&theirs).enumerate() {
+        assert!(same(a, b), "{ty}: element {at} is {a:e}, but {b:e} in ggml");
+    }
+    let finite = ours.iter().filter(|x| x.is_finite()).count();
+    assert!(finite > ours.len() / 2, "{ty}: most scales are finite, or this tests nothing");
+}
+
+#[test]
+fn random_blocks_decode_as_in_ggml() {
+    // Arbitrary bytes: codes and scales of all values and signs, subnormal ones too, and now and
+    // then a scale that is infinite or not a number.
+    let mut rng = Rng(7);
+    for ty in TensorType::all().filter(|&ty| can_dequantize(ty) && ty != TensorType::F32) {
+        let bytes: Vec<u8> = (0..2000 * ty.block_bytes()).map(|_| rng.next() as u8).collect();
+        assert_same_bits(ty, &bytes);
+    }
+}
+
+#[test]
+fn all_halves_decode_as_in_ggml() {
+    let all: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+    assert_same_bits(TensorType::F16, &all);
+    assert_same_bits(TensorType::BF16, &all);
+}
+
+/// One block per scale of one byte, with all sixteen codes.
+#[test]
+fn all_small_scales_decode_as_in_ggml() {
+    let codes = |n: usize| (0..n).map(|i| (i * 0x11) as u8);
+    let mx: Vec<u8> = (0..=255u8).flat_map(|d| std::iter::once(d).chain(codes(16))).collect();
+    assert_same_bits(TensorType::MXFP4, &mx);
+    let nv: Vec<u8> = (0..=255u8).flat_map(|d| [d; 4].into_iter().chain(codes(32))).collect();
+    assert_same_bits(TensorType::NVFP4, &nv);
+}
+
+#[test]
+fn f32_is_copied() {
+    let bits = [0, 1, 0x8000_0000, 0x3f80_0000, 0x7f80_0000, 0x7fc0_0001];
+    let bytes: Vec<u8> = bits.iter().flat_map(|bits: &u32| bits.to_le_bytes()).collect();
+    let out = ours(TensorType::F32, &bytes, bits.len());
+    assert_eq!(out.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), bits);
+}
+
+#[test]
+fn other_types_are_refused_by_name() {
+    let refused: Vec<&str> =
+        TensorType::all().filter(|&ty| !can_dequantize(ty)).map(TensorType::name).collect();
+    let expected = [
+        "Q8_1", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ3_S", "IQ2_S", "I8", "I16",
+        "I32", "I64", "F64", "IQ1_M",
+    ];
+    assert_eq!(refused, expected);
+    let error = dequantize(TensorType::IQ2_XS, &[0; 74], &mut [0.0; 256]).unwrap_err();
+    assert_eq!(error.to_string(), "type IQ2_XS cannot be converted to f32");
+}
+
+#[test]
+fn lengths_have_to_agree() {
+    for (bytes, elements) in [(18, 31), (18, 64), (17, 32), (36, 32), (0, 32), (18, 0)] {
+        let mut out = vec![1.0; elements];
+        let ty = TensorType::Q4_0;
+        let error = dequantize(ty, &vec![0; bytes], &mut out).unwrap_err();
+        assert_eq!(error, DequantizeError::Length { ty, bytes, elements });
+        assert!(out.iter().all(|&x| x == 1.0), "untouched");
+    }
+    assert_eq!(dequantize(TensorType::Q4_0, &[], &mut []), Ok(()));
+}

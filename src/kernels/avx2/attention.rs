@@ -1,0 +1,126 @@
+//! Scores and weighted sums of one page.
+
+use crate::kernels::attention::{PAGE, ROWS, RUN};
+use std::arch::x86_64::*;
+
+type Scores = [[f32; RUN]; ROWS];
+
+/// `scores[row][at..at + 32] = q[row] · keys`; `keys` (head_dim, 32), `q` (rows, head_dim), at most
+/// four rows. The CPU must have AVX2, FMA and F16C.
+pub fn score(q: &[f32], keys: &[u16], scores: &mut Scores, at: usize) {
+    let dim = keys.len() / PAGE;
+    assert!(keys.len() == dim * PAGE && at + PAGE <= RUN);
+    // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
+    unsafe {
+        match q.len() / dim {
+            1 => score_rows::<1>(q, keys, scores, at, dim),
+            2 => score_rows::<2>(q, keys, scores, at, dim),
+            3 => score_rows::<3>(q, keys, scores, at, dim),
+            4 => score_rows::<4>(q, keys, scores, at, dim),
+            rows => unreachable!("{rows} rows"),
+        }
+    }
+}
+
+/// # Safety
+/// `q` has `R` rows of `dim`, `keys` `dim` rows of 32, and the CPU AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn score_rows<const R: usize>(
+    q: &[f32],
+    keys: &[u16],
+    scores: &mut Scores,
+    at: usize,
+    dim: usize,
+) {
+    let (q, keys) = (q.as_ptr(), keys.as_ptr());
+    for half in [0, 16] {
+        let mut sums = [[_mm256_setzero_ps(); 2]; R];
+        for d in 0..dim {
+            // SAFETY: the caller's promise.
+            let (k0, k1) = unsafe {
+                let k = keys.add(d * PAGE + half);
+                (
+                    _mm256_cvtph_ps(_mm_loadu_si128(k.cast())),
+                    _mm256_cvtph_ps(_mm_loadu_si128(k.add(8).cast())),
+                )
+            };
+            for r in 0..R {
+                // SAFETY: the caller's promise.
+                let x = unsafe { _mm256_broadcast_ss(&*q.add(r * dim + d)) };
+                sums[r][0] = _mm256_fmadd_ps(k0, x, sums[r][0]);
+                sums[r][1] = _mm256_fmadd_ps(k1, x, sums[r][1]);
+            }
+        }
+        for r in 0..R {
+            let place = scores[r][at + half..at + half + 16].as_mut_ptr();
+            // SAFETY: sixteen numbers.
+            unsafe {
+                _mm256_storeu_ps(place, sums[r][0]);
+                _mm256_storeu_ps(place.add(8), sums[r][1]);
+            }
+        }
+    }
+}
+
+/// `out[row] += scores[row][at + t] * values[t]`; `values` (tokens, dim), `out` (rows, dim), at most
+/// four rows, `dim` a multiple of 8. The CPU must have AVX2, FMA and F16C.
+pub fn weigh(scores: &Scores, at: usize, values: &[u16], out: &mut [f32], dim: usize) {
+    let tokens = values.len() / dim;
+    assert!(values.len() == tokens * dim && at + tokens <= RUN && dim.is_multiple_of(8));
+    // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
+    unsafe {
+        match out.len() / dim {
+            1 => weigh_rows::<1>(scores, at, values, out, dim),
+            2 => weigh_rows::<2>(scores, at, values, out, dim),
+            3 => weigh_rows::<3>(scores, at, values, out, dim),
+            4 => weigh_rows::<4>(scores, at, values, out, dim),
+            rows => unreachable!("{rows} rows"),
+        }
+    }
+}
+
+/// # Safety
+/// `out` has `R` rows of `dim`, a multiple of 8, and the CPU AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn weigh_rows<const R: usize>(
+    scores: &Scores,
+    at: usize,
+    values: &[u16],
+    out: &mut [f32],
+    dim: usize,
+) {
+    let tokens = values.len() / dim;
+    let (values, out) = (values.as_ptr(), out.as_mut_ptr());
+    let mut d = 0;
+    while d < dim {
+        let wide = if d + 16 <= dim { 2 } else { 1 };
+        let mut sums = [[_mm256_setzero_ps(); 2]; R];
+        for r in 0..R {
+            for half in 0..wide {
+                // SAFETY: inside the row.
+                sums[r][half] = unsafe { _mm256_loadu_ps(out.add(r * dim + d + 8 * half)) };
+            }
+        }
+        for t in 0..tokens {
+            let mut v = [_mm256_setzero_ps(); 2];
+            for (half, v) in v[..wide].iter_mut().enumerate() {
+                // SAFETY: inside the row.
+                *v = unsafe {
+                    _mm256_cvtph_ps(_mm_loadu_si128(values.add(t * dim + d + 8 * half).cast()))
+                };
+            }
+            for r in 0..R {
+                let weight = _mm256_set1_ps(scores[r][at + t]);
+                sums[r][0] = _mm256_fmadd_ps(v[0], weight, sums[r][0]);
+                sums[r][1] = _mm256_fmadd_ps(v[1], weight, sums[r][1]);
+            }
+        }
+        for r in 0..R {
+            for half in 0..wide {
+                // SAFETY: inside the row.
+                unsafe { _mm256_storeu_ps(out.add(r * dim + d + 8 * half), sums[r][half]) };
+            }
+        }
+        d += 8 * wide;
+    }
+}

@@ -1,0 +1,66 @@
+//! Weights that are plain numbers, in f32 arithmetic.
+
+use crate::kernels::activation::Row;
+use crate::kernels::pack::LANES;
+use std::arch::x86_64::*;
+
+/// Eight weights of one column.
+pub trait Lanes {
+    /// # Safety
+    /// `at` has eight readable numbers; the CPU has AVX2 and F16C.
+    unsafe fn load(at: *const u8) -> __m256;
+}
+
+impl Lanes for [u16; LANES] {
+    #[target_feature(enable = "avx2,f16c")]
+    #[inline]
+    unsafe fn load(at: *const u8) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
+    }
+}
+
+impl Lanes for [f32; LANES] {
+    #[target_feature(enable = "avx2,f16c")]
+    #[inline]
+    unsafe fn load(at: *const u8) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_loadu_ps(at.cast()) }
+    }
+}
+
+/// `G` groups by `T` tokens.
+///
+/// # Safety
+/// As `matmul::Tile` says, and the CPU has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub unsafe fn tile<L: Lanes + Sized, const G: usize, const T: usize>(
+    weights: *const u8,
+    cols: usize,
+    x: &[Row],
+    out: *mut f32,
+    stride: usize,
+) {
+    let x: &[Row; T] = x.try_into().expect("as many rows as the tile has tokens");
+    let mut acc = [[_mm256_setzero_ps(); T]; G];
+    for k in 0..cols {
+        let mut w = [_mm256_setzero_ps(); G];
+        for g in 0..G {
+            // SAFETY: group `g` has `cols` columns.
+            w[g] = unsafe { L::load(weights.add((g * cols + k) * size_of::<L>())) };
+        }
+        for t in 0..T {
+            // SAFETY: the row has `cols` values.
+            let value = unsafe { _mm256_broadcast_ss(&*x[t].f.add(k)) };
+            for g in 0..G {
+                acc[g][t] = _mm256_fmadd_ps(w[g], value, acc[g][t]);
+            }
+        }
+    }
+    for g in 0..G {
+        for t in 0..T {
+            // SAFETY: the caller's promise.
+            unsafe { _mm256_storeu_ps(out.add(t * stride + 8 * g), acc[g][t]) };
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Matrix times activations: rows of a packed matrix, tokens of a batch.
+//!
+//! A result is one sum over the blocks of a row, in their order, whatever tile computes it: the
+//! same token gives the same bits alone and in any batch.
+
+use super::activation::{Quantized, Row};
+#[cfg(target_arch = "x86_64")]
+use super::avx2;
+use super::pack::{LANES, Matrix, Packed};
+use super::pool::Disjoint;
+use super::scalar;
+use std::ops::Range;
+use std::sync::LazyLock;
+
+/// A tile of the result: `groups` groups of eight rows from `weights` on, `blocks` blocks (or
+/// columns) a group, times the rows of `x`; row `t` of the result starts at `out + t * stride`.
+pub(super) type Tile =
+    unsafe fn(weights: *const u8, blocks: usize, x: &[Row], out: *mut f32, stride: usize);
+
+/// Activations in the form that a matrix takes.
+#[derive(Clone, Copy)]
+pub enum Input<'a> {
+    Quantized(&'a Quantized),
+    /// (rows, columns)
+    Float(&'a [f32], usize),
+}
+
+impl Input<'_> {
+    fn row(&self, row: usize) -> Row {
+        let none = std::ptr::null();
+        match self {
+            Self::Quantized(x) => Row {
+                q: x.q(row).as_ptr(),
+                d: x.d(row).as_ptr(),
+                s: x.s(row).as_ptr(),
+                h: x.h(row).as_ptr(),
+                f: none,
+            },
+            Self::Float(x, cols) => {
+                let f = x[row * cols..(row + 1) * cols].as_ptr();
+                Row { q: std::ptr::null(), d: none, s: none, h: none, f }
+            }
+        }
+    }
+
+    fn cols(&self) -> usize {
+        match self {
+            Self::Quantized(x) => x.cols(),
+            Self::Float(_, cols) => *cols,
+        }
+    }
+}
+
+/// Which instructions are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    Scalar,
+    Avx2,
+}
+
+/// The best that this CPU has.
+pub fn isa() -> Isa {
+    static ISA: LazyLock<Isa> = LazyLock::new(|| {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+        {
+            return Isa::Avx2;
+        }
+        Isa::Scalar
+    });
+    *ISA
+}
+
+/// Tokens of a tile, at most.
+const TOKENS: usize = 4;
+
+/// `out[t][n]` for the rows of `groups` and the tokens of `tokens`: the first token's first row is
+/// at `at` in `out`, the next token's `stride` further on.
+///
+/// # Safety
+/// `out`'s slice is still borrowed, and nobody else uses the part that is written.
+pub unsafe fn multiply(
+    isa: Isa,
+    matrix: &Matrix,
+    groups: Range<usize>,
+    input: &Input,
+    tokens: Range<usize>,
+    out: Disjoint<f32>,
+    at: usize,
+    stride: usize,
+) {
+    assert!(groups.end <= matrix.groups(), "the rows are inside");
+    assert_eq!(input.cols(), matrix.cols(), "the input has a value for every column");
+    assert_eq!(matches!(input, Input::Quantized(_)), matrix.takes_quantized());
+    if tokens.is_empty() || groups.is_empty() {
+        return;
+    }
+    // Bounds once for all tiles: the last one ends where this part does.
+    let span = (tokens.len() - 1) * stride + groups.len() * LANES;
+    // SAFETY: the caller's promise.
+    let out = unsafe { out.part(at, span) }.as_mut_ptr();
+    let weights = Weights::of(matrix);
+    let mut rows = [Row::default(); TOKENS];
+    for first in tokens.clone().step_by(TOKENS) {
+        let count = TOKENS.min(tokens.end - first);
+        for (t, row) in rows[..count].iter_mut().enumerate() {
+            *row = input.row(first + t);
+        }
+        // One token reads the weights as fast as memory gives them: more rows in flight.
+        let most = if count == 1 { 4 } else { 2 };
+        let mut group = groups.start;
+        while group < groups.end {
+            let wide = match groups.end - group {
+                left if left >= most => most,
+                left if left >= 2 => 2,
+                _ => 1,
+            };
+            let tile = weights.tile(isa, wide, count);
+            let offset = (first - tokens.start) * stride + (group - groups.start) * LANES;
+            // SAFETY: the groups and tokens are inside, `span` covers what is written, and the
+            // instructions are there.
+            unsafe {
+                let from = weights.data.add(group * weights.group_bytes);
+                tile(from, weights.blocks, &rows[..count], out.add(offset), stride);
+            }
+            group += wide;
+        }
+    }
+}
+
+/// A matrix without its type.
+struct Weights {
+    kind: Kind,
+    data: *const u8,
+    /// Blocks (or columns) of a group.
+    blocks: usize,
+    group_bytes: usize,
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum Kind {
+    U4Min,
+    U4,
+    U5Min,
+    U5,
+    U4K,
+    U5K,
+    U6K,
+    I8,
+    F16,
+    F32,
+}
+
+impl Weights {
+    fn of(matrix: &Matrix) -> Self {
+        fn parts<B>(kind: Kind, groups: usize, blocks: &[B]) -> Weights {
+            let each = blocks.len() / groups.max(1);
+            let (data, group_bytes) = (blocks.as_ptr().cast(), each * size_of::<B>());
+            Weights { kind, data, blocks: each, group_bytes }
+        }
+        let groups = matrix.groups();
+        match matrix.packed() {
+            Packed::U4Min(blocks) => parts(Kind::U4Min, groups, blocks),
+            Packed::U4(blocks) => parts(Kind::U4, groups, blocks),
+            Packed::U5Min(blocks) => parts(Kind::U5Min, groups, blocks),
+            Packed::U5(blocks) => parts(Kind::U5, groups, blocks),
+            Packed::U4K(blocks) => parts(Kind::U4K, groups, blocks),
+            Packed::U5K(blocks) => parts(Kind::U5K, groups, blocks),
+            Packed::U6K(blocks) => parts(Kind::U6K, groups, blocks),
+            Packed::I8(blocks) => parts(Kind::I8, groups, blocks),
+            Packed::F16(lanes) => parts(Kind::F16, groups, lanes),
+            Packed::F32(lanes) => parts(Kind::F32, groups, lanes),
+        }
+    }
+
+    fn tile(&self, isa: Isa, groups: usize, tokens: usize) -> Tile {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::tile(self.kind, groups, tokens),
+            _ => scalar::tile(self.kind, groups),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,214 @@
+use super::*;
+use crate::gguf::{KERNEL_TYPES as TYPES, TensorType, dequantize};
+use crate::kernels::pack::BLOCK;
+use half::f16;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+/// Random rows as ggml stores them, and their values.
+fn weights(ty: TensorType, rows: usize, cols: usize, rng: &mut StdRng) -> (Vec<u8>, Vec<f32>) {
+    let (mut bytes, mut values) = (Vec::new(), Vec::new());
+    let number = |rng: &mut StdRng| rng.random_range(-1.0f32..1.0);
+    for _ in 0..rows * cols / ty.block_size() as usize {
+        match ty {
+            TensorType::F32 => {
+                values.push(number(rng));
+                bytes.extend(values.last().unwrap().to_le_bytes());
+            }
+            TensorType::F16 => {
+                let x = f16::from_f32(number(rng));
+                values.push(x.to_f32());
+                bytes.extend(x.to_le_bytes());
+            }
+            TensorType::BF16 => {
+                let x = half::bf16::from_f32(number(rng));
+                values.push(x.to_f32());
+                bytes.extend(x.to_le_bytes());
+            }
+            TensorType::Q4_K | TensorType::Q5_K | TensorType::Q6_K => {
+                super_block(ty, rng, &mut bytes, &mut values);
+            }
+            _ => quantized_block(ty, rng, &mut bytes, &mut values),
+        }
+    }
+    (bytes, values)
+}
+
+/// Any bytes are a block of the K types, but for the scales, which must be numbers; what they stand
+/// for is `gguf::dequantize`'s to say.
+fn super_block(ty: TensorType, rng: &mut StdRng, bytes: &mut Vec<u8>, values: &mut Vec<f32>) {
+    let mut block: Vec<u8> = (0..ty.block_bytes()).map(|_| rng.random()).collect();
+    let mut number = || f16::from_f32(rng.random_range(-0.02f32..0.02)).to_le_bytes();
+    let scales: &[usize] = if ty == TensorType::Q6_K { &[208] } else { &[0, 2] };
+    for &at in scales {
+        block[at..at + 2].copy_from_slice(&number());
+    }
+    let mut out = [0f32; 256];
+    dequantize(ty, &block, &mut out).unwrap();
+    bytes.extend(block);
+    values.extend(out);
+}
+
+/// The formats of `ggml-common.h`, written once more.
+fn quantized_block(ty: TensorType, rng: &mut StdRng, bytes: &mut Vec<u8>, values: &mut Vec<f32>) {
+    let bits = match ty {
+        TensorType::Q8_0 => 8,
+        TensorType::Q5_0 | TensorType::Q5_1 => 5,
+        _ => 4,
+    };
+    let d = f16::from_f32(rng.random_range(-0.1f32..0.1));
+    let m = f16::from_f32(rng.random_range(-1.0f32..1.0));
+    let q: [u8; BLOCK] = std::array::from_fn(|_| rng.random_range(0..=((1u32 << bits) - 1) as u8));
+    bytes.extend(d.to_le_bytes());
+    if ty == TensorType::Q8_0 {
+        bytes.extend(q);
+        values.extend(q.map(|q| d.to_f32() * f32::from(q as i8)));
+        return;
+    }
+    let has_min = matches!(ty, TensorType::Q4_1 | TensorType::Q5_1);
+    if has_min {
+        bytes.extend(m.to_le_bytes());
+    }
+    if bits == 5 {
+        let high: u32 = q.iter().enumerate().map(|(i, q)| u32::from(q >> 4) << i).sum();
+        bytes.extend(high.to_le_bytes());
+    }
+    bytes.extend((0..16).map(|i| q[i] & 15 | (q[16 + i] & 15) << 4));
+    let zero = f32::from(1u8 << (bits - 1));
+    values.extend(q.map(|q| match has_min {
+        true => d.to_f32() * f32::from(q) + m.to_f32(),
+        false => d.to_f32() * (f32::from(q) - zero),
+    }));
+}
+
+struct Case {
+    matrix: Matrix,
+    values: Vec<f32>,
+    x: Vec<f32>,
+    quantized: Quantized,
+}
+
+const TOKENS_OF_CASE: usize = 7;
+
+fn case(ty: TensorType, rows: usize, cols: usize) -> Case {
+    let mut rng = StdRng::seed_from_u64(ty as u64);
+    let (bytes, values) = weights(ty, rows, cols, &mut rng);
+    let matrix = Matrix::pack(ty, rows, cols, &bytes).unwrap();
+    let x: Vec<f32> = (0..TOKENS_OF_CASE * cols).map(|_| rng.random_range(-3.0f32..3.0)).collect();
+    let mut quantized = Quantized::default();
+    quantized.resize(TOKENS_OF_CASE, cols);
+    for (row, x) in x.chunks(cols).enumerate() {
+        // SAFETY: one thread.
+        unsafe { quantized.writer().write(row, 0, x) };
+    }
+    Case { matrix, values, x, quantized }
+}
+
+impl Case {
+    fn input(&self) -> Input<'_> {
+        match self.matrix.takes_quantized() {
+            true => Input::Quantized(&self.quantized),
+            false => Input::Float(&self.x, self.matrix.cols()),
+        }
+    }
+
+    /// (tokens, padded rows)
+    fn run(&self, isa: Isa, tokens: Range<usize>) -> Vec<f32> {
+        let stride = self.matrix.groups() * LANES;
+        let mut out = vec![f32::NAN; tokens.len() * stride];
+        let part = Disjoint::new(&mut out);
+        let groups = 0..self.matrix.groups();
+        // SAFETY: one thread.
+        unsafe { multiply(isa, &self.matrix, groups, &self.input(), tokens, part, 0, stride) };
+        out
+    }
+
+    /// What the kernels should give, from the values themselves.
+    fn expected(&self, token: usize, row: usize) -> (f64, f64) {
+        let cols = self.matrix.cols();
+        let mut sums = (0.0, 0.0);
+        for col in 0..cols {
+            let x = match self.matrix.takes_quantized() {
+                true => {
+                    let d = self.quantized.d(token)[col / BLOCK];
+                    f64::from(d) * f64::from(self.quantized.q(token)[col])
+                }
+                false => f64::from(self.x[token * cols + col]),
+            };
+            let product = f64::from(self.values[row * cols + col]) * x;
+            sums = (sums.0 + product, sums.1 + product.abs());
+        }
+        sums
+    }
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn products_are_right() {
+    for ty in TYPES {
+        let case = case(ty, 21, 512);
+        let out = case.run(isa(), 0..TOKENS_OF_CASE);
+        for token in 0..TOKENS_OF_CASE {
+            for row in 0..21 {
+                let (right, size) = case.expected(token, row);
+                let got = f64::from(out[token * 24 + row]);
+                assert!((got - right).abs() <= size * 1e-5, "{ty:?}: {got} is not {right}");
+            }
+            assert_eq!(out[token * 24 + 21..(token + 1) * 24], [0.0; 3], "rows of padding");
+        }
+    }
+}
+
+#[test]
+fn plain_code_gives_the_same_bits() {
+    for ty in TYPES {
+        let case = case(ty, 64, 256);
+        let fast = case.run(isa(), 0..TOKENS_OF_CASE);
+        let slow = case.run(Isa::Scalar, 0..TOKENS_OF_CASE);
+        assert_eq!(bits(&fast), bits(&slow), "{ty:?}");
+    }
+}
+
+#[test]
+fn a_token_is_the_same_in_any_company() {
+    for ty in TYPES {
+        let case = case(ty, 72, 256);
+        let all = case.run(isa(), 0..TOKENS_OF_CASE);
+        for from in 0..TOKENS_OF_CASE {
+            for to in from + 1..=TOKENS_OF_CASE {
+                let some = case.run(isa(), from..to);
+                assert_eq!(bits(&some), bits(&all[from * 72..to * 72]), "{ty:?} {from}..{to}");
+            }
+        }
+    }
+}
+
+/// The sums of 16 bits at their largest.
+#[test]
+fn extreme_weights_do_not_overflow() {
+    for (ty, block) in [
+        (TensorType::Q4_0, [&[0, 60][..], &[0xff; 16]].concat()),
+        (TensorType::Q5_0, [&[0, 60][..], &[0xff; 20]].concat()),
+        (TensorType::Q8_0, [&[0, 60][..], &[0x80; 32]].concat()),
+    ] {
+        let matrix = Matrix::pack(ty, 1, 32, &block).unwrap();
+        let mut quantized = Quantized::default();
+        quantized.resize(1, 32);
+        // SAFETY: one thread.
+        unsafe { quantized.writer().write(0, 0, &[-127.0; 32]) };
+        let mut out = [0f32; 8];
+        let part = Disjoint::new(&mut out);
+        let input = Input::Quantized(&quantized);
+        // SAFETY: one thread.
+        unsafe { multiply(isa(), &matrix, 0..1, &input, 0..1, part, 0, 8) };
+        let weight = match ty {
+            TensorType::Q4_0 => 7.0,
+            TensorType::Q5_0 => 15.0,
+            _ => -128.0,
+        };
+        assert_eq!(out[0], weight * -127.0 * 32.0, "{ty:?}");
+    }
+}

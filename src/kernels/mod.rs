@@ -1,0 +1,23 @@
+//! The arithmetic of the native runner: the only home of SIMD instructions, and the thread pool.
+//!
+//! Every kernel exists twice: in plain code, which is the oracle, and for AVX2. Both give the same
+//! bits, and a token's result never depends on what else is computed with it: sums run in one order,
+//! whatever the tile. AVX-512 VNNI and NEON would be modules beside `avx2`, and arms of
+//! [`matmul::Isa`].
+
+pub mod activation;
+pub mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+pub mod matmul;
+pub mod ops;
+pub mod pack;
+pub mod pool;
+mod scalar;
+pub mod vector;
+
+pub use activation::{Quantized, QuantizedWriter};
+pub use attention::{Attention, Cache};
+pub use matmul::{Input, Isa, isa, multiply};
+pub use pack::{BLOCK, LANES, Matrix, can_pack};
+pub use pool::{Disjoint, Pool};

@@ -1,0 +1,396 @@
+//! The steps of a transformer over rows of activations: each is one job of the pool.
+//!
+//! Safe from outside: every function checks its lengths, and its chunks write disjoint parts.
+
+use super::activation::Quantized;
+use super::attention::{Attention, Cache, PAGE, Scratch};
+use super::matmul::{Input, isa, multiply};
+use super::pack::{LANES, Matrix};
+use super::pool::{Disjoint, Pool};
+use super::vector::{Rope, add, rms_norm, rms_norm_in_place, silu_mul};
+use std::ops::Range;
+
+/// Query rows of a sequence that one chunk of the attention takes.
+const QUERY_TILE: usize = 8;
+/// Tokens whose feed-forward activations a chunk holds at once.
+const TOKEN_TILE: usize = 32;
+/// Groups of eight matrix rows in a chunk, where many tokens use them: they stay in the nearest
+/// cache.
+const CHUNK_GROUPS: usize = 8;
+/// Groups whose results fill a block of activations.
+const BLOCK_GROUPS: usize = super::pack::BLOCK / LANES;
+
+/// Rows of one sequence in a batch.
+#[derive(Debug, Clone)]
+pub struct Span {
+    pub rows: Range<usize>,
+    /// Position of the first row.
+    pub position: usize,
+    /// Pages of the sequence, its rows' own among them.
+    pub pages: Vec<u32>,
+}
+
+/// Rows of activations, in both forms that a matrix may take.
+#[derive(Debug, Default)]
+pub struct Activations {
+    rows: usize,
+    cols: usize,
+    float: Vec<f32>,
+    quantized: Quantized,
+}
+
+impl Activations {
+    /// Room for (rows, columns); what was there is forgotten.
+    pub fn resize(&mut self, rows: usize, cols: usize) {
+        (self.rows, self.cols) = (rows, cols);
+        self.float.resize(rows * cols, 0.0);
+        self.quantized.resize(rows, cols);
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// (columns) of one row, as numbers.
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self.float[row * self.cols..(row + 1) * self.cols]
+    }
+
+    fn input(&self, matrix: &Matrix) -> Input<'_> {
+        match matrix.takes_quantized() {
+            true => Input::Quantized(&self.quantized),
+            false => Input::Float(&self.float, self.cols),
+        }
+    }
+}
+
+/// How many groups of a matrix a chunk takes: for few rows a few large pieces, which stream from
+/// memory; for many rows small ones.
+fn groups_of_chunk(groups: usize, rows: usize, pool: &Pool) -> usize {
+    match rows {
+        0..8 => groups.div_ceil(4 * pool.threads()).max(1),
+        _ => CHUNK_GROUPS,
+    }
+}
+
+fn chunk_of(chunk: usize, each: usize, end: usize) -> Range<usize> {
+    chunk * each..((chunk + 1) * each).min(end)
+}
+
+/// Norms the rows of `x` (rows, columns of `out`).
+pub fn norm(pool: &mut Pool, x: &[f32], weight: &[f32], epsilon: f32, out: &mut Activations) {
+    let (rows, cols) = (out.rows, out.cols);
+    assert!(x.len() == rows * cols && weight.len() == cols);
+    let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
+    let each = rows.div_ceil(4 * pool.threads()).max(4);
+    pool.run(rows.div_ceil(each), |chunk| {
+        for row in chunk_of(chunk, each, rows) {
+            let at = row * cols;
+            // SAFETY: a row belongs to one chunk.
+            unsafe {
+                let out = float.part(at, cols);
+                rms_norm(&x[at..at + cols], weight, epsilon, out);
+                quantized.write(row, 0, out);
+            }
+        }
+    });
+}
+
+/// One of several matrices that take the same rows.
+pub struct Product<'a> {
+    pub matrix: &'a Matrix,
+    /// Added to every row of the result.
+    pub bias: Option<&'a [f32]>,
+    /// (rows, padded rows of the matrix)
+    pub out: &'a mut [f32],
+}
+
+/// Multiplies the rows of `x` by each of the matrices.
+pub fn products(pool: &mut Pool, x: &Activations, products: &mut [Product]) {
+    let rows = x.rows;
+    let total = products.iter().map(|product| product.matrix.groups()).sum();
+    let each = groups_of_chunk(total, rows, pool);
+    let mut chunks = Vec::new();
+    for product in products.iter_mut() {
+        let stride = product.matrix.groups() * LANES;
+        assert_eq!(product.out.len(), rows * stride);
+        assert!(product.bias.is_none_or(|bias| bias.len() == stride));
+        let out = Disjoint::new(product.out);
+        let starts = (0..product.matrix.groups()).step_by(each);
+        chunks.extend(starts.map(|from| {
+            (product.matrix, product.bias, out, from..(from + each).min(product.matrix.groups()))
+        }));
+    }
+    pool.run(chunks.len(), |chunk| {
+        let (matrix, bias, out, groups) = chunks[chunk].clone();
+        let (stride, at) = (matrix.groups() * LANES, groups.start * LANES);
+        let count = groups.len() * LANES;
+        // SAFETY: a chunk writes the columns of its own groups.
+        unsafe {
+            multiply(isa(), matrix, groups, &x.input(matrix), 0..rows, out, at, stride);
+            if let Some(bias) = bias {
+                for row in 0..rows {
+                    add(out.part(row * stride + at, count), &bias[at..at + count]);
+                }
+            }
+        }
+    });
+}
+
+/// `x += matrix * y`; `x` (rows, matrix's rows, a multiple of eight), `delta` is for scratch.
+pub fn add_product(
+    pool: &mut Pool,
+    y: &Activations,
+    matrix: &Matrix,
+    x: &mut [f32],
+    delta: &mut Vec<f32>,
+) {
+    let (rows, stride, groups) = (y.rows, matrix.rows(), matrix.groups());
+    assert!(x.len() == rows * stride && stride.is_multiple_of(LANES));
+    delta.resize(x.len(), 0.0);
+    let (x, delta) = (Disjoint::new(x), Disjoint::new(delta));
+    let each = groups_of_chunk(groups, rows, pool);
+    pool.run(groups.div_ceil(each), |chunk| {
+        let groups = chunk_of(chunk, each, groups);
+        let (at, count) = (groups.start * LANES, groups.len() * LANES);
+        // SAFETY: a chunk writes the columns of its own groups.
+        unsafe {
+            multiply(isa(), matrix, groups, &y.input(matrix), 0..rows, delta, at, stride);
+            for row in 0..rows {
+                let at = row * stride + at;
+                add(x.part(at, count), delta.part(at, count));
+            }
+        }
+    });
+}
+
+/// `out = silu(gate * x) * (up * x)`.
+pub fn gated(pool: &mut Pool, x: &Activations, gate: &Matrix, up: &Matrix, out: &mut Activations) {
+    let (rows, cols, total) = (x.rows, out.cols, gate.groups());
+    assert!(out.rows == rows && gate.rows() == cols && up.rows() == cols);
+    let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
+    let each = groups_of_chunk(total, rows, pool).next_multiple_of(BLOCK_GROUPS);
+    pool.run(total.div_ceil(each), |chunk| {
+        let groups = chunk_of(chunk, each, total);
+        let (at, count) = (groups.start * LANES, groups.len() * LANES);
+        let half = TOKEN_TILE.min(rows) * count;
+        let mut tile = vec![0f32; 2 * half];
+        for from in (0..rows).step_by(TOKEN_TILE) {
+            let tokens = from..(from + TOKEN_TILE).min(rows);
+            let part = Disjoint::new(&mut tile);
+            // SAFETY: the tile is this chunk's own, and its halves are disjoint.
+            unsafe {
+                let (groups, tokens) = (|| groups.clone(), || tokens.clone());
+                multiply(isa(), gate, groups(), &x.input(gate), tokens(), part, 0, count);
+                multiply(isa(), up, groups(), &x.input(up), tokens(), part, half, count);
+            }
+            let (gates, ups) = tile.split_at(half);
+            let pairs = gates.chunks_exact(count).zip(ups.chunks_exact(count));
+            for (row, (gate, up)) in tokens.zip(pairs) {
+                // SAFETY: a chunk writes the columns of its own groups.
+                unsafe {
+                    let out = float.part(row * cols + at, count);
+                    silu_mul(gate, up, out);
+                    quantized.write(row, at, out);
+                }
+            }
+        }
+    });
+}
+
+/// Queries, keys and values of the batch, before attention.
+pub struct Heads<'a> {
+    /// (rows, heads, head_dim)
+    pub q: &'a mut [f32],
+    /// (rows, kv_heads, head_dim)
+    pub k: &'a mut [f32],
+    pub v: &'a [f32],
+    /// Norms of single query and key heads.
+    pub norms: Option<&'a [Vec<f32>; 2]>,
+    pub epsilon: f32,
+    pub rope: &'a Rope,
+    /// (rows) cosine and sine of each rotated pair.
+    pub angles: &'a [Vec<(f32, f32)>],
+}
+
+/// Rotates and scales queries, rotates keys, and writes keys and values into their pages.
+pub fn rotate(pool: &mut Pool, heads: Heads, spans: &[Span], cache: &mut Cache, layer: usize) {
+    let rows = spans.last().map_or(0, |span| span.rows.end);
+    let (dim, kv_cols) = (cache.head_dim(), cache.kv_heads() * cache.head_dim());
+    let q_cols = heads.q.len() / rows.max(1);
+    assert!(heads.k.len() == rows * kv_cols && heads.v.len() == rows * kv_cols);
+    assert!(heads.q.len() == rows * q_cols && heads.angles.len() >= rows);
+    let scale = 1.0 / (dim as f32).sqrt();
+    let (q, k) = (Disjoint::new(heads.q), Disjoint::new(heads.k));
+    let writer = cache.writer();
+    pool.run(rows, |row| {
+        let span = &spans[spans.partition_point(|span| span.rows.end <= row)];
+        let (position, angles) = (span.position + row - span.rows.start, &heads.angles[row]);
+        let (page, token) = (span.pages[position / PAGE], position % PAGE);
+        // SAFETY: a row belongs to one chunk, and its token to no other row.
+        unsafe {
+            for head in q.part(row * q_cols, q_cols).chunks_exact_mut(dim) {
+                if let Some([norm, _]) = heads.norms {
+                    rms_norm_in_place(head, norm, heads.epsilon);
+                }
+                heads.rope.rotate(head, angles);
+                head.iter_mut().for_each(|x| *x *= scale);
+            }
+            let keys = k.part(row * kv_cols, kv_cols).chunks_exact_mut(dim);
+            let values = heads.v[row * kv_cols..(row + 1) * kv_cols].chunks_exact(dim);
+            for (head, (key, value)) in keys.zip(values).enumerate() {
+                if let Some([_, norm]) = heads.norms {
+                    rms_norm_in_place(key, norm, heads.epsilon);
+                }
+                heads.rope.rotate(key, angles);
+                writer.write(layer, page, head, token, key, value);
+            }
+        }
+    });
+}
+
+/// Every query of `q` (rows, heads, head_dim) over its sequence's pages up to its own position.
+pub fn attend(
+    pool: &mut Pool,
+    q: &[f32],
+    spans: &[Span],
+    cache: &Cache,
+    layer: usize,
+    out: &mut Activations,
+) {
+    let (rows, cols) = (out.rows, out.cols);
+    assert!(q.len() == rows * cols && spans.iter().all(|span| span.rows.end <= rows));
+    let (kv_heads, group) = (cache.kv_heads(), cols / cache.kv_heads());
+    let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
+    let tiles: Vec<_> = spans
+        .iter()
+        .flat_map(|span| {
+            let starts = span.rows.clone().step_by(QUERY_TILE);
+            starts.map(move |from| (span, from..(from + QUERY_TILE).min(span.rows.end)))
+        })
+        .collect();
+    pool.run(tiles.len() * kv_heads, |chunk| {
+        // The last tiles of a prompt see most: they come first.
+        let (span, rows) = &tiles[tiles.len() - 1 - chunk / kv_heads];
+        let head = chunk % kv_heads;
+        let mut scratch = Scratch::default();
+        for row in rows.clone() {
+            let tokens = span.position + (row - span.rows.start) + 1;
+            let at = row * cols + head * group;
+            let pages = &span.pages;
+            let attention = Attention { isa: isa(), cache, layer, head, pages, tokens };
+            // SAFETY: a row's heads belong to one chunk.
+            unsafe {
+                let out = float.part(at, group);
+                attention.attend(&q[at..at + group], out, &mut scratch);
+                quantized.write(row, head * group, out);
+            }
+        }
+    });
+}
+
+/// The two small matrices of a LoRA (Hu et al. 2021, arXiv:2106.09685), its scale within `b`.
+#[derive(Debug)]
+pub struct LoraPair {
+    /// (rank, columns)
+    a: Matrix,
+    /// (rows, rank padded to eight)
+    b: Matrix,
+}
+
+impl LoraPair {
+    /// `a` (rank, cols) and `b` (rows, rank), row by row; the product is multiplied by `scale`.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn new(rank: usize, a: &[f32], b: &[f32], scale: f32) -> Self {
+        assert!(rank > 0 && a.len().is_multiple_of(rank) && b.len().is_multiple_of(rank));
+        let padded = rank.next_multiple_of(LANES);
+        let b: Vec<f32> = b
+            .chunks_exact(rank)
+            .flat_map(|row| (0..padded).map(|r| row.get(r).map_or(0.0, |x| x * scale)))
+            .collect();
+        Self {
+            a: Matrix::from_f32(rank, a.len() / rank, a),
+            b: Matrix::from_f32(b.len() / padded, padded, &b),
+        }
+    }
+
+    /// Rows and columns of the matrix that it changes.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.b.rows(), self.a.cols())
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.a.bytes() + self.b.bytes()
+    }
+}
+
+/// Adds each range of rows' LoRA to `out` (rows, padded rows of the matrix); `low` is for scratch.
+/// Ranges are disjoint, and may have different ranks.
+pub fn add_lora(
+    pool: &mut Pool,
+    x: &Activations,
+    ranges: &[(Range<usize>, &LoraPair)],
+    out: &mut [f32],
+    low: &mut Vec<f32>,
+) {
+    if ranges.is_empty() {
+        return;
+    }
+    let stride = out.len() / x.rows;
+    let fits = |(rows, pair): &(Range<usize>, &LoraPair)| {
+        rows.end <= x.rows && pair.a.cols() == x.cols && pair.b.groups() * LANES == stride
+    };
+    assert!(ranges.iter().all(fits) && ranges.is_sorted_by(|a, b| a.0.end <= b.0.start));
+    // The widest rank's rows, one after another.
+    let widest = ranges.iter().map(|(_, pair)| pair.b.cols()).max().unwrap_or(0);
+    low.clear();
+    low.resize(x.rows * widest, 0.0);
+    let tiles: Vec<_> = ranges
+        .iter()
+        .flat_map(|(rows, pair)| {
+            let starts = rows.clone().step_by(QUERY_TILE);
+            starts.map(move |from| (from..(from + QUERY_TILE).min(rows.end), *pair))
+        })
+        .collect();
+    let part = Disjoint::new(low);
+    pool.run(tiles.len(), |chunk| {
+        let (rows, pair) = tiles[chunk].clone();
+        let (input, at) = (Input::Float(&x.float, x.cols), rows.start * widest);
+        // SAFETY: a row belongs to one chunk.
+        unsafe {
+            multiply(isa(), &pair.a, 0..pair.a.groups(), &input, rows, part, at, pair.b.cols());
+        }
+    });
+    let (low, out) = (&*low, Disjoint::new(out));
+    pool.run(tiles.len(), |chunk| {
+        let (rows, pair) = tiles[chunk].clone();
+        let (rank, at) = (pair.b.cols(), rows.start * widest);
+        let input = Input::Float(&low[at..at + rows.len() * rank], rank);
+        let mut delta = vec![0f32; rows.len() * stride];
+        let part = Disjoint::new(&mut delta);
+        let (groups, tokens) = (0..pair.b.groups(), 0..rows.len());
+        // SAFETY: `delta` is this chunk's own, and a row belongs to one chunk.
+        unsafe {
+            multiply(isa(), &pair.b, groups, &input, tokens, part, 0, stride);
+            add(out.part(rows.start * stride, delta.len()), &delta);
+        }
+    });
+}
+
+/// `out = silu(gate) * up`; both (rows, columns of `out`).
+pub fn silu_product(pool: &mut Pool, gate: &[f32], up: &[f32], out: &mut Activations) {
+    let (rows, cols) = (out.rows, out.cols);
+    assert!(gate.len() == rows * cols && up.len() == rows * cols);
+    let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
+    pool.run(rows, |row| {
+        let at = row * cols;
+        // SAFETY: a row belongs to one chunk.
+        unsafe {
+            let out = float.part(at, cols);
+            silu_mul(&gate[at..at + cols], &up[at..at + cols], out);
+            quantized.write(row, 0, out);
+        }
+    });
+}
