@@ -1,8 +1,8 @@
 //! Ingot: one binary that carries a language model through its whole life on one machine.
 //!
 //! This page is the map. What is here today serves any GGUF model through an OpenAI-compatible
-//! API; training, alignment, compression and our own kernels have their rooms reserved in the
-//! design and join the same walks.
+//! API; training, alignment and compression have their rooms reserved in the design and join the
+//! same walks.
 //!
 //! # Processes
 //!
@@ -18,7 +18,7 @@
 //!
 //! [`gateway::api`] (validated once) → [`gateway::template`] (rendered) → [`gateway::registry`]
 //! (model and adapter by name) → [`gateway::supervisor`] → [`ipc`] → [`engine`]: intake
-//! (tokenized, found to fit) → scheduler → [`engine::kv`] → [`engine::runner`] →
+//! (tokenized, found to fit) → scheduler → [`engine::kv`] → [`engine::runner`] → [`kernels`] →
 //! [`engine::sampler`] → outbox → [`ipc`] → [`gateway::stream`].
 //!
 //! Types narrow on the way: JSON → `ChatRequest` → [`ipc::Generate`] → `Admissible` → `Sequence` →
@@ -31,7 +31,8 @@
 //! - Every request ends with exactly one `Done` or `Failed`, whatever happens to the engine.
 //! - What a client sends is an id or a name, never a path.
 //! - Everything is bounded: queues, bodies, grammars, templates, time. Overflow is an answer.
-//! - `unsafe` lives in `engine/runner/llama_cpp/` and `gguf/` (mmap) only.
+//! - `unsafe` lives in `kernels/`, `engine/runner/llama_cpp/` and `gguf/` (mmap) only.
+//! - With the native runner a request gives the same bits alone and in any batch, cached or not.
 //!
 //! # Rooms
 //!
@@ -42,6 +43,7 @@
 //! | [`gateway`] | the HTTP side |
 //! | [`ipc`] | frames |
 //! | [`engine`] | the model side |
+//! | [`kernels`] | SIMD arithmetic of the native runner, its thread pool |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters |
 
 pub mod build_info;

@@ -162,7 +162,7 @@ pub struct ServeOptions {
     #[arg(long, value_name = "N", env = "INGOT_GPU_LAYERS", help_heading = "Engine")]
     pub gpu_layers: Option<u32>,
 
-    /// What runs the model [default: chosen per model]
+    /// What runs the model [default: native where it covers the model, else llama.cpp]
     #[arg(long, env = "INGOT_RUNNER", help_heading = "Engine")]
     pub runner: Option<RunnerKind>,
 

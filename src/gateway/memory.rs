@@ -352,8 +352,13 @@ impl<'a> Draft<'a> {
         if self.header.facts.causal { configured } else { configured.max(self.context) }
     }
 
-    fn finish(self, path: PathBuf) -> MemoryPlan {
+    fn finish(mut self, path: PathBuf) -> MemoryPlan {
         let runner = self.runner();
+        if let (RunnerKind::LlamaCpp, Some(reason)) = (runner, self.uncovered())
+            && self.config.runner != Some(RunnerKind::LlamaCpp)
+        {
+            self.notes.push(format!("llama.cpp runs it: {reason}"));
+        }
         let facts = &self.header.facts;
         let weights = self.host(self.header.weights_bytes);
         let per_token = facts.kv_bytes_per_token(kv_type(self.config.kv_type));

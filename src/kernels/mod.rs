@@ -5,6 +5,9 @@
 //! whatever the tile. AVX-512 VNNI and NEON would be modules beside `avx2`, and arms of
 //! [`matmul::Isa`].
 
+// An index is a row, lane or token of several arrays at once; a tile has that many sides.
+#![allow(clippy::needless_range_loop, clippy::too_many_arguments)]
+
 pub mod activation;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]

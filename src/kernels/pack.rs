@@ -148,7 +148,7 @@ impl Matrix {
             return Err(PackError::Type(ty.name()));
         }
         let expected = (cols / block).checked_mul(size).and_then(|row| row.checked_mul(rows));
-        if cols % block != 0 || expected != Some(bytes.len()) {
+        if !cols.is_multiple_of(block) || expected != Some(bytes.len()) {
             return Err(PackError::Size { ty: ty.name(), rows, cols, got: bytes.len() });
         }
         let source = Source { rows, blocks: cols / block, size, bytes };

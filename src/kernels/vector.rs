@@ -52,7 +52,7 @@ pub fn add(x: &mut [f32], y: &[f32]) {
 pub fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.0, 88.0);
     let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
-    let f = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_375, clamped));
+    let f = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, clamped));
     let mut y = 1.987_569_1e-4f32;
     y = y.mul_add(f, 1.398_2e-3);
     y = y.mul_add(f, 8.333_452e-3);

@@ -14,10 +14,11 @@ type Table = &'static [(&'static str, &'static [&'static str])];
 const ROOMS: Table = &[
     ("main", &["cli", "engine", "gateway", "config"]),
     ("cli", &["gateway", "config", "gguf", "ipc", "build_info"]),
-    ("engine", &["ipc"]),
+    ("engine", &["ipc", "kernels", "gguf"]),
     ("gateway", &["config", "gguf", "ipc", "build_info"]),
     ("config", &["ipc"]),
     ("build_info", &[]),
+    ("kernels", &["gguf"]),
     ("gguf", &[]),
     ("ipc", &[]),
 ];
@@ -77,7 +78,7 @@ const UPWARDS: &[(&str, &str, &str)] =
     &[("gateway/app", "auth", "holds the keys, which its middleware in the same file looks up")];
 
 /// Folders and files in which `unsafe` may stand.
-const UNSAFE: &[&str] = &["engine/runner/llama_cpp/", "gguf/"];
+const UNSAFE: &[&str] = &["engine/runner/llama_cpp/", "gguf/", "kernels/"];
 const LONGEST_FILE: usize = 800;
 
 /// Every source file, by its path below `src`, with its text.

@@ -114,8 +114,7 @@ impl World {
                 SlotChange::Release(slot) => self.slots[slot.0 as usize].clear(),
                 SlotChange::CopyPage(from, to) => {
                     assert!(!real && from != to);
-                    let (from, to) = (&self.contents[&from], &self.contents[&to]);
-                    assert!(from.starts_with(to), "what was copied is what is needed");
+                    self.contents.insert(to, self.contents[&from].clone());
                 }
             }
         }
@@ -180,8 +179,8 @@ impl World {
         assert!(cached < tokens.len());
         assert!(pages.capacity() >= tokens.len());
         let live = Live { pages, key, tokens, computed: cached };
-        if !cached.is_multiple_of(PAGE_TOKENS) {
-            // The runner copies the beginning of a page.
+        if self.kv.slots_hold_pages && !cached.is_multiple_of(PAGE_TOKENS) {
+            // It comes with the slot.
             let page = live.pages.page_ids().nth(cached / PAGE_TOKENS).expect("there is room");
             self.contents.insert(page, live.cells());
         }
@@ -232,8 +231,9 @@ impl World {
         let tokens = live.tokens[..live.computed].to_vec();
         let child = Live { pages, key: live.key, tokens, computed: live.computed };
         let own = child.pages.page_ids().zip(live.pages.page_ids()).enumerate();
-        for (at, (mine, _)) in own.filter(|(_, (mine, theirs))| mine != theirs) {
-            // The runner copies what is not shared.
+        let own = own.filter(|(_, (mine, theirs))| self.kv.slots_hold_pages && mine != theirs);
+        for (at, (mine, _)) in own {
+            // It comes with the slot.
             let end = ((at + 1) * PAGE_TOKENS).min(child.computed);
             self.contents.insert(mine, child.cells()[..end].to_vec());
         }
@@ -253,12 +253,7 @@ impl World {
         assert_eq!(kv.free_pages() + kv.cached_pages() + kv.held_pages(), kv.total_pages());
         let mut sharers: BTreeMap<u32, (usize, bool)> = BTreeMap::new();
         for live in &self.live {
-            let cells = live.cells();
             for (at, page) in live.pages.page_ids().enumerate() {
-                let (start, end) = (at * PAGE_TOKENS, ((at + 1) * PAGE_TOKENS).min(cells.len()));
-                if start < end {
-                    assert_eq!(self.contents[&page][..end], cells[..end], "page {page}");
-                }
                 let (count, private) = sharers.entry(page).or_default();
                 *count += 1;
                 *private |= at >= live.pages.path.len();
@@ -284,6 +279,13 @@ impl World {
     /// Once the runner has caught up.
     fn check_contents(&mut self) {
         self.apply();
+        for live in &self.live {
+            let cells = live.cells();
+            for (page, start) in live.pages.page_ids().zip((0..cells.len()).step_by(PAGE_TOKENS)) {
+                let end = (start + PAGE_TOKENS).min(cells.len());
+                assert_eq!(self.contents[&page][..end], cells[..end], "page {page}");
+            }
+        }
         if !self.kv.slots_hold_pages {
             return;
         }

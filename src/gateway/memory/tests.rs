@@ -17,8 +17,10 @@ fn header() -> ModelHeader {
     header
 }
 
+/// llama.cpp, unless it is said otherwise.
 fn config(toml: &str) -> EngineConfig {
     let mut options: ServeOptions = toml::from_str(toml).unwrap();
+    options.runner.get_or_insert(RunnerKind::LlamaCpp);
     options.data_dir = Some("/nowhere".into());
     options.resolve().unwrap().engine
 }
@@ -104,6 +106,24 @@ fn flash_attention_is_used_where_it_wins() {
     assert!(flash("kv_layout = \"unified\""));
     assert!(flash("kv_type = \"q8_0\""));
     assert!(flash("gpu_layers = 1"));
+}
+
+#[test]
+fn the_native_runner_takes_what_it_covers() {
+    let runner = |covered: bool, toml: &str| {
+        let mut header = header();
+        header.uncovered = (!covered).then(|| "a reason".into());
+        let mut config = config(toml);
+        config.runner = config.runner.filter(|runner| *runner != RunnerKind::LlamaCpp);
+        let plan = MemoryPlan::make(&header, "m".into(), &config, 16 * GIB).unwrap();
+        (plan.spec.runner, plan.notes.join(", "))
+    };
+    assert_eq!(runner(true, ""), (RunnerKind::Native, String::new()));
+    let (kind, note) = runner(false, "runner = \"native\"");
+    assert_eq!((kind, note.as_str()), (RunnerKind::LlamaCpp, "llama.cpp runs it: a reason"));
+    for toml in ["kv_type = \"q8_0\"", "gpu_layers = 1", "kv_layout = \"unified\""] {
+        assert_eq!(runner(true, toml).0, RunnerKind::LlamaCpp, "{toml}");
+    }
 }
 
 #[test]

@@ -57,6 +57,8 @@ macro_rules! plain {
                 high(self)
             }
 
+            /// # Safety
+            /// As in the trait.
             #[target_feature(enable = "avx2,f16c")]
             #[inline]
             unsafe fn scales(&self, _: usize) -> (__m256, __m256) {
@@ -94,6 +96,8 @@ macro_rules! super_block {
                 high(self, sub)
             }
 
+            /// # Safety
+            /// As in the trait.
             #[target_feature(enable = "avx2,f16c")]
             #[inline]
             unsafe fn scales(&self, sub: usize) -> (__m256, __m256) {
