@@ -108,6 +108,7 @@ for file in tests/e2e/*.py; do
     # Modules that the tests import begin with an underscore or are called conftest.
     case ${file##*/} in _* | conftest.py) continue ;; esac
     suite "$file" "$INGOT_TEST_PYTHON" "$file"
+    INGOT_RUNNER=llama-cpp suite "$file, llama.cpp" "$INGOT_TEST_PYTHON" "$file"
 done
 for file in tests/e2e/*.mjs; do
     case ${file##*/} in _*) continue ;; esac

@@ -219,7 +219,9 @@ impl<'a> Draft<'a> {
 
     fn uncovered(&self) -> Option<String> {
         let config = self.config;
-        if config.gpu_layers > 0 {
+        if !cpu_has_kernels() {
+            Some("the native runner has no kernels for this CPU yet".into())
+        } else if config.gpu_layers > 0 {
             Some("the native runner computes on the CPU (--gpu-layers)".into())
         } else if config.kv_type != KvCacheType::F16 {
             Some("the native runner's cache is f16 (--kv-type)".into())
@@ -401,6 +403,17 @@ impl<'a> Draft<'a> {
             notes: self.notes,
         }
     }
+}
+
+/// Whether the native runner would be faster than llama.cpp here.
+fn cpu_has_kernels() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    let has = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c");
+    #[cfg(not(target_arch = "x86_64"))]
+    let has = false;
+    has
 }
 
 fn round_down(tokens: u64) -> u64 {

@@ -99,8 +99,7 @@ pub unsafe fn multiply(
     }
     // Bounds once for all tiles: the last one ends where this part does.
     let span = (tokens.len() - 1) * stride + groups.len() * LANES;
-    // SAFETY: the caller's promise.
-    let out = unsafe { out.part(at, span) }.as_mut_ptr();
+    let out = out.span(at, span);
     let weights = Weights::of(matrix);
     let mut rows = [Row::default(); TOKENS];
     for first in tokens.clone().step_by(TOKENS) {

@@ -204,14 +204,20 @@ impl<T> Disjoint<T> {
         Self { data: slice.as_mut_ptr(), len: slice.len() }
     }
 
+    /// Where `len` elements from `from` on are; others may write between those that the caller does.
+    pub fn span(&self, from: usize, len: usize) -> *mut T {
+        assert!(from.checked_add(len).is_some_and(|end| end <= self.len), "the span is inside");
+        // SAFETY: within the slice.
+        unsafe { self.data.add(from) }
+    }
+
     /// # Safety
     /// The slice that this was made of is still borrowed, and parts in use at the same time do not
     /// overlap.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn part<'a>(&self, from: usize, len: usize) -> &'a mut [T] {
-        assert!(from.checked_add(len).is_some_and(|end| end <= self.len), "the part is inside");
-        // SAFETY: within the slice, see above; not aliased by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(from), len) }
+        // SAFETY: within the slice; not aliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.span(from, len), len) }
     }
 }
 

@@ -51,26 +51,30 @@ fn prompt(number: usize) -> String {
 
 #[test]
 fn greedy_text_equals_a_plain_llama_cpp_loop() {
-    equals_the_oracle("unified", true);
+    equals_the_oracle(&[("--kv-layout", "unified"), ("--flash-attention", "true")], true);
 }
 
 #[test]
 fn greedy_text_of_streams_equals_a_plain_llama_cpp_loop() {
-    equals_the_oracle("streams", false);
+    equals_the_oracle(&[("--kv-layout", "streams"), ("--flash-attention", "false")], false);
 }
 
-fn equals_the_oracle(layout: &str, flash_attention: bool) {
+#[test]
+fn greedy_text_of_the_native_runner_equals_a_plain_llama_cpp_loop() {
+    equals_the_oracle(&[("--runner", "native")], false);
+}
+
+fn equals_the_oracle(flags: &[(&str, &str)], flash_attention: bool) {
     let _turn = one_at_a_time();
     let path = real_model();
-    let server = Options::models(&[&path])
+    let options = Options::models(&[&path])
         .flag("--threads", THREADS)
         .flag("--batch-tokens", BATCH)
         .flag("--context-length", CONTEXT / 4)
         .flag("--kv-tokens", CONTEXT)
-        .flag("--max-sequences", 4)
-        .flag("--kv-layout", layout)
-        .flag("--flash-attention", flash_attention)
-        .start();
+        .flag("--max-sequences", 4);
+    let server =
+        flags.iter().fold(options, |options, (flag, value)| options.flag(flag, value)).start();
     let model = server.client.get("/v1/models").good()["data"][0]["id"].clone();
     let ask = |prompt: &str| {
         let body = json!({"model": model, "prompt": prompt, "max_tokens": TOKENS,
