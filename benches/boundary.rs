@@ -1,8 +1,8 @@
 //! What the process boundary costs: the same engine on threads of this process, and behind the
-//! socket as the gateway runs it, in turn. `cargo bench --bench boundary -- MODEL.gguf`
+//! socket as the gateway runs it, in turn. `cargo bench --bench boundary -- MODEL.gguf [llama-cpp]`
 //!
-//! The workload is eight streams of 64 tokens after short prompts; the figure is output tokens per
-//! second, the median of five runs each, and their ratio. Not a timed test: the machine decides.
+//! The workload is eight streams of 128 tokens after short prompts; the figure is output tokens per
+//! second, the median of nine runs each, and their ratio. Not a timed test: the machine decides.
 
 use ingot::engine::Local;
 use ingot::ipc::{
@@ -16,8 +16,8 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 const STREAMS: u64 = 8;
-const OUTPUT: u32 = 64;
-const RUNS: u64 = 5;
+const OUTPUT: u32 = 128;
+const RUNS: u64 = 9;
 
 /// Either side of the boundary.
 enum Engine {
@@ -119,7 +119,10 @@ fn main() {
     let threads = std::thread::available_parallelism().map_or(2, |count| count.get() as u32);
     let spec = LoadSpec {
         model: model.into(),
-        runner: RunnerKind::LlamaCpp,
+        runner: match std::env::args().any(|argument| argument == "llama-cpp") {
+            true => RunnerKind::LlamaCpp,
+            false => RunnerKind::Native,
+        },
         context_length: 2048,
         kv_tokens: 8192,
         max_sequences: 8,

@@ -14,6 +14,9 @@ use std::sync::LazyLock;
 
 /// A tile of the result: `groups` groups of eight rows from `weights` on, `blocks` blocks (or
 /// columns) a group, times the rows of `x`; row `t` of the result starts at `out + t * stride`.
+///
+/// # Safety
+/// All of that can be read and written, and the CPU has the instructions.
 pub(super) type Tile =
     unsafe fn(weights: *const u8, blocks: usize, x: &[Row], out: *mut f32, stride: usize);
 

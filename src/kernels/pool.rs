@@ -39,6 +39,8 @@ struct Shared {
 #[derive(Clone, Copy)]
 struct Job {
     data: *const (),
+    /// # Safety
+    /// `data` still points to the closure that this was made for.
     call: unsafe fn(*const (), usize),
 }
 
