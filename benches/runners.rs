@@ -14,8 +14,10 @@ const STREAMS: usize = 32;
 const CONTEXT: usize = 4_608;
 const SHORT: usize = 128;
 
-/// What is measured, in tokens per second.
-const WORKS: [(&str, fn(&mut Bench) -> f64); 6] = [
+/// Answers tokens per second.
+type Work = fn(&mut Bench) -> f64;
+
+const WORKS: [(&str, Work); 6] = [
     ("prefill 512", |bench| bench.prefill(512)),
     ("decode, 1 stream, 64 to 128", |bench| bench.decode(1, 64, 64)),
     ("decode, 1 stream, at 4,000", |bench| bench.decode(1, 4_000, 24)),

@@ -141,7 +141,7 @@ const tests = {
   async stop() {
     // llama.cpp rounds a prompt that is cached and one that is not a little differently: compare
     // cached ones.
-    await chat({ max_tokens: 1 });
+    await chat({ max_tokens: 32 });
     const whole = (await chat({ max_tokens: 32 })).choices[0].message.content;
     const stop = whole.slice(whole.length >> 1).slice(0, 3);
     const answer = await chat({ max_tokens: 32, stop: [stop] });
