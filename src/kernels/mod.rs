@@ -12,6 +12,7 @@ pub mod activation;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+pub mod cache;
 pub mod matmul;
 pub mod ops;
 pub mod pack;
@@ -20,7 +21,7 @@ mod scalar;
 pub mod vector;
 
 pub use activation::{Quantized, QuantizedWriter};
-pub use attention::{Attention, Cache};
+pub use cache::Cache;
 pub use matmul::{Input, Isa, isa, multiply};
 pub use pack::{BLOCK, LANES, Matrix, can_pack};
 pub use pool::{Disjoint, Pool};

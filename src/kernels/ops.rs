@@ -3,15 +3,17 @@
 //! Safe from outside: every function checks its lengths, and its chunks write disjoint parts.
 
 use super::activation::Quantized;
-use super::attention::{Attention, Cache, PAGE, Scratch};
+use super::attention::{self, Head, Plan, Scratch};
+use super::cache::{Cache, PAGE};
 use super::matmul::{Input, isa, multiply};
 use super::pack::{LANES, Matrix};
 use super::pool::{Disjoint, Pool};
 use super::vector::{Rope, add, rms_norm, rms_norm_in_place, silu_mul};
+use std::cell::RefCell;
 use std::ops::Range;
 
-/// Query rows of a sequence that one chunk of the attention takes.
-const QUERY_TILE: usize = 8;
+/// Rows of one adapter that a chunk takes.
+const LORA_TILE: usize = 8;
 /// Tokens whose feed-forward activations a chunk holds at once.
 const TOKEN_TILE: usize = 32;
 /// Groups of eight matrix rows in a chunk, where many tokens use them: they stay in the nearest
@@ -249,43 +251,73 @@ pub fn rotate(pool: &mut Pool, heads: Heads, spans: &[Span], cache: &mut Cache, 
     });
 }
 
-/// Every query of `q` (rows, heads, head_dim) over its sequence's pages up to its own position.
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Every query of `q` (rows, heads, head_dim) over the tokens that the plan lets it see; `kept` is
+/// for scratch.
 pub fn attend(
     pool: &mut Pool,
     q: &[f32],
-    spans: &[Span],
+    plan: &Plan,
     cache: &Cache,
     layer: usize,
     out: &mut Activations,
+    kept: &mut Vec<f32>,
 ) {
     let (rows, cols) = (out.rows, out.cols);
-    assert!(q.len() == rows * cols && spans.iter().all(|span| span.rows.end <= rows));
-    let (kv_heads, group) = (cache.kv_heads(), cols / cache.kv_heads());
+    assert!(q.len() == rows * cols && plan.queries.iter().all(|query| query.row < rows));
+    let (kv_heads, dim) = (cache.kv_heads(), cache.head_dim());
+    let width = cols / kv_heads;
+    let head = |head| Head { isa: isa(), cache, layer, head, group: width / dim };
     let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
-    let tiles: Vec<_> = spans
-        .iter()
-        .flat_map(|span| {
-            let starts = span.rows.clone().step_by(QUERY_TILE);
-            starts.map(move |from| (span, from..(from + QUERY_TILE).min(span.rows.end)))
-        })
-        .collect();
-    pool.run(tiles.len() * kv_heads, |chunk| {
-        // The last tiles of a prompt see most: they come first.
-        let (span, rows) = &tiles[tiles.len() - 1 - chunk / kv_heads];
-        let head = chunk % kv_heads;
-        let mut scratch = Scratch::default();
-        for row in rows.clone() {
-            let tokens = span.position + (row - span.rows.start) + 1;
-            let at = row * cols + head * group;
-            let pages = &span.pages;
-            let attention = Attention { isa: isa(), cache, layer, head, pages, tokens };
-            // SAFETY: a row's heads belong to one chunk.
-            unsafe {
-                let out = float.part(at, group);
-                attention.attend(&q[at..at + group], out, &mut scratch);
-                quantized.write(row, head * group, out);
+    let size = head(0).kept();
+    kept.resize(plan.slots * kv_heads * size, 0.0);
+    let keep = Disjoint::new(kept);
+    // Sums of one head's runs lie together.
+    let place = |head: usize, slot: usize| (head * plan.slots + slot) * size;
+    // SAFETY: where this is called, a row's heads belong to one chunk.
+    let write = |row: usize, at: usize, result: &[f32]| unsafe {
+        float.part(row * cols + at, width).copy_from_slice(result);
+        quantized.write(row, at, result);
+    };
+    pool.run(plan.tiles.len() * kv_heads, |chunk| {
+        let (tile, at) = (&plan.tiles[chunk / kv_heads], chunk % kv_heads);
+        let (head, queries) = (head(at), &plan.queries[tile.queries.clone()]);
+        SCRATCH.with_borrow_mut(|scratch| {
+            let parts =
+                queries.iter().flat_map(|query| &q[query.row * cols + at * width..][..width]);
+            scratch.q.clear();
+            scratch.q.extend(parts);
+            if queries.iter().any(|query| query.slot.is_none()) {
+                head.attend(queries, tile.runs.clone(), scratch);
+            } else {
+                head.sum_run(queries, tile.runs.start, scratch);
             }
-        }
+            for (index, query) in queries.iter().enumerate() {
+                let Some(slot) = query.slot else {
+                    write(query.row, at * width, &scratch.out[index * width..][..width]);
+                    continue;
+                };
+                let slot = slot + tile.runs.start - query.runs().start;
+                // SAFETY: a head's slot belongs to one chunk.
+                let kept = unsafe { keep.part(place(at, slot), size) };
+                head.keep(scratch, index, kept);
+            }
+        });
+    });
+    let split: Vec<_> = plan.split().collect();
+    let kept = &*kept;
+    pool.run(split.len() * kv_heads, |chunk| {
+        let (query, at) = (split[chunk / kv_heads], chunk % kv_heads);
+        let from = place(at, query.slot.unwrap_or(0));
+        let runs = &kept[from..from + query.runs().len() * size];
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.out.resize(width, 0.0);
+            attention::merge_runs(runs, &mut scratch.out, dim);
+            write(query.row, at * width, &scratch.out);
+        });
     });
 }
 
@@ -350,8 +382,8 @@ pub fn add_lora(
     let tiles: Vec<_> = ranges
         .iter()
         .flat_map(|(rows, pair)| {
-            let starts = rows.clone().step_by(QUERY_TILE);
-            starts.map(move |from| (from..(from + QUERY_TILE).min(rows.end), *pair))
+            let starts = rows.clone().step_by(LORA_TILE);
+            starts.map(move |from| (from..(from + LORA_TILE).min(rows.end), *pair))
         })
         .collect();
     let part = Disjoint::new(low);

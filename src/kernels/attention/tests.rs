@@ -1,9 +1,13 @@
 use super::*;
-use crate::kernels::matmul::isa;
+use crate::kernels::cache::{Cache, PAGE};
+use crate::kernels::matmul::{Isa, isa};
+use crate::kernels::ops::{self, Activations, Span};
+use crate::kernels::pool::Pool;
+use half::f16;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-const DIM: usize = 24;
+const DIM: usize = 32;
 const KV_HEADS: usize = 2;
 const TOKENS: usize = 1_100;
 
@@ -35,47 +39,54 @@ fn case(heads: usize) -> Case {
     Case { cache, pages, k, v, q }
 }
 
-fn attend(case: &Case, isa: Isa, tokens: usize, q: &[f32]) -> Vec<f32> {
-    let pages = &case.pages;
-    let attention = Attention { isa, cache: &case.cache, layer: 1, head: 1, pages, tokens };
-    let mut out = vec![0.0; q.len()];
-    attention.attend(q, &mut out, &mut Scratch::default());
-    out
+fn attend(case: &Case, isa: Isa, seen: std::ops::Range<usize>, q: &[f32]) -> Vec<f32> {
+    let group = q.len() / DIM;
+    let head = Head { isa, cache: &case.cache, layer: 1, head: 1, group };
+    let query = Query { row: 0, seen, pages: &case.pages, slot: None };
+    let mut scratch = Scratch::default();
+    scratch.q.extend_from_slice(q);
+    head.attend(std::slice::from_ref(&query), query.runs(), &mut scratch);
+    scratch.out
 }
 
 #[test]
 fn equals_a_softmax_in_double_precision() {
     for heads in [1, 3, 4, 7] {
         let case = case(heads);
-        for tokens in [1, 2, 31, 32, 33, 511, 512, 513, TOKENS] {
-            let out = attend(&case, isa(), tokens, &case.q);
-            for (q, out) in case.q.chunks(DIM).zip(out.chunks(DIM)) {
-                let dot = |k: &[f32]| -> f64 {
-                    k.iter().zip(q).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-                };
-                let weights: Vec<f64> =
-                    case.k.chunks(DIM).take(tokens).map(|k| dot(k).exp()).collect();
-                let total: f64 = weights.iter().sum();
-                for d in 0..DIM {
-                    let values = case.v.iter().skip(d).step_by(DIM);
-                    let sum: f64 = values.zip(&weights).map(|(v, w)| f64::from(*v) * w).sum();
-                    let error = (f64::from(out[d]) - sum / total).abs();
-                    assert!(error < 1e-5, "{heads} heads, {tokens} tokens: off by {error}");
+        for end in [1, 2, 31, 32, 33, 511, 512, 513, TOKENS] {
+            for seen in [0..end, end.saturating_sub(100)..end] {
+                let out = attend(&case, isa(), seen.clone(), &case.q);
+                for (q, out) in case.q.chunks(DIM).zip(out.chunks(DIM)) {
+                    let dot = |k: &[f32]| -> f64 {
+                        k.iter().zip(q).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+                    };
+                    let keys = case.k.chunks(DIM).take(end).skip(seen.start);
+                    let weights: Vec<f64> = keys.map(|k| dot(k).exp()).collect();
+                    let total: f64 = weights.iter().sum();
+                    for d in 0..DIM {
+                        let values = case.v.iter().skip(d).step_by(DIM).skip(seen.start);
+                        let sum: f64 = values.zip(&weights).map(|(v, w)| f64::from(*v) * w).sum();
+                        let error = (f64::from(out[d]) - sum / total).abs();
+                        assert!(error < 1e-5, "{heads} heads, {seen:?}: off by {error}");
+                    }
                 }
             }
         }
     }
 }
 
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
 #[test]
 fn plain_code_gives_the_same_bits_and_heads_do_not_matter() {
     let case = case(7);
-    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    for tokens in [1, 40, 512, 700, TOKENS] {
-        let fast = attend(&case, isa(), tokens, &case.q);
-        assert_eq!(bits(&fast), bits(&attend(&case, Isa::Scalar, tokens, &case.q)));
+    for seen in [0..1, 0..40, 0..512, 100..700, 0..TOKENS] {
+        let fast = attend(&case, isa(), seen.clone(), &case.q);
+        assert_eq!(bits(&fast), bits(&attend(&case, Isa::Scalar, seen.clone(), &case.q)));
         let alone: Vec<f32> =
-            case.q.chunks(DIM).flat_map(|q| attend(&case, isa(), tokens, q)).collect();
+            case.q.chunks(DIM).flat_map(|q| attend(&case, isa(), seen.clone(), q)).collect();
         assert_eq!(bits(&fast), bits(&alone));
     }
 }
@@ -83,9 +94,68 @@ fn plain_code_gives_the_same_bits_and_heads_do_not_matter() {
 #[test]
 fn pages_are_copied_whole() {
     let mut case = case(1);
-    let before = attend(&case, isa(), 20, &case.q);
+    let before = attend(&case, isa(), 0..20, &case.q);
     let (from, to) = (case.pages[0], case.pages[5]);
     case.cache.copy_page(from, to);
     case.pages[0] = to;
-    assert_eq!(attend(&case, isa(), 20, &case.q), before);
+    assert_eq!(attend(&case, isa(), 0..20, &case.q), before);
+}
+
+/// Sequences of a batch that share beginnings of different lengths, some decoding, some reading.
+fn spans(rng: &mut StdRng) -> Vec<Span> {
+    let mut free = 0u32..;
+    let mut pages = |count: usize| free.by_ref().take(count).collect::<Vec<_>>();
+    let shared = pages(40);
+    let mut row = 0;
+    let mut next = |rng: &mut StdRng, _| {
+        let count: usize = if rng.random_bool(0.7) { 1 } else { rng.random_range(1..60) };
+        let position: usize = rng.random_range(0..1_300);
+        let needed = (position + count).div_ceil(PAGE);
+        let mut own = shared[..rng.random_range(0..=position.min(1_200) / PAGE)].to_vec();
+        own.extend(pages(needed - own.len()));
+        row += count;
+        Span { rows: row - count..row, position, pages: own }
+    };
+    (0..12).map(|index| next(rng, index)).collect()
+}
+
+#[test]
+fn company_sharing_and_threads_change_no_bit() {
+    let (group, pages) = (3, 800);
+    let cols = KV_HEADS * group * DIM;
+    let mut rng = StdRng::seed_from_u64(3);
+    let mut cache = Cache::new(1, pages, KV_HEADS, DIM);
+    let writer = cache.writer();
+    for page in 0..pages as u32 {
+        for (head, token) in (0..KV_HEADS).flat_map(|head| (0..PAGE).map(move |t| (head, t))) {
+            let mut numbers = || (0..DIM).map(|_| rng.random_range(-2.0f32..2.0)).collect();
+            let (k, v): (Vec<f32>, Vec<f32>) = (numbers(), numbers());
+            // SAFETY: one thread.
+            unsafe { writer.write(0, page, head, token, &k, &v) };
+        }
+    }
+    for round in 0..12 {
+        let spans = spans(&mut rng);
+        let rows = spans.last().map_or(0, |span| span.rows.end);
+        let q: Vec<f32> = (0..rows * cols).map(|_| rng.random_range(-1.0f32..1.0)).collect();
+        let window = (round % 3 == 2).then_some(100);
+        let run = |threads, q: &[f32], spans: &[Span]| {
+            let mut pool = Pool::new(threads).unwrap();
+            let mut out = Activations::default();
+            out.resize(q.len() / cols, cols);
+            let plan = Plan::new(spans, window, KV_HEADS, group, threads);
+            ops::attend(&mut pool, q, &plan, &cache, 0, &mut out, &mut Vec::new());
+            (0..q.len() / cols).flat_map(|row| bits(out.row(row))).collect::<Vec<_>>()
+        };
+        let together = run(1 + round % 3, &q, &spans);
+        for span in &spans {
+            for (offset, row) in span.rows.clone().enumerate() {
+                let at = row * cols..(row + 1) * cols;
+                let position = span.position + offset;
+                let alone = Span { rows: 0..1, position, pages: span.pages.clone() };
+                let alone = run(1, &q[at.clone()], &[alone]);
+                assert!(alone == together[at], "round {round}, row {row} of {span:?}");
+            }
+        }
+    }
 }

@@ -1,22 +1,61 @@
 //! Scores and weighted sums of one page.
 
-use crate::kernels::attention::{PAGE, ROWS, RUN};
+use crate::kernels::attention::{RUN, Scores};
+use crate::kernels::cache::PAGE;
 use std::arch::x86_64::*;
 
-type Scores = [[f32; RUN]; ROWS];
+/// What a page's numbers are held as.
+pub trait Number: Copy {
+    /// # Safety
+    /// Eight numbers are there, and the CPU has AVX2 and F16C.
+    unsafe fn eight(from: *const Self) -> __m256;
+}
+
+/// Bits of f16.
+impl Number for u16 {
+    #[inline(always)]
+    unsafe fn eight(from: *const u16) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    unsafe fn eight(from: *const f32) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+}
+
+/// f16 to f32; the lengths are equal multiples of eight. The CPU must have AVX2 and F16C.
+pub fn widen(from: &[u16], to: &mut [f32]) {
+    assert!(from.len() == to.len() && from.len().is_multiple_of(8));
+    /// # Safety
+    /// Both have `count` numbers, a multiple of eight, and the CPU AVX2 and F16C.
+    #[target_feature(enable = "avx2,f16c")]
+    unsafe fn widen(from: *const u16, to: *mut f32, count: usize) {
+        for at in (0..count).step_by(8) {
+            // SAFETY: the caller's promise.
+            unsafe { _mm256_storeu_ps(to.add(at), Number::eight(from.add(at))) };
+        }
+    }
+    // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
+    unsafe { widen(from.as_ptr(), to.as_mut_ptr(), from.len()) }
+}
 
 /// `scores[row][at..at + 32] = q[row] · keys`; `keys` (head_dim, 32), `q` (rows, head_dim), at most
 /// four rows. The CPU must have AVX2, FMA and F16C.
-pub fn score(q: &[f32], keys: &[u16], scores: &mut Scores, at: usize) {
+pub fn score<N: Number>(q: &[f32], keys: &[N], scores: &mut [Scores], at: usize) {
     let dim = keys.len() / PAGE;
-    assert!(keys.len() == dim * PAGE && at + PAGE <= RUN);
+    assert!(keys.len() == dim * PAGE && at + PAGE <= RUN && q.len() == scores.len() * dim);
     // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
     unsafe {
-        match q.len() / dim {
-            1 => score_rows::<1>(q, keys, scores, at, dim),
-            2 => score_rows::<2>(q, keys, scores, at, dim),
-            3 => score_rows::<3>(q, keys, scores, at, dim),
-            4 => score_rows::<4>(q, keys, scores, at, dim),
+        match scores.len() {
+            1 => score_rows::<1, N>(q, keys, scores, at, dim),
+            2 => score_rows::<2, N>(q, keys, scores, at, dim),
+            3 => score_rows::<3, N>(q, keys, scores, at, dim),
+            4 => score_rows::<4, N>(q, keys, scores, at, dim),
             rows => unreachable!("{rows} rows"),
         }
     }
@@ -25,10 +64,10 @@ pub fn score(q: &[f32], keys: &[u16], scores: &mut Scores, at: usize) {
 /// # Safety
 /// `q` has `R` rows of `dim`, `keys` `dim` rows of 32, and the CPU AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn score_rows<const R: usize>(
+unsafe fn score_rows<const R: usize, N: Number>(
     q: &[f32],
-    keys: &[u16],
-    scores: &mut Scores,
+    keys: &[N],
+    scores: &mut [Scores],
     at: usize,
     dim: usize,
 ) {
@@ -39,10 +78,7 @@ unsafe fn score_rows<const R: usize>(
             // SAFETY: the caller's promise.
             let (k0, k1) = unsafe {
                 let k = keys.add(d * PAGE + half);
-                (
-                    _mm256_cvtph_ps(_mm_loadu_si128(k.cast())),
-                    _mm256_cvtph_ps(_mm_loadu_si128(k.add(8).cast())),
-                )
+                (N::eight(k), N::eight(k.add(8)))
             };
             for r in 0..R {
                 // SAFETY: the caller's promise.
@@ -64,16 +100,17 @@ unsafe fn score_rows<const R: usize>(
 
 /// `out[row] += scores[row][at + t] * values[t]`; `values` (tokens, dim), `out` (rows, dim), at most
 /// four rows, `dim` a multiple of 8. The CPU must have AVX2, FMA and F16C.
-pub fn weigh(scores: &Scores, at: usize, values: &[u16], out: &mut [f32], dim: usize) {
+pub fn weigh<N: Number>(scores: &[Scores], at: usize, values: &[N], out: &mut [f32], dim: usize) {
     let tokens = values.len() / dim;
     assert!(values.len() == tokens * dim && at + tokens <= RUN && dim.is_multiple_of(8));
+    assert!(out.len() == scores.len() * dim);
     // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
     unsafe {
-        match out.len() / dim {
-            1 => weigh_rows::<1>(scores, at, values, out, dim),
-            2 => weigh_rows::<2>(scores, at, values, out, dim),
-            3 => weigh_rows::<3>(scores, at, values, out, dim),
-            4 => weigh_rows::<4>(scores, at, values, out, dim),
+        match scores.len() {
+            1 => weigh_rows::<1, N>(scores, at, values, out, dim),
+            2 => weigh_rows::<2, N>(scores, at, values, out, dim),
+            3 => weigh_rows::<3, N>(scores, at, values, out, dim),
+            4 => weigh_rows::<4, N>(scores, at, values, out, dim),
             rows => unreachable!("{rows} rows"),
         }
     }
@@ -82,10 +119,10 @@ pub fn weigh(scores: &Scores, at: usize, values: &[u16], out: &mut [f32], dim: u
 /// # Safety
 /// `out` has `R` rows of `dim`, a multiple of 8, and the CPU AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn weigh_rows<const R: usize>(
-    scores: &Scores,
+unsafe fn weigh_rows<const R: usize, N: Number>(
+    scores: &[Scores],
     at: usize,
-    values: &[u16],
+    values: &[N],
     out: &mut [f32],
     dim: usize,
 ) {
@@ -105,9 +142,7 @@ unsafe fn weigh_rows<const R: usize>(
             let mut v = [_mm256_setzero_ps(); 2];
             for (half, v) in v[..wide].iter_mut().enumerate() {
                 // SAFETY: inside the row.
-                *v = unsafe {
-                    _mm256_cvtph_ps(_mm_loadu_si128(values.add(t * dim + d + 8 * half).cast()))
-                };
+                *v = unsafe { N::eight(values.add(t * dim + d + 8 * half)) };
             }
             for r in 0..R {
                 let weight = _mm256_set1_ps(scores[r][at + t]);

@@ -11,7 +11,7 @@ mod nibbles;
 mod signed;
 mod six;
 
-pub(super) use attention::{score, weigh};
+pub(super) use attention::{score, weigh, widen};
 
 use super::matmul::{Kind, Tile};
 use super::pack::{BlockU4, BlockU4K, BlockU4Min, BlockU5, BlockU5K, BlockU5Min, LANES};

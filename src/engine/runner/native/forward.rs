@@ -4,7 +4,9 @@
 
 use super::adapter::{Adapter, Target};
 use super::weights::{Layer, Weights};
+use crate::gguf::Covered;
 use crate::ipc::Token;
+use crate::kernels::attention::Plan;
 use crate::kernels::ops::{self, Activations, Heads, LoraPair, Product, Span};
 use crate::kernels::{Cache, LANES, Pool};
 use std::ops::Range;
@@ -56,6 +58,8 @@ pub struct Forward {
     /// For scratch: what a sublayer adds, and what lies between the halves of a LoRA.
     delta: Vec<f32>,
     low: Vec<f32>,
+    /// Sums of the attention's runs.
+    kept: Vec<f32>,
     /// (rows) cosine and sine of each rotated pair.
     angles: Vec<Vec<(f32, f32)>>,
     /// (wanted rows, padded vocabulary)
@@ -75,12 +79,14 @@ impl Forward {
         rows: &Rows,
     ) -> Result<(), String> {
         self.begin(weights, rows)?;
-        let epsilon = weights.shape.epsilon;
+        let Covered { epsilon, heads, kv_heads, .. } = weights.shape;
+        let plan = Plan::new(rows.spans, None, kv_heads, heads / kv_heads, pool.threads());
         for (number, layer) in weights.layers.iter().enumerate() {
             ops::norm(pool, &self.x, &layer.attention_norm, epsilon, &mut self.normed);
             self.project(pool, layer, number, rows);
             self.rotate(pool, weights, layer, rows.spans, cache, number);
-            ops::attend(pool, &self.q, rows.spans, cache, number, &mut self.attended);
+            let (q, out) = (&self.q, &mut self.attended);
+            ops::attend(pool, q, &plan, cache, number, out, &mut self.kept);
             let (x, delta, low) = (&mut self.x, &mut self.delta, &mut self.low);
             ops::add_product(pool, &self.attended, &layer.output, x, delta);
             ops::add_lora(pool, &self.attended, &rows.pairs(number, Target::Output), x, low);

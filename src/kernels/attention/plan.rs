@@ -1,0 +1,138 @@
+//! Which queries walk which pages together.
+
+use super::{RUN, TILE};
+use crate::kernels::cache::PAGE;
+use crate::kernels::ops::Span;
+use std::cmp::Reverse;
+use std::ops::Range;
+
+/// Rows of a span up to which its runs are computed apart: decoding, and the check of a draft.
+const SHORT: usize = 8;
+/// Chunks for each thread, where there are enough rows: the last ones to finish are small.
+const CHUNKS: usize = 4;
+
+/// One row's queries.
+#[derive(Debug, Clone)]
+pub struct Query<'a> {
+    pub row: usize,
+    /// Tokens that it sees, by position.
+    pub seen: Range<usize>,
+    /// Pages of its sequence.
+    pub pages: &'a [u32],
+    /// Where the sums of its first run go, if there are several and somebody else merges them.
+    pub slot: Option<usize>,
+}
+
+impl Query<'_> {
+    pub fn runs(&self) -> Range<usize> {
+        self.seen.start / RUN..self.seen.end.div_ceil(RUN)
+    }
+
+    /// What it sees of a run, from the run's beginning.
+    pub fn seen_of(&self, run: usize) -> Range<usize> {
+        let first = run * RUN;
+        let end = self.seen.end.clamp(first, first + RUN);
+        self.seen.start.clamp(first, end) - first..end - first
+    }
+}
+
+/// Queries that walk the same pages of some runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tile {
+    pub queries: Range<usize>,
+    pub runs: Range<usize>,
+}
+
+/// The attention of a step: the same for all layers of a kind.
+pub struct Plan<'a> {
+    pub(in crate::kernels) queries: Vec<Query<'a>>,
+    /// Largest first.
+    pub(in crate::kernels) tiles: Vec<Tile>,
+    /// Sums to be merged, for each head of the cache.
+    pub(in crate::kernels) slots: usize,
+}
+
+impl<'a> Plan<'a> {
+    /// For rows whose `group` query heads share each of `kv_heads` heads of the cache; a row sees
+    /// itself and all before, or with a window the `window` last of them.
+    pub fn new(
+        spans: &'a [Span],
+        window: Option<usize>,
+        kv_heads: usize,
+        group: usize,
+        threads: usize,
+    ) -> Self {
+        let rows_of = |span: &'a Span| {
+            let query = move |(offset, row): (usize, usize)| {
+                let end = span.position + offset + 1;
+                let seen = end.saturating_sub(window.unwrap_or(end))..end;
+                Query { row, seen, pages: &span.pages[..], slot: None }
+            };
+            span.rows.clone().enumerate().map(query)
+        };
+        let (short, long): (Vec<_>, Vec<_>) =
+            spans.iter().partition(|span| span.rows.len() <= SHORT);
+        // Sequences with the same beginning become neighbours.
+        let mut queries: Vec<_> = short.into_iter().flat_map(rows_of).collect();
+        queries.sort_by(|a, b| a.pages.cmp(b.pages));
+        let mut slots = 0;
+        for query in queries.iter_mut().filter(|query| query.runs().len() > 1) {
+            query.slot = Some(slots);
+            slots += query.runs().len();
+        }
+        let work = queries.iter().map(|query| query.runs().len()).sum::<usize>();
+        let mut tiles = Vec::new();
+        let most = largest_tile(work * kv_heads, group, threads);
+        share(&queries, most, &mut tiles);
+        for span in long {
+            let most = largest_tile(span.rows.len() * kv_heads, group, threads);
+            let first = queries.len();
+            queries.extend(rows_of(span));
+            for from in (first..queries.len()).step_by(most) {
+                let part = from..(from + most).min(queries.len());
+                let last = queries[part.end - 1].runs();
+                tiles.push(Tile { runs: queries[from].runs().start..last.end, queries: part });
+            }
+        }
+        tiles.sort_by_cached_key(|tile| {
+            let seen = |query: &Query| {
+                tile.runs.clone().map(|run| query.seen_of(run).len()).sum::<usize>()
+            };
+            Reverse(queries[tile.queries.clone()].iter().map(seen).sum::<usize>())
+        });
+        Self { queries, tiles, slots }
+    }
+
+    /// Queries whose runs were computed apart.
+    pub(in crate::kernels) fn split(&self) -> impl Iterator<Item = &Query<'a>> {
+        self.queries.iter().filter(|query| query.slot.is_some())
+    }
+}
+
+/// Rows of a tile: as many as share a page's conversion well, if enough chunks are left for all
+/// threads.
+fn largest_tile(work: usize, group: usize, threads: usize) -> usize {
+    (work / (CHUNKS * threads)).clamp(1, (TILE / group).max(1))
+}
+
+/// Tiles of one run each, of neighbours that have its first page in common.
+fn share(queries: &[Query], most: usize, tiles: &mut Vec<Tile>) {
+    let runs = queries.iter().map(|query| query.runs().end).max().unwrap_or(0);
+    for run in 0..runs {
+        let page = |query: &Query| query.pages.get(run * (RUN / PAGE)).copied();
+        let mut open: Option<Tile> = None;
+        for (index, query) in queries.iter().enumerate() {
+            let sees = query.runs().contains(&run);
+            if let Some(tile) = &mut open {
+                let first = tile.queries.start;
+                if sees && page(&queries[first]) == page(query) && index - first < most {
+                    tile.queries.end = index + 1;
+                    continue;
+                }
+                tiles.extend(open.take());
+            }
+            open = sees.then(|| Tile { queries: index..index + 1, runs: run..run + 1 });
+        }
+        tiles.extend(open);
+    }
+}

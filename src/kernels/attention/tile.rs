@@ -1,0 +1,295 @@
+//! One tile: some rows' queries of one head, over some runs.
+
+use super::{Query, ROWS, RUN, Scores};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::avx2;
+use crate::kernels::cache::{Cache, PAGE};
+use crate::kernels::matmul::Isa;
+use crate::kernels::vector::exp;
+use half::f16;
+use std::ops::Range;
+
+/// Pages of a run.
+const PAGES: usize = RUN / PAGE;
+
+/// One head of one layer's cache, and the `group` query heads that read it.
+#[derive(Clone, Copy)]
+pub struct Head<'a> {
+    pub isa: Isa,
+    pub cache: &'a Cache,
+    pub layer: usize,
+    pub head: usize,
+    pub group: usize,
+}
+
+/// A softmax's largest score, and the sum of its e^(score - largest).
+#[derive(Debug, Clone, Copy)]
+pub struct Sum {
+    max: f32,
+    total: f32,
+}
+
+impl Sum {
+    const NOTHING: Self = Self { max: f32::NEG_INFINITY, total: 0.0 };
+}
+
+/// Room for a tile, kept by each thread.
+#[derive(Default)]
+pub struct Scratch {
+    /// (queries, group, head_dim), already scaled.
+    pub q: Vec<f32>,
+    /// (queries, group) of one run.
+    scores: Vec<Scores>,
+    sums: Vec<Sum>,
+    /// (queries, group, head_dim) sums of one run.
+    partial: Vec<f32>,
+    /// Of all runs so far.
+    totals: Vec<Sum>,
+    pub out: Vec<f32>,
+    page: Vec<f32>,
+}
+
+impl Head<'_> {
+    /// The queries in `scratch.q` over all of `runs`; the result is in `scratch.out`.
+    pub fn attend(&self, queries: &[Query], runs: Range<usize>, scratch: &mut Scratch) {
+        let (dim, group) = (self.cache.head_dim(), self.group);
+        scratch.out.clear();
+        scratch.out.resize(queries.len() * group * dim, 0.0);
+        scratch.totals.clear();
+        scratch.totals.resize(queries.len() * group, Sum::NOTHING);
+        for run in runs {
+            self.sum_run(queries, run, scratch);
+            for (index, query) in queries.iter().enumerate() {
+                if query.seen_of(run).is_empty() {
+                    continue;
+                }
+                for row in index * group..(index + 1) * group {
+                    let out = &mut scratch.out[row * dim..][..dim];
+                    let partial = &scratch.partial[row * dim..][..dim];
+                    merge(&mut scratch.totals[row], out, scratch.sums[row], partial);
+                }
+            }
+        }
+        for (out, sum) in scratch.out.chunks_exact_mut(dim).zip(&scratch.totals) {
+            divide(out, *sum);
+        }
+    }
+
+    /// Numbers that [`Head::keep`] writes for one query.
+    pub fn kept(&self) -> usize {
+        self.group * (self.cache.head_dim() + 2)
+    }
+
+    /// The queries over one run; the sums of the `index`-th of them are then in `keep`.
+    pub fn keep(&self, scratch: &Scratch, index: usize, kept: &mut [f32]) {
+        let dim = self.cache.head_dim();
+        for (row, kept) in kept.chunks_exact_mut(dim + 2).enumerate() {
+            let row = index * self.group + row;
+            (kept[0], kept[1]) = (scratch.sums[row].max, scratch.sums[row].total);
+            kept[2..].copy_from_slice(&scratch.partial[row * dim..][..dim]);
+        }
+    }
+
+    /// Sums of one run, of all queries that see some of it.
+    pub fn sum_run(&self, queries: &[Query], run: usize, scratch: &mut Scratch) {
+        let (dim, group) = (self.cache.head_dim(), self.group);
+        let rows = queries.len() * group;
+        assert!(scratch.q.len() == rows * dim, "the queries are there");
+        if scratch.scores.len() < rows {
+            scratch.scores.resize(rows, [0.0; RUN]);
+        }
+        scratch.sums.resize(rows, Sum::NOTHING);
+        scratch.partial.clear();
+        scratch.partial.resize(rows * dim, 0.0);
+        scratch.page.resize(dim * PAGE, 0.0);
+        for page in 0..PAGES {
+            let at = page * PAGE;
+            let place = |query: &Query| {
+                let seen = query.seen_of(run);
+                let sees = seen.start < at + PAGE && seen.end > at && !seen.is_empty();
+                sees.then(|| query.pages[run * PAGES + page])
+            };
+            stretches(queries, place, |part, id| {
+                let keys = self.cache.keys(self.layer, id, self.head);
+                let (q, scores) = (
+                    &scratch.q[part.start * group * dim..part.end * group * dim],
+                    &mut scratch.scores[part.start * group..part.end * group],
+                );
+                self.score(q, keys, scores, at, &mut scratch.page);
+            });
+        }
+        for (index, query) in queries.iter().enumerate() {
+            let seen = query.seen_of(run);
+            for row in index * group..(index + 1) * group {
+                scratch.sums[row] = softmax(&mut scratch.scores[row][seen.clone()]);
+            }
+        }
+        for page in 0..PAGES {
+            let at = page * PAGE;
+            let place = |query: &Query| {
+                let seen = query.seen_of(run);
+                let (from, to) = (seen.start.max(at), seen.end.min(at + PAGE));
+                (from < to).then(|| (query.pages[run * PAGES + page], from, to))
+            };
+            stretches(queries, place, |part, (id, from, to)| {
+                let values = self.cache.values(self.layer, id, self.head);
+                let values = &values[(from - at) * dim..(to - at) * dim];
+                let (rows, numbers) = (
+                    part.start * group..part.end * group,
+                    part.start * group * dim..part.end * group * dim,
+                );
+                let (scores, out) = (&scratch.scores[rows], &mut scratch.partial[numbers]);
+                self.weigh(scores, from, values, out, &mut scratch.page);
+            });
+        }
+    }
+
+    /// `scores[row][at..at + 32] = q[row] · keys`.
+    fn score(&self, q: &[f32], keys: &[u16], scores: &mut [Scores], at: usize, wide: &mut [f32]) {
+        let dim = self.cache.head_dim();
+        let rows = scores.len();
+        if rows > ROWS {
+            widen(self.isa, keys, wide);
+        }
+        for (q, scores) in q.chunks(ROWS * dim).zip(scores.chunks_mut(ROWS)) {
+            match (self.isa, rows > ROWS) {
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, false) => avx2::score(q, keys, scores, at),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, true) => avx2::score(q, &*wide, scores, at),
+                _ => score(q, keys, scores, at),
+            }
+        }
+    }
+
+    /// `out[row] += scores[row][at + t] * values[t]`.
+    fn weigh(
+        &self,
+        scores: &[Scores],
+        at: usize,
+        values: &[u16],
+        out: &mut [f32],
+        wide: &mut [f32],
+    ) {
+        let dim = self.cache.head_dim();
+        let rows = scores.len();
+        let wide = &mut wide[..values.len()];
+        if rows > ROWS {
+            widen(self.isa, values, wide);
+        }
+        for (scores, out) in scores.chunks(ROWS).zip(out.chunks_mut(ROWS * dim)) {
+            match (self.isa, rows > ROWS) {
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, false) => avx2::weigh(scores, at, values, out, dim),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, true) => avx2::weigh(scores, at, &*wide, out, dim),
+                _ => weigh(scores, at, values, out, dim),
+            }
+        }
+    }
+}
+
+/// Calls `each` with every longest stretch of queries that have the same place, if they have one.
+fn stretches<P: PartialEq>(
+    queries: &[Query],
+    place: impl Fn(&Query) -> Option<P>,
+    mut each: impl FnMut(Range<usize>, P),
+) {
+    let mut from = 0;
+    while from < queries.len() {
+        let here = place(&queries[from]);
+        let more = queries[from + 1..].iter().take_while(|query| place(query) == here).count();
+        let part = from..from + 1 + more;
+        from = part.end;
+        if let Some(here) = here {
+            each(part, here);
+        }
+    }
+}
+
+/// One query's runs in their order, as [`Head::keep`] wrote them, become its result: `out` (group,
+/// head_dim).
+pub fn merge_runs(runs: &[f32], out: &mut [f32], dim: usize) {
+    let group = out.len() / dim;
+    out.fill(0.0);
+    for (row, out) in out.chunks_exact_mut(dim).enumerate() {
+        let mut total = Sum::NOTHING;
+        for kept in runs.chunks_exact(group * (dim + 2)) {
+            let kept = &kept[row * (dim + 2)..][..dim + 2];
+            merge(&mut total, out, Sum { max: kept[0], total: kept[1] }, &kept[2..]);
+        }
+        divide(out, total);
+    }
+}
+
+/// Adds the next run of a query to what is there.
+fn merge(sum: &mut Sum, out: &mut [f32], run: Sum, partial: &[f32]) {
+    let max = sum.max.max(run.max);
+    // The first run: e^-inf is 0.
+    let (old, new) = (exp(sum.max - max), exp(run.max - max));
+    for (out, partial) in out.iter_mut().zip(partial) {
+        *out = out.mul_add(old, partial * new);
+    }
+    *sum = Sum { max, total: sum.total.mul_add(old, run.total * new) };
+}
+
+fn divide(out: &mut [f32], sum: Sum) {
+    out.iter_mut().for_each(|x| *x /= sum.total);
+}
+
+fn widen(isa: Isa, from: &[u16], to: &mut [f32]) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::widen(from, to),
+        // The plain kernels read f16.
+        _ => {}
+    }
+}
+
+fn score(q: &[f32], keys: &[u16], scores: &mut [Scores], at: usize) {
+    let dim = keys.len() / PAGE;
+    for (q, scores) in q.chunks_exact(dim).zip(scores) {
+        for (t, score) in scores[at..at + PAGE].iter_mut().enumerate() {
+            let mut sum = 0f32;
+            for (d, q) in q.iter().enumerate() {
+                sum = f16::from_bits(keys[d * PAGE + t]).to_f32().mul_add(*q, sum);
+            }
+            *score = sum;
+        }
+    }
+}
+
+fn weigh(scores: &[Scores], at: usize, values: &[u16], out: &mut [f32], dim: usize) {
+    for (out, scores) in out.chunks_exact_mut(dim).zip(scores) {
+        for (d, sum) in out.iter_mut().enumerate() {
+            for (t, values) in values.chunks_exact(dim).enumerate() {
+                *sum = f16::from_bits(values[d]).to_f32().mul_add(scores[at + t], *sum);
+            }
+        }
+    }
+}
+
+/// Turns scores into e^(score - largest); returns the largest, and the sum in lanes of eight.
+fn softmax(scores: &mut [f32]) -> Sum {
+    let mut largest = [f32::NEG_INFINITY; 8];
+    let (whole, rest) = scores.as_chunks::<8>();
+    for eight in whole {
+        for (largest, score) in largest.iter_mut().zip(eight) {
+            *largest = largest.max(*score);
+        }
+    }
+    let max = largest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    let mut lanes = [0f32; 8];
+    let (whole, rest) = scores.as_chunks_mut::<8>();
+    for eight in whole {
+        for (lane, score) in lanes.iter_mut().zip(eight) {
+            *score = exp(*score - max);
+            *lane += *score;
+        }
+    }
+    for (lane, score) in lanes.iter_mut().zip(rest) {
+        *score = exp(*score - max);
+        *lane += *score;
+    }
+    Sum { max, total: lanes.iter().sum() }
+}
