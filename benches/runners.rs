@@ -1,9 +1,10 @@
 //! The native runner against llama.cpp, in one process, in turn: `cargo bench --bench runners --
-//! MODEL.gguf [REPETITIONS]`. Medians, and their ratio; both get two threads.
+//! MODEL.gguf [--repeat 5] [--works decode] [--sides native,flash]`. Medians; both get two threads.
 //!
 //! llama.cpp has its cache in streams, which measured best, with and without flash attention; the
 //! better one counts. `llama-bench` measures the same kernels.
 
+use clap::Parser;
 use ingot::engine::runner::{self, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, SeqSlot, Wants};
 use ingot::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Token};
 use std::time::Instant;
@@ -17,17 +18,43 @@ const SHORT: usize = 128;
 /// Answers tokens per second.
 type Work = fn(&mut Bench) -> f64;
 
-const WORKS: [(&str, Work); 6] = [
+const WORKS: [(&str, Work); 8] = [
     ("prefill 512", |bench| bench.prefill(512)),
+    ("prefill 4,000", |bench| bench.prefill(4_000)),
     ("decode, 1 stream, 64 to 128", |bench| bench.decode(1, 64, 64)),
     ("decode, 1 stream, at 4,000", |bench| bench.decode(1, 4_000, 24)),
     ("decode, 8 streams", |bench| bench.decode(8, 64, 32)),
     ("decode, 32 streams", |bench| bench.decode(32, 64, 12)),
+    ("decode, 8 streams that share 1,000", |bench| bench.decode_shared(8, 1_000, 16)),
     ("prefill 64 at 4,000", |bench| bench.chunk(4_000, 64)),
 ];
 
+const SIDES: [(&str, RunnerKind, bool); 3] = [
+    ("native", RunnerKind::Native, false),
+    ("flash", RunnerKind::LlamaCpp, true),
+    ("plain", RunnerKind::LlamaCpp, false),
+];
+
+#[derive(Parser)]
+struct Arguments {
+    model: String,
+    #[arg(long, default_value_t = 5)]
+    repeat: usize,
+    /// Only works whose name holds this.
+    #[arg(long, default_value = "")]
+    works: String,
+    /// Of native, flash and plain.
+    #[arg(long, value_delimiter = ',', default_value = "native,flash,plain")]
+    sides: Vec<String>,
+    /// Cargo's own.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
 struct Bench {
     runner: Box<dyn ModelRunner>,
+    /// Leading tokens of all streams that lie in the first one's pages.
+    shared: usize,
     /// Tokens of stream 0 that stay computed.
     depth: usize,
 }
@@ -51,7 +78,7 @@ impl Bench {
             queue_limit: 8,
             mock_step_us: 0,
         };
-        Self { runner: runner::load(&spec).expect("the model loads"), depth: 0 }
+        Self { runner: runner::load(&spec).expect("the model loads"), shared: 0, depth: 0 }
     }
 
     /// Computes rows of some streams, a number of tokens each, from their positions on.
@@ -67,7 +94,12 @@ impl Bench {
                 rows: first..first + count,
                 position,
                 wants: Wants::LastLogits,
-                pages: (0..each).map(|page| (stream * each + page) as u32).collect(),
+                pages: (0..each)
+                    .map(|page| match page < self.shared / PAGE_TOKENS {
+                        true => page as u32,
+                        false => (stream * each + page) as u32,
+                    })
+                    .collect(),
                 adapter: None,
             });
         }
@@ -93,7 +125,9 @@ impl Bench {
     fn prefill(&mut self, count: usize) -> f64 {
         self.forget(0);
         let started = Instant::now();
-        self.step(&[(0, 0, count)]);
+        for position in (0..count).step_by(512) {
+            self.step(&[(0, position, 512.min(count - position))]);
+        }
         count as f64 / started.elapsed().as_secs_f64()
     }
 
@@ -113,12 +147,30 @@ impl Bench {
                 self.step(&[(stream, 0, depth)]);
             }
         }
+        self.timed(streams, depth, count)
+    }
+
+    fn timed(&mut self, streams: usize, depth: usize, count: usize) -> f64 {
         let started = Instant::now();
         for position in depth..depth + count {
             let rows: Vec<_> = (0..streams).map(|stream| (stream, position, 1)).collect();
             self.step(&rows);
         }
         (streams * count) as f64 / started.elapsed().as_secs_f64()
+    }
+
+    /// Streams that begin with the same tokens: the same pages, or copied cells.
+    fn decode_shared(&mut self, streams: usize, depth: usize, count: usize) -> f64 {
+        self.reach(depth);
+        self.shared = depth / PAGE_TOKENS * PAGE_TOKENS;
+        for stream in 1..streams {
+            self.forget(stream);
+            self.runner.fork(SeqSlot(0), SeqSlot(stream as u32), self.shared);
+            self.step(&[(stream, self.shared, depth - self.shared)]);
+        }
+        let rate = self.timed(streams, depth, count);
+        self.shared = 0;
+        rate
     }
 
     fn forget(&mut self, stream: usize) {
@@ -135,28 +187,24 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn main() {
-    // Cargo adds `--bench`.
-    let arguments: Vec<_> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
-    let Some(model) = arguments.first() else {
-        eprintln!("usage: cargo bench --bench runners -- MODEL.gguf [REPETITIONS]");
-        return;
-    };
-    let repetitions = arguments.get(1).map_or(5, |n| n.parse().expect("a number"));
-    let mut sides = [
-        Bench::new(model, RunnerKind::Native, false),
-        Bench::new(model, RunnerKind::LlamaCpp, true),
-        Bench::new(model, RunnerKind::LlamaCpp, false),
-    ];
-    println!("| work | native | llama.cpp, flash | without | ratio |\n|---|---|---|---|---|");
-    for (name, work) in WORKS {
-        let mut rates = [const { Vec::new() }; 3];
-        for _ in 0..repetitions {
+    let arguments = Arguments::parse();
+    let mut sides: Vec<_> = SIDES
+        .iter()
+        .filter(|(name, ..)| arguments.sides.iter().any(|side| side == name))
+        .map(|&(_, kind, flash)| Bench::new(&arguments.model, kind, flash))
+        .collect();
+    println!("| work | {} | first to best other |", arguments.sides.join(" | "));
+    println!("|{}", "---|".repeat(sides.len() + 2));
+    for (name, work) in WORKS.iter().filter(|(name, _)| name.contains(&arguments.works)) {
+        let mut rates = vec![Vec::new(); sides.len()];
+        for _ in 0..arguments.repeat {
             for (side, rates) in sides.iter_mut().zip(&mut rates) {
                 rates.push(work(side));
             }
         }
-        let [ours, flash, plain] = rates.map(median);
-        let ratio = ours / flash.max(plain);
-        println!("| {name} | {ours:.1} | {flash:.1} | {plain:.1} | {ratio:.2} |");
+        let rates: Vec<_> = rates.into_iter().map(median).collect();
+        let best = rates[1..].iter().copied().fold(f64::NAN, f64::max);
+        let cells: Vec<_> = rates.iter().map(|rate| format!("{rate:.1}")).collect();
+        println!("| {name} | {} | {:.2} |", cells.join(" | "), rates[0] / best);
     }
 }

@@ -1,5 +1,8 @@
 //! Activations as the kernels read them: f32 rows, and the same rows in 8 bits.
 
+#[cfg(target_arch = "x86_64")]
+use super::avx2;
+use super::matmul::{Isa, isa};
 use super::pack::BLOCK;
 use super::pool::Disjoint;
 
@@ -107,9 +110,16 @@ impl QuantizedWriter {
                 self.h.part(at / BLOCK * 2, values.len() / BLOCK * 2),
             )
         };
+        let isa = isa();
         let blocks = values.chunks_exact(BLOCK).zip(q.chunks_exact_mut(BLOCK));
         for (block, (values, q)) in blocks.enumerate() {
-            let (scale, sums) = quantize_block(values, q);
+            let values = values.try_into().expect("a block");
+            let q = q.try_into().expect("a block");
+            let (scale, sums) = match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => avx2::quantize(values, q),
+                _ => quantize_block(values, q),
+            };
             d[block] = scale;
             s[block] = scale * (sums[0] + sums[1]) as f32;
             h[2 * block] = scale * sums[0] as f32;
@@ -118,11 +128,8 @@ impl QuantizedWriter {
     }
 }
 
-/// Returns the scale, and the sums of both halves of the quantized values. Plain code: the compiler
-/// vectorizes it, and the result is the same on every machine.
-fn quantize_block(values: &[f32], q: &mut [i8]) -> (f32, [i32; 2]) {
-    let values: &[f32; BLOCK] = values.try_into().expect("a block");
-    let q: &mut [i8; BLOCK] = q.try_into().expect("a block");
+/// Returns the scale, and the sums of both halves of the quantized values: the plain form.
+fn quantize_block(values: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
     let mut lanes = [0f32; 8];
     for eight in values.chunks_exact(8) {
         for (lane, value) in lanes.iter_mut().zip(eight) {
@@ -130,7 +137,8 @@ fn quantize_block(values: &[f32], q: &mut [i8]) -> (f32, [i32; 2]) {
         }
     }
     let largest = lanes.iter().fold(0f32, |a, &b| a.max(b));
-    let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    // Of nothing but zeros, or too small to be divided by: all become 0.
+    let inverse = Some(127.0 / largest).filter(|inverse| inverse.is_finite()).unwrap_or(0.0);
     let mut sums = [0i32; 2];
     let halves = q.chunks_exact_mut(BLOCK / 2).zip(values.chunks_exact(BLOCK / 2));
     for (sum, (q, values)) in sums.iter_mut().zip(halves) {
@@ -147,6 +155,26 @@ fn quantize_block(values: &[f32], q: &mut [i8]) -> (f32, [i32; 2]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn plain_code_gives_the_same_bits() {
+        if isa() != Isa::Avx2 {
+            return;
+        }
+        let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-45, -1e-40, 0.0, -0.0, f32::MAX];
+        for round in 0..2_000usize {
+            let scale = [1.0, 1e-42, 1e-30, 1e30][round % 4];
+            let values: [f32; BLOCK] =
+                std::array::from_fn(|i| match round % 7 == 6 && i % 5 == 0 {
+                    true => odd[(round / 7 + i) % odd.len()],
+                    false => ((i * 7919 + round * 104_729) % 2_001) as f32 * scale / 1e3 - scale,
+                });
+            let (mut fast, mut plain) = ([0; BLOCK], [0; BLOCK]);
+            let (a, b) = (avx2::quantize(&values, &mut fast), quantize_block(&values, &mut plain));
+            assert_eq!((a.0.to_bits(), a.1, fast), (b.0.to_bits(), b.1, plain), "{values:?}");
+        }
+    }
 
     #[test]
     fn values_come_back_within_half_a_step() {

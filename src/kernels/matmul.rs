@@ -110,8 +110,7 @@ pub unsafe fn multiply(
         for (t, row) in rows[..count].iter_mut().enumerate() {
             *row = input.row(first + t);
         }
-        // One token reads the weights as fast as memory gives them: more rows in flight.
-        let most = if count == 1 { 4 } else { 2 };
+        let most = weights.kind.groups(count);
         let mut group = groups.start;
         while group < groups.end {
             let wide = match groups.end - group {
@@ -153,6 +152,20 @@ pub(super) enum Kind {
     I8,
     F16,
     F32,
+}
+
+impl Kind {
+    /// Groups of a tile, at most.
+    fn groups(self, tokens: usize) -> usize {
+        match (self, tokens) {
+            // As fast as memory gives them: more rows in flight.
+            (_, 1) => 4,
+            // Enough sums to hide the time that one takes.
+            (Self::F16 | Self::F32, _) => 2,
+            // A block's weights stay in registers; those of two groups would not.
+            _ => 1,
+        }
+    }
 }
 
 impl Weights {

@@ -127,35 +127,57 @@ unsafe fn weigh_rows<const R: usize, N: Number>(
     dim: usize,
 ) {
     let tokens = values.len() / dim;
+    let scores: [*const f32; R] = std::array::from_fn(|r| scores[r][at..].as_ptr());
     let (values, out) = (values.as_ptr(), out.as_mut_ptr());
     let mut d = 0;
-    while d < dim {
-        let wide = if d + 16 <= dim { 2 } else { 1 };
-        let mut sums = [[_mm256_setzero_ps(); 2]; R];
+    while d + 16 <= dim {
+        // SAFETY: sixteen columns of every row are there, and the scores of `tokens` tokens.
+        unsafe { weigh_columns::<R, 2, N>(scores, values.add(d), out.add(d), tokens, dim) };
+        d += 16;
+    }
+    if d < dim {
+        // SAFETY: as above, with eight columns.
+        unsafe { weigh_columns::<R, 1, N>(scores, values.add(d), out.add(d), tokens, dim) };
+    }
+}
+
+/// # Safety
+/// There are `tokens` scores of each row, `tokens` rows of values and `R` of `out`, `dim` apart, each
+/// with `8 W` columns; and the CPU has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+unsafe fn weigh_columns<const R: usize, const W: usize, N: Number>(
+    scores: [*const f32; R],
+    values: *const N,
+    out: *mut f32,
+    tokens: usize,
+    dim: usize,
+) {
+    let mut sums = [[_mm256_setzero_ps(); W]; R];
+    for r in 0..R {
+        for w in 0..W {
+            // SAFETY: the caller's promise.
+            sums[r][w] = unsafe { _mm256_loadu_ps(out.add(r * dim + 8 * w)) };
+        }
+    }
+    for t in 0..tokens {
+        let mut v = [_mm256_setzero_ps(); W];
+        for w in 0..W {
+            // SAFETY: the caller's promise.
+            v[w] = unsafe { N::eight(values.add(t * dim + 8 * w)) };
+        }
         for r in 0..R {
-            for half in 0..wide {
-                // SAFETY: inside the row.
-                sums[r][half] = unsafe { _mm256_loadu_ps(out.add(r * dim + d + 8 * half)) };
+            // SAFETY: the caller's promise.
+            let weight = unsafe { _mm256_broadcast_ss(&*scores[r].add(t)) };
+            for w in 0..W {
+                sums[r][w] = _mm256_fmadd_ps(v[w], weight, sums[r][w]);
             }
         }
-        for t in 0..tokens {
-            let mut v = [_mm256_setzero_ps(); 2];
-            for (half, v) in v[..wide].iter_mut().enumerate() {
-                // SAFETY: inside the row.
-                *v = unsafe { N::eight(values.add(t * dim + d + 8 * half)) };
-            }
-            for r in 0..R {
-                let weight = _mm256_set1_ps(scores[r][at + t]);
-                sums[r][0] = _mm256_fmadd_ps(v[0], weight, sums[r][0]);
-                sums[r][1] = _mm256_fmadd_ps(v[1], weight, sums[r][1]);
-            }
+    }
+    for r in 0..R {
+        for w in 0..W {
+            // SAFETY: the caller's promise.
+            unsafe { _mm256_storeu_ps(out.add(r * dim + 8 * w), sums[r][w]) };
         }
-        for r in 0..R {
-            for half in 0..wide {
-                // SAFETY: inside the row.
-                unsafe { _mm256_storeu_ps(out.add(r * dim + d + 8 * half), sums[r][half]) };
-            }
-        }
-        d += 8 * wide;
     }
 }

@@ -8,10 +8,12 @@
 mod attention;
 mod float;
 mod nibbles;
+mod quantize;
 mod signed;
 mod six;
 
 pub(super) use attention::{score, weigh, widen};
+pub(super) use quantize::quantize;
 
 use super::matmul::{Kind, Tile};
 use super::pack::{BlockU4, BlockU4K, BlockU4Min, BlockU5, BlockU5K, BlockU5Min, LANES};
@@ -19,14 +21,14 @@ use super::pack::{BlockU4, BlockU4K, BlockU4Min, BlockU5, BlockU5K, BlockU5Min, 
 /// A kernel for a tile of `groups` groups and `tokens` tokens; the CPU must have AVX2, FMA and F16C.
 pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
     match (groups, tokens) {
+        (2, 2) => of_floats::<2, 2>(kind),
+        (2, 3) => of_floats::<2, 3>(kind),
+        (2, 4) => of_floats::<2, 4>(kind),
         (1, 1) => of_kind::<1, 1>(kind),
         (1, 2) => of_kind::<1, 2>(kind),
         (1, 3) => of_kind::<1, 3>(kind),
         (1, 4) => of_kind::<1, 4>(kind),
         (2, 1) => of_kind::<2, 1>(kind),
-        (2, 2) => of_kind::<2, 2>(kind),
-        (2, 3) => of_kind::<2, 3>(kind),
-        (2, 4) => of_kind::<2, 4>(kind),
         (4, 1) => of_kind::<4, 1>(kind),
         _ => unreachable!("no tile is {groups} groups by {tokens} tokens"),
     }
@@ -42,7 +44,14 @@ fn of_kind<const G: usize, const T: usize>(kind: Kind) -> Tile {
         Kind::U5K => nibbles::tile::<BlockU5K, G, T>,
         Kind::U6K => six::tile::<G, T>,
         Kind::I8 => signed::tile::<G, T>,
+        Kind::F16 | Kind::F32 => of_floats::<G, T>(kind),
+    }
+}
+
+fn of_floats<const G: usize, const T: usize>(kind: Kind) -> Tile {
+    match kind {
         Kind::F16 => float::tile::<[u16; LANES], G, T>,
         Kind::F32 => float::tile::<[f32; LANES], G, T>,
+        _ => unreachable!("quantized weights have one group for several tokens"),
     }
 }
