@@ -1,12 +1,18 @@
 //! The native runner against llama.cpp, in one process, in turn: `cargo bench --bench runners --
 //! MODEL.gguf [--repeat 5] [--works decode] [--sides native,flash]`. Medians; both get two threads.
+//! Instead of a file, `random:Q4_K_M` is a model with random weights and the dimensions of
+//! Llama-3.2-1B.
 //!
 //! llama.cpp has its cache in streams, which measured best, with and without flash attention; the
 //! better one counts. `llama-bench` measures the same kernels.
 
+mod random;
+
 use clap::Parser;
 use ingot::engine::runner::{self, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, SeqSlot, Wants};
+use ingot::gguf::{Gguf, TensorInfo};
 use ingot::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Token};
+use std::path::Path;
 use std::time::Instant;
 
 const THREADS: u32 = 2;
@@ -37,6 +43,7 @@ const SIDES: [(&str, RunnerKind, bool); 3] = [
 
 #[derive(Parser)]
 struct Arguments {
+    /// A file, or `random:` and the name of a preset.
     model: String,
     #[arg(long, default_value_t = 5)]
     repeat: usize,
@@ -49,6 +56,41 @@ struct Arguments {
     /// Cargo's own.
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+/// Bytes of all weights that a token reads.
+fn weights(model: &str) -> u64 {
+    let file = Gguf::open(Path::new(model)).expect("a GGUF file");
+    let tied = file.tensor("output.weight").is_none();
+    let read = |tensor: &&TensorInfo| {
+        tensor.dims().len() > 1 && (tied || tensor.name() != "token_embd.weight")
+    };
+    let tensors = file.tensors().iter().filter(read);
+    tensors.map(|tensor| file.data(tensor.name()).map_or(0, |data| data.len() as u64)).sum()
+}
+
+/// Bytes per second that the threads read from memory, at best.
+fn bandwidth() -> f64 {
+    let data = vec![1u64; 1 << 26];
+    let part = data.len() / THREADS as usize;
+    let once = || {
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            for part in data.chunks(part) {
+                scope.spawn(move || {
+                    let mut lanes = [0u64; 16];
+                    for sixteen in part.as_chunks::<16>().0 {
+                        for (lane, x) in lanes.iter_mut().zip(sixteen) {
+                            *lane = lane.wrapping_add(*x);
+                        }
+                    }
+                    std::hint::black_box(lanes);
+                });
+            }
+        });
+        (8 * data.len()) as f64 / started.elapsed().as_secs_f64()
+    };
+    (0..10).map(|_| once()).fold(0.0, f64::max)
 }
 
 struct Bench {
@@ -187,12 +229,24 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn main() {
-    let arguments = Arguments::parse();
+    let mut arguments = Arguments::parse();
+    let folder = tempfile::tempdir().expect("a folder");
+    if let Some(name) = arguments.model.strip_prefix("random:") {
+        let path = folder.path().join("random.gguf");
+        random::write(&path, random::preset(name).expect("a preset such as Q4_K_M"));
+        arguments.model = path.display().to_string();
+    }
     let mut sides: Vec<_> = SIDES
         .iter()
         .filter(|(name, ..)| arguments.sides.iter().any(|side| side == name))
         .map(|&(_, kind, flash)| Bench::new(&arguments.model, kind, flash))
         .collect();
+    let bytes = weights(&arguments.model) as f64;
+    let most = bandwidth() / bytes;
+    println!("{:.0} MB of weights; read from memory at best {most:.0} times a second", bytes / 1e6);
+    for (side, name) in sides.iter().zip(&arguments.sides) {
+        println!("{name} loaded in {:.2} s", side.runner.info().load_seconds);
+    }
     println!("| work | {} | first to best other |", arguments.sides.join(" | "));
     println!("|{}", "---|".repeat(sides.len() + 2));
     for (name, work) in WORKS.iter().filter(|(name, _)| name.contains(&arguments.works)) {
@@ -206,5 +260,12 @@ fn main() {
         let best = rates[1..].iter().copied().fold(f64::NAN, f64::max);
         let cells: Vec<_> = rates.iter().map(|rate| format!("{rate:.1}")).collect();
         println!("| {name} | {} | {:.2} |", cells.join(" | "), rates[0] / best);
+        if name.starts_with("decode, 1 stream, 64") {
+            println!(
+                "| the same, of what memory allows | {:.0}% |{}",
+                100.0 * rates[0] / most,
+                " |".repeat(sides.len())
+            );
+        }
     }
 }
