@@ -9,7 +9,7 @@
 use super::avx2;
 use super::matmul::Isa;
 use super::pool::Disjoint;
-use super::vector::exp;
+use super::vector::{exp, soft_cap};
 use half::f16;
 
 /// Tokens of a page.
@@ -113,6 +113,15 @@ impl CacheWriter {
     }
 }
 
+/// What a query sees of the tokens before it, and how.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Scope {
+    /// Tokens that it sees, its own the last of them; `None`: all.
+    pub window: Option<usize>,
+    /// Scores `s` become `cap * tanh(s / cap)`.
+    pub cap: Option<f32>,
+}
+
 /// Query heads of one token that share one head of the cache.
 pub struct Attention<'a> {
     pub isa: Isa,
@@ -122,8 +131,9 @@ pub struct Attention<'a> {
     pub head: usize,
     /// The sequence's pages.
     pub pages: &'a [u32],
-    /// Tokens that the query sees, from the first on.
+    /// Tokens up to the query's own.
     pub tokens: usize,
+    pub scope: Scope,
 }
 
 /// Room for the scores of one run.
@@ -163,28 +173,36 @@ impl Attention<'_> {
         let mut sums = [Sum { max: f32::NEG_INFINITY, total: 0.0 }; ROWS];
         out.fill(0.0);
         scratch.partial.resize(ROWS * dim, 0.0);
-        for (run, pages) in self.pages.chunks(RUN / PAGE).enumerate() {
+        let from = self.scope.window.map_or(0, |window| self.tokens.saturating_sub(window));
+        for (run, pages) in self.pages.chunks(RUN / PAGE).enumerate().skip(from / RUN) {
             let tokens = self.tokens.saturating_sub(run * RUN).min(RUN);
             if tokens == 0 {
                 break;
             }
+            // Where the window begins in this run.
+            let first = from.saturating_sub(run * RUN);
             let pages = &pages[..tokens.div_ceil(PAGE)];
             let partial = &mut scratch.partial[..rows * dim];
             partial.fill(0.0);
-            for (at, &page) in pages.iter().enumerate() {
+            for (at, &page) in pages.iter().enumerate().skip(first / PAGE) {
                 let from = self.cache.at(self.layer, page, self.head);
                 let keys = &self.cache.k[from..from + dim * PAGE];
                 self.score(q, keys, &mut scratch.scores, at * PAGE);
             }
             let mut run_sums = [Sum { max: 0.0, total: 0.0 }; ROWS];
             for row in 0..rows {
-                run_sums[row] = softmax(&mut scratch.scores[row][..tokens]);
+                let scores = &mut scratch.scores[row][first..tokens];
+                if let Some(cap) = self.scope.cap {
+                    soft_cap(scores, cap);
+                }
+                run_sums[row] = softmax(scores);
             }
-            for (at, &page) in pages.iter().enumerate() {
+            for (at, &page) in pages.iter().enumerate().skip(first / PAGE) {
                 let from = self.cache.at(self.layer, page, self.head);
                 let values = &self.cache.v[from..from + dim * PAGE];
-                let count = (tokens - at * PAGE).min(PAGE);
-                self.weigh(&scratch.scores, at * PAGE, &values[..count * dim], partial);
+                let skipped = first.saturating_sub(at * PAGE);
+                let values = &values[skipped * dim..(tokens - at * PAGE).min(PAGE) * dim];
+                self.weigh(&scratch.scores, at * PAGE + skipped, values, partial);
             }
             for row in 0..rows {
                 let at = row * dim..(row + 1) * dim;

@@ -20,7 +20,7 @@ mod scalar;
 pub mod vector;
 
 pub use activation::{Quantized, QuantizedWriter};
-pub use attention::{Attention, Cache};
+pub use attention::{Attention, Cache, Scope};
 pub use matmul::{Input, Isa, isa, multiply};
 pub use pack::{BLOCK, LANES, Matrix, can_pack};
 pub use pool::{Disjoint, Pool};

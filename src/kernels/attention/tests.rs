@@ -36,8 +36,12 @@ fn case(heads: usize) -> Case {
 }
 
 fn attend(case: &Case, isa: Isa, tokens: usize, q: &[f32]) -> Vec<f32> {
+    attend_in(case, isa, tokens, q, Scope::default())
+}
+
+fn attend_in(case: &Case, isa: Isa, tokens: usize, q: &[f32], scope: Scope) -> Vec<f32> {
     let pages = &case.pages;
-    let attention = Attention { isa, cache: &case.cache, layer: 1, head: 1, pages, tokens };
+    let attention = Attention { isa, cache: &case.cache, layer: 1, head: 1, pages, tokens, scope };
     let mut out = vec![0.0; q.len()];
     attention.attend(q, &mut out, &mut Scratch::default());
     out
@@ -45,26 +49,41 @@ fn attend(case: &Case, isa: Isa, tokens: usize, q: &[f32]) -> Vec<f32> {
 
 #[test]
 fn equals_a_softmax_in_double_precision() {
-    for heads in [1, 3, 4, 7] {
+    let scopes = [
+        Scope::default(),
+        Scope { window: Some(20), cap: None },
+        Scope { window: Some(100), cap: Some(2.0) },
+        Scope { window: Some(700), cap: None },
+        Scope { window: None, cap: Some(5.0) },
+    ];
+    for (heads, scope) in [1, 3, 4, 7].into_iter().flat_map(|h| scopes.map(|scope| (h, scope))) {
         let case = case(heads);
-        for tokens in [1, 2, 31, 32, 33, 511, 512, 513, TOKENS] {
-            let out = attend(&case, isa(), tokens, &case.q);
+        for tokens in [1, 2, 31, 32, 33, 511, 512, 513, 530, TOKENS] {
+            let out = attend_in(&case, isa(), tokens, &case.q, scope);
+            assert_eq!(out, attend_in(&case, Isa::Scalar, tokens, &case.q, scope));
             for (q, out) in case.q.chunks(DIM).zip(out.chunks(DIM)) {
-                let dot = |k: &[f32]| -> f64 {
-                    k.iter().zip(q).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-                };
-                let weights: Vec<f64> =
-                    case.k.chunks(DIM).take(tokens).map(|k| dot(k).exp()).collect();
+                let weights = weights(&case, q, tokens, scope);
                 let total: f64 = weights.iter().sum();
                 for d in 0..DIM {
                     let values = case.v.iter().skip(d).step_by(DIM);
                     let sum: f64 = values.zip(&weights).map(|(v, w)| f64::from(*v) * w).sum();
                     let error = (f64::from(out[d]) - sum / total).abs();
-                    assert!(error < 1e-5, "{heads} heads, {tokens} tokens: off by {error}");
+                    assert!(error < 1e-5, "{heads} heads, {tokens} tokens, {scope:?}: {error}");
                 }
             }
         }
     }
+}
+
+/// (tokens) e^score, 0 outside the window.
+fn weights(case: &Case, q: &[f32], tokens: usize, scope: Scope) -> Vec<f64> {
+    let weight = |(at, k): (usize, &[f32])| {
+        let dot: f64 = k.iter().zip(q).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+        let capped = scope.cap.map(f64::from).map_or(dot, |cap| cap * (dot / cap).tanh());
+        let seen = scope.window.is_none_or(|window| at + window >= tokens);
+        if seen { capped.exp() } else { 0.0 }
+    };
+    case.k.chunks(DIM).take(tokens).enumerate().map(weight).collect()
 }
 
 #[test]
