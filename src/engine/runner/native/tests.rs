@@ -1,6 +1,7 @@
 //! The native runner against llama.cpp, and against itself.
 
 mod families;
+mod layers;
 
 use super::*;
 use crate::ipc::{KvLayout, RunnerKind};
