@@ -1,6 +1,16 @@
 //! [`Covered`]: what a header must say for our own kernels to run the model.
 //!
-//! The gateway plans by it and the engine loads by it, so both take the same side.
+//! The gateway plans by it and the engine loads by it, so both take the same side. Every family is a
+//! decoder of RMS norms, rotary positions and gated feed-forward layers; a file each says what is
+//! its own.
+
+mod gemma;
+mod llama;
+mod phi;
+mod qwen;
+mod rope;
+
+pub use rope::{RopeFactors, RopeFacts, Yarn};
 
 use super::{Gguf, GgufError, TensorInfo, TensorType};
 
@@ -19,11 +29,18 @@ pub const KERNEL_TYPES: [TensorType; 11] = [
     TensorType::Q6_K,
 ];
 
-/// Decoder-only transformers with RMS norms, rotary positions and SiLU-gated feed-forward layers
-/// (Touvron et al. 2023, arXiv:2302.13971), and whether the two halves of a rotated pair are
-/// neighbours. Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) need no more than the biases,
-/// head norms and distant pairs that the runner has, but come in only with a test against llama.cpp.
-const ARCHITECTURES: [(&str, bool); 1] = [("llama", true)];
+/// An architecture by its GGUF name.
+struct Family {
+    name: &'static str,
+    /// Weights of a layer that it needs besides those of all families.
+    needs: &'static [&'static str],
+    /// Tensors outside the layers that it may have.
+    takes: &'static [&'static str],
+    read: fn(&Keys) -> Result<Covered, Uncovered>,
+}
+
+const FAMILIES: [Family; 6] =
+    [llama::LLAMA, qwen::QWEN2, qwen::QWEN3, phi::PHI3, gemma::GEMMA2, gemma::GEMMA3];
 
 /// Columns of a quantized block, and a multiple of every kernel's width.
 const BLOCK: usize = 32;
@@ -63,19 +80,38 @@ pub struct Covered {
     pub vocab: usize,
     /// Of the norms.
     pub epsilon: f32,
-    pub rope: RopeFacts,
+    /// Token embeddings are multiplied by it.
+    pub embedding_scale: f32,
+    /// Scores are multiplied by it.
+    pub attention_scale: f32,
+    /// Scores `s` become `cap * tanh(s / cap)`.
+    pub attention_cap: Option<f32>,
+    /// The same for logits.
+    pub logit_cap: Option<f32>,
+    pub gating: Gating,
+    /// `ffn_up` holds the gate's rows, and then its own.
+    pub gate_in_up: bool,
+    /// (layers)
+    pub kinds: Vec<LayerKind>,
+    /// As [`LayerKind::rope`] counts them.
+    pub ropes: Vec<RopeFacts>,
 }
 
-/// Rotary positions.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RopeFacts {
-    /// The halves of a pair are neighbours; otherwise half the rotated elements apart.
-    pub adjacent: bool,
-    /// Rotated elements of a head.
-    pub dims: usize,
-    pub base: f32,
-    /// Positions are multiplied by it.
-    pub scale: f32,
+/// What may differ from layer to layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LayerKind {
+    /// Tokens that a query sees, its own the last of them; `None`: all.
+    pub window: Option<usize>,
+    /// Index of [`Covered::ropes`].
+    pub rope: usize,
+}
+
+/// The activation of the gate (Shazeer 2020, arXiv:2002.05202).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gating {
+    Silu,
+    /// By tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    Gelu,
 }
 
 impl Covered {
@@ -84,36 +120,21 @@ impl Covered {
     /// # Errors
     /// [`Uncovered`] with the reason.
     pub fn read(file: &Gguf) -> Result<Self, Uncovered> {
-        let architecture = file.str("general.architecture")?.unwrap_or_default().to_owned();
-        let known = ARCHITECTURES.iter().find(|(name, _)| *name == architecture);
-        let Some(&(_, adjacent)) = known else {
-            return Err(Uncovered::Architecture(architecture));
+        let architecture = file.str("general.architecture")?.unwrap_or_default();
+        let Some(family) = FAMILIES.iter().find(|family| family.name == architecture) else {
+            return Err(Uncovered::Architecture(architecture.into()));
         };
-        let keys = Keys { file, architecture: &architecture };
-        let (width, heads) =
-            (keys.needed("embedding_length")?, keys.needed("attention.head_count")?);
-        let head_dim = keys.optional("attention.key_length")?.unwrap_or(width / heads);
-        let covered = Self {
-            layers: keys.needed("block_count")?,
-            width,
-            heads,
-            kv_heads: keys.optional("attention.head_count_kv")?.unwrap_or(heads),
-            head_dim,
-            ff: keys.needed("feed_forward_length")?,
-            vocab: match file.tensor("token_embd.weight").map(TensorInfo::dims) {
-                Some(&[_, rows]) => rows as usize,
-                _ => return other("the file has no matrix `token_embd.weight`"),
-            },
-            epsilon: keys.float("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
-            rope: keys.rope(adjacent, head_dim)?,
-            architecture: architecture.clone(),
-        };
+        let keys = Keys { file, architecture };
         if keys.optional("expert_count")?.unwrap_or(0) > 0 {
             return other("mixtures of experts are not covered");
         }
-        let value_length = keys.optional("attention.value_length")?.unwrap_or(head_dim);
+        if file.bool(&keys.key("attention.causal"))? == Some(false) {
+            return other("attention to later tokens is not covered");
+        }
+        let covered = (family.read)(&keys)?;
+        let value_length = keys.optional("attention.value_length")?.unwrap_or(covered.head_dim);
         covered.check_shape(value_length)?;
-        check_tensors(file)?;
+        check_tensors(file, family, covered.layers)?;
         Ok(covered)
     }
 
@@ -134,36 +155,50 @@ impl Covered {
 }
 
 /// Every matrix must have a kernel, and nothing may be there that would be left out.
-fn check_tensors(file: &Gguf) -> Result<(), Uncovered> {
+fn check_tensors(file: &Gguf, family: &Family, layers: usize) -> Result<(), Uncovered> {
     for tensor in file.tensors() {
         let name = tensor.name();
         if tensor.dims().len() > 1 && !KERNEL_TYPES.contains(&tensor.ty()) {
             return Err(Uncovered::Type { name: name.into(), ty: tensor.ty().name() });
         }
-        let last = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
-        let known = match last.map_or(name, |(_, part)| part) {
-            "token_embd.weight" | "output.weight" | "output_norm.weight" | "rope_freqs.weight" => {
-                true
+        let known = match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+            Some((_, part)) => known_of_layer(part, family),
+            None => {
+                matches!(name, "token_embd.weight" | "output.weight" | "output_norm.weight")
+                    || family.takes.contains(&name)
             }
-            "attn_q.bias" | "attn_k.bias" | "attn_v.bias" => true,
-            part => part.strip_suffix(".weight").is_some_and(|part| {
-                matches!(part, "attn_norm" | "attn_q" | "attn_k" | "attn_v" | "attn_output")
-                    || matches!(part, "attn_q_norm" | "attn_k_norm" | "ffn_norm" | "ffn_gate")
-                    || matches!(part, "ffn_up" | "ffn_down")
-            }),
         };
         if !known {
             return other(format!("tensor `{name}` is not covered"));
         }
     }
+    for (layer, part) in (0..layers).flat_map(|layer| family.needs.iter().map(move |p| (layer, p)))
+    {
+        let name = format!("blk.{layer}.{part}.weight");
+        if file.tensor(&name).is_none() {
+            return other(format!("the file has no tensor `{name}`"));
+        }
+    }
     Ok(())
+}
+
+fn known_of_layer(part: &str, family: &Family) -> bool {
+    match part.rsplit_once('.') {
+        Some((part, "bias")) => matches!(part, "attn_q" | "attn_k" | "attn_v" | "attn_qkv"),
+        Some((part, "weight")) => {
+            matches!(part, "attn_norm" | "attn_q" | "attn_k" | "attn_v" | "attn_qkv")
+                || matches!(part, "attn_output" | "ffn_norm" | "ffn_gate" | "ffn_up" | "ffn_down")
+                || family.needs.contains(&part)
+        }
+        _ => false,
+    }
 }
 
 fn other<T>(why: impl Into<String>) -> Result<T, Uncovered> {
     Err(Uncovered::Other(why.into()))
 }
 
-/// Numbers under the architecture's own keys.
+/// Values under the architecture's own keys.
 struct Keys<'a> {
     file: &'a Gguf,
     architecture: &'a str,
@@ -189,18 +224,46 @@ impl Keys<'_> {
         Ok(self.file.f32(&self.key(name))?)
     }
 
-    fn rope(&self, adjacent: bool, head_dim: usize) -> Result<RopeFacts, Uncovered> {
-        let kind = self.key("rope.scaling.type");
-        let scale = match self.file.str(&kind)?.unwrap_or("none") {
-            "none" => 1.0,
-            "linear" => 1.0 / self.float("rope.scaling.factor")?.unwrap_or(1.0),
-            kind => return other(format!("rope scaling `{kind}` is not covered")),
-        };
-        let dims = self.optional("rope.dimension_count")?.unwrap_or(head_dim);
-        if dims > head_dim || dims % 2 != 0 || dims == 0 {
-            return other(format!("{dims} rotated elements do not fit heads of {head_dim}"));
+    /// A cap as it is stored: 0 for none.
+    fn cap(&self, name: &str, default: f32) -> Result<Option<f32>, Uncovered> {
+        let cap = self.float(name)?.unwrap_or(default);
+        match cap.is_finite() && cap >= 0.0 {
+            true => Ok(Some(cap).filter(|&cap| cap > 0.0)),
+            false => other(format!("`{}` is {cap}", self.key(name))),
         }
-        let base = self.float("rope.freq_base")?.unwrap_or(10_000.0);
-        Ok(RopeFacts { adjacent, dims, base, scale })
+    }
+
+    /// What all families have in common: full attention, SiLU, one rope, nothing scaled.
+    fn decoder(&self, adjacent: bool) -> Result<Covered, Uncovered> {
+        let (width, heads) =
+            (self.needed("embedding_length")?, self.needed("attention.head_count")?);
+        let head_dim = self.optional("attention.key_length")?.unwrap_or(width / heads);
+        let layers = self.needed("block_count")?;
+        if layers > self.file.tensors().len() {
+            return other(format!("the file has fewer tensors than its {layers} layers"));
+        }
+        let vocab = match self.file.tensor("token_embd.weight").map(TensorInfo::dims) {
+            Some(&[_, rows]) => rows as usize,
+            _ => return other("the file has no matrix `token_embd.weight`"),
+        };
+        Ok(Covered {
+            architecture: self.architecture.to_owned(),
+            layers,
+            width,
+            heads,
+            kv_heads: self.optional("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            ff: self.needed("feed_forward_length")?,
+            vocab,
+            epsilon: self.float("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+            embedding_scale: 1.0,
+            attention_scale: 1.0 / (head_dim as f32).sqrt(),
+            attention_cap: None,
+            logit_cap: None,
+            gating: Gating::Silu,
+            gate_in_up: false,
+            kinds: vec![LayerKind::default(); layers],
+            ropes: vec![self.rope(adjacent, head_dim)?],
+        })
     }
 }

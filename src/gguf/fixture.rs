@@ -3,6 +3,10 @@
 //! They are complete for llama.cpp: keys and tensors as `src/models/{llama,bert}.cpp` and
 //! `src/llama-vocab.cpp` demand them.
 
+mod decoder;
+
+pub use decoder::TinyDecoder;
+
 use std::f32::consts::TAU;
 use std::fs;
 use std::path::Path;

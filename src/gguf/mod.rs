@@ -8,6 +8,7 @@
 //! | `reader.rs` | [`Gguf`]: checked header, memory-mapped tensors |
 //! | `dequantize.rs` | [`dequantize()`]: stored tensors as `f32`, bit for bit as in ggml |
 //! | `covered.rs` | [`Covered`]: what a header must say for our own kernels to run the model |
+//! | `covered/` | one file per family of models, and what they say of rope |
 //! | `facts.rs` | [`ModelFacts`]: what serving needs to know of a model, from its header alone |
 //! | `tokens.rs` | [`TokenizerFacts`]: the special tokens and templates within those facts |
 //! | `writer.rs` | [`GgufWriter`] |
@@ -36,7 +37,9 @@ mod tokens;
 mod types;
 mod writer;
 
-pub use covered::{Covered, KERNEL_TYPES, RopeFacts, Uncovered};
+pub use covered::{
+    Covered, Gating, KERNEL_TYPES, LayerKind, RopeFactors, RopeFacts, Uncovered, Yarn,
+};
 pub use dequantize::{DequantizeError, can_dequantize, dequantize};
 pub use error::GgufError;
 pub use facts::{KvType, ModelFacts, PoolingType, SplitFacts};

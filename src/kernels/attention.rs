@@ -16,6 +16,15 @@ pub use plan::Plan;
 pub(super) use plan::Query;
 pub(super) use tile::{Head, Scratch, merge_runs};
 
+/// What a query sees of the tokens before it, and how.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Scope {
+    /// Tokens that it sees, its own the last of them; `None`: all.
+    pub window: Option<usize>,
+    /// Scores `s` become `cap * tanh(s / cap)`.
+    pub cap: Option<f32>,
+}
+
 /// Tokens of a run.
 pub const RUN: usize = 512;
 /// Query heads that the kernels take at once.

@@ -21,6 +21,7 @@ mod scalar;
 pub mod vector;
 
 pub use activation::{Quantized, QuantizedWriter};
+pub use attention::Scope;
 pub use cache::Cache;
 pub use matmul::{Input, Isa, isa, multiply};
 pub use pack::{BLOCK, LANES, Matrix, can_pack};

@@ -8,7 +8,8 @@ use super::cache::{Cache, PAGE};
 use super::matmul::{Input, isa, multiply};
 use super::pack::{LANES, Matrix};
 use super::pool::{Disjoint, Pool};
-use super::vector::{Rope, add, rms_norm, rms_norm_in_place, silu_mul};
+use super::vector::{Rope, add, gelu_mul, rms_norm, rms_norm_in_place, silu_mul, soft_cap};
+use crate::gguf::Gating;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -166,8 +167,48 @@ pub fn add_product(
     });
 }
 
-/// `out = silu(gate * x) * (up * x)`.
-pub fn gated(pool: &mut Pool, x: &Activations, gate: &Matrix, up: &Matrix, out: &mut Activations) {
+/// Adds the norm of each row of `y` to that row of `x` (rows, columns); `y` is overwritten.
+pub fn add_norm(pool: &mut Pool, y: &mut [f32], weight: &[f32], epsilon: f32, x: &mut [f32]) {
+    let cols = weight.len();
+    assert!(x.len() == y.len() && x.len().is_multiple_of(cols));
+    let (x, y, rows) = (Disjoint::new(x), Disjoint::new(y), x.len() / cols);
+    let each = rows.div_ceil(4 * pool.threads()).max(4);
+    pool.run(rows.div_ceil(each), |chunk| {
+        for row in chunk_of(chunk, each, rows) {
+            // SAFETY: a row belongs to one chunk.
+            unsafe {
+                let y = y.part(row * cols, cols);
+                rms_norm_in_place(y, weight, epsilon);
+                add(x.part(row * cols, cols), y);
+            }
+        }
+    });
+}
+
+/// `out = act(gate * x) * (up * x)`.
+pub fn gated(
+    pool: &mut Pool,
+    x: &Activations,
+    gate: &Matrix,
+    up: &Matrix,
+    act: Gating,
+    out: &mut Activations,
+) {
+    match act {
+        Gating::Silu => gated_by(pool, x, gate, up, silu_mul, out),
+        Gating::Gelu => gated_by(pool, x, gate, up, gelu_mul, out),
+    }
+}
+
+/// Compiled for each activation, which the innermost loops then contain.
+fn gated_by(
+    pool: &mut Pool,
+    x: &Activations,
+    gate: &Matrix,
+    up: &Matrix,
+    act: impl Fn(&[f32], &[f32], &mut [f32]) + Sync,
+    out: &mut Activations,
+) {
     let (rows, cols, total) = (x.rows, out.cols, gate.groups());
     assert!(out.rows == rows && gate.rows() == cols && up.rows() == cols);
     let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
@@ -192,7 +233,7 @@ pub fn gated(pool: &mut Pool, x: &Activations, gate: &Matrix, up: &Matrix, out: 
                 // SAFETY: a chunk writes the columns of its own groups.
                 unsafe {
                     let out = float.part(row * cols + at, count);
-                    silu_mul(gate, up, out);
+                    act(gate, up, out);
                     quantized.write(row, at, out);
                 }
             }
@@ -207,6 +248,8 @@ pub struct Heads<'a> {
     /// (rows, kv_heads, head_dim)
     pub k: &'a mut [f32],
     pub v: &'a [f32],
+    /// Of queries.
+    pub scale: f32,
     /// Norms of single query and key heads.
     pub norms: Option<&'a [Vec<f32>; 2]>,
     pub epsilon: f32,
@@ -222,8 +265,7 @@ pub fn rotate(pool: &mut Pool, heads: Heads, spans: &[Span], cache: &mut Cache, 
     let q_cols = heads.q.len() / rows.max(1);
     assert!(heads.k.len() == rows * kv_cols && heads.v.len() == rows * kv_cols);
     assert!(heads.q.len() == rows * q_cols && heads.angles.len() >= rows);
-    let scale = 1.0 / (dim as f32).sqrt();
-    let (q, k) = (Disjoint::new(heads.q), Disjoint::new(heads.k));
+    let (q, k, scale) = (Disjoint::new(heads.q), Disjoint::new(heads.k), heads.scale);
     let writer = cache.writer();
     pool.run(rows, |row| {
         let span = &spans[spans.partition_point(|span| span.rows.end <= row)];
@@ -270,7 +312,8 @@ pub fn attend(
     assert!(q.len() == rows * cols && plan.queries.iter().all(|query| query.row < rows));
     let (kv_heads, dim) = (cache.kv_heads(), cache.head_dim());
     let width = cols / kv_heads;
-    let head = |head| Head { isa: isa(), cache, layer, head, group: width / dim };
+    let head =
+        |head| Head { isa: isa(), cache, layer, head, group: width / dim, cap: plan.scope.cap };
     let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
     let size = head(0).kept();
     kept.resize(plan.slots * kv_heads * size, 0.0);
@@ -411,18 +454,33 @@ pub fn add_lora(
     });
 }
 
-/// `out = silu(gate) * up`; both (rows, columns of `out`).
-pub fn silu_product(pool: &mut Pool, gate: &[f32], up: &[f32], out: &mut Activations) {
+/// `out = act(gate) * up`; both (rows, columns of `out`).
+pub fn gate_product(pool: &mut Pool, gate: &[f32], up: &[f32], act: Gating, out: &mut Activations) {
     let (rows, cols) = (out.rows, out.cols);
     assert!(gate.len() == rows * cols && up.len() == rows * cols);
     let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
     pool.run(rows, |row| {
         let at = row * cols;
+        let (gate, up) = (&gate[at..at + cols], &up[at..at + cols]);
         // SAFETY: a row belongs to one chunk.
         unsafe {
             let out = float.part(at, cols);
-            silu_mul(&gate[at..at + cols], &up[at..at + cols], out);
+            match act {
+                Gating::Silu => silu_mul(gate, up, out),
+                Gating::Gelu => gelu_mul(gate, up, out),
+            }
             quantized.write(row, 0, out);
         }
+    });
+}
+
+/// `x = cap * tanh(x / cap)`.
+pub fn cap(pool: &mut Pool, x: &mut [f32], cap: f32) {
+    const EACH: usize = 4096;
+    let (len, x) = (x.len(), Disjoint::new(x));
+    pool.run(len.div_ceil(EACH), |chunk| {
+        let part = chunk_of(chunk, EACH, len);
+        // SAFETY: chunks are disjoint.
+        soft_cap(unsafe { x.part(part.start, part.len()) }, cap);
     });
 }

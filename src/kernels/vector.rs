@@ -73,6 +73,24 @@ pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
+/// `out = gelu(gate) * up`, gelu by tanh: x / (1 + e^(-2u)), u = √(2/π) (x + 0.044715 x³) (Hendrycks
+/// and Gimpel 2016, arXiv:1606.08415).
+pub fn gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    const DOUBLE: f32 = 2.0 * 0.797_884_6;
+    for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
+        let u = DOUBLE * gate * (0.044_715 * gate).mul_add(gate, 1.0);
+        *out = gate / (1.0 + exp(-u)) * up;
+    }
+}
+
+/// `x = cap * tanh(x / cap)` (Gemma 2).
+pub fn soft_cap(x: &mut [f32], cap: f32) {
+    let double = 2.0 / cap;
+    for x in x {
+        *x = cap * (1.0 - 2.0 / (exp(*x * double) + 1.0));
+    }
+}
+
 /// How the two halves of a rotated pair lie in a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopePairs {
@@ -86,41 +104,29 @@ pub enum RopePairs {
 #[derive(Debug)]
 pub struct Rope {
     pairs: RopePairs,
-    /// Rotated elements of a head; those behind stay as they are.
-    dims: usize,
-    /// (dims / 2) angle of one position.
+    /// (rotated elements / 2) angle of one position; elements behind those stay as they are.
     frequencies: Vec<f32>,
+    /// Of cosines and sines.
+    magnitude: f32,
 }
 
 impl Rope {
-    /// `factors` divide the frequencies where the file has some (`rope_freqs.weight`); `scale`
-    /// multiplies positions (linear scaling).
-    pub fn new(
-        pairs: RopePairs,
-        dims: usize,
-        base: f32,
-        scale: f32,
-        factors: Option<&[f32]>,
-    ) -> Self {
-        let frequency = |i: usize| {
-            let power = f64::from(base).powf(-2.0 * i as f64 / dims as f64) as f32;
-            power * scale / factors.and_then(|factors| factors.get(i)).copied().unwrap_or(1.0)
-        };
-        Self { pairs, dims, frequencies: (0..dims / 2).map(frequency).collect() }
+    pub fn new(pairs: RopePairs, frequencies: Vec<f32>, magnitude: f32) -> Self {
+        Self { pairs, frequencies, magnitude }
     }
 
-    /// (dims) cosine and sine of each pair at a position.
+    /// (pairs) cosine and sine of each pair at a position.
     pub fn angles(&self, position: usize, out: &mut Vec<(f32, f32)>) {
         out.clear();
         out.extend(self.frequencies.iter().map(|frequency| {
             let (sin, cos) = (position as f32 * frequency).sin_cos();
-            (cos, sin)
+            (cos * self.magnitude, sin * self.magnitude)
         }));
     }
 
     /// Rotates one head by the angles of its position.
     pub fn rotate(&self, head: &mut [f32], angles: &[(f32, f32)]) {
-        let half = self.dims / 2;
+        let half = self.frequencies.len();
         match self.pairs {
             RopePairs::Adjacent => {
                 for (pair, &(cos, sin)) in head.as_chunks_mut::<2>().0.iter_mut().zip(angles) {
@@ -129,7 +135,7 @@ impl Rope {
                 }
             }
             RopePairs::Halves => {
-                let (low, high) = head[..self.dims].split_at_mut(half);
+                let (low, high) = head[..2 * half].split_at_mut(half);
                 for ((a, b), &(cos, sin)) in low.iter_mut().zip(high).zip(angles) {
                     (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
                 }
@@ -154,9 +160,22 @@ mod tests {
     }
 
     #[test]
+    fn gelu_and_cap_are_what_tanh_makes_them() {
+        for i in -400..400 {
+            let x = i as f32 * 0.1;
+            let (wide, mut got) = (f64::from(x), [0.0, x]);
+            gelu_mul(&[x], &[2.0], &mut got[..1]);
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3));
+            assert!((f64::from(got[0]) - wide * (1.0 + inner.tanh())).abs() < 1e-5, "gelu({x})");
+            soft_cap(&mut got[1..], 30.0);
+            assert!((f64::from(got[1]) - 30.0 * (wide / 30.0).tanh()).abs() < 1e-5, "cap({x})");
+        }
+    }
+
+    #[test]
     fn rotation_keeps_lengths_and_undoes_itself() {
         for pairs in [RopePairs::Adjacent, RopePairs::Halves] {
-            let rope = Rope::new(pairs, 8, 10_000.0, 1.0, None);
+            let rope = Rope::new(pairs, vec![1.0, 0.1, 0.01, 0.001], 1.0);
             let mut angles = Vec::new();
             rope.angles(0, &mut angles);
             let mut head = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0];

@@ -1,5 +1,6 @@
 //! Round trips, attacks on the reader, and adapters against direct computation.
 
+mod covered;
 mod dequantize;
 mod facts;
 mod lora;

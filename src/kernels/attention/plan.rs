@@ -1,6 +1,6 @@
 //! Which queries walk which pages together.
 
-use super::{RUN, TILE};
+use super::{RUN, Scope, TILE};
 use crate::kernels::cache::PAGE;
 use crate::kernels::ops::Span;
 use std::cmp::Reverse;
@@ -45,6 +45,7 @@ pub struct Tile {
 
 /// The attention of a step: the same for all layers of a kind.
 pub struct Plan<'a> {
+    pub scope: Scope,
     pub(in crate::kernels) queries: Vec<Query<'a>>,
     /// Largest first.
     pub(in crate::kernels) tiles: Vec<Tile>,
@@ -53,11 +54,10 @@ pub struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// For rows whose `group` query heads share each of `kv_heads` heads of the cache; a row sees
-    /// itself and all before, or with a window the `window` last of them.
+    /// For rows whose `group` query heads share each of `kv_heads` heads of the cache.
     pub fn new(
         spans: &'a [Span],
-        window: Option<usize>,
+        scope: Scope,
         kv_heads: usize,
         group: usize,
         threads: usize,
@@ -65,7 +65,7 @@ impl<'a> Plan<'a> {
         let rows_of = |span: &'a Span| {
             let query = move |(offset, row): (usize, usize)| {
                 let end = span.position + offset + 1;
-                let seen = end.saturating_sub(window.unwrap_or(end))..end;
+                let seen = end.saturating_sub(scope.window.unwrap_or(end))..end;
                 Query { row, seen, pages: &span.pages[..], slot: None }
             };
             span.rows.clone().enumerate().map(query)
@@ -100,7 +100,7 @@ impl<'a> Plan<'a> {
             };
             Reverse(queries[tile.queries.clone()].iter().map(seen).sum::<usize>())
         });
-        Self { queries, tiles, slots }
+        Self { scope, queries, tiles, slots }
     }
 
     /// Queries whose runs were computed apart.

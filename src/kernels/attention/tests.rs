@@ -6,6 +6,7 @@ use crate::kernels::pool::Pool;
 use half::f16;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::ops::Range;
 
 const DIM: usize = 32;
 const KV_HEADS: usize = 2;
@@ -39,9 +40,13 @@ fn case(heads: usize) -> Case {
     Case { cache, pages, k, v, q }
 }
 
-fn attend(case: &Case, isa: Isa, seen: std::ops::Range<usize>, q: &[f32]) -> Vec<f32> {
+fn attend(case: &Case, isa: Isa, seen: Range<usize>, q: &[f32]) -> Vec<f32> {
+    attend_in(case, isa, seen, q, None)
+}
+
+fn attend_in(case: &Case, isa: Isa, seen: Range<usize>, q: &[f32], cap: Option<f32>) -> Vec<f32> {
     let group = q.len() / DIM;
-    let head = Head { isa, cache: &case.cache, layer: 1, head: 1, group };
+    let head = Head { isa, cache: &case.cache, layer: 1, head: 1, group, cap };
     let query = Query { row: 0, seen, pages: &case.pages, slot: None };
     let mut scratch = Scratch::default();
     scratch.q.extend_from_slice(q);
@@ -51,28 +56,40 @@ fn attend(case: &Case, isa: Isa, seen: std::ops::Range<usize>, q: &[f32]) -> Vec
 
 #[test]
 fn equals_a_softmax_in_double_precision() {
-    for heads in [1, 3, 4, 7] {
+    let scopes = [
+        Scope::default(),
+        Scope { window: Some(20), cap: None },
+        Scope { window: Some(100), cap: Some(2.0) },
+        Scope { window: Some(700), cap: None },
+        Scope { window: None, cap: Some(5.0) },
+    ];
+    for (heads, scope) in [1, 3, 4, 7].into_iter().flat_map(|h| scopes.map(|scope| (h, scope))) {
         let case = case(heads);
-        for end in [1, 2, 31, 32, 33, 511, 512, 513, TOKENS] {
-            for seen in [0..end, end.saturating_sub(100)..end] {
-                let out = attend(&case, isa(), seen.clone(), &case.q);
-                for (q, out) in case.q.chunks(DIM).zip(out.chunks(DIM)) {
-                    let dot = |k: &[f32]| -> f64 {
-                        k.iter().zip(q).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-                    };
-                    let keys = case.k.chunks(DIM).take(end).skip(seen.start);
-                    let weights: Vec<f64> = keys.map(|k| dot(k).exp()).collect();
-                    let total: f64 = weights.iter().sum();
-                    for d in 0..DIM {
-                        let values = case.v.iter().skip(d).step_by(DIM).skip(seen.start);
-                        let sum: f64 = values.zip(&weights).map(|(v, w)| f64::from(*v) * w).sum();
-                        let error = (f64::from(out[d]) - sum / total).abs();
-                        assert!(error < 1e-5, "{heads} heads, {seen:?}: off by {error}");
-                    }
+        for end in [1, 2, 31, 32, 33, 511, 512, 513, 530, TOKENS] {
+            let seen = end.saturating_sub(scope.window.unwrap_or(end))..end;
+            let out = attend_in(&case, isa(), seen.clone(), &case.q, scope.cap);
+            assert_eq!(out, attend_in(&case, Isa::Scalar, seen.clone(), &case.q, scope.cap));
+            for (q, out) in case.q.chunks(DIM).zip(out.chunks(DIM)) {
+                let weights = weights(&case, q, seen.clone(), scope.cap);
+                let total: f64 = weights.iter().sum();
+                for d in 0..DIM {
+                    let values = case.v.iter().skip(d).step_by(DIM).skip(seen.start);
+                    let sum: f64 = values.zip(&weights).map(|(v, w)| f64::from(*v) * w).sum();
+                    let error = (f64::from(out[d]) - sum / total).abs();
+                    assert!(error < 1e-5, "{heads} heads, {seen:?}, {scope:?}: {error}");
                 }
             }
         }
     }
+}
+
+/// e^score of what is seen.
+fn weights(case: &Case, q: &[f32], seen: Range<usize>, cap: Option<f32>) -> Vec<f64> {
+    let weight = |k: &[f32]| {
+        let dot: f64 = k.iter().zip(q).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+        cap.map(f64::from).map_or(dot, |cap| cap * (dot / cap).tanh()).exp()
+    };
+    case.k.chunks(DIM).take(seen.end).skip(seen.start).map(weight).collect()
 }
 
 fn bits(x: &[f32]) -> Vec<u32> {
@@ -138,12 +155,12 @@ fn company_sharing_and_threads_change_no_bit() {
         let spans = spans(&mut rng);
         let rows = spans.last().map_or(0, |span| span.rows.end);
         let q: Vec<f32> = (0..rows * cols).map(|_| rng.random_range(-1.0f32..1.0)).collect();
-        let window = (round % 3 == 2).then_some(100);
+        let scope = Scope { window: (round % 3 == 2).then_some(100), cap: None };
         let run = |threads, q: &[f32], spans: &[Span]| {
             let mut pool = Pool::new(threads).unwrap();
             let mut out = Activations::default();
             out.resize(q.len() / cols, cols);
-            let plan = Plan::new(spans, window, KV_HEADS, group, threads);
+            let plan = Plan::new(spans, scope, KV_HEADS, group, threads);
             ops::attend(&mut pool, q, &plan, &cache, 0, &mut out, &mut Vec::new());
             (0..q.len() / cols).flat_map(|row| bits(out.row(row))).collect::<Vec<_>>()
         };

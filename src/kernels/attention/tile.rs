@@ -5,7 +5,7 @@ use super::{Query, ROWS, RUN, Scores};
 use crate::kernels::avx2;
 use crate::kernels::cache::{Cache, PAGE};
 use crate::kernels::matmul::Isa;
-use crate::kernels::vector::exp;
+use crate::kernels::vector::{exp, soft_cap};
 use half::f16;
 use std::ops::Range;
 
@@ -20,6 +20,8 @@ pub struct Head<'a> {
     pub layer: usize,
     pub head: usize,
     pub group: usize,
+    /// Of the scores.
+    pub cap: Option<f32>,
 }
 
 /// A softmax's largest score, and the sum of its e^(score - largest).
@@ -121,7 +123,11 @@ impl Head<'_> {
         for (index, query) in queries.iter().enumerate() {
             let seen = query.seen_of(run);
             for row in index * group..(index + 1) * group {
-                scratch.sums[row] = softmax(&mut scratch.scores[row][seen.clone()]);
+                let scores = &mut scratch.scores[row][seen.clone()];
+                if let Some(cap) = self.cap {
+                    soft_cap(scores, cap);
+                }
+                scratch.sums[row] = softmax(scores);
             }
         }
         for page in 0..PAGES {

@@ -5,6 +5,7 @@ use super::adapter::Adapter;
 use super::model::Model;
 use crate::ipc::{KvCacheType, KvLayout, LoadSpec, Token};
 use llama_cpp_sys_2 as sys;
+use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -65,12 +66,23 @@ impl Context {
         spec: &LoadSpec,
         kind: ContextKind,
     ) -> Result<Self, RunnerError> {
+        Self::with_callback(model, spec, kind, (None, std::ptr::null_mut()))
+    }
+
+    /// With a callback, and its argument, that is shown tensors as they are computed.
+    pub(super) fn with_callback(
+        model: &Arc<Model>,
+        spec: &LoadSpec,
+        kind: ContextKind,
+        callback: (sys::ggml_backend_sched_eval_callback, *mut c_void),
+    ) -> Result<Self, RunnerError> {
         // SAFETY: takes nothing, returns plain data.
         let mut params = unsafe { sys::llama_context_default_params() };
         let threads = i32::try_from(spec.threads.max(1)).unwrap_or(1);
         params.n_threads = threads;
         params.n_threads_batch = threads;
         params.no_perf = true;
+        (params.cb_eval, params.cb_eval_user_data) = callback;
         params.kv_unified = true;
         // Windowed layers keep all their tokens: a shared prefix needs those outside the window.
         params.swa_full = true;

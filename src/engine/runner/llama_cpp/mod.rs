@@ -13,8 +13,12 @@ mod adapter;
 mod context;
 mod log;
 mod model;
+#[cfg(test)]
+mod watch;
 
 pub use adapter::Adapter;
+#[cfg(test)]
+pub use watch::Watched;
 
 use super::{AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot};
 use crate::engine::tokenizer::Tokenizer;

@@ -1,35 +1,15 @@
 //! LoRA adapters, from llama.cpp's LoRA GGUF.
 
 use super::super::{AdapterHandle, AdapterLoader, RunnerError};
+use super::layout::{TARGETS, Target, rows_of};
 use crate::gguf::{Covered, Gguf};
 use crate::kernels::ops::LoraPair;
+use std::ops::Range;
 use std::path::Path;
-
-/// The matrices of a layer that an adapter may change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Target {
-    Q,
-    K,
-    V,
-    Output,
-    Gate,
-    Up,
-    Down,
-}
-
-const TARGETS: [(Target, &str); 7] = [
-    (Target::Q, "attn_q"),
-    (Target::K, "attn_k"),
-    (Target::V, "attn_v"),
-    (Target::Output, "attn_output"),
-    (Target::Gate, "ffn_gate"),
-    (Target::Up, "ffn_up"),
-    (Target::Down, "ffn_down"),
-];
 
 /// An adapter, ready for the kernels.
 pub struct Adapter {
-    layers: Vec<[Option<LoraPair>; TARGETS.len()]>,
+    layers: Vec<[Option<LoraPair>; TARGETS]>,
     /// Of the output matrix.
     pub head: Option<LoraPair>,
 }
@@ -52,58 +32,76 @@ impl Adapter {
         let mut adapter = Self { layers, head: None };
         for tensor in file.tensors() {
             let Some(base) = tensor.name().strip_suffix(".lora_a") else { continue };
-            let pair = read_pair(&file, base, alpha, scale)?;
-            let (place, rows, cols) = adapter.place(base, shape)?;
-            if pair.shape() != (rows, cols) {
-                return Err(format!("`{base}` does not fit a matrix of {rows} by {cols}"));
-            }
-            *place = Some(pair);
+            let factors = Factors::read(&file, base, alpha, scale)?;
+            adapter.install(base, &factors, shape)?;
         }
         Ok(adapter)
     }
 
-    /// Where the LoRA of the tensor `base` belongs, and rows and columns of that tensor.
-    fn place(
-        &mut self,
-        base: &str,
-        shape: &Covered,
-    ) -> Result<(&mut Option<LoraPair>, usize, usize), String> {
+    /// Puts the LoRA of the tensor `base` where it belongs, in parts where the tensor holds several
+    /// matrices.
+    fn install(&mut self, base: &str, factors: &Factors, shape: &Covered) -> Result<(), String> {
         let refused = || format!("the native runner cannot adapt `{base}`");
         if base == "output.weight" {
-            return Ok((&mut self.head, shape.vocab, shape.width));
+            self.head = Some(factors.pair(base, 0..shape.vocab, shape.vocab, shape.width)?);
+            return Ok(());
         }
         let parts: Vec<_> = base.split('.').collect();
         let &["blk", layer, part, "weight"] = &parts[..] else { return Err(refused()) };
-        let target = TARGETS.iter().find(|(_, name)| *name == part).ok_or_else(refused)?.0;
         let layer = layer.parse::<usize>().ok().and_then(|layer| self.layers.get_mut(layer));
-        let place = &mut layer.ok_or_else(refused)?[target as usize];
-        let (q, kv) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-        let (rows, cols) = match target {
-            Target::Q => (q, shape.width),
-            Target::K | Target::V => (kv, shape.width),
-            Target::Output => (shape.width, q),
-            Target::Gate | Target::Up => (shape.ff, shape.width),
-            Target::Down => (shape.width, shape.ff),
-        };
-        Ok((place, rows, cols))
+        let layer = layer.ok_or_else(refused)?;
+        let targets = rows_of(part, shape);
+        let total = targets.last().ok_or_else(refused)?.1.end;
+        for (target, rows) in targets {
+            let pair = factors.pair(base, rows, total, target.shape(shape).1)?;
+            layer[target as usize] = Some(pair);
+        }
+        Ok(())
     }
 }
 
-fn read_pair(file: &Gguf, base: &str, alpha: Option<f32>, scale: f32) -> Result<LoraPair, String> {
-    let read = |half: &str| {
-        let values = file.to_f32(&format!("{base}.{half}"));
-        values.map_err(|error| error.to_string())
-    };
-    let (a, b) = (read("lora_a")?, read("lora_b")?);
-    let dims = file.tensor(&format!("{base}.lora_b")).map(|tensor| tensor.dims()[0]);
-    let rank = dims.unwrap_or(0) as usize;
-    if rank == 0 || !a.len().is_multiple_of(rank) || !b.len().is_multiple_of(rank) {
-        return Err(format!("the LoRA of `{base}` has no rank"));
+/// The two matrices of a LoRA as they are stored.
+struct Factors {
+    rank: usize,
+    /// (rank, columns)
+    a: Vec<f32>,
+    /// (rows, rank)
+    b: Vec<f32>,
+    scale: f32,
+}
+
+impl Factors {
+    fn read(file: &Gguf, base: &str, alpha: Option<f32>, scale: f32) -> Result<Self, String> {
+        let read = |half: &str| {
+            let values = file.to_f32(&format!("{base}.{half}"));
+            values.map_err(|error| error.to_string())
+        };
+        let (a, b) = (read("lora_a")?, read("lora_b")?);
+        let dims = file.tensor(&format!("{base}.lora_b")).map(|tensor| tensor.dims()[0]);
+        let rank = dims.unwrap_or(0) as usize;
+        if rank == 0 || !a.len().is_multiple_of(rank) || !b.len().is_multiple_of(rank) {
+            return Err(format!("the LoRA of `{base}` has no rank"));
+        }
+        // As llama.cpp: without an alpha the scale stands alone.
+        let alpha = alpha.filter(|alpha| *alpha != 0.0);
+        let scale = alpha.map_or(scale, |alpha| scale * alpha / rank as f32);
+        Ok(Self { rank, a, b, scale })
     }
-    // As llama.cpp: without an alpha the scale stands alone.
-    let alpha = alpha.filter(|alpha| *alpha != 0.0);
-    let scale = alpha.map_or(scale, |alpha| scale * alpha / rank as f32);
-    Ok(LoraPair::new(rank, &a, &b, scale))
+
+    /// That of some of the rows of a tensor of `total` rows and `cols` columns.
+    fn pair(
+        &self,
+        base: &str,
+        rows: Range<usize>,
+        total: usize,
+        cols: usize,
+    ) -> Result<LoraPair, String> {
+        let Self { rank, a, b, scale } = self;
+        if (a.len() / rank, b.len() / rank) != (cols, total) {
+            return Err(format!("`{base}` does not fit a matrix of {total} by {cols}"));
+        }
+        Ok(LoraPair::new(*rank, a, &b[rows.start * rank..rows.end * rank], *scale))
+    }
 }
 
 /// Reads adapter files beside the step loop.

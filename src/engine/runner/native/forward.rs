@@ -1,14 +1,15 @@
 //! One step of the transformer over a batch of rows.
 //!
-//! Eight jobs of the pool a layer. A row's numbers never depend on the other rows.
+//! Eight jobs of the pool a layer, ten with Gemma's norms behind each half. A row's numbers never
+//! depend on the other rows.
 
-use super::adapter::{Adapter, Target};
+use super::adapter::Adapter;
+use super::layout::Target;
 use super::weights::{Layer, Weights};
-use crate::gguf::Covered;
 use crate::ipc::Token;
 use crate::kernels::attention::Plan;
 use crate::kernels::ops::{self, Activations, Heads, LoraPair, Product, Span};
-use crate::kernels::{Cache, LANES, Pool};
+use crate::kernels::{Cache, LANES, Pool, Scope};
 use std::ops::Range;
 
 /// What a step computes.
@@ -45,7 +46,7 @@ impl<'a> Rows<'a> {
 #[derive(Default)]
 pub struct Forward {
     /// (rows, width) the residual stream.
-    x: Vec<f32>,
+    pub(super) x: Vec<f32>,
     normed: Activations,
     q: Vec<f32>,
     k: Vec<f32>,
@@ -60,8 +61,8 @@ pub struct Forward {
     low: Vec<f32>,
     /// Sums of the attention's runs.
     kept: Vec<f32>,
-    /// (rows) cosine and sine of each rotated pair.
-    angles: Vec<Vec<(f32, f32)>>,
+    /// (ropes, rows) cosine and sine of each rotated pair.
+    angles: Vec<Vec<Vec<(f32, f32)>>>,
     /// (wanted rows, padded vocabulary)
     logits: Vec<f32>,
 }
@@ -79,25 +80,36 @@ impl Forward {
         rows: &Rows,
     ) -> Result<(), String> {
         self.begin(weights, rows)?;
-        let Covered { epsilon, heads, kv_heads, .. } = weights.shape;
-        let plan = Plan::new(rows.spans, None, kv_heads, heads / kv_heads, pool.threads());
-        for (number, layer) in weights.layers.iter().enumerate() {
-            ops::norm(pool, &self.x, &layer.attention_norm, epsilon, &mut self.normed);
-            self.project(pool, layer, number, rows);
-            self.rotate(pool, weights, layer, rows.spans, cache, number);
-            let (q, out) = (&self.q, &mut self.attended);
-            ops::attend(pool, q, &plan, cache, number, out, &mut self.kept);
-            let (x, delta, low) = (&mut self.x, &mut self.delta, &mut self.low);
-            ops::add_product(pool, &self.attended, &layer.output, x, delta);
-            ops::add_lora(pool, &self.attended, &rows.pairs(number, Target::Output), x, low);
-            ops::norm(pool, x, &layer.ff_norm, epsilon, &mut self.normed);
-            self.feed_forward(pool, layer, number, rows);
-            let (x, delta, low) = (&mut self.x, &mut self.delta, &mut self.low);
-            ops::add_product(pool, &self.hidden, &layer.down, x, delta);
-            ops::add_lora(pool, &self.hidden, &rows.pairs(number, Target::Down), x, low);
+        let plans = plans(weights, rows.spans, pool.threads());
+        for number in 0..weights.layers.len() {
+            self.layer(weights, cache, pool, rows, &plans, number);
         }
         self.finish(weights, pool, rows);
         Ok(())
+    }
+
+    /// One layer: `x += attention(norm(x))`, `x += feed_forward(norm(x))`.
+    pub(super) fn layer(
+        &mut self,
+        weights: &Weights,
+        cache: &mut Cache,
+        pool: &mut Pool,
+        rows: &Rows,
+        plans: &[Plan],
+        number: usize,
+    ) {
+        let (layer, shape) = (&weights.layers[number], &weights.shape);
+        let plan = plans.iter().find(|plan| plan.scope.window == layer.kind.window);
+        let plan = plan.expect("there is one for every kind of layer");
+        ops::norm(pool, &self.x, &layer.attention_norm, shape.epsilon, &mut self.normed);
+        self.project(pool, layer, number, rows);
+        self.rotate(pool, weights, layer, rows.spans, cache, number);
+        let (q, attended) = (&self.q, &mut self.attended);
+        ops::attend(pool, q, plan, cache, number, attended, &mut self.kept);
+        self.add(pool, weights, number, rows, Target::Output);
+        ops::norm(pool, &self.x, &layer.ff_norm, shape.epsilon, &mut self.normed);
+        self.feed_forward(pool, weights, number, rows);
+        self.add(pool, weights, number, rows, Target::Down);
     }
 
     /// (vocabulary) logits of the `index`-th wanted row.
@@ -112,7 +124,7 @@ impl Forward {
         self.normed.row(index)
     }
 
-    fn begin(&mut self, weights: &Weights, batch: &Rows) -> Result<(), String> {
+    pub(super) fn begin(&mut self, weights: &Weights, batch: &Rows) -> Result<(), String> {
         let (rows, shape) = (batch.tokens.len(), &weights.shape);
         let (q_cols, kv_cols) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
         self.x.resize(rows * shape.width, 0.0);
@@ -122,13 +134,16 @@ impl Forward {
         self.v.resize(rows * kv_cols, 0.0);
         self.attended.resize(rows, q_cols);
         self.hidden.resize(rows, shape.ff);
-        self.angles.resize_with(rows.max(self.angles.len()), Vec::new);
         for (x, &token) in self.x.chunks_exact_mut(shape.width).zip(batch.tokens) {
             weights.embedding(token, x)?;
         }
-        for span in batch.spans {
-            for (offset, row) in span.rows.clone().enumerate() {
-                weights.rope.angles(span.position + offset, &mut self.angles[row]);
+        self.angles.resize_with(weights.ropes.len(), Vec::new);
+        for (rope, angles) in weights.ropes.iter().zip(&mut self.angles) {
+            angles.resize_with(rows.max(angles.len()), Vec::new);
+            for span in batch.spans {
+                for (offset, row) in span.rows.clone().enumerate() {
+                    rope.angles(span.position + offset, &mut angles[row]);
+                }
             }
         }
         Ok(())
@@ -148,9 +163,10 @@ impl Forward {
         }
     }
 
-    fn feed_forward(&mut self, pool: &mut Pool, layer: &Layer, number: usize, rows: &Rows) {
+    fn feed_forward(&mut self, pool: &mut Pool, weights: &Weights, number: usize, rows: &Rows) {
+        let (layer, act) = (&weights.layers[number], weights.shape.gating);
         if !rows.adapted.iter().any(|(_, adapter)| adapter.gates(number)) {
-            ops::gated(pool, &self.normed, &layer.gate, &layer.up, &mut self.hidden);
+            ops::gated(pool, &self.normed, &layer.gate, &layer.up, act, &mut self.hidden);
             return;
         }
         let size = rows.tokens.len() * layer.gate.rows();
@@ -164,7 +180,35 @@ impl Forward {
         for (target, out) in [(Target::Gate, &mut self.gate), (Target::Up, &mut self.up)] {
             ops::add_lora(pool, &self.normed, &rows.pairs(number, target), out, &mut self.low);
         }
-        ops::silu_product(pool, &self.gate, &self.up, &mut self.hidden);
+        ops::gate_product(pool, &self.gate, &self.up, act, &mut self.hidden);
+    }
+
+    /// Adds what attention (`Output`) or the feed-forward half (`Down`) made to the residual
+    /// stream, through the norm behind it where there is one.
+    fn add(
+        &mut self,
+        pool: &mut Pool,
+        weights: &Weights,
+        number: usize,
+        rows: &Rows,
+        target: Target,
+    ) {
+        let layer = &weights.layers[number];
+        let (y, matrix, norm) = match target {
+            Target::Output => (&self.attended, &layer.output, &layer.attention_post_norm),
+            _ => (&self.hidden, &layer.down, &layer.ff_post_norm),
+        };
+        let pairs = rows.pairs(number, target);
+        let (x, delta, low) = (&mut self.x, &mut self.delta, &mut self.low);
+        let Some(norm) = norm else {
+            ops::add_product(pool, y, matrix, x, delta);
+            ops::add_lora(pool, y, &pairs, x, low);
+            return;
+        };
+        delta.resize(x.len(), 0.0);
+        ops::products(pool, y, &mut [Product { matrix, bias: None, out: delta }]);
+        ops::add_lora(pool, y, &pairs, delta, low);
+        ops::add_norm(pool, delta, norm, weights.shape.epsilon, x);
     }
 
     fn rotate(
@@ -180,10 +224,11 @@ impl Forward {
             q: &mut self.q,
             k: &mut self.k,
             v: &self.v,
+            scale: weights.shape.attention_scale,
             norms: layer.qk_norm.as_ref(),
             epsilon: weights.shape.epsilon,
-            rope: &weights.rope,
-            angles: &self.angles,
+            rope: &weights.ropes[layer.kind.rope],
+            angles: &self.angles[layer.kind.rope],
         };
         ops::rotate(pool, heads, spans, cache, number);
     }
@@ -200,5 +245,22 @@ impl Forward {
         ops::products(pool, &self.normed, &mut [product]);
         let (logits, low) = (&mut self.logits, &mut self.low);
         ops::add_lora(pool, &self.normed, &rows.head_pairs(), logits, low);
+        if let Some(cap) = weights.shape.logit_cap {
+            ops::cap(pool, logits, cap);
+        }
     }
+}
+
+/// The attention of a step, for each kind of layer.
+pub(super) fn plans<'a>(weights: &Weights, spans: &'a [Span], threads: usize) -> Vec<Plan<'a>> {
+    let shape = &weights.shape;
+    let mut plans: Vec<Plan> = Vec::new();
+    for window in weights.layers.iter().map(|layer| layer.kind.window) {
+        if plans.iter().all(|plan| plan.scope.window != window) {
+            let scope = Scope { window, cap: shape.attention_cap };
+            let group = shape.heads / shape.kv_heads;
+            plans.push(Plan::new(spans, scope, shape.kv_heads, group, threads));
+        }
+    }
+    plans
 }

@@ -6,6 +6,8 @@
 
 mod adapter;
 mod forward;
+mod layout;
+mod rope;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -62,7 +64,8 @@ impl Native {
         }
         let other = |error: &dyn std::fmt::Display| Unsupported::Other(error.to_string());
         let mut pool = Pool::new(spec.threads.max(1) as usize).map_err(|error| other(&error))?;
-        let weights = Weights::load(Gguf::open(&spec.model)?, &mut pool)?;
+        let context = spec.context_length.min(spec.kv_tokens.max(1)) as usize;
+        let weights = Weights::load(Gguf::open(&spec.model)?, context, &mut pool)?;
         let tokenizer = llama_cpp::tokenizer(&spec.model).map_err(|error| other(&error))?;
         if tokenizer.vocab().len() > weights.shape.vocab {
             return Err(Unsupported::Other("it has more tokens than embeddings".into()));

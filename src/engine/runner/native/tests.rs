@@ -1,5 +1,8 @@
 //! The native runner against llama.cpp, and against itself.
 
+mod families;
+mod layers;
+
 use super::*;
 use crate::ipc::{KvLayout, RunnerKind};
 use std::path::PathBuf;
@@ -88,33 +91,40 @@ fn a_request_gives_the_same_bits_in_any_company() {
     let mut native = Native::load(&spec(model, RunnerKind::Native)).unwrap();
     let tokens = native.tokenizer().encode(TEXT, false, false);
     let count = tokens.len().min(80);
-    let (tokens, others) = (&tokens[..count], &tokens[tokens.len() - 30..]);
-    step(&mut native, tokens, vec![part(0..count, 0, 0, Wants::LastLogits)]);
+    same_bits(&mut native, &tokens[..count], &tokens[tokens.len() - 30..]);
+}
+
+/// Computes `tokens` alone and in other ways.
+fn same_bits(native: &mut Native, tokens: &[Token], others: &[Token]) {
+    let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+    let count = tokens.len();
+    step(native, tokens, vec![part(0..count, 0, 0, Wants::LastLogits)]);
     let alone = native.logits(count - 1).unwrap().to_vec();
     // In chunks, beside another sequence, on other pages.
-    let mut at = 0;
-    for size in [1, 7, 32, 5, 1, 1, 100] {
+    let (mut at, beside) = (0, others.len());
+    for size in [1, 7, 32, 5, 1, 1, 100, 300, 13, 1000] {
         let size = size.min(count - at);
         let mut rows = others.to_vec();
         rows.extend_from_slice(&tokens[at..at + size]);
-        let beside = part(0..30, 0, 1, Wants::LastLogits);
-        let mine = part(30..30 + size, at, 2, Wants::LastLogits);
-        step(&mut native, &rows, vec![beside, mine]);
+        let other = part(0..beside, 0, 1, Wants::LastLogits);
+        let mine = part(beside..beside + size, at, 2, Wants::LastLogits);
+        step(native, &rows, vec![other, mine]);
         at += size;
         if at == count {
-            let together = native.logits(30 + size - 1).unwrap();
-            assert!(alone.iter().zip(together).all(|(a, b)| a.to_bits() == b.to_bits()));
+            assert!(same(&alone, native.logits(beside + size - 1).unwrap()), "chunked");
+            break;
         }
     }
     assert_eq!(at, count);
     // With the beginning copied from another sequence's pages, and on one thread.
     native.pool = Pool::new(1).unwrap();
-    native.copy_page(2 * 64, 3 * 64);
-    native.copy_page(2 * 64 + 1, 3 * 64 + 1);
-    let rest = part(0..count - 40, 40, 3, Wants::LastLogits);
-    step(&mut native, &tokens[40..], vec![rest]);
-    let cached = native.logits(count - 41).unwrap();
-    assert!(alone.iter().zip(cached).all(|(a, b)| a.to_bits() == b.to_bits()));
+    let cached = count / 2;
+    for page in 0..cached.div_ceil(PAGE_TOKENS) as u32 {
+        native.copy_page(2 * 64 + page, 3 * 64 + page);
+    }
+    let rest = part(0..count - cached, cached, 3, Wants::LastLogits);
+    step(native, &tokens[cached..], vec![rest]);
+    assert!(same(&alone, native.logits(count - cached - 1).unwrap()), "cached");
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! A model's weights, read from its GGUF and packed for the kernels.
 
-use crate::gguf::{Covered, Gguf, GgufError, Uncovered, dequantize};
+use super::layout::{PARTS, TARGETS, Target, rows_of};
+use super::rope::rope;
+use crate::gguf::{Covered, Gguf, GgufError, LayerKind, RopeFacts, Uncovered, dequantize};
 use crate::ipc::Token;
-use crate::kernels::vector::{Rope, RopePairs};
+use crate::kernels::vector::Rope;
 use crate::kernels::{Matrix, Pool};
+use std::ops::Range;
 use std::sync::Mutex;
 
 const EMBEDDING: &str = "token_embd.weight";
@@ -23,25 +26,32 @@ fn unsupported<T>(why: impl Into<String>) -> Result<T, Unsupported> {
     Err(Unsupported::Other(why.into()))
 }
 
+/// One layer; what a family lacks is `None`.
 pub struct Layer {
+    pub kind: LayerKind,
     pub attention_norm: Vec<f32>,
     pub q: Matrix,
     pub k: Matrix,
     pub v: Matrix,
     /// Added to queries, keys and values (Qwen2).
     pub qkv_bias: Option<[Vec<f32>; 3]>,
-    /// Norms of single query and key heads (Qwen3).
+    /// Norms of single query and key heads (Qwen3, Gemma 3).
     pub qk_norm: Option<[Vec<f32>; 2]>,
     pub output: Matrix,
+    /// Of what attention adds to the residual stream (Gemma).
+    pub attention_post_norm: Option<Vec<f32>>,
     pub ff_norm: Vec<f32>,
     pub gate: Matrix,
     pub up: Matrix,
     pub down: Matrix,
+    /// Of what the feed-forward half adds (Gemma).
+    pub ff_post_norm: Option<Vec<f32>>,
 }
 
 pub struct Weights {
     pub shape: Covered,
-    pub rope: Rope,
+    /// As [`LayerKind::rope`] counts them.
+    pub ropes: Vec<Rope>,
     pub layers: Vec<Layer>,
     pub output_norm: Vec<f32>,
     pub head: Matrix,
@@ -51,10 +61,12 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Reads and packs everything, on all threads of the pool.
-    pub fn load(file: Gguf, pool: &mut Pool) -> Result<Self, Unsupported> {
+    /// Reads and packs everything, on all threads of the pool. Sequences will have up to `context`
+    /// tokens.
+    pub fn load(file: Gguf, context: usize, pool: &mut Pool) -> Result<Self, Unsupported> {
         let shape = Covered::read(&file)?;
-        let rope = read_rope(&file, &shape)?;
+        let ropes = shape.ropes.iter().map(|facts| read_rope(&file, facts, context));
+        let ropes = ropes.collect::<Result<_, _>>()?;
         let reader = Reader { file: &file, shape: &shape };
         let layers: Vec<_> = (0..shape.layers).map(|_| Mutex::new(None)).collect();
         pool.run(shape.layers, |layer| {
@@ -66,10 +78,10 @@ impl Weights {
         let layers = layers.collect::<Result<_, _>>()?;
         let tied = file.tensor("output.weight").is_none();
         let head = if tied { EMBEDDING } else { "output.weight" };
-        let head = reader.matrix(head, shape.vocab, shape.width)?;
+        let head = reader.matrix(head, shape.vocab, 0..shape.vocab, shape.width)?;
         let output_norm = reader.vector("output_norm.weight", shape.width)?;
         let parameters = file.tensors().iter().map(|tensor| tensor.elements()).sum();
-        Ok(Self { shape, rope, layers, output_norm, head, parameters, file })
+        Ok(Self { shape, ropes, layers, output_norm, head, parameters, file })
     }
 
     /// (width) the embedding of a token.
@@ -80,18 +92,23 @@ impl Weights {
         let at = token as usize * row;
         let bytes = data.get(at..at + row);
         let bytes = bytes.ok_or_else(|| format!("token {token} is not in the vocabulary"))?;
-        dequantize(tensor.ty(), bytes, out).map_err(|error| error.to_string())
+        dequantize(tensor.ty(), bytes, out).map_err(|error| error.to_string())?;
+        if self.shape.embedding_scale != 1.0 {
+            out.iter_mut().for_each(|x| *x *= self.shape.embedding_scale);
+        }
+        Ok(())
     }
 }
 
-fn read_rope(file: &Gguf, shape: &Covered) -> Result<Rope, Unsupported> {
-    let facts = &shape.rope;
-    let pairs = if facts.adjacent { RopePairs::Adjacent } else { RopePairs::Halves };
-    let factors = match file.tensor("rope_freqs.weight") {
-        Some(_) => Some(file.to_f32("rope_freqs.weight")?),
-        None => None,
-    };
-    Ok(Rope::new(pairs, facts.dims, facts.base, facts.scale, factors.as_deref()))
+fn read_rope(file: &Gguf, facts: &RopeFacts, context: usize) -> Result<Rope, Unsupported> {
+    let name = facts.factors.tensor(context).filter(|name| file.tensor(name).is_some());
+    let Some(name) = name else { return Ok(rope(facts, None)) };
+    let factors = file.to_f32(name)?;
+    let usable = |factor: &f32| factor.is_finite() && *factor > 0.0;
+    match factors.len() >= facts.dims / 2 && factors.iter().all(usable) {
+        true => Ok(rope(facts, Some(&factors))),
+        false => unsupported(format!("`{name}` is no list of {} factors", facts.dims / 2)),
+    }
 }
 
 struct Reader<'a> {
@@ -101,37 +118,75 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn layer(&self, layer: usize) -> Result<Layer, Unsupported> {
-        let Covered { width, heads, kv_heads, head_dim, ff, .. } = *self.shape;
-        let name = |part: &str, kind: &str| format!("blk.{layer}.{part}.{kind}");
-        let vector = |part: &str, len: usize| self.vector(&name(part, "weight"), len);
-        let matrix = |part: &str, rows, cols| self.matrix(&name(part, "weight"), rows, cols);
-        let has = |part: &str, kind: &str| self.file.tensor(&name(part, kind)).is_some();
-        let (q_rows, kv_rows) = (heads * head_dim, kv_heads * head_dim);
-        let qkv_bias = match has("attn_q", "bias") {
-            true => Some([
-                self.vector(&name("attn_q", "bias"), q_rows)?,
-                self.vector(&name("attn_k", "bias"), kv_rows)?,
-                self.vector(&name("attn_v", "bias"), kv_rows)?,
-            ]),
-            false => None,
+        let Covered { width, head_dim, .. } = *self.shape;
+        let name = |part: &str| format!("blk.{layer}.{part}.weight");
+        let norm = |part: &str, len: usize| self.vector(&name(part), len);
+        let norm_if_there = |part: &str, len: usize| match self.file.tensor(&name(part)) {
+            Some(_) => norm(part, len).map(Some),
+            None => Ok(None),
         };
-        let qk_norm = match has("attn_q_norm", "weight") {
-            true => Some([vector("attn_q_norm", head_dim)?, vector("attn_k_norm", head_dim)?]),
-            false => None,
+        let mut matrices = self.matrices(layer)?;
+        let mut take = |target: Target| {
+            let why = || Unsupported::Other(format!("layer {layer} has no matrix {target:?}"));
+            matrices[target as usize].take().ok_or_else(why)
         };
+        let qk_norm =
+            (norm_if_there("attn_q_norm", head_dim)?, norm_if_there("attn_k_norm", head_dim)?);
         Ok(Layer {
-            attention_norm: vector("attn_norm", width)?,
-            q: matrix("attn_q", q_rows, width)?,
-            k: matrix("attn_k", kv_rows, width)?,
-            v: matrix("attn_v", kv_rows, width)?,
-            qkv_bias,
-            qk_norm,
-            output: matrix("attn_output", width, q_rows)?,
-            ff_norm: vector("ffn_norm", width)?,
-            gate: matrix("ffn_gate", ff, width)?,
-            up: matrix("ffn_up", ff, width)?,
-            down: matrix("ffn_down", width, ff)?,
+            kind: self.shape.kinds[layer],
+            attention_norm: norm("attn_norm", width)?,
+            q: take(Target::Q)?,
+            k: take(Target::K)?,
+            v: take(Target::V)?,
+            qkv_bias: self.biases(layer)?,
+            qk_norm: qk_norm.0.zip(qk_norm.1).map(|(q, k)| [q, k]),
+            output: take(Target::Output)?,
+            attention_post_norm: norm_if_there("post_attention_norm", width)?,
+            ff_norm: norm("ffn_norm", width)?,
+            gate: take(Target::Gate)?,
+            up: take(Target::Up)?,
+            down: take(Target::Down)?,
+            ff_post_norm: norm_if_there("post_ffw_norm", width)?,
         })
+    }
+
+    /// The layer's matrices, whichever tensors hold them.
+    fn matrices(&self, layer: usize) -> Result<[Option<Matrix>; TARGETS], Unsupported> {
+        let mut matrices = [const { None }; TARGETS];
+        for part in PARTS {
+            let name = format!("blk.{layer}.{part}.weight");
+            let held = rows_of(part, self.shape);
+            let total = held.last().map_or(0, |(_, rows)| rows.end);
+            if self.file.tensor(&name).is_none() {
+                continue;
+            }
+            for (target, rows) in held {
+                let cols = target.shape(self.shape).1;
+                matrices[target as usize] = Some(self.matrix(&name, total, rows, cols)?);
+            }
+        }
+        Ok(matrices)
+    }
+
+    /// Of queries, keys and values: all or none.
+    fn biases(&self, layer: usize) -> Result<Option<[Vec<f32>; 3]>, Unsupported> {
+        let mut biases = [const { None }; TARGETS];
+        for part in &PARTS[..4] {
+            let name = format!("blk.{layer}.{part}.bias");
+            let held = rows_of(part, self.shape);
+            if self.file.tensor(&name).is_none() {
+                continue;
+            }
+            let all = self.vector(&name, held.last().map_or(0, |(_, rows)| rows.end))?;
+            for (target, rows) in held {
+                biases[target as usize] = Some(all[rows].to_vec());
+            }
+        }
+        match biases {
+            [Some(q), Some(k), Some(v), ..] => Ok(Some([q, k, v])),
+            [None, None, None, ..] => Ok(None),
+            _ => unsupported(format!("layer {layer} has biases on some of its projections only")),
+        }
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Unsupported> {
@@ -142,15 +197,25 @@ impl Reader<'_> {
         }
     }
 
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, Unsupported> {
+    /// Some of the `total` rows of a tensor.
+    fn matrix(
+        &self,
+        name: &str,
+        total: usize,
+        rows: Range<usize>,
+        cols: usize,
+    ) -> Result<Matrix, Unsupported> {
         let Some(tensor) = self.file.tensor(name) else {
             return unsupported(format!("the file has no tensor `{name}`"));
         };
-        if tensor.dims() != [cols as u64, rows as u64] {
+        if tensor.dims() != [cols as u64, total as u64] {
             let dims = tensor.dims();
-            return unsupported(format!("`{name}` is {dims:?}, not {cols} by {rows}"));
+            return unsupported(format!("`{name}` is {dims:?}, not {cols} by {total}"));
         }
-        let packed = Matrix::pack(tensor.ty(), rows, cols, self.file.data(name)?);
+        let data = self.file.data(name)?;
+        let row = data.len() / total;
+        let bytes = &data[rows.start * row..rows.end * row];
+        let packed = Matrix::pack(tensor.ty(), rows.len(), cols, bytes);
         packed.map_err(|error| Unsupported::Other(format!("`{name}`: {error}")))
     }
 }
