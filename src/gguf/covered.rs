@@ -113,6 +113,7 @@ impl Covered {
         }
         let value_length = keys.optional("attention.value_length")?.unwrap_or(head_dim);
         covered.check_shape(value_length)?;
+        covered.check_sizes(file)?;
         check_tensors(file)?;
         Ok(covered)
     }
@@ -129,6 +130,19 @@ impl Covered {
         match fits {
             true => Ok(()),
             false => other(format!("no kernel fits its dimensions: {self:?}")),
+        }
+    }
+
+    /// Nothing may be announced that the file's tensors do not bear out: room is made by these
+    /// numbers.
+    fn check_sizes(&self, file: &Gguf) -> Result<(), Uncovered> {
+        let largest = file.tensors().iter().map(TensorInfo::elements).max().unwrap_or(0);
+        let sizes = [self.width, self.ff, self.heads * self.head_dim];
+        match sizes.iter().all(|&size| size as u64 <= largest)
+            && self.layers <= file.tensors().len()
+        {
+            true => Ok(()),
+            false => other(format!("its tensors do not bear out its dimensions: {self:?}")),
         }
     }
 }

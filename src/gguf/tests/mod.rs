@@ -1,7 +1,9 @@
 //! Round trips, attacks on the reader, and adapters against direct computation.
 
+mod alloc;
 mod dequantize;
 mod facts;
+mod fuzz;
 mod lora;
 mod reader;
 
