@@ -42,7 +42,7 @@
 //! | [`config`] | raw options → resolved → immutable |
 //! | [`gateway`] | the HTTP side |
 //! | [`ipc`] | frames |
-//! | [`engine`] | the model side |
+//! | [`engine`] | the model side; [`engine::verify`] measures its rounding against F32 arithmetic |
 //! | [`kernels`] | SIMD arithmetic of the native runner, its thread pool |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters |
 

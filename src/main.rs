@@ -15,6 +15,7 @@ fn main() -> ExitCode {
         Command::Run(options) => cli::run::main(options),
         Command::Pull(options) => cli::pull::main(options),
         Command::Models(options) => cli::models::main(options),
+        Command::Verify(options) => cli::verify::main(options),
         Command::Bench(BenchCommand::Serve(options)) => cli::bench_serve::main(*options),
     };
     outcome.unwrap_or_else(|error| {

@@ -6,6 +6,7 @@
 //! | `pull.rs`, `models.rs` | models into the data folder, and what is there |
 //! | `run.rs`, `run/` | a chat in the terminal, over the HTTP API like any client |
 //! | `bench_serve.rs`, `bench_serve/` | load generator for any OpenAI-compatible server |
+//! | `verify.rs` | the runners' rounding, measured on a text |
 //! | `version.rs` | what this binary was built from |
 //! | `http.rs`, `progress.rs` | what the verbs share: a small HTTP client, progress bars |
 
@@ -15,6 +16,7 @@ pub mod models;
 mod progress;
 pub mod pull;
 pub mod run;
+pub mod verify;
 pub mod version;
 
 pub use progress::PullBar;
@@ -43,6 +45,8 @@ pub enum Command {
     Pull(pull::PullOptions),
     /// List the models in the data folder
     Models(models::ModelsOptions),
+    /// Measure how far rounding moves a model's predictions, on a text
+    Verify(verify::VerifyOptions),
     /// Measure
     #[command(subcommand)]
     Bench(BenchCommand),

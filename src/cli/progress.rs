@@ -53,6 +53,13 @@ pub(super) fn request_bar(total: u64) -> ProgressBar {
     bar
 }
 
+/// A bar of tokens.
+pub(super) fn token_bar(total: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(2));
+    bar.set_style(style("{prefix}  {bar:30}  {pos}/{len} tokens  {elapsed}, {eta} to go"));
+    bar
+}
+
 /// A spinner with a text that the caller sets.
 pub(super) fn spinner(text: String) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(5));

@@ -25,6 +25,7 @@ mod step;
 mod tests;
 mod text;
 pub mod tokenizer;
+pub mod verify;
 
 use crate::ipc::{self, Call, EngineError, FrameError, FromEngine, LoadSpec, RequestId, ToEngine};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};

@@ -134,6 +134,7 @@ impl Covered {
         let covered = (family.read)(&keys)?;
         let value_length = keys.optional("attention.value_length")?.unwrap_or(covered.head_dim);
         covered.check_shape(value_length)?;
+        covered.check_sizes(file)?;
         check_tensors(file, family, covered.layers)?;
         Ok(covered)
     }
@@ -150,6 +151,17 @@ impl Covered {
         match fits {
             true => Ok(()),
             false => other(format!("no kernel fits its dimensions: {self:?}")),
+        }
+    }
+
+    /// Nothing may be announced that the file's tensors do not bear out: room is made by these
+    /// numbers.
+    fn check_sizes(&self, file: &Gguf) -> Result<(), Uncovered> {
+        let largest = file.tensors().iter().map(TensorInfo::elements).max().unwrap_or(0);
+        let sizes = [self.width, self.ff, self.heads.saturating_mul(self.head_dim)];
+        match sizes.iter().all(|&size| size as u64 <= largest) {
+            true => Ok(()),
+            false => other(format!("its tensors do not bear out its dimensions: {self:?}")),
         }
     }
 }

@@ -25,9 +25,11 @@
 //! | `TQ1_0` | 240 base-3 digits, 5 in a byte, then 16, 4 in a byte, d | d (code − 1) |
 //! | `TQ2_0` | 256 × 2 bits, d | d (code − 1) |
 //!
-//! `F32`, `F16` and `BF16` are plain numbers. `IQ1_*`, `IQ2_*` and `IQ3_*` are refused: their codes
-//! index tables of 256 to 2048 lattice points that were picked by trial, so no formula gives them.
-//! `Q8_1` and `Q8_K` exist only inside ggml's products.
+//! `F32`, `F16` and `BF16` are plain numbers. Of the types that ggml can decode, seven are refused:
+//! `IQ1_S`, `IQ1_M`, `IQ2_XXS`, `IQ2_XS`, `IQ2_S`, `IQ3_XXS` and `IQ3_S`. Their codes index tables of
+//! 256 to 2048 lattice points that were picked by trial, so no formula gives them. `Q8_1` and `Q8_K`
+//! exist only inside ggml's products; `I8` to `I64` and `F64` are no weights, and ggml decodes
+//! neither.
 //!
 //! Each product and sum is rounded by itself. Where ggml's compiler fuses them the bits are the same:
 //! an f16 times a scale of 6 bits times a code of 5 bits fits the 24 bits of an f32 exactly.

@@ -7,6 +7,7 @@
 //! | `parser.rs` | bounded numbers, strings and values |
 //! | `reader.rs` | [`Gguf`]: checked header, memory-mapped tensors |
 //! | `dequantize.rs` | [`dequantize()`]: stored tensors as `f32`, bit for bit as in ggml |
+//! | `dequantized.rs` | [`write_dequantized`]: a model's copy in F32, to measure rounding against |
 //! | `covered.rs` | [`Covered`]: what a header must say for our own kernels to run the model |
 //! | `covered/` | one file per family of models, and what they say of rope |
 //! | `facts.rs` | [`ModelFacts`]: what serving needs to know of a model, from its header alone |
@@ -22,6 +23,7 @@
 
 mod covered;
 mod dequantize;
+mod dequantized;
 mod error;
 mod facts;
 #[doc(hidden)]
@@ -41,6 +43,7 @@ pub use covered::{
     Covered, Gating, KERNEL_TYPES, LayerKind, RopeFactors, RopeFacts, Uncovered, Yarn,
 };
 pub use dequantize::{DequantizeError, can_dequantize, dequantize};
+pub use dequantized::{dequantized_bytes, write_dequantized};
 pub use error::GgufError;
 pub use facts::{KvType, ModelFacts, PoolingType, SplitFacts};
 pub use lora::{LoraError, LoraInfo, peft_to_gguf};

@@ -13,7 +13,7 @@ type Table = &'static [(&'static str, &'static [&'static str])];
 /// Rooms of the crate. Gateway and engine meet in `ipc` and nowhere else.
 const ROOMS: Table = &[
     ("main", &["cli", "engine", "gateway", "config"]),
-    ("cli", &["gateway", "config", "gguf", "ipc", "build_info"]),
+    ("cli", &["engine", "gateway", "config", "gguf", "ipc", "build_info"]),
     ("engine", &["ipc", "kernels", "gguf"]),
     ("gateway", &["config", "gguf", "ipc", "build_info"]),
     ("config", &["ipc"]),
@@ -42,8 +42,9 @@ const GATEWAY: Table = &[
     ("error", &[]),
 ];
 
-/// Rooms of the engine. `step`, `attend` and `sample` are one type in three files, the loop.
+/// Rooms of the engine. `verify` is beside the walk: it measures runners. `step`, `attend` and `sample` are one type in three files, the loop.
 const ENGINE: Table = &[
+    ("verify", &["runner"]),
     ("mod", &["intake", "step", "orders", "runner"]),
     (
         "step",

@@ -8,6 +8,7 @@
 //! | `models.rs` | several models, embeddings, keys and limits |
 //! | `oracle.rs` | greedy text against a plain llama.cpp loop |
 //! | `templates.rs` | chat templates against jinja2 |
+//! | `verify.rs` | `ingot verify` |
 //! | `layers.rs` | who may import whom, where `unsafe` may stand |
 //! | `metrics.rs` | the series, and the transcript of a stream |
 //! | `hostile.rs` | malformed requests by the thousand |
@@ -27,3 +28,4 @@ mod oracle;
 mod reliability;
 mod support;
 mod templates;
+mod verify;

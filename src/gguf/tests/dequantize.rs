@@ -2,8 +2,12 @@
 
 use llama_cpp_sys_2 as sys;
 
+use super::folder;
 use crate::gguf::fixture::Rng;
-use crate::gguf::{DequantizeError, TensorType, can_dequantize, dequantize};
+use crate::gguf::{
+    DequantizeError, Gguf, GgufWriter, TensorType, can_dequantize, dequantize, dequantized_bytes,
+    write_dequantized,
+};
 
 /// What ggml makes of `bytes`; `None` where it has no decoder.
 fn ggml(ty: TensorType, bytes: &[u8], elements: usize) -> Option<Vec<f32>> {
@@ -105,4 +109,49 @@ fn lengths_have_to_agree() {
         assert!(out.iter().all(|&x| x == 1.0), "untouched");
     }
     assert_eq!(dequantize(TensorType::Q4_0, &[], &mut []), Ok(()));
+}
+
+/// ggml's whole list, by its own account.
+#[test]
+fn nothing_of_ggml_is_forgotten() {
+    let mut left = Vec::new();
+    for id in 0..sys::GGML_TYPE_COUNT {
+        // SAFETY: every number below the count has traits, constants of ggml's.
+        let traits = unsafe { &*sys::ggml_get_type_traits(id) };
+        let Ok(ty) = TensorType::try_from(id) else {
+            assert_eq!(traits.blck_size, 0, "type {id} is in use");
+            continue;
+        };
+        assert_eq!(ty.block_size(), traits.blck_size as u64, "{ty}");
+        assert_eq!(ty.block_bytes(), traits.type_size as u64, "{ty}");
+        match (can_dequantize(ty), traits.to_float.is_some()) {
+            (false, true) => left.push(ty.name()),
+            (ours, theirs) => assert!(theirs || !ours || ty == TensorType::F32, "{ty}"),
+        }
+    }
+    assert_eq!(left, ["IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ3_S", "IQ2_S", "IQ1_M"]);
+    assert!(TensorType::all().all(|ty| (ty as u32) < sys::GGML_TYPE_COUNT));
+}
+
+/// The copy's numbers are those of the decoder, whole rows and all.
+#[test]
+fn the_copy_is_the_dequantized_model() {
+    let folder = folder();
+    let (from, to) = (folder.path().join("from.gguf"), folder.path().join("to.gguf"));
+    let blocks: Vec<u8> = (0..18 * 6).map(|i| (i * 7 % 61) as u8).collect();
+    let mut writer = GgufWriter::new();
+    writer.set("general.architecture", "llama").set("general.file_type", 2u32);
+    writer.tensor("matrix", &[64, 3], TensorType::Q4_0, &blocks[..]).unwrap();
+    writer.tensor("whole", &[4], TensorType::I8, vec![1, 2, 3, 4]).unwrap();
+    writer.write(&from).unwrap();
+    let from = Gguf::open(&from).unwrap();
+    assert_eq!(dequantized_bytes(&from), 64 * 3 * 4 + 4);
+    write_dequantized(&from, &to).unwrap();
+    let to = Gguf::open(&to).unwrap();
+    let mut right = vec![0.0; 192];
+    dequantize(TensorType::Q4_0, &blocks, &mut right).unwrap();
+    assert_eq!(to.to_f32("matrix").unwrap(), right);
+    assert_eq!(to.tensor("matrix").unwrap().dims(), [64, 3]);
+    assert_eq!(to.data("whole").unwrap(), [1, 2, 3, 4]);
+    assert_eq!(to.u32("general.file_type").unwrap(), Some(0));
 }

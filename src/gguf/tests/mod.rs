@@ -1,8 +1,10 @@
 //! Round trips, attacks on the reader, and adapters against direct computation.
 
+mod alloc;
 mod covered;
 mod dequantize;
 mod facts;
+mod fuzz;
 mod lora;
 mod reader;
 

@@ -13,7 +13,11 @@ use std::sync::Arc;
 const MAX_EMBED_TOKENS: u32 = 4096;
 
 pub enum ContextKind {
-    Generate { slots: u32 },
+    /// `exact`: keys and values in F32, whatever the specification says.
+    Generate {
+        slots: u32,
+        exact: bool,
+    },
     Embed,
 }
 
@@ -96,7 +100,7 @@ impl Context {
             sys::LLAMA_FLASH_ATTN_TYPE_DISABLED
         };
         let slots = match kind {
-            ContextKind::Generate { slots } => {
+            ContextKind::Generate { slots, exact } => {
                 // Divided among the slots, where each has its own.
                 params.n_ctx = spec.kv_tokens;
                 params.kv_unified = spec.kv_layout == KvLayout::Unified;
@@ -106,6 +110,7 @@ impl Context {
                 // The compute buffer holds this many rows of the whole vocabulary.
                 params.n_outputs_max = slots + MAX_PROMPT_LOGITS as u32;
                 params.n_outputs_max_per_seq = 0;
+                let cache_type = if exact { sys::GGML_TYPE_F32 } else { cache_type };
                 params.type_k = cache_type;
                 params.type_v = cache_type;
                 slots

@@ -49,6 +49,15 @@ pub struct LlamaCpp {
 impl LlamaCpp {
     /// Loads the file and decodes one token.
     pub fn load(spec: &LoadSpec) -> Result<Self, RunnerError> {
+        Self::load_with(spec, false)
+    }
+
+    /// As [`LlamaCpp::load`], with keys and values in F32: what others are measured against.
+    pub fn load_exact(spec: &LoadSpec) -> Result<Self, RunnerError> {
+        Self::load_with(spec, true)
+    }
+
+    fn load_with(spec: &LoadSpec, exact: bool) -> Result<Self, RunnerError> {
         let started = Instant::now();
         log::install();
         let model = Arc::new(Model::load(spec)?);
@@ -68,7 +77,7 @@ impl LlamaCpp {
         };
         let slots = slots.clamp(1, MAX_SEQUENCE_IDS);
         let context = match generates {
-            true => Some(Context::new(&model, spec, ContextKind::Generate { slots })?),
+            true => Some(Context::new(&model, spec, ContextKind::Generate { slots, exact })?),
             false => None,
         };
         let mut runner = Self {

@@ -24,7 +24,7 @@ impl Watched {
         let model = Arc::new(Model::load(spec)?);
         let outputs = Box::<Outputs>::default();
         let argument = std::ptr::from_ref(&*outputs).cast_mut().cast();
-        let kind = ContextKind::Generate { slots: 1 };
+        let kind = ContextKind::Generate { slots: 1, exact: false };
         let context = Context::with_callback(&model, spec, kind, (Some(keep_outputs), argument))?;
         Ok(Self { context, outputs })
     }
