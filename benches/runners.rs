@@ -5,7 +5,7 @@
 //! better one counts. `llama-bench` measures the same kernels.
 
 use ingot::engine::runner::{self, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, SeqSlot, Wants};
-use ingot::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Token};
+use ingot::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Speculate, Token};
 use std::time::Instant;
 
 const THREADS: u32 = 2;
@@ -49,6 +49,7 @@ impl Bench {
             mmap: true,
             target_step_ms: 100,
             queue_limit: 8,
+            speculate: Speculate::Off,
             mock_step_us: 0,
         };
         Self { runner: runner::load(&spec).expect("the model loads"), depth: 0 }

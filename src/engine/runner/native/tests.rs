@@ -1,7 +1,7 @@
 //! The native runner against llama.cpp, and against itself.
 
 use super::*;
-use crate::ipc::{KvLayout, RunnerKind};
+use crate::ipc::{KvLayout, RunnerKind, Speculate};
 use std::path::PathBuf;
 
 /// The default model's file; CI has it.
@@ -27,6 +27,7 @@ fn spec(model: PathBuf, runner: RunnerKind) -> LoadSpec {
         mmap: true,
         target_step_ms: 100,
         queue_limit: 8,
+        speculate: Speculate::Off,
         mock_step_us: 0,
     }
 }
