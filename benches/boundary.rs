@@ -7,7 +7,7 @@
 use ingot::engine::Local;
 use ingot::ipc::{
     self, Event, FromEngine, Generate, KvCacheType, KvLayout, LoadSpec, Prompt, RequestId,
-    RunnerKind, SamplingParams, StopParams, ToEngine,
+    RunnerKind, SamplingParams, Speculate, StopParams, ToEngine,
 };
 use std::io::{BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -107,6 +107,7 @@ fn request(id: u64) -> Generate {
         priority: 0,
         fair_key: 0,
         render_special: false,
+        max_drafted: None,
     }
 }
 
@@ -135,6 +136,7 @@ fn main() {
         mmap: true,
         target_step_ms: 100,
         queue_limit: 64,
+        speculate: Speculate::Off,
         mock_step_us: 0,
     };
     let local = Local::start(spec.clone()).expect("threads start");

@@ -12,7 +12,7 @@ mod values;
 pub use options::{DataDirOption, ServeOptions};
 pub use values::{AdapterArg, AllowedHosts, ByteSize, LogFormat, Secret, ShareScope, Span};
 
-use crate::ipc::{KvCacheType, KvLayout, RunnerKind};
+use crate::ipc::{KvCacheType, KvLayout, RunnerKind, Speculate};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -92,6 +92,7 @@ pub struct EngineConfig {
     pub mmap: bool,
     pub target_step_ms: u32,
     pub queue_limit: u32,
+    pub speculate: Speculate,
     /// An engine that makes no step for this long (and four of its measured steps) is replaced.
     pub watchdog: Duration,
     pub max_loaded_models: u32,
@@ -349,6 +350,7 @@ impl ServeOptions {
             mmap: self.mmap.unwrap_or(true),
             target_step_ms: self.target_step_ms.map_or(200, NonZeroU32::get),
             queue_limit: self.queue_limit.map_or(256, NonZeroU32::get),
+            speculate: self.speculate.unwrap_or(Speculate::Auto),
             watchdog: time("watchdog", self.watchdog, 10)?,
             max_loaded_models: self.max_loaded_models.map_or(4, NonZeroU32::get),
             memory_budget: self.memory_budget.map(|size| size.0),

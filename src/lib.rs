@@ -32,7 +32,8 @@
 //! - What a client sends is an id or a name, never a path.
 //! - Everything is bounded: queues, bodies, grammars, templates, time. Overflow is an answer.
 //! - `unsafe` lives in `kernels/`, `engine/runner/llama_cpp/` and `gguf/` (mmap) only.
-//! - With the native runner a request gives the same bits alone and in any batch, cached or not.
+//! - With the native runner a request gives the same bits alone and in any batch, cached or not,
+//!   drafted or not ([`engine`], `speculate`).
 //!
 //! # Rooms
 //!

@@ -11,7 +11,7 @@ mod random;
 use clap::Parser;
 use ingot::engine::runner::{self, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, SeqSlot, Wants};
 use ingot::gguf::{Gguf, TensorInfo};
-use ingot::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Token};
+use ingot::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Speculate, Token};
 use std::path::Path;
 use std::time::Instant;
 
@@ -118,6 +118,7 @@ impl Bench {
             mmap: true,
             target_step_ms: 100,
             queue_limit: 8,
+            speculate: Speculate::Off,
             mock_step_us: 0,
         };
         Self { runner: runner::load(&spec).expect("the model loads"), shared: 0, depth: 0 }

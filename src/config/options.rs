@@ -2,7 +2,7 @@
 
 use super::values::{AdapterArg, ByteSize, LogFormat, Secret, ShareScope, Span};
 use super::{ConfigError, default_data_dir};
-use crate::ipc::{KvCacheType, KvLayout, RunnerKind};
+use crate::ipc::{KvCacheType, KvLayout, RunnerKind, Speculate};
 use clap::builder::BoolishValueParser;
 use serde::Deserialize;
 use std::num::NonZeroU32;
@@ -191,6 +191,11 @@ pub struct ServeOptions {
     #[arg(long, value_name = "MS", env = "INGOT_TARGET_STEP_MS", help_heading = "Engine")]
     pub target_step_ms: Option<NonZeroU32>,
 
+    /// Draft tokens that have stood in prompt or output before, and check several in one step:
+    /// the same output, sooner; on the native runner [default: auto, while it pays]
+    #[arg(long, env = "INGOT_SPECULATE", help_heading = "Engine")]
+    pub speculate: Option<Speculate>,
+
     /// An engine that makes no step for this long while it has work is replaced [default: 10s]
     #[arg(long, value_name = "TIME", env = "INGOT_WATCHDOG", help_heading = "Engine")]
     pub watchdog: Option<Span>,
@@ -255,8 +260,8 @@ impl ServeOptions {
                 slow_client_timeout, grace_time, api_key_file, admin_key, rate_limit,
                 max_concurrent_per_key, share_prefixes, request_timeout, body_limit, queue_limit,
                 context_length, kv_tokens, kv_type, kv_layout, max_sequences, batch_tokens,
-                threads, gpu_layers, runner, flash_attention, mmap, target_step_ms, watchdog,
-                max_loaded_models, memory_budget, mock_step_us, log_format, log_level, log_prompts;
+                threads, gpu_layers, runner, flash_attention, mmap, target_step_ms, speculate,
+                watchdog, max_loaded_models, memory_budget, mock_step_us, log_format, log_level, log_prompts;
             lists: models, allowed_host, api_key, adapter,
         )
     }

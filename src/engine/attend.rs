@@ -3,6 +3,7 @@
 use super::kv::CacheKey;
 use super::orders::Order;
 use super::sequence::{Admissible, RequestFacts, Sequence};
+use super::speculate::MAX_DRAFTED;
 use super::step::{Embedding, StepLoop};
 use crate::ipc::{AdapterId, EngineError, EngineErrorKind, Reply, RequestId};
 use crossbeam_channel::RecvTimeoutError;
@@ -103,6 +104,12 @@ impl StepLoop {
             logprobs: request.logprobs,
             echo: request.echo,
             render_special: request.render_special,
+            max_drafted: match self.runner.info().speculates {
+                true => {
+                    request.max_drafted.map_or(MAX_DRAFTED, |most| MAX_DRAFTED.min(most as usize))
+                }
+                false => 0,
+            },
             choices: admissible.choices.len() as u32,
             arrived: admissible.arrived,
         });

@@ -6,6 +6,7 @@
 //! vocabulary.
 //!
 //! A request walks `intake` → `scheduler` → `kv` → `runner` → `sampler` → `text` → `outbox`.
+//! What a sequence may go on with is drafted and checked in the same step (`speculate`).
 //! Text is assembled on the step loop, not on a thread of its own: it costs microseconds, and a
 //! stop string ends its sequence in the very step that completes it.
 
@@ -20,6 +21,7 @@ mod sample;
 pub mod sampler;
 mod scheduler;
 mod sequence;
+mod speculate;
 mod step;
 #[cfg(test)]
 mod tests;

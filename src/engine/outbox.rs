@@ -80,12 +80,22 @@ impl Outbox {
         self.push(request, Event::Prompt { text, logprobs });
     }
 
-    /// A token of a choice; its text may be held back still.
+    /// A token of a choice; its text may be held back still. What a choice gets in one step goes
+    /// out as one.
     pub fn delta(&mut self, key: SeqKey, text: String, logprobs: Vec<TokenLogprob>) {
         let now = Instant::now();
         if let Some(in_flight) = self.requests.get_mut(&key.request) {
             in_flight.first_token.get_or_insert(now);
             in_flight.last_token = Some(now);
+        }
+        if let Some((request, Event::Delta { choice, text: before, tokens, logprobs: scores })) =
+            self.events.last_mut()
+            && (*request, *choice) == (key.request, key.choice)
+        {
+            before.push_str(&text);
+            *tokens += 1;
+            scores.extend(logprobs);
+            return;
         }
         self.push(key.request, Event::Delta { choice: key.choice, text, tokens: 1, logprobs });
     }
@@ -171,6 +181,9 @@ impl Outbox {
         progress.prefix_queries = scheduler.prefix_queries;
         progress.prefix_hits = scheduler.prefix_hits;
         progress.preemptions = scheduler.preemptions;
+        progress.drafts = scheduler.drafts;
+        progress.drafted_tokens = scheduler.drafted_tokens;
+        progress.accepted_tokens = scheduler.accepted_tokens;
         progress.adapters_resident = adapters as u32;
         progress.adapters_waiting = scheduler.adapters_waiting() as u32;
         let snapshot = progress.clone();

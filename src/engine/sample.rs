@@ -1,5 +1,6 @@
 //! From logits to tokens to events: the second half of a step.
 
+use super::grammar;
 use super::runner::RunnerError;
 use super::sampler::logprobs;
 use super::sequence::{RequestFacts, SeqKey, Sequence};
@@ -11,9 +12,24 @@ use serde_bytes::ByteBuf;
 use std::ops::Range;
 
 impl StepLoop {
-    /// Gives a sequence its next token, from the logits after `row`. At the end of a prompt the
-    /// other choices split off, and draw from the same logits.
-    pub(super) fn sample(&mut self, key: SeqKey, row: usize) {
+    /// Gives a sequence its next token, from the logits after the first of `rows`; from those after
+    /// the others, its drafted tokens', further ones while what is drawn is what was drafted.
+    pub(super) fn sample(&mut self, key: SeqKey, rows: Range<usize>) {
+        let drafted = rows.len() > 1;
+        for (given, row) in rows.enumerate() {
+            if given > 0 && !self.scheduler.stands(key, given, &mut self.kv) {
+                break;
+            }
+            self.sample_row(key, row);
+        }
+        if drafted {
+            self.scheduler.roll_back(key, &mut self.kv);
+        }
+    }
+
+    /// Gives a sequence its next token. At the end of a prompt the other choices split off, and
+    /// draw from the same logits.
+    fn sample_row(&mut self, key: SeqKey, row: usize) {
         let Some(index) = self.scheduler.running.iter().position(|s| s.key == key) else { return };
         let mut keys = vec![key];
         keys.extend(self.split(index));
@@ -88,7 +104,11 @@ impl StepLoop {
             logits.copy_from_slice(&self.row);
         }
         let mask = match &mut sequence.grammar {
-            Some(grammar) => grammar.mask()?,
+            Some(grammar) => {
+                // Ready, but for the rows of a draft.
+                grammar::ready(grammar)?;
+                grammar.mask()?
+            }
             None => None,
         };
         let position = sequence.tokens.len() as u64;
@@ -115,6 +135,9 @@ impl StepLoop {
         let facts = sequence.facts.clone();
         sequence.tokens.push(token);
         sequence.sampler.accept(token);
+        if let Some(speculation) = &mut sequence.speculation {
+            speculation.observe(token);
+        }
         if ends(vocab, &facts, token) {
             self.end_text(key, FinishReason::Stop);
             return Ok(());

@@ -3,6 +3,7 @@
 use super::grammar::TriggeredGrammar;
 use super::kv::{CacheKey, SequencePages};
 use super::sampler::Sampler;
+use super::speculate::Speculation;
 use super::text::TextAssembler;
 use crate::ipc::{AdapterId, EngineError, Generate, RequestId, StopParams, Token, TokenLogprob};
 use std::sync::Arc;
@@ -23,6 +24,8 @@ pub struct RequestFacts {
     pub logprobs: Option<u32>,
     pub echo: bool,
     pub render_special: bool,
+    /// Tokens drafted for one step, at most; 0 where nothing is.
+    pub max_drafted: usize,
     pub choices: u32,
     pub arrived: Instant,
 }
@@ -62,6 +65,8 @@ pub struct Sequence {
     pub pages: Option<SequencePages>,
     pub sampler: Sampler,
     pub grammar: Option<TriggeredGrammar>,
+    /// `None` where nothing is drafted.
+    pub speculation: Option<Speculation>,
     pub text: TextAssembler,
     /// Logprobs of tokens whose text is held back.
     pub held_logprobs: Vec<TokenLogprob>,
@@ -83,6 +88,17 @@ impl Sequence {
     /// Rows until the next token can be sampled.
     pub fn todo(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    /// The first tokens of the draft of this step.
+    pub fn draft(&self, count: usize) -> &[Token] {
+        self.speculation.as_ref().map_or(&[], |speculation| &speculation.draft()[..count])
+    }
+
+    /// Tokens that a draft may have: one more comes from the row after it.
+    pub fn draft_limit(&self) -> usize {
+        let left = self.facts.max_tokens.saturating_sub(self.output_len());
+        self.facts.max_drafted.min(left.saturating_sub(1))
     }
 
     pub fn is_decoding(&self) -> bool {
@@ -122,6 +138,7 @@ impl Sequence {
         Self {
             key: SeqKey { request: facts.id, choice: mine.choice },
             text: TextAssembler::new(&facts.stop.strings),
+            speculation: (facts.max_drafted > 0).then(Speculation::default),
             facts,
             tokens,
             computed: 0,

@@ -9,9 +9,10 @@ use super::sampler::Scratch;
 use super::scheduler::{Limits, Plan, Scheduler};
 use super::sequence::SeqKey;
 use super::tokenizer::Tokenizer;
-use crate::ipc::{AdapterId, EngineError, FromEngine, LoadSpec, RequestId, Token};
+use crate::ipc::{AdapterId, EngineError, FromEngine, LoadSpec, RequestId, Speculate, Token};
 use crossbeam_channel::{Receiver, Sender};
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -61,6 +62,7 @@ impl StepLoop {
             target_step: Duration::from_millis(u64::from(spec.target_step_ms)),
             queue_limit: spec.queue_limit as usize,
             mixes_adapters: info.mixes_adapters,
+            speculate: if info.speculates { spec.speculate } else { Speculate::Off },
         };
         let kv = KvCache::new(
             info.kv_pages,
@@ -114,8 +116,8 @@ impl StepLoop {
                 tracing::trace!(decoding = plan.decoding, prefill = plan.prefill, ?took, "step");
                 self.scheduler.observe(&plan, took);
                 self.outbox.stepped(self.batch.tokens.len(), plan.decoding, plan.prefill);
-                for (key, row) in self.commit(&plan) {
-                    self.sample(key, row);
+                for (key, rows) in self.commit(&plan) {
+                    self.sample(key, rows);
                 }
             }
             Err(error) => self.fail_batch(&plan, &error),
@@ -144,11 +146,12 @@ impl StepLoop {
             let pages = sequence.pages.as_ref().expect("running sequences have pages");
             let (start, from) = (self.batch.tokens.len(), sequence.computed);
             self.batch.tokens.extend_from_slice(&sequence.tokens[from..from + work.rows]);
+            self.batch.tokens.extend_from_slice(sequence.draft(work.drafted));
             self.batch.sequences.push(BatchSequence {
                 slot: pages.slot,
-                rows: start..start + work.rows,
+                rows: start..self.batch.tokens.len(),
                 position: from,
-                wants: work.wants,
+                wants: if work.drafted > 0 { Wants::AllLogits } else { work.wants },
                 pages: pages.page_ids().collect(),
                 adapter: sequence.facts.adapter,
             });
@@ -175,8 +178,8 @@ impl StepLoop {
     }
 
     /// The rows are computed. Answers which sequences can be given their next token, and from
-    /// which row's logits.
-    fn commit(&mut self, plan: &Plan) -> Vec<(SeqKey, usize)> {
+    /// which row's logits; the rows of a draft follow it.
+    fn commit(&mut self, plan: &Plan) -> Vec<(SeqKey, Range<usize>)> {
         let (mut complete, mut echoed) = (Vec::new(), Vec::new());
         for (work, rows) in plan.work.iter().zip(&self.batch.sequences) {
             let sequence = &mut self.scheduler.running[work.index];
@@ -185,7 +188,7 @@ impl StepLoop {
             self.kv.commit(pages, &sequence.tokens[..sequence.computed]);
             let key = sequence.key;
             if work.samples {
-                complete.push((key, rows.rows.end - 1));
+                complete.push((key, rows.rows.end - 1 - work.drafted..rows.rows.end));
             }
             if work.wants == Wants::AllLogits {
                 echoed.push((key, rows.rows.clone(), rows.position));
@@ -194,6 +197,8 @@ impl StepLoop {
         for (key, rows, position) in echoed {
             self.score_prompt(key, rows, position);
         }
+        // Drafts give pages back, which the further choices of a prompt may need.
+        complete.sort_by_key(|(_, rows)| rows.len() == 1);
         complete
     }
 

@@ -9,7 +9,7 @@ use super::step::StepLoop;
 use crate::ipc::{
     AdapterId, EngineErrorKind, Event, FinishReason, FromEngine, Generate, Grammar, GrammarSpec,
     KvCacheType, KvLayout, LoadSpec, Progress, Prompt, RequestId, RunnerKind, SamplingParams,
-    StopParams, Token,
+    Speculate, StopParams, Token,
 };
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use proptest::prelude::*;
@@ -19,6 +19,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const EOS: Token = 257;
+/// Begins prompts after which the mock repeats itself.
+const FORGETS: Token = b'~' as Token;
 const ADAPTERS: u64 = 2;
 /// Long enough for anything here to end.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -39,6 +41,7 @@ fn load_spec(kv_pages: u32, max_sequences: u32, batch_tokens: u32) -> LoadSpec {
         mmap: true,
         target_step_ms: 100,
         queue_limit: 1000,
+        speculate: Speculate::Off,
         mock_step_us: 0,
     }
 }
@@ -194,6 +197,7 @@ fn request(id: u64, prompt: Vec<Token>) -> Generate {
         priority: 0,
         fair_key: 0,
         render_special: false,
+        max_drafted: None,
     }
 }
 
@@ -218,17 +222,25 @@ fn greedy(prompt: &[Token], adapter: Option<AdapterId>, stop: &StopParams) -> (S
 
 /// Prompts of two families that share prefixes; everything fits into seven pages.
 fn any_request() -> impl Strategy<Value = Generate> {
-    let prompt = (0..2 as Token, 0..90usize, prop::collection::vec(97..100 as Token, 1..40));
-    let shape = (1..4u32, 0..70u32, 0..4u64, any::<bool>(), prop::bool::weighted(0.3));
+    let own = prop::collection::vec(97..100 as Token, 1..40);
+    let prompt = (0..2 as Token, 0..90usize, own, any::<bool>());
+    let temperature = prop::sample::select(vec![0.0, 0.0, 0.1, 1.0f32]);
+    let shape = (1..4u32, 0..70u32, 0..4u64, temperature, prop::bool::weighted(0.3));
     let extras = (0..4u32, prop::bool::weighted(0.2), 0..=ADAPTERS, 0..3u64, 0..2i32);
     let stops = prop::collection::vec("[a-z]{1,2}", 0..3);
     (prompt, shape, extras, stops).prop_map(
-        |((family, shared, own), shape, (logprobs, echo, adapter, key, priority), strings)| {
-            let (choices, max_tokens, seed, is_greedy, ignore_eos) = shape;
-            let prompt = std::iter::repeat_n(110 + family, shared).chain(own).collect();
-            let mut sampling = SamplingParams { seed, ..Default::default() };
-            sampling.temperature = if is_greedy { 0.0 } else { 1.0 };
-            sampling.repetition_penalty = if seed == 3 { 1.3 } else { 1.0 };
+        |((family, shared, own, forgets), shape, extras, strings)| {
+            let (logprobs, echo, adapter, key, priority) = extras;
+            let (choices, max_tokens, seed, temperature, ignore_eos) = shape;
+            let family = std::iter::repeat_n(110 + family, shared);
+            let prompt = forgets.then_some(FORGETS).into_iter().chain(family).chain(own).collect();
+            let mut sampling = SamplingParams { seed, temperature, ..Default::default() };
+            match (seed, logprobs) {
+                (3, _) => sampling.repetition_penalty = 1.3,
+                (1, 0) => sampling.dry_multiplier = 0.8,
+                (1, 1) => sampling.frequency_penalty = 0.2,
+                _ => {}
+            }
             Generate {
                 choices,
                 sampling,
@@ -283,6 +295,7 @@ proptest! {
     ) {
         let spec = LoadSpec {
             mock_step_us: u64::from(more_rows % 2),
+            speculate: [Speculate::Always, Speculate::Auto, Speculate::Off][more_rows as usize % 3],
             ..load_spec(kv_pages, max_sequences, max_sequences + more_rows)
         };
         let mut alone = BTreeMap::new();
@@ -359,6 +372,32 @@ proptest! {
         }
         prop_assert_eq!(engine.settle().kv_pages_used, 0);
     }
+}
+
+/// A text that repeats itself takes fewer steps, and is the same.
+#[test]
+fn drafts_that_stand_save_steps() {
+    let mut steps = Vec::new();
+    let mut texts = Vec::new();
+    for speculate in [Speculate::Off, Speculate::Always, Speculate::Auto] {
+        let spec = LoadSpec { speculate, mock_step_us: 200, ..load_spec(64, 4, 64) };
+        let engine = Engine::start(spec);
+        for id in 0..12 {
+            let stop = StopParams { max_tokens: Some(100), ignore_eos: true, ..Default::default() };
+            let max_drafted = (id == 0).then_some(0);
+            let prompt = vec![FORGETS, 97 + id as Token];
+            engine.ask(Generate { stop, max_drafted, ..request(id, prompt) });
+        }
+        texts.push(engine.outcomes(12));
+        let progress = engine.settle();
+        let (drafts, drafted) = (progress.drafts, progress.drafted_tokens);
+        assert!(progress.accepted_tokens <= drafted && drafts <= drafted);
+        assert_eq!(drafts == 0, speculate == Speculate::Off);
+        steps.push(progress.steps);
+    }
+    assert_eq!(texts[0], texts[1]);
+    assert_eq!(texts[0], texts[2]);
+    assert!(steps[1] * 4 < steps[0] * 3 && steps[2] < steps[0], "{steps:?}");
 }
 
 #[test]

@@ -398,6 +398,7 @@ impl<'a> Draft<'a> {
                 mmap: self.config.mmap,
                 target_step_ms: self.config.target_step_ms,
                 queue_limit: self.config.queue_limit,
+                speculate: self.config.speculate,
                 mock_step_us: self.config.mock_step_us,
             },
             notes: self.notes,

@@ -61,6 +61,7 @@ pub struct LoadSpec {
     pub target_step_ms: u32,
     /// Requests that may wait in the engine; one more is refused.
     pub queue_limit: u32,
+    pub speculate: Speculate,
     /// Mock runner only: a step takes this long, in microseconds.
     pub mock_step_us: u64,
 }
@@ -95,6 +96,18 @@ pub enum KvLayout {
     Streams,
 }
 
+/// When the engine drafts tokens and checks them in the rows of one step. Output is the same bits
+/// either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Speculate {
+    /// While the measured cost of a row is less than what it is likely to gain.
+    Auto,
+    /// Whatever it costs: for measurements.
+    Always,
+    Off,
+}
+
 /// One request for text, validated by the gateway.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Generate {
@@ -119,6 +132,8 @@ pub struct Generate {
     /// Text of control tokens (`<tool_call>`, `</think>`) is part of the output. End-of-turn
     /// tokens never are.
     pub render_special: bool,
+    /// Tokens drafted for one step, at most; `None` leaves it to the engine.
+    pub max_drafted: Option<u32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -304,6 +319,9 @@ pub struct ModelInfo {
     pub shares_prefixes: bool,
     /// Rows of different adapters may share a batch.
     pub mixes_adapters: bool,
+    /// Drafts are checked here: a row's numbers do not depend on the batch's shape, and speculation
+    /// is not switched off.
+    pub speculates: bool,
     pub kv_pages: u32,
     pub page_tokens: u32,
     pub max_sequences: u32,
@@ -452,7 +470,8 @@ pub struct Progress {
     pub adapters_waiting: u32,
     /// Rows of the steps since the last snapshot.
     pub batch_sizes: Vec<u32>,
-    /// Tokens drafted and accepted by speculation.
+    /// Drafts checked (one a sequence and step), the tokens in them, and those that stood.
+    pub drafts: u64,
     pub drafted_tokens: u64,
     pub accepted_tokens: u64,
 }

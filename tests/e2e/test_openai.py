@@ -187,6 +187,7 @@ def test_sampling_parameters():
             "xtc_probability": 0.1,
             "xtc_threshold": 0.1,
             "priority": 1,
+            "speculative.n_max": 0,
             "prompt_cache_key": "k",
             "safety_identifier": "s",
             "chat_template_kwargs": {"enable_thinking": False},

@@ -35,8 +35,9 @@ const SERIES: &[(&str, &str)] = &[
     ("ingot_engine_restarts_total", "counter"),
     ("ingot_engine_steps_total", "counter"),
     ("ingot_process_resident_memory_bytes", "gauge"),
-    ("ingot_speculative_tokens_drafted_total", "counter"),
-    ("ingot_speculative_tokens_accepted_total", "counter"),
+    ("ingot_spec_decode_num_drafts_total", "counter"),
+    ("ingot_spec_decode_num_draft_tokens_total", "counter"),
+    ("ingot_spec_decode_num_accepted_tokens_total", "counter"),
     ("ingot_build_info", "gauge"),
 ];
 
@@ -58,7 +59,8 @@ const UNITS: &[&str] = &[
 fn every_series_counts_what_happened() {
     let folder = tempfile::tempdir().expect("a folder");
     let model = llama(folder.path(), "tiny", 1);
-    let options = Options::models(&[&model]).admin();
+    // Steps are counted.
+    let options = Options::models(&[&model]).admin().flag("--speculate", "off");
     let adapters = options.data().join("adapters");
     std::fs::create_dir_all(&adapters).expect("made");
     peft(&adapters, "style", &model, 2);

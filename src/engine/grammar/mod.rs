@@ -24,4 +24,4 @@ pub use source::{JSON_WHITESPACE, MAX_DEPTH, MAX_GRAMMAR_BYTES};
 pub use state::{CompiledGrammar, GrammarState};
 pub use trigger::TriggeredGrammar;
 pub use vocab::{Tokenize, VocabSource, VocabToken};
-pub use worker::{MaskWorker, Masked};
+pub use worker::{MaskWorker, Masked, ready};

@@ -108,6 +108,15 @@ impl GrammarState {
         Ok(self.mask.as_ref().map_or(&[], SimpleVob::as_slice))
     }
 
+    /// The tokens that come next for certain, as the mask would allow them one by one; nothing where
+    /// the mask has been asked for already. What it computes, the mask then need not.
+    pub fn forced(&mut self) -> Vec<Token> {
+        if self.failed.is_some() || self.mask.is_some() || self.matcher.is_stopped() {
+            return Vec::new();
+        }
+        self.matcher.compute_ff_tokens()
+    }
+
     /// Takes a token in, which the mask must have allowed.
     ///
     /// # Errors

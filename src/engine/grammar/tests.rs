@@ -121,9 +121,10 @@ impl World {
     }
 
     /// Writes at random under the mask until the grammar ends, and gives the text. `budget`
-    /// tokens, after which the shortest way out is sought.
+    /// tokens, after which the shortest way out is sought. Another walk beside it asks what is forced
+    /// before every mask: that must be what the mask allows, and change nothing.
     fn walk(&self, grammar: &CompiledGrammar, seed: u64, budget: usize) -> String {
-        let mut state = grammar.matcher();
+        let (mut state, mut asking) = (grammar.matcher(), grammar.matcher());
         let params = SamplingParams { seed, ..SamplingParams::default() };
         let mut sampler = Sampler::new(&params, 0, self.pieces.len(), &|_| vec![]);
         let mut scratch = Scratch::default();
@@ -141,10 +142,17 @@ impl World {
             for byte in b'a'..=b'z' {
                 logits[usize::from(byte)] = 1.0;
             }
+            let forced = asking.forced();
             let mask = state.mask().unwrap_or_else(|error| panic!("{error} after {out:?}"));
+            assert!(asking.mask().is_ok_and(|same| same == mask), "after {out:?}");
+            if let Some(&token) = forced.first() {
+                let allowed: u32 = mask.iter().map(|word| word.count_ones()).sum();
+                assert!(allowed == 1 && bit(mask, token), "{forced:?} after {out:?}");
+            }
             let token = sampler.sample(&mut logits, Some(mask), step, &mut scratch);
             let token = token.expect("a grammar always leaves a way");
             state.accept(token).unwrap_or_else(|error| panic!("{error} after {out:?}"));
+            asking.accept(token).unwrap_or_else(|error| panic!("{error} after {out:?}"));
             if self.eos.contains(&token) {
                 assert!(state.is_finished());
                 return String::from_utf8(out).expect("UTF-8");

@@ -2,6 +2,7 @@
 
 use super::state::{CompiledGrammar, GrammarState};
 use crate::ipc::{EngineError, GrammarTrigger, Token};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// One sequence's grammar, free until its trigger appears (from the start where it has none).
 pub struct TriggeredGrammar {
@@ -53,6 +54,20 @@ impl TriggeredGrammar {
             Mode::Constrained => self.state.mask().map(Some),
             Mode::Searching(_) | Mode::Off => Ok(None),
         }
+    }
+
+    /// What will come next where the grammar leaves no choice; often nothing. A forecast: the masks
+    /// decide.
+    pub fn forced(&mut self) -> Vec<Token> {
+        if !self.needs_mask() {
+            return Vec::new();
+        }
+        let forced = catch_unwind(AssertUnwindSafe(|| self.state.forced()));
+        forced.unwrap_or_else(|_| {
+            // The next mask reports it.
+            self.state.poison();
+            Vec::new()
+        })
     }
 
     /// Takes in a token of the output; `piece` is what it writes, for control tokens their text

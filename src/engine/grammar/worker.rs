@@ -104,7 +104,15 @@ impl<K> Drop for MaskWorker<K> {
 }
 
 fn compute<K>(key: K, mut grammar: TriggeredGrammar) -> Masked<K> {
-    let computed = catch_unwind(AssertUnwindSafe(|| grammar.mask().map(|_| ())));
-    let result = computed.unwrap_or_else(|_| Err(grammar.poison()));
+    let result = ready(&mut grammar);
     Masked { key, grammar, result }
+}
+
+/// Computes the mask, where one is needed and not at hand. A panic ends the walk.
+///
+/// # Errors
+/// As [`TriggeredGrammar::mask`].
+pub fn ready(grammar: &mut TriggeredGrammar) -> Result<(), EngineError> {
+    let computed = catch_unwind(AssertUnwindSafe(|| grammar.mask().map(|_| ())));
+    computed.unwrap_or_else(|_| Err(grammar.poison()))
 }

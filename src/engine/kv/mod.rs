@@ -235,6 +235,17 @@ impl KvCache {
         of.computed = of.computed.max(full);
     }
 
+    /// The runner has computed more than stands: it forgets all but the first `computed` tokens, and
+    /// pages that these do not need are free again.
+    pub fn roll_back(&mut self, of: &mut SequencePages, computed: usize) {
+        let needed = computed.div_ceil(PAGE_TOKENS).max(1);
+        debug_assert!(of.path.len() <= needed, "what others may share stands");
+        of.pages.truncate(needed);
+        if self.slots_hold_pages {
+            self.changes.push(SlotChange::Truncate(of.slot, computed));
+        }
+    }
+
     /// The sequence is over. Its computed pages stay cached; the rest is free again.
     pub fn retire(&mut self, mut of: SequencePages) {
         self.index.touch(&of.path);

@@ -34,6 +34,11 @@ enum Op {
         text: Token,
         count: usize,
     },
+    /// Rows of which some do not stand.
+    Draft {
+        which: usize,
+        rows: usize,
+    },
     Fork {
         which: usize,
     },
@@ -54,6 +59,7 @@ fn op() -> impl Strategy<Value = Op> {
         6 => (which.clone(), 1..100usize).prop_map(|(which, rows)| Op::Compute { which, rows }),
         2 => (which.clone(), 0..2 as Token, 1..50usize)
             .prop_map(|(which, text, count)| Op::Append { which, text, count }),
+        1 => (which.clone(), 1..40usize).prop_map(|(which, rows)| Op::Draft { which, rows }),
         2 => which.clone().prop_map(|which| Op::Fork { which }),
         3 => which.prop_map(|which| Op::Retire { which }),
         1 => Just(Op::Evict),
@@ -132,6 +138,11 @@ impl World {
             Op::Append { which, text, count } => {
                 if let Some(index) = pick(which, &self.live) {
                     self.append(index, text, count);
+                }
+            }
+            Op::Draft { which, rows } => {
+                if let Some(index) = pick(which, &self.live) {
+                    self.draft(index, rows);
                 }
             }
             Op::Fork { which } => {
@@ -220,6 +231,21 @@ impl World {
             let live = self.live.swap_remove(index);
             self.kv.retire(live.pages);
         }
+    }
+
+    /// The runner computes everything and `rows` rows more, and forgets these.
+    fn draft(&mut self, index: usize, rows: usize) {
+        self.compute(index, usize::MAX / 2);
+        let live = &mut self.live[index];
+        if !self.kv.grow(&mut live.pages, live.computed + rows) {
+            return;
+        }
+        if self.kv.slots_hold_pages {
+            let wrong = std::iter::repeat_n((live.key, 99), rows);
+            self.slots[live.pages.slot.0 as usize].extend(wrong);
+        }
+        self.kv.roll_back(&mut live.pages, live.computed);
+        assert_eq!(live.pages.capacity(), live.computed.div_ceil(PAGE_TOKENS) * PAGE_TOKENS);
     }
 
     fn fork(&mut self, index: usize) {

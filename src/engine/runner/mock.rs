@@ -7,7 +7,7 @@ use super::{
     AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot, Wants,
 };
 use crate::engine::tokenizer::{Tokenizer, Vocab};
-use crate::ipc::{AdapterId, LoadSpec, ModelInfo, Token};
+use crate::ipc::{AdapterId, LoadSpec, ModelInfo, Speculate, Token};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +17,9 @@ use std::time::Duration;
 const VOCAB: usize = 258;
 const BOS: Token = 256;
 const EOS: Token = 257;
+/// A prompt that begins with this makes the mock look at its last two tokens only, so that it soon
+/// repeats itself.
+const FORGETS: Token = b'~' as Token;
 
 pub struct Mock {
     info: ModelInfo,
@@ -44,6 +47,7 @@ impl Mock {
                 can_infill: false,
                 shares_prefixes: true,
                 mixes_adapters: false,
+                speculates: spec.speculate != Speculate::Off,
                 kv_pages: spec.kv_tokens / PAGE_TOKENS as u32,
                 page_tokens: PAGE_TOKENS as u32,
                 max_sequences: spec.max_sequences,
@@ -70,6 +74,8 @@ impl Mock {
 
 /// Letters mostly, an end now and then.
 fn logits_of(tokens: &[Token], adapter: Option<AdapterId>) -> Vec<f32> {
+    let forgets = tokens.iter().find(|&&token| token != BOS) == Some(&FORGETS);
+    let tokens = if forgets { &tokens[tokens.len().saturating_sub(2)..] } else { tokens };
     let mut state = adapter.map_or(0, |id| id.0.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     for &token in tokens {
         state = mix(state ^ u64::from(token));

@@ -59,7 +59,7 @@ pub enum Wants {
     Nothing,
     /// Logits after the last row.
     LastLogits,
-    /// Logits after every row (echoed prompts with logprobs).
+    /// Logits after every row (echoed prompts with logprobs, drafts).
     AllLogits,
 }
 

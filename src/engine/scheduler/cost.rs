@@ -3,6 +3,9 @@
 //! A step takes about `decode + prefill_tokens × per_token` seconds. Both are decaying means, so
 //! they follow longer contexts and a busier machine; the chunk of prefill that a step may carry
 //! follows from them and the time a step should take.
+//!
+//! A step that only decodes takes about `fixed + rows × row` seconds, a line fitted to the recent
+//! ones: what a drafted row costs follows from it.
 
 use std::time::Duration;
 
@@ -10,6 +13,16 @@ use std::time::Duration;
 const ALPHA: f32 = 0.2;
 /// Smaller chunks waste the fixed part of a step.
 const MIN_CHUNK: usize = 8;
+/// What earlier steps still count when the next one is seen.
+const MEMORY: f32 = 0.97;
+/// Variance of the rows of recent steps from which on their slope is believed.
+const MIN_SPREAD: f32 = 0.5;
+/// Until then: rows whose cost the fixed part of a step is taken to be.
+const FIXED_ROWS: f32 = 8.0;
+/// At most so many: a machine that seems to compute rows for nothing was measured badly.
+const CHEAP_ROWS: f32 = 64.0;
+/// A step that takes so many times the most it should was disturbed: it counts as this much.
+const DISTURBED: f32 = 2.0;
 
 #[derive(Debug)]
 pub struct CostModel {
@@ -21,6 +34,51 @@ pub struct CostModel {
     per_token: Option<f32>,
     /// Longest recent step, decayed.
     longest: f32,
+    line: Line,
+}
+
+/// Seconds of a step over its rows: least squares with exponential forgetting.
+#[derive(Debug, Default)]
+struct Line {
+    weight: f32,
+    /// Means.
+    rows: f32,
+    seconds: f32,
+    /// Variance of the rows, and their covariance with the seconds.
+    spread: f32,
+    together: f32,
+    /// The last slope that was believed.
+    slope: Option<f32>,
+}
+
+impl Line {
+    fn observe(&mut self, rows: f32, seconds: f32) {
+        // Rows never cost more than steps of their own.
+        let most = match self.weight > 1.0 {
+            true => DISTURBED * self.seconds * (rows / self.rows).max(1.0),
+            false => f32::INFINITY,
+        };
+        self.weight = self.weight * MEMORY + 1.0;
+        let share = self.weight.recip();
+        let (further, longer) = (rows - self.rows, seconds.min(most) - self.seconds);
+        self.rows += share * further;
+        self.seconds += share * longer;
+        self.spread += share * (further * further * (1.0 - share) - self.spread);
+        self.together += share * (further * longer * (1.0 - share) - self.together);
+        if self.spread >= MIN_SPREAD {
+            let bounds = [CHEAP_ROWS, 0.0].map(|more| self.seconds / (self.rows + more));
+            self.slope = Some((self.together / self.spread).clamp(bounds[0], bounds[1]));
+        }
+    }
+
+    /// Seconds of one more row.
+    fn slope(&self) -> f32 {
+        self.slope.unwrap_or(self.seconds / (self.rows + FIXED_ROWS))
+    }
+
+    fn at(&self, rows: f32) -> f32 {
+        (self.seconds + (rows - self.rows) * self.slope()).max(0.0)
+    }
 }
 
 impl CostModel {
@@ -33,6 +91,7 @@ impl CostModel {
             decode: None,
             per_token: None,
             longest: 0.0,
+            line: Line::default(),
         }
     }
 
@@ -57,11 +116,19 @@ impl CostModel {
         self.longest
     }
 
-    pub fn observe(&mut self, decoding: usize, prefill: usize, took: Duration) {
+    /// Seconds of a step that only decodes, with so many rows; and of one row more.
+    pub fn decoding(&self, rows: usize) -> (f32, f32) {
+        (self.line.at(rows as f32), self.line.slope())
+    }
+
+    /// A step has taken so long: with `decoding` rows that sequences must have to go on, `drafted`
+    /// ones beside them, and `prefill` rows of prompts.
+    pub fn observe(&mut self, decoding: usize, drafted: usize, prefill: usize, took: Duration) {
         let took = took.as_secs_f32();
         self.longest = took.max(self.longest * 0.98);
         if prefill == 0 {
             blend(&mut self.decode, took);
+            self.line.observe((decoding + drafted).max(1) as f32, took);
         } else if prefill >= MIN_CHUNK / 2 {
             let base = if decoding > 0 { self.decode.unwrap_or(0.0) } else { 0.0 };
             // A step that went faster than decoding alone still cost something.
@@ -85,9 +152,9 @@ mod tests {
         let seconds =
             |decoding: usize, prefill: usize| 0.002 * decoding as f32 + 0.0025 * prefill as f32;
         for _ in 0..50 {
-            cost.observe(4, 0, Duration::from_secs_f32(seconds(4, 0)));
+            cost.observe(4, 0, 0, Duration::from_secs_f32(seconds(4, 0)));
             let prefill = cost.budget(4) - 4;
-            cost.observe(4, prefill, Duration::from_secs_f32(seconds(4, prefill)));
+            cost.observe(4, 0, prefill, Duration::from_secs_f32(seconds(4, prefill)));
         }
         let prefill = cost.budget(4) - 4;
         let step = seconds(4, prefill);
@@ -95,11 +162,34 @@ mod tests {
     }
 
     #[test]
+    fn the_cost_of_a_row_is_learned_and_kept() {
+        let mut cost = CostModel::new(Duration::from_millis(100), 512);
+        let seconds = |rows: usize| 0.008 + 0.001 * rows as f32;
+        let step = |drafted: usize, cost: &mut CostModel| {
+            // One in ten is disturbed.
+            let slow = if drafted == 7 { 5.0 } else { 1.0 };
+            let took = Duration::from_secs_f32(seconds(1 + drafted) * slow);
+            cost.observe(1, drafted, 0, took);
+        };
+        step(0, &mut cost);
+        assert!((cost.decoding(1).1 - seconds(1) / 9.0).abs() < 1e-6);
+        (0..300).for_each(|turn| step(turn * 7 % 10, &mut cost));
+        let (alone, row) = cost.decoding(1);
+        assert!((0.007..0.013).contains(&alone), "{alone}");
+        assert!((0.0005..0.002).contains(&row), "{row}");
+        // Steps that are all alike do not teach, and do not unteach.
+        (0..300).for_each(|_| step(0, &mut cost));
+        let (alone, row) = cost.decoding(1);
+        assert!((alone - seconds(1)).abs() < 1e-4, "{alone}");
+        assert!((0.0005..0.002).contains(&row), "{row}");
+    }
+
+    #[test]
     fn prefill_never_starves() {
         let mut cost = CostModel::new(Duration::from_millis(1), 512);
         for _ in 0..10 {
-            cost.observe(8, 0, Duration::from_secs(1));
-            cost.observe(8, 64, Duration::from_secs(2));
+            cost.observe(8, 0, 0, Duration::from_secs(1));
+            cost.observe(8, 0, 64, Duration::from_secs(2));
         }
         assert!(cost.budget(8) >= 8 + MIN_CHUNK);
     }

@@ -1,10 +1,12 @@
 //! Who gets rows in the next step.
 //!
-//! Decode first, then chunks of prefill under a token budget. Who may enter is decided in `queue`.
+//! Decode first, then chunks of prefill under a token budget, then what is worth drafting. Who may
+//! enter is decided in `queue`.
 //! When the cache is full, the sequence that is least in the right is put back and
 //! computed again later. Where the runner cannot mix adapters, groups take turns.
 
 mod cost;
+mod drafts;
 mod fair;
 mod queue;
 #[cfg(test)]
@@ -13,7 +15,7 @@ mod tests;
 use super::kv::KvCache;
 use super::runner::{MAX_PROMPT_LOGITS, Wants};
 use super::sequence::{SeqKey, Sequence};
-use crate::ipc::{AdapterId, RequestId};
+use crate::ipc::{AdapterId, RequestId, Speculate};
 use cost::CostModel;
 use fair::FairShares;
 use std::cmp::Reverse;
@@ -30,6 +32,7 @@ pub struct Limits {
     pub target_step: Duration,
     pub queue_limit: usize,
     pub mixes_adapters: bool,
+    pub speculate: Speculate,
 }
 
 /// One sequence's rows in the next step.
@@ -41,6 +44,8 @@ pub struct Work {
     pub wants: Wants,
     /// The last row's logits give the next token.
     pub samples: bool,
+    /// Further rows, of tokens that the sequence's speculation has drafted.
+    pub drafted: usize,
 }
 
 /// The next step.
@@ -60,6 +65,8 @@ pub struct Scheduler {
     pub running: Vec<Sequence>,
     shares: FairShares,
     cost: CostModel,
+    /// The last drafts were found worth their rows.
+    drafting: bool,
     /// Whose turn it is, since when, and when each group had its last.
     group: Option<AdapterId>,
     group_since: Instant,
@@ -69,6 +76,10 @@ pub struct Scheduler {
     /// Prompt tokens looked up and found.
     pub prefix_queries: u64,
     pub prefix_hits: u64,
+    /// Drafts computed, tokens in them, and those that stood.
+    pub drafts: u64,
+    pub drafted_tokens: u64,
+    pub accepted_tokens: u64,
 }
 
 impl Scheduler {
@@ -79,6 +90,7 @@ impl Scheduler {
             running: Vec::new(),
             shares: FairShares::default(),
             cost: CostModel::new(limits.target_step, limits.batch_tokens),
+            drafting: false,
             group: None,
             group_since: Instant::now(),
             last_turn: BTreeMap::new(),
@@ -86,6 +98,9 @@ impl Scheduler {
             preemptions: 0,
             prefix_queries: 0,
             prefix_hits: 0,
+            drafts: 0,
+            drafted_tokens: 0,
+            accepted_tokens: 0,
         }
     }
 
@@ -137,8 +152,9 @@ impl Scheduler {
             } else {
                 plan.prefill += rows;
             }
-            plan.work.push(Work { index, rows, wants, samples });
+            plan.work.push(Work { index, rows, wants, samples, drafted: 0 });
         }
+        self.draft(&mut plan, kv, budget);
         // Rows of one adapter together; and llama.cpp's streams compute neighbouring slots in one
         // graph, others one after the other.
         plan.work.sort_by_key(|work| {
@@ -150,7 +166,8 @@ impl Scheduler {
 
     /// What the step cost, and who is to be charged for it.
     pub fn observe(&mut self, plan: &Plan, took: Duration) {
-        self.cost.observe(plan.decoding, plan.prefill, took);
+        let drafted = plan.work.iter().map(|work| work.drafted).sum();
+        self.cost.observe(plan.decoding, drafted, plan.prefill, took);
         for work in &plan.work {
             let sequence = &self.running[work.index];
             let output = usize::from(sequence.is_decoding());

@@ -54,6 +54,10 @@ struct Sim {
     /// Requests in the order in which they were done, and the tokens of each.
     done: Vec<(u64, Vec<Token>)>,
     served: BTreeMap<u64, usize>,
+    /// Drafted tokens that stood.
+    accepted: usize,
+    /// What a step takes, by its rows.
+    seconds: fn(usize) -> f32,
 }
 
 impl Sim {
@@ -66,6 +70,8 @@ impl Sim {
             specs: Vec::new(),
             done: Vec::new(),
             served: BTreeMap::new(),
+            accepted: 0,
+            seconds: |_| 0.001,
         }
     }
 
@@ -84,6 +90,7 @@ impl Sim {
             logprobs: spec.scored.then_some(0),
             echo: spec.scored,
             render_special: false,
+            max_drafted: 16,
             choices: 1,
             arrived: self.start + Duration::from_micros(id) - Duration::from_millis(spec.age),
         });
@@ -110,7 +117,8 @@ impl Sim {
         let (limits, running) = (self.scheduler.limits, &self.scheduler.running);
         let rows: usize = plan.work.iter().map(|work| work.rows).sum();
         assert_eq!(rows, plan.decoding + plan.prefill);
-        assert!(rows <= limits.batch_tokens);
+        let drafted: usize = plan.work.iter().map(|work| work.drafted).sum();
+        assert!(rows + drafted <= limits.batch_tokens);
         assert!(running.iter().map(Sequence::slots).sum::<usize>() <= limits.max_sequences);
         let scored = plan.work.iter().filter(|work| work.wants == Wants::AllLogits);
         assert!(scored.map(|work| work.rows).sum::<usize>() <= MAX_PROMPT_LOGITS);
@@ -122,7 +130,10 @@ impl Sim {
             assert_eq!(work.samples, work.rows == sequence.todo());
             assert_eq!(work.wants == Wants::AllLogits, sequence.wants_prompt_logits());
             assert!(work.samples <= (work.wants != Wants::Nothing));
-            assert!(sequence.pages.as_ref().unwrap().capacity() >= sequence.tokens.len());
+            assert!(work.drafted == 0 || sequence.is_decoding());
+            assert!(work.drafted <= sequence.draft_limit());
+            let needed = sequence.tokens.len() + work.drafted;
+            assert!(sequence.pages.as_ref().unwrap().capacity() >= needed);
             assert!(limits.mixes_adapters || sequence.facts.adapter == plan.adapter);
         }
         let in_turn = |sequence: &&Sequence| {
@@ -153,8 +164,9 @@ impl Sim {
                 SlotChange::CopyPage(..) => unreachable!("slots hold the pages"),
             }
         }
-        self.scheduler.observe(&plan, Duration::from_millis(1));
-        let mut over = Vec::new();
+        let rows = plan.work.iter().map(|work| work.rows + work.drafted).sum();
+        self.scheduler.observe(&plan, Duration::from_secs_f32((self.seconds)(rows)));
+        let (mut over, mut drafted) = (Vec::new(), Vec::new());
         for work in &plan.work {
             let sequence = &mut self.scheduler.running[work.index];
             let pages = sequence.pages.as_mut().unwrap();
@@ -165,10 +177,27 @@ impl Sim {
             *slot = sequence.tokens[..sequence.computed].to_vec();
             self.kv.commit(pages, slot);
             if work.samples {
-                sequence.tokens.push(next(slot));
-                if sequence.output_len() == sequence.facts.max_tokens {
-                    over.push(sequence.key);
+                let draft = sequence.draft(work.drafted);
+                slot.extend_from_slice(draft);
+                give(sequence);
+                drafted.push((sequence.key, work.drafted));
+            }
+        }
+        for (key, count) in drafted {
+            for given in 1..=count {
+                if !self.scheduler.stands(key, given, &mut self.kv) {
+                    break;
                 }
+                give(self.scheduler.sequence_mut(key).unwrap());
+                self.accepted += 1;
+            }
+            if count > 0 {
+                self.scheduler.roll_back(key, &mut self.kv);
+            }
+            let sequence = self.scheduler.sequence_mut(key).unwrap();
+            assert_eq!(sequence.todo(), 1);
+            if sequence.output_len() == sequence.facts.max_tokens {
+                over.push(key);
             }
         }
         for key in over {
@@ -191,13 +220,28 @@ impl Sim {
     }
 }
 
+/// One of three, so that some drafts stand and others do not.
 fn next(tokens: &[Token]) -> Token {
-    tokens.iter().fold(7, |state: Token, token| (state ^ token).wrapping_mul(0x9e37_79b1)) >> 8
+    let mix = |state: Token, token: &Token| (state ^ token).wrapping_mul(0x9e37_79b1);
+    10_000 + (tokens.iter().fold(7, mix) >> 8) % 3
+}
+
+fn give(sequence: &mut Sequence) {
+    let token = next(&sequence.tokens);
+    sequence.tokens.push(token);
+    sequence.speculation.as_mut().unwrap().observe(token);
 }
 
 fn limits(max_sequences: usize, batch_tokens: usize) -> Limits {
     let target_step = Duration::from_millis(10);
-    Limits { max_sequences, batch_tokens, target_step, queue_limit: 1000, mixes_adapters: false }
+    Limits {
+        max_sequences,
+        batch_tokens,
+        target_step,
+        queue_limit: 1000,
+        mixes_adapters: false,
+        speculate: Speculate::Always,
+    }
 }
 
 fn spec() -> impl Strategy<Value = Spec> {
@@ -286,9 +330,57 @@ proptest! {
         sim.check_results();
         prop_assert_eq!(sim.done.len() + cancelled, sim.specs.len());
         prop_assert_eq!(sim.kv.held_pages(), 0);
+        prop_assert_eq!(sim.scheduler.accepted_tokens, sim.accepted as u64);
         while sim.kv.evict_one() {}
         prop_assert_eq!(sim.kv.free_pages(), sim.kv.total_pages());
     }
+}
+
+/// Drafts fill what the step has left, but take no row and no page from anyone.
+#[test]
+fn drafts_take_what_is_left() {
+    let mut sim = Sim::new(limits(4, 8), 8);
+    for _ in 0..4 {
+        sim.arrive(Spec { length: 3, output: 53, ..PLAIN });
+    }
+    let mut most = 0;
+    while !sim.scheduler.is_empty() {
+        let plan = sim.step();
+        most = most.max(plan.work.iter().map(|work| work.drafted).sum());
+        let pages = |sequence: &Sequence| sequence.pages.as_ref().unwrap().capacity();
+        let needed = |sequence: &Sequence| sequence.computed.div_ceil(32).max(1) * 32;
+        assert!(sim.scheduler.running.iter().all(|s| pages(s) == needed(s)));
+    }
+    sim.check_results();
+    assert!(sim.accepted > 0 && most >= 4, "{} accepted, {most} drafted", sim.accepted);
+    // Four sequences of two pages each in eight pages.
+    assert_eq!(sim.scheduler.preemptions, 0);
+}
+
+/// In a full batch, whose rows cost as much as they could gain, nothing is drafted.
+#[test]
+fn measured_cost_decides() {
+    let plans = |sequences: usize, seconds: fn(usize) -> f32| {
+        let limits = Limits { speculate: Speculate::Auto, ..limits(sequences, 512) };
+        let mut sim = Sim { seconds, ..Sim::new(limits, 256) };
+        for _ in 0..sequences {
+            sim.arrive(Spec { length: 3, output: 200, ..PLAIN });
+        }
+        let mut drafted = 0;
+        while !sim.scheduler.is_empty() {
+            drafted += sim.step().work.iter().map(|work| work.drafted).sum::<usize>();
+        }
+        drafted as f32 / (sequences * 200) as f32
+    };
+    let memory = |rows| 0.01 + 0.0001 * rows as f32;
+    let cores = |rows| 0.001 + 0.001 * rows as f32;
+    let (alone, full, dear) = (plans(1, memory), plans(32, cores), plans(1, cores));
+    println!(
+        "drafted per token: {alone} alone, {full} in a full batch, {dear} where rows are dear"
+    );
+    assert!(alone > 0.5, "{alone}");
+    assert!(full < 0.1, "{full}");
+    assert!(dear < 0.3, "{dear}");
 }
 
 #[test]

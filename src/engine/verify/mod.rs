@@ -26,7 +26,7 @@ use crate::engine::runner::{
     Batch, BatchSequence, MAX_PROMPT_LOGITS, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot, Wants,
 };
 use crate::gguf::{Gguf, GgufError, ModelFacts, TensorType, dequantized_bytes, write_dequantized};
-use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Token};
+use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Speculate, Token};
 use divergence::{Divergence, Reference};
 use std::fs;
 use std::io;
@@ -178,6 +178,7 @@ fn spec(model: &Path, window: usize, threads: u32) -> LoadSpec {
         mmap: true,
         target_step_ms: 100,
         queue_limit: 1,
+        speculate: Speculate::Off,
         mock_step_us: 0,
     }
 }

@@ -104,7 +104,7 @@ impl ChatRequest {
             let message = "This model computes embeddings only; it does not chat.";
             return Err(ApiError::invalid("model", message));
         }
-        self.common.check_vocabulary(info)
+        self.common.check_model(info)
     }
 
     /// Hands `reasoning_effort` to the template, as far as it has a variable for it.
@@ -166,6 +166,7 @@ impl ChatRequest {
             adapter: served.adapter.as_ref().map(|adapter| adapter.id),
             tenant: identity.tenant,
             priority: self.common.priority,
+            max_drafted: self.common.max_drafted,
             fair_key: identity.key,
         }
     }

@@ -114,7 +114,7 @@ impl CompletionRequest {
                 check_tokens("prompt", tokens, info)?;
             }
         }
-        self.common.check_vocabulary(info)
+        self.common.check_model(info)
     }
 
     fn into_generates(self, served: &Served, identity: Identity) -> Vec<Generate> {
@@ -140,6 +140,7 @@ impl CompletionRequest {
             adapter: served.adapter.as_ref().map(|adapter| adapter.id),
             tenant: identity.tenant,
             priority: common.priority,
+            max_drafted: common.max_drafted,
             fair_key: identity.key,
             render_special: false,
         };

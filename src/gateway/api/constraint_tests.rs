@@ -20,12 +20,26 @@ fn info(special_tokens: Vec<(String, u32)>) -> ModelInfo {
         can_infill: false,
         shares_prefixes: true,
         mixes_adapters: false,
+        speculates: false,
         kv_pages: 1,
         page_tokens: 32,
         max_sequences: 1,
         special_tokens,
         load_seconds: 0.0,
         step_seconds: 0.0,
+    }
+}
+
+#[test]
+fn drafts_are_refused_where_they_would_change_the_output() {
+    for (most, speculates, fine) in [(0, false, true), (4, true, true), (4, false, false)] {
+        let info = ModelInfo { speculates, ..info(Vec::new()) };
+        let checked = request(json!({"speculative.n_max": most})).common.check_model(&info);
+        assert_eq!(checked.is_ok(), fine, "{most}");
+        if let Err(error) = checked {
+            assert_eq!(error.status, 400);
+            assert_eq!(error.param.as_deref(), Some("speculative.n_max"));
+        }
     }
 }
 

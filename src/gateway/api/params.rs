@@ -18,6 +18,8 @@ const MAX_LOGIT_BIAS: usize = 1024;
 /// Look-back windows, in tokens.
 const MAX_WINDOW: u32 = 1 << 20;
 const MAX_TOKENS: u32 = i32::MAX as u32;
+/// A bound on drafts; the engine's own is lower.
+const MAX_DRAFTED: u32 = 1024;
 /// Names and other short strings that are only kept or looked up, in bytes.
 const MAX_NAME: usize = 512;
 
@@ -33,6 +35,8 @@ pub struct Common {
     pub stop: StopParams,
     /// Higher runs earlier.
     pub priority: i32,
+    /// Tokens drafted for one step, at most; 0 is none, `None` leaves it to the server.
+    pub max_drafted: Option<u32>,
     pub stream: Option<StreamOptions>,
 }
 
@@ -57,6 +61,8 @@ impl Common {
                 .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
                 .and_then(|priority| i32::try_from(priority).ok())
                 .unwrap_or(0),
+            // llama-server's name, with its dot.
+            max_drafted: fields.count("speculative.n_max", 0, MAX_DRAFTED)?,
             stream: take_stream(fields)?,
         };
         take_bookkeeping(fields)?;
@@ -67,8 +73,16 @@ impl Common {
         Ok(common)
     }
 
-    /// Checks what depends on the model: token ids lie within its vocabulary.
-    pub fn check_vocabulary(&self, info: &ModelInfo) -> Result<(), ApiError> {
+    /// Checks what depends on the model: token ids lie within its vocabulary, and it can draft.
+    pub fn check_model(&self, info: &ModelInfo) -> Result<(), ApiError> {
+        if self.max_drafted.is_some_and(|most| most > 0) && !info.speculates {
+            let message = "speculative.n_max must be 0 for this model: the server was started with \
+                           --speculate off, or llama.cpp runs the model, whose numbers depend on \
+                           what is computed together, so that drafts would change the output.";
+            return Err(
+                ApiError::invalid("speculative.n_max", message).with_code("unsupported_parameter")
+            );
+        }
         let biased = self.sampling.logit_bias.iter().map(|(token, _)| token);
         check_tokens("logit_bias", biased, info)?;
         check_tokens("stop_token_ids", &self.stop.token_ids, info)

@@ -29,7 +29,7 @@ fn values_arrive() {
         "penalty_window": 0, "dry_multiplier": 0.8, "dry_base": 2, "dry_allowed_length": 3,
         "dry_penalty_last_n": 64, "dry_sequence_breakers": ["x"], "xtc_probability": 0.5,
         "xtc_threshold": 0.2, "logit_bias": {"5": -100, "7": 1.5}, "seed": -1, "stop": ["a", "b"],
-        "stop_token_ids": [2], "ignore_eos": true, "priority": -3,
+        "stop_token_ids": [2], "ignore_eos": true, "priority": -3, "speculative.n_max": 0,
         "stream": true, "stream_options": {"include_usage": true},
     }))
     .unwrap();
@@ -56,7 +56,7 @@ fn values_arrive() {
     assert_eq!(common.sampling, sampling);
     assert_eq!(common.stop.strings, ["a", "b"]);
     assert_eq!((common.stop.token_ids.as_slice(), common.stop.ignore_eos), (&[2][..], true));
-    assert_eq!((common.choices, common.priority), (3, -3));
+    assert_eq!((common.choices, common.priority, common.max_drafted), (3, -3, Some(0)));
     assert_eq!(common.stream, Some(StreamOptions { include_usage: true }));
 }
 
@@ -122,6 +122,8 @@ fn bad_values_are_400_and_named() {
         (json!({"stop_token_ids": [-1]}), "stop_token_ids[0]"),
         (json!({"ignore_eos": 1}), "ignore_eos"),
         (json!({"priority": 1e10}), "priority"),
+        (json!({"speculative.n_max": -1}), "speculative.n_max"),
+        (json!({"speculative.n_max": true}), "speculative.n_max"),
         (json!({"stream": "yes"}), "stream"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options"),
         (

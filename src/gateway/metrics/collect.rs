@@ -38,6 +38,7 @@ struct Counters {
     prefix_queries: u64,
     prefix_hits: u64,
     preemptions: u64,
+    drafts: u64,
     drafted: u64,
     accepted: u64,
     restarts: u64,
@@ -57,6 +58,7 @@ pub(super) struct EngineSeries {
     prefix_queries: IntCounterVec,
     prefix_hits: IntCounterVec,
     preemptions: IntCounterVec,
+    drafts: IntCounterVec,
     drafted: IntCounterVec,
     accepted: IntCounterVec,
     restarts: IntCounterVec,
@@ -82,8 +84,9 @@ impl EngineSeries {
             prefix_queries: counter("ingot_prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
             prefix_hits: counter("ingot_prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
             preemptions: counter("ingot_preemptions_total", "Requests put back into the queue to free KV pages."),
-            drafted: counter("ingot_speculative_tokens_drafted_total", "Tokens drafted by speculation."),
-            accepted: counter("ingot_speculative_tokens_accepted_total", "Drafted tokens that were accepted."),
+            drafts: counter("ingot_spec_decode_num_drafts_total", "Drafts checked: one for each request and step with any."),
+            drafted: counter("ingot_spec_decode_num_draft_tokens_total", "Tokens drafted and computed."),
+            accepted: counter("ingot_spec_decode_num_accepted_tokens_total", "Drafted tokens that were accepted: generated without a step of their own."),
             restarts: counter("ingot_engine_restarts_total", "Engine processes that were started again after a death."),
             seen: Mutex::default(),
         }
@@ -135,6 +138,7 @@ impl EngineSeries {
             prefix_queries: progress.prefix_queries,
             prefix_hits: progress.prefix_hits,
             preemptions: progress.preemptions,
+            drafts: progress.drafts,
             drafted: progress.drafted_tokens,
             accepted: progress.accepted_tokens,
             restarts: engine.restarts,
@@ -156,6 +160,7 @@ impl EngineSeries {
         grow(&self.prefix_queries, now.prefix_queries, before.prefix_queries);
         grow(&self.prefix_hits, now.prefix_hits, before.prefix_hits);
         grow(&self.preemptions, now.preemptions, before.preemptions);
+        grow(&self.drafts, now.drafts, before.drafts);
         grow(&self.drafted, now.drafted, before.drafted);
         grow(&self.accepted, now.accepted, before.accepted);
         grow(&self.restarts, now.restarts, before.restarts);

@@ -96,6 +96,7 @@ fn good_bodies(target: &Target, random: &mut Random) -> (&'static str, Value) {
                 "repetition_penalty": 1.1, "min_p": 0.05, "top_k": 40, "typical_p": 0.9,
                 "dry_multiplier": 0.8, "dry_sequence_breakers": ["\n"], "xtc_probability": 0.1,
                 "stop_token_ids": [1], "ignore_eos": false, "priority": 1, "user": "u",
+                "speculative.n_max": 0,
             }),
         ),
         3 => ("POST /v1/embeddings", json!({"model": model, "input": ["a", "b"]})),
@@ -237,6 +238,7 @@ fn extreme_number(target: &Target, random: &mut Random) -> String {
         "xtc_probability",
         "xtc_threshold",
         "priority",
+        "speculative.n_max",
         "best_of",
     ];
     let (field, number) = (random.pick(&fields), random.pick(&numbers));

@@ -149,6 +149,8 @@ fn info(model: &Model, spec: &LoadSpec, slots: u32, generates: bool) -> ModelInf
         can_infill: model.vocab().infill.is_some(),
         shares_prefixes: model.shares_prefixes(),
         mixes_adapters: false,
+        // Its kernels differ by the batch's shape: checked drafts would not be what it says alone.
+        speculates: false,
         kv_pages: spec.kv_tokens / PAGE_TOKENS as u32,
         page_tokens: PAGE_TOKENS as u32,
         max_sequences: spec.max_sequences.min(slots),

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::engine::tokenizer::Tokenizer;
 use crate::gguf::Gguf;
-use crate::ipc::{AdapterId, KvCacheType, LoadSpec, ModelInfo, Token};
+use crate::ipc::{AdapterId, KvCacheType, LoadSpec, ModelInfo, Speculate, Token};
 use crate::kernels::ops::Span;
 use crate::kernels::{Cache, Pool};
 use forward::{Forward, Rows};
@@ -126,6 +126,7 @@ fn info(spec: &LoadSpec, weights: &Weights, tokenizer: &dyn Tokenizer) -> ModelI
         can_infill: vocab.infill.is_some(),
         shares_prefixes: true,
         mixes_adapters: true,
+        speculates: spec.speculate != Speculate::Off,
         kv_pages: spec.kv_tokens / PAGE_TOKENS as u32,
         page_tokens: PAGE_TOKENS as u32,
         max_sequences: spec.max_sequences,

@@ -4,7 +4,7 @@ mod families;
 mod layers;
 
 use super::*;
-use crate::ipc::{KvLayout, RunnerKind};
+use crate::ipc::{KvLayout, RunnerKind, Speculate};
 use std::path::PathBuf;
 
 /// The default model's file; CI has it.
@@ -30,6 +30,7 @@ fn spec(model: PathBuf, runner: RunnerKind) -> LoadSpec {
         mmap: true,
         target_step_ms: 100,
         queue_limit: 8,
+        speculate: Speculate::Off,
         mock_step_us: 0,
     }
 }

@@ -54,6 +54,11 @@ fn shared() -> Value {
         "stream_options": object(json!({"include_usage": flag()}), &[]),
         "response_format": reference("ResponseFormat"),
         "priority": {"type": "integer", "description": "Higher runs earlier."},
+        "speculative.n_max": {
+            "type": "integer",
+            "minimum": 0,
+            "description": "Tokens drafted for one step, at most; 0 is none. The output is the same.",
+        },
         "user": {"type": "string"},
     })
 }

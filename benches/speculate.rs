@@ -1,0 +1,173 @@
+//! What speculation gains: the same requests with and without, in turn, in one engine.
+//! `cargo bench --bench speculate -- MODEL.gguf [REPETITIONS]`
+//!
+//! Output tokens per second, medians, and their ratio; the texts must be equal. One stream that
+//! quotes, edits JSON (free, and held to a schema) or writes freely; and a full batch of each, where
+//! speculation must not cost anything.
+
+use ingot::engine::Local;
+use ingot::ipc::{
+    Event, FromEngine, Generate, Grammar, GrammarSpec, KvCacheType, KvLayout, LoadSpec, Progress,
+    Prompt, RequestId, RunnerKind, SamplingParams, Speculate, StopParams, ToEngine,
+};
+use std::time::Instant;
+
+const FULL: u64 = 32;
+const OUTPUT: u32 = 160;
+
+const QUOTE: &str = "Repeat the following text word for word.\n\nThe harbour master kept a book of \
+    every boat that came and went. On the first page stood the names of the seven red boats, on \
+    the second page the names of the seven blue boats, and on the last page, in a smaller hand, \
+    the name of one grey boat that nobody in the village had ever seen. Every evening he read the \
+    names aloud, the seven red boats, the seven blue boats and the one grey boat, and every \
+    evening the wind answered him.";
+const EDIT: &str = "Answer with this JSON, but with every price raised by 1:\n\
+    [{\"item\": \"apple\", \"color\": \"red\", \"price\": 3, \"stock\": 120}, \
+    {\"item\": \"banana\", \"color\": \"yellow\", \"price\": 2, \"stock\": 75}, \
+    {\"item\": \"cherry\", \"color\": \"red\", \"price\": 9, \"stock\": 40}, \
+    {\"item\": \"grape\", \"color\": \"green\", \"price\": 5, \"stock\": 64}]";
+const SCHEMA: &str = r#"{"type": "array", "minItems": 4, "maxItems": 4, "items": {"type": "object",
+    "properties": {"item": {"type": "string"}, "color": {"type": "string"},
+    "price": {"type": "integer"}, "stock": {"type": "integer"}},
+    "required": ["item", "color", "price", "stock"], "additionalProperties": false}}"#;
+const FREE: &str = "Write a story about a lighthouse.";
+
+struct Bench {
+    local: Local,
+    next: u64,
+    last: Progress,
+}
+
+impl Bench {
+    fn request(&mut self, question: &str, schema: bool, drafts: bool) -> Generate {
+        let text = format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
+        let grammar = Grammar::JsonSchema(SCHEMA.into());
+        self.next += 1;
+        Generate {
+            id: RequestId(self.next),
+            prompt: Prompt::Text { text, add_special: false, parse_special: true },
+            choices: 1,
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            stop: StopParams { max_tokens: Some(OUTPUT), ..StopParams::default() },
+            logprobs: None,
+            echo: false,
+            grammar: schema.then_some(GrammarSpec { grammar, trigger: None }),
+            adapter: None,
+            tenant: 0,
+            priority: 0,
+            fair_key: 0,
+            render_special: false,
+            max_drafted: (!drafts).then_some(0),
+        }
+    }
+
+    /// Output tokens per second from the first token on, and the text.
+    fn round(&mut self, question: &str, schema: bool, streams: u64, drafts: bool) -> (f64, String) {
+        for _ in 0..streams {
+            let request = self.request(question, schema, drafts);
+            self.local.send(ToEngine::Generate(Box::new(request)));
+        }
+        let (mut open, mut tokens, mut texts) = (streams, 0, String::new());
+        let (mut begun, mut ended) = (None, Instant::now());
+        while open > 0 {
+            let events = match self.local.frames().recv().expect("the engine lives") {
+                FromEngine::Events(events) => events,
+                FromEngine::Progress(progress) => {
+                    self.last = progress;
+                    continue;
+                }
+                _ => continue,
+            };
+            for (_, event) in events {
+                match event {
+                    Event::Delta { tokens: more, text, .. } => {
+                        ended = Instant::now();
+                        // What comes with the prompt's last step is not decoding.
+                        if begun.get_or_insert(ended) < &mut ended {
+                            tokens += more;
+                        }
+                        texts.push_str(if streams == 1 { &text } else { "" });
+                    }
+                    Event::Done { .. } => open -= 1,
+                    Event::Failed(error) => panic!("{error}"),
+                    _ => {}
+                }
+            }
+        }
+        let seconds = begun.map_or(0.0, |begun| (ended - begun).as_secs_f64());
+        (f64::from(tokens) / seconds.max(1e-9), texts)
+    }
+
+    fn counts(&self) -> [f64; 2] {
+        [self.last.drafted_tokens as f64, self.last.accepted_tokens as f64]
+    }
+}
+
+fn median(rates: &mut [f64]) -> f64 {
+    rates.sort_by(f64::total_cmp);
+    rates[rates.len() / 2]
+}
+
+fn main() {
+    let arguments: Vec<_> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let model = arguments.first().cloned().or_else(|| std::env::var("INGOT_TEST_MODEL").ok());
+    let Some(model) = model else {
+        println!("name a model: cargo bench --bench speculate -- MODEL.gguf");
+        return;
+    };
+    let repetitions = arguments.get(1).and_then(|count| count.parse().ok()).unwrap_or(5);
+    let local = Local::start(LoadSpec {
+        model: model.into(),
+        runner: RunnerKind::Native,
+        context_length: 2048,
+        kv_tokens: 65_536,
+        max_sequences: FULL as u32,
+        batch_tokens: 512,
+        kv_type: KvCacheType::F16,
+        flash_attention: true,
+        kv_layout: KvLayout::Unified,
+        threads: std::thread::available_parallelism().map_or(2, |count| count.get() as u32),
+        gpu_layers: 0,
+        mmap: true,
+        target_step_ms: 200,
+        queue_limit: 64,
+        speculate: Speculate::Auto,
+        mock_step_us: 0,
+    });
+    let mut bench =
+        Bench { local: local.expect("threads start"), next: 0, last: Progress::default() };
+    let loaded = bench.local.frames().recv().expect("the engine lives");
+    let FromEngine::Loaded(info) = loaded else { panic!("{loaded:?}") };
+    assert!(info.speculates, "the native runner does not cover this model");
+    println!(
+        "{:<28} {:>9} {:>9} {:>7}  accepted of drafted",
+        "tokens/s", "without", "with", "ratio"
+    );
+    for (name, question, schema) in [
+        ("quote", QUOTE, false),
+        ("edit JSON", EDIT, false),
+        ("edit JSON, with a schema", EDIT, true),
+        ("write freely", FREE, false),
+    ] {
+        for streams in [1, 8, FULL] {
+            bench.round(question, schema, streams, true);
+            let (mut without, mut with) = (Vec::new(), Vec::new());
+            let before = bench.counts();
+            for _ in 0..repetitions {
+                let (rate, plain) = bench.round(question, schema, streams, false);
+                without.push(rate);
+                let (rate, drafted) = bench.round(question, schema, streams, true);
+                with.push(rate);
+                assert_eq!(plain, drafted, "the text is the same");
+            }
+            let after = bench.counts();
+            let (without, with) = (median(&mut without), median(&mut with));
+            let [drafted, accepted] = [after[0] - before[0], after[1] - before[1]];
+            println!(
+                "{:<28} {without:>9.1} {with:>9.1} {:>7.2}  {accepted} of {drafted}",
+                format!("{name}, {streams} at once"),
+                with / without,
+            );
+        }
+    }
+}

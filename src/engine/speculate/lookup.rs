@@ -1,0 +1,189 @@
+//! Prompt lookup: what came after the newest tokens when they last stood in prompt or output
+//! (Saxena, "Prompt Lookup Decoding", 2023; Yang et al., "Inference with Reference",
+//! arXiv:2304.04487).
+//!
+//! The index is a table of positions by the hash of an n-gram, as in LZ4: the newest entry of a
+//! place wins, and what is found is compared with the tokens themselves. So a token costs a few
+//! writes, a lookup a few comparisons, and memory is bounded, whatever the length of the context.
+
+use crate::ipc::Token;
+
+/// N-grams that are looked up, longest first.
+const LENGTHS: std::ops::RangeInclusive<usize> = 2..=4;
+/// Tokens before a match that are compared, at most: a longer match is no better.
+pub const LONGEST_MATCH: usize = 16;
+/// Bits of the table's size: it grows with the tokens, to 256 KiB at most.
+const TABLE_BITS: std::ops::RangeInclusive<u32> = 8..=16;
+
+/// An index over the tokens of one sequence, which only grow.
+#[derive(Debug, Default)]
+pub struct Lookup {
+    /// By hash: where an n-gram last ended (the position after it); 0 where none did.
+    table: Vec<u32>,
+    bits: u32,
+    /// N-grams that end before this position are in the table.
+    indexed: usize,
+}
+
+/// An earlier place whose last tokens are the newest ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Match {
+    /// Position of the token that came after them there.
+    pub next: usize,
+    /// How many tokens are the same, at most [`LONGEST_MATCH`].
+    pub length: usize,
+}
+
+impl Lookup {
+    /// The latest place in `tokens` after what `tokens` and `ahead` together end in, by the longest
+    /// n-gram that is known. `tokens` are those of the call before and more.
+    pub fn find(&mut self, tokens: &[Token], ahead: &[Token]) -> Option<Match> {
+        self.extend(tokens);
+        let kept = tokens.len().saturating_sub(LONGEST_MATCH);
+        let newest = [&tokens[kept..], ahead].concat();
+        LENGTHS.rev().filter(|&n| n <= newest.len()).find_map(|n| {
+            let ngram = &newest[newest.len() - n..];
+            let next = self.table[self.slot(ngram)] as usize;
+            (next >= n && tokens[next - n..next] == *ngram)
+                .then(|| Match { next, length: common_tail(&tokens[..next], &newest) })
+        })
+    }
+
+    /// Takes in every n-gram that another token follows.
+    fn extend(&mut self, tokens: &[Token]) {
+        let wanted = (2 * LENGTHS.count() * tokens.len()).next_power_of_two().ilog2();
+        let bits = wanted.clamp(*TABLE_BITS.start(), *TABLE_BITS.end());
+        if bits > self.bits {
+            self.bits = bits;
+            self.table = vec![0; 1 << bits];
+            self.indexed = 0;
+        }
+        for end in self.indexed.max(*LENGTHS.start())..tokens.len() {
+            for n in LENGTHS.filter(|&n| n <= end) {
+                let slot = self.slot(&tokens[end - n..end]);
+                // Contexts are far shorter than four billion tokens.
+                self.table[slot] = end as u32;
+            }
+        }
+        self.indexed = tokens.len();
+    }
+
+    fn slot(&self, ngram: &[Token]) -> usize {
+        let mix = |hash: u64, &token: &Token| {
+            (hash ^ u64::from(token)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+        };
+        let hash = ngram.iter().fold(ngram.len() as u64, mix);
+        (hash.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - self.bits)) as usize
+    }
+}
+
+/// Fills a draft of what comes after `tokens` up to `most` tokens, with what came after `found`.
+/// Where that reaches the end of what there is, it goes on with the draft itself: a loop of a few
+/// tokens can be drafted for long.
+pub fn copy(tokens: &[Token], found: Match, most: usize, draft: &mut Vec<Token>) {
+    for at in (found.next..).take(most.saturating_sub(draft.len())) {
+        let token = tokens.get(at).copied().unwrap_or_else(|| draft[at - tokens.len()]);
+        draft.push(token);
+    }
+}
+
+/// How many of the last tokens are the same, at most [`LONGEST_MATCH`].
+fn common_tail(a: &[Token], b: &[Token]) -> usize {
+    let pairs = a.iter().rev().zip(b.iter().rev()).take(LONGEST_MATCH);
+    pairs.take_while(|(a, b)| a == b).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use proptest::test_runner::RngSeed;
+
+    /// The latest earlier place for the longest n-gram, by trying all.
+    fn oracle(tokens: &[Token]) -> Option<Match> {
+        let end = tokens.len();
+        LENGTHS.rev().filter(|&n| n < end).find_map(|n| {
+            let newest = &tokens[end - n..];
+            let next = (n..end).rev().find(|&at| tokens[at - n..at] == *newest)?;
+            Some(Match { next, length: common_tail(&tokens[..next], tokens) })
+        })
+    }
+
+    /// Seeded: a run that passes passes again.
+    fn config() -> ProptestConfig {
+        ProptestConfig {
+            rng_seed: RngSeed::Fixed(1),
+            failure_persistence: None,
+            ..Default::default()
+        }
+    }
+
+    proptest! {
+        #![proptest_config(config())]
+        /// All but what has been overwritten in the table.
+        #[test]
+        fn finds_what_trying_all_places_finds(
+            tokens in prop::collection::vec(0..5 as Token, 1..300),
+            start in 1..300usize,
+        ) {
+            let mut lookup = Lookup::default();
+            let (mut found, mut asked) = (0, 0);
+            for end in start.min(tokens.len())..=tokens.len() {
+                let got = lookup.find(&tokens[..end], &[]);
+                let best = oracle(&tokens[..end]);
+                if let Some(got) = got {
+                    prop_assert!(got.length >= 2 && got.next < end);
+                    prop_assert_eq!(
+                        tokens[..got.next].last_chunk::<2>(), tokens[..end].last_chunk::<2>()
+                    );
+                }
+                asked += usize::from(best.is_some());
+                found += usize::from(best.is_some() && got == best);
+            }
+            prop_assert!(asked < 40 || found * 4 >= asked * 3, "{found} of {asked}");
+        }
+    }
+
+    #[test]
+    fn a_loop_is_drafted_for_as_long_as_wanted() {
+        let tokens = [9, 1, 2, 3, 1, 2, 3, 1];
+        let found = Lookup::default().find(&tokens, &[]).unwrap();
+        assert_eq!(found, Match { next: 5, length: 4 });
+        let mut draft = Vec::new();
+        copy(&tokens, found, 7, &mut draft);
+        assert_eq!(draft, [2, 3, 1, 2, 3, 1, 2]);
+        // After two tokens that are known already.
+        let mut draft = vec![2, 3];
+        let found = Lookup::default().find(&tokens, &draft).unwrap();
+        assert_eq!(found, Match { next: 7, length: 6 });
+        copy(&tokens, found, 5, &mut draft);
+        assert_eq!(draft, [2, 3, 1, 2, 3]);
+    }
+
+    #[test]
+    fn nothing_is_found_where_nothing_repeats() {
+        let mut lookup = Lookup::default();
+        for end in 0..2000 {
+            let tokens: Vec<_> = (0..end as Token).collect();
+            if end % 100 == 0 {
+                assert_eq!(lookup.find(&tokens, &[]), None);
+            }
+        }
+    }
+
+    /// Counted at every step: it must not depend on the length of the context.
+    #[test]
+    fn a_token_costs_the_same_at_any_length() {
+        let tokens: Vec<_> = (0..200_000).map(|at: u32| at.wrapping_mul(at) % 5003).collect();
+        let mut lookup = Lookup::default();
+        lookup.find(&tokens[..190_000], &[]);
+        let started = std::time::Instant::now();
+        for end in 190_000..200_000 {
+            std::hint::black_box(lookup.find(&tokens[..end], &[]));
+        }
+        let each = started.elapsed() / 10_000;
+        println!("find: {each:?}");
+        assert!(each < std::time::Duration::from_micros(20), "{each:?}");
+        assert_eq!(lookup.table.len(), 1 << TABLE_BITS.end());
+    }
+}

@@ -1,0 +1,203 @@
+//! With a real model: the same text and the same bits with and without, alone and in company.
+
+use crate::engine::Local;
+use crate::ipc::{
+    Event, FinishReason, FromEngine, Generate, Grammar, GrammarSpec, KvCacheType, KvLayout,
+    LoadSpec, Progress, Prompt, RequestId, RunnerKind, SamplingParams, Speculate, StopParams,
+    ToEngine, Token,
+};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Long enough for anything here to end, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+fn spec(model: PathBuf, speculate: Speculate) -> LoadSpec {
+    LoadSpec {
+        model,
+        runner: RunnerKind::Native,
+        context_length: 2048,
+        // Tight: some are put back while all run.
+        kv_tokens: 1024,
+        max_sequences: 8,
+        batch_tokens: 256,
+        kv_type: KvCacheType::F16,
+        flash_attention: false,
+        kv_layout: KvLayout::Unified,
+        threads: 2,
+        gpu_layers: 0,
+        mmap: true,
+        target_step_ms: 100,
+        queue_limit: 64,
+        speculate,
+        mock_step_us: 0,
+    }
+}
+
+/// All that a client sees of a choice: its text, and the bits of every token's logprobs, the chosen
+/// one's first.
+#[derive(Debug, Default, PartialEq)]
+struct Answer {
+    text: String,
+    logprobs: Vec<Vec<(Token, u32)>>,
+    finish: Option<(FinishReason, u32)>,
+}
+
+type Answers = BTreeMap<(RequestId, u32), Answer>;
+
+struct Engine {
+    local: Local,
+    last: Progress,
+}
+
+impl Engine {
+    fn start(model: PathBuf, speculate: Speculate) -> Self {
+        let local = Local::start(spec(model, speculate)).unwrap();
+        let FromEngine::Loaded(info) = local.frames().recv_timeout(PATIENCE).unwrap() else {
+            panic!("the model loads");
+        };
+        assert_eq!(info.speculates, speculate != Speculate::Off);
+        Self { local, last: Progress::default() }
+    }
+
+    /// Asks for all of them at once.
+    fn ask(&mut self, requests: &[Generate], answers: &mut Answers) {
+        for request in requests {
+            self.local.send(ToEngine::Generate(Box::new(request.clone())));
+        }
+        let (mut open, mut counted) = (requests.len(), false);
+        while open > 0 || !counted {
+            match self.local.frames().recv_timeout(PATIENCE).unwrap() {
+                FromEngine::Events(events) => {
+                    for (request, event) in events {
+                        open -= usize::from(matches!(event, Event::Done { .. }));
+                        take(answers, request, event);
+                    }
+                }
+                FromEngine::Progress(progress) => {
+                    counted = open == 0;
+                    self.last = progress;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+fn take(answers: &mut Answers, request: RequestId, event: Event) {
+    match event {
+        Event::Delta { choice, text, logprobs, .. } => {
+            let answer = answers.entry((request, choice)).or_default();
+            answer.text.push_str(&text);
+            answer.logprobs.extend(logprobs.into_iter().map(|entry| {
+                let chosen = (entry.token, entry.logprob.unwrap_or(f32::NAN).to_bits());
+                let top = entry.top.iter().map(|(token, _, logprob)| (*token, logprob.to_bits()));
+                std::iter::once(chosen).chain(top).collect()
+            }));
+        }
+        Event::Finish { choice, reason, completion_tokens } => {
+            let answer = answers.entry((request, choice)).or_default();
+            answer.finish = Some((reason, completion_tokens));
+        }
+        Event::Failed(error) => panic!("{error}"),
+        _ => {}
+    }
+}
+
+fn chat(id: u64, question: &str) -> Generate {
+    let text = format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
+    Generate {
+        id: RequestId(id),
+        prompt: Prompt::Text { text, add_special: false, parse_special: true },
+        choices: 1,
+        sampling: SamplingParams { temperature: 0.0, seed: id, ..Default::default() },
+        stop: StopParams { max_tokens: Some(72), ..Default::default() },
+        logprobs: Some(3),
+        echo: false,
+        grammar: None,
+        adapter: None,
+        tenant: 0,
+        priority: 0,
+        fair_key: 0,
+        render_special: false,
+        max_drafted: None,
+    }
+}
+
+fn requests() -> Vec<Generate> {
+    let copy = "Repeat this word for word: The harbour master counted seven red boats, seven blue \
+        boats and one old grey boat that nobody had seen before.";
+    let json = "Copy this JSON and set the age to 42: {\"name\": \"Ada\", \"age\": 36, \"city\": \
+        \"London\", \"tags\": [\"math\", \"engine\"]}";
+    let schema = r#"{"type": "object", "properties": {"name": {"type": "string"},
+        "age": {"type": "integer"}, "city": {"type": "string"}, "tags": {"type": "array",
+        "items": {"type": "string"}}}, "required": ["name", "age", "city", "tags"],
+        "additionalProperties": false}"#;
+    let grammar = Some(GrammarSpec { grammar: Grammar::JsonSchema(schema.into()), trigger: None });
+    let sampled = SamplingParams { temperature: 0.8, top_p: 0.9, seed: 7, ..Default::default() };
+    let penalties = SamplingParams {
+        temperature: 0.0,
+        repetition_penalty: 1.1,
+        frequency_penalty: 0.1,
+        dry_multiplier: 0.8,
+        ..Default::default()
+    };
+    let stop = StopParams {
+        max_tokens: Some(72),
+        strings: vec!["blue boats".into()],
+        ..Default::default()
+    };
+    let endless = StopParams { max_tokens: Some(72), ignore_eos: true, ..Default::default() };
+    vec![
+        chat(0, copy),
+        Generate { stop: endless, ..chat(1, copy) },
+        Generate { stop, logprobs: None, ..chat(2, copy) },
+        Generate { sampling: sampled.clone(), choices: 2, ..chat(3, copy) },
+        Generate { sampling: penalties, ..chat(4, copy) },
+        Generate { grammar: grammar.clone(), ..chat(5, json) },
+        Generate { grammar, sampling: sampled, ..chat(6, json) },
+        Generate { echo: true, ..chat(7, json) },
+    ]
+}
+
+#[test]
+fn drafts_change_no_bit() {
+    let model = std::env::var_os("INGOT_TEST_MODEL").map(PathBuf::from);
+    assert!(model.is_some() || std::env::var_os("CI").is_none(), "CI sets INGOT_TEST_MODEL");
+    let Some(model) = model else { return };
+    let requests = requests();
+    let alone = |speculate: Speculate| {
+        let mut engine = Engine::start(model.clone(), speculate);
+        let mut answers = Answers::new();
+        for request in &requests {
+            engine.ask(std::slice::from_ref(request), &mut answers);
+        }
+        (answers, engine)
+    };
+    let (plain, engine) = alone(Speculate::Off);
+    assert_eq!(engine.last.drafts, 0);
+    let (drafted, mut engine) = alone(Speculate::Always);
+    let Progress { drafted_tokens, accepted_tokens, .. } = engine.last;
+    println!("alone: {accepted_tokens} of {drafted_tokens} drafted tokens accepted");
+    assert!(plain == drafted, "alone:\n{plain:?}\n{drafted:?}");
+    assert!(accepted_tokens > 100, "{accepted_tokens} of {drafted_tokens}");
+    let mut together = Answers::new();
+    engine.ask(&requests, &mut together);
+    assert!(plain == together, "together:\n{plain:?}\n{together:?}");
+    println!(
+        "together: {} more, {} put back",
+        engine.last.accepted_tokens - accepted_tokens,
+        engine.last.preemptions
+    );
+    assert!(engine.last.accepted_tokens > accepted_tokens);
+    // As it is by default, beside requests that draft nothing.
+    let mut engine = Engine::start(model, Speculate::Auto);
+    let mixed: Vec<_> = requests
+        .into_iter()
+        .map(|request| Generate { max_drafted: (request.id.0 % 2 == 0).then_some(0), ..request })
+        .collect();
+    let mut answers = Answers::new();
+    engine.ask(&mixed, &mut answers);
+    assert!(plain == answers, "by default:\n{plain:?}\n{answers:?}");
+}
