@@ -17,7 +17,7 @@ use super::{
     AdapterHandle, AdapterLoader, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, RunnerError,
     SeqSlot, Wants, llama_cpp,
 };
-use crate::engine::tokenizer::Tokenizer;
+use crate::engine::tokenizer::{Tokenizer, native::NativeTokenizer};
 use crate::gguf::Gguf;
 use crate::ipc::{AdapterId, KvCacheType, LoadSpec, ModelInfo, Token};
 use crate::kernels::ops::Span;
@@ -25,6 +25,7 @@ use crate::kernels::{Cache, Pool};
 use forward::{Forward, Rows};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use weights::Weights;
@@ -63,7 +64,7 @@ impl Native {
         let other = |error: &dyn std::fmt::Display| Unsupported::Other(error.to_string());
         let mut pool = Pool::new(spec.threads.max(1) as usize).map_err(|error| other(&error))?;
         let weights = Weights::load(Gguf::open(&spec.model)?, &mut pool)?;
-        let tokenizer = llama_cpp::tokenizer(&spec.model).map_err(|error| other(&error))?;
+        let tokenizer = tokenizer(&weights.file, &spec.model).map_err(|error| other(&error))?;
         if tokenizer.vocab().len() > weights.shape.vocab {
             return Err(Unsupported::Other("it has more tokens than embeddings".into()));
         }
@@ -105,6 +106,17 @@ impl Native {
             self.info.step_seconds = started.elapsed().as_secs_f32();
         }
         Ok(())
+    }
+}
+
+/// A vocabulary that ours does not cover is llama.cpp's.
+fn tokenizer(file: &Gguf, path: &Path) -> Result<Arc<dyn Tokenizer>, RunnerError> {
+    match NativeTokenizer::from_gguf(file) {
+        Ok(tokenizer) => Ok(Arc::new(tokenizer)),
+        Err(reason) => {
+            tracing::info!("llama.cpp tokenizes for this model: {reason}");
+            llama_cpp::tokenizer(path)
+        }
     }
 }
 
