@@ -78,6 +78,32 @@ need_node() {
         fail "Node.js with npm is missing: on Debian, apt-get install nodejs npm. The tests use it."
 }
 
+# The source package of llama-cpp-python, which ships llama.cpp's own test files: prints where it is.
+# Needs a Python with pip: INGOT_TEST_PYTHON, or .cache/venv.
+llama_version=0.3.36
+llama_source() (
+    archive=$root/.cache/llama_cpp_python-$llama_version.tar.gz
+    python=${INGOT_TEST_PYTHON:-$root/.cache/venv/bin/python}
+    if [ ! -f "$archive" ]; then
+        has "$python" || [ -x "$python" ] || fail "no Python at $python: set INGOT_TEST_PYTHON."
+        mkdir -p "$root/.cache"
+        work=$(mktemp -d "$root/.cache/source.XXXXXX")
+        trap 'rm -rf "$work"' EXIT
+        say "downloading the source package llama-cpp-python $llama_version (77 MB)"
+        for attempt in 1 2 3; do
+            # pip asks the package for its metadata, and for that gets its build tools; nothing is
+            # built.
+            "$python" -m pip download --quiet --disable-pip-version-check --no-deps \
+                --no-binary llama-cpp-python --dest "$work" \
+                "llama-cpp-python==$llama_version" >&2 && break
+            [ "$attempt" -lt 3 ] || fail "llama-cpp-python $llama_version could not be downloaded."
+            sleep 2
+        done
+        mv "$work/${archive##*/}" "$archive"
+    fi
+    echo "$archive"
+)
+
 build() {
     say "building the release binary (the first time takes some minutes)"
     (cd "$root" && cargo build --release --locked)

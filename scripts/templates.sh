@@ -8,14 +8,13 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
-version=0.3.36
 folder=$root/.cache/templates
 python=${INGOT_TEST_PYTHON:-$root/.cache/venv/bin/python}
-inside=llama_cpp_python-$version/vendor/llama.cpp/models/templates
+inside=llama_cpp_python-$llama_version/vendor/llama.cpp/models/templates
 
 # The sum of all that the reference is made from.
 stamp=$({
-    echo "$version"
+    echo "$llama_version"
     cat "$root/tests/templates/reference.py" "$root/tests/templates/conversations.json"
 } | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$folder/.stamp" 2>/dev/null)" = "$stamp" ]; then
@@ -28,15 +27,7 @@ mkdir -p "$root/.cache"
 work=$(mktemp -d "$root/.cache/templates.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
-archive=$work/llama_cpp_python-$version.tar.gz
-say "downloading the source package llama-cpp-python $version (77 MB), for its chat templates"
-for attempt in 1 2 3; do
-    # pip asks the package for its metadata, and for that gets its build tools; nothing is built.
-    "$python" -m pip download --quiet --disable-pip-version-check --no-deps \
-        --no-binary llama-cpp-python --dest "$work" "llama-cpp-python==$version" >&2 && break
-    [ "$attempt" -lt 3 ] || fail "llama-cpp-python $version could not be downloaded."
-    sleep 2
-done
+archive=$(llama_source)
 tar -xzf "$archive" -C "$work" "$inside"
 mkdir "$work/new"
 cp "$work/$inside"/*.jinja "$work/new/"

@@ -4,7 +4,7 @@
 #
 # What the tests read: INGOT_BIN (the binary), INGOT_TEST_MODEL (the default model's file),
 # INGOT_TEST_DATA (a data folder that holds it), INGOT_TEST_PYTHON (a Python with openai, jinja2 and
-# prometheus_client), INGOT_TEST_TEMPLATES (see templates.sh).
+# prometheus_client), INGOT_TEST_TEMPLATES (see templates.sh), INGOT_TEST_VOCABS (see vocabs.sh).
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -93,6 +93,14 @@ if INGOT_TEST_TEMPLATES=$(scripts/templates.sh); then
 else
     failed=$((failed + 1))
     failures+=("chat templates")
+fi
+
+say "llama.cpp's test vocabularies, in .cache/vocabs"
+if INGOT_TEST_VOCABS=$(scripts/vocabs.sh); then
+    export INGOT_TEST_VOCABS
+else
+    failed=$((failed + 1))
+    failures+=("test vocabularies")
 fi
 
 say "Node packages for the tests, in .cache/node"

@@ -18,7 +18,7 @@
 //!
 //! [`gateway::api`] (validated once) → [`gateway::template`] (rendered) → [`gateway::registry`]
 //! (model and adapter by name) → [`gateway::supervisor`] → [`ipc`] → [`engine`]: intake
-//! (tokenized, found to fit) → scheduler → [`engine::kv`] → [`engine::runner`] → [`kernels`] →
+//! (tokenized by [`engine::tokenizer`], found to fit) → scheduler → [`engine::kv`] → [`engine::runner`] → [`kernels`] →
 //! [`engine::sampler`] → outbox → [`ipc`] → [`gateway::stream`].
 //!
 //! Types narrow on the way: JSON → `ChatRequest` → [`ipc::Generate`] → `Admissible` → `Sequence` →

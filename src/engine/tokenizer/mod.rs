@@ -1,5 +1,7 @@
 //! Text to tokens and back, for any thread of the engine.
 
+pub mod native;
+
 use crate::ipc::Token;
 
 /// A model's vocabulary and its tokenizer.

@@ -19,7 +19,7 @@ use super::{
     AdapterHandle, AdapterLoader, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, RunnerError,
     SeqSlot, Wants, llama_cpp,
 };
-use crate::engine::tokenizer::Tokenizer;
+use crate::engine::tokenizer::{Tokenizer, native::NativeTokenizer};
 use crate::gguf::Gguf;
 use crate::ipc::{AdapterId, KvCacheType, LoadSpec, ModelInfo, Speculate, Token};
 use crate::kernels::ops::Span;
@@ -27,6 +27,7 @@ use crate::kernels::{Cache, Pool};
 use forward::{Forward, Rows};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use weights::Weights;
@@ -66,7 +67,7 @@ impl Native {
         let mut pool = Pool::new(spec.threads.max(1) as usize).map_err(|error| other(&error))?;
         let context = spec.context_length.min(spec.kv_tokens.max(1)) as usize;
         let weights = Weights::load(Gguf::open(&spec.model)?, context, &mut pool)?;
-        let tokenizer = llama_cpp::tokenizer(&spec.model).map_err(|error| other(&error))?;
+        let tokenizer = tokenizer(&weights.file, &spec.model).map_err(|error| other(&error))?;
         if tokenizer.vocab().len() > weights.shape.vocab {
             return Err(Unsupported::Other("it has more tokens than embeddings".into()));
         }
@@ -108,6 +109,17 @@ impl Native {
             self.info.step_seconds = started.elapsed().as_secs_f32();
         }
         Ok(())
+    }
+}
+
+/// A vocabulary that ours does not cover is llama.cpp's.
+fn tokenizer(file: &Gguf, path: &Path) -> Result<Arc<dyn Tokenizer>, RunnerError> {
+    match NativeTokenizer::from_gguf(file) {
+        Ok(tokenizer) => Ok(Arc::new(tokenizer)),
+        Err(reason) => {
+            tracing::info!("llama.cpp tokenizes for this model: {reason}");
+            llama_cpp::tokenizer(path)
+        }
     }
 }
 

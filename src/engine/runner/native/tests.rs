@@ -4,6 +4,7 @@ mod families;
 mod layers;
 
 use super::*;
+use crate::engine::tokenizer::native::NativeError;
 use crate::ipc::{KvLayout, RunnerKind, Speculate};
 use std::path::PathBuf;
 
@@ -59,6 +60,19 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
 
 fn kl(p: &[f64], q: &[f64]) -> f64 {
     p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
+}
+
+/// WordPiece is not ours.
+#[test]
+fn a_vocabulary_that_is_not_covered_is_llama_cpps() {
+    let Some(folder) = std::env::var_os("INGOT_TEST_VOCABS") else {
+        assert!(std::env::var_os("CI").is_none(), "CI sets INGOT_TEST_VOCABS");
+        return;
+    };
+    let path = PathBuf::from(folder).join("ggml-vocab-bert-bge.gguf");
+    let file = Gguf::open_header(&path).unwrap();
+    assert!(matches!(NativeTokenizer::from_gguf(&file), Err(NativeError::NotCovered(_))));
+    assert_eq!(tokenizer(&file, &path).unwrap().vocab().len(), 30_522);
 }
 
 #[test]

@@ -57,7 +57,7 @@ pub struct Weights {
     pub head: Matrix,
     pub parameters: u64,
     /// The embedding's rows are read where they lie.
-    file: Gguf,
+    pub file: Gguf,
 }
 
 impl Weights {
