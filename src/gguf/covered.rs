@@ -44,6 +44,8 @@ const FAMILIES: [Family; 6] =
 
 /// Columns of a quantized block, and a multiple of every kernel's width.
 const BLOCK: usize = 32;
+/// Query elements of a token, at most: far beyond any model, and no sum of rows overflows.
+const MAX_QUERY: usize = 1 << 24;
 
 /// Why llama.cpp has to run a file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -131,6 +133,10 @@ impl Covered {
         if file.bool(&keys.key("attention.causal"))? == Some(false) {
             return other("attention to later tokens is not covered");
         }
+        // `enum llama_pooling_type`: unnamed, none, or the last token's.
+        if !matches!(keys.optional("pooling_type")?, None | Some(0 | 3)) {
+            return other("embeddings other than the last token's are not covered");
+        }
         let covered = (family.read)(&keys)?;
         let value_length = keys.optional("attention.value_length")?.unwrap_or(covered.head_dim);
         covered.check_shape(value_length)?;
@@ -147,6 +153,7 @@ impl Covered {
             && blocks(self.ff)
             && blocks(self.heads / self.kv_heads * self.head_dim)
             && self.head_dim.is_multiple_of(8)
+            && self.heads.saturating_mul(self.head_dim) <= MAX_QUERY
             && value_length == self.head_dim;
         match fits {
             true => Ok(()),

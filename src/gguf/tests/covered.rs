@@ -67,6 +67,8 @@ fn what_the_kernels_would_leave_out_is_not_covered() {
     refused(TinyDecoder::new("bloom"), "`bloom`");
     refused(llama().key("expert_count", 4u32), "experts");
     refused(llama().key("attention.causal", false), "later tokens");
+    refused(llama().key("pooling_type", 1u32), "last token");
+    refused(llama().key("attention.head_count", 1u32 << 31), "dimensions");
     refused(llama().key("rope.scaling.type", "dynamic"), "`dynamic`");
     refused(llama().key("rope.scaling.factor", -1f32), "factor -1");
     refused(llama().key("rope.dimension_count", 48u32), "48 rotated");
