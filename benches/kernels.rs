@@ -1,0 +1,110 @@
+//! Rates of single kernels on one core, in cache: `cargo bench --bench kernels [-- FILTER]`. Elements
+//! are multiplications, or numbers that are normed and quantized.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use ingot::gguf::TensorType;
+use ingot::kernels::attention::{Plan, Scope};
+use ingot::kernels::ops::{self, Activations, Product, Span};
+use ingot::kernels::{Cache, Matrix, Pool};
+use std::time::Duration;
+
+const PAGES: usize = 160;
+
+fn activations(pool: &mut Pool, rows: usize, cols: usize) -> Activations {
+    let mut x = Activations::default();
+    x.resize(rows, cols);
+    ops::norm(pool, &vec![0.5; rows * cols], &vec![1.0; cols], 1e-5, &mut x);
+    x
+}
+
+/// A matrix of each type by some tokens.
+fn matmul(criterion: &mut Criterion) {
+    use TensorType::{F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
+    let mut pool = Pool::new(1).expect("no thread to start");
+    for (n, k) in [(512usize, 4096usize), (1536, 576)] {
+        let mut group = criterion.benchmark_group(format!("matmul {n}x{k}"));
+        for ty in [Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K, F16, F32] {
+            let Some(bytes) = ty.bytes_for((n * k) as u64).filter(|_| k % 256 == 0 || !is_k(ty))
+            else {
+                continue;
+            };
+            let matrix = Matrix::pack(ty, n, k, &vec![0; bytes as usize]).expect("whole blocks");
+            for m in [1, 2, 4, 8, 256] {
+                let x = activations(&mut pool, m, k);
+                let mut out = vec![0f32; m * n];
+                group.throughput(Throughput::Elements((m * n * k) as u64));
+                group.bench_function(format!("{ty}, {m} tokens"), |bencher| {
+                    bencher.iter(|| {
+                        let product = Product { matrix: &matrix, bias: None, out: &mut out };
+                        ops::products(&mut pool, &x, &mut [product]);
+                    });
+                });
+            }
+        }
+    }
+}
+
+fn is_k(ty: TensorType) -> bool {
+    ty.name().ends_with("_K")
+}
+
+fn norm(criterion: &mut Criterion) {
+    let mut pool = Pool::new(1).expect("no thread to start");
+    let mut group = criterion.benchmark_group("norm and quantize");
+    for cols in [576, 2048] {
+        let (numbers, weight) = (vec![0.5f32; 256 * cols], vec![1.0; cols]);
+        let mut x = activations(&mut pool, 256, cols);
+        group.throughput(Throughput::Elements(numbers.len() as u64));
+        group.bench_function(format!("{cols} columns"), |bencher| {
+            bencher.iter(|| ops::norm(&mut pool, &numbers, &weight, 1e-5, &mut x));
+        });
+    }
+}
+
+fn attention(criterion: &mut Criterion) {
+    let mut pool = Pool::new(1).expect("no thread to start");
+    let own = |sequence: usize| {
+        (sequence * PAGES..(sequence + 1) * PAGES).map(|page| page as u32).collect::<Vec<_>>()
+    };
+    let many = |pages: &dyn Fn(usize) -> Vec<u32>| {
+        let span = |s| Span { rows: s..s + 1, position: 2047, pages: pages(s) };
+        (0..8).map(span).collect::<Vec<_>>()
+    };
+    let works = [
+        ("1 at 4,096", vec![Span { rows: 0..1, position: 4095, pages: own(0) }]),
+        ("8 at 2,048", many(&own)),
+        ("8 that share 2,048", many(&|_| own(0))),
+        ("prefill 512", vec![Span { rows: 0..512, position: 0, pages: own(0) }]),
+        ("prefill 128 at 4,000", vec![Span { rows: 0..128, position: 4000, pages: own(0) }]),
+    ];
+    for (heads, kv_heads, dim) in [(9, 3, 64), (32, 8, 64), (32, 8, 128)] {
+        let cache = Cache::new(1, 8 * PAGES, kv_heads, dim);
+        let mut group = criterion.benchmark_group(format!("attention {heads}/{kv_heads}x{dim}"));
+        for (name, spans) in &works {
+            let rows = spans.last().map_or(0, |span| span.rows.end);
+            let seen =
+                |span: &Span| (1..=span.rows.len()).map(|r| span.position + r).sum::<usize>();
+            let seen: usize = spans.iter().map(seen).sum();
+            let (q, mut out) = (vec![0.1f32; rows * heads * dim], Activations::default());
+            out.resize(rows, heads * dim);
+            let mut kept = Vec::new();
+            group.throughput(Throughput::Elements((seen * heads * dim * 2) as u64));
+            group.bench_function(*name, |bencher| {
+                bencher.iter(|| {
+                    let plan = Plan::new(spans, Scope::default(), kv_heads, heads / kv_heads, 1);
+                    ops::attend(&mut pool, &q, &plan, &cache, 0, &mut out, &mut kept);
+                });
+            });
+        }
+    }
+}
+
+criterion_group! {
+    name = kernels;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(100))
+        .measurement_time(Duration::from_millis(400));
+    targets = matmul, norm, attention
+}
+criterion_main!(kernels);
