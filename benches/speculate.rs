@@ -129,7 +129,7 @@ fn main() {
         threads: std::thread::available_parallelism().map_or(2, |count| count.get() as u32),
         gpu_layers: 0,
         mmap: true,
-        target_step_ms: 200,
+        target_step_ms: 100,
         queue_limit: 64,
         speculate: Speculate::Auto,
         mock_step_us: 0,

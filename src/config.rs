@@ -348,7 +348,7 @@ impl ServeOptions {
             gpu_layers: self.gpu_layers.unwrap_or(all_layers),
             flash_attention: self.flash_attention,
             mmap: self.mmap.unwrap_or(true),
-            target_step_ms: self.target_step_ms.map_or(200, NonZeroU32::get),
+            target_step_ms: self.target_step_ms.map_or(100, NonZeroU32::get),
             queue_limit: self.queue_limit.map_or(256, NonZeroU32::get),
             speculate: self.speculate.unwrap_or(Speculate::Auto),
             watchdog: time("watchdog", self.watchdog, 10)?,

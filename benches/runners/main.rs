@@ -47,9 +47,9 @@ struct Arguments {
     model: String,
     #[arg(long, default_value_t = 5)]
     repeat: usize,
-    /// Only works whose name holds this.
-    #[arg(long, default_value = "")]
-    works: String,
+    /// Only works whose name holds one of these; a semicolon stands between them.
+    #[arg(long, value_delimiter = ';', default_value = "")]
+    works: Vec<String>,
     /// Of native, flash and plain.
     #[arg(long, value_delimiter = ',', default_value = "native,flash,plain")]
     sides: Vec<String>,
@@ -250,7 +250,8 @@ fn main() {
     }
     println!("| work | {} | first to best other |", arguments.sides.join(" | "));
     println!("|{}", "---|".repeat(sides.len() + 2));
-    for (name, work) in WORKS.iter().filter(|(name, _)| name.contains(&arguments.works)) {
+    let wanted = |name: &str| arguments.works.iter().any(|part| name.contains(part));
+    for (name, work) in WORKS.iter().filter(|(name, _)| wanted(name)) {
         let mut rates = vec![Vec::new(); sides.len()];
         for _ in 0..arguments.repeat {
             for (side, rates) in sides.iter_mut().zip(&mut rates) {

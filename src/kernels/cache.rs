@@ -7,20 +7,24 @@ use half::f16;
 pub const PAGE: usize = 32;
 
 /// Keys and values of all layers, by page.
+///
+/// A page's layers lie together: memory that the system has to find first comes a page at a time. By
+/// layers it came for 5,000 tokens at once, wherever a sequence began a huge page of every layer.
 pub struct Cache {
+    layers: usize,
     pages: usize,
     kv_heads: usize,
     head_dim: usize,
-    /// (layers, pages, kv_heads, head_dim, 32) bits of f16; resident only where written.
+    /// (pages, layers, kv_heads, head_dim, 32) bits of f16; resident only where written.
     k: Vec<u16>,
-    /// (layers, pages, kv_heads, 32, head_dim)
+    /// (pages, layers, kv_heads, 32, head_dim)
     v: Vec<u16>,
 }
 
 impl Cache {
     pub fn new(layers: usize, pages: usize, kv_heads: usize, head_dim: usize) -> Self {
         let size = layers * pages * kv_heads * head_dim * PAGE;
-        Self { pages, kv_heads, head_dim, k: vec![0; size], v: vec![0; size] }
+        Self { layers, pages, kv_heads, head_dim, k: vec![0; size], v: vec![0; size] }
     }
 
     pub fn kv_heads(&self) -> usize {
@@ -44,24 +48,23 @@ impl Cache {
     }
 
     fn at(&self, layer: usize, page: u32, head: usize) -> usize {
-        assert!((page as usize) < self.pages && head < self.kv_heads, "the page exists");
-        ((layer * self.pages + page as usize) * self.kv_heads + head) * self.head_dim * PAGE
+        assert!((page as usize) < self.pages && layer < self.layers, "the page exists");
+        assert!(head < self.kv_heads, "the head exists");
+        ((page as usize * self.layers + layer) * self.kv_heads + head) * self.head_dim * PAGE
     }
 
     /// The first `tokens` tokens' worth of a page, and perhaps more, become another's.
     pub fn copy_page(&mut self, from: u32, to: u32) {
-        let size = self.kv_heads * self.head_dim * PAGE;
-        let layers = self.k.len() / (self.pages * size).max(1);
-        for layer in 0..layers {
-            let (from, to) = (self.at(layer, from, 0), self.at(layer, to, 0));
-            self.k.copy_within(from..from + size, to);
-            self.v.copy_within(from..from + size, to);
-        }
+        let size = self.layers * self.kv_heads * self.head_dim * PAGE;
+        let (from, to) = (self.at(0, from, 0), self.at(0, to, 0));
+        self.k.copy_within(from..from + size, to);
+        self.v.copy_within(from..from + size, to);
     }
 
     /// For chunks of a job that write different tokens' heads.
     pub fn writer(&mut self) -> CacheWriter {
         CacheWriter {
+            layers: self.layers,
             pages: self.pages,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
@@ -74,6 +77,7 @@ impl Cache {
 /// Writes keys and values from several threads.
 #[derive(Clone, Copy)]
 pub struct CacheWriter {
+    layers: usize,
     pages: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -95,9 +99,10 @@ impl CacheWriter {
         k: &[f32],
         v: &[f32],
     ) {
-        assert!((page as usize) < self.pages && head < self.kv_heads && token < PAGE);
+        assert!((page as usize) < self.pages && layer < self.layers);
+        assert!(head < self.kv_heads && token < PAGE);
         assert!(k.len() == self.head_dim && v.len() == self.head_dim);
-        let at = (layer * self.pages + page as usize) * self.kv_heads + head;
+        let at = (page as usize * self.layers + layer) * self.kv_heads + head;
         let at = at * self.head_dim * PAGE;
         for (d, &x) in k.iter().enumerate() {
             // SAFETY: the caller's promise.
