@@ -187,7 +187,7 @@ pub struct ServeOptions {
     pub mmap: Option<bool>,
 
     /// While requests decode, prompts are read in chunks of about this many milliseconds
-    /// [default: 200]
+    /// [default: 100]
     #[arg(long, value_name = "MS", env = "INGOT_TARGET_STEP_MS", help_heading = "Engine")]
     pub target_step_ms: Option<NonZeroU32>,
 
