@@ -77,12 +77,13 @@ impl Head<'_> {
         }
     }
 
-    /// Numbers that [`Head::keep`] writes for one query.
+    /// Numbers that [`Head::keep`] writes: for each query head the softmax's largest score, its sum,
+    /// and (head_dim) what it weighs.
     pub fn kept(&self) -> usize {
         self.group * (self.cache.head_dim() + 2)
     }
 
-    /// The queries over one run; the sums of the `index`-th of them are then in `keep`.
+    /// Writes the `index`-th query's sums of the run that [`Head::sum_run`] summed last.
     pub fn keep(&self, scratch: &Scratch, index: usize, kept: &mut [f32]) {
         let dim = self.cache.head_dim();
         for (row, kept) in kept.chunks_exact_mut(dim + 2).enumerate() {
