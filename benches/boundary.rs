@@ -6,8 +6,7 @@
 
 use ingot::engine::Local;
 use ingot::ipc::{
-    self, Event, FromEngine, Generate, KvCacheType, KvLayout, LoadSpec, Prompt, RequestId,
-    RunnerKind, SamplingParams, Speculate, StopParams, ToEngine,
+    self, Event, FromEngine, Generate, LoadSpec, Prompt, RunnerKind, StopParams, ToEngine,
 };
 use std::io::{BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -89,25 +88,10 @@ impl Drop for Engine {
 }
 
 fn request(id: u64) -> Generate {
+    let text = format!("Story number {id}: once upon a time");
     Generate {
-        id: RequestId(id),
-        prompt: Prompt::Text {
-            text: format!("Story number {id}: once upon a time"),
-            add_special: true,
-            parse_special: false,
-        },
-        choices: 1,
-        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         stop: StopParams { max_tokens: Some(OUTPUT), ignore_eos: true, ..StopParams::default() },
-        logprobs: None,
-        echo: false,
-        grammar: None,
-        adapter: None,
-        tenant: 0,
-        priority: 0,
-        fair_key: 0,
-        render_special: false,
-        max_drafted: None,
+        ..Generate::plain(id, Prompt::Text { text, add_special: true, parse_special: false })
     }
 }
 
@@ -118,27 +102,11 @@ fn main() {
         return;
     };
     let threads = std::thread::available_parallelism().map_or(2, |count| count.get() as u32);
-    let spec = LoadSpec {
-        model: model.into(),
-        runner: match std::env::args().any(|argument| argument == "llama-cpp") {
-            true => RunnerKind::LlamaCpp,
-            false => RunnerKind::Native,
-        },
-        context_length: 2048,
-        kv_tokens: 8192,
-        max_sequences: 8,
-        batch_tokens: 512,
-        kv_type: KvCacheType::F16,
-        flash_attention: true,
-        kv_layout: KvLayout::Unified,
-        threads,
-        gpu_layers: 0,
-        mmap: true,
-        target_step_ms: 100,
-        queue_limit: 64,
-        speculate: Speculate::Off,
-        mock_step_us: 0,
+    let runner = match std::env::args().any(|argument| argument == "llama-cpp") {
+        true => RunnerKind::LlamaCpp,
+        false => RunnerKind::Native,
     };
+    let spec = LoadSpec { flash_attention: true, threads, ..LoadSpec::plain(model, runner) };
     let local = Local::start(spec.clone()).expect("threads start");
     let mut engines = [("in process", Engine::Local(local)), ("process", Engine::process(&spec))];
     for (name, engine) in &mut engines {

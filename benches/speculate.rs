@@ -7,8 +7,8 @@
 
 use ingot::engine::Local;
 use ingot::ipc::{
-    Event, FromEngine, Generate, Grammar, GrammarSpec, KvCacheType, KvLayout, LoadSpec, Progress,
-    Prompt, RequestId, RunnerKind, SamplingParams, Speculate, StopParams, ToEngine,
+    Event, FromEngine, Generate, Grammar, GrammarSpec, LoadSpec, Progress, Prompt, RunnerKind,
+    Speculate, StopParams, ToEngine,
 };
 use std::time::Instant;
 
@@ -42,22 +42,13 @@ impl Bench {
     fn request(&mut self, question: &str, schema: bool, drafts: bool) -> Generate {
         let text = format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
         let grammar = Grammar::JsonSchema(SCHEMA.into());
+        let prompt = Prompt::Text { text, add_special: false, parse_special: true };
         self.next += 1;
         Generate {
-            id: RequestId(self.next),
-            prompt: Prompt::Text { text, add_special: false, parse_special: true },
-            choices: 1,
-            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
             stop: StopParams { max_tokens: Some(OUTPUT), ..StopParams::default() },
-            logprobs: None,
-            echo: false,
             grammar: schema.then_some(GrammarSpec { grammar, trigger: None }),
-            adapter: None,
-            tenant: 0,
-            priority: 0,
-            fair_key: 0,
-            render_special: false,
             max_drafted: (!drafts).then_some(0),
+            ..Generate::plain(self.next, prompt)
         }
     }
 
@@ -117,22 +108,11 @@ fn main() {
     };
     let repetitions = arguments.get(1).and_then(|count| count.parse().ok()).unwrap_or(5);
     let local = Local::start(LoadSpec {
-        model: model.into(),
-        runner: RunnerKind::Native,
-        context_length: 2048,
         kv_tokens: 65_536,
         max_sequences: FULL as u32,
-        batch_tokens: 512,
-        kv_type: KvCacheType::F16,
-        flash_attention: true,
-        kv_layout: KvLayout::Unified,
         threads: std::thread::available_parallelism().map_or(2, |count| count.get() as u32),
-        gpu_layers: 0,
-        mmap: true,
-        target_step_ms: 100,
-        queue_limit: 64,
         speculate: Speculate::Auto,
-        mock_step_us: 0,
+        ..LoadSpec::plain(model, RunnerKind::Native)
     });
     let mut bench =
         Bench { local: local.expect("threads start"), next: 0, last: Progress::default() };

@@ -11,7 +11,7 @@ mod random;
 use clap::Parser;
 use ingot::engine::runner::{self, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, SeqSlot, Wants};
 use ingot::gguf::{Gguf, TensorInfo};
-use ingot::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Speculate, Token};
+use ingot::ipc::{KvLayout, LoadSpec, RunnerKind, Token};
 use std::path::Path;
 use std::time::Instant;
 
@@ -104,22 +104,13 @@ struct Bench {
 impl Bench {
     fn new(model: &str, kind: RunnerKind, flash_attention: bool) -> Self {
         let spec = LoadSpec {
-            model: model.into(),
-            runner: kind,
             context_length: CONTEXT as u32,
             kv_tokens: (STREAMS * CONTEXT) as u32,
             max_sequences: STREAMS as u32,
-            batch_tokens: 512,
-            kv_type: KvCacheType::F16,
             flash_attention,
             kv_layout: KvLayout::Streams,
             threads: THREADS,
-            gpu_layers: 0,
-            mmap: true,
-            target_step_ms: 100,
-            queue_limit: 8,
-            speculate: Speculate::Off,
-            mock_step_us: 0,
+            ..LoadSpec::plain(model, kind)
         };
         Self { runner: runner::load(&spec).expect("the model loads"), shared: 0, depth: 0 }
     }

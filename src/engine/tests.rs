@@ -8,8 +8,8 @@ use super::runner::{AdapterHandle, ModelRunner, PAGE_TOKENS};
 use super::step::StepLoop;
 use crate::ipc::{
     AdapterId, EngineErrorKind, Event, FinishReason, FromEngine, Generate, Grammar, GrammarSpec,
-    KvCacheType, KvLayout, LoadSpec, Progress, Prompt, RequestId, RunnerKind, SamplingParams,
-    Speculate, StopParams, Token,
+    LoadSpec, Progress, Prompt, RequestId, RunnerKind, SamplingParams, Speculate, StopParams,
+    Token,
 };
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use proptest::prelude::*;
@@ -27,22 +27,13 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 fn load_spec(kv_pages: u32, max_sequences: u32, batch_tokens: u32) -> LoadSpec {
     LoadSpec {
-        model: "mock".into(),
-        runner: RunnerKind::Mock,
         context_length: kv_pages * PAGE_TOKENS as u32,
         kv_tokens: kv_pages * PAGE_TOKENS as u32,
         max_sequences,
         batch_tokens,
-        kv_type: KvCacheType::F16,
-        flash_attention: false,
-        kv_layout: KvLayout::Unified,
         threads: 1,
-        gpu_layers: 0,
-        mmap: true,
-        target_step_ms: 100,
         queue_limit: 1000,
-        speculate: Speculate::Off,
-        mock_step_us: 0,
+        ..LoadSpec::plain("mock", RunnerKind::Mock)
     }
 }
 
@@ -184,20 +175,8 @@ impl Outcome {
 
 fn request(id: u64, prompt: Vec<Token>) -> Generate {
     Generate {
-        id: RequestId(id),
-        prompt: Prompt::Tokens(prompt),
-        choices: 1,
-        sampling: SamplingParams { temperature: 0.0, ..Default::default() },
         stop: StopParams { max_tokens: Some(8), ..Default::default() },
-        logprobs: None,
-        echo: false,
-        grammar: None,
-        adapter: None,
-        tenant: 0,
-        priority: 0,
-        fair_key: 0,
-        render_special: false,
-        max_drafted: None,
+        ..Generate::plain(id, Prompt::Tokens(prompt))
     }
 }
 

@@ -66,6 +66,30 @@ pub struct LoadSpec {
     pub mock_step_us: u64,
 }
 
+impl LoadSpec {
+    /// A model the plain way, for tests and measurements, which change what they are about.
+    pub fn plain(model: impl Into<PathBuf>, runner: RunnerKind) -> Self {
+        Self {
+            model: model.into(),
+            runner,
+            context_length: 2048,
+            kv_tokens: 8192,
+            max_sequences: 8,
+            batch_tokens: 512,
+            kv_type: KvCacheType::F16,
+            flash_attention: false,
+            kv_layout: KvLayout::Unified,
+            threads: 2,
+            gpu_layers: 0,
+            mmap: true,
+            target_step_ms: 100,
+            queue_limit: 64,
+            speculate: Speculate::Off,
+            mock_step_us: 0,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunnerKind {
@@ -134,6 +158,29 @@ pub struct Generate {
     pub render_special: bool,
     /// Tokens drafted for one step, at most; `None` leaves it to the engine.
     pub max_drafted: Option<u32>,
+}
+
+impl Generate {
+    /// One greedy choice and nothing else, for tests and measurements, which change what they are
+    /// about.
+    pub fn plain(id: u64, prompt: Prompt) -> Self {
+        Self {
+            id: RequestId(id),
+            prompt,
+            choices: 1,
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            stop: StopParams::default(),
+            logprobs: None,
+            echo: false,
+            grammar: None,
+            adapter: None,
+            tenant: 0,
+            priority: 0,
+            fair_key: 0,
+            render_special: false,
+            max_drafted: None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

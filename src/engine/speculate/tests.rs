@@ -2,9 +2,8 @@
 
 use crate::engine::Local;
 use crate::ipc::{
-    Event, FinishReason, FromEngine, Generate, Grammar, GrammarSpec, KvCacheType, KvLayout,
-    LoadSpec, Progress, Prompt, RequestId, RunnerKind, SamplingParams, Speculate, StopParams,
-    ToEngine, Token,
+    Event, FinishReason, FromEngine, Generate, Grammar, GrammarSpec, LoadSpec, Progress, Prompt,
+    RequestId, RunnerKind, SamplingParams, Speculate, StopParams, ToEngine, Token,
 };
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,23 +14,11 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 fn spec(model: PathBuf, speculate: Speculate) -> LoadSpec {
     LoadSpec {
-        model,
-        runner: RunnerKind::Native,
-        context_length: 2048,
         // Tight: some are put back while all run.
         kv_tokens: 1024,
-        max_sequences: 8,
         batch_tokens: 256,
-        kv_type: KvCacheType::F16,
-        flash_attention: false,
-        kv_layout: KvLayout::Unified,
-        threads: 2,
-        gpu_layers: 0,
-        mmap: true,
-        target_step_ms: 100,
-        queue_limit: 64,
         speculate,
-        mock_step_us: 0,
+        ..LoadSpec::plain(model, RunnerKind::Native)
     }
 }
 
@@ -108,20 +95,10 @@ fn take(answers: &mut Answers, request: RequestId, event: Event) {
 fn chat(id: u64, question: &str) -> Generate {
     let text = format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n");
     Generate {
-        id: RequestId(id),
-        prompt: Prompt::Text { text, add_special: false, parse_special: true },
-        choices: 1,
         sampling: SamplingParams { temperature: 0.0, seed: id, ..Default::default() },
         stop: StopParams { max_tokens: Some(72), ..Default::default() },
         logprobs: Some(3),
-        echo: false,
-        grammar: None,
-        adapter: None,
-        tenant: 0,
-        priority: 0,
-        fair_key: 0,
-        render_special: false,
-        max_drafted: None,
+        ..Generate::plain(id, Prompt::Text { text, add_special: false, parse_special: true })
     }
 }
 

@@ -26,7 +26,7 @@ use crate::engine::runner::{
     Batch, BatchSequence, MAX_PROMPT_LOGITS, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot, Wants,
 };
 use crate::gguf::{Gguf, GgufError, ModelFacts, TensorType, dequantized_bytes, write_dequantized};
-use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Speculate, Token};
+use crate::ipc::{KvLayout, LoadSpec, RunnerKind, Token};
 use divergence::{Divergence, Reference};
 use std::fs;
 use std::io;
@@ -164,22 +164,13 @@ fn is_f32(file: &Gguf) -> bool {
 fn spec(model: &Path, window: usize, threads: u32) -> LoadSpec {
     let tokens = window.next_multiple_of(PAGE_TOKENS) as u32;
     LoadSpec {
-        model: model.to_owned(),
-        runner: RunnerKind::LlamaCpp,
         context_length: tokens,
         kv_tokens: tokens,
         max_sequences: 1,
         batch_tokens: MAX_PROMPT_LOGITS as u32,
-        kv_type: KvCacheType::F16,
-        flash_attention: false,
         kv_layout: KvLayout::Streams,
         threads,
-        gpu_layers: 0,
-        mmap: true,
-        target_step_ms: 100,
-        queue_limit: 1,
-        speculate: Speculate::Off,
-        mock_step_us: 0,
+        ..LoadSpec::plain(model, RunnerKind::LlamaCpp)
     }
 }
 

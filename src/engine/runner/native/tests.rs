@@ -5,7 +5,7 @@ mod layers;
 
 use super::*;
 use crate::engine::tokenizer::native::NativeError;
-use crate::ipc::{KvLayout, RunnerKind, Speculate};
+use crate::ipc::{KvLayout, RunnerKind};
 use std::path::PathBuf;
 
 /// The default model's file; CI has it.
@@ -16,24 +16,8 @@ fn model() -> Option<PathBuf> {
 }
 
 fn spec(model: PathBuf, runner: RunnerKind) -> LoadSpec {
-    LoadSpec {
-        model,
-        runner,
-        context_length: 2048,
-        kv_tokens: 8192,
-        max_sequences: 4,
-        batch_tokens: 512,
-        kv_type: KvCacheType::F16,
-        flash_attention: false,
-        kv_layout: KvLayout::Streams,
-        threads: 2,
-        gpu_layers: 0,
-        mmap: true,
-        target_step_ms: 100,
-        queue_limit: 8,
-        speculate: Speculate::Off,
-        mock_step_us: 0,
-    }
+    let plain = LoadSpec::plain(model, runner);
+    LoadSpec { max_sequences: 4, kv_layout: KvLayout::Streams, ..plain }
 }
 
 const TEXT: &str = "The sea was calm that morning, and the fishermen set out early. By noon the wind \
