@@ -14,6 +14,10 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+/// The binary's own: its huge pages are worth a fifth of a token's time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const STREAMS: u64 = 8;
 const OUTPUT: u32 = 128;
 const RUNS: u64 = 9;

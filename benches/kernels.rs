@@ -8,6 +8,10 @@ use ingot::kernels::ops::{self, Activations, Product, Span};
 use ingot::kernels::{Cache, Matrix, Pool};
 use std::time::Duration;
 
+/// The binary's own: its huge pages are worth a fifth of a token's time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const PAGES: usize = 160;
 
 fn activations(pool: &mut Pool, rows: usize, cols: usize) -> Activations {

@@ -12,6 +12,10 @@ use ingot::ipc::{
 };
 use std::time::Instant;
 
+/// The binary's own: its huge pages are worth a fifth of a token's time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const FULL: u64 = 32;
 const OUTPUT: u32 = 160;
 

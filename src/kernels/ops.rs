@@ -108,32 +108,36 @@ pub struct Product<'a> {
     pub out: &'a mut [f32],
 }
 
-/// Multiplies the rows of `x` by each of the matrices.
+/// Multiplies the rows of `x` by each of the matrices, which are shared out as if they were one.
 pub fn products(pool: &mut Pool, x: &Activations, products: &mut [Product]) {
     let rows = x.rows;
-    let total = products.iter().map(|product| product.matrix.groups()).sum();
-    let each = groups_of_chunk(total, rows, pool);
-    let mut chunks = Vec::new();
+    let mut total = 0;
+    let mut parts = Vec::with_capacity(products.len());
     for product in products.iter_mut() {
-        let stride = product.matrix.groups() * LANES;
-        assert_eq!(product.out.len(), rows * stride);
-        assert!(product.bias.is_none_or(|bias| bias.len() == stride));
-        let out = Disjoint::new(product.out);
-        let starts = (0..product.matrix.groups()).step_by(each);
-        chunks.extend(starts.map(|from| {
-            (product.matrix, product.bias, out, from..(from + each).min(product.matrix.groups()))
-        }));
+        let (groups, bias) = (product.matrix.groups(), product.bias);
+        assert_eq!(product.out.len(), rows * groups * LANES);
+        assert!(bias.is_none_or(|bias| bias.len() == groups * LANES));
+        parts.push((total..total + groups, product.matrix, bias, Disjoint::new(product.out)));
+        total += groups;
     }
-    pool.run(chunks.len(), |chunk| {
-        let (matrix, bias, out, groups) = chunks[chunk].clone();
-        let (stride, at) = (matrix.groups() * LANES, groups.start * LANES);
-        let count = groups.len() * LANES;
-        // SAFETY: a chunk writes the columns of its own groups.
-        unsafe {
-            multiply(isa(), matrix, groups, &x.input(matrix), 0..rows, out, at, stride);
-            if let Some(bias) = bias {
+    let each = groups_of_chunk(total, rows, pool);
+    pool.run(total.div_ceil(each), |chunk| {
+        let chunk = chunk_of(chunk, each, total);
+        for (part, matrix, bias, out) in &parts {
+            let groups = chunk.start.max(part.start)..chunk.end.min(part.end);
+            if groups.is_empty() {
+                continue;
+            }
+            let groups = groups.start - part.start..groups.end - part.start;
+            let (stride, at) = (matrix.groups() * LANES, groups.start * LANES);
+            let count = groups.len() * LANES;
+            // SAFETY: a chunk writes the columns of its own groups.
+            unsafe {
+                multiply(isa(), matrix, groups, &x.input(matrix), 0..rows, *out, at, stride);
                 for row in 0..rows {
-                    add(out.part(row * stride + at, count), &bias[at..at + count]);
+                    if let Some(bias) = bias {
+                        add(out.part(row * stride + at, count), &bias[at..at + count]);
+                    }
                 }
             }
         }
@@ -397,7 +401,7 @@ impl LoraPair {
     }
 
     pub fn bytes(&self) -> usize {
-        self.a.bytes() + self.b.bytes()
+        self.a.bytes().len() + self.b.bytes().len()
     }
 }
 

@@ -206,19 +206,23 @@ impl Matrix {
         !matches!(self.packed, Packed::F16(_) | Packed::F32(_))
     }
 
-    /// Bytes of the packed weights.
-    pub fn bytes(&self) -> usize {
+    /// The packed weights, as they lie in memory.
+    pub fn bytes(&self) -> &[u8] {
+        fn of<B>(blocks: &[B]) -> &[u8] {
+            // SAFETY: any initialized bytes are bytes, and blocks have no padding.
+            unsafe { std::slice::from_raw_parts(blocks.as_ptr().cast(), size_of_val(blocks)) }
+        }
         match &self.packed {
-            Packed::U4Min(blocks) => size_of_val(&blocks[..]),
-            Packed::U4(blocks) => size_of_val(&blocks[..]),
-            Packed::U5Min(blocks) => size_of_val(&blocks[..]),
-            Packed::U5(blocks) => size_of_val(&blocks[..]),
-            Packed::U4K(blocks) => size_of_val(&blocks[..]),
-            Packed::U5K(blocks) => size_of_val(&blocks[..]),
-            Packed::U6K(blocks) => size_of_val(&blocks[..]),
-            Packed::I8(blocks) => size_of_val(&blocks[..]),
-            Packed::F16(lanes) => size_of_val(&lanes[..]),
-            Packed::F32(lanes) => size_of_val(&lanes[..]),
+            Packed::U4Min(blocks) => of(blocks),
+            Packed::U4(blocks) => of(blocks),
+            Packed::U5Min(blocks) => of(blocks),
+            Packed::U5(blocks) => of(blocks),
+            Packed::U4K(blocks) => of(blocks),
+            Packed::U5K(blocks) => of(blocks),
+            Packed::U6K(blocks) => of(blocks),
+            Packed::I8(blocks) => of(blocks),
+            Packed::F16(lanes) => of(lanes),
+            Packed::F32(lanes) => of(lanes),
         }
     }
 }

@@ -16,6 +16,10 @@ const CHUNK_BITS: u32 = 20;
 const CHUNK_MASK: u64 = (1 << CHUNK_BITS) - 1;
 /// Looks at the ticket before a worker goes to sleep: about 50 µs.
 const SPINS: u32 = 4_000;
+/// Bytes asked for ahead, at most: half of a core's second cache, on what has little of it.
+const AHEAD: usize = 192 << 10;
+/// Bytes asked for at once.
+const ASKED: usize = 512;
 
 /// Keeps what the workers write apart from what the caller polls.
 #[repr(align(128))]
@@ -31,6 +35,9 @@ struct Shared {
     job: UnsafeCell<Job>,
     panicked: AtomicBool,
     stop: AtomicBool,
+    /// Addresses that idle threads ask memory for: the next one, and the end.
+    ahead: Line<AtomicUsize>,
+    ahead_end: AtomicUsize,
     sleepers: AtomicUsize,
     bed: Mutex<()>,
     bell: Condvar,
@@ -67,6 +74,8 @@ impl Pool {
             job: UnsafeCell::new(Job { data: std::ptr::null(), call: |_, _| {} }),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            ahead: Line::default(),
+            ahead_end: AtomicUsize::new(0),
             sleepers: AtomicUsize::new(0),
             bed: Mutex::new(()),
             bell: Condvar::new(),
@@ -78,6 +87,18 @@ impl Pool {
             pool.workers.push(std::thread::Builder::new().name(name).spawn(move || work(&shared))?);
         }
         Ok(pool)
+    }
+
+    /// What the job after the next one reads first, or the next one, if the caller has something of
+    /// its own to do before: idle threads ask memory for the beginning of it. A job for one token
+    /// waits for memory, which has nothing to do while threads wait for each other.
+    pub fn ahead(&self, bytes: &[u8]) {
+        let from = bytes.as_ptr().addr();
+        let shared = &*self.shared;
+        // Somebody may see one address of before and one of now; asking for anything is harmless.
+        shared.ahead_end.store(0, Ordering::Relaxed);
+        shared.ahead.0.store(from, Ordering::Relaxed);
+        shared.ahead_end.store(from + bytes.len().min(AHEAD), Ordering::Relaxed);
     }
 
     /// Threads, the caller's among them.
@@ -118,11 +139,7 @@ impl Pool {
         while shared.done.0.load(Ordering::Acquire) < chunks {
             looks += 1;
             // A worker that has lost its core may need this one.
-            if looks.is_multiple_of(SPINS) {
-                std::thread::yield_now()
-            } else {
-                std::hint::spin_loop()
-            }
+            if looks.is_multiple_of(SPINS) { std::thread::yield_now() } else { shared.pass_time() }
         }
         assert!(!shared.panicked.load(Ordering::Relaxed), "a chunk of a job panicked");
     }
@@ -140,6 +157,24 @@ impl Drop for Pool {
 }
 
 impl Shared {
+    /// What a thread does that has nothing to do.
+    fn pass_time(&self) {
+        let end = self.ahead_end.load(Ordering::Relaxed);
+        if self.ahead.0.load(Ordering::Relaxed) >= end {
+            std::hint::spin_loop();
+            return;
+        }
+        let from = self.ahead.0.fetch_add(ASKED, Ordering::Relaxed);
+        #[cfg(target_arch = "x86_64")]
+        for line in (from..from + ASKED).step_by(64) {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            // SAFETY: a hint; whatever the address, nothing is read.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(line)) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = from;
+    }
+
     fn has_work(&self) -> bool {
         let ticket = self.ticket.0.load(Ordering::SeqCst);
         ticket & CHUNK_MASK < (ticket >> CHUNK_BITS) & CHUNK_MASK
@@ -176,7 +211,7 @@ fn work(shared: &Shared) {
         }
         idle += 1;
         if idle < SPINS {
-            std::hint::spin_loop();
+            shared.pass_time();
             continue;
         }
         idle = 0;

@@ -1,5 +1,6 @@
 //! Weights that are plain numbers, in f32 arithmetic.
 
+use super::{LINE, ask};
 use crate::kernels::activation::Row;
 use crate::kernels::pack::LANES;
 use std::arch::x86_64::*;
@@ -48,6 +49,9 @@ pub unsafe fn tile<L: Lanes + Sized, const G: usize, const T: usize>(
         for g in 0..G {
             // SAFETY: group `g` has `cols` columns.
             w[g] = unsafe { L::load(weights.add((g * cols + k) * size_of::<L>())) };
+            if T == 1 && (k * size_of::<L>()).is_multiple_of(LINE) {
+                ask(weights.wrapping_add(((G + g) * cols + k) * size_of::<L>()), LINE);
+            }
         }
         for t in 0..T {
             // SAFETY: the row has `cols` values.

@@ -17,6 +17,10 @@ pub(super) use quantize::quantize;
 
 use super::matmul::{Kind, Tile};
 use super::pack::{BlockU4, BlockU4K, BlockU4Min, BlockU5, BlockU5K, BlockU5Min, LANES};
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+
+/// Bytes that memory gives at a time.
+const LINE: usize = 64;
 
 /// A kernel for a tile of `groups` groups and `tokens` tokens; the CPU must have AVX2, FMA and F16C.
 pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
@@ -31,6 +35,18 @@ pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
         (2, 1) => of_kind::<2, 1>(kind),
         (4, 1) => of_kind::<4, 1>(kind),
         _ => unreachable!("no tile is {groups} groups by {tokens} tokens"),
+    }
+}
+
+/// Asks for the lines that begin in some bytes ahead. A product with one token waits for memory, and
+/// a group of a small matrix ends before the hardware has seen a stream in it: so the tile asks for
+/// the next one's bytes while it reads its own. Behind the last there may be none; asking is
+/// harmless.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn ask(from: *const u8, bytes: usize) {
+    for line in 0..bytes.div_ceil(LINE) {
+        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line * LINE).cast());
     }
 }
 

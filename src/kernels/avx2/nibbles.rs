@@ -1,5 +1,6 @@
 //! 4- and 5-bit weights, with a scale for every 32.
 
+use super::ask;
 use crate::kernels::activation::Row;
 use crate::kernels::pack::{
     BLOCK, BlockU4, BlockU4K, BlockU4Min, BlockU5, BlockU5K, BlockU5Min, SUBS,
@@ -133,6 +134,13 @@ pub unsafe fn tile<B: Nibbles, const G: usize, const T: usize>(
     let mut acc = [[_mm256_setzero_ps(); T]; G];
     for at in 0..blocks * B::SUBS {
         let (b, sub) = (at / B::SUBS, at % B::SUBS);
+        if T == 1 {
+            for g in 0..G {
+                let next = weights.wrapping_add((G + g) * blocks + b).cast::<u8>();
+                let bytes = size_of::<B>() / B::SUBS;
+                ask(next.wrapping_add(sub * bytes), bytes);
+            }
+        }
         // 16-bit sums: of all 32 columns, or of each half of them.
         let mut sums = [[[_mm256_setzero_si256(); T]; G]; 2];
         let mut high = [_mm256_setzero_si256(); G];

@@ -1,5 +1,6 @@
 //! 8-bit weights in blocks of 32.
 
+use super::ask;
 use crate::kernels::activation::Row;
 use crate::kernels::pack::{BLOCK, BlockI8};
 use std::arch::x86_64::*;
@@ -25,6 +26,9 @@ pub unsafe fn tile<const G: usize, const T: usize>(
         for g in 0..G {
             // SAFETY: group `g` has `blocks` blocks.
             block[g] = unsafe { weights.add((g * blocks + b) * size_of::<BlockI8>()) };
+            if T == 1 {
+                ask(block[g].wrapping_add(G * blocks * size_of::<BlockI8>()), size_of::<BlockI8>());
+            }
         }
         let mut sums = [[_mm256_setzero_si256(); T]; G];
         for j in 0..8 {

@@ -1,5 +1,6 @@
 //! 6-bit weights, with a scale for every 16: products of 8 columns fit 16 bits (63·127·2·2).
 
+use super::ask;
 use crate::kernels::activation::Row;
 use crate::kernels::pack::{BLOCK, BlockU6K, SUBS};
 use std::arch::x86_64::*;
@@ -22,6 +23,13 @@ pub unsafe fn tile<const G: usize, const T: usize>(
     let mut acc = [[_mm256_setzero_ps(); T]; G];
     for at in 0..blocks * SUBS * 2 {
         let (b, sub, half) = (at / (2 * SUBS), at / 2 % SUBS, at % 2);
+        if T == 1 {
+            for g in 0..G {
+                let next = weights.wrapping_add((G + g) * blocks + b).cast::<u8>();
+                let bytes = size_of::<BlockU6K>() / (2 * SUBS);
+                ask(next.wrapping_add(at % (2 * SUBS) * bytes), bytes);
+            }
+        }
         let mut sums = [[_mm256_setzero_si256(); T]; G];
         let mut high = [_mm256_setzero_si256(); G];
         for g in 0..G {

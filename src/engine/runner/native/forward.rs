@@ -101,14 +101,19 @@ impl Forward {
         let (layer, shape) = (&weights.layers[number], &weights.shape);
         let plan = plans.iter().find(|plan| plan.scope.window == layer.kind.window);
         let plan = plan.expect("there is one for every kind of layer");
+        let following = weights.layers.get(number + 1).map_or(&weights.head, |next| &next.q);
         ops::norm(pool, &self.x, &layer.attention_norm, shape.epsilon, &mut self.normed);
         self.project(pool, layer, number, rows);
+        pool.ahead(layer.output.bytes());
         self.rotate(pool, weights, layer, rows.spans, cache, number);
         let (q, attended) = (&self.q, &mut self.attended);
         ops::attend(pool, q, plan, cache, number, attended, &mut self.kept);
+        pool.ahead(layer.gate.bytes());
         self.add(pool, weights, number, rows, Target::Output);
         ops::norm(pool, &self.x, &layer.ff_norm, shape.epsilon, &mut self.normed);
+        pool.ahead(layer.down.bytes());
         self.feed_forward(pool, weights, number, rows);
+        pool.ahead(following.bytes());
         self.add(pool, weights, number, rows, Target::Down);
     }
 
