@@ -35,12 +35,13 @@ fn matmul(criterion: &mut Criterion) {
             let matrix = Matrix::pack(ty, n, k, &vec![0; bytes as usize]).expect("whole blocks");
             for m in [1, 2, 4, 8, 256] {
                 let x = activations(&mut pool, m, k);
-                let mut out = vec![0f32; m * n];
+                let (mut out, mut low) = (vec![0f32; m * n], Vec::new());
                 group.throughput(Throughput::Elements((m * n * k) as u64));
                 group.bench_function(format!("{ty}, {m} tokens"), |bencher| {
                     bencher.iter(|| {
-                        let product = Product { matrix: &matrix, bias: None, out: &mut out };
-                        ops::products(&mut pool, &x, &mut [product]);
+                        let product =
+                            Product { matrix: &matrix, bias: None, adapted: vec![], out: &mut out };
+                        ops::products(&mut pool, &x, &mut [product], &mut low);
                     });
                 });
             }

@@ -13,6 +13,7 @@ pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 pub mod cache;
+pub mod lora;
 pub mod matmul;
 pub mod ops;
 pub mod pack;
@@ -23,6 +24,7 @@ pub mod vector;
 pub use activation::{Quantized, QuantizedWriter};
 pub use attention::Scope;
 pub use cache::Cache;
+pub use lora::{Adapted, LoraPair};
 pub use matmul::{Input, Isa, isa, multiply};
 pub use pack::{BLOCK, LANES, Matrix, can_pack};
 pub use pool::{Disjoint, Pool};

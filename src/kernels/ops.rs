@@ -5,6 +5,7 @@
 use super::activation::Quantized;
 use super::attention::{self, Head, Plan, Scratch};
 use super::cache::{Cache, PAGE};
+use super::lora::{Adapted, add_second_halves, first_halves};
 use super::matmul::{Input, isa, multiply};
 use super::pack::{LANES, Matrix};
 use super::pool::{Disjoint, Pool};
@@ -13,8 +14,6 @@ use crate::gguf::Gating;
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Rows of one adapter that a chunk takes.
-const LORA_TILE: usize = 8;
 /// Tokens whose feed-forward activations a chunk holds at once.
 const TOKEN_TILE: usize = 32;
 /// Groups of eight matrix rows in a chunk, where many tokens use them: they stay in the nearest
@@ -62,8 +61,16 @@ impl Activations {
     fn input(&self, matrix: &Matrix) -> Input<'_> {
         match matrix.takes_quantized() {
             true => Input::Quantized(&self.quantized),
-            false => Input::Float(&self.float, self.cols),
+            false => self.floats(),
         }
+    }
+
+    pub(super) fn floats(&self) -> Input<'_> {
+        Input::Float(&self.float, self.cols)
+    }
+
+    pub(super) fn cols(&self) -> usize {
+        self.cols
     }
 }
 
@@ -104,26 +111,32 @@ pub struct Product<'a> {
     pub matrix: &'a Matrix,
     /// Added to every row of the result.
     pub bias: Option<&'a [f32]>,
+    pub adapted: Adapted<'a>,
     /// (rows, padded rows of the matrix)
     pub out: &'a mut [f32],
 }
 
-/// Multiplies the rows of `x` by each of the matrices, which are shared out as if they were one.
-pub fn products(pool: &mut Pool, x: &Activations, products: &mut [Product]) {
+/// Multiplies the rows of `x` by each of the matrices, which are shared out as if they were one;
+/// `low` is for scratch.
+pub fn products(pool: &mut Pool, x: &Activations, products: &mut [Product], low: &mut Vec<f32>) {
     let rows = x.rows;
+    let adapted: Vec<_> = products.iter().map(|product| &product.adapted[..]).collect();
+    let mut lows = first_halves(pool, x, &adapted, low).into_iter();
     let mut total = 0;
     let mut parts = Vec::with_capacity(products.len());
     for product in products.iter_mut() {
         let (groups, bias) = (product.matrix.groups(), product.bias);
         assert_eq!(product.out.len(), rows * groups * LANES);
         assert!(bias.is_none_or(|bias| bias.len() == groups * LANES));
-        parts.push((total..total + groups, product.matrix, bias, Disjoint::new(product.out)));
+        let low = lows.next().expect("one for each");
+        let (columns, out) = (total..total + groups, Disjoint::new(product.out));
+        parts.push((columns, product.matrix, bias, &product.adapted, low, out));
         total += groups;
     }
     let each = groups_of_chunk(total, rows, pool);
     pool.run(total.div_ceil(each), |chunk| {
         let chunk = chunk_of(chunk, each, total);
-        for (part, matrix, bias, out) in &parts {
+        for (part, matrix, bias, adapted, low, out) in &parts {
             let groups = chunk.start.max(part.start)..chunk.end.min(part.end);
             if groups.is_empty() {
                 continue;
@@ -133,27 +146,33 @@ pub fn products(pool: &mut Pool, x: &Activations, products: &mut [Product]) {
             let count = groups.len() * LANES;
             // SAFETY: a chunk writes the columns of its own groups.
             unsafe {
-                multiply(isa(), matrix, groups, &x.input(matrix), 0..rows, *out, at, stride);
-                for row in 0..rows {
-                    if let Some(bias) = bias {
+                let input = x.input(matrix);
+                multiply(isa(), matrix, groups.clone(), &input, 0..rows, *out, at, stride);
+                if let Some(bias) = bias {
+                    for row in 0..rows {
                         add(out.part(row * stride + at, count), &bias[at..at + count]);
                     }
                 }
+                add_second_halves(adapted, *low, groups, 0..rows, *out, at, stride);
             }
         }
     });
 }
 
-/// `x += matrix * y`; `x` (rows, matrix's rows, a multiple of eight), `delta` is for scratch.
+/// `x += matrix * y`; `x` (rows, matrix's rows, a multiple of eight), `delta` and `low` are for
+/// scratch.
 pub fn add_product(
     pool: &mut Pool,
     y: &Activations,
     matrix: &Matrix,
+    adapted: &Adapted,
     x: &mut [f32],
     delta: &mut Vec<f32>,
+    low: &mut Vec<f32>,
 ) {
     let (rows, stride, groups) = (y.rows, matrix.rows(), matrix.groups());
     assert!(x.len() == rows * stride && stride.is_multiple_of(LANES));
+    let low = first_halves(pool, y, &[adapted], low)[0];
     delta.resize(x.len(), 0.0);
     let (x, delta) = (Disjoint::new(x), Disjoint::new(delta));
     let each = groups_of_chunk(groups, rows, pool);
@@ -162,11 +181,13 @@ pub fn add_product(
         let (at, count) = (groups.start * LANES, groups.len() * LANES);
         // SAFETY: a chunk writes the columns of its own groups.
         unsafe {
-            multiply(isa(), matrix, groups, &y.input(matrix), 0..rows, delta, at, stride);
+            let input = y.input(matrix);
+            multiply(isa(), matrix, groups.clone(), &input, 0..rows, delta, at, stride);
             for row in 0..rows {
                 let at = row * stride + at;
                 add(x.part(at, count), delta.part(at, count));
             }
+            add_second_halves(adapted, low, groups, 0..rows, x, at, stride);
         }
     });
 }
@@ -189,18 +210,26 @@ pub fn add_norm(pool: &mut Pool, y: &mut [f32], weight: &[f32], epsilon: f32, x:
     });
 }
 
-/// `out = act(gate * x) * (up * x)`.
+/// The two matrices of the feed-forward layer's first half.
+pub struct Gates<'a> {
+    pub gate: &'a Matrix,
+    pub up: &'a Matrix,
+    pub act: Gating,
+    /// Of gate and up.
+    pub adapted: [Adapted<'a>; 2],
+}
+
+/// `out = act(gate * x) * (up * x)`; `low` is for scratch.
 pub fn gated(
     pool: &mut Pool,
     x: &Activations,
-    gate: &Matrix,
-    up: &Matrix,
-    act: Gating,
+    gates: &Gates,
     out: &mut Activations,
+    low: &mut Vec<f32>,
 ) {
-    match act {
-        Gating::Silu => gated_by(pool, x, gate, up, silu_mul, out),
-        Gating::Gelu => gated_by(pool, x, gate, up, gelu_mul, out),
+    match gates.act {
+        Gating::Silu => gated_by(pool, x, gates, silu_mul, out, low),
+        Gating::Gelu => gated_by(pool, x, gates, gelu_mul, out, low),
     }
 }
 
@@ -208,30 +237,35 @@ pub fn gated(
 fn gated_by(
     pool: &mut Pool,
     x: &Activations,
-    gate: &Matrix,
-    up: &Matrix,
+    gates: &Gates,
     act: impl Fn(&[f32], &[f32], &mut [f32]) + Sync,
     out: &mut Activations,
+    low: &mut Vec<f32>,
 ) {
-    let (rows, cols, total) = (x.rows, out.cols, gate.groups());
-    assert!(out.rows == rows && gate.rows() == cols && up.rows() == cols);
+    let halves = [(gates.gate, &gates.adapted[0]), (gates.up, &gates.adapted[1])];
+    let (rows, cols, total) = (x.rows, out.cols, gates.gate.groups());
+    assert!(out.rows == rows && halves.iter().all(|(matrix, _)| matrix.rows() == cols));
+    let lows = first_halves(pool, x, &halves.map(|(_, adapted)| &adapted[..]), low);
     let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
     let each = groups_of_chunk(total, rows, pool).next_multiple_of(BLOCK_GROUPS);
     pool.run(total.div_ceil(each), |chunk| {
         let groups = chunk_of(chunk, each, total);
         let (at, count) = (groups.start * LANES, groups.len() * LANES);
-        let half = TOKEN_TILE.min(rows) * count;
-        let mut tile = vec![0f32; 2 * half];
+        let size = TOKEN_TILE.min(rows) * count;
+        let mut tile = vec![0f32; 2 * size];
         for from in (0..rows).step_by(TOKEN_TILE) {
             let tokens = from..(from + TOKEN_TILE).min(rows);
             let part = Disjoint::new(&mut tile);
-            // SAFETY: the tile is this chunk's own, and its halves are disjoint.
-            unsafe {
+            for (half, (matrix, adapted)) in halves.iter().enumerate() {
                 let (groups, tokens) = (|| groups.clone(), || tokens.clone());
-                multiply(isa(), gate, groups(), &x.input(gate), tokens(), part, 0, count);
-                multiply(isa(), up, groups(), &x.input(up), tokens(), part, half, count);
+                let (at, input) = (half * size, x.input(matrix));
+                // SAFETY: the tile is this chunk's own.
+                unsafe {
+                    multiply(isa(), matrix, groups(), &input, tokens(), part, at, count);
+                    add_second_halves(adapted, lows[half], groups(), tokens(), part, at, count);
+                }
             }
-            let (gates, ups) = tile.split_at(half);
+            let (gates, ups) = tile.split_at(size);
             let pairs = gates.chunks_exact(count).zip(ups.chunks_exact(count));
             for (row, (gate, up)) in tokens.zip(pairs) {
                 // SAFETY: a chunk writes the columns of its own groups.
@@ -365,116 +399,6 @@ pub fn attend(
             attention::merge_runs(runs, &mut scratch.out, dim);
             write(query.row, at * width, &scratch.out);
         });
-    });
-}
-
-/// The two small matrices of a LoRA (Hu et al. 2021, arXiv:2106.09685), its scale within `b`.
-#[derive(Debug)]
-pub struct LoraPair {
-    /// (rank, columns)
-    a: Matrix,
-    /// (rows, rank padded to eight)
-    b: Matrix,
-}
-
-impl LoraPair {
-    /// `a` (rank, cols) and `b` (rows, rank), row by row; the product is multiplied by `scale`.
-    ///
-    /// # Panics
-    /// If the lengths do not fit.
-    pub fn new(rank: usize, a: &[f32], b: &[f32], scale: f32) -> Self {
-        assert!(rank > 0 && a.len().is_multiple_of(rank) && b.len().is_multiple_of(rank));
-        let padded = rank.next_multiple_of(LANES);
-        let b: Vec<f32> = b
-            .chunks_exact(rank)
-            .flat_map(|row| (0..padded).map(|r| row.get(r).map_or(0.0, |x| x * scale)))
-            .collect();
-        Self {
-            a: Matrix::from_f32(rank, a.len() / rank, a),
-            b: Matrix::from_f32(b.len() / padded, padded, &b),
-        }
-    }
-
-    /// Rows and columns of the matrix that it changes.
-    pub fn shape(&self) -> (usize, usize) {
-        (self.b.rows(), self.a.cols())
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.a.bytes().len() + self.b.bytes().len()
-    }
-}
-
-/// Adds each range of rows' LoRA to `out` (rows, padded rows of the matrix); `low` is for scratch.
-/// Ranges are disjoint, and may have different ranks.
-pub fn add_lora(
-    pool: &mut Pool,
-    x: &Activations,
-    ranges: &[(Range<usize>, &LoraPair)],
-    out: &mut [f32],
-    low: &mut Vec<f32>,
-) {
-    if ranges.is_empty() {
-        return;
-    }
-    let stride = out.len() / x.rows;
-    let fits = |(rows, pair): &(Range<usize>, &LoraPair)| {
-        rows.end <= x.rows && pair.a.cols() == x.cols && pair.b.groups() * LANES == stride
-    };
-    assert!(ranges.iter().all(fits) && ranges.is_sorted_by(|a, b| a.0.end <= b.0.start));
-    // The widest rank's rows, one after another.
-    let widest = ranges.iter().map(|(_, pair)| pair.b.cols()).max().unwrap_or(0);
-    low.clear();
-    low.resize(x.rows * widest, 0.0);
-    let tiles: Vec<_> = ranges
-        .iter()
-        .flat_map(|(rows, pair)| {
-            let starts = rows.clone().step_by(LORA_TILE);
-            starts.map(move |from| (from..(from + LORA_TILE).min(rows.end), *pair))
-        })
-        .collect();
-    let part = Disjoint::new(low);
-    pool.run(tiles.len(), |chunk| {
-        let (rows, pair) = tiles[chunk].clone();
-        let (input, at) = (Input::Float(&x.float, x.cols), rows.start * widest);
-        // SAFETY: a row belongs to one chunk.
-        unsafe {
-            multiply(isa(), &pair.a, 0..pair.a.groups(), &input, rows, part, at, pair.b.cols());
-        }
-    });
-    let (low, out) = (&*low, Disjoint::new(out));
-    pool.run(tiles.len(), |chunk| {
-        let (rows, pair) = tiles[chunk].clone();
-        let (rank, at) = (pair.b.cols(), rows.start * widest);
-        let input = Input::Float(&low[at..at + rows.len() * rank], rank);
-        let mut delta = vec![0f32; rows.len() * stride];
-        let part = Disjoint::new(&mut delta);
-        let (groups, tokens) = (0..pair.b.groups(), 0..rows.len());
-        // SAFETY: `delta` is this chunk's own, and a row belongs to one chunk.
-        unsafe {
-            multiply(isa(), &pair.b, groups, &input, tokens, part, 0, stride);
-            add(out.part(rows.start * stride, delta.len()), &delta);
-        }
-    });
-}
-
-/// `out = act(gate) * up`; both (rows, columns of `out`).
-pub fn gate_product(pool: &mut Pool, gate: &[f32], up: &[f32], act: Gating, out: &mut Activations) {
-    let (rows, cols) = (out.rows, out.cols);
-    assert!(gate.len() == rows * cols && up.len() == rows * cols);
-    let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
-    pool.run(rows, |row| {
-        let at = row * cols;
-        let (gate, up) = (&gate[at..at + cols], &up[at..at + cols]);
-        // SAFETY: a row belongs to one chunk.
-        unsafe {
-            let out = float.part(at, cols);
-            match act {
-                Gating::Silu => silu_mul(gate, up, out),
-                Gating::Gelu => gelu_mul(gate, up, out),
-            }
-            quantized.write(row, 0, out);
-        }
     });
 }
 

@@ -171,17 +171,18 @@ impl Matrix {
         Ok(Self { rows, cols, packed })
     }
 
-    /// `values` (rows, cols).
-    pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Self {
+    /// (rows, columns) numbers, each times 2^`shift`, kept in f16.
+    pub fn in_f16(rows: usize, cols: usize, values: &[f32], shift: i32) -> Self {
         assert_eq!(values.len(), rows * cols);
-        let at = |group: usize, col: usize, lane: usize| {
-            let row = group * LANES + lane;
-            if row < rows { values[row * cols + col] } else { 0.0 }
+        let scale = f32::powi(2.0, shift);
+        let at = |group: usize, col: usize, lane: usize| match group * LANES + lane {
+            row if row < rows => f16::from_f32(values[row * cols + col] * scale).to_bits(),
+            _ => 0,
         };
         let lanes = |group: usize, col: usize| std::array::from_fn(|lane| at(group, col, lane));
         let groups = 0..rows.div_ceil(LANES);
         let packed = groups.flat_map(|group| (0..cols).map(move |col| lanes(group, col))).collect();
-        Self { rows, cols, packed: Packed::F32(packed) }
+        Self { rows, cols, packed: Packed::F16(packed) }
     }
 
     pub fn rows(&self) -> usize {

@@ -3,7 +3,7 @@
 use super::super::{AdapterHandle, AdapterLoader, RunnerError};
 use super::layout::{TARGETS, Target, rows_of};
 use crate::gguf::{Covered, Gguf};
-use crate::kernels::ops::LoraPair;
+use crate::kernels::LoraPair;
 use std::ops::Range;
 use std::path::Path;
 
@@ -17,11 +17,6 @@ pub struct Adapter {
 impl Adapter {
     pub fn pair(&self, layer: usize, target: Target) -> Option<&LoraPair> {
         self.layers[layer][target as usize].as_ref()
-    }
-
-    /// Whether it changes a layer's gate or up matrix.
-    pub fn gates(&self, layer: usize) -> bool {
-        self.pair(layer, Target::Gate).is_some() || self.pair(layer, Target::Up).is_some()
     }
 
     fn read(path: &Path, scale: f32, shape: &Covered) -> Result<Self, String> {

@@ -8,8 +8,8 @@ use super::layout::Target;
 use super::weights::{Layer, Weights};
 use crate::ipc::Token;
 use crate::kernels::attention::Plan;
-use crate::kernels::ops::{self, Activations, Heads, LoraPair, Product, Span};
-use crate::kernels::{Cache, LANES, Pool, Scope};
+use crate::kernels::ops::{self, Activations, Gates, Heads, Product, Span};
+use crate::kernels::{Adapted, Cache, LANES, Pool, Scope};
 use std::ops::Range;
 
 /// What a step computes.
@@ -25,7 +25,7 @@ pub struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// The LoRA of each adapted range that changes a matrix.
-    fn pairs(&self, layer: usize, target: Target) -> Vec<(Range<usize>, &'a LoraPair)> {
+    fn pairs(&self, layer: usize, target: Target) -> Adapted<'a> {
         let pair = |(rows, adapter): &(Range<usize>, &'a Adapter)| {
             Some((rows.clone(), adapter.pair(layer, target)?))
         };
@@ -33,7 +33,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The same for the output matrix, by place in `wanted`.
-    fn head_pairs(&self) -> Vec<(Range<usize>, &'a LoraPair)> {
+    fn head_pairs(&self) -> Adapted<'a> {
         let place = |row: usize| self.wanted.partition_point(|&wanted| wanted < row);
         let pair = |(rows, adapter): &(Range<usize>, &'a Adapter)| {
             Some((place(rows.start)..place(rows.end), adapter.head.as_ref()?))
@@ -53,9 +53,6 @@ pub struct Forward {
     v: Vec<f32>,
     attended: Activations,
     hidden: Activations,
-    /// Where adapters change them, (rows, ff) of the two halves of the feed-forward layer.
-    gate: Vec<f32>,
-    up: Vec<f32>,
     /// For scratch: what a sublayer adds, and what lies between the halves of a LoRA.
     delta: Vec<f32>,
     low: Vec<f32>,
@@ -156,36 +153,25 @@ impl Forward {
 
     fn project(&mut self, pool: &mut Pool, layer: &Layer, number: usize, rows: &Rows) {
         let bias = |which: usize| layer.qkv_bias.as_ref().map(|bias| &bias[which][..]);
+        let adapted = |target| rows.pairs(number, target);
+        let (q, k, v) = (&mut self.q, &mut self.k, &mut self.v);
         let mut parts = [
-            Product { matrix: &layer.q, bias: bias(0), out: &mut self.q },
-            Product { matrix: &layer.k, bias: bias(1), out: &mut self.k },
-            Product { matrix: &layer.v, bias: bias(2), out: &mut self.v },
+            Product { matrix: &layer.q, bias: bias(0), adapted: adapted(Target::Q), out: q },
+            Product { matrix: &layer.k, bias: bias(1), adapted: adapted(Target::K), out: k },
+            Product { matrix: &layer.v, bias: bias(2), adapted: adapted(Target::V), out: v },
         ];
-        ops::products(pool, &self.normed, &mut parts);
-        let outs = [&mut self.q, &mut self.k, &mut self.v];
-        for (target, out) in [Target::Q, Target::K, Target::V].into_iter().zip(outs) {
-            ops::add_lora(pool, &self.normed, &rows.pairs(number, target), out, &mut self.low);
-        }
+        ops::products(pool, &self.normed, &mut parts, &mut self.low);
     }
 
     fn feed_forward(&mut self, pool: &mut Pool, weights: &Weights, number: usize, rows: &Rows) {
-        let (layer, act) = (&weights.layers[number], weights.shape.gating);
-        if !rows.adapted.iter().any(|(_, adapter)| adapter.gates(number)) {
-            ops::gated(pool, &self.normed, &layer.gate, &layer.up, act, &mut self.hidden);
-            return;
-        }
-        let size = rows.tokens.len() * layer.gate.rows();
-        self.gate.resize(size, 0.0);
-        self.up.resize(size, 0.0);
-        let mut parts = [
-            Product { matrix: &layer.gate, bias: None, out: &mut self.gate },
-            Product { matrix: &layer.up, bias: None, out: &mut self.up },
-        ];
-        ops::products(pool, &self.normed, &mut parts);
-        for (target, out) in [(Target::Gate, &mut self.gate), (Target::Up, &mut self.up)] {
-            ops::add_lora(pool, &self.normed, &rows.pairs(number, target), out, &mut self.low);
-        }
-        ops::gate_product(pool, &self.gate, &self.up, act, &mut self.hidden);
+        let layer = &weights.layers[number];
+        let gates = Gates {
+            gate: &layer.gate,
+            up: &layer.up,
+            act: weights.shape.gating,
+            adapted: [Target::Gate, Target::Up].map(|target| rows.pairs(number, target)),
+        };
+        ops::gated(pool, &self.normed, &gates, &mut self.hidden, &mut self.low);
     }
 
     /// Adds what attention (`Output`) or the feed-forward half (`Down`) made to the residual
@@ -203,16 +189,14 @@ impl Forward {
             Target::Output => (&self.attended, &layer.output, &layer.attention_post_norm),
             _ => (&self.hidden, &layer.down, &layer.ff_post_norm),
         };
-        let pairs = rows.pairs(number, target);
+        let adapted = rows.pairs(number, target);
         let (x, delta, low) = (&mut self.x, &mut self.delta, &mut self.low);
         let Some(norm) = norm else {
-            ops::add_product(pool, y, matrix, x, delta);
-            ops::add_lora(pool, y, &pairs, x, low);
+            ops::add_product(pool, y, matrix, &adapted, x, delta, low);
             return;
         };
         delta.resize(x.len(), 0.0);
-        ops::products(pool, y, &mut [Product { matrix, bias: None, out: delta }]);
-        ops::add_lora(pool, y, &pairs, delta, low);
+        ops::products(pool, y, &mut [Product { matrix, bias: None, adapted, out: delta }], low);
         ops::add_norm(pool, delta, norm, weights.shape.epsilon, x);
     }
 
@@ -246,12 +230,11 @@ impl Forward {
         self.normed.resize(wanted.len(), width);
         ops::norm(pool, &last, &weights.output_norm, weights.shape.epsilon, &mut self.normed);
         self.logits.resize(wanted.len() * head.groups() * LANES, 0.0);
-        let product = Product { matrix: head, bias: None, out: &mut self.logits };
-        ops::products(pool, &self.normed, &mut [product]);
-        let (logits, low) = (&mut self.logits, &mut self.low);
-        ops::add_lora(pool, &self.normed, &rows.head_pairs(), logits, low);
+        let (adapted, logits) = (rows.head_pairs(), &mut self.logits);
+        let product = Product { matrix: head, bias: None, adapted, out: logits };
+        ops::products(pool, &self.normed, &mut [product], &mut self.low);
         if let Some(cap) = weights.shape.logit_cap {
-            ops::cap(pool, logits, cap);
+            ops::cap(pool, &mut self.logits, cap);
         }
     }
 }
