@@ -1,15 +1,22 @@
 //! What speculation gains: the same requests with and without, in turn, in one engine.
-//! `cargo bench --bench speculate -- MODEL.gguf [REPETITIONS]`
+//! `cargo bench --bench speculate -- MODEL.gguf [REPETITIONS] [DRAFT]`
+//!
+//! DRAFT is a draft model: a file; or `layers:N`, a copy of the model with N of its layers (the first
+//! and the last); or `idle:N`, the model itself, while the served one gets N layers more that take
+//! their time and change nothing, as a large model for which a small one always finds the words.
 //!
 //! Output tokens per second, medians, and their ratio; the texts must be equal. One stream that
 //! quotes, edits JSON (free, and held to a schema) or writes freely; and a full batch of each, where
 //! speculation must not cost anything.
 
 use ingot::engine::Local;
+use ingot::gguf::fixture::{CopiedLayer, with_layers};
+use ingot::gguf::{Gguf, ModelFacts};
 use ingot::ipc::{
     Event, FromEngine, Generate, Grammar, GrammarSpec, LoadSpec, Progress, Prompt, RunnerKind,
     Speculate, StopParams, ToEngine,
 };
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// The binary's own: its huge pages are worth a fifth of a token's time.
@@ -93,8 +100,14 @@ impl Bench {
         (f64::from(tokens) / seconds.max(1e-9), texts)
     }
 
-    fn counts(&self) -> [f64; 2] {
-        [self.last.drafted_tokens as f64, self.last.accepted_tokens as f64]
+    fn counts(&self) -> [f64; 4] {
+        let last = &self.last;
+        [
+            last.drafted_tokens as f64,
+            last.accepted_tokens as f64,
+            last.modelled_tokens as f64,
+            last.accepted_modelled as f64,
+        ]
     }
 }
 
@@ -103,15 +116,44 @@ fn median(rates: &mut [f64]) -> f64 {
     rates[rates.len() / 2]
 }
 
+/// The served model and its draft model, made in a folder where need be.
+fn models(model: PathBuf, draft: &str, folder: &Path) -> (PathBuf, PathBuf) {
+    let header = Gguf::open_header(&model).expect("the model is readable");
+    let layers = ModelFacts::read(&header).expect("the model is complete").n_layer as usize;
+    let made = folder.join("made.gguf");
+    let number = |text: &str| text.parse::<usize>().expect("a number of layers");
+    if let Some(kept) = draft.strip_prefix("layers:").map(number) {
+        let first = kept.div_ceil(2).min(layers);
+        let last = layers - (kept - first).min(layers - first);
+        let kept: Vec<_> = (0..first).chain(last..layers).map(CopiedLayer::Whole).collect();
+        with_layers(&model, &made, &kept).expect("the copy is written");
+        (model, made)
+    } else if let Some(idle) = draft.strip_prefix("idle:").map(number) {
+        let whole = (0..layers).map(CopiedLayer::Whole);
+        let all = whole.chain((0..idle).map(|at| CopiedLayer::Idle(at % layers)));
+        with_layers(&model, &made, &all.collect::<Vec<_>>()).expect("the copy is written");
+        (made, model)
+    } else {
+        (model, draft.into())
+    }
+}
+
 fn main() {
     let arguments: Vec<_> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let model = arguments.first().cloned().or_else(|| std::env::var("INGOT_TEST_MODEL").ok());
-    let Some(model) = model else {
+    let Some(mut model) = model.map(PathBuf::from) else {
         println!("name a model: cargo bench --bench speculate -- MODEL.gguf");
         return;
     };
     let repetitions = arguments.get(1).and_then(|count| count.parse().ok()).unwrap_or(5);
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut draft = None;
+    if let Some(named) = arguments.get(2) {
+        let (served, drafts) = models(model, named, folder.path());
+        (model, draft) = (served, Some(drafts));
+    }
     let local = Local::start(LoadSpec {
+        draft,
         kv_tokens: 65_536,
         max_sequences: FULL as u32,
         threads: std::thread::available_parallelism().map_or(2, |count| count.get() as u32),
@@ -146,9 +188,11 @@ fn main() {
             }
             let after = bench.counts();
             let (without, with) = (median(&mut without), median(&mut with));
-            let [drafted, accepted] = [after[0] - before[0], after[1] - before[1]];
+            let [drafted, accepted, modelled, right] =
+                std::array::from_fn(|at| after[at] - before[at]);
             println!(
-                "{:<28} {without:>9.1} {with:>9.1} {:>7.2}  {accepted} of {drafted}",
+                "{:<28} {without:>9.1} {with:>9.1} {:>7.2}  {accepted} of {drafted}, the draft \
+                 model's {right} of {modelled}",
                 format!("{name}, {streams} at once"),
                 with / without,
             );

@@ -33,6 +33,8 @@ pub const DEFAULT_SEQUENCES: u32 = 32;
 pub struct ServeConfig {
     /// Models to load at the start, as the user wrote them; may be empty.
     pub models: Vec<String>,
+    /// Drafts for the first of them, as the user wrote it.
+    pub draft_model: Option<String>,
     pub adapters: Vec<AdapterArg>,
     pub data_dir: PathBuf,
     pub hub: HubAccess,
@@ -245,6 +247,7 @@ impl ServeOptions {
         }
         Ok(ServeConfig {
             models: self.models,
+            draft_model: self.draft_model.filter(|model| !model.trim().is_empty()),
             adapters: self.adapter,
             data_dir,
             hub: HubAccess::from_env(),

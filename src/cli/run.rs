@@ -46,6 +46,9 @@ pub struct RunOptions {
     /// Makes sampled answers repeatable
     #[arg(long)]
     pub seed: Option<u64>,
+    /// A smaller model of the same vocabulary, which drafts for it
+    #[arg(long, value_name = "MODEL", env = "INGOT_DRAFT_MODEL")]
+    pub draft_model: Option<String>,
     #[command(flatten)]
     pub data: DataDirOption,
 }
@@ -69,8 +72,11 @@ pub fn main(options: RunOptions) -> Result<ExitCode, CliError> {
     let (_child, url) = match &options.url {
         Some(url) => (None, url.clone()),
         None => {
-            fetch_model(&options.model, &data_dir)?;
-            let (child, url) = ServeChild::start(&options.model, &data_dir)?;
+            let draft = options.draft_model.as_deref();
+            for model in [Some(&*options.model), draft].into_iter().flatten() {
+                fetch_model(model, &data_dir)?;
+            }
+            let (child, url) = ServeChild::start(&options.model, draft, &data_dir)?;
             (Some(child), url)
         }
     };

@@ -196,6 +196,11 @@ pub struct ServeOptions {
     #[arg(long, env = "INGOT_SPECULATE", help_heading = "Engine")]
     pub speculate: Option<Speculate>,
 
+    /// A smaller model of the same vocabulary, which drafts for the (first) model; named as models
+    /// are; on the native runner
+    #[arg(long, value_name = "MODEL", env = "INGOT_DRAFT_MODEL", help_heading = "Engine")]
+    pub draft_model: Option<String>,
+
     /// An engine that makes no step for this long while it has work is replaced [default: 10s]
     #[arg(long, value_name = "TIME", env = "INGOT_WATCHDOG", help_heading = "Engine")]
     pub watchdog: Option<Span>,
@@ -261,7 +266,7 @@ impl ServeOptions {
                 max_concurrent_per_key, share_prefixes, request_timeout, body_limit, queue_limit,
                 context_length, kv_tokens, kv_type, kv_layout, max_sequences, batch_tokens,
                 threads, gpu_layers, runner, flash_attention, mmap, target_step_ms, speculate,
-                watchdog, max_loaded_models, memory_budget, mock_step_us, log_format, log_level, log_prompts;
+                draft_model, watchdog, max_loaded_models, memory_budget, mock_step_us, log_format, log_level, log_prompts;
             lists: models, allowed_host, api_key, adapter,
         )
     }

@@ -11,6 +11,7 @@
 //! stop string ends its sequence in the very step that completes it.
 
 mod attend;
+mod cost;
 pub mod grammar;
 mod intake;
 pub mod kv;
@@ -129,8 +130,10 @@ fn wire() -> (Reception, Work, Receiver<FromEngine>) {
 /// Loads the model and serves it on this thread until told to leave.
 fn host(spec: &LoadSpec, work: Work) -> std::io::Result<()> {
     let frames = work.frames.clone();
-    let failed = match runner::load(spec) {
-        Ok(runner) => match serve(runner, spec, work)? {
+    let loaded = runner::load(spec);
+    let loaded = loaded.and_then(|runner| Ok((runner::load_draft(&*runner, spec)?, runner)));
+    let failed = match loaded {
+        Ok((draft, runner)) => match serve(runner, draft, spec, work)? {
             Ok(()) => return Ok(()),
             Err(error) => error.message,
         },
@@ -145,6 +148,7 @@ fn host(spec: &LoadSpec, work: Work) -> std::io::Result<()> {
 
 fn serve(
     runner: Box<dyn runner::ModelRunner>,
+    draft: Option<Box<dyn runner::ModelRunner>>,
     spec: &LoadSpec,
     work: Work,
 ) -> std::io::Result<Result<(), EngineError>> {
@@ -158,7 +162,7 @@ fn serve(
     std::thread::Builder::new()
         .name("loader".into())
         .spawn(move || load_adapters(&*loader, &to_load, &orders, &replies))?;
-    Ok(step::StepLoop::new(runner, spec, to_do, frames.clone()).map(|steps| {
+    Ok(step::StepLoop::new(runner, draft, spec, to_do, frames.clone()).map(|steps| {
         let _ = frames.send(FromEngine::Loaded(Box::new(info)));
         steps.run();
     }))

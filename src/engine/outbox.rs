@@ -184,6 +184,8 @@ impl Outbox {
         progress.drafts = scheduler.drafts;
         progress.drafted_tokens = scheduler.drafted_tokens;
         progress.accepted_tokens = scheduler.accepted_tokens;
+        progress.modelled_tokens = scheduler.modelled_tokens;
+        progress.accepted_modelled = scheduler.accepted_modelled;
         progress.adapters_resident = adapters as u32;
         progress.adapters_waiting = scheduler.adapters_waiting() as u32;
         let snapshot = progress.clone();

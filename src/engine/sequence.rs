@@ -3,7 +3,7 @@
 use super::grammar::TriggeredGrammar;
 use super::kv::{CacheKey, SequencePages};
 use super::sampler::Sampler;
-use super::speculate::Speculation;
+use super::speculate::{Draftee, Speculation};
 use super::text::TextAssembler;
 use crate::ipc::{AdapterId, EngineError, Generate, RequestId, StopParams, Token, TokenLogprob};
 use std::sync::Arc;
@@ -95,10 +95,31 @@ impl Sequence {
         self.speculation.as_ref().map_or(&[], |speculation| &speculation.draft()[..count])
     }
 
+    /// How many of those a draft model came up with.
+    pub fn modelled(&self, count: usize) -> usize {
+        self.speculation.as_ref().map_or(0, |speculation| speculation.modelled(count))
+    }
+
     /// Tokens that a draft may have: one more comes from the row after it.
     pub fn draft_limit(&self) -> usize {
         let left = self.facts.max_tokens.saturating_sub(self.output_len());
         self.facts.max_drafted.min(left.saturating_sub(1))
+    }
+
+    /// For a draft model, which may draft `most` tokens. `None` where nothing is drafted.
+    pub fn draftee(&mut self, most: usize) -> Option<Draftee<'_>> {
+        let most = most.min(self.draft_limit());
+        let left = self.facts.max_tokens.saturating_sub(self.output_len());
+        Some(Draftee {
+            tokens: &self.tokens,
+            tenant: self.facts.cache_key.tenant,
+            sampler: &self.sampler,
+            most,
+            // What has come is the best guess of what is to come.
+            horizon: left.min(self.tokens.len() - self.facts.prompt_len),
+            ignores_eos: self.facts.stop.ignore_eos,
+            speculation: self.speculation.as_mut()?,
+        })
     }
 
     pub fn is_decoding(&self) -> bool {

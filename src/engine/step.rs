@@ -1,13 +1,14 @@
 //! The step loop: schedule -> run -> sample -> emit.
 
 use super::grammar::MaskWorker;
-use super::kv::{KvCache, SlotChange};
+use super::kv::KvCache;
 use super::orders::Order;
 use super::outbox::Outbox;
 use super::runner::{Batch, BatchSequence, ModelRunner, RunnerError, Wants};
 use super::sampler::Scratch;
 use super::scheduler::{Limits, Plan, Scheduler};
 use super::sequence::SeqKey;
+use super::speculate::DraftModel;
 use super::tokenizer::Tokenizer;
 use crate::ipc::{AdapterId, EngineError, FromEngine, LoadSpec, RequestId, Speculate, Token};
 use crossbeam_channel::{Receiver, Sender};
@@ -44,6 +45,7 @@ pub struct StepLoop {
     pub(super) scratch: Scratch,
     /// A copy of the model's own logits, where they are needed after sampling.
     pub(super) row: Vec<f32>,
+    draft_model: Option<DraftModel>,
     masks: MaskWorker<SeqKey>,
     batch: Batch,
 }
@@ -51,6 +53,7 @@ pub struct StepLoop {
 impl StepLoop {
     pub fn new(
         runner: Box<dyn ModelRunner>,
+        draft: Option<Box<dyn ModelRunner>>,
         spec: &LoadSpec,
         orders: Receiver<Order>,
         frames: Sender<FromEngine>,
@@ -82,6 +85,7 @@ impl StepLoop {
             retiring: Vec::new(),
             scratch: Scratch::default(),
             row: Vec::new(),
+            draft_model: draft.map(|draft| DraftModel::new(draft, info.vocab_size as usize)),
             masks: MaskWorker::new(MASK_THREADS, limits.max_sequences)?,
             batch: Batch::default(),
             runner,
@@ -101,7 +105,8 @@ impl StepLoop {
 
     /// One step. False when nobody could run.
     fn step(&mut self) -> bool {
-        let plan = self.scheduler.schedule(&mut self.kv);
+        let mut plan = self.scheduler.schedule(&mut self.kv);
+        self.scheduler.draft(&mut plan, &mut self.kv, self.draft_model.as_mut());
         self.prepare(&plan);
         if plan.work.is_empty() {
             return false;
@@ -128,14 +133,7 @@ impl StepLoop {
 
     /// Brings the runner's cache in line with the plan and fills the batch.
     fn prepare(&mut self, plan: &Plan) {
-        for change in self.kv.take_changes() {
-            match change {
-                SlotChange::Fork(from, to, tokens) => self.runner.fork(from, to, tokens),
-                SlotChange::Truncate(slot, tokens) => self.runner.truncate(slot, tokens),
-                SlotChange::Release(slot) => self.runner.release(slot),
-                SlotChange::CopyPage(from, to) => self.runner.copy_page(from, to),
-            }
-        }
+        self.kv.apply_changes(&mut *self.runner);
         for &(request, cached) in &plan.admitted {
             self.outbox.started(request, cached);
         }

@@ -4,7 +4,7 @@
 use super::intake::{Desk, Job};
 use super::orders::Order;
 use super::runner::mock::Mock;
-use super::runner::{AdapterHandle, ModelRunner, PAGE_TOKENS};
+use super::runner::{AdapterHandle, ModelRunner, PAGE_TOKENS, load_draft};
 use super::step::StepLoop;
 use crate::ipc::{
     AdapterId, EngineErrorKind, Event, FinishReason, FromEngine, Generate, Grammar, GrammarSpec,
@@ -53,10 +53,11 @@ impl Engine {
         let (for_desk, loading) = (orders.clone(), orders.clone());
         let steps = std::thread::spawn(move || {
             let runner = Box::new(Mock::load(&spec));
+            let draft = load_draft(&*runner, &spec).unwrap();
             let desk = Desk::new(runner.tokenizer(), runner.info().clone());
             desk.open(&to_check, &for_desk, &to_gateway).unwrap();
             drop(for_desk);
-            StepLoop::new(runner, &spec, to_do, to_gateway).unwrap().run();
+            StepLoop::new(runner, draft, &spec, to_do, to_gateway).unwrap().run();
         });
         for id in 1..=ADAPTERS {
             let (adapter, digest, handle) = (AdapterId(id), [id as u8; 32], AdapterHandle::Mock);
@@ -275,6 +276,7 @@ proptest! {
         let spec = LoadSpec {
             mock_step_us: u64::from(more_rows % 2),
             speculate: [Speculate::Always, Speculate::Auto, Speculate::Off][more_rows as usize % 3],
+            draft: (kv_pages % 2 == 0).then(|| "mock".into()),
             ..load_spec(kv_pages, max_sequences, max_sequences + more_rows)
         };
         let mut alone = BTreeMap::new();
@@ -377,6 +379,48 @@ fn drafts_that_stand_save_steps() {
     assert_eq!(texts[0], texts[1]);
     assert_eq!(texts[0], texts[2]);
     assert!(steps[1] * 4 < steps[0] * 3 && steps[2] < steps[0], "{steps:?}");
+}
+
+/// A draft model that is the model itself is right about everything: greedy, sampled, penalized, for
+/// several choices. About an adapter it is not, and the text is the same.
+#[test]
+fn what_a_draft_model_foresees_saves_steps() {
+    let mut texts = Vec::new();
+    let mut steps = Vec::new();
+    for (draft, adapter) in [(false, None), (true, None), (false, Some(1)), (true, Some(1))] {
+        let spec = LoadSpec {
+            speculate: if draft { Speculate::Always } else { Speculate::Off },
+            draft: draft.then(|| "mock".into()),
+            ..load_spec(64, 8, 128)
+        };
+        let engine = Engine::start(spec);
+        for id in 0..12 {
+            let temperature = [0.0, 1.0, 0.7][id as usize % 3];
+            let mut sampling = SamplingParams { seed: id, temperature, ..Default::default() };
+            match id {
+                6 | 7 => sampling.dry_multiplier = 0.8,
+                8 | 9 => sampling.frequency_penalty = 0.3,
+                10 => (sampling.top_p, sampling.xtc_probability) = (0.9, 0.3),
+                _ => {}
+            }
+            let stop = StopParams { max_tokens: Some(60), ignore_eos: true, ..Default::default() };
+            let prompt = (0..40).map(|at| 97 + (at * at + id as Token) % 26).collect();
+            let choices = 1 + (id % 2) as u32;
+            let adapter = adapter.map(AdapterId);
+            engine.ask(Generate { sampling, stop, choices, adapter, ..request(id, prompt) });
+        }
+        texts.push(engine.outcomes(12));
+        let progress = engine.settle();
+        let (drafted, stood) = (progress.modelled_tokens, progress.accepted_modelled);
+        match (draft, adapter) {
+            (false, _) => assert_eq!(drafted, 0),
+            (true, None) => assert!(drafted > 600 && stood == drafted, "{stood} of {drafted}"),
+            (true, Some(_)) => assert!(drafted > 100 && stood * 2 < drafted, "{stood}, {drafted}"),
+        }
+        steps.push(progress.steps);
+    }
+    assert!(texts[0] == texts[1] && texts[2] == texts[3]);
+    assert!(steps[1] * 3 < steps[0], "{steps:?}");
 }
 
 #[test]

@@ -10,7 +10,7 @@ pub use machine::available;
 use crate::config::{ByteSize, DEFAULT_CONTEXT_LENGTH, DEFAULT_SEQUENCES, EngineConfig};
 use crate::gateway::header::ModelHeader;
 use crate::gguf::KvType;
-use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind};
+use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Speculate};
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
@@ -42,6 +42,8 @@ pub struct MemoryPlan {
     pub kv_cache: u64,
     pub compute_buffers: u64,
     pub overhead: u64,
+    /// Weights, cache and buffers of the model that drafts.
+    pub draft_model: u64,
     /// Weights and cache on a GPU, which this plan cannot check.
     pub on_gpu: u64,
     /// What was free when the plan was made.
@@ -52,29 +54,36 @@ pub struct MemoryPlan {
     pub notes: Vec<String>,
 }
 
+/// A model that is to be planned for.
+#[derive(Debug, Clone)]
+pub struct ModelFile {
+    pub header: ModelHeader,
+    pub path: PathBuf,
+}
+
 /// Why a model is not loaded: the numbers, and what to change.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct DoesNotFit(pub String);
 
 impl MemoryPlan {
-    /// Plans for the model at `path` with `available` bytes free.
+    /// Plans for a model, and the one that drafts for it, with `available` bytes free.
     ///
     /// # Errors
     /// [`DoesNotFit`] if it cannot run with what the configuration asks for.
     pub fn make(
-        header: &ModelHeader,
-        path: PathBuf,
+        model: &ModelFile,
+        draft: Option<&ModelFile>,
         config: &EngineConfig,
         available: u64,
     ) -> Result<Self, DoesNotFit> {
-        let mut draft = Draft::new(header, config, available);
-        draft.choose_context();
-        draft.choose_layout();
-        draft.choose_cache()?;
-        let plan = draft.finish(path);
+        let mut sketch = Sketch::new(&model.header, draft, config, available);
+        sketch.choose_context();
+        sketch.choose_layout();
+        sketch.choose_cache()?;
+        let plan = sketch.finish(model.path.clone());
         if plan.total() > available && plan.spec.runner != RunnerKind::Mock {
-            return Err(plan.refusal(header));
+            return Err(plan.refusal(&model.header));
         }
         Ok(plan)
     }
@@ -87,9 +96,8 @@ impl MemoryPlan {
     /// Bytes that the system cannot take back while the engine runs.
     pub fn private(&self) -> u64 {
         // Headers are untrusted: their numbers may add up to anything.
-        [self.private_weights, self.kv_cache, self.compute_buffers, self.overhead]
-            .into_iter()
-            .fold(0, u64::saturating_add)
+        let parts = [self.private_weights, self.kv_cache, self.compute_buffers, self.overhead];
+        parts.into_iter().fold(self.draft_model, u64::saturating_add)
     }
 
     fn refusal(&self, header: &ModelHeader) -> DoesNotFit {
@@ -104,9 +112,14 @@ impl MemoryPlan {
         if self.compute_buffers > self.total() / 8 {
             advice.push("a smaller --batch-tokens");
         }
+        let mut drafts = String::new();
+        if self.draft_model > 0 {
+            drafts = format!(", {} for the draft model", size(self.draft_model));
+            advice.push("no --draft-model");
+        }
         DoesNotFit(format!(
             "The model needs {} of memory, but {} is available: {} for weights, {} for a KV cache \
-             of {} tokens ({} a token), {} for compute buffers, {} for the process. Unload another \
+             of {} tokens ({} a token), {} for compute buffers, {} for the process{drafts}. Unload another \
              model, raise --memory-budget if it is set, or use {}.",
             size(self.total()),
             size(self.available),
@@ -146,6 +159,9 @@ impl fmt::Display for MemoryPlan {
         let batch = format!("for {} tokens a step, an estimate", self.spec.batch_tokens);
         row("compute buffers", self.compute_buffers, &batch)?;
         row("process", self.overhead, "")?;
+        if self.draft_model > 0 {
+            row("draft model", self.draft_model, "its weights, cache and buffers")?;
+        }
         if self.on_gpu > 0 {
             row("on the GPU", self.on_gpu, "not checked")?;
         }
@@ -155,8 +171,9 @@ impl fmt::Display for MemoryPlan {
 }
 
 /// A plan in the making.
-struct Draft<'a> {
+struct Sketch<'a> {
     header: &'a ModelHeader,
+    draft: Option<&'a ModelFile>,
     config: &'a EngineConfig,
     available: u64,
     layout: KvLayout,
@@ -166,10 +183,16 @@ struct Draft<'a> {
     notes: Vec<String>,
 }
 
-impl<'a> Draft<'a> {
-    fn new(header: &'a ModelHeader, config: &'a EngineConfig, available: u64) -> Self {
+impl<'a> Sketch<'a> {
+    fn new(
+        header: &'a ModelHeader,
+        draft: Option<&'a ModelFile>,
+        config: &'a EngineConfig,
+        available: u64,
+    ) -> Self {
         Self {
             header,
+            draft: draft.filter(|_| config.speculate != Speculate::Off),
             config,
             available,
             layout: config.kv_layout.unwrap_or(KvLayout::Unified),
@@ -287,12 +310,30 @@ impl<'a> Draft<'a> {
         self.host(self.header.weights_bytes)
             .saturating_add(self.compute_bytes(0))
             .saturating_add(self.overhead())
+            .saturating_add(self.draft_bytes(0))
+    }
+
+    /// The draft model with its own cache of as many tokens. Its logits are those of one row a
+    /// sequence.
+    fn draft_bytes(&self, kv_tokens: u64) -> u64 {
+        let Some(ModelFile { header, .. }) = self.draft else { return 0 };
+        let facts = &header.facts;
+        let logits = (4 * u64::from(facts.n_vocab)).saturating_mul(self.sequences);
+        let activations =
+            (4 * (8 + 12) * u64::from(facts.n_embd)).saturating_mul(self.batch_tokens());
+        let cache = facts.kv_bytes_per_token(KvType::F16).saturating_mul(kv_tokens);
+        let vocabulary = u64::from(facts.n_vocab) * BYTES_PER_VOCABULARY_TOKEN;
+        [header.weights_bytes, logits, activations, cache]
+            .into_iter()
+            .fold(vocabulary, u64::saturating_add)
     }
 
     /// Host bytes that one more token of cache takes, its column of the attention mask included.
     fn bytes_per_token(&self) -> u64 {
         let kv = self.header.facts.kv_bytes_per_token(kv_type(self.config.kv_type));
-        self.host(kv).saturating_add(self.mask_bytes_per_token())
+        let drafts =
+            self.draft.map_or(0, |draft| draft.header.facts.kv_bytes_per_token(KvType::F16));
+        self.host(kv).saturating_add(self.mask_bytes_per_token()).saturating_add(drafts)
     }
 
     /// An f32 mask and its f16 copy for flash attention; without it the scores of a layer.
@@ -361,6 +402,13 @@ impl<'a> Draft<'a> {
         {
             self.notes.push(format!("llama.cpp runs it: {reason}"));
         }
+        if let Some(trained) = self.draft.map(|draft| u64::from(draft.header.facts.n_ctx_train))
+            && (1..self.context).contains(&trained)
+        {
+            self.notes.push(format!(
+                "the draft model was trained for {trained} tokens: it will be of little use after them"
+            ));
+        }
         let facts = &self.header.facts;
         let weights = self.host(self.header.weights_bytes);
         let per_token = facts.kv_bytes_per_token(kv_type(self.config.kv_type));
@@ -379,12 +427,14 @@ impl<'a> Draft<'a> {
             kv_cache: self.host(cache),
             compute_buffers: self.compute_bytes(self.kv_tokens),
             overhead: self.overhead(),
+            draft_model: self.draft_bytes(self.kv_tokens),
             on_gpu: (self.header.weights_bytes - weights).saturating_add(cache - self.host(cache)),
             available: self.available,
             context_length: narrow(self.context),
             kv_tokens: narrow(self.kv_tokens),
             spec: LoadSpec {
                 model: path,
+                draft: self.draft.map(|draft| draft.path.clone()),
                 runner,
                 context_length: narrow(self.context),
                 kv_tokens: narrow(self.kv_tokens),

@@ -4,8 +4,10 @@
 //! `src/llama-vocab.cpp` demand them.
 
 mod decoder;
+mod layers;
 
 pub use decoder::TinyDecoder;
+pub use layers::{CopiedLayer, with_layers};
 
 use std::f32::consts::TAU;
 use std::fs;

@@ -42,6 +42,8 @@ pub enum ToEngine {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoadSpec {
     pub model: PathBuf,
+    /// A model that drafts for it.
+    pub draft: Option<PathBuf>,
     pub runner: RunnerKind,
     /// Longest prompt plus output of one request, in tokens.
     pub context_length: u32,
@@ -71,6 +73,7 @@ impl LoadSpec {
     pub fn plain(model: impl Into<PathBuf>, runner: RunnerKind) -> Self {
         Self {
             model: model.into(),
+            draft: None,
             runner,
             context_length: 2048,
             kv_tokens: 8192,
@@ -521,4 +524,7 @@ pub struct Progress {
     pub drafts: u64,
     pub drafted_tokens: u64,
     pub accepted_tokens: u64,
+    /// Those of them that a draft model came up with.
+    pub modelled_tokens: u64,
+    pub accepted_modelled: u64,
 }

@@ -64,16 +64,17 @@ const ENGINE: Table = &[
     ),
     ("intake", &["orders", "sequence", "grammar", "sampler", "text", "tokenizer"]),
     ("outbox", &["scheduler", "sequence", "kv"]),
-    ("scheduler", &["sequence", "kv", "runner", "grammar", "sampler"]),
+    ("scheduler", &["sequence", "speculate", "kv", "runner", "grammar", "sampler", "cost"]),
     ("orders", &["sequence", "runner"]),
-    ("sequence", &["kv", "grammar", "sampler", "speculate", "text"]),
+    ("sequence", &["speculate", "kv", "grammar", "sampler", "text"]),
+    ("speculate", &["kv", "runner", "sampler", "tokenizer", "cost"]),
     ("kv", &["runner"]),
     ("runner", &["tokenizer"]),
     ("grammar", &["sampler", "tokenizer"]),
     ("text", &["tokenizer"]),
     ("sampler", &[]),
-    ("speculate", &[]),
     ("tokenizer", &[]),
+    ("cost", &[]),
 ];
 
 /// Imports upwards that are there all the same, and why.

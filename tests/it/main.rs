@@ -8,6 +8,7 @@
 //! | `models.rs` | several models, embeddings, keys and limits |
 //! | `oracle.rs` | greedy text against a plain llama.cpp loop |
 //! | `templates.rs` | chat templates against jinja2 |
+//! | `draft.rs` | `--draft-model` |
 //! | `verify.rs` | `ingot verify` |
 //! | `layers.rs` | who may import whom, where `unsafe` may stand |
 //! | `metrics.rs` | the series, and the transcript of a stream |
@@ -15,6 +16,7 @@
 //!
 //! Tests that need a real model find it in `INGOT_TEST_MODEL`; templates in `INGOT_TEST_TEMPLATES`.
 
+mod draft;
 mod drain;
 mod hostile;
 mod http;

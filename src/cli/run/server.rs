@@ -28,12 +28,17 @@ pub(super) struct ServeChild {
 
 impl ServeChild {
     /// Starts the server on a free port and waits until it says where it listens.
-    pub fn start(model: &str, data_dir: &Path) -> Result<(Self, String), CliError> {
+    pub fn start(
+        model: &str,
+        draft: Option<&str>,
+        data_dir: &Path,
+    ) -> Result<(Self, String), CliError> {
         let failed = |error| CliError::message(format!("The server cannot be started: {error}."));
         let program = std::env::current_exe().map_err(failed)?;
         let mut child = Command::new(program)
             .args(["serve", "--host", "127.0.0.1", "--port", "0", "--data-dir"])
             .arg(data_dir)
+            .args(draft.map(|draft| format!("--draft-model={draft}")))
             .arg("--")
             .arg(model)
             .stdin(Stdio::null())

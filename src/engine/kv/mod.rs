@@ -19,7 +19,7 @@ mod tests;
 pub use pool::{Hold, Page, PagePool};
 pub use prefix::{CacheKey, NodeId, PrefixIndex};
 
-use crate::engine::runner::{PAGE_TOKENS, SeqSlot};
+use crate::engine::runner::{ModelRunner, PAGE_TOKENS, SeqSlot};
 use crate::ipc::Token;
 use std::collections::{BTreeMap, HashMap};
 
@@ -131,6 +131,18 @@ impl KvCache {
     /// What the runner must do before the next step, in order.
     pub fn take_changes(&mut self) -> Vec<SlotChange> {
         std::mem::take(&mut self.changes)
+    }
+
+    /// Has the runner do it.
+    pub fn apply_changes(&mut self, runner: &mut dyn ModelRunner) {
+        for change in self.changes.drain(..) {
+            match change {
+                SlotChange::Fork(from, to, tokens) => runner.fork(from, to, tokens),
+                SlotChange::Truncate(slot, tokens) => runner.truncate(slot, tokens),
+                SlotChange::Release(slot) => runner.release(slot),
+                SlotChange::CopyPage(from, to) => runner.copy_page(from, to),
+            }
+        }
     }
 
     /// What `tokens` would find now. The last token is never taken from the cache: its logits are

@@ -64,6 +64,13 @@ impl Mock {
         }
     }
 
+    /// From now on a step takes so long.
+    #[cfg(test)]
+    pub fn take(&mut self, time: Duration) {
+        self.step_time = time;
+        self.info.step_seconds = time.as_secs_f32();
+    }
+
     /// The sequence of tokens that greedy decoding continues `tokens` with: the tests' oracle.
     pub fn next_greedy(tokens: &[Token], adapter: Option<AdapterId>) -> Token {
         let logits = logits_of(tokens, adapter);
@@ -183,6 +190,10 @@ impl ModelRunner for Mock {
 
     fn remove_adapter(&mut self, adapter: AdapterId) {
         self.adapters.remove(&adapter);
+    }
+
+    fn load_draft(&self, spec: &LoadSpec) -> Result<Box<dyn ModelRunner>, RunnerError> {
+        Ok(Box::new(Self::load(spec)))
     }
 
     fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError> {

@@ -110,8 +110,48 @@ pub trait ModelRunner {
     fn copy_page(&mut self, _from: u32, _to: u32) {}
     fn install_adapter(&mut self, adapter: AdapterId, handle: AdapterHandle);
     fn remove_adapter(&mut self, adapter: AdapterId);
+    /// Loads a model that drafts for this one, on the same threads.
+    ///
+    /// # Errors
+    /// With the reason: of the file, or that drafts cannot be checked here.
+    fn load_draft(&self, _spec: &LoadSpec) -> Result<Box<dyn ModelRunner>, RunnerError> {
+        Err(RunnerError("only the native runner can check what a draft model drafts".into()))
+    }
     /// One pooled, L2-normalised vector.
     fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError>;
+}
+
+/// Loads the draft model for a loaded one, where there is to be one.
+///
+/// # Errors
+/// If it cannot be loaded, or does not have the same tokens.
+pub fn load_draft(
+    target: &dyn ModelRunner,
+    spec: &LoadSpec,
+) -> Result<Option<Box<dyn ModelRunner>>, RunnerError> {
+    let Some(path) = &spec.draft else { return Ok(None) };
+    let refuse = |why: String| {
+        RunnerError(format!(
+            "the draft model cannot be used: {why}. Take another --draft-model, or leave it out"
+        ))
+    };
+    let spec = LoadSpec { model: path.clone(), draft: None, ..spec.clone() };
+    let draft = target.load_draft(&spec).map_err(|error| refuse(error.0))?;
+    match target.tokenizer().vocab().difference(draft.tokenizer().vocab()) {
+        Some(difference) => Err(refuse(format!(
+            "its vocabulary is not the model's, {difference}; a smaller model of the same family \
+             has the same"
+        ))),
+        None => {
+            let info = draft.info();
+            tracing::info!(
+                "{} drafts, {:.1} ms a token",
+                info.description,
+                info.step_seconds * 1e3
+            );
+            Ok(Some(draft))
+        }
+    }
 }
 
 /// Loads the model and decodes one token, so that whatever breaks does so before anyone waits.

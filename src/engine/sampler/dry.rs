@@ -6,6 +6,7 @@
 
 use crate::ipc::{SamplingParams, Token};
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 /// Longest breaker text that counts, in bytes (llama.cpp's `MAX_CHAR_LEN`).
 pub const MAX_BREAKER_BYTES: usize = 40;
@@ -73,10 +74,10 @@ pub struct Dry {
     base: f32,
     allowed_length: usize,
     last_n: usize,
-    /// Tails of breakers by their first token.
-    breakers: HashMap<Token, Vec<Vec<Token>>>,
+    /// Tails of breakers by their first token. Shared with copies of the sampler.
+    breakers: Arc<HashMap<Token, Vec<Vec<Token>>>>,
     /// Tokens that are a breaker by themselves: never penalized.
-    single: HashSet<Token>,
+    single: Arc<HashSet<Token>>,
 }
 
 impl Dry {
@@ -111,8 +112,8 @@ impl Dry {
             base: params.dry_base,
             allowed_length: params.dry_allowed_length as usize,
             last_n: params.dry_penalty_last_n as usize,
-            breakers: tails,
-            single,
+            breakers: Arc::new(tails),
+            single: Arc::new(single),
         })
     }
 

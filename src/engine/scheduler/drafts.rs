@@ -6,70 +6,115 @@
 //! memory can afford long shots; in a full batch a row costs as much as it could gain, and nothing
 //! is drafted.
 //!
+//! What is forced or copied costs nothing to come up with. A draft model takes a pass for every token,
+//! which is added to the row's seconds; it is asked after the others, where it promises more.
+//!
 //! Drafts take what is left: of the step's tokens when everyone has had their rows, and of the pages
 //! when everyone has what they need. After the step they give their pages back, so nobody is ever
 //! put back for one.
 
 use super::{Plan, Scheduler};
+use crate::engine::cost::Pace;
 use crate::engine::grammar::TriggeredGrammar;
 use crate::engine::kv::KvCache;
 use crate::engine::sequence::{SeqKey, Sequence};
+use crate::engine::speculate::DraftModel;
 use crate::ipc::Speculate;
 
 /// After a step without, a draft must be so many times worth its rows.
 const RELUCTANCE: f32 = 1.25;
 
 impl Scheduler {
-    /// Gives rows to drafts, at most `budget`.
-    pub(super) fn draft(&mut self, plan: &mut Plan, kv: &mut KvCache, budget: usize) {
+    /// Gives rows to drafts, as far as the step has some left.
+    pub fn draft(&mut self, plan: &mut Plan, kv: &mut KvCache, model: Option<&mut DraftModel>) {
         if self.limits.speculate == Speculate::Off || plan.decoding == 0 {
             return;
         }
-        let mut chances = self.propose(plan);
+        self.propose(plan);
+        let mut pace = self.cost.decoding(plan.decoding);
+        if let Some(model) = model.filter(|_| plan.spare > 0) {
+            pace.seconds += self.consult(model, plan, kv, pace);
+        }
+        let chances = self.chances(plan);
         if chances.is_empty() {
             return;
         }
-        // Stable: a draft's tokens stay in their order.
-        chances.sort_by(|(a, _), (b, _)| b.total_cmp(a));
         let count = match self.limits.speculate {
-            Speculate::Auto => self.worth_computing(plan.decoding, &chances),
+            Speculate::Auto => self.worth_computing(pace, &chances),
             Speculate::Always | Speculate::Off => chances.len(),
         };
-        for &(_, at) in &chances[..count.min(budget)] {
+        for &(_, at) in &chances[..count.min(plan.spare)] {
             plan.work[at].drafted += 1;
         }
         for work in plan.work.iter_mut().filter(|work| work.drafted > 0) {
-            work.drafted = with_room(&mut self.running[work.index], work.drafted, kv);
+            let sequence = &mut self.running[work.index];
+            work.drafted = with_room(sequence, work.drafted, kv);
             self.drafts += u64::from(work.drafted > 0);
             self.drafted_tokens += work.drafted as u64;
+            self.modelled_tokens += sequence.modelled(work.drafted) as u64;
         }
     }
 
-    /// Lets everyone who decodes draft. For each drafted token the chance that it stands, and its
-    /// place in the plan.
-    fn propose(&mut self, plan: &Plan) -> Vec<(f32, usize)> {
-        let mut chances = Vec::new();
-        for (at, work) in plan.work.iter().enumerate() {
+    /// Lets everyone who decodes draft by what costs nothing: what is forced, and what is copied.
+    fn propose(&mut self, plan: &Plan) {
+        for work in &plan.work {
             let sequence = &mut self.running[work.index];
             let (decoding, most) = (sequence.is_decoding(), sequence.draft_limit());
             if let Some(speculation) = sequence.speculation.as_mut().filter(|_| decoding) {
                 let forced = sequence.grammar.as_mut().map(TriggeredGrammar::forced);
                 speculation.propose(&sequence.tokens, &forced.unwrap_or_default(), most);
+            }
+        }
+    }
+
+    /// Lets the model draft where that raises the pace further. Seconds that it takes.
+    fn consult(
+        &mut self,
+        model: &mut DraftModel,
+        plan: &Plan,
+        kv: &KvCache,
+        mut pace: Pace,
+    ) -> f32 {
+        for (chance, _) in self.chances(plan) {
+            if pace.gains(chance, pace.row) {
+                pace.add(chance, pace.row);
+            }
+        }
+        let mut planned = vec![false; self.running.len()];
+        plan.work.iter().for_each(|work| planned[work.index] = true);
+        let room = kv.free_pages() + kv.cached_pages() > 0;
+        let draftees = self.running.iter_mut().zip(planned).filter_map(|(sequence, planned)| {
+            let pages = sequence.pages.as_ref().filter(|_| planned && sequence.is_decoding())?;
+            let fits = pages.capacity().saturating_sub(sequence.tokens.len());
+            sequence.draftee(if room { plan.spare } else { plan.spare.min(fits) })
+        });
+        let draftees = draftees.collect();
+        let pace = (self.limits.speculate == Speculate::Auto).then_some(pace);
+        model.draft(draftees, pace, plan.spare)
+    }
+
+    /// For each drafted token the chance that it stands, and its place in the plan; likeliest first.
+    fn chances(&self, plan: &Plan) -> Vec<(f32, usize)> {
+        let mut chances = Vec::new();
+        for (at, work) in plan.work.iter().enumerate() {
+            let sequence = &self.running[work.index];
+            if let Some(speculation) =
+                sequence.speculation.as_ref().filter(|_| sequence.is_decoding())
+            {
                 chances.extend(speculation.chances().map(|chance| (chance, at)));
             }
         }
+        // Stable: a draft's tokens stay in their order.
+        chances.sort_by(|(a, _), (b, _)| b.total_cmp(a));
         chances
     }
 
     /// How many of the rows, likeliest first, raise the tokens per second of a step.
-    fn worth_computing(&mut self, decoding: usize, chances: &[(f32, usize)]) -> usize {
-        let (mut seconds, row) = self.cost.decoding(decoding);
-        let mut tokens = decoding as f32;
+    fn worth_computing(&mut self, mut pace: Pace, chances: &[(f32, usize)]) -> usize {
         let reluctance = if self.drafting { 1.0 } else { RELUCTANCE };
         let gains = |&&(chance, _): &&(f32, usize)| {
-            let gains = chance * seconds > row * tokens * reluctance;
-            seconds += row;
-            tokens += chance;
+            let gains = pace.gains(chance, pace.row * reluctance);
+            pace.add(chance, pace.row);
             gains
         };
         let count = chances.iter().take_while(gains).count();
@@ -92,6 +137,7 @@ impl Scheduler {
         kv.commit(pages, &sequence.tokens[..sequence.computed]);
         self.shares.charge(sequence.facts.fair_key, 0, 1);
         self.accepted_tokens += 1;
+        self.accepted_modelled += (sequence.modelled(given) - sequence.modelled(given - 1)) as u64;
         true
     }
 

@@ -1,22 +1,22 @@
 //! Who gets rows in the next step.
 //!
-//! Decode first, then chunks of prefill under a token budget, then what is worth drafting. Who may
+//! Decode first, then chunks of prefill under a token budget, then what is worth drafting (`drafts`). Who may
 //! enter is decided in `queue`.
 //! When the cache is full, the sequence that is least in the right is put back and
 //! computed again later. Where the runner cannot mix adapters, groups take turns.
 
-mod cost;
 mod drafts;
 mod fair;
 mod queue;
 #[cfg(test)]
 mod tests;
 
+use super::cost::CostModel;
 use super::kv::KvCache;
 use super::runner::{MAX_PROMPT_LOGITS, Wants};
 use super::sequence::{SeqKey, Sequence};
+use super::speculate::Speculation;
 use crate::ipc::{AdapterId, RequestId, Speculate};
-use cost::CostModel;
 use fair::FairShares;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -57,6 +57,8 @@ pub struct Plan {
     pub admitted: Vec<(RequestId, usize)>,
     pub decoding: usize,
     pub prefill: usize,
+    /// Rows that are left for drafts.
+    pub spare: usize,
 }
 
 pub struct Scheduler {
@@ -80,6 +82,9 @@ pub struct Scheduler {
     pub drafts: u64,
     pub drafted_tokens: u64,
     pub accepted_tokens: u64,
+    /// Those of them that the draft model came up with.
+    pub modelled_tokens: u64,
+    pub accepted_modelled: u64,
 }
 
 impl Scheduler {
@@ -101,6 +106,8 @@ impl Scheduler {
             drafts: 0,
             drafted_tokens: 0,
             accepted_tokens: 0,
+            modelled_tokens: 0,
+            accepted_modelled: 0,
         }
     }
 
@@ -118,7 +125,7 @@ impl Scheduler {
         self.waiting.push(sequence);
     }
 
-    /// The next step; empty when nobody can run.
+    /// The next step without drafts; empty when nobody can run.
     pub fn schedule(&mut self, kv: &mut KvCache) -> Plan {
         let mut plan = Plan::default();
         self.admit(kv, &mut plan);
@@ -154,7 +161,7 @@ impl Scheduler {
             }
             plan.work.push(Work { index, rows, wants, samples, drafted: 0 });
         }
-        self.draft(&mut plan, kv, budget);
+        plan.spare = budget;
         // Rows of one adapter together; and llama.cpp's streams compute neighbouring slots in one
         // graph, others one after the other.
         plan.work.sort_by_key(|work| {
@@ -300,6 +307,7 @@ impl Scheduler {
             kv.retire(pages);
         }
         sequence.computed = 0;
+        sequence.speculation.iter_mut().for_each(Speculation::make_room);
         self.preemptions += 1;
         self.waiting.push(sequence);
     }

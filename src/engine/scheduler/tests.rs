@@ -2,9 +2,12 @@
 
 use super::*;
 use crate::engine::kv::{CacheKey, SlotChange};
+use crate::engine::runner::PAGE_TOKENS;
+use crate::engine::runner::mock::Mock;
 use crate::engine::sampler::Sampler;
 use crate::engine::sequence::{Choice, RequestFacts};
-use crate::ipc::{SamplingParams, StopParams, Token};
+use crate::engine::speculate::DraftModel;
+use crate::ipc::{LoadSpec, RunnerKind, SamplingParams, StopParams, Token};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use std::collections::BTreeMap;
@@ -58,6 +61,10 @@ struct Sim {
     accepted: usize,
     /// What a step takes, by its rows.
     seconds: fn(usize) -> f32,
+    /// What comes after some tokens.
+    next: fn(&[Token]) -> Token,
+    /// The mock, which agrees with `next_or_mock` now and then.
+    model: Option<DraftModel>,
 }
 
 impl Sim {
@@ -72,6 +79,8 @@ impl Sim {
             served: BTreeMap::new(),
             accepted: 0,
             seconds: |_| 0.001,
+            next,
+            model: None,
         }
     }
 
@@ -94,7 +103,8 @@ impl Sim {
             choices: 1,
             arrived: self.start + Duration::from_micros(id) - Duration::from_millis(spec.age),
         });
-        let sampler = Sampler::new(&SamplingParams::default(), 0, 256, &|_| Vec::new());
+        let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let sampler = Sampler::new(&params, 0, 258, &|_| Vec::new());
         let choice = Choice { choice: 0, sampler, grammar: None };
         self.scheduler.push(Sequence::new(facts, tokens, choice, Vec::new()));
         self.specs.push(spec);
@@ -151,7 +161,8 @@ impl Sim {
 
     /// Does what the step loop does.
     fn step(&mut self) -> Plan {
-        let plan = self.scheduler.schedule(&mut self.kv);
+        let mut plan = self.scheduler.schedule(&mut self.kv);
+        self.scheduler.draft(&mut plan, &mut self.kv, self.model.as_mut());
         self.check(&plan);
         for change in self.kv.take_changes() {
             match change {
@@ -179,7 +190,7 @@ impl Sim {
             if work.samples {
                 let draft = sequence.draft(work.drafted);
                 slot.extend_from_slice(draft);
-                give(sequence);
+                give(sequence, self.next);
                 drafted.push((sequence.key, work.drafted));
             }
         }
@@ -188,7 +199,7 @@ impl Sim {
                 if !self.scheduler.stands(key, given, &mut self.kv) {
                     break;
                 }
-                give(self.scheduler.sequence_mut(key).unwrap());
+                give(self.scheduler.sequence_mut(key).unwrap(), self.next);
                 self.accepted += 1;
             }
             if count > 0 {
@@ -213,7 +224,7 @@ impl Sim {
             let spec = &self.specs[*id as usize];
             let mut expected = spec.prompt(*id);
             for _ in 0..spec.output {
-                expected.push(next(&expected));
+                expected.push((self.next)(&expected));
             }
             assert_eq!(*tokens, expected);
         }
@@ -226,7 +237,20 @@ fn next(tokens: &[Token]) -> Token {
     10_000 + (tokens.iter().fold(7, mix) >> 8) % 3
 }
 
-fn give(sequence: &mut Sequence) {
+/// Half of them are what the mock says, which a draft model may find.
+fn next_or_mock(tokens: &[Token]) -> Token {
+    let greedy = Mock::next_greedy(tokens, None);
+    let other = next(tokens) % 200;
+    if tokens.len() % 16 < 10 && greedy < 256 { greedy } else { other }
+}
+
+fn draft_model(pages: u32, max_sequences: u32) -> DraftModel {
+    let plain = LoadSpec::plain("mock", RunnerKind::Mock);
+    let spec = LoadSpec { kv_tokens: pages * PAGE_TOKENS as u32, max_sequences, ..plain };
+    DraftModel::new(Box::new(Mock::load(&spec)), 258)
+}
+
+fn give(sequence: &mut Sequence, next: fn(&[Token]) -> Token) {
     let token = next(&sequence.tokens);
     sequence.tokens.push(token);
     sequence.speculation.as_mut().unwrap().observe(token);
@@ -293,10 +317,15 @@ proptest! {
         max_sequences in 1..7usize,
         more_rows in 1..100usize,
         mixes_adapters: bool,
+        draft_pages in prop::option::of(3..24u32),
         ops in prop::collection::vec(op(), 1..40),
     ) {
         let limits = Limits { mixes_adapters, ..limits(max_sequences, max_sequences + more_rows) };
         let mut sim = Sim::new(limits, pages);
+        if let Some(draft_pages) = draft_pages {
+            sim.model = Some(draft_model(draft_pages, max_sequences as u32));
+            sim.next = next_or_mock;
+        }
         let (mut paused, mut cancelled) = (BTreeMap::new(), 0);
         for op in ops {
             match op {
@@ -331,6 +360,12 @@ proptest! {
         prop_assert_eq!(sim.done.len() + cancelled, sim.specs.len());
         prop_assert_eq!(sim.kv.held_pages(), 0);
         prop_assert_eq!(sim.scheduler.accepted_tokens, sim.accepted as u64);
+        prop_assert!(sim.scheduler.accepted_modelled <= sim.scheduler.modelled_tokens);
+        prop_assert!(sim.model.is_some() || sim.scheduler.modelled_tokens == 0);
+        if let (Some(model), Some(pages)) = (&mut sim.model, draft_pages) {
+            prop_assert_eq!(model.held_pages(), 0);
+            prop_assert_eq!(model.free_pages(), pages as usize);
+        }
         while sim.kv.evict_one() {}
         prop_assert_eq!(sim.kv.free_pages(), sim.kv.total_pages());
     }
@@ -355,6 +390,24 @@ fn drafts_take_what_is_left() {
     assert!(sim.accepted > 0 && most >= 4, "{} accepted, {most} drafted", sim.accepted);
     // Four sequences of two pages each in eight pages.
     assert_eq!(sim.scheduler.preemptions, 0);
+}
+
+/// The draft model's tokens stand where it is right, and whoever has to wait is read again.
+#[test]
+fn a_draft_model_adds_to_what_is_copied() {
+    let mut sim = Sim::new(limits(4, 64), 16);
+    (sim.next, sim.model) = (next_or_mock, Some(draft_model(16, 4)));
+    for _ in 0..12 {
+        sim.arrive(Spec { length: 20, output: 150, ..PLAIN });
+    }
+    while !sim.scheduler.is_empty() {
+        sim.step();
+    }
+    sim.check_results();
+    let Scheduler { modelled_tokens, accepted_modelled, preemptions, .. } = sim.scheduler;
+    println!("{accepted_modelled} of {modelled_tokens} stood, {preemptions} put back");
+    assert!(accepted_modelled > 500 && accepted_modelled < modelled_tokens);
+    assert!(preemptions > 0);
 }
 
 /// In a full batch, whose rows cost as much as they could gain, nothing is drafted.

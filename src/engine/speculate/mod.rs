@@ -6,16 +6,22 @@
 //! (Leviathan et al., arXiv:2211.17192, accept by a ratio of probabilities instead, which keeps the
 //! distribution, not the draw.)
 //!
-//! Drafts come from what stood in prompt and output before, and from a grammar that leaves no choice.
+//! Drafts come from a grammar that leaves no choice, from what stood in prompt and output before, and
+//! from a [`DraftModel`], where there is one and nothing likelier is known.
 //! A sequence's [`Speculation`] proposes; the scheduler decides how much of it is worth computing;
 //! the step loop samples row after row until one differs, and takes the rest back.
 
 mod acceptance;
 mod lookup;
+mod model;
+mod seat;
+
+pub use model::{DraftModel, Draftee};
 
 use crate::ipc::Token;
 use acceptance::Acceptance;
 use lookup::Lookup;
+use seat::Seat;
 
 /// Tokens drafted for a sequence in one step, at most. A longer draft gains little: every step pays
 /// for its first token anyway.
@@ -30,10 +36,14 @@ const FORCED: f32 = 0.98;
 pub struct Speculation {
     lookup: Lookup,
     acceptance: Acceptance,
+    /// `None` until a draft model has to do with it.
+    seat: Option<Seat>,
     draft: Vec<Token>,
     /// The first tokens of the draft that the grammar forces.
     forced: usize,
-    /// Tokens before the others that also stood before what they were copied from.
+    /// Where the others are the draft model's: the probability of each in it.
+    confidence: Vec<f32>,
+    /// Where they are copied: tokens before them that also stood before what they were copied from.
     matched: usize,
     /// Tokens of the draft that have come since.
     confirmed: usize,
@@ -45,6 +55,7 @@ impl Speculation {
     pub fn propose(&mut self, tokens: &[Token], forced: &[Token], most: usize) {
         self.confirmed = 0;
         self.forced = forced.len().min(most);
+        self.confidence.clear();
         self.draft.clear();
         self.draft.extend_from_slice(&forced[..self.forced]);
         if let Some(found) = self.lookup.find(tokens, &self.draft) {
@@ -65,20 +76,58 @@ impl Speculation {
     /// For each token of the draft, how likely it is that it and all before it stand; falling.
     pub fn chances(&self) -> impl Iterator<Item = f32> {
         (0..self.draft.len()).scan(1.0, |all, at| {
-            *all *= match at.checked_sub(self.forced) {
-                None => FORCED,
-                Some(copied) => self.acceptance.rate(self.matched + copied),
+            *all *= match (at.checked_sub(self.forced), &self.seat) {
+                (None, _) => FORCED,
+                (Some(at), Some(seat)) if self.is_modelled() => {
+                    seat.trust.rate(self.confidence[at])
+                }
+                (Some(copied), _) => self.acceptance.rate(self.matched + copied),
             };
             Some(*all)
         })
+    }
+
+    fn is_modelled(&self) -> bool {
+        !self.confidence.is_empty()
+    }
+
+    /// How many of the draft's first `count` tokens are the draft model's.
+    pub fn modelled(&self, count: usize) -> usize {
+        if self.is_modelled() { count.saturating_sub(self.forced) } else { 0 }
+    }
+
+    /// The tokens that a draft model goes on from: those that are forced, and its own.
+    fn begun(&self) -> &[Token] {
+        &self.draft[..self.forced + self.confidence.len()]
+    }
+
+    /// The draft model's next token, instead of what was copied.
+    fn push(&mut self, token: Token, confidence: f32) {
+        self.draft.truncate(self.forced + self.confidence.len());
+        self.draft.push(token);
+        self.confidence.push(confidence);
+    }
+
+    /// How likely the next token after the forced ones is, as far as it is known without a model.
+    fn copied_chance(&self) -> f32 {
+        let any = self.draft.len() > self.forced;
+        if any { self.acceptance.rate(self.matched) } else { 0.0 }
+    }
+
+    /// The sequence has to wait: a draft model's pages are others' until it goes on.
+    pub fn make_room(&mut self) {
+        self.seat.iter_mut().for_each(Seat::leave);
     }
 
     /// A token has come. What it says of the draft is learned whether that was computed or not.
     pub fn observe(&mut self, token: Token) {
         let Some(&foreseen) = self.draft.get(self.confirmed) else { return };
         let stands = foreseen == token;
-        if let Some(copied) = self.confirmed.checked_sub(self.forced) {
-            self.acceptance.observe(self.matched + copied, stands);
+        let modelled = self.is_modelled();
+        match (self.confirmed.checked_sub(self.forced), &mut self.seat) {
+            (None, _) => {}
+            (Some(at), Some(seat)) if modelled => seat.observe(self.confidence[at], stands),
+            (Some(copied), _) => self.acceptance.observe(self.matched + copied, stands),
         }
         if stands {
             self.confirmed += 1;
@@ -91,6 +140,10 @@ impl Speculation {
 #[cfg(test)]
 #[path = "tests.rs"]
 mod native;
+
+#[cfg(test)]
+#[path = "model_tests.rs"]
+mod model_tests;
 
 #[cfg(test)]
 mod tests {

@@ -1,19 +1,21 @@
 //! With a real model: the same text and the same bits with and without, alone and in company.
 
 use crate::engine::Local;
+use crate::gguf::fixture::{CopiedLayer, with_layers};
 use crate::ipc::{
     Event, FinishReason, FromEngine, Generate, Grammar, GrammarSpec, LoadSpec, Progress, Prompt,
     RequestId, RunnerKind, SamplingParams, Speculate, StopParams, ToEngine, Token,
 };
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Long enough for anything here to end, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-fn spec(model: PathBuf, speculate: Speculate) -> LoadSpec {
+fn spec(model: &Path, draft: Option<&Path>, speculate: Speculate) -> LoadSpec {
     LoadSpec {
+        draft: draft.map(Path::to_owned),
         // Tight: some are put back while all run.
         kv_tokens: 1024,
         batch_tokens: 256,
@@ -39,8 +41,8 @@ struct Engine {
 }
 
 impl Engine {
-    fn start(model: PathBuf, speculate: Speculate) -> Self {
-        let local = Local::start(spec(model, speculate)).unwrap();
+    fn start(model: &Path, draft: Option<&Path>, speculate: Speculate) -> Self {
+        let local = Local::start(spec(model, draft, speculate)).unwrap();
         let FromEngine::Loaded(info) = local.frames().recv_timeout(PATIENCE).unwrap() else {
             panic!("the model loads");
         };
@@ -138,14 +140,18 @@ fn requests() -> Vec<Generate> {
     ]
 }
 
-#[test]
-fn drafts_change_no_bit() {
+fn model() -> Option<PathBuf> {
     let model = std::env::var_os("INGOT_TEST_MODEL").map(PathBuf::from);
     assert!(model.is_some() || std::env::var_os("CI").is_none(), "CI sets INGOT_TEST_MODEL");
-    let Some(model) = model else { return };
+    model
+}
+
+#[test]
+fn drafts_change_no_bit() {
+    let Some(model) = model() else { return };
     let requests = requests();
     let alone = |speculate: Speculate| {
-        let mut engine = Engine::start(model.clone(), speculate);
+        let mut engine = Engine::start(&model, None, speculate);
         let mut answers = Answers::new();
         for request in &requests {
             engine.ask(std::slice::from_ref(request), &mut answers);
@@ -169,7 +175,7 @@ fn drafts_change_no_bit() {
     );
     assert!(engine.last.accepted_tokens > accepted_tokens);
     // As it is by default, beside requests that draft nothing.
-    let mut engine = Engine::start(model, Speculate::Auto);
+    let mut engine = Engine::start(&model, None, Speculate::Auto);
     let mixed: Vec<_> = requests
         .into_iter()
         .map(|request| Generate { max_drafted: (request.id.0 % 2 == 0).then_some(0), ..request })
@@ -177,4 +183,55 @@ fn drafts_change_no_bit() {
     let mut answers = Answers::new();
     engine.ask(&mixed, &mut answers);
     assert!(plain == answers, "by default:\n{plain:?}\n{answers:?}");
+}
+
+/// The model itself drafts, which is right about nearly everything (masks of a grammar it does not
+/// know), and one that lacks layers, which is not.
+#[test]
+fn a_draft_model_changes_no_bit() {
+    let Some(model) = model() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let damaged = folder.path().join("damaged.gguf");
+    let kept: Vec<_> = (0..12).chain(24..30).map(CopiedLayer::Whole).collect();
+    with_layers(&model, &damaged, &kept).unwrap();
+    let requests = requests();
+    let mut plain = Answers::new();
+    Engine::start(&model, None, Speculate::Off).ask(&requests, &mut plain);
+    let mut shares = Vec::new();
+    for (draft, speculate) in [
+        (&model, Speculate::Always),
+        (&damaged, Speculate::Always),
+        (&damaged, Speculate::Auto),
+        (&model, Speculate::Auto),
+    ] {
+        let mut engine = Engine::start(&model, Some(draft), speculate);
+        // With nothing in the cache, and with what the others have left there.
+        for turn in ["together", "again"] {
+            let mut answers = Answers::new();
+            engine.ask(&requests, &mut answers);
+            assert!(plain == answers, "{turn}, {speculate:?}:\n{plain:?}\n{answers:?}");
+        }
+        let Progress { modelled_tokens, accepted_modelled, preemptions, .. } = engine.last;
+        println!(
+            "{speculate:?}: {accepted_modelled} of the {modelled_tokens} tokens of the draft model \
+             accepted, {preemptions} put back"
+        );
+        shares.push((accepted_modelled, modelled_tokens));
+    }
+    let [(right, all), (few, many), ..] = shares[..] else { unreachable!() };
+    assert!(all > 200 && right * 10 >= all * 9, "{right} of {all} with the model itself");
+    assert!(many > 50 && few * 10 < many * 9, "{few} of {many} with the damaged one");
+}
+
+#[test]
+fn another_vocabulary_is_refused() {
+    let Some(model) = model() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let other = folder.path().join("other.gguf");
+    crate::gguf::fixture::tiny_llama(&other, &Default::default()).unwrap();
+    let local = Local::start(spec(&model, Some(&other), Speculate::Auto)).unwrap();
+    let FromEngine::LoadFailed(why) = local.frames().recv_timeout(PATIENCE).unwrap() else {
+        panic!("the draft model is refused");
+    };
+    assert!(why.contains("vocabulary") && why.contains("49152"), "{why}");
 }

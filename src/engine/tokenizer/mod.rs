@@ -4,6 +4,9 @@ pub mod native;
 
 use crate::ipc::Token;
 
+/// Tokens that one vocabulary of a family may have more than another.
+const MAX_PADDING: usize = 256;
+
 /// A model's vocabulary and its tokenizer.
 pub trait Tokenizer: Send + Sync {
     fn vocab(&self) -> &Vocab;
@@ -83,6 +86,30 @@ impl Vocab {
         self.piece(token)
     }
 
+    /// Where another vocabulary differs, in words; `None` if texts in either are the same tokens. Either
+    /// may have more tokens at its end, as models of one family are padded to different sizes.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        let common = self.len().min(other.len());
+        if self.len().max(other.len()) - common > MAX_PADDING {
+            return Some(format!("with {} tokens instead of {}", other.len(), self.len()));
+        }
+        let text = |vocab: &Self, token| {
+            format!("{:?}", String::from_utf8_lossy(vocab.piece(token)).into_owned())
+        };
+        let differs = |&token: &Token| self.piece(token) != other.piece(token);
+        if let Some(token) = (0..common as Token).find(differs) {
+            let (ours, theirs) = (text(self, token), text(other, token));
+            return Some(format!("token {token} is {theirs} instead of {ours}"));
+        }
+        let named = |token: Option<Token>| token.map_or("none".into(), |token| token.to_string());
+        [("begins", self.bos, other.bos), ("ends", self.eos, other.eos)].into_iter().find_map(
+            |(what, ours, theirs)| {
+                let (ours, theirs) = (named(ours), named(theirs));
+                (ours != theirs).then(|| format!("token {theirs} instead of {ours} {what} a text"))
+            },
+        )
+    }
+
     /// All tokens that end generation.
     pub fn end_tokens(&self) -> Vec<Token> {
         (0..self.len() as Token).filter(|&token| self.ends_generation(token)).collect()
@@ -94,5 +121,32 @@ impl Vocab {
             .filter(|&token| self.is_control(token))
             .map(|token| (String::from_utf8_lossy(self.piece(token)).into_owned(), token))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod same {
+    use super::*;
+
+    fn vocab(pieces: &[&str]) -> Vocab {
+        let pieces = pieces.iter().map(|piece| (piece.as_bytes().to_vec(), false, false));
+        let mut vocab = Vocab::new(pieces);
+        (vocab.bos, vocab.eos) = (Some(0), Some(1));
+        vocab
+    }
+
+    #[test]
+    fn differences_are_named() {
+        let ours = vocab(&["<s>", "</s>", "a", "b"]);
+        assert_eq!(ours.difference(&vocab(&["<s>", "</s>", "a", "b"])), None);
+        assert_eq!(ours.difference(&vocab(&["<s>", "</s>", "a", "b", "[pad]"])), None);
+        assert_eq!(ours.difference(&vocab(&["<s>", "</s>", "a"])), None);
+        let other = ours.difference(&vocab(&["<s>", "</s>", "a", "c"])).unwrap();
+        assert_eq!(other, r#"token 3 is "c" instead of "b""#);
+        let mut ends = vocab(&["<s>", "</s>", "a", "b"]);
+        ends.eos = Some(2);
+        assert_eq!(ours.difference(&ends).unwrap(), "token 2 instead of 1 ends a text");
+        let long = vocab(&["<s>"; 300]);
+        assert_eq!(ours.difference(&long).unwrap(), "with 300 tokens instead of 4");
     }
 }

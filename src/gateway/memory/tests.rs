@@ -25,8 +25,12 @@ fn config(toml: &str) -> EngineConfig {
     options.resolve().unwrap().engine
 }
 
+fn file(header: ModelHeader) -> ModelFile {
+    ModelFile { header, path: "model.gguf".into() }
+}
+
 fn plan(toml: &str, available: u64) -> Result<MemoryPlan, DoesNotFit> {
-    MemoryPlan::make(&header(), "model.gguf".into(), &config(toml), available)
+    MemoryPlan::make(&file(header()), None, &config(toml), available)
 }
 
 #[test]
@@ -115,7 +119,7 @@ fn the_native_runner_takes_what_it_covers() {
         header.uncovered = (!covered).then(|| "a reason".into());
         let mut config = config(toml);
         config.runner = config.runner.filter(|runner| *runner != RunnerKind::LlamaCpp);
-        let plan = MemoryPlan::make(&header, "m".into(), &config, 16 * GIB).unwrap();
+        let plan = MemoryPlan::make(&file(header), None, &config, 16 * GIB).unwrap();
         (plan.spec.runner, plan.notes.join(", "))
     };
     assert_eq!(runner(true, ""), (RunnerKind::Native, String::new()));
@@ -132,7 +136,7 @@ fn models_without_a_cache_or_a_context_are_planned_too() {
     header.facts.kv_elements.clear();
     header.facts.n_ctx_train = 0;
     header.facts.causal = false;
-    let plan = MemoryPlan::make(&header, "m".into(), &config(""), 16 * GIB).unwrap();
+    let plan = MemoryPlan::make(&file(header), None, &config(""), 16 * GIB).unwrap();
     assert_eq!((plan.kv_cache, plan.context_length), (0, 8_192));
     // Both directions at once: the whole input is one batch.
     assert_eq!(plan.spec.batch_tokens, 8_192);
@@ -152,9 +156,12 @@ fn extreme_headers_do_not_overflow() {
     header.facts.n_head = 1 << 24;
     header.facts.kv_elements = vec![(1 << 48, 1 << 48); 512];
     header.weights_bytes = 1 << 62;
+    let model = file(header);
     for toml in ["", "kv_tokens = 4294967295", "flash_attention = false", "kv_layout = \"streams\""]
     {
-        assert!(MemoryPlan::make(&header, "m".into(), &config(toml), GIB).is_err(), "{toml}");
+        for draft in [None, Some(&model)] {
+            assert!(MemoryPlan::make(&model, draft, &config(toml), GIB).is_err(), "{toml}");
+        }
     }
 }
 
@@ -164,4 +171,28 @@ fn the_table_names_every_part() {
     for part in ["weights", "KV cache", "65536 tokens of f16", "compute buffers", "total"] {
         assert!(text.contains(part), "{part} in {text}");
     }
+}
+
+#[test]
+fn a_draft_model_is_counted_with_its_cache() {
+    let make = |toml: &str, available: u64| {
+        let mut small = header();
+        small.facts.n_ctx_train = 2_048;
+        small.weights_bytes = 10 << 20;
+        let mut config = config(toml);
+        config.runner = Some(RunnerKind::Native);
+        let draft = ModelFile { header: small, path: "draft.gguf".into() };
+        MemoryPlan::make(&file(header()), Some(&draft), &config, available)
+    };
+    let plan = make("", 16 * GIB).unwrap();
+    assert_eq!(plan.spec.draft, Some("draft.gguf".into()));
+    assert!(plan.draft_model > (10 << 20) + plan.kv_cache, "{plan}");
+    assert!(plan.notes.join(" ").contains("2048"), "{plan}");
+    assert!(plan.to_string().contains("draft model"));
+    let error = make("kv_tokens = 32768", plan.total() - 1).unwrap_err().to_string();
+    for part in ["for the draft model", "no --draft-model"] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    let without = make("speculate = \"off\"", 16 * GIB).unwrap();
+    assert_eq!((without.spec.draft, without.draft_model), (None, 0));
 }

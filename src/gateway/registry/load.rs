@@ -5,9 +5,10 @@
 use super::{Model, Registry, blocking, check_name, conflict, seconds_since_1970};
 use crate::gateway::error::ApiError;
 use crate::gateway::header::ModelHeader;
-use crate::gateway::memory::{DoesNotFit, MemoryPlan, available};
+use crate::gateway::memory::{DoesNotFit, MemoryPlan, ModelFile, available};
 use crate::gateway::store::StoreError;
 use crate::gateway::supervisor::Engine;
+use crate::ipc::{RunnerKind, Speculate};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,11 +38,11 @@ impl Registry {
             .with_code("model_not_found")
         })?;
         let path = self.store.folder().join(&stored.file);
-        self.load_path(name.unwrap_or(&stored.name), path).await
+        self.load_path(name.unwrap_or(&stored.name), path, None).await
     }
 
-    /// Loads the model file at `path` (never a client's choice) and serves it as `name`. Returns
-    /// when it takes requests.
+    /// Loads the model file at `path` (never a client's choice) and serves it as `name`; the model at
+    /// `draft` drafts for it. Returns when it takes requests.
     ///
     /// # Errors
     /// 409 if the name is taken, 422 with the numbers if it does not fit into memory, or with the
@@ -50,12 +51,13 @@ impl Registry {
         self: &Arc<Self>,
         name: &str,
         path: PathBuf,
+        draft: Option<PathBuf>,
     ) -> Result<Arc<Model>, ApiError> {
         check_name("name", name)?;
         let loading = Loading::reserve(self, name)?;
         let task = tokio::spawn(async move {
             let registry = loading.registry.clone();
-            registry.load_reserved(loading, path).await
+            registry.load_reserved(loading, path, draft).await
         });
         task.await.unwrap_or_else(|error| Err(ApiError::internal(error)))
     }
@@ -64,15 +66,21 @@ impl Registry {
         self: Arc<Self>,
         loading: Loading,
         path: PathBuf,
+        draft: Option<PathBuf>,
     ) -> Result<Arc<Model>, ApiError> {
         let _turn = self.one_at_a_time.lock().await;
         let runner = self.config.engine.runner;
-        let (header, path) = blocking(move || {
-            let path = path.canonicalize().unwrap_or(path);
-            Ok((ModelHeader::read(&path, runner)?, path))
+        let draft = draft.filter(|_| self.config.engine.speculate != Speculate::Off);
+        let (model, draft) = blocking(move || {
+            let read = |path: PathBuf| -> Result<_, ApiError> {
+                let path = path.canonicalize().unwrap_or(path);
+                Ok(ModelFile { header: ModelHeader::read(&path, runner)?, path })
+            };
+            Ok((read(path)?, draft.map(read).transpose()?))
         })
         .await?;
-        let plan = self.make_room(&header, path).await?;
+        let plan = self.make_room(&model, draft.as_ref()).await?;
+        let header = model.header;
         let started = Instant::now();
         let name = loading.name.clone();
         let engine = Engine::start(name.clone(), plan.spec.clone(), self.config.engine.watchdog);
@@ -106,17 +114,18 @@ impl Registry {
     /// Plans for a new model, and unloads idle ones, the least recently used first, until it fits.
     async fn make_room(
         self: &Arc<Self>,
-        header: &ModelHeader,
-        path: PathBuf,
+        model: &ModelFile,
+        draft: Option<&ModelFile>,
     ) -> Result<MemoryPlan, ApiError> {
         let refused =
             |DoesNotFit(reason)| ApiError::unprocessable(reason).with_code("insufficient_memory");
         let config = &self.config.engine;
         let evictable: u64 = self.idle_models().iter().map(|model| model.plan.total()).sum();
         let best = self.room().saturating_add(evictable);
-        MemoryPlan::make(header, path.clone(), config, best).map_err(refused)?;
+        let plan = MemoryPlan::make(model, draft, config, best).map_err(refused)?;
+        check_draft(&plan, &model.header, draft)?;
         loop {
-            let plan = MemoryPlan::make(header, path.clone(), config, self.room());
+            let plan = MemoryPlan::make(model, draft, config, self.room());
             let full = self.lock().models.len() >= config.max_loaded_models as usize;
             let refusal = match plan {
                 Ok(plan) if !full => return Ok(plan),
@@ -234,6 +243,36 @@ impl Loading {
 impl Drop for Loading {
     fn drop(&mut self) {
         self.registry.lock().loading.remove(&self.name);
+    }
+}
+
+/// Whether both models are of those that draft and check.
+fn check_draft(
+    plan: &MemoryPlan,
+    header: &ModelHeader,
+    draft: Option<&ModelFile>,
+) -> Result<(), ApiError> {
+    let Some(draft) = draft.filter(|_| plan.spec.runner != RunnerKind::Mock) else { return Ok(()) };
+    let refuse = |why: String| {
+        Err(ApiError::unprocessable(format!(
+            "The draft model cannot be used: {why}. Take another --draft-model, or leave it out."
+        ))
+        .with_code("draft_model_unusable"))
+    };
+    let reason = |uncovered: &Option<String>| match uncovered {
+        Some(reason) => format!(" ({reason})"),
+        None => String::new(),
+    };
+    if plan.spec.runner == RunnerKind::LlamaCpp {
+        let why = reason(&header.uncovered);
+        return refuse(format!("llama.cpp runs the model, whose rows cannot be checked{why}"));
+    }
+    match draft.header.uncovered {
+        Some(_) => {
+            let why = reason(&draft.header.uncovered);
+            refuse(format!("the native runner does not cover it{why}"))
+        }
+        None => Ok(()),
     }
 }
 

@@ -29,7 +29,7 @@ async fn files_that_are_no_models_are_422_and_free_their_name() {
     let path = folder.path().join("bad.gguf");
     std::fs::write(&path, b"this is not a model").unwrap();
     for _ in 0..2 {
-        let error = registry.load_path("bad", path.clone()).await.unwrap_err();
+        let error = registry.load_path("bad", path.clone(), None).await.unwrap_err();
         assert_eq!(error.status, 422, "{error}");
         assert!(!error.message.contains(folder.path().to_str().unwrap()), "{error}");
     }

@@ -14,7 +14,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Gets and loads the models of the command line, in its order, then the adapters.
+/// Gets and loads the models of the command line, in its order, then the adapters. The draft model is
+/// the first one's.
 pub(super) async fn load_all(app: &Arc<App>) -> Result<(), ServeError> {
     let mock = app.config.engine.runner == Some(RunnerKind::Mock);
     let default = if mock { "mock" } else { DEFAULT_MODEL };
@@ -22,17 +23,18 @@ pub(super) async fn load_all(app: &Arc<App>) -> Result<(), ServeError> {
     if wanted.is_empty() {
         wanted.push(default.to_owned());
     }
+    let mut draft = match &app.config.draft_model {
+        Some(reference) => Some(find(app, reference, mock).await?.1),
+        None => None,
+    };
     let mut first = None;
     for reference in &wanted {
-        let (name, path) = match locate(app, reference, mock).await? {
-            Some(found) => (found.name, found.path),
-            None => (reference.clone(), PathBuf::from(reference)),
-        };
+        let (name, path) = find(app, reference, mock).await?;
         let failed = |error: crate::gateway::error::ApiError| ServeError::Model {
             name: name.clone(),
             reason: error.message,
         };
-        let model = app.registry.load_path(&name, path).await.map_err(failed)?;
+        let model = app.registry.load_path(&name, path, draft.take()).await.map_err(failed)?;
         say(&describe(&model));
         first.get_or_insert_with(|| model.name.clone());
     }
@@ -40,6 +42,18 @@ pub(super) async fn load_all(app: &Arc<App>) -> Result<(), ServeError> {
         load_adapter(app, adapter, first.clone()).await?;
     }
     Ok(())
+}
+
+/// Name and file of a model.
+async fn find(
+    app: &Arc<App>,
+    reference: &str,
+    mock: bool,
+) -> Result<(String, PathBuf), ServeError> {
+    Ok(match locate(app, reference, mock).await? {
+        Some(found) => (found.name, found.path),
+        None => (reference.to_owned(), PathBuf::from(reference)),
+    })
 }
 
 /// The file behind a reference, downloaded if need be. `None`: the mock runner needs no file.

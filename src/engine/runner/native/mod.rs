@@ -25,9 +25,11 @@ use crate::ipc::{AdapterId, KvCacheType, LoadSpec, ModelInfo, Speculate, Token};
 use crate::kernels::ops::Span;
 use crate::kernels::{Cache, Pool};
 use forward::{Forward, Rows};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 use weights::Weights;
@@ -36,7 +38,8 @@ use weights::Weights;
 const MAX_EMBED_TOKENS: usize = 4096;
 
 pub struct Native {
-    pool: Pool,
+    /// A draft model's jobs are done by the same threads.
+    pool: Rc<RefCell<Pool>>,
     weights: Weights,
     cache: Cache,
     /// Pages of its own for one input at a time.
@@ -56,6 +59,12 @@ impl Native {
     /// # Errors
     /// [`Unsupported`] where llama.cpp may do better.
     pub fn load(spec: &LoadSpec) -> Result<Self, Unsupported> {
+        let pool = Pool::new(spec.threads.max(1) as usize);
+        let pool = pool.map_err(|error| Unsupported::Other(error.to_string()))?;
+        Self::load_on(Rc::new(RefCell::new(pool)), spec)
+    }
+
+    fn load_on(pool: Rc<RefCell<Pool>>, spec: &LoadSpec) -> Result<Self, Unsupported> {
         let started = Instant::now();
         if spec.kv_type != KvCacheType::F16 {
             return Err(Unsupported::Other("its cache is f16, not q8_0".into()));
@@ -64,9 +73,8 @@ impl Native {
             return Err(Unsupported::Other("it computes on the CPU (--gpu-layers)".into()));
         }
         let other = |error: &dyn std::fmt::Display| Unsupported::Other(error.to_string());
-        let mut pool = Pool::new(spec.threads.max(1) as usize).map_err(|error| other(&error))?;
         let context = spec.context_length.min(spec.kv_tokens.max(1)) as usize;
-        let weights = Weights::load(Gguf::open(&spec.model)?, context, &mut pool)?;
+        let weights = Weights::load(Gguf::open(&spec.model)?, context, &mut pool.borrow_mut())?;
         let tokenizer = tokenizer(&weights.file, &spec.model).map_err(|error| other(&error))?;
         if tokenizer.vocab().len() > weights.shape.vocab {
             return Err(Unsupported::Other("it has more tokens than embeddings".into()));
@@ -198,8 +206,8 @@ impl ModelRunner for Native {
         }
         let (tokens, wanted) = (&batch.tokens[..], &self.wanted[..]);
         let rows = Rows { tokens, spans: &spans, wanted, adapted: &adapted };
-        let forward = &mut self.forward;
-        forward.run(&self.weights, &mut self.cache, &mut self.pool, &rows).map_err(RunnerError)
+        let (forward, pool) = (&mut self.forward, &mut self.pool.borrow_mut());
+        forward.run(&self.weights, &mut self.cache, pool, &rows).map_err(RunnerError)
     }
 
     fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
@@ -231,6 +239,11 @@ impl ModelRunner for Native {
         self.adapters.remove(&adapter);
     }
 
+    fn load_draft(&self, spec: &LoadSpec) -> Result<Box<dyn ModelRunner>, RunnerError> {
+        let loaded = Self::load_on(self.pool.clone(), spec);
+        Ok(Box::new(loaded.map_err(|error| RunnerError(error.to_string()))?))
+    }
+
     /// The last token's, as llama.cpp pools a causal model.
     fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError> {
         if tokens.is_empty() || tokens.len() > MAX_EMBED_TOKENS {
@@ -251,7 +264,8 @@ impl ModelRunner for Native {
             let span = Span { rows: 0..part.len(), position, pages: pages.clone() };
             let wanted = &[part.len() - 1];
             let rows = Rows { tokens: part, spans: &[span], wanted, adapted: &[] };
-            let ran = self.forward.run(&self.weights, cache, &mut self.pool, &rows);
+            let pool = &mut self.pool.borrow_mut();
+            let ran = self.forward.run(&self.weights, cache, pool, &rows);
             ran.map_err(RunnerError)?;
         }
         let vector = self.forward.hidden(0);

@@ -116,7 +116,7 @@ fn same_bits(native: &mut Native, tokens: &[Token], others: &[Token]) {
     }
     assert_eq!(at, count);
     // With the beginning copied from another sequence's pages, and on one thread.
-    native.pool = Pool::new(1).unwrap();
+    *native.pool.borrow_mut() = Pool::new(1).unwrap();
     let cached = count / 2;
     for page in 0..cached.div_ceil(PAGE_TOKENS) as u32 {
         native.copy_page(2 * 64 + page, 3 * 64 + page);

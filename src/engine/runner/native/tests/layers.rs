@@ -26,6 +26,7 @@ fn distance(path: &Path, tokens: &[Token]) -> f64 {
         let spans = [span];
         let rows = Rows { tokens, spans: &spans, wanted: &[], adapted: &[] };
         let Native { forward, weights, cache, pool, .. } = &mut native;
+        let pool = &mut *pool.borrow_mut();
         assert_eq!(theirs.len(), weights.layers.len(), "every layer was seen");
         forward.begin(weights, &rows).unwrap();
         let plans = plans(weights, &spans, pool.threads());

@@ -5,7 +5,7 @@
 //! follows from them and the time a step should take.
 //!
 //! A step that only decodes takes about `fixed + rows × row` seconds, a line fitted to the recent
-//! ones: what a drafted row costs follows from it.
+//! ones: what a drafted row costs follows from it. The passes of a draft model are measured alike.
 
 use std::time::Duration;
 
@@ -23,6 +23,29 @@ const FIXED_ROWS: f32 = 8.0;
 const CHEAP_ROWS: f32 = 64.0;
 /// A step that takes so many times the most it should was disturbed: it counts as this much.
 const DISTURBED: f32 = 2.0;
+
+/// A step in the making: what it takes, and the tokens that it is expected to give.
+///
+/// Anything is worth adding while it raises the tokens per second: while `its tokens / its seconds`
+/// is more than the step's.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    pub seconds: f32,
+    pub tokens: f32,
+    /// Seconds of one more row.
+    pub row: f32,
+}
+
+impl Pace {
+    pub fn gains(&self, tokens: f32, seconds: f32) -> bool {
+        tokens * self.seconds > seconds * self.tokens
+    }
+
+    pub fn add(&mut self, tokens: f32, seconds: f32) {
+        self.tokens += tokens;
+        self.seconds += seconds;
+    }
+}
 
 #[derive(Debug)]
 pub struct CostModel {
@@ -116,9 +139,15 @@ impl CostModel {
         self.longest
     }
 
-    /// Seconds of a step that only decodes, with so many rows; and of one row more.
-    pub fn decoding(&self, rows: usize) -> (f32, f32) {
-        (self.line.at(rows as f32), self.line.slope())
+    /// A step that only decodes, with so many rows.
+    pub fn decoding(&self, rows: usize) -> Pace {
+        let rows = rows as f32;
+        Pace { seconds: self.line.at(rows), tokens: rows, row: self.line.slope() }
+    }
+
+    /// Seconds per token of prefill.
+    pub fn prefill(&self) -> f32 {
+        self.per_token.unwrap_or(self.line.slope())
     }
 
     /// A step has taken so long: with `decoding` rows that sequences must have to go on, `drafted`
@@ -172,14 +201,14 @@ mod tests {
             cost.observe(1, drafted, 0, took);
         };
         step(0, &mut cost);
-        assert!((cost.decoding(1).1 - seconds(1) / 9.0).abs() < 1e-6);
+        assert!((cost.decoding(1).row - seconds(1) / 9.0).abs() < 1e-6);
         (0..300).for_each(|turn| step(turn * 7 % 10, &mut cost));
-        let (alone, row) = cost.decoding(1);
+        let Pace { seconds: alone, row, .. } = cost.decoding(1);
         assert!((0.007..0.013).contains(&alone), "{alone}");
         assert!((0.0005..0.002).contains(&row), "{row}");
         // Steps that are all alike do not teach, and do not unteach.
         (0..300).for_each(|_| step(0, &mut cost));
-        let (alone, row) = cost.decoding(1);
+        let Pace { seconds: alone, row, .. } = cost.decoding(1);
         assert!((alone - seconds(1)).abs() < 1e-4, "{alone}");
         assert!((0.0005..0.002).contains(&row), "{row}");
     }
