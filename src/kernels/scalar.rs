@@ -2,11 +2,10 @@
 //! them.
 
 use super::activation::Row;
-use super::matmul::{Kind, Tile};
-use super::pack::{
-    BLOCK, BlockI8, BlockU4, BlockU4K, BlockU4Min, BlockU5, BlockU5K, BlockU5Min, BlockU6K, LANES,
-    SUBS, wide,
-};
+use super::matmul::Tile;
+use super::pack::*;
+use crate::gguf::IQ4_LEVELS;
+use half::bf16;
 
 /// A kernel for a tile of `groups` groups and any number of tokens.
 pub(super) fn tile(kind: Kind, groups: usize) -> Tile {
@@ -26,9 +25,14 @@ fn of_kind<const G: usize>(kind: Kind) -> Tile {
         Kind::U5 => quantized::<BlockU5, G>,
         Kind::U4K => quantized::<BlockU4K, G>,
         Kind::U5K => quantized::<BlockU5K, G>,
-        Kind::U6K => six_bits::<G>,
+        Kind::U2K => sixteens::<BlockU2K, G>,
+        Kind::U3K => sixteens::<BlockU3K, G>,
+        Kind::U6K => sixteens::<BlockU6K, G>,
+        Kind::T4 => quantized::<BlockT4, G>,
+        Kind::T4K => quantized::<BlockT4K, G>,
         Kind::I8 => quantized::<BlockI8, G>,
         Kind::F16 => float::<[u16; LANES], G>,
+        Kind::BF16 => float::<[bf16; LANES], G>,
         Kind::F32 => float::<[f32; LANES], G>,
     }
 }
@@ -49,8 +53,17 @@ fn nibble(qs: &[u8; 128], lane: usize, column: usize) -> i32 {
     i32::from(qs[32 * j + 4 * lane + c] >> (4 * half) & 15)
 }
 
-fn fifth(high: &[u8; 32], lane: usize, column: usize) -> i32 {
-    i32::from(high[4 * lane + column % 4] >> (column / 4) & 1) << 4
+fn bit(high: &[u8; 32], lane: usize, column: usize) -> i32 {
+    i32::from(high[4 * lane + column % 4] >> (column / 4) & 1)
+}
+
+fn pair(qs: &[[u8; 32]; 2], lane: usize, column: usize) -> i32 {
+    let (half, part, c) = (column / 16, column % 16 / 4, column % 4);
+    i32::from(qs[half][4 * lane + c] >> (2 * part) & 3)
+}
+
+fn level(qs: &[u8; 128], lane: usize, column: usize) -> i32 {
+    i32::from(IQ4_LEVELS[nibble(qs, lane, column) as usize])
 }
 
 impl Block for BlockU4Min {
@@ -85,7 +98,7 @@ impl Block for BlockU5Min {
         Some(wide(self.m[lane]))
     }
     fn q(&self, lane: usize, _: usize, column: usize) -> i32 {
-        nibble(&self.qs, lane, column) | fifth(&self.high, lane, column)
+        nibble(&self.qs, lane, column) | bit(&self.high, lane, column) << 4
     }
 }
 
@@ -97,7 +110,7 @@ impl Block for BlockU5 {
         Some(wide(self.d[lane]) * -16.0)
     }
     fn q(&self, lane: usize, _: usize, column: usize) -> i32 {
-        nibble(&self.qs, lane, column) | fifth(&self.high, lane, column)
+        nibble(&self.qs, lane, column) | bit(&self.high, lane, column) << 4
     }
 }
 
@@ -123,7 +136,7 @@ impl Block for BlockU5K {
         Some(-(wide(self.m[lane]) * f32::from(self.mn[sub][lane])))
     }
     fn q(&self, lane: usize, sub: usize, column: usize) -> i32 {
-        nibble(&self.qs[sub], lane, column) | fifth(&self.high[sub], lane, column)
+        nibble(&self.qs[sub], lane, column) | bit(&self.high[sub], lane, column) << 4
     }
 }
 
@@ -136,6 +149,31 @@ impl Block for BlockI8 {
     }
     fn q(&self, lane: usize, _: usize, column: usize) -> i32 {
         i32::from(self.qs[32 * (column / 4) + 4 * lane + column % 4])
+    }
+}
+
+impl Block for BlockT4 {
+    fn scale(&self, lane: usize, _: usize) -> f32 {
+        wide(self.d[lane])
+    }
+    fn min(&self, _: usize, _: usize) -> Option<f32> {
+        None
+    }
+    fn q(&self, lane: usize, _: usize, column: usize) -> i32 {
+        level(&self.qs, lane, column)
+    }
+}
+
+impl Block for BlockT4K {
+    const SUBS: usize = SUBS;
+    fn scale(&self, lane: usize, sub: usize) -> f32 {
+        wide(self.d[lane]) * f32::from(self.sc[sub][lane])
+    }
+    fn min(&self, _: usize, _: usize) -> Option<f32> {
+        None
+    }
+    fn q(&self, lane: usize, sub: usize, column: usize) -> i32 {
+        level(&self.qs[sub], lane, column)
     }
 }
 
@@ -178,11 +216,64 @@ unsafe fn quantized<B: Block, const G: usize>(
     }
 }
 
+/// A block's weights of one row, with whole scales and minima for every 16 columns.
+trait Sixteens: Copy {
+    fn d(&self, lane: usize) -> f32;
+    fn scale(&self, lane: usize, sixteen: usize) -> i32;
+    fn min(&self, lane: usize, sixteen: usize) -> f32;
+    fn q(&self, lane: usize, sub: usize, column: usize) -> i32;
+}
+
+impl Sixteens for BlockU2K {
+    fn d(&self, lane: usize) -> f32 {
+        wide(self.d[lane])
+    }
+    fn scale(&self, lane: usize, sixteen: usize) -> i32 {
+        i32::from(self.sc[sixteen][lane] & 15)
+    }
+    fn min(&self, lane: usize, sixteen: usize) -> f32 {
+        -(wide(self.m[lane]) * f32::from(self.sc[sixteen][lane] >> 4))
+    }
+    fn q(&self, lane: usize, sub: usize, column: usize) -> i32 {
+        pair(&self.qs[sub], lane, column)
+    }
+}
+
+impl Sixteens for BlockU3K {
+    fn d(&self, lane: usize) -> f32 {
+        wide(self.d[lane])
+    }
+    fn scale(&self, lane: usize, sixteen: usize) -> i32 {
+        i32::from(self.sc[sixteen][lane])
+    }
+    fn min(&self, lane: usize, sixteen: usize) -> f32 {
+        wide(self.d[lane]) * f32::from(self.sc[sixteen][lane]) * -4.0
+    }
+    fn q(&self, lane: usize, sub: usize, column: usize) -> i32 {
+        pair(&self.qs[sub], lane, column) | bit(&self.high[sub], lane, column) << 2
+    }
+}
+
+impl Sixteens for BlockU6K {
+    fn d(&self, lane: usize) -> f32 {
+        wide(self.d[lane])
+    }
+    fn scale(&self, lane: usize, sixteen: usize) -> i32 {
+        i32::from(self.sc[sixteen][lane])
+    }
+    fn min(&self, lane: usize, sixteen: usize) -> f32 {
+        wide(self.d[lane]) * f32::from(self.sc[sixteen][lane]) * -32.0
+    }
+    fn q(&self, lane: usize, sub: usize, column: usize) -> i32 {
+        nibble(&self.qs[sub], lane, column) | pair(&self.high[sub], lane, column) << 4
+    }
+}
+
 /// A scale for every 16 columns.
 ///
 /// # Safety
 /// As [`quantized`].
-unsafe fn six_bits<const G: usize>(
+unsafe fn sixteens<B: Sixteens, const G: usize>(
     weights: *const u8,
     blocks: usize,
     x: &[Row],
@@ -193,27 +284,26 @@ unsafe fn six_bits<const G: usize>(
         for (t, row) in x.iter().enumerate() {
             for lane in 0..LANES {
                 let mut sum = 0f32;
-                for at in 0..blocks * SUBS * 2 {
-                    let (sub, half) = (at / 2 % SUBS, at % 2);
+                for at in 0..blocks * SUBS {
+                    let (place, sub) = (group * blocks + at / SUBS, at % SUBS);
                     // SAFETY: the caller's promise.
                     let (block, xq, xd, xh) = unsafe {
-                        let place = group * blocks + at / (2 * SUBS);
                         (
-                            weights.cast::<BlockU6K>().add(place).read_unaligned(),
-                            std::slice::from_raw_parts(row.q.add(at * BLOCK / 2), BLOCK / 2),
-                            *row.d.add(at / 2),
-                            *row.h.add(at),
+                            weights.cast::<B>().add(place).read_unaligned(),
+                            std::slice::from_raw_parts(row.q.add(at * BLOCK), BLOCK),
+                            *row.d.add(at),
+                            std::slice::from_raw_parts(row.h.add(2 * at), 2),
                         )
                     };
-                    let scale = wide(block.d[lane]) * f32::from(block.sc[2 * sub + half][lane]);
-                    let q = |c: usize| {
-                        let column = BLOCK / 2 * half + c;
-                        let high = block.high[sub][half][4 * lane + c % 4] >> (2 * (c / 4)) & 3;
-                        nibble(&block.qs[sub], lane, column) | i32::from(high) << 4
-                    };
-                    let total: i32 = xq.iter().enumerate().map(|(c, &x)| q(c) * i32::from(x)).sum();
-                    sum = (scale * xd).mul_add(total as f32, sum);
-                    sum = (scale * -32.0).mul_add(xh, sum);
+                    let products = xq.iter().enumerate().map(|(column, &x)| {
+                        let scale = block.scale(lane, 2 * sub + column / 16);
+                        scale * block.q(lane, sub, column) * i32::from(x)
+                    });
+                    let total: i32 = products.sum();
+                    sum = (block.d(lane) * xd).mul_add(total as f32, sum);
+                    for half in 0..2 {
+                        sum = block.min(lane, 2 * sub + half).mul_add(xh[half], sum);
+                    }
                 }
                 // SAFETY: the caller's promise.
                 unsafe { *out.add(t * stride + group * LANES + lane) = sum };
@@ -229,6 +319,12 @@ trait Number: Copy {
 impl Number for [u16; LANES] {
     fn lane(&self, lane: usize) -> f32 {
         wide(self[lane])
+    }
+}
+
+impl Number for [bf16; LANES] {
+    fn lane(&self, lane: usize) -> f32 {
+        self[lane].to_f32()
     }
 }
 

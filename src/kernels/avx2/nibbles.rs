@@ -1,5 +1,6 @@
 //! 4- and 5-bit weights, with a scale for every 32.
 
+use super::{whole, wide};
 use crate::kernels::activation::Row;
 use crate::kernels::pack::{
     BLOCK, BlockU4, BlockU4K, BlockU4Min, BlockU5, BlockU5K, BlockU5Min, SUBS,
@@ -19,24 +20,6 @@ pub trait Nibbles {
     /// # Safety
     /// The CPU has AVX2 and F16C.
     unsafe fn scales(&self, sub: usize) -> (__m256, __m256);
-}
-
-/// # Safety
-/// The CPU has AVX2 and F16C.
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-unsafe fn wide(bits: &[u16; 8]) -> __m256 {
-    // SAFETY: sixteen bytes.
-    _mm256_cvtph_ps(unsafe { _mm_loadu_si128(bits.as_ptr().cast()) })
-}
-
-/// # Safety
-/// The CPU has AVX2.
-#[target_feature(enable = "avx2")]
-#[inline]
-unsafe fn whole(bytes: &[u8; 8]) -> __m256 {
-    // SAFETY: eight bytes.
-    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }))
 }
 
 /// A block with one sub-block, whose minimum is given or follows from the scale.
