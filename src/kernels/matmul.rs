@@ -77,7 +77,7 @@ pub fn isa() -> Isa {
 }
 
 /// Tokens of a tile, at most.
-const TOKENS: usize = 4;
+const TOKENS: usize = 6;
 
 /// `out[t][n]` for the rows of `groups` and the tokens of `tokens`: the first token's first row is
 /// at `at` in `out`, the next token's `stride` further on.
@@ -105,8 +105,9 @@ pub unsafe fn multiply(
     let out = out.span(at, span);
     let weights = Weights::of(matrix);
     let mut rows = [Row::default(); TOKENS];
-    for first in tokens.clone().step_by(TOKENS) {
-        let count = TOKENS.min(tokens.end - first);
+    let each = weights.kind.tokens();
+    for first in tokens.clone().step_by(each) {
+        let count = each.min(tokens.end - first);
         for (t, row) in rows[..count].iter_mut().enumerate() {
             *row = input.row(first + t);
         }
@@ -141,6 +142,11 @@ struct Weights {
 }
 
 impl Kind {
+    /// Tokens of a tile, at most: as many sums as registers can hold.
+    fn tokens(self) -> usize {
+        if self.is_float() { TOKENS } else { 4 }
+    }
+
     /// Groups of a tile, at most.
     fn groups(self, tokens: usize) -> usize {
         match tokens {
