@@ -15,7 +15,7 @@ pub use rope::{RopeFactors, RopeFacts, Yarn};
 use super::{Gguf, GgufError, TensorInfo, TensorType};
 
 /// Types of matrices that there are kernels for.
-pub const KERNEL_TYPES: [TensorType; 11] = [
+pub const KERNEL_TYPES: [TensorType; 15] = [
     TensorType::F32,
     TensorType::F16,
     TensorType::BF16,
@@ -24,9 +24,13 @@ pub const KERNEL_TYPES: [TensorType; 11] = [
     TensorType::Q5_0,
     TensorType::Q5_1,
     TensorType::Q8_0,
+    TensorType::Q2_K,
+    TensorType::Q3_K,
     TensorType::Q4_K,
     TensorType::Q5_K,
     TensorType::Q6_K,
+    TensorType::IQ4_NL,
+    TensorType::IQ4_XS,
 ];
 
 /// An architecture by its GGUF name.

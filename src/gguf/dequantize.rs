@@ -204,7 +204,7 @@ fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
 }
 
 /// The levels of `IQ4_NL` and `IQ4_XS`: dense where weights are, around zero.
-const IQ4_LEVELS: [i8; 16] =
+pub const IQ4_LEVELS: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 fn iq4_nl(block: &[u8; 18], out: &mut [f32; 32]) {

@@ -42,7 +42,7 @@ mod writer;
 pub use covered::{
     Covered, Gating, KERNEL_TYPES, LayerKind, RopeFactors, RopeFacts, Uncovered, Yarn,
 };
-pub use dequantize::{DequantizeError, can_dequantize, dequantize};
+pub use dequantize::{DequantizeError, IQ4_LEVELS, can_dequantize, dequantize};
 pub use dequantized::{dequantized_bytes, write_dequantized};
 pub use error::GgufError;
 pub use facts::{KvType, ModelFacts, PoolingType, SplitFacts};

@@ -6,7 +6,7 @@
 use super::activation::{Quantized, Row};
 #[cfg(target_arch = "x86_64")]
 use super::avx2;
-use super::pack::{LANES, Matrix, Packed};
+use super::pack::{Kind, LANES, Matrix};
 use super::pool::Disjoint;
 use super::scalar;
 use std::ops::Range;
@@ -77,7 +77,7 @@ pub fn isa() -> Isa {
 }
 
 /// Tokens of a tile, at most.
-const TOKENS: usize = 4;
+const TOKENS: usize = 6;
 
 /// `out[t][n]` for the rows of `groups` and the tokens of `tokens`: the first token's first row is
 /// at `at` in `out`, the next token's `stride` further on.
@@ -105,8 +105,9 @@ pub unsafe fn multiply(
     let out = out.span(at, span);
     let weights = Weights::of(matrix);
     let mut rows = [Row::default(); TOKENS];
-    for first in tokens.clone().step_by(TOKENS) {
-        let count = TOKENS.min(tokens.end - first);
+    let each = weights.kind.tokens();
+    for first in tokens.clone().step_by(each) {
+        let count = each.min(tokens.end - first);
         for (t, row) in rows[..count].iter_mut().enumerate() {
             *row = input.row(first + t);
         }
@@ -140,28 +141,19 @@ struct Weights {
     group_bytes: usize,
 }
 
-#[derive(Clone, Copy)]
-pub(super) enum Kind {
-    U4Min,
-    U4,
-    U5Min,
-    U5,
-    U4K,
-    U5K,
-    U6K,
-    I8,
-    F16,
-    F32,
-}
-
 impl Kind {
+    /// Tokens of a tile, at most: as many sums as registers can hold.
+    fn tokens(self) -> usize {
+        if self.is_float() { TOKENS } else { 4 }
+    }
+
     /// Groups of a tile, at most.
     fn groups(self, tokens: usize) -> usize {
-        match (self, tokens) {
+        match tokens {
             // As fast as memory gives them: more rows in flight.
-            (_, 1) => 4,
+            1 => 4,
             // Enough sums to hide the time that one takes.
-            (Self::F16 | Self::F32, _) => 2,
+            _ if self.is_float() => 2,
             // A block's weights stay in registers; those of two groups would not.
             _ => 1,
         }
@@ -170,24 +162,9 @@ impl Kind {
 
 impl Weights {
     fn of(matrix: &Matrix) -> Self {
-        fn parts<B>(kind: Kind, groups: usize, blocks: &[B]) -> Weights {
-            let each = blocks.len() / groups.max(1);
-            let (data, group_bytes) = (blocks.as_ptr().cast(), each * size_of::<B>());
-            Weights { kind, data, blocks: each, group_bytes }
-        }
-        let groups = matrix.groups();
-        match matrix.packed() {
-            Packed::U4Min(blocks) => parts(Kind::U4Min, groups, blocks),
-            Packed::U4(blocks) => parts(Kind::U4, groups, blocks),
-            Packed::U5Min(blocks) => parts(Kind::U5Min, groups, blocks),
-            Packed::U5(blocks) => parts(Kind::U5, groups, blocks),
-            Packed::U4K(blocks) => parts(Kind::U4K, groups, blocks),
-            Packed::U5K(blocks) => parts(Kind::U5K, groups, blocks),
-            Packed::U6K(blocks) => parts(Kind::U6K, groups, blocks),
-            Packed::I8(blocks) => parts(Kind::I8, groups, blocks),
-            Packed::F16(lanes) => parts(Kind::F16, groups, lanes),
-            Packed::F32(lanes) => parts(Kind::F32, groups, lanes),
-        }
+        let raw = matrix.raw();
+        let blocks = raw.len / matrix.groups().max(1);
+        Self { kind: raw.kind, data: raw.data, blocks, group_bytes: blocks * raw.size }
     }
 
     fn tile(&self, isa: Isa, groups: usize, tokens: usize) -> Tile {

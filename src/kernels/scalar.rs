@@ -2,11 +2,10 @@
 //! them.
 
 use super::activation::Row;
-use super::matmul::{Kind, Tile};
-use super::pack::{
-    BLOCK, BlockI8, BlockU4, BlockU4K, BlockU4Min, BlockU5, BlockU5K, BlockU5Min, BlockU6K, LANES,
-    SUBS, wide,
-};
+use super::matmul::Tile;
+use super::pack::*;
+use crate::gguf::IQ4_LEVELS;
+use half::bf16;
 
 /// A kernel for a tile of `groups` groups and any number of tokens.
 pub(super) fn tile(kind: Kind, groups: usize) -> Tile {
@@ -26,22 +25,36 @@ fn of_kind<const G: usize>(kind: Kind) -> Tile {
         Kind::U5 => quantized::<BlockU5, G>,
         Kind::U4K => quantized::<BlockU4K, G>,
         Kind::U5K => quantized::<BlockU5K, G>,
-        Kind::U6K => six_bits::<G>,
+        Kind::U2K => quantized::<BlockU2K, G>,
+        Kind::U3K => quantized::<BlockU3K, G>,
+        Kind::U6K => quantized::<BlockU6K, G>,
+        Kind::T4 => quantized::<BlockT4, G>,
+        Kind::T4K => quantized::<BlockT4K, G>,
         Kind::I8 => quantized::<BlockI8, G>,
         Kind::F16 => float::<[u16; LANES], G>,
+        Kind::BF16 => float::<[bf16; LANES], G>,
         Kind::F32 => float::<[f32; LANES], G>,
     }
 }
 
-/// A block's weights of one row: for every 32 columns a scale, a minimum where there is one, and the
-/// integers.
+/// A block's weights of one row, `SUBS` times 32 columns: the integers, and for all of them, or for
+/// every 32 or 16, a scale and a minimum. With several sub-blocks these are whole numbers times one
+/// float.
 trait Block: Copy {
-    /// Blocks of 32 columns.
     const SUBS: usize = 1;
-    fn scale(&self, lane: usize, sub: usize) -> f32;
-    /// What is added to every weight of the row.
-    fn min(&self, lane: usize, sub: usize) -> Option<f32>;
+    const SIXTEENS: bool = false;
     fn q(&self, lane: usize, sub: usize, column: usize) -> i32;
+    /// The scale, or what the whole scales are multiplied by.
+    fn d(&self, lane: usize) -> f32;
+    fn scale(&self, _lane: usize, _i: usize) -> i32 {
+        1
+    }
+    /// What is added to a weight, or the whole number in it.
+    fn min(&self, lane: usize, i: usize) -> Option<f32>;
+    /// What the whole minima are multiplied by.
+    fn m(&self, _lane: usize) -> f32 {
+        1.0
+    }
 }
 
 fn nibble(qs: &[u8; 128], lane: usize, column: usize) -> i32 {
@@ -49,95 +62,89 @@ fn nibble(qs: &[u8; 128], lane: usize, column: usize) -> i32 {
     i32::from(qs[32 * j + 4 * lane + c] >> (4 * half) & 15)
 }
 
-fn fifth(high: &[u8; 32], lane: usize, column: usize) -> i32 {
-    i32::from(high[4 * lane + column % 4] >> (column / 4) & 1) << 4
+fn bit(high: &[u8; 32], lane: usize, column: usize) -> i32 {
+    i32::from(high[4 * lane + column % 4] >> (column / 4) & 1)
 }
 
-impl Block for BlockU4Min {
-    fn scale(&self, lane: usize, _: usize) -> f32 {
-        wide(self.d[lane])
-    }
-    fn min(&self, lane: usize, _: usize) -> Option<f32> {
-        Some(wide(self.m[lane]))
-    }
-    fn q(&self, lane: usize, _: usize, column: usize) -> i32 {
-        nibble(&self.qs, lane, column)
-    }
+fn pair(qs: &[[u8; 32]; 2], lane: usize, column: usize) -> i32 {
+    let (half, part, c) = (column / 16, column % 16 / 4, column % 4);
+    i32::from(qs[half][4 * lane + c] >> (2 * part) & 3)
 }
 
-impl Block for BlockU4 {
-    fn scale(&self, lane: usize, _: usize) -> f32 {
-        wide(self.d[lane])
-    }
-    fn min(&self, lane: usize, _: usize) -> Option<f32> {
-        Some(wide(self.d[lane]) * -8.0)
-    }
-    fn q(&self, lane: usize, _: usize, column: usize) -> i32 {
-        nibble(&self.qs, lane, column)
-    }
+fn level(qs: &[u8; 128], lane: usize, column: usize) -> i32 {
+    i32::from(IQ4_LEVELS[nibble(qs, lane, column) as usize])
 }
 
-impl Block for BlockU5Min {
-    fn scale(&self, lane: usize, _: usize) -> f32 {
-        wide(self.d[lane])
-    }
-    fn min(&self, lane: usize, _: usize) -> Option<f32> {
-        Some(wide(self.m[lane]))
-    }
-    fn q(&self, lane: usize, _: usize, column: usize) -> i32 {
-        nibble(&self.qs, lane, column) | fifth(&self.high, lane, column)
-    }
+/// A block, given what the methods answer.
+macro_rules! block {
+    (
+        $block:ty, |$b:ident, $lane:ident, $sub:ident, $column:ident| $q:expr;
+        $(subs: $subs:expr, sixteens: $sixteens:expr;)?
+        min: |$i:ident| $min:expr
+        $(; scale: $scale:expr; m: $m:expr)?
+    ) => {
+        impl Block for $block {
+            $(const SUBS: usize = $subs;
+            const SIXTEENS: bool = $sixteens;)?
+            fn q(&self, $lane: usize, $sub: usize, $column: usize) -> i32 {
+                let ($b, _) = (self, $sub);
+                $q
+            }
+            fn d(&self, lane: usize) -> f32 {
+                wide(self.d[lane])
+            }
+            fn min(&self, $lane: usize, $i: usize) -> Option<f32> {
+                let ($b, _, _) = (self, $lane, $i);
+                let _ = $b;
+                $min
+            }
+            $(fn scale(&self, $lane: usize, $i: usize) -> i32 {
+                let $b = self;
+                i32::from($scale)
+            }
+            fn m(&self, $lane: usize) -> f32 {
+                let ($b, _) = (self, $lane);
+                let _ = $b;
+                $m
+            })?
+        }
+    };
 }
 
-impl Block for BlockU5 {
-    fn scale(&self, lane: usize, _: usize) -> f32 {
-        wide(self.d[lane])
-    }
-    fn min(&self, lane: usize, _: usize) -> Option<f32> {
-        Some(wide(self.d[lane]) * -16.0)
-    }
-    fn q(&self, lane: usize, _: usize, column: usize) -> i32 {
-        nibble(&self.qs, lane, column) | fifth(&self.high, lane, column)
-    }
-}
-
-impl Block for BlockU4K {
-    const SUBS: usize = SUBS;
-    fn scale(&self, lane: usize, sub: usize) -> f32 {
-        wide(self.d[lane]) * f32::from(self.sc[sub][lane])
-    }
-    fn min(&self, lane: usize, sub: usize) -> Option<f32> {
-        Some(-(wide(self.m[lane]) * f32::from(self.mn[sub][lane])))
-    }
-    fn q(&self, lane: usize, sub: usize, column: usize) -> i32 {
-        nibble(&self.qs[sub], lane, column)
-    }
-}
-
-impl Block for BlockU5K {
-    const SUBS: usize = SUBS;
-    fn scale(&self, lane: usize, sub: usize) -> f32 {
-        wide(self.d[lane]) * f32::from(self.sc[sub][lane])
-    }
-    fn min(&self, lane: usize, sub: usize) -> Option<f32> {
-        Some(-(wide(self.m[lane]) * f32::from(self.mn[sub][lane])))
-    }
-    fn q(&self, lane: usize, sub: usize, column: usize) -> i32 {
-        nibble(&self.qs[sub], lane, column) | fifth(&self.high[sub], lane, column)
-    }
-}
-
-impl Block for BlockI8 {
-    fn scale(&self, lane: usize, _: usize) -> f32 {
-        wide(self.d[lane])
-    }
-    fn min(&self, _: usize, _: usize) -> Option<f32> {
-        None
-    }
-    fn q(&self, lane: usize, _: usize, column: usize) -> i32 {
-        i32::from(self.qs[32 * (column / 4) + 4 * lane + column % 4])
-    }
-}
+block!(BlockU4Min, |b, lane, sub, column| nibble(&b.qs, lane, column);
+    min: |i| Some(wide(b.m[lane])));
+block!(BlockU4, |b, lane, sub, column| nibble(&b.qs, lane, column);
+    min: |i| Some(wide(b.d[lane]) * -8.0));
+block!(BlockU5Min, |b, lane, sub, column| nibble(&b.qs, lane, column)
+    | bit(&b.high, lane, column) << 4;
+    min: |i| Some(wide(b.m[lane])));
+block!(BlockU5, |b, lane, sub, column| nibble(&b.qs, lane, column)
+    | bit(&b.high, lane, column) << 4;
+    min: |i| Some(wide(b.d[lane]) * -16.0));
+block!(BlockT4, |b, lane, sub, column| level(&b.qs, lane, column); min: |i| None);
+block!(BlockI8, |b, lane, sub, column|
+    i32::from(b.qs[32 * (column / 4) + 4 * lane + column % 4]); min: |i| None);
+block!(BlockU4K, |b, lane, sub, column| nibble(&b.qs[sub], lane, column);
+    subs: SUBS, sixteens: false;
+    min: |i| Some(b.mn[i][lane].into()); scale: b.sc[i][lane]; m: -wide(b.m[lane]));
+block!(BlockU5K, |b, lane, sub, column| nibble(&b.qs[sub], lane, column)
+    | bit(&b.high[sub], lane, column) << 4;
+    subs: SUBS, sixteens: false;
+    min: |i| Some(b.mn[i][lane].into()); scale: b.sc[i][lane]; m: -wide(b.m[lane]));
+block!(BlockT4K, |b, lane, sub, column| level(&b.qs[sub], lane, column);
+    subs: SUBS, sixteens: false;
+    min: |i| None; scale: b.sc[i][lane]; m: 0.0);
+block!(BlockU2K, |b, lane, sub, column| pair(&b.qs[sub], lane, column);
+    subs: SUBS, sixteens: true;
+    min: |i| Some((b.sc[i][lane] >> 4).into()); scale: b.sc[i][lane] & 15; m: -wide(b.m[lane]));
+block!(BlockU3K, |b, lane, sub, column| pair(&b.qs[sub], lane, column)
+    | bit(&b.high[sub], lane, column) << 2;
+    subs: SUBS, sixteens: true;
+    min: |i| Some(b.sc[i][lane].into()); scale: b.sc[i][lane]; m: wide(b.d[lane]) * -4.0);
+block!(BlockU6K, |b, lane, sub, column| nibble(&b.qs[sub], lane, column)
+    | pair(&b.high[sub], lane, column) << 4;
+    subs: SUBS, sixteens: true;
+    min: |i| Some(b.sc[i][lane].into()); scale: b.sc[i][lane]; m: wide(b.d[lane]) * -32.0);
 
 /// # Safety
 /// As [`Tile`] says: `G` groups of `blocks` blocks, rows of `x` as long, `out` large enough.
@@ -152,24 +159,12 @@ unsafe fn quantized<B: Block, const G: usize>(
         for (t, row) in x.iter().enumerate() {
             for lane in 0..LANES {
                 let mut sum = 0f32;
-                for at in 0..blocks * B::SUBS {
-                    let (block, sub) = (at / B::SUBS, at % B::SUBS);
+                for at in 0..blocks {
                     // SAFETY: the caller's promise.
-                    let (block, xq, xd, xs) = unsafe {
-                        (
-                            weights.cast::<B>().add(group * blocks + block).read_unaligned(),
-                            std::slice::from_raw_parts(row.q.add(at * BLOCK), BLOCK),
-                            *row.d.add(at),
-                            *row.s.add(at),
-                        )
+                    sum = unsafe {
+                        let block = weights.cast::<B>().add(group * blocks + at);
+                        plus_block(sum, block.read_unaligned(), lane, at, row)
                     };
-                    let products = xq.iter().enumerate();
-                    let total: i32 =
-                        products.map(|(c, &x)| block.q(lane, sub, c) * i32::from(x)).sum();
-                    sum = (block.scale(lane, sub) * xd).mul_add(total as f32, sum);
-                    if let Some(min) = block.min(lane, sub) {
-                        sum = min.mul_add(xs, sum);
-                    }
                 }
                 // SAFETY: the caller's promise.
                 unsafe { *out.add(t * stride + group * LANES + lane) = sum };
@@ -178,48 +173,45 @@ unsafe fn quantized<B: Block, const G: usize>(
     }
 }
 
-/// A scale for every 16 columns.
+/// `sum` and what one lane of a block adds to it.
 ///
 /// # Safety
-/// As [`quantized`].
-unsafe fn six_bits<const G: usize>(
-    weights: *const u8,
-    blocks: usize,
-    x: &[Row],
-    out: *mut f32,
-    stride: usize,
-) {
-    for group in 0..G {
-        for (t, row) in x.iter().enumerate() {
-            for lane in 0..LANES {
-                let mut sum = 0f32;
-                for at in 0..blocks * SUBS * 2 {
-                    let (sub, half) = (at / 2 % SUBS, at % 2);
-                    // SAFETY: the caller's promise.
-                    let (block, xq, xd, xh) = unsafe {
-                        let place = group * blocks + at / (2 * SUBS);
-                        (
-                            weights.cast::<BlockU6K>().add(place).read_unaligned(),
-                            std::slice::from_raw_parts(row.q.add(at * BLOCK / 2), BLOCK / 2),
-                            *row.d.add(at / 2),
-                            *row.h.add(at),
-                        )
-                    };
-                    let scale = wide(block.d[lane]) * f32::from(block.sc[2 * sub + half][lane]);
-                    let q = |c: usize| {
-                        let column = BLOCK / 2 * half + c;
-                        let high = block.high[sub][half][4 * lane + c % 4] >> (2 * (c / 4)) & 3;
-                        nibble(&block.qs[sub], lane, column) | i32::from(high) << 4
-                    };
-                    let total: i32 = xq.iter().enumerate().map(|(c, &x)| q(c) * i32::from(x)).sum();
-                    sum = (scale * xd).mul_add(total as f32, sum);
-                    sum = (scale * -32.0).mul_add(xh, sum);
-                }
-                // SAFETY: the caller's promise.
-                unsafe { *out.add(t * stride + group * LANES + lane) = sum };
-            }
-        }
+/// The row has a block `at`.
+unsafe fn plus_block<B: Block>(sum: f32, block: B, lane: usize, at: usize, row: &Row) -> f32 {
+    let each = if B::SIXTEENS { 2 } else { 1 };
+    // SAFETY: the caller's promise.
+    let (xq, xd, xs) = unsafe {
+        let sums = if B::SIXTEENS { row.h } else { row.s };
+        (
+            std::slice::from_raw_parts(row.q.add(at * B::SUBS * BLOCK), B::SUBS * BLOCK),
+            std::slice::from_raw_parts(row.d.add(at * B::SUBS), B::SUBS),
+            std::slice::from_raw_parts(sums.add(at * B::SUBS * each), B::SUBS * each),
+        )
+    };
+    let total = |sub: usize| -> i32 {
+        let q = xq[sub * BLOCK..][..BLOCK].iter().enumerate();
+        q.map(|(column, &x)| {
+            let scale = block.scale(lane, sub * each + column * each / BLOCK);
+            scale * block.q(lane, sub, column) * i32::from(x)
+        })
+        .sum()
+    };
+    let d = block.d(lane);
+    if B::SUBS == 1 {
+        let sum = (d * xd[0]).mul_add(total(0) as f32, sum);
+        return block.min(lane, 0).map_or(sum, |min| min.mul_add(xs[0], sum));
     }
+    let products = (0..B::SUBS).fold(0f32, |sum, sub| xd[sub].mul_add(total(sub) as f32, sum));
+    let sum = d.mul_add(products, sum);
+    if block.min(lane, 0).is_none() {
+        return sum;
+    }
+    let min = |i: usize| block.min(lane, i).unwrap_or(0.0);
+    let mut mins = [0f32; 2];
+    for (i, &x) in xs.iter().enumerate() {
+        mins[i % 2] = min(i).mul_add(x, mins[i % 2]);
+    }
+    block.m(lane).mul_add(mins[0] + mins[1], sum)
 }
 
 trait Number: Copy {
@@ -229,6 +221,12 @@ trait Number: Copy {
 impl Number for [u16; LANES] {
     fn lane(&self, lane: usize) -> f32 {
         wide(self[lane])
+    }
+}
+
+impl Number for [bf16; LANES] {
+    fn lane(&self, lane: usize) -> f32 {
+        self[lane].to_f32()
     }
 }
 

@@ -77,7 +77,7 @@ fn greedy_text_of_the_native_runner_leaves_llama_cpps_only_where_it_is_close() {
 fn greedy_text_of_the_native_runner_equals_llama_cpps_where_nothing_is_rounded() {
     let folder = tempfile::tempdir().expect("a folder");
     let copy = folder.path().join("f32.gguf");
-    let file = Gguf::open(&real_model()).expect("it is a GGUF");
+    let file = Gguf::open(real_model()).expect("it is a GGUF");
     write_dequantized(&file, &copy).expect("a copy in F32");
     let flags = [("--runner", "native")];
     equals_the_oracle(&copy, &flags, false, TIE, QUESTIONS.len() * 3 / 4);

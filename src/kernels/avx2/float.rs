@@ -3,6 +3,7 @@
 use super::{LINE, ask};
 use crate::kernels::activation::Row;
 use crate::kernels::pack::LANES;
+use half::bf16;
 use std::arch::x86_64::*;
 
 /// Eight weights of one column.
@@ -18,6 +19,16 @@ impl Lanes for [u16; LANES] {
     unsafe fn load(at: *const u8) -> __m256 {
         // SAFETY: the caller's promise.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
+    }
+}
+
+impl Lanes for [bf16; LANES] {
+    #[target_feature(enable = "avx2,f16c")]
+    #[inline]
+    unsafe fn load(at: *const u8) -> __m256 {
+        // SAFETY: the caller's promise.
+        let bits = unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast())) };
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
     }
 }
 

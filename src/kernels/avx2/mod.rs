@@ -1,26 +1,42 @@
 //! AVX2 with FMA and F16C.
-//!
-//! 4- and 5-bit weights: products of unsigned weights and signed activations are summed in 16 bits
-//! over as many columns as cannot overflow (15·127·2·8 < 32,768 for 4 bits: the whole block;
-//! 31·127·2·4 for 5 bits: half of it; 63·127·2·2 for 6 bits: a quarter), and only then widened. 8-bit weights widen at every product,
-//! with the weight's sign moved to the activation (|w| is unsigned).
 
 mod attention;
+mod block;
 mod float;
-mod nibbles;
 mod quantize;
-mod signed;
-mod six;
+mod quantized;
 
 pub(super) use attention::{score, weigh, widen};
 pub(super) use quantize::quantize;
 
-use super::matmul::{Kind, Tile};
-use super::pack::{BlockU4, BlockU4K, BlockU4Min, BlockU5, BlockU5K, BlockU5Min, LANES};
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use super::matmul::Tile;
+use super::pack::*;
+use half::bf16;
+use std::arch::x86_64::*;
 
 /// Bytes that memory gives at a time.
 const LINE: usize = 64;
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn wide(bits: &[u16; 8]) -> __m256 {
+    // SAFETY: sixteen bytes.
+    _mm256_cvtph_ps(unsafe { _mm_loadu_si128(bits.as_ptr().cast()) })
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn whole(bytes: &[u8; 8]) -> __m256 {
+    // SAFETY: eight bytes.
+    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn signed_whole(bytes: &[i8; 8]) -> __m256 {
+    // SAFETY: eight bytes.
+    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }))
+}
 
 /// A kernel for a tile of `groups` groups and `tokens` tokens; the CPU must have AVX2, FMA and F16C.
 pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
@@ -28,6 +44,10 @@ pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
         (2, 2) => of_floats::<2, 2>(kind),
         (2, 3) => of_floats::<2, 3>(kind),
         (2, 4) => of_floats::<2, 4>(kind),
+        (2, 5) => of_floats::<2, 5>(kind),
+        (2, 6) => of_floats::<2, 6>(kind),
+        (1, 5) => of_floats::<1, 5>(kind),
+        (1, 6) => of_floats::<1, 6>(kind),
         (1, 1) => of_kind::<1, 1>(kind),
         (1, 2) => of_kind::<1, 2>(kind),
         (1, 3) => of_kind::<1, 3>(kind),
@@ -52,21 +72,26 @@ fn ask(from: *const u8, bytes: usize) {
 
 fn of_kind<const G: usize, const T: usize>(kind: Kind) -> Tile {
     match kind {
-        Kind::U4Min => nibbles::tile::<BlockU4Min, G, T>,
-        Kind::U4 => nibbles::tile::<BlockU4, G, T>,
-        Kind::U5Min => nibbles::tile::<BlockU5Min, G, T>,
-        Kind::U5 => nibbles::tile::<BlockU5, G, T>,
-        Kind::U4K => nibbles::tile::<BlockU4K, G, T>,
-        Kind::U5K => nibbles::tile::<BlockU5K, G, T>,
-        Kind::U6K => six::tile::<G, T>,
-        Kind::I8 => signed::tile::<G, T>,
-        Kind::F16 | Kind::F32 => of_floats::<G, T>(kind),
+        Kind::U4Min => quantized::tile::<BlockU4Min, G, T>,
+        Kind::U4 => quantized::tile::<BlockU4, G, T>,
+        Kind::U5Min => quantized::tile::<BlockU5Min, G, T>,
+        Kind::U5 => quantized::tile::<BlockU5, G, T>,
+        Kind::U4K => quantized::tile::<BlockU4K, G, T>,
+        Kind::U5K => quantized::tile::<BlockU5K, G, T>,
+        Kind::U2K => quantized::tile::<BlockU2K, G, T>,
+        Kind::U3K => quantized::tile::<BlockU3K, G, T>,
+        Kind::U6K => quantized::tile::<BlockU6K, G, T>,
+        Kind::T4 => quantized::tile::<BlockT4, G, T>,
+        Kind::T4K => quantized::tile::<BlockT4K, G, T>,
+        Kind::I8 => quantized::tile::<BlockI8, G, T>,
+        Kind::F16 | Kind::BF16 | Kind::F32 => of_floats::<G, T>(kind),
     }
 }
 
 fn of_floats<const G: usize, const T: usize>(kind: Kind) -> Tile {
     match kind {
         Kind::F16 => float::tile::<[u16; LANES], G, T>,
+        Kind::BF16 => float::tile::<[bf16; LANES], G, T>,
         Kind::F32 => float::tile::<[f32; LANES], G, T>,
         _ => unreachable!("quantized weights have one group for several tokens"),
     }

@@ -25,25 +25,35 @@ fn weights(ty: TensorType, rows: usize, cols: usize, rng: &mut StdRng) -> (Vec<u
                 values.push(x.to_f32());
                 bytes.extend(x.to_le_bytes());
             }
-            TensorType::Q4_K | TensorType::Q5_K | TensorType::Q6_K => {
-                super_block(ty, rng, &mut bytes, &mut values);
+            TensorType::IQ4_NL => random_block::<32>(ty, &[0], rng, &mut bytes, &mut values),
+            TensorType::Q2_K => random_block::<256>(ty, &[80, 82], rng, &mut bytes, &mut values),
+            TensorType::Q3_K => random_block::<256>(ty, &[108], rng, &mut bytes, &mut values),
+            TensorType::Q4_K | TensorType::Q5_K => {
+                random_block::<256>(ty, &[0, 2], rng, &mut bytes, &mut values);
             }
+            TensorType::Q6_K => random_block::<256>(ty, &[208], rng, &mut bytes, &mut values),
+            TensorType::IQ4_XS => random_block::<256>(ty, &[0], rng, &mut bytes, &mut values),
             _ => quantized_block(ty, rng, &mut bytes, &mut values),
         }
     }
     (bytes, values)
 }
 
-/// Any bytes are a block of the K types, but for the scales, which must be numbers; what they stand
-/// for is `gguf::dequantize`'s to say.
-fn super_block(ty: TensorType, rng: &mut StdRng, bytes: &mut Vec<u8>, values: &mut Vec<f32>) {
+/// Any bytes are a block of these types, but for the numbers at `scales`, which must be finite; what
+/// they stand for is `gguf::dequantize`'s to say.
+fn random_block<const N: usize>(
+    ty: TensorType,
+    scales: &[usize],
+    rng: &mut StdRng,
+    bytes: &mut Vec<u8>,
+    values: &mut Vec<f32>,
+) {
     let mut block: Vec<u8> = (0..ty.block_bytes()).map(|_| rng.random()).collect();
-    let mut number = || f16::from_f32(rng.random_range(-0.02f32..0.02)).to_le_bytes();
-    let scales: &[usize] = if ty == TensorType::Q6_K { &[208] } else { &[0, 2] };
     for &at in scales {
-        block[at..at + 2].copy_from_slice(&number());
+        let number = f16::from_f32(rng.random_range(-0.02f32..0.02));
+        block[at..at + 2].copy_from_slice(&number.to_le_bytes());
     }
-    let mut out = [0f32; 256];
+    let mut out = [0f32; N];
     dequantize(ty, &block, &mut out).unwrap();
     bytes.extend(block);
     values.extend(out);
@@ -186,29 +196,49 @@ fn a_token_is_the_same_in_any_company() {
     }
 }
 
-/// The sums of 16 bits at their largest.
+/// The sums of 16 bits at their largest; all weights of a block are the same.
 #[test]
 fn extreme_weights_do_not_overflow() {
-    for (ty, block) in [
-        (TensorType::Q4_0, [&[0, 60][..], &[0xff; 16]].concat()),
-        (TensorType::Q5_0, [&[0, 60][..], &[0xff; 20]].concat()),
-        (TensorType::Q8_0, [&[0, 60][..], &[0x80; 32]].concat()),
-    ] {
-        let matrix = Matrix::pack(ty, 1, 32, &block).unwrap();
+    let one = [0u8, 60];
+    let cases = [
+        (TensorType::Q4_0, [&one[..], &[0xff; 16]].concat(), 7.0),
+        (TensorType::Q5_0, [&one[..], &[0xff; 20]].concat(), 15.0),
+        (TensorType::Q8_0, [&one[..], &[0x80; 32]].concat(), -128.0),
+        (TensorType::IQ4_NL, [&one[..], &[0x00; 16]].concat(), -127.0),
+        (TensorType::IQ4_NL, [&one[..], &[0xff; 16]].concat(), 113.0),
+        (TensorType::IQ4_XS, [&one[..], &[0x00; 6], &[0x00; 128]].concat(), 32.0 * 127.0),
+        (TensorType::IQ4_XS, [&one[..], &[0xff; 6], &[0x00; 128]].concat(), -31.0 * 127.0),
+        (TensorType::Q2_K, [&[0x0f; 16][..], &[0xff; 64], &one, &one].concat(), 45.0),
+        (TensorType::Q3_K, [&[0xff; 32][..], &[0xff; 64], &[0x00; 12], &one].concat(), -96.0),
+        (TensorType::Q3_K, [&[0x00; 32][..], &[0x00; 64], &[0xff; 12], &one].concat(), -124.0),
+        (TensorType::Q6_K, [&[0xff; 128][..], &[0xff; 64], &[0x80; 16], &one].concat(), -3968.0),
+        (TensorType::Q6_K, [&[0x00; 128][..], &[0x00; 64], &[0x80; 16], &one].concat(), 4096.0),
+    ];
+    for (ty, block, weight) in cases {
+        let cols = ty.block_size() as usize;
+        let matrix = Matrix::pack(ty, 1, cols, &block).unwrap();
         let mut quantized = Quantized::default();
-        quantized.resize(1, 32);
+        quantized.resize(1, cols);
         // SAFETY: one thread.
-        unsafe { quantized.writer().write(0, 0, &[-127.0; 32]) };
-        let mut out = [0f32; 8];
-        let part = Disjoint::new(&mut out);
-        let input = Input::Quantized(&quantized);
-        // SAFETY: one thread.
-        unsafe { multiply(isa(), &matrix, 0..1, &input, 0..1, part, 0, 8) };
-        let weight = match ty {
-            TensorType::Q4_0 => 7.0,
-            TensorType::Q5_0 => 15.0,
-            _ => -128.0,
-        };
-        assert_eq!(out[0], weight * -127.0 * 32.0, "{ty:?}");
+        unsafe { quantized.writer().write(0, 0, &vec![-127.0; cols]) };
+        for isa in [isa(), Isa::Scalar] {
+            let mut out = [0f32; 8];
+            let part = Disjoint::new(&mut out);
+            let input = Input::Quantized(&quantized);
+            // SAFETY: one thread.
+            unsafe { multiply(isa, &matrix, 0..1, &input, 0..1, part, 0, 8) };
+            assert_eq!(out[0], weight * -127.0 * cols as f32, "{ty:?}, {isa:?}");
+        }
+    }
+}
+
+/// What the types are for: as few bytes as in the file, but for scales that are bytes of their own.
+#[test]
+fn packed_weights_stay_small() {
+    for ty in TYPES {
+        let bytes = ty.bytes_for(8 * 512).unwrap();
+        let matrix = Matrix::pack(ty, 8, 512, &vec![0; bytes as usize]).unwrap();
+        let ratio = matrix.bytes().len() as f64 / bytes as f64;
+        assert!((1.0..1.04).contains(&ratio), "{ty:?}: {ratio} times the file's");
     }
 }

@@ -1,0 +1,269 @@
+//! [`Block`]: what the kernel sees of a block of quantized weights.
+
+use super::{signed_whole, whole, wide};
+use crate::gguf::IQ4_LEVELS;
+use crate::kernels::pack::*;
+use std::arch::x86_64::*;
+
+/// Eight rows of `SUBS` times 32 columns. With several sub-blocks, scales and minima are whole
+/// numbers times one float for all.
+pub trait Block {
+    const SUBS: usize;
+    /// The largest weight.
+    const MOST: i32;
+    /// Whether weights have signs.
+    const SIGNED: bool;
+    /// Whether 16 columns share a scale and a minimum, not 32.
+    const SIXTEENS: bool;
+    /// Whether something is added to the weights.
+    const MINS: bool;
+
+    /// Columns `4 * part` and following of a sub-block: byte `4 * row + c` is column `c` of them.
+    ///
+    /// # Safety
+    /// The CPU has AVX2, here and below, and F16C.
+    unsafe fn weights(&self, sub: usize, part: usize) -> __m256i;
+
+    /// Whole scales, each twice in 16 bits; 1 where a scale is a float. `i` counts what has one.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn scales(&self, i: usize) -> __m256i;
+
+    /// The scale, or what the whole scales are multiplied by.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn d(&self) -> __m256;
+
+    /// What is added to a weight, or the whole number in it.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn min(&self, i: usize) -> __m256;
+
+    /// What the whole minima are multiplied by.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn m(&self) -> __m256;
+}
+
+/// A block, given its constants and what the methods answer.
+macro_rules! block {
+    (
+        $block:ty, subs: $subs:expr, most: $most:expr, signed: $signed:expr,
+        sixteens: $sixteens:expr, mins: $mins:expr;
+        |$b:ident, $sub:ident, $part:ident| $weights:expr;
+        |$i:ident| scales: $scales:expr, d: $d:expr, min: $min:expr, m: $m:expr
+    ) => {
+        impl Block for $block {
+            const SUBS: usize = $subs;
+            const MOST: i32 = $most;
+            const SIGNED: bool = $signed;
+            const SIXTEENS: bool = $sixteens;
+            const MINS: bool = $mins;
+
+            #[target_feature(enable = "avx2,f16c")]
+            #[inline]
+            unsafe fn weights(&self, $sub: usize, $part: usize) -> __m256i {
+                let ($b, _) = (self, $sub);
+                $weights
+            }
+
+            #[target_feature(enable = "avx2,f16c")]
+            #[inline]
+            unsafe fn scales(&self, $i: usize) -> __m256i {
+                let ($b, _) = (self, $i);
+                let _ = $b;
+                $scales
+            }
+
+            #[target_feature(enable = "avx2,f16c")]
+            #[inline]
+            unsafe fn d(&self) -> __m256 {
+                let $b = self;
+                $d
+            }
+
+            #[target_feature(enable = "avx2,f16c")]
+            #[inline]
+            unsafe fn min(&self, $i: usize) -> __m256 {
+                let ($b, _) = (self, $i);
+                let _ = $b;
+                $min
+            }
+
+            #[target_feature(enable = "avx2,f16c")]
+            #[inline]
+            unsafe fn m(&self) -> __m256 {
+                let $b = self;
+                let _ = $b;
+                $m
+            }
+        }
+    };
+}
+
+block!(
+    BlockU4Min, subs: 1, most: 15, signed: false, sixteens: false, mins: true;
+    |b, sub, part| nibbles(&b.qs, part);
+    |i| scales: ones(), d: wide(&b.d), min: wide(&b.m), m: none()
+);
+block!(
+    BlockU4, subs: 1, most: 15, signed: false, sixteens: false, mins: true;
+    |b, sub, part| nibbles(&b.qs, part);
+    |i| scales: ones(), d: wide(&b.d), min: times(&b.d, -8.0), m: none()
+);
+block!(
+    BlockU5Min, subs: 1, most: 31, signed: false, sixteens: false, mins: true;
+    |b, sub, part| _mm256_or_si256(nibbles(&b.qs, part), bit(&b.high, part, 4));
+    |i| scales: ones(), d: wide(&b.d), min: wide(&b.m), m: none()
+);
+block!(
+    BlockU5, subs: 1, most: 31, signed: false, sixteens: false, mins: true;
+    |b, sub, part| _mm256_or_si256(nibbles(&b.qs, part), bit(&b.high, part, 4));
+    |i| scales: ones(), d: wide(&b.d), min: times(&b.d, -16.0), m: none()
+);
+block!(
+    BlockT4, subs: 1, most: 127, signed: true, sixteens: false, mins: false;
+    |b, sub, part| levels(&b.qs, part);
+    |i| scales: ones(), d: wide(&b.d), min: none(), m: none()
+);
+block!(
+    BlockI8, subs: 1, most: 128, signed: true, sixteens: false, mins: false;
+    |b, sub, part| load(&b.qs, part);
+    |i| scales: ones(), d: wide(&b.d), min: none(), m: none()
+);
+block!(
+    BlockU4K, subs: SUBS, most: 15, signed: false, sixteens: false, mins: true;
+    |b, sub, part| nibbles(&b.qs[sub], part);
+    |i| scales: unsigned_twice(&b.sc[i]), d: wide(&b.d), min: whole(&b.mn[i]), m: times(&b.m, -1.0)
+);
+block!(
+    BlockU5K, subs: SUBS, most: 31, signed: false, sixteens: false, mins: true;
+    |b, sub, part| _mm256_or_si256(nibbles(&b.qs[sub], part), bit(&b.high[sub], part, 4));
+    |i| scales: unsigned_twice(&b.sc[i]), d: wide(&b.d), min: whole(&b.mn[i]), m: times(&b.m, -1.0)
+);
+block!(
+    BlockT4K, subs: SUBS, most: 127, signed: true, sixteens: false, mins: false;
+    |b, sub, part| levels(&b.qs[sub], part);
+    |i| scales: twice(&b.sc[i]), d: wide(&b.d), min: none(), m: none()
+);
+block!(
+    BlockU2K, subs: SUBS, most: 3, signed: false, sixteens: true, mins: true;
+    |b, sub, part| pair(&b.qs[sub], part, 0);
+    |i| scales: low_twice(&b.sc[i]), d: wide(&b.d),
+        min: high_whole(&b.sc[i]), m: times(&b.m, -1.0)
+);
+block!(
+    BlockU3K, subs: SUBS, most: 7, signed: false, sixteens: true, mins: true;
+    |b, sub, part| _mm256_or_si256(pair(&b.qs[sub], part, 0), bit(&b.high[sub], part, 2));
+    |i| scales: twice(&b.sc[i]), d: wide(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -4.0)
+);
+block!(
+    BlockU6K, subs: SUBS, most: 63, signed: false, sixteens: true, mins: true;
+    |b, sub, part| _mm256_or_si256(nibbles(&b.qs[sub], part), pair(&b.high[sub], part, 4));
+    |i| scales: twice(&b.sc[i]), d: wide(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -32.0)
+);
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn ones() -> __m256i {
+    _mm256_set1_epi16(1)
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn none() -> __m256 {
+    _mm256_setzero_ps()
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn times(bits: &[u16; LANES], by: f32) -> __m256 {
+    _mm256_mul_ps(wide(bits), _mm256_set1_ps(by))
+}
+
+/// Each byte twice, in 16 bits.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn twice(scales: &[i8; LANES]) -> __m256i {
+    // SAFETY: eight bytes.
+    let bytes = unsafe { _mm_loadl_epi64(scales.as_ptr().cast()) };
+    _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(bytes, bytes))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn unsigned_twice(scales: &[u8; LANES]) -> __m256i {
+    // SAFETY: eight bytes.
+    let bytes = unsafe { _mm_loadl_epi64(scales.as_ptr().cast()) };
+    _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(bytes, bytes))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn low_twice(both: &[u8; LANES]) -> __m256i {
+    _mm256_and_si256(unsigned_twice(both), _mm256_set1_epi16(15))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn high_whole(both: &[u8; LANES]) -> __m256 {
+    // SAFETY: eight bytes.
+    let both = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(both.as_ptr().cast()) });
+    _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(both))
+}
+
+/// Register `at` of bytes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn load<T, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
+    assert!(size_of::<T>() == 1 && 32 * (at + 1) <= N, "the register is inside");
+    // SAFETY: 32 bytes that are inside.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().add(32 * at).cast()) }
+}
+
+/// To the left, or to the right if negative. Bits from the neighbouring byte come in.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn shifted(v: __m256i, by: i32) -> __m256i {
+    // The counts are constants once the kernel's loop is unrolled.
+    if by > 0 {
+        _mm256_sll_epi16(v, _mm_cvtsi32_si128(by))
+    } else {
+        _mm256_srl_epi16(v, _mm_cvtsi32_si128(-by))
+    }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn nibbles(qs: &[u8; 128], part: usize) -> __m256i {
+    let v = shifted(load(qs, part / 2), part as i32 % 2 * -4);
+    _mm256_and_si256(v, _mm256_set1_epi8(15))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn levels(qs: &[u8; 128], part: usize) -> __m256i {
+    // SAFETY: 16 bytes.
+    let levels = unsafe { _mm_loadu_si128(IQ4_LEVELS.as_ptr().cast()) };
+    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles(qs, part))
+}
+
+/// Bit `part` of each byte as bit `to`.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn bit(bits: &[u8; 32], part: usize, to: i32) -> __m256i {
+    let v = shifted(load(bits, 0), to - part as i32);
+    _mm256_and_si256(v, _mm256_set1_epi8(1 << to))
+}
+
+/// Bits `2 * (part % 4)` of each byte of a half, and one more, as bits `to`.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn pair(bits: &[[u8; 32]; 2], part: usize, to: i32) -> __m256i {
+    let v = shifted(load(&bits[part / 4], 0), to - 2 * (part as i32 % 4));
+    _mm256_and_si256(v, _mm256_set1_epi8(3 << to))
+}

@@ -1,0 +1,239 @@
+//! Quantized weights of all types, in one kernel.
+//!
+//! Products of unsigned weights and signed activations are summed in 16 bits over as many columns as
+//! cannot overflow, and only then widened, and multiplied by the scales where these are whole.
+
+use super::ask;
+use super::block::Block;
+use crate::kernels::activation::Row;
+use crate::kernels::pack::BLOCK;
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+/// Registers of four columns each in a block of 32.
+const PARTS: usize = 8;
+
+/// Runs the body for each, unrolled: which bits a part has is then known to the compiler.
+macro_rules! each_part {
+    ($part:ident => $body:block) => {
+        each_part!($part => $body, 0 1 2 3 4 5 6 7)
+    };
+    ($part:ident => $body:block, $($value:literal)*) => {
+        $({ let $part: usize = $value; $body })*
+    };
+}
+
+/// Registers of products that 16 bits can add up: all of a scale's, or as many as fit.
+const fn run<B: Block>() -> usize {
+    if B::SIGNED {
+        return 1;
+    }
+    let mut parts = if B::SIXTEENS { PARTS / 2 } else { PARTS };
+    while B::MOST * 127 * 2 * parts as i32 > i16::MAX as i32 {
+        parts /= 2;
+    }
+    parts
+}
+
+/// `G` groups by `T` tokens.
+///
+/// # Safety
+/// As `matmul::Tile` says, and the CPU has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub unsafe fn tile<B: Block, const G: usize, const T: usize>(
+    weights: *const u8,
+    blocks: usize,
+    x: &[Row],
+    out: *mut f32,
+    stride: usize,
+) {
+    let x: &[Row; T] = x.try_into().expect("as many rows as the tile has tokens");
+    let weights = weights.cast::<B>();
+    let mut acc = [[_mm256_setzero_ps(); T]; G];
+    for b in 0..blocks {
+        // SAFETY: group `g` has `blocks` blocks.
+        let mut block = [unsafe { &*weights }; G];
+        for g in 0..G {
+            // SAFETY: as above.
+            block[g] = unsafe { &*weights.add(g * blocks + b) };
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            if B::SUBS == 1 {
+                single(block, b, x, &mut acc, blocks);
+            } else {
+                several(block, b, x, &mut acc, blocks);
+            }
+        }
+    }
+    for g in 0..G {
+        for t in 0..T {
+            // SAFETY: the caller's promise.
+            unsafe { _mm256_storeu_ps(out.add(t * stride + 8 * g), acc[g][t]) };
+        }
+    }
+}
+
+/// Adds block `b`, 32 columns.
+///
+/// # Safety
+/// The CPU has AVX2, FMA and F16C, and the rows have a block `b`.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+unsafe fn single<B: Block, const G: usize, const T: usize>(
+    block: [&B; G],
+    b: usize,
+    x: &[Row; T],
+    acc: &mut [[__m256; T]; G],
+    blocks: usize,
+) {
+    // SAFETY: the caller's promise.
+    let sums = unsafe { sums(block, 0, b, x, blocks) };
+    for g in 0..G {
+        // SAFETY: the caller's promise.
+        let (d, min) = unsafe { (block[g].d(), block[g].min(0)) };
+        for t in 0..T {
+            // SAFETY: the row has a scale and a sum for each block.
+            let (xd, xs) = unsafe {
+                (_mm256_broadcast_ss(&*x[t].d.add(b)), _mm256_broadcast_ss(&*x[t].s.add(b)))
+            };
+            let scaled = _mm256_mul_ps(d, xd);
+            acc[g][t] = _mm256_fmadd_ps(scaled, _mm256_cvtepi32_ps(sums[g][t]), acc[g][t]);
+            if B::MINS {
+                acc[g][t] = _mm256_fmadd_ps(min, xs, acc[g][t]);
+            }
+        }
+    }
+}
+
+/// Adds block `b`, `B::SUBS` times 32 columns. Scales and minima are whole numbers times one float
+/// for the whole block, which is not multiplied before the end.
+///
+/// # Safety
+/// As [`single`].
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+unsafe fn several<B: Block, const G: usize, const T: usize>(
+    block: [&B; G],
+    b: usize,
+    x: &[Row; T],
+    acc: &mut [[__m256; T]; G],
+    blocks: usize,
+) {
+    let mut products = [[_mm256_setzero_ps(); T]; G];
+    for sub in 0..B::SUBS {
+        let at = b * B::SUBS + sub;
+        // SAFETY: the caller's promise.
+        let sums = unsafe { sums(block, sub, at, x, blocks) };
+        for t in 0..T {
+            // SAFETY: the row has a scale for each block.
+            let xd = unsafe { _mm256_broadcast_ss(&*x[t].d.add(at)) };
+            for g in 0..G {
+                let sum = _mm256_cvtepi32_ps(sums[g][t]);
+                products[g][t] = _mm256_fmadd_ps(xd, sum, products[g][t]);
+            }
+        }
+    }
+    for g in 0..G {
+        // SAFETY: the caller's promise.
+        let d = unsafe { block[g].d() };
+        for t in 0..T {
+            acc[g][t] = _mm256_fmadd_ps(d, products[g][t], acc[g][t]);
+        }
+    }
+    if !B::MINS {
+        return;
+    }
+    // Two chains of sums each: one alone would wait for its own additions.
+    let mut mins = [[[_mm256_setzero_ps(); T]; G]; 2];
+    let each = if B::SIXTEENS { 2 } else { 1 };
+    for i in 0..B::SUBS * each {
+        for g in 0..G {
+            // SAFETY: the caller's promise.
+            let min = unsafe { block[g].min(i) };
+            for t in 0..T {
+                let sums = if B::SIXTEENS { x[t].h } else { x[t].s };
+                // SAFETY: the row has a sum for each block, and two of its halves.
+                let xs = unsafe { _mm256_broadcast_ss(&*sums.add(b * B::SUBS * each + i)) };
+                mins[i % 2][g][t] = _mm256_fmadd_ps(min, xs, mins[i % 2][g][t]);
+            }
+        }
+    }
+    for g in 0..G {
+        // SAFETY: the caller's promise.
+        let m = unsafe { block[g].m() };
+        for t in 0..T {
+            let sum = _mm256_add_ps(mins[0][g][t], mins[1][g][t]);
+            acc[g][t] = _mm256_fmadd_ps(m, sum, acc[g][t]);
+        }
+    }
+}
+
+/// The same, from an empty instruction that the compiler moves past no other of its kind. On its own
+/// it makes all of a block's weights before it uses one, and spills them.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn in_order(mut v: __m256i) -> __m256i {
+    // SAFETY: nothing is done.
+    unsafe {
+        asm!("/* {0} */", inout(ymm_reg) v, options(nomem, nostack, preserves_flags));
+    }
+    v
+}
+
+/// Sums of 32 columns, sub-block `sub` of the weights and block `at` of the rows, times the scales if
+/// they are whole. A group has `blocks` blocks.
+///
+/// # Safety
+/// As [`single`].
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+unsafe fn sums<B: Block, const G: usize, const T: usize>(
+    block: [&B; G],
+    sub: usize,
+    at: usize,
+    x: &[Row; T],
+    blocks: usize,
+) -> [[__m256i; T]; G] {
+    if T == 1 {
+        let bytes = size_of::<B>() / B::SUBS;
+        for g in 0..G {
+            let next = std::ptr::from_ref(block[g]).wrapping_add(G * blocks).cast::<u8>();
+            ask(next.wrapping_add(sub * bytes), bytes);
+        }
+    }
+    let run = const { run::<B>() };
+    let zero = _mm256_setzero_si256();
+    let (mut sums, mut narrow) = ([[zero; T]; G], [[zero; T]; G]);
+    each_part!(part => {
+        let mut w = [zero; G];
+        for g in 0..G {
+            // SAFETY: the caller's promise.
+            w[g] = in_order(unsafe { block[g].weights(sub, part) });
+        }
+        for t in 0..T {
+            // SAFETY: the row has as many blocks of 32 bytes.
+            let q = unsafe {
+                let q = x[t].q.add(BLOCK * at + 4 * part);
+                _mm256_set1_epi32(q.cast::<i32>().read_unaligned())
+            };
+            for g in 0..G {
+                let products = if B::SIGNED {
+                    _mm256_maddubs_epi16(_mm256_abs_epi8(w[g]), _mm256_sign_epi8(q, w[g]))
+                } else {
+                    _mm256_maddubs_epi16(w[g], q)
+                };
+                narrow[g][t] = in_order(_mm256_add_epi16(narrow[g][t], products));
+                if part % run == run - 1 {
+                    let i = if B::SIXTEENS { 2 * sub + 2 * part / PARTS } else { sub };
+                    // SAFETY: the caller's promise.
+                    let scales = unsafe { block[g].scales(i) };
+                    let wide = _mm256_madd_epi16(narrow[g][t], scales);
+                    sums[g][t] = in_order(_mm256_add_epi32(sums[g][t], wide));
+                    narrow[g][t] = zero;
+                }
+            }
+        }
+    });
+    sums
+}
