@@ -93,11 +93,15 @@ pub struct QuantizedWriter {
 }
 
 impl QuantizedWriter {
-    /// Quantizes `values`, whole blocks, as columns `col` and following of `row`.
+    /// Quantizes `values`, whole blocks, as columns `col` and following of `row`; does nothing where
+    /// rows have no columns.
     ///
     /// # Safety
     /// The [`Quantized`] is still borrowed, and nobody else reads or writes these blocks.
     pub unsafe fn write(&self, row: usize, col: usize, values: &[f32]) {
+        if self.cols == 0 {
+            return;
+        }
         assert!(col.is_multiple_of(BLOCK) && values.len().is_multiple_of(BLOCK));
         assert!(col + values.len() <= self.cols);
         let at = row * self.cols + col;

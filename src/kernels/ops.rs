@@ -32,21 +32,27 @@ pub struct Span {
     pub pages: Vec<u32>,
 }
 
-/// Rows of activations, in both forms that a matrix may take.
+/// Rows of activations, in both forms that a matrix may take, or in f32 only.
 #[derive(Debug, Default)]
 pub struct Activations {
     rows: usize,
     cols: usize,
     float: Vec<f32>,
     quantized: Quantized,
+    only_float: bool,
 }
 
 impl Activations {
+    /// For matrices none of which takes quantized rows.
+    pub fn only_float() -> Self {
+        Self { only_float: true, ..Self::default() }
+    }
+
     /// Room for (rows, columns); what was there is forgotten.
     pub fn resize(&mut self, rows: usize, cols: usize) {
         (self.rows, self.cols) = (rows, cols);
         self.float.resize(rows * cols, 0.0);
-        self.quantized.resize(rows, cols);
+        self.quantized.resize(rows, if self.only_float { 0 } else { cols });
     }
 
     pub fn rows(&self) -> usize {

@@ -65,6 +65,14 @@ pub struct Forward {
 }
 
 impl Forward {
+    pub fn new(weights: &Weights) -> Self {
+        if weights.take_quantized() {
+            return Self::default();
+        }
+        let [normed, attended, hidden] = [(); 3].map(|()| Activations::only_float());
+        Self { normed, attended, hidden, ..Self::default() }
+    }
+
     /// Computes the rows.
     ///
     /// # Errors

@@ -86,7 +86,7 @@ impl Native {
             info: info(spec, &weights, &*tokenizer),
             cache,
             embedding_cache: None,
-            forward: Forward::default(),
+            forward: Forward::new(&weights),
             adapters: HashMap::new(),
             tokenizer,
             batch_tokens: spec.batch_tokens as usize,

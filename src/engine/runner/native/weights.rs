@@ -84,6 +84,15 @@ impl Weights {
         Ok(Self { shape, ropes, layers, output_norm, head, parameters, file })
     }
 
+    /// Whether any of the matrices takes quantized activations.
+    pub fn take_quantized(&self) -> bool {
+        let of = |layer: &Layer| {
+            let Layer { q, k, v, output, gate, up, down, .. } = layer;
+            [q, k, v, output, gate, up, down].iter().any(|matrix| matrix.takes_quantized())
+        };
+        self.head.takes_quantized() || self.layers.iter().any(of)
+    }
+
     /// (width) the embedding of a token.
     pub fn embedding(&self, token: Token, out: &mut [f32]) -> Result<(), String> {
         let tensor = self.file.tensor(EMBEDDING).expect("it was there at load");
