@@ -12,7 +12,7 @@ mod quantize;
 mod signed;
 mod six;
 
-pub(super) use attention::{score, weigh, widen};
+pub(super) use attention::{Number, score, weigh, widen};
 pub(super) use quantize::quantize;
 
 use super::matmul::{Kind, Tile};
