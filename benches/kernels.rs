@@ -1,8 +1,9 @@
-//! Rates of single kernels on one core, in cache: `cargo bench --bench kernels [-- FILTER]`. Elements
-//! are multiplications, or numbers that are normed and quantized.
+//! Rates of single kernels, on one core and in cache where it is not said otherwise:
+//! `cargo bench --bench kernels [-- FILTER]`. Elements are multiplications, or numbers that are normed
+//! and quantized.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use ingot::gguf::TensorType;
+use ingot::gguf::{KvType, TensorType};
 use ingot::kernels::attention::{Plan, Scope};
 use ingot::kernels::ops::{self, Activations, Product, Span};
 use ingot::kernels::{Cache, Matrix, Pool};
@@ -83,21 +84,61 @@ fn attention(criterion: &mut Criterion) {
         ("prefill 128 at 4,000", vec![Span { rows: 0..128, position: 4000, pages: own(0) }]),
     ];
     for (heads, kv_heads, dim) in [(9, 3, 64), (32, 8, 64), (32, 8, 128)] {
-        let cache = Cache::new(1, 8 * PAGES, kv_heads, dim);
-        let mut group = criterion.benchmark_group(format!("attention {heads}/{kv_heads}x{dim}"));
-        for (name, spans) in &works {
-            let rows = spans.last().map_or(0, |span| span.rows.end);
-            let seen =
-                |span: &Span| (1..=span.rows.len()).map(|r| span.position + r).sum::<usize>();
-            let seen: usize = spans.iter().map(seen).sum();
-            let (q, mut out) = (vec![0.1f32; rows * heads * dim], Activations::default());
-            out.resize(rows, heads * dim);
+        for ty in [KvType::F16, KvType::Q8_0] {
+            let cache = Cache::new(ty, 1, 8 * PAGES, kv_heads, dim);
+            let name = format!("attention {heads}/{kv_heads}x{dim}, {ty:?}");
+            let mut group = criterion.benchmark_group(name);
+            for (name, spans) in &works {
+                let rows = spans.last().map_or(0, |span| span.rows.end);
+                let seen =
+                    |span: &Span| (1..=span.rows.len()).map(|r| span.position + r).sum::<usize>();
+                let seen: usize = spans.iter().map(seen).sum();
+                let (q, mut out) = (vec![0.1f32; rows * heads * dim], Activations::default());
+                out.resize(rows, heads * dim);
+                let mut kept = Vec::new();
+                group.throughput(Throughput::Elements((seen * heads * dim * 2) as u64));
+                group.bench_function(*name, |bencher| {
+                    bencher.iter(|| {
+                        let scope = Scope::default();
+                        let plan = Plan::new(spans, scope, kv_heads, heads / kv_heads, 1);
+                        ops::attend(&mut pool, &q, &plan, &cache, 0, &mut out, &mut kept);
+                    });
+                });
+            }
+        }
+    }
+}
+
+/// One token's attention in all layers at 4,096 tokens: more than a cache of the CPU holds, as a
+/// decode step finds it.
+fn attention_from_memory(criterion: &mut Criterion) {
+    for (layers, heads, kv_heads, dim) in [(60, 9, 3, 64), (16, 32, 8, 128)] {
+        let name = format!("attention {heads}/{kv_heads}x{dim}, {layers} layers, 1 at 4,096");
+        let mut group = criterion.benchmark_group(name);
+        for (ty, threads) in [KvType::F16, KvType::Q8_0].map(|ty| [(ty, 1), (ty, 2)]).concat() {
+            let mut pool = Pool::new(threads).expect("a thread starts");
+            let mut cache = Cache::new(ty, layers, 128, kv_heads, dim);
+            let (writer, row) = (cache.writer(), vec![0.3; dim]);
+            // What was never written would be one page of zeros.
+            for at in 0..layers * 128 * kv_heads * 32 {
+                let (page, layer) = (at / 32 / kv_heads / layers, at / 32 / kv_heads % layers);
+                // SAFETY: one thread.
+                unsafe {
+                    writer.write(layer, page as u32, at / 32 % kv_heads, at % 32, &row, &row);
+                }
+            }
+            let spans = [Span { rows: 0..1, position: 4095, pages: (0..128).collect() }];
+            let (q, mut out) = (vec![0.1f32; heads * dim], Activations::default());
+            out.resize(1, heads * dim);
             let mut kept = Vec::new();
-            group.throughput(Throughput::Elements((seen * heads * dim * 2) as u64));
-            group.bench_function(*name, |bencher| {
+            group.throughput(Throughput::Elements((layers * 4096 * heads * dim * 2) as u64));
+            group.bench_function(format!("{ty:?}, {threads} threads"), |bencher| {
+                let scope = Scope::default();
+                let plan = Plan::new(&spans, scope, kv_heads, heads / kv_heads, threads);
                 bencher.iter(|| {
-                    let plan = Plan::new(spans, Scope::default(), kv_heads, heads / kv_heads, 1);
-                    ops::attend(&mut pool, &q, &plan, &cache, 0, &mut out, &mut kept);
+                    for layer in 0..layers {
+                        ops::attend(&mut pool, &q, &plan, &cache, layer, &mut out, &mut kept);
+                    }
                 });
             });
         }
@@ -110,6 +151,6 @@ criterion_group! {
         .sample_size(10)
         .warm_up_time(Duration::from_millis(100))
         .measurement_time(Duration::from_millis(400));
-    targets = matmul, norm, attention
+    targets = matmul, norm, attention, attention_from_memory
 }
 criterion_main!(kernels);

@@ -334,7 +334,7 @@ impl ServeOptions {
         let kv_type = self.kv_type.unwrap_or(KvCacheType::F16);
         if self.flash_attention == Some(false) && kv_type != KvCacheType::F16 {
             let reason =
-                "cannot be off with --kv-type q8_0: only flash attention reads a quantized cache";
+                "cannot be off with --kv-type q8_0: without it llama.cpp reads no quantized cache";
             return Err(option("flash-attention", reason));
         }
         let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);

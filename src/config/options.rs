@@ -138,7 +138,7 @@ pub struct ServeOptions {
     #[arg(long, value_name = "TOKENS", env = "INGOT_KV_TOKENS", help_heading = "Engine")]
     pub kv_tokens: Option<NonZeroU32>,
 
-    /// Number format of the KV cache [default: f16]
+    /// Number format of the KV cache; q8_0 takes 53% of the memory [default: f16]
     #[arg(long, value_name = "TYPE", env = "INGOT_KV_TYPE", help_heading = "Engine")]
     pub kv_type: Option<KvCacheType>,
 
@@ -166,7 +166,8 @@ pub struct ServeOptions {
     #[arg(long, env = "INGOT_RUNNER", help_heading = "Engine")]
     pub runner: Option<RunnerKind>,
 
-    /// Use flash attention [default: where it is faster: on a GPU, and for a unified cache]
+    /// Use llama.cpp's flash attention [default: where it is faster: on a GPU, and for a unified
+    /// cache]
     #[arg(
         long,
         value_name = "BOOL",

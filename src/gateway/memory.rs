@@ -9,7 +9,6 @@ pub use machine::available;
 
 use crate::config::{ByteSize, DEFAULT_CONTEXT_LENGTH, DEFAULT_SEQUENCES, EngineConfig};
 use crate::gateway::header::ModelHeader;
-use crate::gguf::KvType;
 use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Speculate};
 use serde::Serialize;
 use std::fmt;
@@ -126,7 +125,7 @@ impl MemoryPlan {
             size(self.mapped_weights.saturating_add(self.private_weights)),
             size(self.kv_cache),
             self.kv_tokens,
-            size(header.facts.kv_bytes_per_token(kv_type(self.spec.kv_type))),
+            size(header.facts.kv_bytes_per_token(self.spec.kv_type.into())),
             size(self.compute_buffers),
             size(self.overhead),
             advice.join(", or "),
@@ -246,8 +245,6 @@ impl<'a> Sketch<'a> {
             Some("the native runner has no kernels for this CPU yet".into())
         } else if config.gpu_layers > 0 {
             Some("the native runner computes on the CPU (--gpu-layers)".into())
-        } else if config.kv_type != KvCacheType::F16 {
-            Some("the native runner's cache is f16 (--kv-type)".into())
         } else if config.kv_layout.is_some() {
             Some("the native runner has no choice of layout (--kv-layout)".into())
         } else {
@@ -321,7 +318,7 @@ impl<'a> Sketch<'a> {
         let logits = (4 * u64::from(facts.n_vocab)).saturating_mul(self.sequences);
         let activations =
             (4 * (8 + 12) * u64::from(facts.n_embd)).saturating_mul(self.batch_tokens());
-        let cache = facts.kv_bytes_per_token(KvType::F16).saturating_mul(kv_tokens);
+        let cache = facts.kv_bytes_per_token(self.config.kv_type.into()).saturating_mul(kv_tokens);
         let vocabulary = u64::from(facts.n_vocab) * BYTES_PER_VOCABULARY_TOKEN;
         [header.weights_bytes, logits, activations, cache]
             .into_iter()
@@ -330,16 +327,21 @@ impl<'a> Sketch<'a> {
 
     /// Host bytes that one more token of cache takes, its column of the attention mask included.
     fn bytes_per_token(&self) -> u64 {
-        let kv = self.header.facts.kv_bytes_per_token(kv_type(self.config.kv_type));
-        let drafts =
-            self.draft.map_or(0, |draft| draft.header.facts.kv_bytes_per_token(KvType::F16));
-        self.host(kv).saturating_add(self.mask_bytes_per_token()).saturating_add(drafts)
+        let of = |header: &ModelHeader| header.facts.kv_bytes_per_token(self.config.kv_type.into());
+        let drafts = self.draft.map_or(0, |draft| of(&draft.header));
+        self.host(of(self.header))
+            .saturating_add(self.mask_bytes_per_token())
+            .saturating_add(drafts)
     }
 
-    /// An f32 mask and its f16 copy for flash attention; without it the scores of a layer.
+    /// An f32 mask and its f16 copy for llama.cpp's flash attention; without it the scores of a
+    /// layer. The native runner has neither.
     fn mask_bytes_per_token(&self) -> u64 {
-        let heads = u64::from(self.header.facts.n_head);
-        let row = if self.flash_attention() { 6 } else { 4 + 8 * heads };
+        let row = match self.runner() {
+            RunnerKind::Native => 0,
+            _ if self.flash_attention() => 6,
+            _ => 4 + 8 * u64::from(self.header.facts.n_head),
+        };
         self.batch_tokens().saturating_mul(row)
     }
 
@@ -411,7 +413,7 @@ impl<'a> Sketch<'a> {
         }
         let facts = &self.header.facts;
         let weights = self.host(self.header.weights_bytes);
-        let per_token = facts.kv_bytes_per_token(kv_type(self.config.kv_type));
+        let per_token = facts.kv_bytes_per_token(self.config.kv_type.into());
         let cache = self.kv_tokens.saturating_mul(per_token);
         let repacks = self.config.gpu_layers == 0;
         let private_weights = match self.config.mmap {
@@ -473,14 +475,6 @@ fn round_down(tokens: u64) -> u64 {
 
 fn narrow(tokens: u64) -> u32 {
     u32::try_from(tokens).unwrap_or(u32::MAX)
-}
-
-/// The header's name for a cache type.
-fn kv_type(ty: KvCacheType) -> KvType {
-    match ty {
-        KvCacheType::F16 => KvType::F16,
-        KvCacheType::Q8_0 => KvType::Q8_0,
-    }
 }
 
 #[cfg(test)]

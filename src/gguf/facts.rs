@@ -35,16 +35,17 @@ pub enum PoolingType {
 pub enum KvType {
     /// 16 bits per element.
     F16,
-    /// Blocks of 32 elements in 34 bytes.
+    /// Blocks of 32 elements of 8 bits, each with an f16.
     Q8_0,
 }
 
 impl KvType {
-    /// Bytes of a row of `elements`; part-filled blocks count as whole ones.
-    pub fn row_bytes(self, elements: u64) -> u64 {
+    /// Bytes of a row of `elements` in heads of `head`: blocks end with their head, the last one
+    /// perhaps short.
+    pub fn row_bytes(self, elements: u64, head: u64) -> u64 {
         match self {
             KvType::F16 => elements * 2,
-            KvType::Q8_0 => elements.div_ceil(32) * 34,
+            KvType::Q8_0 => elements + elements.div_ceil(head.max(1)) * head.div_ceil(32) * 2,
         }
     }
 }
@@ -210,7 +211,9 @@ impl ModelFacts {
     /// keeps the whole context: an upper bound for models with sliding windows, and 0 for recurrent
     /// ones.
     pub fn kv_bytes_per_token(&self, ty: KvType) -> u64 {
-        self.kv_elements.iter().map(|&(k, v)| ty.row_bytes(k) + ty.row_bytes(v)).sum()
+        let (key, value) = (u64::from(self.key_length), u64::from(self.value_length));
+        let row = |&(k, v): &(u64, u64)| ty.row_bytes(k, key) + ty.row_bytes(v, value);
+        self.kv_elements.iter().map(row).sum()
     }
 
     /// Whether this file is a model that can be loaded by itself: not an adapter, a projector, a

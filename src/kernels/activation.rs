@@ -119,11 +119,7 @@ impl QuantizedWriter {
         for (block, (values, q)) in blocks.enumerate() {
             let values = values.try_into().expect("a block");
             let q = q.try_into().expect("a block");
-            let (scale, sums) = match isa {
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => avx2::quantize(values, q),
-                _ => quantize_block(values, q),
-            };
+            let (scale, sums) = quantize(isa, values, q);
             d[block] = scale;
             s[block] = scale * (sums[0] + sums[1]) as f32;
             h[2 * block] = scale * sums[0] as f32;
@@ -132,7 +128,16 @@ impl QuantizedWriter {
     }
 }
 
-/// Returns the scale, and the sums of both halves of the quantized values: the plain form.
+/// Returns the scale, and the sums of both halves of the quantized values.
+pub(super) fn quantize(isa: Isa, values: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::quantize(values, q),
+        _ => quantize_block(values, q),
+    }
+}
+
+/// The plain form.
 fn quantize_block(values: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
     let mut lanes = [0f32; 8];
     for eight in values.chunks_exact(8) {

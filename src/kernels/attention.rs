@@ -1,12 +1,14 @@
 //! Attention over pages of 32 tokens.
 //!
-//! A page holds keys as `[head_dim][32]` and values as `[32][head_dim]`, in f16, so that both inner
-//! loops read whole registers. A query's sum runs over fixed runs of 512 tokens by position, each
+//! A page holds keys as `[head_dim][32]` and values as `[32][head_dim]`, in f16 or q8_0, so that both
+//! inner loops read whole registers. Of q8_0 they read the integers: a score is scaled once for every
+//! 32 dimensions, a token's weight instead of its value. A query's sum runs over fixed runs of 512 tokens by position, each
 //! with a softmax of its own, merged in their order (Dao et al. 2022, arXiv:2205.14135, section
 //! 3.1): who computes a run, and with which other queries, changes no bit. So a page that several
 //! sequences share is read once for all of them, and the runs of one long sequence are shared out
 //! over the threads.
 
+pub(super) mod plain;
 mod plan;
 #[cfg(test)]
 mod tests;

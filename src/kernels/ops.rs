@@ -373,10 +373,10 @@ pub fn attend(
         let (tile, at) = (&plan.tiles[chunk / kv_heads], chunk % kv_heads);
         let (head, queries) = (head(at), &plan.queries[tile.queries.clone()]);
         SCRATCH.with_borrow_mut(|scratch| {
-            let parts =
-                queries.iter().flat_map(|query| &q[query.row * cols + at * width..][..width]);
             scratch.q.clear();
-            scratch.q.extend(parts);
+            for query in queries {
+                scratch.q.extend_from_slice(&q[query.row * cols + at * width..][..width]);
+            }
             if queries.iter().any(|query| query.slot.is_none()) {
                 head.attend(queries, tile.runs.clone(), scratch);
             } else {

@@ -6,7 +6,7 @@
 //! file also goes through the native runner, and both have to agree: two independent programs that
 //! compute the same numbers in F32 are what proves the reference.
 //!
-//! The runners under test see the file as it is, with a cache in f16, as they serve it. All read the
+//! The runners under test see the file as it is, with a cache in f16, as by default. All read the
 //! same windows of text, each from its beginning, and all rows count. Rows of logits are compared as
 //! they come and never kept.
 //!

@@ -9,6 +9,8 @@ fn header() -> ModelHeader {
     header.facts.n_layer = 30;
     header.facts.n_embd = 576;
     header.facts.n_head = 9;
+    header.facts.key_length = 64;
+    header.facts.value_length = 64;
     header.facts.n_vocab = 49_152;
     header.facts.n_ctx_train = 8_192;
     header.facts.kv_elements = vec![(192, 192); 30];
@@ -49,6 +51,27 @@ fn q8_0_halves_the_cache() {
     let f16 = plan("", 16 * GIB).unwrap().kv_cache;
     let q8 = plan("kv_type = \"q8_0\"", 16 * GIB).unwrap().kv_cache;
     assert_eq!(q8 * 64, f16 * 34);
+}
+
+#[test]
+fn nearly_twice_the_tokens_fit_into_pages_of_q8_0() {
+    let plan = |toml: &str, available| {
+        let mut config = config(&format!("context_length = 512\n{toml}"));
+        config.runner = None;
+        let mut header = header();
+        header.uncovered = None;
+        let plan = MemoryPlan::make(&file(header), None, &config, available).unwrap();
+        assert_eq!(plan.spec.runner, RunnerKind::Native);
+        plan
+    };
+    let roomy = plan("", 16 * GIB);
+    let little = roomy.total() - roomy.kv_cache + (160 << 20);
+    let (f16, q8) = (plan("", little), plan("kv_type = \"q8_0\"", little));
+    // Half of what is left, in steps of 256 tokens.
+    for plan in [&f16, &q8] {
+        assert!(plan.kv_cache <= 80 << 20 && plan.kv_cache > 75 << 20, "{plan}");
+    }
+    assert!(q8.kv_tokens * 10 > f16.kv_tokens * 18, "{} and {}", f16.kv_tokens, q8.kv_tokens);
 }
 
 #[test]
@@ -122,10 +145,12 @@ fn the_native_runner_takes_what_it_covers() {
         let plan = MemoryPlan::make(&file(header), None, &config, 16 * GIB).unwrap();
         (plan.spec.runner, plan.notes.join(", "))
     };
-    assert_eq!(runner(true, ""), (RunnerKind::Native, String::new()));
+    for toml in ["", "kv_type = \"q8_0\""] {
+        assert_eq!(runner(true, toml), (RunnerKind::Native, String::new()), "{toml}");
+    }
     let (kind, note) = runner(false, "runner = \"native\"");
     assert_eq!((kind, note.as_str()), (RunnerKind::LlamaCpp, "llama.cpp runs it: a reason"));
-    for toml in ["kv_type = \"q8_0\"", "gpu_layers = 1", "kv_layout = \"unified\""] {
+    for toml in ["gpu_layers = 1", "kv_layout = \"unified\""] {
         assert_eq!(runner(true, toml).0, RunnerKind::LlamaCpp, "{toml}");
     }
 }

@@ -22,7 +22,7 @@ fn facts_of_the_tiny_models() {
     assert_eq!(facts.weights_bytes, facts.parameters * 4);
     // 2 layers, K and V, 2 heads of 16.
     assert_eq!(facts.kv_bytes_per_token(KvType::F16), 2 * 2 * 32 * 2);
-    assert_eq!(facts.kv_bytes_per_token(KvType::Q8_0), 2 * 2 * 34);
+    assert_eq!(facts.kv_bytes_per_token(KvType::Q8_0), 2 * 2 * 2 * (16 + 2));
     let header = Gguf::open_header(dir.path().join("llama.gguf")).unwrap();
     assert_eq!(ModelFacts::read(&header).unwrap(), facts);
     assert!(header.data("output.weight").is_err());

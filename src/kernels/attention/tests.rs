@@ -1,43 +1,57 @@
 use super::*;
+use crate::gguf::KvType;
 use crate::kernels::cache::{Cache, PAGE};
 use crate::kernels::matmul::{Isa, isa};
 use crate::kernels::ops::{self, Activations, Span};
 use crate::kernels::pool::Pool;
-use half::f16;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::ops::Range;
 
-const DIM: usize = 32;
 const KV_HEADS: usize = 2;
 const TOKENS: usize = 1_100;
+/// With a whole block of q8_0, and with a half and a quarter of one.
+const FORMS: [(KvType, usize); 4] =
+    [(KvType::F16, 32), (KvType::Q8_0, 32), (KvType::Q8_0, 80), (KvType::Q8_0, 40)];
 
 struct Case {
     cache: Cache,
+    dim: usize,
     pages: Vec<u32>,
+    /// As the cache holds them.
     k: Vec<f32>,
     v: Vec<f32>,
     q: Vec<f32>,
 }
 
-/// Tokens of one sequence on shuffled pages, as f16 holds them.
-fn case(heads: usize) -> Case {
+/// Tokens of one sequence on shuffled pages.
+fn case(ty: KvType, dim: usize, heads: usize) -> Case {
     let mut rng = StdRng::seed_from_u64(heads as u64);
-    let mut number = || f16::from_f32(rng.random_range(-1.0f32..1.0)).to_f32();
+    let mut numbers = |count: usize, size: f32| -> Vec<f32> {
+        (0..count * dim).map(|_| rng.random_range(-size..size)).collect()
+    };
     let count = TOKENS.div_ceil(PAGE);
-    let mut cache = Cache::new(2, count, KV_HEADS, DIM);
+    let mut cache = Cache::new(ty, 2, count, KV_HEADS, dim);
     let pages: Vec<u32> = (0..count as u32).map(|page| (page * 3 + 1) % count as u32).collect();
-    let k: Vec<f32> = (0..TOKENS * DIM).map(|_| 3.0 * number()).collect();
-    let k: Vec<f32> = k.into_iter().map(|x| f16::from_f32(x).to_f32()).collect();
-    let v: Vec<f32> = (0..TOKENS * DIM).map(|_| number()).collect();
-    let q = (0..heads * DIM).map(|_| number()).collect();
+    let (k, v) = (numbers(TOKENS, 3.0), numbers(TOKENS, 1.0));
+    let q = numbers(heads, (32.0 / dim as f32).sqrt());
     let writer = cache.writer();
     for token in 0..TOKENS {
-        let (at, page) = (token * DIM..(token + 1) * DIM, pages[token / PAGE]);
+        let (at, page) = (token * dim..(token + 1) * dim, pages[token / PAGE]);
         // SAFETY: one thread.
         unsafe { writer.write(1, page, 1, token % PAGE, &k[at.clone()], &v[at]) };
     }
-    Case { cache, pages, k, v, q }
+    let places = || (0..TOKENS).flat_map(|token| (0..dim).map(move |d| (token, d)));
+    let key = |(token, d): (usize, usize)| {
+        let t = token % PAGE;
+        cache.keys(1, pages[token / PAGE], 1).number(d * PAGE + t, t, d)
+    };
+    let value = |(token, d): (usize, usize)| {
+        let t = token % PAGE;
+        cache.values(1, pages[token / PAGE], 1).number(t * dim + d, t, d)
+    };
+    let (k, v) = (places().map(key).collect(), places().map(value).collect());
+    Case { cache, dim, pages, k, v, q }
 }
 
 fn attend(case: &Case, isa: Isa, seen: Range<usize>, q: &[f32]) -> Vec<f32> {
@@ -45,7 +59,7 @@ fn attend(case: &Case, isa: Isa, seen: Range<usize>, q: &[f32]) -> Vec<f32> {
 }
 
 fn attend_in(case: &Case, isa: Isa, seen: Range<usize>, q: &[f32], cap: Option<f32>) -> Vec<f32> {
-    let group = q.len() / DIM;
+    let group = q.len() / case.dim;
     let head = Head { isa, cache: &case.cache, layer: 1, head: 1, group, cap };
     let query = Query { row: 0, seen, pages: &case.pages, slot: None };
     let mut scratch = Scratch::default();
@@ -63,20 +77,22 @@ fn equals_a_softmax_in_double_precision() {
         Scope { window: Some(700), cap: None },
         Scope { window: None, cap: Some(5.0) },
     ];
-    for (heads, scope) in [1, 3, 4, 7].into_iter().flat_map(|h| scopes.map(|scope| (h, scope))) {
-        let case = case(heads);
-        for end in [1, 2, 31, 32, 33, 511, 512, 513, 530, TOKENS] {
+    const ENDS: [usize; 10] = [1, 2, 31, 32, 33, 511, 512, 513, 530, TOKENS];
+    let works = [1, 3, 4, 7].into_iter().flat_map(|heads| FORMS.map(|form| (heads, form)));
+    for (heads, (ty, dim)) in works {
+        let case = case(ty, dim, heads);
+        for (scope, end) in scopes.into_iter().flat_map(|scope| ENDS.map(|end| (scope, end))) {
             let seen = end.saturating_sub(scope.window.unwrap_or(end))..end;
             let out = attend_in(&case, isa(), seen.clone(), &case.q, scope.cap);
             assert_eq!(out, attend_in(&case, Isa::Scalar, seen.clone(), &case.q, scope.cap));
-            for (q, out) in case.q.chunks(DIM).zip(out.chunks(DIM)) {
+            for (q, out) in case.q.chunks(dim).zip(out.chunks(dim)) {
                 let weights = weights(&case, q, seen.clone(), scope.cap);
                 let total: f64 = weights.iter().sum();
-                for d in 0..DIM {
-                    let values = case.v.iter().skip(d).step_by(DIM).skip(seen.start);
+                for d in 0..dim {
+                    let values = case.v.iter().skip(d).step_by(dim).skip(seen.start);
                     let sum: f64 = values.zip(&weights).map(|(v, w)| f64::from(*v) * w).sum();
                     let error = (f64::from(out[d]) - sum / total).abs();
-                    assert!(error < 1e-5, "{heads} heads, {seen:?}, {scope:?}: {error}");
+                    assert!(error < 1e-5, "{ty:?}, {heads}x{dim}, {seen:?}, {scope:?}: {error}");
                 }
             }
         }
@@ -89,7 +105,7 @@ fn weights(case: &Case, q: &[f32], seen: Range<usize>, cap: Option<f32>) -> Vec<
         let dot: f64 = k.iter().zip(q).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
         cap.map(f64::from).map_or(dot, |cap| cap * (dot / cap).tanh()).exp()
     };
-    case.k.chunks(DIM).take(seen.end).skip(seen.start).map(weight).collect()
+    case.k.chunks(case.dim).take(seen.end).skip(seen.start).map(weight).collect()
 }
 
 fn bits(x: &[f32]) -> Vec<u32> {
@@ -98,24 +114,27 @@ fn bits(x: &[f32]) -> Vec<u32> {
 
 #[test]
 fn plain_code_gives_the_same_bits_and_heads_do_not_matter() {
-    let case = case(7);
-    for seen in [0..1, 0..40, 0..512, 100..700, 0..TOKENS] {
-        let fast = attend(&case, isa(), seen.clone(), &case.q);
-        assert_eq!(bits(&fast), bits(&attend(&case, Isa::Scalar, seen.clone(), &case.q)));
-        let alone: Vec<f32> =
-            case.q.chunks(DIM).flat_map(|q| attend(&case, isa(), seen.clone(), q)).collect();
-        assert_eq!(bits(&fast), bits(&alone));
+    for (ty, dim) in FORMS {
+        let case = case(ty, dim, 7);
+        for seen in [0..1, 0..40, 0..512, 100..700, 0..TOKENS] {
+            let fast = attend(&case, isa(), seen.clone(), &case.q);
+            assert_eq!(bits(&fast), bits(&attend(&case, Isa::Scalar, seen.clone(), &case.q)));
+            let alone = case.q.chunks(dim).flat_map(|q| attend(&case, isa(), seen.clone(), q));
+            assert_eq!(bits(&fast), bits(&alone.collect::<Vec<_>>()));
+        }
     }
 }
 
 #[test]
 fn pages_are_copied_whole() {
-    let mut case = case(1);
-    let before = attend(&case, isa(), 0..20, &case.q);
-    let (from, to) = (case.pages[0], case.pages[5]);
-    case.cache.copy_page(from, to);
-    case.pages[0] = to;
-    assert_eq!(attend(&case, isa(), 0..20, &case.q), before);
+    for (ty, dim) in FORMS {
+        let mut case = case(ty, dim, 1);
+        let before = attend(&case, isa(), 0..20, &case.q);
+        let (from, to) = (case.pages[0], case.pages[5]);
+        case.cache.copy_page(from, to);
+        case.pages[0] = to;
+        assert_eq!(attend(&case, isa(), 0..20, &case.q), before);
+    }
 }
 
 /// Sequences of a batch that share beginnings of different lengths, some decoding, some reading.
@@ -138,14 +157,20 @@ fn spans(rng: &mut StdRng) -> Vec<Span> {
 
 #[test]
 fn company_sharing_and_threads_change_no_bit() {
-    let (group, pages) = (3, 800);
-    let cols = KV_HEADS * group * DIM;
+    for (ty, dim, group) in [(KvType::F16, 32, 3), (KvType::Q8_0, 32, 3), (KvType::Q8_0, 40, 4)] {
+        company_changes_no_bit(ty, dim, group);
+    }
+}
+
+fn company_changes_no_bit(ty: KvType, dim: usize, group: usize) {
+    let pages = 800;
+    let cols = KV_HEADS * group * dim;
     let mut rng = StdRng::seed_from_u64(3);
-    let mut cache = Cache::new(1, pages, KV_HEADS, DIM);
+    let mut cache = Cache::new(ty, 1, pages, KV_HEADS, dim);
     let writer = cache.writer();
     for page in 0..pages as u32 {
         for (head, token) in (0..KV_HEADS).flat_map(|head| (0..PAGE).map(move |t| (head, t))) {
-            let mut numbers = || (0..DIM).map(|_| rng.random_range(-2.0f32..2.0)).collect();
+            let mut numbers = || (0..dim).map(|_| rng.random_range(-2.0f32..2.0)).collect();
             let (k, v): (Vec<f32>, Vec<f32>) = (numbers(), numbers());
             // SAFETY: one thread.
             unsafe { writer.write(0, page, head, token, &k, &v) };

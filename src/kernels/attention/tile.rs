@@ -1,12 +1,14 @@
 //! One tile: some rows' queries of one head, over some runs.
 
+#[cfg(not(target_arch = "x86_64"))]
+use super::plain::Number;
+use super::plain::{self, Scales};
 use super::{Query, ROWS, RUN, Scores};
 #[cfg(target_arch = "x86_64")]
-use crate::kernels::avx2;
-use crate::kernels::cache::{Cache, PAGE};
+use crate::kernels::avx2::{self, Number};
+use crate::kernels::cache::{Cache, Numbers, PAGE};
 use crate::kernels::matmul::Isa;
 use crate::kernels::vector::{exp, soft_cap};
-use half::f16;
 use std::ops::Range;
 
 /// Pages of a run.
@@ -48,6 +50,7 @@ pub struct Scratch {
     /// Of all runs so far.
     totals: Vec<Sum>,
     pub out: Vec<f32>,
+    /// (head_dim, 32) keys or (32, head_dim) values of a page, widened.
     page: Vec<f32>,
 }
 
@@ -113,12 +116,17 @@ impl Head<'_> {
                 sees.then(|| query.pages[run * PAGES + page])
             };
             stretches(queries, place, |part, id| {
-                let keys = self.cache.keys(self.layer, id, self.head);
                 let (q, scores) = (
                     &scratch.q[part.start * group * dim..part.end * group * dim],
                     &mut scratch.scores[part.start * group..part.end * group],
                 );
-                self.score(q, keys, scores, at, &mut scratch.page);
+                let page = &mut scratch.page;
+                match self.cache.keys(self.layer, id, self.head) {
+                    Numbers::F16(keys) => self.score(q, (keys, ()), scores, at, page),
+                    Numbers::Q8 { q: keys, d } => {
+                        self.score(q, (keys, d), scores, at, page);
+                    }
+                }
             });
         }
         for (index, query) in queries.iter().enumerate() {
@@ -136,61 +144,76 @@ impl Head<'_> {
             let place = |query: &Query| {
                 let seen = query.seen_of(run);
                 let (from, to) = (seen.start.max(at), seen.end.min(at + PAGE));
-                (from < to).then(|| (query.pages[run * PAGES + page], from, to))
+                (from < to).then(|| (query.pages[run * PAGES + page], from - at..to - at))
             };
-            stretches(queries, place, |part, (id, from, to)| {
-                let values = self.cache.values(self.layer, id, self.head);
-                let values = &values[(from - at) * dim..(to - at) * dim];
+            stretches(queries, place, |part, (id, tokens)| {
                 let (rows, numbers) = (
                     part.start * group..part.end * group,
                     part.start * group * dim..part.end * group * dim,
                 );
                 let (scores, out) = (&scratch.scores[rows], &mut scratch.partial[numbers]);
-                self.weigh(scores, from, values, out, &mut scratch.page);
+                let page = &mut scratch.page;
+                match self.cache.values(self.layer, id, self.head) {
+                    Numbers::F16(values) => {
+                        self.weigh(scores, at, tokens, (values, ()), out, page);
+                    }
+                    Numbers::Q8 { q, d } => {
+                        self.weigh(scores, at, tokens, (q, d), out, page);
+                    }
+                }
             });
         }
     }
 
     /// `scores[row][at..at + 32] = q[row] · keys`.
-    fn score(&self, q: &[f32], keys: &[u16], scores: &mut [Scores], at: usize, wide: &mut [f32]) {
+    fn score<N: Number, S: Scales>(
+        &self,
+        q: &[f32],
+        (keys, scales): (&[N], S),
+        scores: &mut [Scores],
+        at: usize,
+        page: &mut [f32],
+    ) {
         let dim = self.cache.head_dim();
-        let rows = scores.len();
-        if rows > ROWS {
-            widen(self.isa, keys, wide);
+        let widened = scores.len() > ROWS;
+        if widened {
+            widen(self.isa, keys, page);
         }
         for (q, scores) in q.chunks(ROWS * dim).zip(scores.chunks_mut(ROWS)) {
-            match (self.isa, rows > ROWS) {
+            match (self.isa, widened) {
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, false) => avx2::score(q, keys, scores, at),
+                (Isa::Avx2, false) => avx2::score(q, keys, scales, scores, at),
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, true) => avx2::score(q, &*wide, scores, at),
-                _ => score(q, keys, scores, at),
+                (Isa::Avx2, true) => avx2::score(q, &*page, scales, scores, at),
+                _ => plain::score(q, keys, scales, scores, at),
             }
         }
     }
 
-    /// `out[row] += scores[row][at + t] * values[t]`.
-    fn weigh(
+    /// `out[row] += scores[row][at + t] * values[t]` for `tokens` of the page that begins at `at`.
+    fn weigh<N: Number, S: Scales>(
         &self,
         scores: &[Scores],
         at: usize,
-        values: &[u16],
+        tokens: Range<usize>,
+        (values, scales): (&[N], S),
         out: &mut [f32],
-        wide: &mut [f32],
+        page: &mut [f32],
     ) {
         let dim = self.cache.head_dim();
-        let rows = scores.len();
-        let wide = &mut wide[..values.len()];
-        if rows > ROWS {
-            widen(self.isa, values, wide);
+        let widened = scores.len() > ROWS;
+        if widened {
+            let part = tokens.start * dim..tokens.end * dim;
+            widen(self.isa, &values[part.clone()], &mut page[part]);
         }
         for (scores, out) in scores.chunks(ROWS).zip(out.chunks_mut(ROWS * dim)) {
-            match (self.isa, rows > ROWS) {
+            let tokens = tokens.clone();
+            match (self.isa, widened) {
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, false) => avx2::weigh(scores, at, values, out, dim),
+                (Isa::Avx2, false) => avx2::weigh(scores, at, tokens, values, scales, out),
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, true) => avx2::weigh(scores, at, &*wide, out, dim),
-                _ => weigh(scores, at, values, out, dim),
+                (Isa::Avx2, true) => avx2::weigh(scores, at, tokens, &*page, scales, out),
+                _ => plain::weigh(scores, at, tokens, values, scales, out),
             }
         }
     }
@@ -244,35 +267,13 @@ fn divide(out: &mut [f32], sum: Sum) {
     out.iter_mut().for_each(|x| *x /= sum.total);
 }
 
-fn widen(isa: Isa, from: &[u16], to: &mut [f32]) {
+/// Without their scales.
+fn widen<N: Number>(isa: Isa, from: &[N], to: &mut [f32]) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::widen(from, to),
-        // The plain kernels read f16.
+        // The plain kernels read what is there.
         _ => {}
-    }
-}
-
-fn score(q: &[f32], keys: &[u16], scores: &mut [Scores], at: usize) {
-    let dim = keys.len() / PAGE;
-    for (q, scores) in q.chunks_exact(dim).zip(scores) {
-        for (t, score) in scores[at..at + PAGE].iter_mut().enumerate() {
-            let mut sum = 0f32;
-            for (d, q) in q.iter().enumerate() {
-                sum = f16::from_bits(keys[d * PAGE + t]).to_f32().mul_add(*q, sum);
-            }
-            *score = sum;
-        }
-    }
-}
-
-fn weigh(scores: &[Scores], at: usize, values: &[u16], out: &mut [f32], dim: usize) {
-    for (out, scores) in out.chunks_exact_mut(dim).zip(scores) {
-        for (d, sum) in out.iter_mut().enumerate() {
-            for (t, values) in values.chunks_exact(dim).enumerate() {
-                *sum = f16::from_bits(values[d]).to_f32().mul_add(scores[at + t], *sum);
-            }
-        }
     }
 }
 

@@ -1,22 +1,32 @@
 //! Scores and weighted sums of one page.
 
+use crate::kernels::attention::plain::{self, Scales};
 use crate::kernels::attention::{RUN, Scores};
 use crate::kernels::cache::PAGE;
+use crate::kernels::pack::BLOCK;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// What a page's numbers are held as.
-pub trait Number: Copy {
+pub trait Number: plain::Number {
     /// # Safety
     /// Eight numbers are there, and the CPU has AVX2 and F16C.
     unsafe fn eight(from: *const Self) -> __m256;
 }
 
-/// Bits of f16.
 impl Number for u16 {
     #[inline(always)]
     unsafe fn eight(from: *const u16) -> __m256 {
         // SAFETY: the caller's promise.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+}
+
+impl Number for i8 {
+    #[inline(always)]
+    unsafe fn eight(from: *const i8) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
     }
 }
 
@@ -28,126 +38,189 @@ impl Number for f32 {
     }
 }
 
-/// f16 to f32; the lengths are equal multiples of eight. The CPU must have AVX2 and F16C.
-pub fn widen(from: &[u16], to: &mut [f32]) {
+/// To f32; the lengths are equal multiples of eight. The CPU must have AVX2 and F16C.
+pub fn widen<N: Number>(from: &[N], to: &mut [f32]) {
     assert!(from.len() == to.len() && from.len().is_multiple_of(8));
     /// # Safety
     /// Both have `count` numbers, a multiple of eight, and the CPU AVX2 and F16C.
     #[target_feature(enable = "avx2,f16c")]
-    unsafe fn widen(from: *const u16, to: *mut f32, count: usize) {
+    unsafe fn widen<N: Number>(from: *const N, to: *mut f32, count: usize) {
         for at in (0..count).step_by(8) {
             // SAFETY: the caller's promise.
-            unsafe { _mm256_storeu_ps(to.add(at), Number::eight(from.add(at))) };
+            unsafe { _mm256_storeu_ps(to.add(at), N::eight(from.add(at))) };
         }
     }
     // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
     unsafe { widen(from.as_ptr(), to.as_mut_ptr(), from.len()) }
 }
 
-/// `scores[row][at..at + 32] = q[row] · keys`; `keys` (head_dim, 32), `q` (rows, head_dim), at most
-/// four rows. The CPU must have AVX2, FMA and F16C.
-pub fn score<N: Number>(q: &[f32], keys: &[N], scores: &mut [Scores], at: usize) {
+fn fit<S: Scales>(scales: S, dim: usize) -> bool {
+    scales.bits().is_none_or(|scales| scales.len() == dim.div_ceil(BLOCK) * PAGE)
+}
+
+/// `scores[row][at..at + 32] = q[row] · keys`; `keys` (head_dim, 32), `scales` (blocks, 32), `q`
+/// (rows, head_dim), at most four rows. The CPU must have AVX2, FMA and F16C.
+pub fn score<N: Number, S: Scales>(
+    q: &[f32],
+    keys: &[N],
+    scales: S,
+    scores: &mut [Scores],
+    at: usize,
+) {
     let dim = keys.len() / PAGE;
     assert!(keys.len() == dim * PAGE && at + PAGE <= RUN && q.len() == scores.len() * dim);
+    assert!(fit(scales, dim));
     // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
     unsafe {
         match scores.len() {
-            1 => score_rows::<1, N>(q, keys, scores, at, dim),
-            2 => score_rows::<2, N>(q, keys, scores, at, dim),
-            3 => score_rows::<3, N>(q, keys, scores, at, dim),
-            4 => score_rows::<4, N>(q, keys, scores, at, dim),
+            1 => score_rows::<1, N, S>(q, keys, scales, scores, at, dim),
+            2 => score_rows::<2, N, S>(q, keys, scales, scores, at, dim),
+            3 => score_rows::<3, N, S>(q, keys, scales, scores, at, dim),
+            4 => score_rows::<4, N, S>(q, keys, scales, scores, at, dim),
             rows => unreachable!("{rows} rows"),
         }
     }
 }
 
 /// # Safety
-/// `q` has `R` rows of `dim`, `keys` `dim` rows of 32, and the CPU AVX2, FMA and F16C.
+/// `q` has `R` rows of `dim`, `keys` `dim` rows of 32 and `scales` one for every block of them; and
+/// the CPU has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn score_rows<const R: usize, N: Number>(
+unsafe fn score_rows<const R: usize, N: Number, S: Scales>(
     q: &[f32],
     keys: &[N],
+    scales: S,
     scores: &mut [Scores],
     at: usize,
     dim: usize,
 ) {
-    let (q, keys) = (q.as_ptr(), keys.as_ptr());
+    let (q, keys, width) = (q.as_ptr(), keys.as_ptr(), scales.width(dim));
     for half in [0, 16] {
-        let mut sums = [[_mm256_setzero_ps(); 2]; R];
-        for d in 0..dim {
-            // SAFETY: the caller's promise.
-            let (k0, k1) = unsafe {
-                let k = keys.add(d * PAGE + half);
-                (N::eight(k), N::eight(k.add(8)))
-            };
-            for r in 0..R {
+        for (block, from) in (0..dim).step_by(width).enumerate() {
+            let mut sums = [[_mm256_setzero_ps(); 2]; R];
+            for d in from..(from + width).min(dim) {
                 // SAFETY: the caller's promise.
-                let x = unsafe { _mm256_broadcast_ss(&*q.add(r * dim + d)) };
-                sums[r][0] = _mm256_fmadd_ps(k0, x, sums[r][0]);
-                sums[r][1] = _mm256_fmadd_ps(k1, x, sums[r][1]);
+                let (k0, k1) = unsafe {
+                    let k = keys.add(d * PAGE + half);
+                    (N::eight(k), N::eight(k.add(8)))
+                };
+                for r in 0..R {
+                    // SAFETY: the caller's promise.
+                    let x = unsafe { _mm256_broadcast_ss(&*q.add(r * dim + d)) };
+                    sums[r][0] = _mm256_fmadd_ps(k0, x, sums[r][0]);
+                    sums[r][1] = _mm256_fmadd_ps(k1, x, sums[r][1]);
+                }
             }
-        }
-        for r in 0..R {
-            let place = scores[r][at + half..at + half + 16].as_mut_ptr();
-            // SAFETY: sixteen numbers.
-            unsafe {
-                _mm256_storeu_ps(place, sums[r][0]);
-                _mm256_storeu_ps(place.add(8), sums[r][1]);
+            for r in 0..R {
+                for w in 0..2 {
+                    let place = scores[r][at + half + 8 * w..][..8].as_mut_ptr();
+                    // SAFETY: eight numbers each.
+                    unsafe {
+                        let sum = match scales.bits() {
+                            Some(scales) => {
+                                let scale = scales.as_ptr().add(block * PAGE + half + 8 * w);
+                                let before = match block {
+                                    0 => _mm256_setzero_ps(),
+                                    _ => _mm256_loadu_ps(place),
+                                };
+                                _mm256_fmadd_ps(Number::eight(scale), sums[r][w], before)
+                            }
+                            None => sums[r][w],
+                        };
+                        _mm256_storeu_ps(place, sum);
+                    }
+                }
             }
         }
     }
 }
 
-/// `out[row] += scores[row][at + t] * values[t]`; `values` (tokens, dim), `out` (rows, dim), at most
-/// four rows, `dim` a multiple of 8. The CPU must have AVX2, FMA and F16C.
-pub fn weigh<N: Number>(scores: &[Scores], at: usize, values: &[N], out: &mut [f32], dim: usize) {
-    let tokens = values.len() / dim;
-    assert!(values.len() == tokens * dim && at + tokens <= RUN && dim.is_multiple_of(8));
-    assert!(out.len() == scores.len() * dim);
+/// `out[row] += scores[row][at + t] * values[t]` for `tokens` of a page that begins at `at`;
+/// `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim), at most four rows, `dim` a multiple
+/// of 8. The CPU must have AVX2, FMA and F16C.
+pub fn weigh<N: Number, S: Scales>(
+    scores: &[Scores],
+    at: usize,
+    tokens: Range<usize>,
+    values: &[N],
+    scales: S,
+    out: &mut [f32],
+) {
+    let dim = values.len() / PAGE;
+    assert!(values.len() == dim * PAGE && dim.is_multiple_of(8) && fit(scales, dim));
+    assert!(tokens.end <= PAGE && at + PAGE <= RUN && out.len() == scores.len() * dim);
     // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
     unsafe {
         match scores.len() {
-            1 => weigh_rows::<1, N>(scores, at, values, out, dim),
-            2 => weigh_rows::<2, N>(scores, at, values, out, dim),
-            3 => weigh_rows::<3, N>(scores, at, values, out, dim),
-            4 => weigh_rows::<4, N>(scores, at, values, out, dim),
+            1 => weigh_rows::<1, N, S>(scores, at, tokens, values, scales, out, dim),
+            2 => weigh_rows::<2, N, S>(scores, at, tokens, values, scales, out, dim),
+            3 => weigh_rows::<3, N, S>(scores, at, tokens, values, scales, out, dim),
+            4 => weigh_rows::<4, N, S>(scores, at, tokens, values, scales, out, dim),
             rows => unreachable!("{rows} rows"),
         }
     }
 }
 
 /// # Safety
-/// `out` has `R` rows of `dim`, a multiple of 8, and the CPU AVX2, FMA and F16C.
+/// `values` has 32 rows of `dim`, a multiple of 8, `out` `R` such rows, and `scales` 32 for every
+/// block of them; and the CPU has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn weigh_rows<const R: usize, N: Number>(
+unsafe fn weigh_rows<const R: usize, N: Number, S: Scales>(
     scores: &[Scores],
     at: usize,
+    tokens: Range<usize>,
     values: &[N],
+    scales: S,
     out: &mut [f32],
     dim: usize,
 ) {
-    let tokens = values.len() / dim;
-    let scores: [*const f32; R] = std::array::from_fn(|r| scores[r][at..].as_ptr());
-    let (values, out) = (values.as_ptr(), out.as_mut_ptr());
-    let mut d = 0;
-    while d + 16 <= dim {
-        // SAFETY: sixteen columns of every row are there, and the scores of `tokens` tokens.
-        unsafe { weigh_columns::<R, 2, N>(scores, values.add(d), out.add(d), tokens, dim) };
-        d += 16;
-    }
-    if d < dim {
-        // SAFETY: as above, with eight columns.
-        unsafe { weigh_columns::<R, 1, N>(scores, values.add(d), out.add(d), tokens, dim) };
+    let (first, count) = (tokens.start, tokens.len());
+    let mut scaled = [[0f32; PAGE]; R];
+    let (values, out) = (values[first * dim..].as_ptr(), out.as_mut_ptr());
+    let width = scales.width(dim);
+    for (block, from) in (0..dim).step_by(width).enumerate() {
+        let mut weights: [*const f32; R] =
+            std::array::from_fn(|r| scores[r][at + first..].as_ptr());
+        if let Some(scales) = scales.bits() {
+            let scales = &scales[block * PAGE..][..PAGE];
+            for (r, scaled) in scaled.iter_mut().enumerate() {
+                for t in (0..PAGE).step_by(8) {
+                    // SAFETY: eight numbers each.
+                    unsafe {
+                        let score = _mm256_loadu_ps(scores[r].as_ptr().add(at + t));
+                        let scale = Number::eight(scales.as_ptr().add(t));
+                        _mm256_storeu_ps(scaled.as_mut_ptr().add(t), _mm256_mul_ps(score, scale));
+                    }
+                }
+                weights[r] = scaled[first..].as_ptr();
+            }
+        }
+        let (mut d, end) = (from, (from + width).min(dim));
+        while d + 16 <= end {
+            // SAFETY: sixteen columns of every row are there, and 32 weights.
+            unsafe {
+                let (values, out) = (values.add(d), out.add(d));
+                weigh_columns::<R, 2, N>(weights, values, out, count, dim);
+            }
+            d += 16;
+        }
+        if d < end {
+            // SAFETY: as above, with eight columns.
+            unsafe {
+                let (values, out) = (values.add(d), out.add(d));
+                weigh_columns::<R, 1, N>(weights, values, out, count, dim);
+            }
+        }
     }
 }
 
 /// # Safety
-/// There are `tokens` scores of each row, `tokens` rows of values and `R` of `out`, `dim` apart, each
+/// There are weights and rows of values for all of `tokens`, and `R` rows of `out`, `dim` apart, each
 /// with `8 W` columns; and the CPU has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 unsafe fn weigh_columns<const R: usize, const W: usize, N: Number>(
-    scores: [*const f32; R],
+    weights: [*const f32; R],
     values: *const N,
     out: *mut f32,
     tokens: usize,
@@ -168,7 +241,7 @@ unsafe fn weigh_columns<const R: usize, const W: usize, N: Number>(
         }
         for r in 0..R {
             // SAFETY: the caller's promise.
-            let weight = unsafe { _mm256_broadcast_ss(&*scores[r].add(t)) };
+            let weight = unsafe { _mm256_broadcast_ss(&*weights[r].add(t)) };
             for w in 0..W {
                 sums[r][w] = _mm256_fmadd_ps(v[w], weight, sums[r][w]);
             }

@@ -6,7 +6,7 @@ mod float;
 mod quantize;
 mod quantized;
 
-pub(super) use attention::{score, weigh, widen};
+pub(super) use attention::{Number, score, weigh, widen};
 pub(super) use quantize::quantize;
 
 use super::matmul::Tile;

@@ -20,8 +20,8 @@ use super::{
     SeqSlot, Wants, llama_cpp,
 };
 use crate::engine::tokenizer::{Tokenizer, native::NativeTokenizer};
-use crate::gguf::Gguf;
-use crate::ipc::{AdapterId, KvCacheType, LoadSpec, ModelInfo, Speculate, Token};
+use crate::gguf::{Gguf, KvType};
+use crate::ipc::{AdapterId, LoadSpec, ModelInfo, Speculate, Token};
 use crate::kernels::ops::Span;
 use crate::kernels::{Cache, Pool};
 use forward::{Forward, Rows};
@@ -42,7 +42,7 @@ pub struct Native {
     pool: Rc<RefCell<Pool>>,
     weights: Weights,
     cache: Cache,
-    /// Pages of its own for one input at a time.
+    /// Pages of its own for one input at a time, in f16 always: they are few.
     embedding_cache: Option<Cache>,
     forward: Forward,
     adapters: HashMap<AdapterId, Adapter>,
@@ -66,9 +66,6 @@ impl Native {
 
     fn load_on(pool: Rc<RefCell<Pool>>, spec: &LoadSpec) -> Result<Self, Unsupported> {
         let started = Instant::now();
-        if spec.kv_type != KvCacheType::F16 {
-            return Err(Unsupported::Other("its cache is f16, not q8_0".into()));
-        }
         if spec.gpu_layers > 0 {
             return Err(Unsupported::Other("it computes on the CPU (--gpu-layers)".into()));
         }
@@ -81,7 +78,8 @@ impl Native {
         }
         let shape = &weights.shape;
         let pages = spec.kv_tokens as usize / PAGE_TOKENS;
-        let cache = Cache::new(shape.layers, pages, shape.kv_heads, shape.head_dim);
+        let ty = spec.kv_type.into();
+        let cache = Cache::new(ty, shape.layers, pages, shape.kv_heads, shape.head_dim);
         let mut runner = Self {
             info: info(spec, &weights, &*tokenizer),
             cache,
@@ -254,9 +252,9 @@ impl ModelRunner for Native {
         }
         let shape = &self.weights.shape;
         let pages = MAX_EMBED_TOKENS / PAGE_TOKENS;
-        let cache = self
-            .embedding_cache
-            .get_or_insert_with(|| Cache::new(shape.layers, pages, shape.kv_heads, shape.head_dim));
+        let cache = self.embedding_cache.get_or_insert_with(|| {
+            Cache::new(KvType::F16, shape.layers, pages, shape.kv_heads, shape.head_dim)
+        });
         let pages: Vec<u32> = (0..pages as u32).collect();
         self.wanted.clear();
         for (chunk, part) in tokens.chunks(self.batch_tokens).enumerate() {

@@ -4,8 +4,11 @@ mod families;
 mod layers;
 
 use super::*;
+use crate::engine::runner::MAX_PROMPT_LOGITS;
 use crate::engine::tokenizer::native::NativeError;
-use crate::ipc::{KvLayout, RunnerKind};
+use crate::engine::verify::SAMPLE;
+use crate::gguf::ModelFacts;
+use crate::ipc::{KvCacheType, KvLayout, RunnerKind};
 use std::path::PathBuf;
 
 /// The default model's file; CI has it.
@@ -46,6 +49,29 @@ fn kl(p: &[f64], q: &[f64]) -> f64 {
     p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
+/// Mean KL of the other's predictions from the reference's, and how many have the same best token.
+fn apart(
+    reference: &mut impl ModelRunner,
+    other: &mut impl ModelRunner,
+    tokens: &[Token],
+) -> (f64, usize) {
+    let (mut sum, mut same) = (0.0, 0);
+    for (chunk, tokens) in tokens.chunks(MAX_PROMPT_LOGITS).enumerate() {
+        let (rows, position) = (0..tokens.len(), chunk * MAX_PROMPT_LOGITS);
+        for runner in [&mut *reference as &mut dyn ModelRunner, other] {
+            step(runner, tokens, vec![part(rows.clone(), position, 0, Wants::AllLogits)]);
+        }
+        for row in rows {
+            let expected = log_softmax(reference.logits(row).unwrap());
+            let found = log_softmax(other.logits(row).unwrap());
+            sum += kl(&expected, &found);
+            let best = |p: &[f64]| (0..p.len()).max_by(|&a, &b| p[a].total_cmp(&p[b]));
+            same += usize::from(best(&expected) == best(&found));
+        }
+    }
+    (sum / tokens.len() as f64, same)
+}
+
 /// WordPiece is not ours.
 #[test]
 fn a_vocabulary_that_is_not_covered_is_llama_cpps() {
@@ -67,17 +93,7 @@ fn predicts_what_llama_cpp_predicts() {
     let tokens = native.tokenizer().encode(TEXT, false, false);
     let tokens = &tokens[..tokens.len().min(64)];
     let count = tokens.len();
-    step(&mut native, tokens, vec![part(0..count, 0, 0, Wants::AllLogits)]);
-    step(&mut oracle, tokens, vec![part(0..count, 0, 0, Wants::AllLogits)]);
-    let (mut sum, mut same) = (0.0, 0);
-    for row in 0..count {
-        let ours = log_softmax(native.logits(row).unwrap());
-        let theirs = log_softmax(oracle.logits(row).unwrap());
-        sum += kl(&theirs, &ours);
-        let best = |p: &[f64]| (0..p.len()).max_by(|&a, &b| p[a].total_cmp(&p[b]));
-        same += usize::from(best(&ours) == best(&theirs));
-    }
-    let mean = sum / count as f64;
+    let (mean, same) = apart(&mut oracle, &mut native, tokens);
     println!("mean KL {mean:.5}, same best token {same} of {count}");
     // Both round activations to eight bits, each in its own way.
     assert!(mean < 0.01, "{mean}");
@@ -87,10 +103,40 @@ fn predicts_what_llama_cpp_predicts() {
 #[test]
 fn a_request_gives_the_same_bits_in_any_company() {
     let Some(model) = model() else { return };
-    let mut native = Native::load(&spec(model, RunnerKind::Native)).unwrap();
-    let tokens = native.tokenizer().encode(TEXT, false, false);
-    let count = tokens.len().min(80);
-    same_bits(&mut native, &tokens[..count], &tokens[tokens.len() - 30..]);
+    for kv_type in [KvCacheType::F16, KvCacheType::Q8_0] {
+        let spec = LoadSpec { kv_type, ..spec(model.clone(), RunnerKind::Native) };
+        let mut native = Native::load(&spec).unwrap();
+        let tokens = native.tokenizer().encode(TEXT, false, false);
+        let count = tokens.len().min(80);
+        same_bits(&mut native, &tokens[..count], &tokens[tokens.len() - 30..]);
+    }
+}
+
+/// What eight bits cost, and what they cost llama.cpp.
+#[test]
+fn a_q8_0_cache_moves_predictions_little() {
+    let Some(model) = model() else { return };
+    let native = |kv_type| {
+        let spec = LoadSpec { kv_type, ..spec(model.clone(), RunnerKind::Native) };
+        let native = Native::load(&spec).unwrap();
+        let facts = ModelFacts::read(&native.weights.file).unwrap();
+        let planned = facts.kv_bytes_per_token(kv_type.into()) * u64::from(spec.kv_tokens);
+        assert_eq!(native.cache.bytes() as u64, planned);
+        native
+    };
+    let llama_cpp = |kv_type| {
+        let spec = spec(model.clone(), RunnerKind::LlamaCpp);
+        llama_cpp::LlamaCpp::load(&LoadSpec { kv_type, flash_attention: true, ..spec }).unwrap()
+    };
+    let (mut f16, mut q8) = (native(KvCacheType::F16), native(KvCacheType::Q8_0));
+    let tokens = f16.tokenizer().encode(SAMPLE, false, false);
+    let tokens = &tokens[..384];
+    let ours = apart(&mut f16, &mut q8, tokens);
+    let (mut f16, mut q8) = (llama_cpp(KvCacheType::F16), llama_cpp(KvCacheType::Q8_0));
+    let theirs = apart(&mut f16, &mut q8, tokens);
+    println!("mean KL and same best tokens of 384: {ours:?}, llama.cpp {theirs:?}");
+    assert!(ours.0 < 1e-3 && ours.0 < 1.5 * theirs.0, "{ours:?}, llama.cpp {theirs:?}");
+    assert!(ours.1 * 100 >= tokens.len() * 97, "{ours:?}");
 }
 
 /// Computes `tokens` alone and in other ways.

@@ -200,8 +200,11 @@ fn windows_give_the_same_bits_in_any_company() {
     for (architecture, window) in [("gemma3", 40u32), ("gemma3", 300), ("phi3", 130)] {
         let model = TinyDecoder { layers: 7, ..TinyDecoder::new(architecture) };
         let (_folder, path) = write(&model.key("attention.sliding_window", window));
-        let mut native = Native::load(&spec(path, RunnerKind::Native)).unwrap();
-        same_bits(&mut native, &random_tokens(1100), &random_tokens(30));
+        for kv_type in [KvCacheType::F16, KvCacheType::Q8_0] {
+            let spec = LoadSpec { kv_type, ..spec(path.clone(), RunnerKind::Native) };
+            let mut native = Native::load(&spec).unwrap();
+            same_bits(&mut native, &random_tokens(1100), &random_tokens(30));
+        }
     }
 }
 

@@ -1,0 +1,109 @@
+//! Scores and weighted sums of one page in plain code: the oracle of the others, to the bit.
+
+use super::Scores;
+use crate::kernels::cache::PAGE;
+use crate::kernels::pack::{BLOCK, wide};
+use std::ops::Range;
+
+/// What a page's numbers are held as.
+pub trait Number: Copy {
+    fn number(self) -> f32;
+}
+
+/// Bits of f16.
+impl Number for u16 {
+    fn number(self) -> f32 {
+        wide(self)
+    }
+}
+
+/// Of a block, without its scale.
+impl Number for i8 {
+    fn number(self) -> f32 {
+        f32::from(self)
+    }
+}
+
+/// Widened from either.
+impl Number for f32 {
+    fn number(self) -> f32 {
+        self
+    }
+}
+
+/// What the numbers of a page are multiplied by. A type, not an option: the inner loops are compiled
+/// for each.
+pub trait Scales: Copy {
+    /// (blocks, 32) bits of f16, if anything.
+    fn bits(&self) -> Option<&[u16]>;
+
+    /// Dimensions that are summed before they are scaled.
+    fn width(&self, dim: usize) -> usize {
+        if self.bits().is_some() { BLOCK } else { dim }
+    }
+}
+
+/// Nothing.
+impl Scales for () {
+    fn bits(&self) -> Option<&[u16]> {
+        None
+    }
+}
+
+impl Scales for &[u16] {
+    fn bits(&self) -> Option<&[u16]> {
+        Some(self)
+    }
+}
+
+/// `scores[row][at..at + 32] = q[row] · keys`; `keys` (head_dim, 32), `scales` (blocks, 32), `q`
+/// (rows, head_dim).
+pub fn score<N: Number, S: Scales>(
+    q: &[f32],
+    keys: &[N],
+    scales: S,
+    scores: &mut [Scores],
+    at: usize,
+) {
+    let dim = keys.len() / PAGE;
+    let width = scales.width(dim);
+    for (q, scores) in q.chunks_exact(dim).zip(scores) {
+        for (t, score) in scores[at..at + PAGE].iter_mut().enumerate() {
+            *score = 0.0;
+            for (block, q) in q.chunks(width).enumerate() {
+                let mut sum = 0f32;
+                for (d, q) in q.iter().enumerate() {
+                    sum = keys[(block * width + d) * PAGE + t].number().mul_add(*q, sum);
+                }
+                *score = match scales.bits() {
+                    Some(scales) => wide(scales[block * PAGE + t]).mul_add(sum, *score),
+                    None => sum,
+                };
+            }
+        }
+    }
+}
+
+/// `out[row] += scores[row][at + t] * values[t]` for `tokens` of a page that begins at `at`;
+/// `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim).
+pub fn weigh<N: Number, S: Scales>(
+    scores: &[Scores],
+    at: usize,
+    tokens: Range<usize>,
+    values: &[N],
+    scales: S,
+    out: &mut [f32],
+) {
+    let dim = values.len() / PAGE;
+    for (out, scores) in out.chunks_exact_mut(dim).zip(scores) {
+        for (d, sum) in out.iter_mut().enumerate() {
+            for t in tokens.clone() {
+                let weight = match scales.bits() {
+                    Some(scales) => scores[at + t] * wide(scales[d / BLOCK * PAGE + t]),
+                    None => scores[at + t],
+                };
+                *sum = values[t * dim + d].number().mul_add(weight, *sum);
+            }
+        }
+    }
+}
