@@ -203,17 +203,19 @@ impl DraftModel {
         all - known
     }
 
-    /// Sees which of the tokens that it has computed have come. Tokens that it knows.
+    /// Sees which of the tokens that it has computed have come. How many it knows: not the last, whose
+    /// logits are wanted.
     fn settle(&mut self, seat: &mut Seat, tokens: &[Token]) -> usize {
         let Some(pages) = &mut seat.pages else { return 0 };
+        let (computed, last) = (seat.computed + seat.ahead.len(), tokens.len() - 1);
         let came = seat.ahead.iter().zip(&tokens[seat.computed..]);
         let came = came.take_while(|(drafted, token)| drafted == token).count();
-        seat.computed += came;
+        seat.computed = (seat.computed + came).min(last);
+        seat.ahead.clear();
         self.kv.commit(pages, &tokens[..seat.computed]);
-        if came < seat.ahead.len() {
+        if seat.computed < computed {
             self.kv.roll_back(pages, seat.computed);
         }
-        seat.ahead.clear();
         seat.computed
     }
 
@@ -284,6 +286,7 @@ impl DraftModel {
     /// Puts a sequence's rows into the batch. False if there are no pages for them.
     fn fill(&mut self, turn: &mut Turn) -> bool {
         let (behind, rows) = (turn.behind, turn.rows);
+        assert!(rows > 0, "the last token is never known already");
         let Draftee { tokens, speculation, .. } = &mut turn.of;
         let end = tokens.len() + speculation.begun().len() - behind + rows;
         let begun = speculation.begun().to_vec();

@@ -201,13 +201,14 @@ fn the_table_names_every_part() {
 #[test]
 fn a_draft_model_is_counted_with_its_cache() {
     let make = |toml: &str, available: u64| {
-        let mut small = header();
+        let (mut model, mut small) = (header(), header());
+        model.uncovered = None;
         small.facts.n_ctx_train = 2_048;
         small.weights_bytes = 10 << 20;
         let mut config = config(toml);
         config.runner = Some(RunnerKind::Native);
         let draft = ModelFile { header: small, path: "draft.gguf".into() };
-        MemoryPlan::make(&file(header()), Some(&draft), &config, available)
+        MemoryPlan::make(&file(model), Some(&draft), &config, available)
     };
     let plan = make("", 16 * GIB).unwrap();
     assert_eq!(plan.spec.draft, Some("draft.gguf".into()));
