@@ -3,7 +3,7 @@
 //! and quantized.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use ingot::gguf::{KvType, TensorType};
+use ingot::gguf::{KERNEL_TYPES, KvType};
 use ingot::kernels::attention::{Plan, Scope};
 use ingot::kernels::ops::{self, Activations, Product, Span};
 use ingot::kernels::{Cache, Matrix, Pool};
@@ -24,15 +24,14 @@ fn activations(pool: &mut Pool, rows: usize, cols: usize) -> Activations {
 
 /// A matrix of each type by some tokens.
 fn matmul(criterion: &mut Criterion) {
-    use TensorType::{F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
     let mut pool = Pool::new(1).expect("no thread to start");
     for (n, k) in [(512usize, 4096usize), (1536, 576)] {
         let mut group = criterion.benchmark_group(format!("matmul {n}x{k}"));
-        for ty in [Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K, F16, F32] {
-            let Some(bytes) = ty.bytes_for((n * k) as u64).filter(|_| k % 256 == 0 || !is_k(ty))
-            else {
+        for ty in KERNEL_TYPES {
+            if !(k as u64).is_multiple_of(ty.block_size()) {
                 continue;
-            };
+            }
+            let bytes = ty.bytes_for((n * k) as u64).expect("whole blocks");
             let matrix = Matrix::pack(ty, n, k, &vec![0; bytes as usize]).expect("whole blocks");
             for m in [1, 2, 4, 8, 256] {
                 let x = activations(&mut pool, m, k);
@@ -48,10 +47,6 @@ fn matmul(criterion: &mut Criterion) {
             }
         }
     }
-}
-
-fn is_k(ty: TensorType) -> bool {
-    ty.name().ends_with("_K")
 }
 
 fn norm(criterion: &mut Criterion) {

@@ -17,7 +17,7 @@ const VOCAB: u64 = 128_256;
 /// Types as llama.cpp's presets of these names choose them: most matrices have the first, the more
 /// sensitive ones (half of `attn_v` and `ffn_down`, and the embedding) the second.
 pub fn preset(name: &str) -> Option<(TensorType, TensorType)> {
-    use TensorType::{F16, Q4_0, Q4_1, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
+    use TensorType::{F16, IQ4_NL, IQ4_XS, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
     Some(match name {
         "Q4_K_M" => (Q4_K, Q6_K),
         "Q5_K_M" => (Q5_K, Q6_K),
@@ -26,6 +26,10 @@ pub fn preset(name: &str) -> Option<(TensorType, TensorType)> {
         "Q4_0" => (Q4_0, Q6_K),
         "Q4_1" => (Q4_1, Q6_K),
         "Q5_0" => (Q5_0, Q6_K),
+        "Q2_K" => (Q2_K, Q4_K),
+        "Q3_K_M" => (Q3_K, Q5_K),
+        "IQ4_NL" => (IQ4_NL, Q5_K),
+        "IQ4_XS" => (IQ4_XS, Q5_K),
         "F16" => (F16, F16),
         _ => return None,
     })
@@ -91,6 +95,10 @@ fn metadata(w: &mut GgufWriter) {
 fn matrix(w: &mut GgufWriter, name: String, ty: TensorType, input: u64, output: u64) {
     // Bytes of a block's scales in f16, and the largest weight without them.
     let (scales, largest): (&'static [usize], f32) = match ty {
+        TensorType::Q2_K => (&[80, 82], 15.0 * 4.0),
+        TensorType::Q3_K => (&[108], 32.0 * 4.0),
+        TensorType::IQ4_NL => (&[0], 127.0),
+        TensorType::IQ4_XS => (&[0], 32.0 * 127.0),
         TensorType::Q4_K | TensorType::Q5_K => (&[0, 2], 63.0 * 16.0),
         TensorType::Q6_K => (&[208], 127.0 * 32.0),
         TensorType::Q4_1 => (&[0, 2], 16.0),

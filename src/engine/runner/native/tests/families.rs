@@ -195,6 +195,25 @@ fn quantized() {
     }
 }
 
+/// What the types have in common is the block's own affair, so one family does.
+#[test]
+fn every_quantized_type() {
+    let tiny = TinyDecoder { width: 256, head_dim: 64, ff: 512, ..TinyDecoder::new("llama") };
+    for ty in [
+        TensorType::Q2_K,
+        TensorType::Q3_K,
+        TensorType::Q5_K,
+        TensorType::Q6_K,
+        TensorType::IQ4_NL,
+        TensorType::IQ4_XS,
+    ] {
+        let model = TinyDecoder { ty, ..tiny.clone() };
+        check(&format!("llama, {ty}"), &model, &SHORT, QUANTIZED);
+    }
+    let tied = TinyDecoder { tied: true, ty: TensorType::Q3_K, ..tiny };
+    check("llama, Q3_K, tied", &tied, &SHORT, QUANTIZED);
+}
+
 #[test]
 fn windows_give_the_same_bits_in_any_company() {
     for (architecture, window) in [("gemma3", 40u32), ("gemma3", 300), ("phi3", 130)] {
