@@ -1,7 +1,8 @@
 //! The native runner against llama.cpp, in one process, in turn: `cargo bench --bench runners --
 //! MODEL.gguf [--repeat 5] [--works decode] [--sides native,flash]`. Medians; both get two threads.
 //! Instead of a file, `random:Q4_K_M` is a model with random weights and the dimensions of
-//! Llama-3.2-1B.
+//! Llama-3.2-1B; `--write FILE` only leaves it there, for others to read (`scripts/bench_kernels.py`
+//! measures them beside this).
 //!
 //! llama.cpp has its cache in streams, which measured best, with and without flash attention; the
 //! better one counts. `llama-bench` measures the same kernels.
@@ -12,7 +13,7 @@ use clap::Parser;
 use ingot::engine::runner::{self, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, SeqSlot, Wants};
 use ingot::gguf::{Gguf, TensorInfo};
 use ingot::ipc::{KvLayout, LoadSpec, RunnerKind, Token};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 const THREADS: u32 = 2;
@@ -47,12 +48,16 @@ struct Arguments {
     model: String,
     #[arg(long, default_value_t = 5)]
     repeat: usize,
-    /// Only works whose name holds one of these; a semicolon stands between them.
+    /// Only works that have one of these names, or hold one that is no whole name; a semicolon
+    /// stands between them.
     #[arg(long, value_delimiter = ';', default_value = "")]
     works: Vec<String>,
     /// Of native, flash and plain.
     #[arg(long, value_delimiter = ',', default_value = "native,flash,plain")]
     sides: Vec<String>,
+    /// Writes the random model there, and does nothing else.
+    #[arg(long)]
+    write: Option<PathBuf>,
     /// Cargo's own.
     #[arg(long, hide = true)]
     bench: bool,
@@ -224,8 +229,11 @@ fn main() {
     let mut arguments = Arguments::parse();
     let folder = tempfile::tempdir().expect("a folder");
     if let Some(name) = arguments.model.strip_prefix("random:") {
-        let path = folder.path().join("random.gguf");
+        let path = arguments.write.clone().unwrap_or_else(|| folder.path().join("random.gguf"));
         random::write(&path, random::preset(name).expect("a preset such as Q4_K_M"));
+        if arguments.write.is_some() {
+            return;
+        }
         arguments.model = path.display().to_string();
     }
     let mut sides: Vec<_> = SIDES
@@ -235,13 +243,16 @@ fn main() {
         .collect();
     let bytes = weights(&arguments.model) as f64;
     let most = bandwidth() / bytes;
-    println!("{:.0} MB of weights; read from memory at best {most:.0} times a second", bytes / 1e6);
+    println!("{:.0} MB of weights; read from memory at best {most:.1} times a second", bytes / 1e6);
     for (side, name) in sides.iter().zip(&arguments.sides) {
         println!("{name} loaded in {:.2} s", side.runner.info().load_seconds);
     }
     println!("| work | {} | first to best other |", arguments.sides.join(" | "));
     println!("|{}", "---|".repeat(sides.len() + 2));
-    let wanted = |name: &str| arguments.works.iter().any(|part| name.contains(part));
+    let whole = |part: &str| WORKS.iter().any(|&(name, _)| name == part);
+    let wanted = |name: &str| {
+        arguments.works.iter().any(|part| name == part || !whole(part) && name.contains(part))
+    };
     for (name, work) in WORKS.iter().filter(|(name, _)| wanted(name)) {
         let mut rates = vec![Vec::new(); sides.len()];
         for _ in 0..arguments.repeat {
