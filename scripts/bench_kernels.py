@@ -34,9 +34,10 @@ BENCH, BATCHED = "llama-bench", "llama-batched-bench"
 class Row:
     # Its name in benches/runners.
     work: str
-    tool: str
-    llama: str
-    ik: str
+    # What measures it outside, with which arguments.
+    tool: str = ""
+    llama: str = ""
+    ik: str = ""
     mistralrs: str = ""
     # Of native, flash and plain; the last two are llama.cpp, whose own tools measure it too.
     sides: str = "native,flash,plain"
@@ -55,6 +56,7 @@ ROWS = {
     "eight": batched("decode, 8 streams", "-npp 64 -ntg 32 -npl 8 -c 2048", "eight"),
     "many": batched("decode, 32 streams", "-npp 64 -ntg 12 -npl 32 -c 8192", "many"),
     "shared": batched("decode, 8 streams that share 1,000", "-npp 1000 -ntg 16 -npl 8 -pps -c 16384"),
+    "load": Row("loads and first tokens, a minute"),
 }
 
 LLAMA, IK, MISTRALRS = PEERS = ("llama.cpp", "ik_llama.cpp", "mistral.rs")
@@ -95,8 +97,6 @@ def in_process(runners, model, row):
     figures |= {(LLAMA, SIDES[side]): rate for side, rate in rates.items()}
     memory = re.search(r"at best ([\d.]+) times a second", text)
     figures["memory", ""] = float(memory.group(1))
-    for side, seconds in re.findall(r"^(\w+) loaded in ([\d.]+) s", text, re.MULTILINE):
-        figures["load", side] = float(seconds)
     return figures
 
 
@@ -125,7 +125,7 @@ def contenders(options, model, row):
     """Who runs: what it measures (None: always needed), and a function that answers figures."""
     yield None, partial(in_process, options.runners, model, row)
     for peer, folder in ((LLAMA, options.llama), (IK, options.ik)):
-        for flags in VARIANTS[peer][row.tool] if folder else ():
+        for flags in VARIANTS[peer][row.tool] if folder and row.tool else ():
             yield (peer, flags), partial(tool, peer, folder, flags, model, row)
     if options.mistralrs_python and row.mistralrs:
         yield (MISTRALRS, ""), partial(mistralrs, options.mistralrs_python, model, row)
@@ -191,21 +191,6 @@ def table(results, repeat):
             if name == "decode":
                 memory = statistics.median(figures["memory", ""])
                 lines.append([model, "the same, of what memory allows", *cells(figures, repeat, memory)])
-        loads = defaultdict(list)
-        for figures in rows.values():
-            for (what, side), seconds in figures.items():
-                if what == "load":
-                    loads[side] += seconds
-        if len(loads) > 1:
-            ours, *others = (statistics.median(loads[side]) for side in ("native", *SIDES))
-            line = [
-                model,
-                "load, s",
-                f"{ours:.2f}",
-                f"{min(others):.2f} (runner)",
-                f"{ours / min(others):.2f}×",
-            ]
-            lines.append(line + [""] * (len(heads) - len(line)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
