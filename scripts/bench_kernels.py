@@ -54,7 +54,7 @@ ROWS = {
         "decode, 1 stream, at 4,000", BENCH, "-p 0 -n 24 -d 4000", "-p 0 -n 0 -gp 4000,24", sides="native"
     ),
     "eight": batched("decode, 8 streams", "-npp 64 -ntg 32 -npl 8 -c 2048", "eight"),
-    "many": batched("decode, 32 streams", "-npp 64 -ntg 12 -npl 32 -c 8192", "many"),
+    "many": batched("decode, 32 streams", "-npp 64 -ntg 12 -npl 32 -c 8192"),
     "shared": batched("decode, 8 streams that share 1,000", "-npp 1000 -ntg 16 -npl 8 -pps -c 16384"),
     "load": Row("loads and first tokens, a minute"),
 }
@@ -118,7 +118,8 @@ def tool(peer, folder, flags, model, row):
 def mistralrs(python, model, row):
     command = [python, str(ROOT / "scripts/bench_mistralrs.py"), model, row.mistralrs]
     text = output(command, env={**os.environ, "RAYON_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"})
-    return {(MISTRALRS, ""): json.loads(text.splitlines()[-1])[row.mistralrs]} if text else {}
+    found = text and re.search(r"^\{.*\}$", text, re.MULTILINE)
+    return {(MISTRALRS, ""): json.loads(found.group())[row.mistralrs]} if found else {}
 
 
 def contenders(options, model, row):

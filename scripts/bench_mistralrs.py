@@ -8,7 +8,6 @@ arrive together on a CPU ("input tensor is not contiguous"), so lengths differ h
 """
 
 import json
-import random
 import sys
 import threading
 import time
@@ -16,20 +15,35 @@ from pathlib import Path
 
 from mistralrs import ChatCompletionRequest, CompletionRequest, Runner, Which
 
-WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from".split
+
+def prompt(runner, tokens):
+    """A text of so many tokens; the second unit is one in models of random weights."""
+    for unit in (" the", "ab"):
+        if len(runner.tokenize_text(unit * tokens, False, None)) == tokens:
+            return unit * tokens
+    sys.exit("this vocabulary needs another prompt")
 
 
-def prompt(words):
-    return " ".join(random.choices(WORDS(), k=words))
+def ask(runner, tokens, output_tokens):
+    request = CompletionRequest(
+        model="default",
+        prompt=prompt(runner, tokens),
+        max_tokens=output_tokens,
+        temperature=0.0,
+        ignore_eos=True,
+    )
+    return runner.send_completion_request(request).usage
 
 
 def prefill(runner):
-    """Whatever the prompt's length comes to, at 512 words."""
-    request = CompletionRequest(
-        model="default", prompt=prompt(512), max_tokens=1, temperature=0.0, ignore_eos=True
-    )
-    usage = runner.send_completion_request(request).usage
+    usage = ask(runner, 512, 1)
     return usage.prompt_tokens / usage.total_prompt_time_sec
+
+
+def decode(runner):
+    usage = ask(runner, 64, 65)
+    # The first token comes of the prompt.
+    return (usage.completion_tokens - 1) / usage.total_completion_time_sec
 
 
 def streams(count, tokens):
@@ -40,7 +54,7 @@ def streams(count, tokens):
             runner.send_chat_completion_request(
                 ChatCompletionRequest(
                     model="default",
-                    messages=[{"role": "user", "content": prompt(40 + index)}],
+                    messages=prompt(runner, 64 + index),
                     # Streams that began earlier go on until the last one is done.
                     max_tokens=tokens + 2 * (count - index),
                     temperature=0.0,
@@ -67,7 +81,7 @@ def streams(count, tokens):
     return run
 
 
-WORKS = {"prefill": prefill, "decode": streams(1, 64), "eight": streams(8, 32), "many": streams(32, 12)}
+WORKS = {"prefill": prefill, "decode": decode, "eight": streams(8, 32)}
 
 
 def main():
@@ -76,7 +90,7 @@ def main():
     which = Which.GGUF(quantized_model_id=str(path.parent), quantized_filename=path.name)
     # Nothing may come from a cache, nor from the network.
     runner = Runner(which=which, token_source="none", prefix_cache_n=0, max_seqs=32)
-    streams(1, 4)(runner)
+    ask(runner, 16, 4)
     print(json.dumps({name: WORKS[name](runner) for name in works}))
 
 
