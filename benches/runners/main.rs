@@ -1,7 +1,8 @@
 //! The native runner against llama.cpp, in one process, in turn: `cargo bench --bench runners --
 //! MODEL.gguf [--repeat 5] [--works decode] [--sides native,flash]`. Medians; both get two threads.
 //! Instead of a file, `random:Q4_K_M` is a model with random weights and the dimensions of
-//! Llama-3.2-1B.
+//! Llama-3.2-1B; `--write FILE` only leaves it there, for others to read (`scripts/bench_kernels.py`
+//! measures them beside this).
 //!
 //! llama.cpp has its cache in streams, which measured best, with and without flash attention; the
 //! better one counts. `llama-bench` measures the same kernels.
@@ -12,7 +13,7 @@ use clap::Parser;
 use ingot::engine::runner::{self, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, SeqSlot, Wants};
 use ingot::gguf::{Gguf, TensorInfo};
 use ingot::ipc::{KvLayout, LoadSpec, RunnerKind, Token};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// The binary's own: its huge pages are worth a fifth of a token's time.
@@ -25,10 +26,10 @@ const STREAMS: usize = 32;
 const CONTEXT: usize = 4_608;
 const SHORT: usize = 128;
 
-/// Answers tokens per second.
+/// Answers a rate, tokens per second unless its name says otherwise.
 type Work = fn(&mut Bench) -> f64;
 
-const WORKS: [(&str, Work); 8] = [
+const WORKS: [(&str, Work); 9] = [
     ("prefill 512", |bench| bench.prefill(512)),
     ("prefill 4,000", |bench| bench.prefill(4_000)),
     ("decode, 1 stream, 64 to 128", |bench| bench.decode(1, 64, 64)),
@@ -37,6 +38,7 @@ const WORKS: [(&str, Work); 8] = [
     ("decode, 32 streams", |bench| bench.decode(32, 64, 12)),
     ("decode, 8 streams that share 1,000", |bench| bench.decode_shared(8, 1_000, 16)),
     ("prefill 64 at 4,000", |bench| bench.chunk(4_000, 64)),
+    ("loads and first tokens, a minute", |bench| bench.load()),
 ];
 
 const SIDES: [(&str, RunnerKind, bool); 3] = [
@@ -51,12 +53,16 @@ struct Arguments {
     model: String,
     #[arg(long, default_value_t = 5)]
     repeat: usize,
-    /// Only works whose name holds one of these; a semicolon stands between them.
+    /// Only works that have one of these names, or hold one that is no whole name; a semicolon
+    /// stands between them.
     #[arg(long, value_delimiter = ';', default_value = "")]
     works: Vec<String>,
     /// Of native, flash and plain.
     #[arg(long, value_delimiter = ',', default_value = "native,flash,plain")]
     sides: Vec<String>,
+    /// Writes the random model there, and does nothing else.
+    #[arg(long)]
+    write: Option<PathBuf>,
     /// Cargo's own.
     #[arg(long, hide = true)]
     bench: bool,
@@ -102,6 +108,7 @@ impl Memory {
 }
 
 struct Bench {
+    spec: LoadSpec,
     runner: Box<dyn ModelRunner>,
     /// Leading tokens of all streams that lie in the first one's pages.
     shared: usize,
@@ -120,7 +127,21 @@ impl Bench {
             threads: THREADS,
             ..LoadSpec::plain(model, kind)
         };
-        Self { runner: runner::load(&spec).expect("the model loads"), shared: 0, depth: 0 }
+        Self::of(spec)
+    }
+
+    fn of(spec: LoadSpec) -> Self {
+        let runner = runner::load(&spec).expect("the model loads");
+        Self { spec, runner, shared: 0, depth: 0 }
+    }
+
+    /// A second copy, with a cache for one stream: a cache for many takes longer than small models.
+    fn load(&mut self) -> f64 {
+        let (kv_tokens, max_sequences) = (CONTEXT as u32, 1);
+        let started = Instant::now();
+        let mut copy = Self::of(LoadSpec { kv_tokens, max_sequences, ..self.spec.clone() });
+        copy.step(&[(0, 0, 1)]);
+        60.0 / started.elapsed().as_secs_f64()
     }
 
     /// Computes rows of some streams, a number of tokens each, from their positions on.
@@ -232,8 +253,11 @@ fn main() {
     let mut arguments = Arguments::parse();
     let folder = tempfile::tempdir().expect("a folder");
     if let Some(name) = arguments.model.strip_prefix("random:") {
-        let path = folder.path().join("random.gguf");
+        let path = arguments.write.clone().unwrap_or_else(|| folder.path().join("random.gguf"));
         random::write(&path, random::preset(name).expect("a preset such as Q4_K_M"));
+        if arguments.write.is_some() {
+            return;
+        }
         arguments.model = path.display().to_string();
     }
     let mut sides: Vec<_> = SIDES
@@ -243,13 +267,17 @@ fn main() {
         .collect();
     let bytes = weights(&arguments.model) as f64;
     let memory = Memory(vec![1; 1 << 26]);
-    println!("{:.0} MB of weights; memory gives {:.1} GB/s", bytes / 1e6, memory.rate() / 1e9);
+    let most = memory.rate() / bytes;
+    println!("{:.0} MB of weights; memory gives them {most:.1} times a second", bytes / 1e6);
     for (side, name) in sides.iter().zip(&arguments.sides) {
         println!("{name} loaded in {:.2} s", side.runner.info().load_seconds);
     }
     println!("| work | {} | first to best other |", arguments.sides.join(" | "));
     println!("|{}", "---|".repeat(sides.len() + 2));
-    let wanted = |name: &str| arguments.works.iter().any(|part| name.contains(part));
+    let whole = |part: &str| WORKS.iter().any(|&(name, _)| name == part);
+    let wanted = |name: &str| {
+        arguments.works.iter().any(|part| name == part || !whole(part) && name.contains(part))
+    };
     for (name, work) in WORKS.iter().filter(|(name, _)| wanted(name)) {
         let mut rates = vec![Vec::new(); sides.len()];
         let mut shares = Vec::new();
