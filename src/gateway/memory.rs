@@ -9,6 +9,7 @@ pub use machine::available;
 
 use crate::config::{ByteSize, DEFAULT_CONTEXT_LENGTH, DEFAULT_SEQUENCES, EngineConfig};
 use crate::gateway::header::ModelHeader;
+use crate::gguf::KvType;
 use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Speculate};
 use serde::Serialize;
 use std::fmt;
@@ -125,7 +126,7 @@ impl MemoryPlan {
             size(self.mapped_weights.saturating_add(self.private_weights)),
             size(self.kv_cache),
             self.kv_tokens,
-            size(header.facts.kv_bytes_per_token(self.spec.kv_type.into())),
+            size(header.facts.kv_bytes_per_token(kv_type(self.spec.kv_type))),
             size(self.compute_buffers),
             size(self.overhead),
             advice.join(", or "),
@@ -180,6 +181,13 @@ struct Sketch<'a> {
     sequences: u64,
     kv_tokens: u64,
     notes: Vec<String>,
+}
+
+fn kv_type(ty: KvCacheType) -> KvType {
+    match ty {
+        KvCacheType::F16 => KvType::F16,
+        KvCacheType::Q8_0 => KvType::Q8_0,
+    }
 }
 
 impl<'a> Sketch<'a> {
@@ -318,7 +326,8 @@ impl<'a> Sketch<'a> {
         let logits = (4 * u64::from(facts.n_vocab)).saturating_mul(self.sequences);
         let activations =
             (4 * (8 + 12) * u64::from(facts.n_embd)).saturating_mul(self.batch_tokens());
-        let cache = facts.kv_bytes_per_token(self.config.kv_type.into()).saturating_mul(kv_tokens);
+        let cache =
+            facts.kv_bytes_per_token(kv_type(self.config.kv_type)).saturating_mul(kv_tokens);
         let vocabulary = u64::from(facts.n_vocab) * BYTES_PER_VOCABULARY_TOKEN;
         [header.weights_bytes, logits, activations, cache]
             .into_iter()
@@ -327,7 +336,8 @@ impl<'a> Sketch<'a> {
 
     /// Host bytes that one more token of cache takes, its column of the attention mask included.
     fn bytes_per_token(&self) -> u64 {
-        let of = |header: &ModelHeader| header.facts.kv_bytes_per_token(self.config.kv_type.into());
+        let of =
+            |header: &ModelHeader| header.facts.kv_bytes_per_token(kv_type(self.config.kv_type));
         let drafts = self.draft.map_or(0, |draft| of(&draft.header));
         self.host(of(self.header))
             .saturating_add(self.mask_bytes_per_token())
@@ -413,7 +423,7 @@ impl<'a> Sketch<'a> {
         }
         let facts = &self.header.facts;
         let weights = self.host(self.header.weights_bytes);
-        let per_token = facts.kv_bytes_per_token(self.config.kv_type.into());
+        let per_token = facts.kv_bytes_per_token(kv_type(self.config.kv_type));
         let cache = self.kv_tokens.saturating_mul(per_token);
         let repacks = self.config.gpu_layers == 0;
         let private_weights = match self.config.mmap {

@@ -1,6 +1,5 @@
 //! What gateway and engine say to each other.
 
-use crate::gguf::KvType;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use std::path::PathBuf;
@@ -112,15 +111,6 @@ pub enum KvCacheType {
     F16,
     #[value(name = "q8_0")]
     Q8_0,
-}
-
-impl From<KvCacheType> for KvType {
-    fn from(ty: KvCacheType) -> Self {
-        match ty {
-            KvCacheType::F16 => Self::F16,
-            KvCacheType::Q8_0 => Self::Q8_0,
-        }
-    }
 }
 
 /// How the llama_cpp runner lays out its cache (see NOTES.md for the measurements).

@@ -64,6 +64,8 @@ macro_rules! block {
             const SIXTEENS: bool = $sixteens;
             const MINS: bool = $mins;
 
+            /// # Safety
+            /// As in the trait.
             #[target_feature(enable = "avx2,f16c")]
             #[inline]
             unsafe fn weights(&self, $sub: usize, $part: usize) -> __m256i {
@@ -71,6 +73,8 @@ macro_rules! block {
                 $weights
             }
 
+            /// # Safety
+            /// As in the trait.
             #[target_feature(enable = "avx2,f16c")]
             #[inline]
             unsafe fn scales(&self, $i: usize) -> __m256i {
@@ -79,6 +83,8 @@ macro_rules! block {
                 $scales
             }
 
+            /// # Safety
+            /// As in the trait.
             #[target_feature(enable = "avx2,f16c")]
             #[inline]
             unsafe fn d(&self) -> __m256 {
@@ -86,6 +92,8 @@ macro_rules! block {
                 $d
             }
 
+            /// # Safety
+            /// As in the trait.
             #[target_feature(enable = "avx2,f16c")]
             #[inline]
             unsafe fn min(&self, $i: usize) -> __m256 {
@@ -94,6 +102,8 @@ macro_rules! block {
                 $min
             }
 
+            /// # Safety
+            /// As in the trait.
             #[target_feature(enable = "avx2,f16c")]
             #[inline]
             unsafe fn m(&self) -> __m256 {

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::engine::tokenizer::{Tokenizer, native::NativeTokenizer};
 use crate::gguf::{Gguf, KvType};
-use crate::ipc::{AdapterId, LoadSpec, ModelInfo, Speculate, Token};
+use crate::ipc::{AdapterId, KvCacheType, LoadSpec, ModelInfo, Speculate, Token};
 use crate::kernels::ops::Span;
 use crate::kernels::{Cache, Pool};
 use forward::{Forward, Rows};
@@ -78,7 +78,10 @@ impl Native {
         }
         let shape = &weights.shape;
         let pages = spec.kv_tokens as usize / PAGE_TOKENS;
-        let ty = spec.kv_type.into();
+        let ty = match spec.kv_type {
+            KvCacheType::F16 => KvType::F16,
+            KvCacheType::Q8_0 => KvType::Q8_0,
+        };
         let cache = Cache::new(ty, shape.layers, pages, shape.kv_heads, shape.head_dim);
         let mut runner = Self {
             info: info(spec, &weights, &*tokenizer),

@@ -7,7 +7,7 @@ use super::*;
 use crate::engine::runner::MAX_PROMPT_LOGITS;
 use crate::engine::tokenizer::native::NativeError;
 use crate::engine::verify::SAMPLE;
-use crate::gguf::ModelFacts;
+use crate::gguf::{KvType, ModelFacts};
 use crate::ipc::{KvCacheType, KvLayout, RunnerKind};
 use std::path::PathBuf;
 
@@ -120,7 +120,8 @@ fn a_q8_0_cache_moves_predictions_little() {
         let spec = LoadSpec { kv_type, ..spec(model.clone(), RunnerKind::Native) };
         let native = Native::load(&spec).unwrap();
         let facts = ModelFacts::read(&native.weights.file).unwrap();
-        let planned = facts.kv_bytes_per_token(kv_type.into()) * u64::from(spec.kv_tokens);
+        let ty = if kv_type == KvCacheType::F16 { KvType::F16 } else { KvType::Q8_0 };
+        let planned = facts.kv_bytes_per_token(ty) * u64::from(spec.kv_tokens);
         assert_eq!(native.cache.bytes() as u64, planned);
         native
     };
