@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures Ingot beside llama.cpp, ik_llama.cpp and mistral.rs on this machine, and prints the tables
 # of NOTES.md: kernels (bench_kernels.py), then servers (bench_peers.py). Everything is kept as JSON in
-# .cache/bench. The machine should do nothing else meanwhile.
+# .cache/bench, and so are 5 GB of models. The machine should do nothing else for some two hours.
 #
 #   scripts/bench.sh [REPETITIONS, 5 unless given] [kernels] [servers]
 #
@@ -18,6 +18,9 @@ cd "$root"
 repeat=5
 case ${1:-} in [0-9]*) repeat=$1 && shift ;; esac
 parts=${*:-kernels servers}
+for part in $parts; do
+    case $part in kernels | servers) ;; *) fail "there are kernels and servers to measure, no $part" ;; esac
+done
 folder=$root/.cache/bench
 mkdir -p "$folder"
 
@@ -96,6 +99,5 @@ for part in $parts; do
         servers servers-Q4_1 --model "$(smollm Q4_1)"
         servers servers-Q8_0 --rows single eight --model "$(smollm Q8_0)"
         ;;
-    *) fail "there are kernels and servers to measure, no $part" ;;
     esac
 done

@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -102,14 +103,15 @@ def in_process(runners, model, row):
 
 def tool(peer, folder, flags, model, row):
     """The rate that llama-bench or llama-batched-bench reports."""
-    command = [str(Path(folder) / row.tool), "-m", model, "-t", str(THREADS), *flags.split()]
+    command = [str(Path(folder).resolve() / row.tool), "-m", model, "-t", str(THREADS), *flags.split()]
     command += (row.llama if peer == LLAMA else row.ik).split()
+    # Some leave a log where they run.
+    with tempfile.TemporaryDirectory() as here:
+        text = output(command + (["-r", "1", "-o", "json"] if row.tool == BENCH else []), cwd=here)
     if row.tool == BENCH:
-        text = output([*command, "-r", "1", "-o", "json"])
         rate = text and float(re.search(r'"avg_ts": ([\d.]+)', text).group(1))
     else:
         # Columns: PP, TG, B, N_KV, T_PP, S_PP, T_TG, S_TG, T, S.
-        text = output(command)
         found = text and re.search(r"^\|" + r" *[\d.]+ \|" * 7 + r" *([\d.]+) \|", text, re.MULTILINE)
         rate = found and float(found.group(1))
     return {(peer, flags): rate} if rate else {}
@@ -212,11 +214,11 @@ def find_model(options, model):
             if output([options.runners, model, "--write", str(part)]) is None:
                 sys.exit(f"{model} cannot be made")
             part.rename(path)
-        model = str(path)
+        model = path
     with open(model, "rb") as file:
         while file.read(1 << 24):
             pass
-    return model
+    return str(Path(model).resolve())
 
 
 def main():

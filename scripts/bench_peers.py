@@ -6,8 +6,9 @@
 Both servers are up at the same time (an idle one uses no CPU) and are loaded in turn, by
 `ingot bench serve` or, where requests name adapters in different ways, by this script; prompts differ
 from one repetition to the next, so that nothing is cached from an earlier one. llama-server is run
-with several sets of flags per row; its best median counts. Prints a Markdown table of medians;
---json keeps everything. Kernels alone are `bench_kernels.py`'s.
+with several sets of flags per row; its best median counts, and those that the first repetition shows
+to be a fifth behind its best are not run again. Prints a Markdown table of medians; --json keeps
+everything. Kernels alone are `bench_kernels.py`'s.
 """
 
 import argparse
@@ -237,6 +238,15 @@ def start_servers(options, model, row, stack):
     return servers
 
 
+def in_the_race(row, figures, server):
+    if server.name == "ingot":
+        return True
+    first = {name: values[0] for name, values in figures.items() if name != "ingot"}
+    if row.more_is_better:
+        return first[server.name] >= 0.8 * max(first.values())
+    return first[server.name] <= min(first.values()) / 0.8
+
+
 def run_row(options, model, name):
     row = ROWS[name]
     with contextlib.ExitStack() as stack:
@@ -252,6 +262,7 @@ def run_row(options, model, name):
                     report = measure(options, server, row.load, seed)
                 figures[server.name].append(value(report, row.figure))
                 print(f"{name} {repetition} {server.name}: {figures[server.name][-1]:.2f}", flush=True)
+            servers = [server for server in servers if in_the_race(row, figures, server)]
     medians = {name: statistics.median(values) for name, values in figures.items()}
     ours = medians.pop("ingot")
     best = (max if row.more_is_better else min)(medians, key=medians.get)
