@@ -14,6 +14,8 @@ pub trait Lanes {
 }
 
 impl Lanes for [u16; LANES] {
+    /// # Safety
+    /// As in the trait.
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
     unsafe fn load(at: *const u8) -> __m256 {
@@ -23,6 +25,8 @@ impl Lanes for [u16; LANES] {
 }
 
 impl Lanes for [bf16; LANES] {
+    /// # Safety
+    /// As in the trait.
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
     unsafe fn load(at: *const u8) -> __m256 {
@@ -33,6 +37,8 @@ impl Lanes for [bf16; LANES] {
 }
 
 impl Lanes for [f32; LANES] {
+    /// # Safety
+    /// As in the trait.
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
     unsafe fn load(at: *const u8) -> __m256 {
