@@ -5,11 +5,13 @@
 //! | `startup.rs` | models and adapters of the command line, and what is printed about them |
 //! | `accept.rs` | connections |
 //! | `socket.rs` | one connection's socket: write time-out, OpenAI-shaped protocol errors |
-//! | `guard.rs` | what every request passes: id, panic net, host, drain, body |
+//! | `guard.rs` | what every request passes: id, panic net, host, drain |
+//! | `body.rs` | bodies: JSON within limits, and bytes that nobody read |
 //! | `routes.rs` | the table of routes, each with who may use it |
 //! | `log.rs` | where the log goes |
 
 mod accept;
+mod body;
 mod guard;
 mod log;
 mod routes;

@@ -1,6 +1,7 @@
 //! The table of routes, each group with who may use it. What is not listed is a 404.
 
-use super::guard::{json_body, outer};
+use super::body::json_body;
+use super::guard::outer;
 use crate::gateway::api::{
     self, admin, chat, completions, embeddings, health, models, openapi, tokenize,
 };

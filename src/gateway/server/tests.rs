@@ -132,6 +132,66 @@ async fn slow_senders_are_cut_off() {
     assert_eq!(status, 408, "{}", String::from_utf8_lossy(&body));
 }
 
+/// Reads one answer with a `content-length`, and leaves the connection open.
+async fn answer_on(stream: &mut TcpStream) -> std::io::Result<(u16, String)> {
+    let mut bytes = Vec::new();
+    loop {
+        let head = String::from_utf8_lossy(&bytes).to_lowercase();
+        if let Some((head, body)) = head.split_once("\r\n\r\n") {
+            let length = head.split_once("content-length: ").expect("a length").1;
+            let length: usize = length.lines().next().unwrap().parse().unwrap();
+            if body.len() >= length {
+                return Ok((head.split(' ').nth(1).unwrap().parse().unwrap(), head.to_owned()));
+            }
+        }
+        if stream.read_buf(&mut bytes).await? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_connection_survives_a_refusal_whose_body_comes_late() {
+    let server = server("api_key = [\"k\"]").await;
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    // Nobody, an unknown route, and a route that comes later: none of them reads the body.
+    for (path, headers, expected) in [
+        ("/v1/completions", "", 401),
+        ("/nothing", "authorization: Bearer k\r\n", 404),
+        ("/v1/responses", "authorization: Bearer k\r\n", 404),
+        ("/v1/models", "authorization: Bearer k\r\n", 405),
+    ] {
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: localhost\r\n{headers}content-length: 100000\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        for _ in 0..10 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            stream.write_all(&[b'x'; 10_000]).await.unwrap();
+        }
+        let (status, head) = answer_on(&mut stream).await.expect("an answer");
+        assert_eq!(status, expected, "{path}: {head}");
+        assert!(!head.contains("connection: close"), "{path}: {head}");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_cannot_be_used_again_is_said_to_close() {
+    let server = server("").await;
+    for (headers, body) in [("", "{"), ("expect: 100-continue\r\n", "")] {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let request = format!(
+            "POST /nothing HTTP/1.1\r\nhost: localhost\r\n{headers}content-length: 100\r\n\r\n{body}"
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let (status, head) = answer_on(&mut stream).await.expect("an answer");
+        assert_eq!(status, 404, "{head}");
+        assert!(head.contains("connection: close"), "{head}");
+        assert!(answer_on(&mut stream).await.is_err(), "the connection stayed open");
+    }
+}
+
 #[tokio::test]
 async fn keys_guard_what_they_should() {
     let server = server("api_key = [\"k\"]\nadmin_key = \"root\"\nrate_limit = 2").await;
