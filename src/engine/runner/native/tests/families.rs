@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
-use crate::gguf::{GgufWriter, TensorType};
+use crate::gguf::{Gguf, GgufWriter, TensorType, write_dequantized};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tempfile::TempDir;
@@ -33,15 +33,15 @@ pub fn random_tokens(count: usize) -> Vec<Token> {
     (0..count).map(|_| rng.random_range(0..TinyDecoder::vocab())).collect()
 }
 
-/// How far logits are apart, relative to llama.cpp's: over all rows, and in the worst.
+/// How far logits are apart, relative to the oracle's: over all rows, and in the worst.
 struct Distance {
     mean: f64,
     worst: f64,
 }
 
 fn distance(
-    native: &mut Native,
-    oracle: &mut llama_cpp::LlamaCpp,
+    runner: &mut dyn ModelRunner,
+    oracle: &mut dyn ModelRunner,
     steps: &[usize],
     adapter: Option<AdapterId>,
 ) -> Distance {
@@ -49,7 +49,7 @@ fn distance(
     let (mut at, mut worst, mut all) = (0, 0f64, [0f64; 2]);
     for &rows in steps {
         let wants = if rows > 60 { Wants::LastLogits } else { Wants::AllLogits };
-        for runner in [&mut *native as &mut dyn ModelRunner, &mut *oracle] {
+        for runner in [&mut *runner as &mut dyn ModelRunner, &mut *oracle] {
             let mut sequence = part(0..rows, at, 0, wants);
             sequence.adapter = adapter;
             let tokens = tokens[at..at + rows].to_vec();
@@ -57,7 +57,7 @@ fn distance(
         }
         let first = if rows > 60 { rows - 1 } else { 0 };
         for row in first..rows {
-            let (ours, theirs) = (native.logits(row).unwrap(), oracle.logits(row).unwrap());
+            let (ours, theirs) = (runner.logits(row).unwrap(), oracle.logits(row).unwrap());
             let squares = |x: f32| f64::from(x) * f64::from(x);
             let off: f64 = ours.iter().zip(&*theirs).map(|(a, b)| squares(a - b)).sum();
             let size: f64 = theirs.iter().map(|x| squares(*x)).sum();
@@ -195,26 +195,38 @@ fn quantized() {
     }
 }
 
-/// What the types have in common is the block's own affair, so one family does.
+/// Against F32 arithmetic on the same weights: what is left is each runner's own rounding. (From one
+/// another the two are as far as both errors together, 4e-2 with Q3_K, of which the greater part is
+/// llama.cpp's: it gives 256 activations one scale where a K type meets them, ours are 32.)
 #[test]
-fn every_quantized_type() {
+fn rounding_is_no_worse_than_llama_cpps() {
     let tiny = TinyDecoder { width: 256, head_dim: 64, ff: 512, ..TinyDecoder::new("llama") };
     for ty in [
+        TensorType::Q8_0,
         TensorType::Q2_K,
         TensorType::Q3_K,
+        TensorType::Q4_K,
         TensorType::Q5_K,
         TensorType::Q6_K,
         TensorType::IQ4_NL,
         TensorType::IQ4_XS,
     ] {
-        let model = TinyDecoder { ty, ..tiny.clone() };
-        check(&format!("llama, {ty}"), &model, &SHORT, QUANTIZED);
-    }
-    // Tied, Q3_K is 4.0e-2 from llama.cpp (untied 2.3e-2), the others 5.8e-3 to 2.0e-2. Why is not known:
-    // the bound was raised after seeing it.
-    for ty in [TensorType::Q4_K, TensorType::Q8_0, TensorType::Q3_K, TensorType::IQ4_NL] {
-        let model = TinyDecoder { tied: true, ty, ..tiny.clone() };
-        check(&format!("llama, {ty}, tied"), &model, &SHORT, 2.0 * QUANTIZED);
+        for (tied, seed) in [(false, 1), (true, 2)] {
+            let (folder, path) = write(&TinyDecoder { ty, tied, seed, ..tiny.clone() });
+            let exact = folder.path().join("exact.gguf");
+            write_dequantized(&Gguf::open(&path).unwrap(), &exact).unwrap();
+            let llama_cpp =
+                |path| llama_cpp::LlamaCpp::load(&spec(path, RunnerKind::LlamaCpp)).unwrap();
+            let mut reference = llama_cpp(exact);
+            let mut theirs = llama_cpp(path.clone());
+            let mut ours = Native::load(&spec(path, RunnerKind::Native)).unwrap();
+            let ours = distance(&mut ours, &mut reference, &SHORT, None);
+            reference.truncate(SeqSlot(0), 0);
+            let theirs = distance(&mut theirs, &mut reference, &SHORT, None);
+            println!("{ty}, tied: {tied}: {:.1e}, llama.cpp {:.1e}", ours.mean, theirs.mean);
+            assert!(ours.mean < QUANTIZED && ours.worst < 3.0 * QUANTIZED, "{ty}, tied: {tied}");
+            assert!(ours.mean < 1.2 * theirs.mean, "{ty}, tied: {tied}");
+        }
     }
 }
 
