@@ -32,7 +32,8 @@ fn matmul(criterion: &mut Criterion) {
                 continue;
             }
             let bytes = ty.bytes_for((n * k) as u64).expect("whole blocks");
-            let matrix = Matrix::pack(ty, n, k, &vec![0; bytes as usize]).expect("whole blocks");
+            let bytes = vec![0; bytes as usize];
+            let matrix = Matrix::pack(ty, n, k, &bytes, &mut pool).expect("whole blocks");
             for m in [1, 2, 4, 8, 256] {
                 let x = activations(&mut pool, m, k);
                 let (mut out, mut low) = (vec![0f32; m * n], Vec::new());

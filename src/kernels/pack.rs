@@ -8,6 +8,7 @@ mod ggml;
 
 pub use blocks::*;
 
+use super::pool::{Disjoint, Pool};
 use crate::gguf::{KERNEL_TYPES, TensorType};
 use ggml::{f32_at, u16_at};
 use half::{bf16, f16};
@@ -126,7 +127,13 @@ pub fn can_pack(ty: TensorType) -> bool {
 
 impl Matrix {
     /// Packs `rows` rows of `cols` columns, stored as ggml stores type `ty`, row by row.
-    pub fn pack(ty: TensorType, rows: usize, cols: usize, bytes: &[u8]) -> Result<Self, PackError> {
+    pub fn pack(
+        ty: TensorType,
+        rows: usize,
+        cols: usize,
+        bytes: &[u8],
+        pool: &mut Pool,
+    ) -> Result<Self, PackError> {
         let (block, size) = (ty.block_size() as usize, ty.block_bytes() as usize);
         if !can_pack(ty) {
             return Err(PackError::Type(ty.name()));
@@ -137,23 +144,23 @@ impl Matrix {
         }
         let source = Source { rows, blocks: cols / block, size, bytes };
         let packed = match ty {
-            TensorType::Q4_0 => Packed::U4(source.pack(ggml::q4_0)),
-            TensorType::Q4_1 => Packed::U4Min(source.pack(ggml::q4_1)),
-            TensorType::Q5_0 => Packed::U5(source.pack(ggml::q5_0)),
-            TensorType::Q5_1 => Packed::U5Min(source.pack(ggml::q5_1)),
-            TensorType::Q4_K => Packed::U4K(source.pack(ggml::q4_k)),
-            TensorType::Q5_K => Packed::U5K(source.pack(ggml::q5_k)),
-            TensorType::Q2_K => Packed::U2K(source.pack(ggml::q2_k)),
-            TensorType::Q3_K => Packed::U3K(source.pack(ggml::q3_k)),
-            TensorType::Q6_K => Packed::U6K(source.pack(ggml::q6_k)),
-            TensorType::IQ4_NL => Packed::T4(source.pack(ggml::iq4_nl)),
-            TensorType::IQ4_XS => Packed::T4K(source.pack(ggml::iq4_xs)),
-            TensorType::Q8_0 => Packed::I8(source.pack(ggml::q8_0)),
-            TensorType::F16 => Packed::F16(source.pack(|rows| rows.map(|x| u16_at(x, 0)))),
+            TensorType::Q4_0 => Packed::U4(source.pack(pool, ggml::q4_0)),
+            TensorType::Q4_1 => Packed::U4Min(source.pack(pool, ggml::q4_1)),
+            TensorType::Q5_0 => Packed::U5(source.pack(pool, ggml::q5_0)),
+            TensorType::Q5_1 => Packed::U5Min(source.pack(pool, ggml::q5_1)),
+            TensorType::Q4_K => Packed::U4K(source.pack(pool, ggml::q4_k)),
+            TensorType::Q5_K => Packed::U5K(source.pack(pool, ggml::q5_k)),
+            TensorType::Q2_K => Packed::U2K(source.pack(pool, ggml::q2_k)),
+            TensorType::Q3_K => Packed::U3K(source.pack(pool, ggml::q3_k)),
+            TensorType::Q6_K => Packed::U6K(source.pack(pool, ggml::q6_k)),
+            TensorType::IQ4_NL => Packed::T4(source.pack(pool, ggml::iq4_nl)),
+            TensorType::IQ4_XS => Packed::T4K(source.pack(pool, ggml::iq4_xs)),
+            TensorType::Q8_0 => Packed::I8(source.pack(pool, ggml::q8_0)),
+            TensorType::F16 => Packed::F16(source.pack(pool, |rows| rows.map(|x| u16_at(x, 0)))),
             TensorType::BF16 => {
-                Packed::BF16(source.pack(|rows| rows.map(|x| bf16::from_bits(u16_at(x, 0)))))
+                Packed::BF16(source.pack(pool, |rows| rows.map(|x| bf16::from_bits(u16_at(x, 0)))))
             }
-            _ => Packed::F32(source.pack(|rows| rows.map(f32_at))),
+            _ => Packed::F32(source.pack(pool, |rows| rows.map(f32_at))),
         };
         Ok(Self { rows, cols, packed })
     }
@@ -214,20 +221,26 @@ struct Source<'a> {
 
 impl Source<'_> {
     /// Calls `pack` with one block of each row of a group, for every block of every group.
-    fn pack<B>(&self, pack: impl Fn([&[u8]; LANES]) -> B) -> Vec<B> {
+    fn pack<B: Send>(&self, pool: &mut Pool, pack: impl Fn([&[u8]; LANES]) -> B + Sync) -> Vec<B> {
         // A row past the end: all zeros is a valid block of every type, of value zero (with a
         // scale of zero).
         let nothing = vec![0; self.size];
-        let mut packed = Vec::with_capacity(self.rows.div_ceil(LANES) * self.blocks);
-        for group in 0..self.rows.div_ceil(LANES) {
-            for block in 0..self.blocks {
-                packed.push(pack(std::array::from_fn(|lane| {
+        let groups = self.rows.div_ceil(LANES);
+        let mut packed = Vec::with_capacity(groups * self.blocks);
+        let all = Disjoint::new(packed.spare_capacity_mut());
+        pool.run(groups, |group| {
+            // SAFETY: every group has blocks of its own.
+            let blocks = unsafe { all.part(group * self.blocks, self.blocks) };
+            for (block, packed) in blocks.iter_mut().enumerate() {
+                packed.write(pack(std::array::from_fn(|lane| {
                     let row = group * LANES + lane;
                     let from = (row * self.blocks + block) * self.size;
                     if row < self.rows { &self.bytes[from..from + self.size] } else { &nothing }
                 })));
             }
-        }
+        });
+        // SAFETY: the blocks of all groups have been written.
+        unsafe { packed.set_len(groups * self.blocks) };
         packed
     }
 }

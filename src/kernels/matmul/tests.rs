@@ -1,5 +1,6 @@
 use super::*;
 use crate::gguf::{KERNEL_TYPES as TYPES, TensorType, dequantize};
+use crate::kernels::Pool;
 use crate::kernels::pack::BLOCK;
 use half::f16;
 use rand::rngs::StdRng;
@@ -103,7 +104,7 @@ const TOKENS_OF_CASE: usize = 7;
 fn case(ty: TensorType, rows: usize, cols: usize) -> Case {
     let mut rng = StdRng::seed_from_u64(ty as u64);
     let (bytes, values) = weights(ty, rows, cols, &mut rng);
-    let matrix = Matrix::pack(ty, rows, cols, &bytes).unwrap();
+    let matrix = Matrix::pack(ty, rows, cols, &bytes, &mut Pool::new(2).unwrap()).unwrap();
     let x: Vec<f32> = (0..TOKENS_OF_CASE * cols).map(|_| rng.random_range(-3.0f32..3.0)).collect();
     let mut quantized = Quantized::default();
     quantized.resize(TOKENS_OF_CASE, cols);
@@ -216,7 +217,7 @@ fn extreme_weights_do_not_overflow() {
     ];
     for (ty, block, weight) in cases {
         let cols = ty.block_size() as usize;
-        let matrix = Matrix::pack(ty, 1, cols, &block).unwrap();
+        let matrix = Matrix::pack(ty, 1, cols, &block, &mut Pool::new(1).unwrap()).unwrap();
         let mut quantized = Quantized::default();
         quantized.resize(1, cols);
         // SAFETY: one thread.
@@ -235,9 +236,11 @@ fn extreme_weights_do_not_overflow() {
 /// What the types are for: as few bytes as in the file, but for scales that are bytes of their own.
 #[test]
 fn packed_weights_stay_small() {
+    let mut pool = Pool::new(1).unwrap();
     for ty in TYPES {
         let bytes = ty.bytes_for(8 * 512).unwrap();
-        let matrix = Matrix::pack(ty, 8, 512, &vec![0; bytes as usize]).unwrap();
+        let bytes_of_file = vec![0; bytes as usize];
+        let matrix = Matrix::pack(ty, 8, 512, &bytes_of_file, &mut pool).unwrap();
         let ratio = matrix.bytes().len() as f64 / bytes as f64;
         assert!((1.0..1.04).contains(&ratio), "{ty:?}: {ratio} times the file's");
     }

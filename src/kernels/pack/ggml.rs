@@ -1,4 +1,7 @@
 //! From blocks as ggml stores them (`gguf::dequantize` lists the layouts) to ours.
+//!
+//! Weights are moved four columns at a time, a byte each, in words; what a word has beside the bits
+//! that are wanted is masked away where it is placed.
 
 use super::*;
 
@@ -10,45 +13,69 @@ pub fn f32_at(bytes: &[u8]) -> f32 {
     f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
+#[inline(always)]
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// The same byte four times.
+const fn each(byte: u8) -> u32 {
+    u32::from_le_bytes([byte; 4])
+}
+
 /// ggml keeps column `i` of a 4-bit block in the low half of byte `i`, column `16 + i` in its high
 /// half.
-fn nibble(qs: &[u8], column: usize) -> u8 {
-    if column < 16 { qs[column] & 15 } else { qs[column - 16] >> 4 }
+#[inline(always)]
+fn nibbles(qs: &[u8], column: usize) -> u32 {
+    u32_at(qs, column % 16) >> (column / 16 * 4)
 }
 
 fn interleave_nibbles(rows: [&[u8]; LANES]) -> [u8; 128] {
-    interleave(|lane, column| nibble(rows[lane], column))
+    interleave(|lane, column| nibbles(rows[lane], column))
 }
 
-/// Packs the low four bits of the 32 weights that `q` gives by lane and column.
-fn interleave(q: impl Fn(usize, usize) -> u8) -> [u8; 128] {
-    std::array::from_fn(|at| {
-        let (j, lane, c) = (at / 32, at % 32 / 4, at % 4);
-        (q(lane, 8 * j + c) & 15) | (q(lane, 8 * j + 4 + c) & 15) << 4
+/// Places eight words, one after the other, one of each row.
+#[inline(always)]
+fn place<const N: usize>(word: impl Fn(usize, usize) -> u32) -> [u8; N] {
+    let mut placed = [0; N];
+    for (at, four) in placed.chunks_exact_mut(4).enumerate() {
+        four.copy_from_slice(&word(at / LANES, at % LANES).to_le_bytes());
+    }
+    placed
+}
+
+/// Packs the low four bits of 32 weights a row. `q` gives four of a row from a column on.
+#[inline(always)]
+fn interleave(q: impl Fn(usize, usize) -> u32) -> [u8; 128] {
+    place(|j, lane| {
+        let nibbles = |column| q(lane, column) & each(15);
+        nibbles(8 * j) | nibbles(8 * j + 4) << 4
     })
 }
 
-/// Packs 32 single bits.
-fn interleave_bits(bit: impl Fn(usize, usize) -> u8) -> [u8; 32] {
-    std::array::from_fn(|at| {
-        let (lane, c) = (at / 4, at % 4);
-        (0..8).map(|part| (bit(lane, 4 * part + c) & 1) << part).sum()
-    })
+/// Packs 32 single bits a row.
+#[inline(always)]
+fn interleave_bits(q: impl Fn(usize, usize) -> u32) -> [u8; 32] {
+    place(|_, lane| (0..8).map(|part| (q(lane, 4 * part) & each(1)) << part).sum())
 }
 
-/// Packs 32 pairs of bits, 16 in each half.
-fn interleave_pairs(pair: impl Fn(usize, usize) -> u8) -> [[u8; 32]; 2] {
+/// Packs 32 pairs of bits a row, 16 in each half.
+#[inline(always)]
+fn interleave_pairs(q: impl Fn(usize, usize) -> u32) -> [[u8; 32]; 2] {
     std::array::from_fn(|half| {
-        std::array::from_fn(|at| {
-            let (lane, c) = (at / 4, at % 4);
-            (0..4).map(|part| (pair(lane, 16 * half + 4 * part + c) & 3) << (2 * part)).sum()
+        place(|_, lane| {
+            let pairs = |part: usize| (q(lane, 16 * half + 4 * part) & each(3)) << (2 * part);
+            (0..4).map(pairs).sum()
         })
     })
 }
 
-/// Bit `column` of a word, and those above it.
-fn bit_at(word: &[u8], column: usize) -> u8 {
-    word[column / 8] >> (column % 8)
+/// Four bits of a row of them, from `column` on, in a byte each.
+#[inline(always)]
+fn bits_at(bits: &[u8], column: usize) -> u32 {
+    let four = bits[column / 8] >> (column % 8) & 15;
+    // A copy of the four for each, shifted so that its own is the byte's lowest.
+    (u32::from(four) * 0x0020_4081) & each(1)
 }
 
 pub fn q4_0(rows: [&[u8]; LANES]) -> BlockU4 {
@@ -66,7 +93,7 @@ pub fn q4_1(rows: [&[u8]; LANES]) -> BlockU4Min {
 pub fn q5_0(rows: [&[u8]; LANES]) -> BlockU5 {
     BlockU5 {
         d: rows.map(|row| u16_at(row, 0)),
-        high: interleave_bits(|lane, col| bit_at(&rows[lane][2..], col)),
+        high: interleave_bits(|lane, col| bits_at(&rows[lane][2..], col)),
         qs: interleave_nibbles(rows.map(|row| &row[6..])),
     }
 }
@@ -75,7 +102,7 @@ pub fn q5_1(rows: [&[u8]; LANES]) -> BlockU5Min {
     BlockU5Min {
         d: rows.map(|row| u16_at(row, 0)),
         m: rows.map(|row| u16_at(row, 2)),
-        high: interleave_bits(|lane, col| bit_at(&rows[lane][4..], col)),
+        high: interleave_bits(|lane, col| bits_at(&rows[lane][4..], col)),
         qs: interleave_nibbles(rows.map(|row| &row[8..])),
     }
 }
@@ -92,9 +119,10 @@ fn scale_and_min(packed: &[u8], sub: usize) -> (u8, u8) {
     }
 }
 
-/// Low four bits of a K block's weight: 64 columns share 32 bytes.
-fn super_nibble(qs: &[u8], sub: usize, column: usize) -> u8 {
-    qs[sub / 2 * 32 + column] >> (sub % 2 * 4) & 15
+/// Low four bits of a K block's weights: 64 columns share 32 bytes.
+#[inline(always)]
+fn super_nibbles(qs: &[u8], sub: usize, column: usize) -> u32 {
+    u32_at(qs, sub / 2 * 32 + column) >> (sub % 2 * 4)
 }
 
 pub fn q4_k(rows: [&[u8]; LANES]) -> BlockU4K {
@@ -105,7 +133,7 @@ pub fn q4_k(rows: [&[u8]; LANES]) -> BlockU4K {
         sc: std::array::from_fn(|sub| each(sub).map(|(scale, _)| scale)),
         mn: std::array::from_fn(|sub| each(sub).map(|(_, min)| min)),
         qs: std::array::from_fn(|sub| {
-            interleave(|lane, col| super_nibble(&rows[lane][16..], sub, col))
+            interleave(|lane, col| super_nibbles(&rows[lane][16..], sub, col))
         }),
     }
 }
@@ -118,36 +146,36 @@ pub fn q5_k(rows: [&[u8]; LANES]) -> BlockU5K {
         sc: std::array::from_fn(|sub| each(sub).map(|(scale, _)| scale)),
         mn: std::array::from_fn(|sub| each(sub).map(|(_, min)| min)),
         qs: std::array::from_fn(|sub| {
-            interleave(|lane, col| super_nibble(&rows[lane][48..], sub, col))
+            interleave(|lane, col| super_nibbles(&rows[lane][48..], sub, col))
         }),
         // Bit `sub` of byte `col`.
-        high: std::array::from_fn(|sub| interleave_bits(|lane, col| rows[lane][16 + col] >> sub)),
+        high: std::array::from_fn(|sub| {
+            interleave_bits(|lane, col| u32_at(rows[lane], 16 + col) >> sub)
+        }),
     }
 }
 
-/// Weight `column` of sub-block `sub` of a Q6_K block: 128 columns share 64 bytes of low bits and 32
-/// of high ones.
-fn six_bits(row: &[u8], sub: usize, column: usize) -> u8 {
-    let (half, quarter) = (sub / 4, sub % 4);
-    let low = row[half * 64 + quarter % 2 * 32 + column] >> (quarter / 2 * 4) & 15;
-    let high = row[128 + half * 32 + column] >> (2 * quarter) & 3;
-    low | high << 4
+/// Low four bits of a Q6_K block's weights: 128 columns share 64 bytes.
+#[inline(always)]
+fn six_low(row: &[u8], sub: usize, column: usize) -> u32 {
+    u32_at(row, sub / 4 * 64 + sub % 2 * 32 + column) >> (sub % 4 / 2 * 4)
 }
 
 pub fn q6_k(rows: [&[u8]; LANES]) -> BlockU6K {
     BlockU6K {
         d: rows.map(|row| u16_at(row, 208)),
         sc: std::array::from_fn(|sixteen| rows.map(|row| row[192 + sixteen] as i8)),
-        qs: std::array::from_fn(|sub| interleave(|lane, col| six_bits(rows[lane], sub, col))),
+        qs: std::array::from_fn(|sub| interleave(|lane, col| six_low(rows[lane], sub, col))),
         high: std::array::from_fn(|sub| {
-            interleave_pairs(|lane, col| six_bits(rows[lane], sub, col) >> 4)
+            interleave_pairs(|lane, col| super_pairs(&rows[lane][128..], sub, col))
         }),
     }
 }
 
-/// Bits `col` of the two-bit weights of a K block, and those above them: 128 columns share 32 bytes.
-fn super_pair(qs: &[u8], sub: usize, col: usize) -> u8 {
-    qs[sub / 4 * 32 + col] >> (2 * (sub % 4))
+/// Two bits of a K block's weights: 128 columns share 32 bytes.
+#[inline(always)]
+fn super_pairs(qs: &[u8], sub: usize, column: usize) -> u32 {
+    u32_at(qs, sub / 4 * 32 + column) >> (2 * (sub % 4))
 }
 
 pub fn q2_k(rows: [&[u8]; LANES]) -> BlockU2K {
@@ -156,7 +184,7 @@ pub fn q2_k(rows: [&[u8]; LANES]) -> BlockU2K {
         m: rows.map(|row| u16_at(row, 82)),
         sc: std::array::from_fn(|sixteen| rows.map(|row| row[sixteen])),
         qs: std::array::from_fn(|sub| {
-            interleave_pairs(|lane, col| super_pair(&rows[lane][16..], sub, col))
+            interleave_pairs(|lane, col| super_pairs(&rows[lane][16..], sub, col))
         }),
     }
 }
@@ -173,9 +201,11 @@ pub fn q3_k(rows: [&[u8]; LANES]) -> BlockU3K {
         d: rows.map(|row| u16_at(row, 108)),
         sc: std::array::from_fn(|sixteen| rows.map(|row| three_bit_scale(&row[96..], sixteen))),
         qs: std::array::from_fn(|sub| {
-            interleave_pairs(|lane, col| super_pair(&rows[lane][32..], sub, col))
+            interleave_pairs(|lane, col| super_pairs(&rows[lane][32..], sub, col))
         }),
-        high: std::array::from_fn(|sub| interleave_bits(|lane, col| rows[lane][col] >> sub)),
+        high: std::array::from_fn(|sub| {
+            interleave_bits(|lane, col| u32_at(rows[lane], col) >> sub)
+        }),
     }
 }
 
@@ -199,9 +229,6 @@ pub fn iq4_xs(rows: [&[u8]; LANES]) -> BlockT4K {
 }
 
 pub fn q8_0(rows: [&[u8]; LANES]) -> BlockI8 {
-    let qs = std::array::from_fn(|at| {
-        let (j, lane, c) = (at / 32, at % 32 / 4, at % 4);
-        rows[lane][2 + 4 * j + c] as i8
-    });
-    BlockI8 { d: rows.map(|row| u16_at(row, 0)), qs }
+    let qs = place::<256>(|j, lane| u32_at(rows[lane], 2 + 4 * j));
+    BlockI8 { d: rows.map(|row| u16_at(row, 0)), qs: qs.map(|byte| byte as i8) }
 }

@@ -7,7 +7,6 @@ use crate::ipc::Token;
 use crate::kernels::vector::Rope;
 use crate::kernels::{Matrix, Pool};
 use std::ops::Range;
-use std::sync::Mutex;
 
 const EMBEDDING: &str = "token_embd.weight";
 
@@ -67,14 +66,8 @@ impl Weights {
         let shape = Covered::read(&file)?;
         let ropes = shape.ropes.iter().map(|facts| read_rope(&file, facts, context));
         let ropes = ropes.collect::<Result<_, _>>()?;
-        let reader = Reader { file: &file, shape: &shape };
-        let layers: Vec<_> = (0..shape.layers).map(|_| Mutex::new(None)).collect();
-        pool.run(shape.layers, |layer| {
-            *layers[layer].lock().expect("one thread each") = Some(reader.layer(layer));
-        });
-        let layers = layers.into_iter().map(|layer| {
-            layer.into_inner().expect("one thread each").expect("every layer was read")
-        });
+        let mut reader = Reader { file: &file, shape: &shape, pool };
+        let layers = (0..shape.layers).map(|layer| reader.layer(layer));
         let layers = layers.collect::<Result<_, _>>()?;
         let tied = file.tensor("output.weight").is_none();
         let head = if tied { EMBEDDING } else { "output.weight" };
@@ -123,18 +116,19 @@ fn read_rope(file: &Gguf, facts: &RopeFacts, context: usize) -> Result<Rope, Uns
 struct Reader<'a> {
     file: &'a Gguf,
     shape: &'a Covered,
+    pool: &'a mut Pool,
 }
 
 impl Reader<'_> {
-    fn layer(&self, layer: usize) -> Result<Layer, Unsupported> {
+    fn layer(&mut self, layer: usize) -> Result<Layer, Unsupported> {
         let Covered { width, head_dim, .. } = *self.shape;
+        let mut matrices = self.matrices(layer)?;
         let name = |part: &str| format!("blk.{layer}.{part}.weight");
         let norm = |part: &str, len: usize| self.vector(&name(part), len);
         let norm_if_there = |part: &str, len: usize| match self.file.tensor(&name(part)) {
             Some(_) => norm(part, len).map(Some),
             None => Ok(None),
         };
-        let mut matrices = self.matrices(layer)?;
         let mut take = |target: Target| {
             let why = || Unsupported::Other(format!("layer {layer} has no matrix {target:?}"));
             matrices[target as usize].take().ok_or_else(why)
@@ -160,7 +154,7 @@ impl Reader<'_> {
     }
 
     /// The layer's matrices, whichever tensors hold them.
-    fn matrices(&self, layer: usize) -> Result<[Option<Matrix>; TARGETS], Unsupported> {
+    fn matrices(&mut self, layer: usize) -> Result<[Option<Matrix>; TARGETS], Unsupported> {
         let mut matrices = [const { None }; TARGETS];
         for part in PARTS {
             let name = format!("blk.{layer}.{part}.weight");
@@ -208,7 +202,7 @@ impl Reader<'_> {
 
     /// Some of the `total` rows of a tensor.
     fn matrix(
-        &self,
+        &mut self,
         name: &str,
         total: usize,
         rows: Range<usize>,
@@ -224,7 +218,7 @@ impl Reader<'_> {
         let data = self.file.data(name)?;
         let row = data.len() / total;
         let bytes = &data[rows.start * row..rows.end * row];
-        let packed = Matrix::pack(tensor.ty(), rows.len(), cols, bytes);
+        let packed = Matrix::pack(tensor.ty(), rows.len(), cols, bytes, self.pool);
         packed.map_err(|error| Unsupported::Other(format!("`{name}`: {error}")))
     }
 }
