@@ -1,9 +1,11 @@
 //! The thread pool: one worker per core, the caller among them.
 //!
-//! A job is a number of chunks. Workers claim chunks one at a time, and the caller waits for chunks
-//! that are *done*, not for threads that arrived: a worker that another process keeps off its core
-//! holds up the chunk in its hands, and nothing else. Idle workers spin briefly (the next job of a
-//! step comes within microseconds), then sleep.
+//! A job is a number of chunks, and every thread has a share of them, one behind the other: what it
+//! asks memory for behind its chunk is then its next one. A thread that has done its share takes
+//! from the ends of the others'. The caller waits for chunks that are *done*, not for threads that
+//! arrived: a worker that another process keeps off its core holds up the chunk in its hands, and
+//! nothing else. Idle workers spin briefly (the next job of a step comes within microseconds), then
+//! sleep.
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,12 +13,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-/// Bits of a ticket for the chunk to be claimed next, and for the number of chunks.
+/// Bits of a share for its first chunk, and for the end.
 const CHUNK_BITS: u32 = 20;
 const CHUNK_MASK: u64 = (1 << CHUNK_BITS) - 1;
-/// Looks at the ticket before a worker goes to sleep: about 50 µs.
+/// Looks for a new job before a worker goes to sleep: about 50 µs.
 const SPINS: u32 = 4_000;
-/// Bytes asked for ahead, at most: half of a core's second cache, on what has little of it.
+/// Bytes that a thread asks for ahead, at most: half of a core's second cache, on what has little
+/// of it.
 const AHEAD: usize = 192 << 10;
 /// Bytes asked for at once.
 const ASKED: usize = 512;
@@ -27,17 +30,18 @@ const ASKED: usize = 512;
 struct Line<T>(T);
 
 struct Shared {
-    /// Epoch, chunks of the job, next chunk.
-    ticket: Line<AtomicU64>,
+    /// The number of the job.
+    epoch: Line<AtomicU64>,
+    /// Of each thread, the caller first: epoch, first chunk that nobody has claimed, end.
+    shares: Vec<Line<AtomicU64>>,
     /// Chunks of the job that are finished.
     done: Line<AtomicUsize>,
     /// Written between jobs, read by whoever has claimed a chunk of the current one.
     job: UnsafeCell<Job>,
     panicked: AtomicBool,
     stop: AtomicBool,
-    /// Addresses that idle threads ask memory for: the next one, and the end.
-    ahead: Line<AtomicUsize>,
-    ahead_end: AtomicUsize,
+    /// Address and length of what idle threads ask memory for.
+    ahead: Line<[AtomicUsize; 2]>,
     sleepers: AtomicUsize,
     bed: Mutex<()>,
     bell: Condvar,
@@ -63,42 +67,42 @@ pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     epoch: u64,
+    asked: Asked,
 }
 
 impl Pool {
     /// `threads` in all, the caller's own among them.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
-            ticket: Line::default(),
+            epoch: Line::default(),
+            shares: (0..threads.max(1)).map(|_| Line::default()).collect(),
             done: Line::default(),
             job: UnsafeCell::new(Job { data: std::ptr::null(), call: |_, _| {} }),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             ahead: Line::default(),
-            ahead_end: AtomicUsize::new(0),
             sleepers: AtomicUsize::new(0),
             bed: Mutex::new(()),
             bell: Condvar::new(),
         });
-        let mut pool = Self { shared, workers: Vec::new(), epoch: 0 };
+        let mut pool = Self { shared, workers: Vec::new(), epoch: 0, asked: Asked::default() };
         for number in 1..threads {
             let shared = pool.shared.clone();
             let name = format!("kernel-{number}");
-            pool.workers.push(std::thread::Builder::new().name(name).spawn(move || work(&shared))?);
+            pool.workers
+                .push(std::thread::Builder::new().name(name).spawn(move || work(&shared, number))?);
         }
         Ok(pool)
     }
 
     /// What the job after the next one reads first, or the next one, if the caller has something of
-    /// its own to do before: idle threads ask memory for the beginning of it. A job for one token
+    /// its own to do before: idle threads ask memory for the beginnings of their shares of it. A job for one token
     /// waits for memory, which has nothing to do while threads wait for each other.
     pub fn ahead(&self, bytes: &[u8]) {
-        let from = bytes.as_ptr().addr();
-        let shared = &*self.shared;
-        // Somebody may see one address of before and one of now; asking for anything is harmless.
-        shared.ahead_end.store(0, Ordering::Relaxed);
-        shared.ahead.0.store(from, Ordering::Relaxed);
-        shared.ahead_end.store(from + bytes.len().min(AHEAD), Ordering::Relaxed);
+        let [from, len] = &self.shared.ahead.0;
+        // Somebody may see one of before and one of now; asking for anything is harmless.
+        from.store(bytes.as_ptr().addr(), Ordering::Relaxed);
+        len.store(bytes.len(), Ordering::Relaxed);
     }
 
     /// Threads, the caller's among them.
@@ -128,18 +132,28 @@ impl Pool {
         unsafe { *shared.job.get() = Job { data: (&raw const chunk).cast(), call: call::<F> } };
         shared.done.0.store(0, Ordering::Relaxed);
         self.epoch += 1;
-        let ticket = (self.epoch << (2 * CHUNK_BITS)) | ((chunks as u64) << CHUNK_BITS);
-        shared.ticket.0.store(ticket, Ordering::SeqCst);
+        let threads = self.threads();
+        for (thread, share) in shared.shares.iter().enumerate() {
+            let [first, end] =
+                [thread, thread + 1].map(|thread| (thread * chunks / threads) as u64);
+            let share_of_job = (self.epoch << CHUNK_BITS | first) << CHUNK_BITS | end;
+            share.0.store(share_of_job, Ordering::Release);
+        }
+        shared.epoch.0.store(self.epoch, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
             drop(shared.bed.lock().unwrap_or_else(PoisonError::into_inner));
             shared.bell.notify_all();
         }
-        while shared.do_one() {}
+        while shared.do_one(0) {}
         let mut looks = 0u32;
         while shared.done.0.load(Ordering::Acquire) < chunks {
             looks += 1;
             // A worker that has lost its core may need this one.
-            if looks.is_multiple_of(SPINS) { std::thread::yield_now() } else { shared.pass_time() }
+            if looks.is_multiple_of(SPINS) {
+                std::thread::yield_now()
+            } else {
+                shared.pass_time(0, &mut self.asked)
+            }
         }
         assert!(!shared.panicked.load(Ordering::Relaxed), "a chunk of a job panicked");
     }
@@ -158,36 +172,46 @@ impl Drop for Pool {
 
 impl Shared {
     /// What a thread does that has nothing to do.
-    fn pass_time(&self) {
-        let end = self.ahead_end.load(Ordering::Relaxed);
-        if self.ahead.0.load(Ordering::Relaxed) >= end {
+    fn pass_time(&self, thread: usize, asked: &mut Asked) {
+        let [from, len] = self.ahead.0.each_ref().map(|x| x.load(Ordering::Relaxed));
+        if asked.from != from {
+            let [at, end] = [thread, thread + 1].map(|t| from + len / self.shares.len() * t);
+            *asked = Asked { from, at, end: end.min(at + AHEAD) };
+        }
+        if asked.at >= asked.end {
             std::hint::spin_loop();
             return;
         }
-        let from = self.ahead.0.fetch_add(ASKED, Ordering::Relaxed);
         #[cfg(target_arch = "x86_64")]
-        for line in (from..from + ASKED).step_by(64) {
+        for line in (asked.at..asked.at + ASKED).step_by(64) {
             use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
             // SAFETY: a hint; whatever the address, nothing is read.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(line)) };
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = from;
+        asked.at += ASKED;
     }
 
-    fn has_work(&self) -> bool {
-        let ticket = self.ticket.0.load(Ordering::SeqCst);
-        ticket & CHUNK_MASK < (ticket >> CHUNK_BITS) & CHUNK_MASK
+    /// Claims a chunk: the first of one's own share, or the last of another's.
+    fn claim(&self, thread: usize) -> Option<usize> {
+        let threads = self.shares.len();
+        (0..threads).find_map(|other| {
+            let share = &self.shares[(thread + other) % threads].0;
+            let one =
+                if other == 0 { |share| share + (1 << CHUNK_BITS) } else { |share| share - 1 };
+            let part = |share: u64| (share >> CHUNK_BITS & CHUNK_MASK, share & CHUNK_MASK);
+            let less = |share| {
+                let (first, end) = part(share);
+                (first < end).then(|| one(share))
+            };
+            let before = share.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).ok()?;
+            let (first, end) = part(before);
+            Some(if other == 0 { first } else { end - 1 } as usize)
+        })
     }
 
     /// Claims a chunk and does it. False when none is left.
-    fn do_one(&self) -> bool {
-        let claimed = self.ticket.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |ticket| {
-            let (next, chunks) = (ticket & CHUNK_MASK, (ticket >> CHUNK_BITS) & CHUNK_MASK);
-            (next < chunks).then_some(ticket + 1)
-        });
-        let Ok(ticket) = claimed else { return false };
-        let index = (ticket & CHUNK_MASK) as usize;
+    fn do_one(&self, thread: usize) -> bool {
+        let Some(index) = self.claim(thread) else { return false };
         // SAFETY: a chunk of the current job is ours and unfinished, so the job stays what it is,
         // and the closure behind it alive, until `done` is raised.
         let ran = catch_unwind(AssertUnwindSafe(|| unsafe {
@@ -202,22 +226,33 @@ impl Shared {
     }
 }
 
-fn work(shared: &Shared) {
-    let mut idle = 0;
+/// What a thread has asked memory for.
+#[derive(Default)]
+struct Asked {
+    /// Where all of it begins.
+    from: usize,
+    at: usize,
+    end: usize,
+}
+
+fn work(shared: &Shared, thread: usize) {
+    let (mut idle, mut seen, mut asked) = (0, 0, Asked::default());
     while !shared.stop.load(Ordering::Relaxed) {
-        if shared.do_one() {
-            idle = 0;
+        let epoch = shared.epoch.0.load(Ordering::Acquire);
+        if epoch != seen {
+            while shared.do_one(thread) {}
+            (idle, seen) = (0, epoch);
             continue;
         }
         idle += 1;
         if idle < SPINS {
-            shared.pass_time();
+            shared.pass_time(thread, &mut asked);
             continue;
         }
         idle = 0;
         let mut bed = shared.bed.lock().unwrap_or_else(PoisonError::into_inner);
         shared.sleepers.fetch_add(1, Ordering::SeqCst);
-        while !shared.has_work() && !shared.stop.load(Ordering::SeqCst) {
+        while shared.epoch.0.load(Ordering::SeqCst) == seen && !shared.stop.load(Ordering::SeqCst) {
             bed = shared.bell.wait(bed).unwrap_or_else(PoisonError::into_inner);
         }
         shared.sleepers.fetch_sub(1, Ordering::SeqCst);
