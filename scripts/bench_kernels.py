@@ -42,6 +42,8 @@ class Row:
     mistralrs: str = ""
     # Of native, flash and plain; the last two are llama.cpp, whose own tools measure it too.
     sides: str = "native,flash,plain"
+    # Times in one process, of which it reports the median.
+    times: int = 1
 
 
 def batched(work, arguments, mistralrs=""):
@@ -57,7 +59,8 @@ ROWS = {
     "eight": batched("decode, 8 streams", "-npp 64 -ntg 32 -npl 8 -c 2048", "eight"),
     "many": batched("decode, 32 streams", "-npp 64 -ntg 12 -npl 32 -c 8192"),
     "shared": batched("decode, 8 streams that share 1,000", "-npp 1000 -ntg 16 -npl 8 -pps -c 16384"),
-    "load": Row("loads and first tokens, a minute"),
+    # What is first in a process waits for the system to find huge pages, for whom it may be.
+    "load": Row("loads and first tokens, a minute", times=3),
 }
 
 LLAMA, IK, MISTRALRS = PEERS = ("llama.cpp", "ik_llama.cpp", "mistral.rs")
@@ -88,7 +91,7 @@ def output(command, **more):
 
 def in_process(runners, model, row):
     """Rates of native and of the llama_cpp runner, and what the process says besides."""
-    command = [runners, model, "--repeat", "1", "--works", row.work, "--sides", row.sides]
+    command = [runners, model, "--repeat", str(row.times), "--works", row.work, "--sides", row.sides]
     text = output(command)
     if text is None:
         sys.exit("the runners do not run")
