@@ -13,7 +13,7 @@ use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{Model, Served};
 use crate::gateway::stream::{self, Running};
-use crate::gateway::template::RenderInput;
+use crate::template::RenderInput;
 use crate::ipc::{Generate, Grammar, ModelInfo, Prompt, RequestId};
 use axum::Extension;
 use axum::extract::State;

@@ -6,7 +6,7 @@ use super::logprobs::ChatLogprobs;
 use super::{Answer, finish_reason};
 use crate::gateway::error::ApiError;
 use crate::gateway::stream::{Running, Sse, Transcript, Usage, UsageBody};
-use crate::gateway::template::{CallIds, Delta, OutputParser};
+use crate::template::{CallIds, Delta, OutputParser};
 use crate::ipc::{Event, FinishReason, TokenLogprob};
 use axum::Json;
 use axum::response::{IntoResponse, Response};

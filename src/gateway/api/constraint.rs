@@ -9,7 +9,7 @@
 use super::chat::ChatRequest;
 use super::tools::Choice;
 use crate::gateway::error::ApiError;
-use crate::gateway::template::{
+use crate::template::{
     ChatTemplate, ReasoningFormat, ToolChoice, ToolFamily, ToolGrammar,
 };
 use crate::ipc::{Grammar, GrammarSpec, GrammarTrigger, ModelInfo};

@@ -29,7 +29,7 @@ mod tools;
 
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{Model, Served};
-use crate::gateway::template::{ChatTemplate, RenderInput, TemplateError};
+use crate::template::{ChatTemplate, RenderInput, TemplateError};
 use crate::ipc::{Call, FinishReason, Grammar};
 use http::Uri;
 use serde::Serialize;

@@ -8,7 +8,7 @@ use super::tools::take_tools;
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::Served;
-use crate::gateway::template::RenderInput;
+use crate::template::RenderInput;
 use crate::ipc::{Call, Reply};
 use axum::Json;
 use axum::extract::State;

@@ -4,7 +4,7 @@ use super::ModelStatus;
 use crate::gateway::header::ModelHeader;
 use crate::gateway::memory::MemoryPlan;
 use crate::gateway::supervisor::{Engine, EngineState};
-use crate::gateway::template::{ChatTemplate, TemplateError};
+use crate::template::{ChatTemplate, TemplateError};
 use crate::gguf::{ModelFacts, TokenizerFacts};
 use std::fmt;
 use std::path::{Path, PathBuf};

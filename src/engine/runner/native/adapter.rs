@@ -1,7 +1,6 @@
 //! LoRA adapters, from llama.cpp's LoRA GGUF.
 
 use super::super::{AdapterHandle, AdapterLoader, RunnerError};
-use super::layout::{TARGETS, Target, rows_of};
 use crate::gguf::{Covered, Gguf};
 use crate::kernels::LoraPair;
 use std::ops::Range;

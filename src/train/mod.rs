@@ -1,0 +1,5 @@
+//! Training.
+pub mod model;
+pub mod ops;
+pub mod optim;
+pub mod schedule;
