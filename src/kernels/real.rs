@@ -1,7 +1,11 @@
 //! The numbers that training computes with: f32, and f64 to check it by.
 
+use super::gemm::{Tile, plain_tile};
+use super::matmul::{Isa, isa};
+use std::cell::Cell;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
+use std::thread::LocalKey;
 
 /// f32 or f64.
 pub trait Real:
@@ -34,8 +38,30 @@ pub trait Real:
     /// `self * a + b`
     fn mul_add(self, a: Self, b: Self) -> Self;
 
+    /// The kernel of dense products for so many rows.
+    fn tile(rows: usize) -> Tile<Self>;
+    /// A buffer that the thread keeps.
+    fn scratch() -> &'static LocalKey<Cell<Vec<Self>>>;
+
     fn most(self, other: Self) -> Self {
         if self > other { self } else { other }
+    }
+}
+
+thread_local! {
+    static NARROW: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static WIDE: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
+}
+
+fn plain<T: Real>(rows: usize) -> Tile<T> {
+    match rows {
+        1 => plain_tile::<T, 1>,
+        2 => plain_tile::<T, 2>,
+        3 => plain_tile::<T, 3>,
+        4 => plain_tile::<T, 4>,
+        5 => plain_tile::<T, 5>,
+        6 => plain_tile::<T, 6>,
+        _ => unreachable!("no tile has {rows} rows"),
     }
 }
 
@@ -74,6 +100,17 @@ impl Real for f32 {
     fn mul_add(self, a: Self, b: Self) -> Self {
         f32::mul_add(self, a, b)
     }
+
+    fn tile(rows: usize) -> Tile<Self> {
+        match isa() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => super::avx2::dense::tile(rows),
+            _ => plain(rows),
+        }
+    }
+    fn scratch() -> &'static LocalKey<Cell<Vec<Self>>> {
+        &NARROW
+    }
 }
 
 impl Real for f64 {
@@ -109,5 +146,12 @@ impl Real for f64 {
     #[inline(always)]
     fn mul_add(self, a: Self, b: Self) -> Self {
         f64::mul_add(self, a, b)
+    }
+
+    fn tile(rows: usize) -> Tile<Self> {
+        plain(rows)
+    }
+    fn scratch() -> &'static LocalKey<Cell<Vec<Self>>> {
+        &WIDE
     }
 }

@@ -127,7 +127,8 @@ impl Checkpoints {
             manifest.insert(name.to_owned(), entry);
             put(&folder.join(name), bytes)
         };
-        let weights = params.iter().map(|param| (param.name.clone(), param.var.as_tensor().clone()));
+        let weights =
+            params.iter().map(|param| (param.name.clone(), param.var.as_tensor().clone()));
         add(WEIGHTS, &packed(weights.collect(), folder)?)?;
         add(OPTIMIZER, &packed(optimization.state(params)?, folder)?)?;
         add(STATE, &json(state, folder)?)?;
@@ -249,7 +250,8 @@ mod tests {
     }
 
     fn step(params: &[Param], optimization: &mut Optimization) {
-        let grads: Vec<_> = params.iter().map(|param| param.var.as_tensor().copy().unwrap()).collect();
+        let grads: Vec<_> =
+            params.iter().map(|param| param.var.as_tensor().copy().unwrap()).collect();
         optimization.step(params, &grads, 1.0, 0.1, 1.0).unwrap();
     }
 

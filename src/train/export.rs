@@ -95,9 +95,20 @@ pub fn lora_gguf(
         writer.set(key, value.as_str());
     }
     for pair in pairs {
-        let (a, b) = ([pair.inputs as u64, lora.rank as u64], [lora.rank as u64, pair.outputs as u64]);
-        writer.tensor_f32(&format!("{}.weight.lora_a", pair.tensor), &a, TensorType::F32, pair.a)?;
-        writer.tensor_f32(&format!("{}.weight.lora_b", pair.tensor), &b, TensorType::F32, pair.b)?;
+        let (a, b) =
+            ([pair.inputs as u64, lora.rank as u64], [lora.rank as u64, pair.outputs as u64]);
+        writer.tensor_f32(
+            &format!("{}.weight.lora_a", pair.tensor),
+            &a,
+            TensorType::F32,
+            pair.a,
+        )?;
+        writer.tensor_f32(
+            &format!("{}.weight.lora_b", pair.tensor),
+            &b,
+            TensorType::F32,
+            pair.b,
+        )?;
     }
     Ok(writer.write(path)?)
 }
@@ -159,7 +170,8 @@ pub fn peft_folder(
     };
     fs::create_dir_all(folder).map_err(io(folder))?;
     let path = folder.join("adapter_config.json");
-    let text = serde_json::to_vec_pretty(&config).map_err(|error| ExportError::Other(error.to_string()))?;
+    let text = serde_json::to_vec_pretty(&config)
+        .map_err(|error| ExportError::Other(error.to_string()))?;
     fs::write(&path, text).map_err(io(&path))?;
     let path = folder.join("adapter_model.safetensors");
     let bytes = safetensors::serialize(tensors, None)
@@ -297,13 +309,15 @@ mod tests {
             TinyDecoder { heads: 4, kv_heads: 2, ..TinyDecoder::new(architecture) }
                 .write(&path("base.gguf"))
                 .unwrap();
-            let base = Arc::new(Gguf::open(&path("base.gguf")).unwrap());
+            let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
             let model = model(&base, &Training::Lora(lora()));
-            lora_gguf(&model, &lora(), &[("general.name", "x".into())], &path("ours.gguf")).unwrap();
+            lora_gguf(&model, &lora(), &[("general.name", "x".into())], &path("ours.gguf"))
+                .unwrap();
             peft_folder(&model, &lora(), "base", &path("peft")).unwrap();
             let facts = ModelFacts::read(&base).unwrap();
             peft_to_gguf(&path("peft"), &facts, &base, &path("theirs.gguf")).unwrap();
-            let [ours, theirs] = ["ours.gguf", "theirs.gguf"].map(|name| Gguf::open(&path(name)).unwrap());
+            let [ours, theirs] =
+                ["ours.gguf", "theirs.gguf"].map(|name| Gguf::open(path(name)).unwrap());
             assert_eq!(ours.tensors().len(), theirs.tensors().len());
             for tensor in ours.tensors() {
                 let name = tensor.name();
@@ -320,16 +334,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         TinyDecoder::new("llama").write(&path("base.gguf")).unwrap();
-        let base = Arc::new(Gguf::open(&path("base.gguf")).unwrap());
+        let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
         let model = model(&base, &Training::Lora(lora()));
-        model_gguf(&model, Some(&lora()), &base, TensorType::F32, &[], &path("merged.gguf")).unwrap();
-        let merged = Arc::new(Gguf::open(&path("merged.gguf")).unwrap());
+        model_gguf(&model, Some(&lora()), &base, TensorType::F32, &[], &path("merged.gguf"))
+            .unwrap();
+        let merged = Arc::new(Gguf::open(path("merged.gguf")).unwrap());
         let whole = Model::load(merged.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
         let (adapted, merged_loss) = (loss(&model), loss(&whole));
         assert!((adapted - merged_loss).abs() < 1e-4 * adapted, "{adapted}, {merged_loss}");
         // What was trained is what is written.
         model_gguf(&whole, None, &merged, TensorType::F32, &[], &path("again.gguf")).unwrap();
-        let again = Gguf::open(&path("again.gguf")).unwrap();
+        let again = Gguf::open(path("again.gguf")).unwrap();
         for tensor in merged.tensors() {
             assert_eq!(merged.to_f32(tensor.name()).unwrap(), again.to_f32(tensor.name()).unwrap());
         }

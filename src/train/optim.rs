@@ -287,7 +287,8 @@ impl AdamW {
     fn update(&self, var: &Var, grad: &Tensor, moments: &mut Moments) -> Result<()> {
         match moments {
             Moments::Host(m, v) => {
-                let op = Host { run: Mutex::new(|x: &mut [f32], g: &[f32]| self.on_host(x, g, m, v)) };
+                let op =
+                    Host { run: Mutex::new(|x: &mut [f32], g: &[f32]| self.on_host(x, g, m, v)) };
                 var.as_tensor().inplace_op2(grad, &op)
             }
             Moments::Device(m, Some(v)) => {
@@ -388,7 +389,10 @@ fn orthogonal(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
         product(left, right, &mut square, n, 0, false);
         let s = Mat::new(&square, n, n);
         product(s, s, &mut fourth, n, 0, false);
-        fourth.iter_mut().zip(&square).for_each(|(fourth, &square)| *fourth = b * square + c * *fourth);
+        fourth
+            .iter_mut()
+            .zip(&square)
+            .for_each(|(fourth, &square)| *fourth = b * square + c * *fourth);
         let factor = Mat::new(&fourth, n, n);
         let (left, right) = if wide { (factor, matrix) } else { (matrix, factor) };
         product(left, right, &mut next, cols, 0, false);
@@ -425,7 +429,9 @@ impl<F: FnMut(&mut [f32], &[f32])> InplaceOp2 for Host<F> {
 
     fn cpu_fwd(&self, x: &mut CpuStorage, lx: &Layout, g: &CpuStorage, lg: &Layout) -> Result<()> {
         let CpuStorage::F32(x) = x else { bail!("parameters are f32") };
-        let Some((from, to)) = lx.contiguous_offsets() else { bail!("a parameter is not contiguous") };
+        let Some((from, to)) = lx.contiguous_offsets() else {
+            bail!("a parameter is not contiguous")
+        };
         let g = contiguous(g.as_slice::<f32>()?, lg)?;
         let Ok(run) = &mut self.run.lock() else { bail!("an update panicked") };
         run(&mut x[from..to], g);
@@ -465,7 +471,8 @@ mod tests {
                 let g = (w[i] - 3.0) / 2.0;
                 m[i] = 0.9 * m[i] + 0.1 * g;
                 v[i] = 0.99 * v[i] + 0.01 * g * g;
-                let (mh, vh) = (m[i] / (1.0 - 0.9f64.powi(step)), v[i] / (1.0 - 0.99f64.powi(step)));
+                let (mh, vh) =
+                    (m[i] / (1.0 - 0.9f64.powi(step)), v[i] / (1.0 - 0.99f64.powi(step)));
                 w[i] = w[i] * (1.0 - 0.05 * 0.1) - 0.05 * mh / (vh.sqrt() + 1e-8);
             }
         }
@@ -498,7 +505,8 @@ mod tests {
     #[test]
     fn muon_makes_singular_values_of_one() {
         for (rows, cols) in [(24, 40), (40, 24)] {
-            let x: Vec<f32> = (0..rows * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
+            let x: Vec<f32> =
+                (0..rows * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
             let q = orthogonal(x, rows, cols);
             let n = rows.min(cols);
             let mut square = vec![0.0; n * n];
@@ -514,10 +522,8 @@ mod tests {
 
     #[test]
     fn a_restored_state_goes_on_with_the_same_bits() {
-        for settings in [
-            Optimizer::default(),
-            serde_json::from_str(r#"{"name": "muon"}"#).unwrap(),
-        ] {
+        for settings in [Optimizer::default(), serde_json::from_str(r#"{"name": "muon"}"#).unwrap()]
+        {
             let run = |interrupted: bool| {
                 let param = param(&[1.0, -2.0, 0.5, 3.0, 0.1, 0.2], 2, true);
                 let list = std::slice::from_ref(&param);

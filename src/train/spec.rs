@@ -222,7 +222,11 @@ impl Spec {
             }
             _ => {}
         }
-        if self.suffix.as_ref().is_some_and(|suffix| suffix.is_empty() || suffix.chars().count() > 64) {
+        if self
+            .suffix
+            .as_ref()
+            .is_some_and(|suffix| suffix.is_empty() || suffix.chars().count() > 64)
+        {
             return Err("suffix: it has 1 to 64 characters".into());
         }
         if let Some(adapter) = &self.adapter {
@@ -267,7 +271,9 @@ impl Spec {
 fn within(key: &str, value: f64, least: f64, most: f64) -> Result<(), String> {
     match (least..=most).contains(&value) {
         true => Ok(()),
-        false if least == f64::MIN_POSITIVE => Err(format!("{key}: {value} is not above 0, or above {most}")),
+        false if least == f64::MIN_POSITIVE => {
+            Err(format!("{key}: {value} is not above 0, or above {most}"))
+        }
         false => Err(format!("{key}: {value} is not between {least} and {most}")),
     }
 }
@@ -288,7 +294,10 @@ mod tests {
             spec(r#"{"kind": "sft", "model": "m", "data": {"train": "file-1"}}"#).unwrap();
         let lora = spec.adapter.unwrap().lora(0).unwrap();
         assert_eq!((lora.rank, lora.alpha, lora.targets.len()), (16, 32.0, 7));
-        assert_eq!((resolved.learning_rate, resolved.warmup, resolved.max_length), (2e-4, 0.03, 1024));
+        assert_eq!(
+            (resolved.learning_rate, resolved.warmup, resolved.max_length),
+            (2e-4, 0.03, 1024)
+        );
         let (_, full) = self::spec(
             r#"{"kind": "sft", "model": "m", "data": {"train": "file-1"}, "adapter": null}"#,
         )

@@ -218,7 +218,8 @@ impl Lines {
         let mut size = 0;
         while chunk.len() < LINES && size < LONGEST {
             let mut line = Vec::new();
-            let read = io::Read::take(&mut self.reader, LONGEST).read_until(b'\n', &mut line)? as u64;
+            let read =
+                io::Read::take(&mut self.reader, LONGEST).read_until(b'\n', &mut line)? as u64;
             if read == 0 {
                 break;
             }

@@ -85,7 +85,10 @@ fn bad_lines_say_why() {
         (r#"{"question": "a", "answer": "b"}"#, "`question`, `answer`"),
         (r#"{"messages": []}"#, "no message of the assistant"),
         (r#"{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}"#, "no message"),
-        (r#"{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}"#, "neither 0 nor 1"),
+        (
+            r#"{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}"#,
+            "neither 0 nor 1",
+        ),
         (r#"{"messages": [{"role": "user", "content": "a", "weight": 1}]}"#, "only the assistant"),
         (r#"{"messages": [{"role": "robot", "content": "a"}]}"#, "`robot`"),
         (r#"{"messages": [{"role": "user"}]}"#, "`content` is missing"),
@@ -172,7 +175,8 @@ fn prepared(text: &str, max_length: usize) -> Result<(Prepared, Report), DataErr
 
 #[test]
 fn a_file_is_read_back_as_it_was_encoded() {
-    let line = |i: usize| json!({"prompt": "p".repeat(i % 7), "completion": "c".repeat(i % 11 + 1)});
+    let line =
+        |i: usize| json!({"prompt": "p".repeat(i % 7), "completion": "c".repeat(i % 11 + 1)});
     let lines: Vec<String> = (0..3000).map(|i| line(i).to_string()).collect();
     let (prepared, report) = prepared(&(lines.join("\n\n") + "\n"), 64).unwrap();
     assert_eq!((prepared.len(), report.examples, report.dropped), (3000, 3000, 0));

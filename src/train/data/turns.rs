@@ -75,7 +75,8 @@ fn turns(chat: &Chat, template: &ChatTemplate) -> Result<Vec<Piece>, String> {
             true => whole.clone(),
             false => rendered(&chat.messages[..=number], false)?,
         };
-        let fits = answered.starts_with(&prompt) && whole.starts_with(&answered) && prompt.len() >= done;
+        let fits =
+            answered.starts_with(&prompt) && whole.starts_with(&answered) && prompt.len() >= done;
         if !fits {
             return Err(format!(
                 "messages[{number}]: the chat template renders this answer otherwise than it prompts \

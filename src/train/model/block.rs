@@ -126,7 +126,8 @@ impl Block {
             window: self.kind.window,
             cap: shape.attention_cap.map(f64::from),
         };
-        let out = ops::attention(&ops::rotate(&q, rotation)?, &ops::rotate(&k, rotation)?, &v, &scope)?;
+        let out =
+            ops::attention(&ops::rotate(&q, rotation)?, &ops::rotate(&k, rotation)?, &v, &scope)?;
         out.reshape((x.dim(0)?, shape.heads * shape.head_dim))
     }
 }

@@ -77,7 +77,8 @@ impl Model {
     ) -> Result<Self> {
         let shape = Covered::read(&file).map_err(candle_core::Error::wrap)?;
         let ropes = shape.ropes.iter().map(|facts| rope(&file, facts, context));
-        let ropes = ropes.collect::<std::result::Result<_, _>>().map_err(candle_core::Error::msg)?;
+        let ropes =
+            ropes.collect::<std::result::Result<_, _>>().map_err(candle_core::Error::msg)?;
         let mut builder = Builder::new(file.clone(), training, device);
         let tied = file.tensor("output.weight").is_none();
         let embedding = match training {
@@ -190,7 +191,8 @@ impl Model {
 
     /// The output norm and the loss. Rows that do not count are left out first.
     fn finish(&self, x: &Tensor, batch: &Batch) -> Result<Losses> {
-        let counted = (0..batch.tokens.len() as u32).filter(|&row| batch.weights[row as usize] != 0.0);
+        let counted =
+            (0..batch.tokens.len() as u32).filter(|&row| batch.weights[row as usize] != 0.0);
         let counted: Vec<u32> = counted.collect();
         let of = |row: &u32| *row as usize;
         let targets = Targets {

@@ -52,7 +52,10 @@ fn load(file: &Arc<Gguf>, training: &Training) -> Model {
             let count = param.var.elem_count();
             let values: Vec<f32> =
                 (0..count).map(|j| ((i * 31 + j * 17) % 41) as f32 / 400.0 - 0.05).collect();
-            param.var.set(&Tensor::from_vec(values, param.var.shape(), &Device::Cpu).unwrap()).unwrap();
+            param
+                .var
+                .set(&Tensor::from_vec(values, param.var.shape(), &Device::Cpu).unwrap())
+                .unwrap();
         }
     }
     model

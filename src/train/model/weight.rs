@@ -126,7 +126,13 @@ impl<'a> Builder<'a> {
         self.param(name.to_owned(), &weight, true, hidden)
     }
 
-    fn param(&mut self, name: String, start: &Tensor, decays: bool, hidden: bool) -> Result<Tensor> {
+    fn param(
+        &mut self,
+        name: String,
+        start: &Tensor,
+        decays: bool,
+        hidden: bool,
+    ) -> Result<Tensor> {
         let var = Var::from_tensor(start)?;
         let tensor = var.as_tensor().clone();
         self.params.push(Param { name, var, decays, hidden });

@@ -48,7 +48,8 @@ impl Scope {
 /// If the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
     let ((rows, heads, dim), (key_rows, kv_heads, key_dim)) = (q.dims3()?, k.dims3()?);
-    if key_rows != rows || key_dim != dim || k.dims() != v.dims() || !heads.is_multiple_of(kv_heads) {
+    if key_rows != rows || key_dim != dim || k.dims() != v.dims() || !heads.is_multiple_of(kv_heads)
+    {
         bail!("queries {:?}, keys {:?}, values {:?}", q.dims(), k.dims(), v.dims());
     }
     if scope.documents.first() != Some(&0) {
@@ -148,7 +149,13 @@ impl<T: Number> Tile<T> {
     }
 
     /// Scores become weights, by the log-sum-exp of their rows; what is not seen weighs nothing.
-    fn weigh(&mut self, scope: &Scope, rows: Range<usize>, keys: &Range<usize>, lse: impl Fn(usize) -> T) {
+    fn weigh(
+        &mut self,
+        scope: &Scope,
+        rows: Range<usize>,
+        keys: &Range<usize>,
+        lse: impl Fn(usize) -> T,
+    ) {
         for (row, weights) in rows.zip(self.weights.chunks_exact_mut(keys.len())) {
             let seen = clip(&scope.seen(row), keys);
             let lse = lse(row);
@@ -194,7 +201,8 @@ impl Fused for Attention {
             let rows = block * ROWS..(block * ROWS + lse.len() / heads);
             let keys = self.scope.seen(rows.start).start..rows.end;
             for head in 0..heads {
-                let (q, k) = (sizes.head(q.data, rows.clone(), head), sizes.kv(k.data, keys.clone(), head));
+                let (q, k) =
+                    (sizes.head(q.data, rows.clone(), head), sizes.kv(k.data, keys.clone(), head));
                 tile.scores(&self.scope, q, k, rows.len(), keys.len());
                 for (at, row) in rows.clone().enumerate() {
                     let seen = clip(&self.scope.seen(row), &keys);
@@ -206,7 +214,14 @@ impl Fused for Attention {
                 let of = |row: usize| lse[(row - rows.start) * heads + head];
                 tile.weigh(&self.scope, rows.clone(), &keys, of);
                 let weights = Mat::new(&tile.weights, rows.len(), keys.len());
-                product_here(weights, sizes.kv(v.data, keys.clone(), head), out, width, head * dim, false);
+                product_here(
+                    weights,
+                    sizes.kv(v.data, keys.clone(), head),
+                    out,
+                    width,
+                    head * dim,
+                    false,
+                );
             }
         });
         let kept: Box<dyn Any + Send> = Box::new(lse);
@@ -237,21 +252,33 @@ impl Fused for Attention {
             .map(|(out, grad)| super::norm::dot(out, grad))
             .collect();
         let mut dq = vec![T::ZERO; q.len()];
-        dq.par_chunks_mut(ROWS * heads * dim).enumerate().for_each_init(Tile::new, |tile, (block, dq)| {
-            let rows = block * ROWS..block * ROWS + dq.len() / (heads * dim);
-            let keys = self.scope.seen(rows.start).start..rows.end;
-            for head in 0..heads {
-                let key = sizes.kv(k, keys.clone(), head);
-                tile.scores(&self.scope, sizes.head(q, rows.clone(), head), key, rows.len(), keys.len());
-                tile.weigh(&self.scope, rows.clone(), &keys, of_head(head));
-                tile.grads.resize(rows.len() * keys.len(), T::ZERO);
-                let (g, v) = (sizes.head(grad.data, rows.clone(), head), sizes.kv(v, keys.clone(), head));
-                product_here(g, v.t(), &mut tile.grads, keys.len(), 0, false);
-                tile.slope(&self.scope, keys.len(), |at| own[(rows.start + at) * heads + head]);
-                let grads = Mat::new(&tile.grads, rows.len(), keys.len());
-                product_here(grads, key, dq, heads * dim, head * dim, false);
-            }
-        });
+        dq.par_chunks_mut(ROWS * heads * dim).enumerate().for_each_init(
+            Tile::new,
+            |tile, (block, dq)| {
+                let rows = block * ROWS..block * ROWS + dq.len() / (heads * dim);
+                let keys = self.scope.seen(rows.start).start..rows.end;
+                for head in 0..heads {
+                    let key = sizes.kv(k, keys.clone(), head);
+                    tile.scores(
+                        &self.scope,
+                        sizes.head(q, rows.clone(), head),
+                        key,
+                        rows.len(),
+                        keys.len(),
+                    );
+                    tile.weigh(&self.scope, rows.clone(), &keys, of_head(head));
+                    tile.grads.resize(rows.len() * keys.len(), T::ZERO);
+                    let (g, v) = (
+                        sizes.head(grad.data, rows.clone(), head),
+                        sizes.kv(v, keys.clone(), head),
+                    );
+                    product_here(g, v.t(), &mut tile.grads, keys.len(), 0, false);
+                    tile.slope(&self.scope, keys.len(), |at| own[(rows.start + at) * heads + head]);
+                    let grads = Mat::new(&tile.grads, rows.len(), keys.len());
+                    product_here(grads, key, dq, heads * dim, head * dim, false);
+                }
+            },
+        );
         let (mut dk, mut dv) = (vec![T::ZERO; k.len()], vec![T::ZERO; v.len()]);
         let width = kv_heads * dim;
         let blocks = dk.par_chunks_mut(ROWS * width).zip(dv.par_chunks_mut(ROWS * width));
@@ -262,14 +289,22 @@ impl Fused for Attention {
                 let rows = from..(from + ROWS).min(end);
                 for head in 0..heads {
                     let at = head / (heads / kv_heads) * dim;
-                    let (query, key) = (sizes.head(q, rows.clone(), head), sizes.kv(k, keys.clone(), head));
+                    let (query, key) =
+                        (sizes.head(q, rows.clone(), head), sizes.kv(k, keys.clone(), head));
                     tile.scores(&self.scope, query, key, rows.len(), keys.len());
                     tile.weigh(&self.scope, rows.clone(), &keys, of_head(head));
                     let g = sizes.head(grad.data, rows.clone(), head);
                     let weights = Mat::new(&tile.weights, rows.len(), keys.len());
                     product_here(weights.t(), g, dv, width, at, true);
                     tile.grads.resize(rows.len() * keys.len(), T::ZERO);
-                    product_here(g, sizes.kv(v, keys.clone(), head).t(), &mut tile.grads, keys.len(), 0, false);
+                    product_here(
+                        g,
+                        sizes.kv(v, keys.clone(), head).t(),
+                        &mut tile.grads,
+                        keys.len(),
+                        0,
+                        false,
+                    );
                     tile.slope(&self.scope, keys.len(), |at| own[(rows.start + at) * heads + head]);
                     let grads = Mat::new(&tile.grads, rows.len(), keys.len());
                     product_here(grads.t(), query, dk, width, at, true);

@@ -233,7 +233,8 @@ impl Fused for CrossEntropy {
             grads.par_chunks_mut(1 << 14).for_each(|part| part.iter_mut().for_each(|x| *x *= by));
             grads
         };
-        let each = kept.into_iter().zip(wanted).map(|(grads, wanted)| wanted.then(|| scaled(grads)));
+        let each =
+            kept.into_iter().zip(wanted).map(|(grads, wanted)| wanted.then(|| scaled(grads)));
         Ok(each.take(args.len()).collect())
     }
 }

@@ -75,14 +75,22 @@ impl<F: Fused> Node<F> {
         }
     }
 
-    fn forward_of<T: Number>(&self, args: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
+    fn forward_of<T: Number>(
+        &self,
+        args: &[(&CpuStorage, &Layout)],
+    ) -> Result<(CpuStorage, Shape)> {
         let views: Vec<_> =
             args.iter().map(|(storage, layout)| view(storage, layout)).collect::<Result<_>>()?;
         let (values, shape) = self.0.forward::<T>(&views)?;
         Ok((T::to_cpu_storage_owned(values), shape))
     }
 
-    fn backward(&self, args: &[&Tensor], result: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+    fn backward(
+        &self,
+        args: &[&Tensor],
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Vec<Option<Tensor>>> {
         match grad.dtype() {
             DType::F64 => self.backward_of::<f64>(args, result, grad),
             _ => self.backward_of::<f32>(args, result, grad),
@@ -117,7 +125,9 @@ impl<F: Fused> Node<F> {
 }
 
 fn view<'a, T: Number>(storage: &'a CpuStorage, layout: &'a Layout) -> Result<View<'a, T>> {
-    let Some((from, to)) = layout.contiguous_offsets() else { bail!("the tensor is not contiguous") };
+    let Some((from, to)) = layout.contiguous_offsets() else {
+        bail!("the tensor is not contiguous")
+    };
     Ok(View { data: &storage.as_slice::<T>()?[from..to], dims: layout.dims() })
 }
 

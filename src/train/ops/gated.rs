@@ -34,7 +34,10 @@ fn at<T: Number>(act: Gating, x: T) -> (T, T) {
         Gating::Silu => (x, T::ONE),
         Gating::Gelu => {
             let (twice, cubic) = (T::of(2.0 * ROOT), T::of(CUBIC));
-            (twice * x * (cubic * x).mul_add(x, T::ONE), twice * (T::of(3.0) * cubic * x).mul_add(x, T::ONE))
+            (
+                twice * x * (cubic * x).mul_add(x, T::ONE),
+                twice * (T::of(3.0) * cubic * x).mul_add(x, T::ONE),
+            )
         }
     };
     let s = T::ONE / (T::ONE + (-u).exp());
@@ -68,14 +71,16 @@ impl Fused for Gated {
         let mut dup = dgate.clone();
         let halves = gate.data.par_chunks(CHUNK).zip(up.data.par_chunks(CHUNK));
         let out = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
-        out.zip(halves).zip(grad.data.par_chunks(CHUNK)).for_each(|(((dgate, dup), (gate, up)), grad)| {
-            let inputs = gate.iter().zip(up).zip(grad);
-            for ((dgate, dup), ((&gate, &up), &grad)) in dgate.iter_mut().zip(dup).zip(inputs) {
-                let (value, slope) = at(self.0, gate);
-                *dgate = grad * up * slope;
-                *dup = grad * value;
-            }
-        });
+        out.zip(halves).zip(grad.data.par_chunks(CHUNK)).for_each(
+            |(((dgate, dup), (gate, up)), grad)| {
+                let inputs = gate.iter().zip(up).zip(grad);
+                for ((dgate, dup), ((&gate, &up), &grad)) in dgate.iter_mut().zip(dup).zip(inputs) {
+                    let (value, slope) = at(self.0, gate);
+                    *dgate = grad * up * slope;
+                    *dup = grad * value;
+                }
+            },
+        );
         Ok(vec![Some(dgate), Some(dup)])
     }
 }

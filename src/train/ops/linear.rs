@@ -232,7 +232,12 @@ impl Fused for LoraLinear {
         let [x, a, b] = [args[0], args[1], args[2]];
         let ((rows, inputs), (outputs, rank)) = (x.rows(), b.rows());
         if a.dims != [rank, inputs] || outputs != self.weights.outputs() {
-            bail!("factors {:?} and {:?} for {} by {inputs}", a.dims, b.dims, self.weights.outputs());
+            bail!(
+                "factors {:?} and {:?} for {} by {inputs}",
+                a.dims,
+                b.dims,
+                self.weights.outputs()
+            );
         }
         let mut out = self.weights.forward(x.data)?;
         let low =

@@ -29,11 +29,11 @@ fn check_gradients(name: &str, args: &[Tensor], f: impl Fn(&[Tensor]) -> Result<
     };
     let grads = (out * &weights).unwrap().sum_all().unwrap().backward().unwrap();
     for (i, var) in vars.iter().enumerate() {
-        let grad = grads.get(var.as_tensor()).unwrap_or_else(|| panic!("{name}: {i} has no gradient"));
+        let grad =
+            grads.get(var.as_tensor()).unwrap_or_else(|| panic!("{name}: {i} has no gradient"));
         for seed in 0..4 {
             let direction = random(args[i].dims(), 1000 + seed);
-            let slope =
-                (grad * &direction).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+            let slope = (grad * &direction).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
             let moved = |by: f64| {
                 let mut moved = args.to_vec();
                 moved[i] = (&args[i] + (&direction * by).unwrap()).unwrap();
@@ -101,21 +101,24 @@ fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Tensor 
     let of = |x: &Tensor| x.to_vec3::<f64>().unwrap();
     let (q, k, v) = (of(q), of(k), of(v));
     let mut out = Vec::new();
-    for row in 0..rows {
+    for (row, queries) in q.iter().enumerate() {
         let start = *scope.documents.iter().rfind(|start| **start <= row).unwrap();
         let start = start.max((row + 1).saturating_sub(scope.window.unwrap_or(rows)));
-        for head in 0..heads {
+        for (head, query) in queries.iter().enumerate() {
             let score = |at: usize| {
-                let dot: f64 = q[row][head].iter().zip(&k[at][head / group]).map(|(a, b)| a * b).sum();
+                let dot: f64 = query.iter().zip(&k[at][head / group]).map(|(a, b)| a * b).sum();
                 let score = dot * scope.scale;
                 scope.cap.map_or(score, |cap| cap * (score / cap).tanh()).exp()
             };
             let weights: Vec<f64> = (start..=row).map(score).collect();
             let total: f64 = weights.iter().sum();
-            for d in 0..dim {
-                let value = |(i, w): (usize, &f64)| w * v[start + i][head / group][d];
-                out.push(weights.iter().enumerate().map(value).sum::<f64>() / total);
+            let mut sum = vec![0.0; dim];
+            for (weight, v) in weights.iter().zip(&v[start..]) {
+                for (sum, x) in sum.iter_mut().zip(&v[head / group]) {
+                    *sum += weight * x / total;
+                }
             }
+            out.extend(sum);
         }
     }
     Tensor::from_vec(out, (rows, heads, dim), &CPU).unwrap()
@@ -169,7 +172,7 @@ fn frozen(rows: usize, cols: usize, ty: TensorType) -> Arc<Frozen> {
 fn linears() {
     let x = random(&[150, 64], 11);
     let w = frozen(40, 64, TensorType::Q8_0);
-    check_gradients("frozen_linear", &[x.clone()], |a| frozen_linear(&a[0], &w));
+    check_gradients("frozen_linear", std::slice::from_ref(&x), |a| frozen_linear(&a[0], &w));
     let args = [x.clone(), random(&[40, 64], 12)];
     check_gradients("linear", &args, |a| linear(&a[0], &a[1]));
     let args = [x, random(&[4, 64], 13), random(&[40, 4], 14)];
@@ -196,7 +199,8 @@ fn losses() {
     }
     // From the definition.
     let (hidden, head) = (random(&[90, 64], 15), random(&[40, 64], 16));
-    let found = linear_cross_entropy(&hidden, &Head::Trained(head.clone()), &targets(None)).unwrap();
+    let found =
+        linear_cross_entropy(&hidden, &Head::Trained(head.clone()), &targets(None)).unwrap();
     let logits = hidden.matmul(&head.t().unwrap()).unwrap().to_vec2::<f64>().unwrap();
     let (mut sum, mut correct) = (0.0, 0.0);
     for (row, logits) in logits.iter().enumerate() {

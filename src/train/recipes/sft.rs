@@ -28,11 +28,19 @@ pub enum TrainError {
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Event {
-    Data { train: Report, #[serde(skip_serializing_if = "Option::is_none")] validation: Option<Report> },
-    Resumed { step: u64 },
+    Data {
+        train: Report,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        validation: Option<Report>,
+    },
+    Resumed {
+        step: u64,
+    },
     Step(Progress),
     Evaluated(Evaluated),
-    Checkpoint { step: u64 },
+    Checkpoint {
+        step: u64,
+    },
 }
 
 /// One step.
@@ -143,10 +151,10 @@ impl Sft<'_> {
                 tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
             }));
             let last = step == total;
-            if last || step.is_multiple_of(self.settings.eval_every) {
-                if let Some(evaluated) = self.evaluate(step)? {
-                    event(Event::Evaluated(evaluated));
-                }
+            if (last || step.is_multiple_of(self.settings.eval_every))
+                && let Some(evaluated) = self.evaluate(step)?
+            {
+                event(Event::Evaluated(evaluated));
             }
             if last || step.is_multiple_of(self.settings.checkpoint_every) {
                 self.save(step, &optimization, &state, &mut event)?;

@@ -39,7 +39,8 @@ fn data(folder: &Path, name: &str, count: u32) -> Prepared {
 }
 
 fn weights(model: &Model) -> Vec<Vec<f32>> {
-    let flat = |param: &crate::train::optim::Param| param.var.flatten_all().unwrap().to_vec1().unwrap();
+    let flat =
+        |param: &crate::train::optim::Param| param.var.flatten_all().unwrap().to_vec1().unwrap();
     model.params().iter().map(flat).collect()
 }
 
@@ -72,7 +73,10 @@ fn losses_fall_and_are_reported() {
         assert_eq!(outcome.unwrap(), Outcome::Done);
         assert_eq!(steps.len(), 30);
         assert_eq!(saved, [4, 8, 12, 16, 20, 24, 28, 30]);
-        assert_eq!(evaluated.iter().map(|found| found.step).collect::<Vec<_>>(), [5, 10, 15, 20, 25, 30]);
+        assert_eq!(
+            evaluated.iter().map(|found| found.step).collect::<Vec<_>>(),
+            [5, 10, 15, 20, 25, 30]
+        );
         assert!(evaluated[5].loss < 0.8 * evaluated[0].loss, "{evaluated:?}");
         assert!(steps[29].epoch > 2.99 && steps[29].learning_rate < 1e-3, "{:?}", steps[29]);
     }
