@@ -16,7 +16,7 @@
 //!
 //! # A request walks
 //!
-//! [`gateway::api`] (validated once) → [`gateway::template`] (rendered) → [`gateway::registry`]
+//! [`gateway::api`] (validated once) → [`template`] (rendered) → [`gateway::registry`]
 //! (model and adapter by name) → [`gateway::supervisor`] → [`ipc`] → [`engine`]: intake
 //! (tokenized by [`engine::tokenizer`], found to fit) → scheduler → [`engine::kv`] → [`engine::runner`] → [`kernels`] →
 //! [`engine::sampler`] → outbox → [`ipc`] → [`gateway::stream`].
@@ -45,6 +45,8 @@
 //! | [`ipc`] | frames |
 //! | [`engine`] | the model side; [`engine::verify`] measures its rounding against F32 arithmetic |
 //! | [`kernels`] | SIMD arithmetic of the native runner, its thread pool |
+//! | [`template`] | chat templates, and what models write back |
+//! | [`train`] | data, trainable models, optimizers |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters |
 
 pub mod build_info;
@@ -55,3 +57,5 @@ pub mod gateway;
 pub mod gguf;
 pub mod ipc;
 pub mod kernels;
+pub mod template;
+pub mod train;

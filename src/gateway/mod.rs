@@ -32,6 +32,5 @@ pub mod server;
 pub mod store;
 pub mod stream;
 pub mod supervisor;
-pub mod template;
 
 pub use server::{ServeError, serve};

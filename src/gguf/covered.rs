@@ -5,11 +5,13 @@
 //! its own.
 
 mod gemma;
+mod layout;
 mod llama;
 mod phi;
 mod qwen;
 mod rope;
 
+pub use layout::{PARTS, TARGETS, Target, rows_of};
 pub use rope::{RopeFactors, RopeFacts, Yarn};
 
 use super::{Gguf, GgufError, TensorInfo, TensorType};

@@ -9,7 +9,7 @@
 //! | `dequantize.rs` | [`dequantize()`]: stored tensors as `f32`, bit for bit as in ggml |
 //! | `dequantized.rs` | [`write_dequantized`]: a model's copy in F32, to measure rounding against |
 //! | `covered.rs` | [`Covered`]: what a header must say for our own kernels to run the model |
-//! | `covered/` | one file per family of models, and what they say of rope |
+//! | `covered/` | one file per family of models, what they say of rope, and where matrices stand |
 //! | `facts.rs` | [`ModelFacts`]: what serving needs to know of a model, from its header alone |
 //! | `tokens.rs` | [`TokenizerFacts`]: the special tokens and templates within those facts |
 //! | `writer.rs` | [`GgufWriter`] |
@@ -40,7 +40,8 @@ mod types;
 mod writer;
 
 pub use covered::{
-    Covered, Gating, KERNEL_TYPES, LayerKind, RopeFactors, RopeFacts, Uncovered, Yarn,
+    Covered, Gating, KERNEL_TYPES, LayerKind, PARTS, RopeFactors, RopeFacts, TARGETS, Target,
+    Uncovered, Yarn, rows_of,
 };
 pub use dequantize::{DequantizeError, IQ4_LEVELS, can_dequantize, dequantize};
 pub use dequantized::{dequantized_bytes, write_dequantized};

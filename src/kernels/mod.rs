@@ -13,11 +13,14 @@ pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 pub mod cache;
+pub mod gemm;
 pub mod lora;
 pub mod matmul;
 pub mod ops;
 pub mod pack;
 pub mod pool;
+pub mod real;
+pub mod rope;
 mod scalar;
 pub mod vector;
 

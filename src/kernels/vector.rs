@@ -115,6 +115,15 @@ impl Rope {
         Self { pairs, frequencies, magnitude }
     }
 
+    /// Elements of a head that are rotated.
+    pub fn rotated(&self) -> usize {
+        2 * self.frequencies.len()
+    }
+
+    pub fn pairs(&self) -> RopePairs {
+        self.pairs
+    }
+
     /// (pairs) cosine and sine of each pair at a position.
     pub fn angles(&self, position: usize, out: &mut Vec<(f32, f32)>) {
         out.clear();

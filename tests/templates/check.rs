@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use ingot::gateway::template::{ChatTemplate, RenderInput, TemplateError};
+use ingot::template::{ChatTemplate, RenderInput, TemplateError};
 use serde_json::Value;
 
 /// Rows that are not as jinja2's, and why: a template, the beginning of what jinja2 says, a reason.

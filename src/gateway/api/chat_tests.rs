@@ -1,7 +1,7 @@
 use super::*;
 use crate::gateway::stream::fake::{accepted, delta, delta_with, done, finish, recorded};
-use crate::gateway::template::{ReasoningFormat, ToolFamily};
 use crate::ipc::{Event, FinishReason};
+use crate::template::{ReasoningFormat, ToolFamily};
 use http_body_util::BodyExt;
 use std::time::Duration;
 

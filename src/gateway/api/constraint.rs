@@ -9,10 +9,8 @@
 use super::chat::ChatRequest;
 use super::tools::Choice;
 use crate::gateway::error::ApiError;
-use crate::gateway::template::{
-    ChatTemplate, ReasoningFormat, ToolChoice, ToolFamily, ToolGrammar,
-};
 use crate::ipc::{Grammar, GrammarSpec, GrammarTrigger, ModelInfo};
+use crate::template::{ChatTemplate, ReasoningFormat, ToolChoice, ToolFamily, ToolGrammar};
 use serde_json::{Value, json};
 
 /// White space between JSON tokens; llguidance's own is unbounded, and models get lost in it.

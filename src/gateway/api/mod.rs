@@ -29,8 +29,8 @@ mod tools;
 
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{Model, Served};
-use crate::gateway::template::{ChatTemplate, RenderInput, TemplateError};
 use crate::ipc::{Call, FinishReason, Grammar};
+use crate::template::{ChatTemplate, RenderInput, TemplateError};
 use http::Uri;
 use serde::Serialize;
 use std::sync::Arc;

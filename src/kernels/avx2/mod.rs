@@ -2,6 +2,7 @@
 
 mod attention;
 mod block;
+pub(super) mod dense;
 mod float;
 mod quantize;
 mod quantized;

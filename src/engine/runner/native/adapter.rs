@@ -1,8 +1,7 @@
 //! LoRA adapters, from llama.cpp's LoRA GGUF.
 
 use super::super::{AdapterHandle, AdapterLoader, RunnerError};
-use super::layout::{TARGETS, Target, rows_of};
-use crate::gguf::{Covered, Gguf};
+use crate::gguf::{Covered, Gguf, TARGETS, Target, rows_of};
 use crate::kernels::LoraPair;
 use std::ops::Range;
 use std::path::Path;

@@ -4,8 +4,8 @@
 //! depend on the other rows.
 
 use super::adapter::Adapter;
-use super::layout::Target;
 use super::weights::{Layer, Weights};
+use crate::gguf::Target;
 use crate::ipc::Token;
 use crate::kernels::attention::Plan;
 use crate::kernels::ops::{self, Activations, Gates, Heads, Product, Span};

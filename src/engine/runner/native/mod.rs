@@ -6,8 +6,6 @@
 
 mod adapter;
 mod forward;
-mod layout;
-mod rope;
 #[cfg(test)]
 mod tests;
 mod weights;

@@ -1,9 +1,10 @@
 //! A model's weights, read from its GGUF and packed for the kernels.
 
-use super::layout::{PARTS, TARGETS, Target, rows_of};
-use super::rope::rope;
-use crate::gguf::{Covered, Gguf, GgufError, LayerKind, RopeFacts, Uncovered, dequantize};
+use crate::gguf::{
+    Covered, Gguf, GgufError, LayerKind, PARTS, TARGETS, Target, Uncovered, dequantize, rows_of,
+};
 use crate::ipc::Token;
+use crate::kernels::rope::rope;
 use crate::kernels::vector::Rope;
 use crate::kernels::{Matrix, Pool};
 use std::ops::Range;
@@ -64,8 +65,8 @@ impl Weights {
     /// tokens.
     pub fn load(file: Gguf, context: usize, pool: &mut Pool) -> Result<Self, Unsupported> {
         let shape = Covered::read(&file)?;
-        let ropes = shape.ropes.iter().map(|facts| read_rope(&file, facts, context));
-        let ropes = ropes.collect::<Result<_, _>>()?;
+        let ropes = shape.ropes.iter().map(|facts| rope(&file, facts, context));
+        let ropes = ropes.collect::<Result<_, _>>().map_err(Unsupported::Other)?;
         let mut reader = Reader { file: &file, shape: &shape, pool };
         let layers = (0..shape.layers).map(|layer| reader.layer(layer));
         let layers = layers.collect::<Result<_, _>>()?;
@@ -99,17 +100,6 @@ impl Weights {
             out.iter_mut().for_each(|x| *x *= self.shape.embedding_scale);
         }
         Ok(())
-    }
-}
-
-fn read_rope(file: &Gguf, facts: &RopeFacts, context: usize) -> Result<Rope, Unsupported> {
-    let name = facts.factors.tensor(context).filter(|name| file.tensor(name).is_some());
-    let Some(name) = name else { return Ok(rope(facts, None)) };
-    let factors = file.to_f32(name)?;
-    let usable = |factor: &f32| factor.is_finite() && *factor > 0.0;
-    match factors.len() >= facts.dims / 2 && factors.iter().all(usable) {
-        true => Ok(rope(facts, Some(&factors))),
-        false => unsupported(format!("`{name}` is no list of {} factors", facts.dims / 2)),
     }
 }
 

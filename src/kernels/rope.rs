@@ -1,11 +1,26 @@
 //! Frequencies of the rotary positions that a file describes.
 
-use crate::gguf::{RopeFacts, Yarn};
-use crate::kernels::vector::{Rope, RopePairs};
+use super::vector::{Rope, RopePairs};
+use crate::gguf::{Gguf, RopeFacts, Yarn};
 use std::f64::consts::PI;
 
+/// The rotation that a file describes, for sequences of up to `context` tokens.
+///
+/// # Errors
+/// If the file's factors cannot be read or used.
+pub fn rope(file: &Gguf, facts: &RopeFacts, context: usize) -> Result<Rope, String> {
+    let name = facts.factors.tensor(context).filter(|name| file.tensor(name).is_some());
+    let Some(name) = name else { return Ok(of(facts, None)) };
+    let factors = file.to_f32(name).map_err(|error| error.to_string())?;
+    let usable = |factor: &f32| factor.is_finite() && *factor > 0.0;
+    match factors.len() >= facts.dims / 2 && factors.iter().all(usable) {
+        true => Ok(of(facts, Some(&factors))),
+        false => Err(format!("`{name}` is no list of {} factors", facts.dims / 2)),
+    }
+}
+
 /// `factors` divide the frequencies, one for each pair.
-pub fn rope(facts: &RopeFacts, factors: Option<&[f32]>) -> Rope {
+fn of(facts: &RopeFacts, factors: Option<&[f32]>) -> Rope {
     let pairs = if facts.adjacent { RopePairs::Adjacent } else { RopePairs::Halves };
     let (base, dims, scale) = (f64::from(facts.base), facts.dims as f64, f64::from(facts.scale));
     let keeps = |pair: usize| facts.yarn.map_or(0.0, |yarn| kept(&yarn, base, dims, pair as f64));

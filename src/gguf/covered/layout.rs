@@ -1,6 +1,6 @@
 //! Where the matrices of a layer stand in a file.
 
-use crate::gguf::Covered;
+use super::Covered;
 use std::ops::Range;
 
 /// The matrices of a layer.

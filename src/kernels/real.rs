@@ -1,0 +1,157 @@
+//! The numbers that training computes with: f32, and f64 to check it by.
+
+use super::gemm::{Tile, plain_tile};
+use super::matmul::{Isa, isa};
+use std::cell::Cell;
+use std::iter::Sum;
+use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
+use std::thread::LocalKey;
+
+/// f32 or f64.
+pub trait Real:
+    Copy
+    + Send
+    + Sync
+    + PartialOrd
+    + Default
+    + 'static
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + AddAssign
+    + MulAssign
+    + Sum
+{
+    const ZERO: Self;
+    const ONE: Self;
+    const NEG_INFINITY: Self;
+
+    fn of(value: f64) -> Self;
+    fn of_f32(value: f32) -> Self;
+    fn wide(self) -> f64;
+    fn exp(self) -> Self;
+    fn ln(self) -> Self;
+    fn sqrt(self) -> Self;
+    fn tanh(self) -> Self;
+    /// `self * a + b`
+    fn mul_add(self, a: Self, b: Self) -> Self;
+
+    /// The kernel of dense products for so many rows.
+    fn tile(rows: usize) -> Tile<Self>;
+    /// A buffer that the thread keeps.
+    fn scratch() -> &'static LocalKey<Cell<Vec<Self>>>;
+
+    fn most(self, other: Self) -> Self {
+        if self > other { self } else { other }
+    }
+}
+
+thread_local! {
+    static NARROW: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static WIDE: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
+}
+
+fn plain<T: Real>(rows: usize) -> Tile<T> {
+    match rows {
+        1 => plain_tile::<T, 1>,
+        2 => plain_tile::<T, 2>,
+        3 => plain_tile::<T, 3>,
+        4 => plain_tile::<T, 4>,
+        5 => plain_tile::<T, 5>,
+        6 => plain_tile::<T, 6>,
+        _ => unreachable!("no tile has {rows} rows"),
+    }
+}
+
+impl Real for f32 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const NEG_INFINITY: Self = f32::NEG_INFINITY;
+
+    #[inline(always)]
+    fn of(value: f64) -> Self {
+        value as f32
+    }
+    #[inline(always)]
+    fn of_f32(value: f32) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        f64::from(self)
+    }
+    #[inline(always)]
+    fn exp(self) -> Self {
+        super::vector::exp(self)
+    }
+    fn ln(self) -> Self {
+        f32::ln(self)
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        f32::sqrt(self)
+    }
+    fn tanh(self) -> Self {
+        f32::tanh(self)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f32::mul_add(self, a, b)
+    }
+
+    fn tile(rows: usize) -> Tile<Self> {
+        match isa() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => super::avx2::dense::tile(rows),
+            _ => plain(rows),
+        }
+    }
+    fn scratch() -> &'static LocalKey<Cell<Vec<Self>>> {
+        &NARROW
+    }
+}
+
+impl Real for f64 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const NEG_INFINITY: Self = f64::NEG_INFINITY;
+
+    #[inline(always)]
+    fn of(value: f64) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn of_f32(value: f32) -> Self {
+        value.into()
+    }
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        self
+    }
+    fn exp(self) -> Self {
+        f64::exp(self)
+    }
+    fn ln(self) -> Self {
+        f64::ln(self)
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        f64::sqrt(self)
+    }
+    fn tanh(self) -> Self {
+        f64::tanh(self)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f64::mul_add(self, a, b)
+    }
+
+    fn tile(rows: usize) -> Tile<Self> {
+        plain(rows)
+    }
+    fn scratch() -> &'static LocalKey<Cell<Vec<Self>>> {
+        &WIDE
+    }
+}

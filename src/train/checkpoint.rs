@@ -1,0 +1,308 @@
+//! Checkpoints: folders that are there whole or not at all.
+//!
+//! `step-N/` holds `weights.safetensors` (what is trained), `optimizer.safetensors`, `state.json` (where
+//! the run stands) and `manifest.json`, the others' sizes and SHA-256. It is written under another
+//! name, forced to the disk, and renamed. One whose manifest does not fit is passed over.
+
+use crate::train::optim::{Optimization, Param};
+use candle_core::{Device, Tensor};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+const WEIGHTS: &str = "weights.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+const MANIFEST: &str = "manifest.json";
+
+/// Why a checkpoint was not written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{}: {why}", path.display())]
+    Broken { path: PathBuf, why: String },
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError {
+    let path = path.to_owned();
+    |source| CheckpointError::Io { path, source }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Entry {
+    bytes: u64,
+    sha256: String,
+}
+
+/// The checkpoints of a job.
+pub struct Checkpoints {
+    folder: PathBuf,
+    /// How many are kept.
+    keep: usize,
+}
+
+/// A checkpoint that has been read and found whole.
+pub struct Restored<S> {
+    pub step: u64,
+    pub state: S,
+    weights: HashMap<String, Tensor>,
+    optimizer: HashMap<String, Tensor>,
+}
+
+impl Checkpoints {
+    /// # Errors
+    /// If the folder cannot be made.
+    pub fn new(folder: &Path, keep: usize) -> Result<Self, CheckpointError> {
+        fs::create_dir_all(folder).map_err(at(folder))?;
+        Ok(Self { folder: folder.to_owned(), keep: keep.max(1) })
+    }
+
+    fn path(&self, step: u64) -> PathBuf {
+        self.folder.join(format!("step-{step}"))
+    }
+
+    /// Steps of which there is a checkpoint, the newest first.
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
+        let entries = fs::read_dir(&self.folder).map_err(at(&self.folder))?;
+        let step = |entry: fs::DirEntry| {
+            entry.file_name().to_str()?.strip_prefix("step-")?.parse::<u64>().ok()
+        };
+        let mut steps: Vec<_> = entries.flatten().filter_map(step).collect();
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(steps)
+    }
+
+    /// Writes a checkpoint, and removes those that are too many.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]; the checkpoints before are as they were.
+    pub fn write(
+        &self,
+        step: u64,
+        params: &[Param],
+        optimization: &Optimization,
+        state: &impl Serialize,
+    ) -> Result<PathBuf, CheckpointError> {
+        let (part, whole) = (self.folder.join(format!(".step-{step}.part")), self.path(step));
+        let _ = fs::remove_dir_all(&part);
+        fs::create_dir_all(&part).map_err(at(&part))?;
+        let written = self.fill(&part, params, optimization, state);
+        if let Err(error) = written {
+            // What is half there would only take room.
+            let _ = fs::remove_dir_all(&part);
+            return Err(error);
+        }
+        if whole.exists() {
+            fs::remove_dir_all(&whole).map_err(at(&whole))?;
+        }
+        fs::rename(&part, &whole).map_err(at(&whole))?;
+        sync(&self.folder)?;
+        for old in self.steps()?.into_iter().skip(self.keep) {
+            let path = self.path(old);
+            fs::remove_dir_all(&path).map_err(at(&path))?;
+        }
+        Ok(whole)
+    }
+
+    fn fill(
+        &self,
+        folder: &Path,
+        params: &[Param],
+        optimization: &Optimization,
+        state: &impl Serialize,
+    ) -> Result<(), CheckpointError> {
+        let mut manifest = BTreeMap::new();
+        let mut add = |name: &str, bytes: &[u8]| {
+            let entry = Entry { bytes: bytes.len() as u64, sha256: digest(bytes) };
+            manifest.insert(name.to_owned(), entry);
+            put(&folder.join(name), bytes)
+        };
+        let weights =
+            params.iter().map(|param| (param.name.clone(), param.var.as_tensor().clone()));
+        add(WEIGHTS, &packed(weights.collect(), folder)?)?;
+        add(OPTIMIZER, &packed(optimization.state(params)?, folder)?)?;
+        add(STATE, &json(state, folder)?)?;
+        put(&folder.join(MANIFEST), &json(&manifest, folder)?)?;
+        sync(folder)
+    }
+
+    /// The newest checkpoint that is whole.
+    ///
+    /// # Errors
+    /// If the folder cannot be read. What is not whole is logged and passed over.
+    pub fn newest<S: DeserializeOwned>(&self) -> Result<Option<Restored<S>>, CheckpointError> {
+        for step in self.steps()? {
+            match self.read(step) {
+                Ok(restored) => return Ok(Some(restored)),
+                Err(error) => tracing::warn!("a checkpoint is passed over: {error}"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// # Errors
+    /// If it is not there, or not whole.
+    pub fn read<S: DeserializeOwned>(&self, step: u64) -> Result<Restored<S>, CheckpointError> {
+        let folder = self.path(step);
+        let parsed = |name: &str, bytes: &[u8]| {
+            serde_json::from_slice(bytes).map_err(|error| broken(&folder.join(name), error))
+        };
+        let manifest: BTreeMap<String, Entry> =
+            serde_json::from_slice(&get(&folder.join(MANIFEST))?)
+                .map_err(|error| broken(&folder.join(MANIFEST), error))?;
+        let checked = |name: &str| {
+            let path = folder.join(name);
+            let bytes = get(&path)?;
+            let found = Entry { bytes: bytes.len() as u64, sha256: digest(&bytes) };
+            match manifest.get(name) == Some(&found) {
+                true => Ok(bytes),
+                false => Err(broken(&path, "it is not what the manifest says")),
+            }
+        };
+        Ok(Restored {
+            step,
+            state: parsed(STATE, &checked(STATE)?)?,
+            weights: candle_core::safetensors::load_buffer(&checked(WEIGHTS)?, &Device::Cpu)?,
+            optimizer: candle_core::safetensors::load_buffer(&checked(OPTIMIZER)?, &Device::Cpu)?,
+        })
+    }
+}
+
+impl<S> Restored<S> {
+    /// Puts weights and moments back.
+    ///
+    /// # Errors
+    /// If they are not those of these parameters; nothing is changed then.
+    pub fn apply(
+        &self,
+        params: &[Param],
+        optimization: &mut Optimization,
+    ) -> Result<(), CheckpointError> {
+        let mut found = Vec::with_capacity(params.len());
+        for param in params {
+            match self.weights.get(&param.name) {
+                Some(tensor) if tensor.shape() == param.var.shape() => found.push(tensor),
+                _ => {
+                    let why = format!("the checkpoint has no `{}` of its shape", param.name);
+                    return Err(candle_core::Error::msg(why).into());
+                }
+            }
+        }
+        optimization.restore(params, self.step, &self.optimizer)?;
+        for (param, tensor) in params.iter().zip(found) {
+            param.var.set(&tensor.to_device(param.var.device())?)?;
+        }
+        Ok(())
+    }
+}
+
+fn packed(tensors: Vec<(String, Tensor)>, folder: &Path) -> Result<Vec<u8>, CheckpointError> {
+    safetensors::serialize(tensors, None).map_err(|error| broken(folder, error))
+}
+
+fn json(value: &impl Serialize, folder: &Path) -> Result<Vec<u8>, CheckpointError> {
+    serde_json::to_vec_pretty(value).map_err(|error| broken(folder, error))
+}
+
+fn broken(path: &Path, why: impl std::fmt::Display) -> CheckpointError {
+    CheckpointError::Broken { path: path.to_owned(), why: why.to_string() }
+}
+
+fn digest(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn put(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+    let mut file = File::create(path).map_err(at(path))?;
+    file.write_all(bytes).map_err(at(path))?;
+    file.sync_all().map_err(at(path))
+}
+
+fn get(path: &Path) -> Result<Vec<u8>, CheckpointError> {
+    let mut bytes = Vec::new();
+    File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(at(path))?;
+    Ok(bytes)
+}
+
+fn sync(folder: &Path) -> Result<(), CheckpointError> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(at(folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::optim::Optimizer;
+    use candle_core::Var;
+
+    fn param(value: f32) -> Param {
+        let var = Var::from_slice(&[value, 2.0], 2, &Device::Cpu).unwrap();
+        Param { name: "w".into(), var, decays: true, hidden: false }
+    }
+
+    fn step(params: &[Param], optimization: &mut Optimization) {
+        let grads: Vec<_> =
+            params.iter().map(|param| param.var.as_tensor().copy().unwrap()).collect();
+        optimization.step(params, &grads, 1.0, 0.1, 1.0).unwrap();
+    }
+
+    fn values(params: &[Param]) -> Vec<f32> {
+        params[0].var.to_vec1().unwrap()
+    }
+
+    #[test]
+    fn a_run_goes_on_with_the_same_bits() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(folder.path(), 2).unwrap();
+        let (params, mut optimization) = ([param(1.0)], Optimization::new(Optimizer::default()));
+        for number in 1..=5 {
+            step(&params, &mut optimization);
+            checkpoints.write(number, &params, &optimization, &format!("at {number}")).unwrap();
+        }
+        assert_eq!(checkpoints.steps().unwrap(), [5, 4]);
+        let restored = checkpoints.newest::<String>().unwrap().unwrap();
+        assert_eq!((restored.step, &restored.state[..]), (5, "at 5"));
+        let (others, mut other) = ([param(9.0)], Optimization::new(Optimizer::default()));
+        restored.apply(&others, &mut other).unwrap();
+        for _ in 0..3 {
+            step(&params, &mut optimization);
+            step(&others, &mut other);
+        }
+        assert_eq!(values(&params), values(&others));
+    }
+
+    #[test]
+    fn what_is_broken_is_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(folder.path(), 9).unwrap();
+        let (params, mut optimization) = ([param(1.0)], Optimization::new(Optimizer::default()));
+        for number in 1..=4 {
+            step(&params, &mut optimization);
+            checkpoints.write(number, &params, &optimization, &number).unwrap();
+        }
+        let flip = |name: &str| {
+            let path = folder.path().join(name);
+            let mut bytes = fs::read(&path).unwrap();
+            *bytes.last_mut().unwrap() ^= 1;
+            fs::write(path, bytes).unwrap();
+        };
+        flip("step-4/weights.safetensors");
+        fs::remove_file(folder.path().join("step-3/manifest.json")).unwrap();
+        fs::create_dir(folder.path().join(".step-5.part")).unwrap();
+        assert_eq!(checkpoints.newest::<u64>().unwrap().unwrap().state, 2);
+        let mut wrong = param(0.0);
+        wrong.name = "other".into();
+        let restored = checkpoints.newest::<u64>().unwrap().unwrap();
+        assert!(restored.apply(&[wrong], &mut optimization).is_err());
+        assert_eq!(optimization.steps(), 4, "nothing is changed");
+    }
+}

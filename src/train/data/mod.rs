@@ -1,0 +1,29 @@
+//! From files to batches.
+//!
+//! A file is read once, line by line, checked and tokenized on all cores into a cache on disk; steps
+//! read examples from there, in an order that the seed and the epoch give. Nothing grows with the file
+//! but eight bytes a line.
+//!
+//! | file | what |
+//! |---|---|
+//! | `format.rs` | a line to an [`Example`]: OpenAI's chats, prompts and completions, Alpaca, ShareGPT, text |
+//! | `turns.rs` | an example to pieces of text, and which of them are trained |
+//! | `encode.rs` | pieces to tokens |
+//! | `prepare.rs` | a file to a [`Prepared`] cache, with a [`Report`] |
+//! | `pack.rs` | examples to rows of tokens, best fit first |
+//! | `order.rs` | which example comes when, and where a run stands |
+
+mod encode;
+mod format;
+mod order;
+mod pack;
+mod prepare;
+#[cfg(test)]
+mod tests;
+mod turns;
+
+pub use encode::{Encoded, Encoder};
+pub use format::{Example, Format};
+pub use order::{Cursor, Order};
+pub use pack::{Row, pack};
+pub use prepare::{DataError, Prepared, Report, prepare, prepare_tokens};

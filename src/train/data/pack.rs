@@ -1,0 +1,57 @@
+//! Examples to rows of tokens.
+
+use super::Encoded;
+use crate::train::model::Batch;
+use std::sync::Arc;
+
+/// Examples that share a row; attention stays inside each.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Row {
+    /// Numbers of the examples.
+    pub members: Vec<usize>,
+    pub tokens: usize,
+}
+
+/// Puts examples of some lengths into rows of at most `capacity` tokens: the longest first, each into
+/// the fullest row that has room (best-fit decreasing). Nothing is longer than a row.
+pub fn pack(lengths: &[usize], capacity: usize) -> Vec<Row> {
+    let mut longest: Vec<usize> = (0..lengths.len()).collect();
+    longest.sort_by_key(|&member| (std::cmp::Reverse(lengths[member]), member));
+    let mut rows: Vec<Row> = Vec::new();
+    for member in longest {
+        let length = lengths[member];
+        let fits = |row: &&mut Row| row.tokens + length <= capacity;
+        // Of equally full ones the first.
+        let fullest = rows.iter_mut().filter(fits).rev().max_by_key(|row| row.tokens);
+        match fullest {
+            Some(row) => {
+                row.members.push(member);
+                row.tokens += length;
+            }
+            None => rows.push(Row { members: vec![member], tokens: length }),
+        }
+    }
+    rows
+}
+
+impl Batch {
+    /// Examples side by side.
+    pub fn of<'a>(examples: impl IntoIterator<Item = &'a Encoded>) -> Self {
+        let (mut tokens, mut targets, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+        let mut documents = Vec::new();
+        for example in examples {
+            documents.push(tokens.len());
+            tokens.extend_from_slice(&example.tokens);
+            // A token predicts the next; the last predicts nothing.
+            targets.extend(example.tokens.iter().skip(1).copied().chain([0]));
+            let counts = |trained: &bool| if *trained { 1.0 } else { 0.0 };
+            weights.extend(example.trained.iter().skip(1).map(counts).chain([0.0]));
+        }
+        Self {
+            tokens: Arc::new(tokens),
+            documents: Arc::new(documents),
+            targets: Arc::new(targets),
+            weights: Arc::new(weights),
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! Files to a cache of tokens on disk.
+
+use super::encode::{Encoded, Encoder};
+use super::format::{Format, parse};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Lines that are read before all cores tokenize them.
+const LINES: usize = 1024;
+/// Bytes of a line at most: a document of some million words.
+const LONGEST: u64 = 64 << 20;
+/// Bad lines that are named.
+const NAMED: usize = 5;
+/// The bit of a stored token that says that it is trained; vocabularies are far smaller.
+const TRAINED: u32 = 1 << 31;
+
+/// Why a file cannot be trained on.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// With the first bad lines, by number from 1.
+    #[error("{}", named(.bad, *.more))]
+    Lines { bad: Vec<(u64, String)>, more: u64 },
+    #[error("the file has no examples")]
+    Empty,
+    #[error("line {line} is of another format than those before it ({before:?}, then {then:?})")]
+    Mixed { line: u64, before: Format, then: Format },
+    #[error(
+        "no example has a trained token within {max_length} tokens: nothing would be trained; raise \
+         `max_length`"
+    )]
+    Untrained { max_length: usize },
+}
+
+fn named(bad: &[(u64, String)], more: u64) -> String {
+    let lines: Vec<_> = bad.iter().map(|(line, why)| format!("line {line}: {why}")).collect();
+    let more = if more > 0 { format!("; and {more} more bad lines") } else { String::new() };
+    format!("{}{more}", lines.join("; "))
+}
+
+/// What a file holds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    pub examples: u64,
+    pub tokens: u64,
+    /// Tokens that have a loss.
+    pub trained_tokens: u64,
+    pub longest: u64,
+    /// Examples that were cut at `max_length`.
+    pub truncated: u64,
+    /// Examples left out: nothing trained is left within `max_length`.
+    pub dropped: u64,
+    /// SHA-256 of the file.
+    pub digest: String,
+}
+
+/// A file's examples, tokenized.
+pub struct Prepared {
+    file: File,
+    /// (examples + 1) where each begins, in tokens.
+    offsets: Vec<u64>,
+}
+
+impl Prepared {
+    pub fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens of an example.
+    pub fn length(&self, example: usize) -> usize {
+        (self.offsets[example + 1] - self.offsets[example]) as usize
+    }
+
+    /// Reads an example.
+    ///
+    /// # Errors
+    /// If the cache cannot be read.
+    pub fn get(&self, example: usize) -> io::Result<Encoded> {
+        let mut bytes = vec![0; 4 * self.length(example)];
+        self.file.read_exact_at(&mut bytes, 4 * self.offsets[example])?;
+        let words = bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word));
+        Ok(Encoded {
+            tokens: words.clone().map(|word| word & !TRAINED).collect(),
+            trained: words.map(|word| word & TRAINED != 0).collect(),
+        })
+    }
+}
+
+/// Reads `source`, checks and tokenizes every line, and writes the tokens to `cache`. `progress` is
+/// told the bytes read.
+///
+/// # Errors
+/// [`DataError`].
+pub fn prepare(
+    source: &Path,
+    encoder: &Encoder,
+    max_length: usize,
+    cache: &Path,
+    mut progress: impl FnMut(u64),
+) -> Result<(Prepared, Report), DataError> {
+    let mut lines = Lines::open(source)?;
+    let mut out = BufWriter::new(File::create(cache)?);
+    let (mut report, mut offsets, mut format) = (Report::default(), vec![0], None);
+    let (mut bad, mut more) = (Vec::new(), 0);
+    loop {
+        let chunk = lines.next_chunk()?;
+        if chunk.is_empty() {
+            break;
+        }
+        progress(lines.bytes);
+        let encoded: Vec<_> = chunk
+            .par_iter()
+            .map(|(number, line)| {
+                let (format, example) = parse(line).map_err(|why| (*number, why))?;
+                let encoded = encoder.encode(&example).map_err(|why| (*number, why))?;
+                Ok((*number, format, encoded))
+            })
+            .collect();
+        for line in encoded {
+            let (number, then, mut encoded) = match line {
+                Ok(line) => line,
+                Err(line) if bad.len() < NAMED => {
+                    bad.push(line);
+                    continue;
+                }
+                Err(_) => {
+                    more += 1;
+                    continue;
+                }
+            };
+            let before = *format.get_or_insert(then);
+            if before != then {
+                return Err(DataError::Mixed { line: number, before, then });
+            }
+            report.examples += 1;
+            report.longest = report.longest.max(encoded.tokens.len() as u64);
+            if encoded.tokens.len() > max_length {
+                report.truncated += 1;
+                encoded.tokens.truncate(max_length);
+                encoded.trained.truncate(max_length);
+            }
+            if encoded.targets() == 0 {
+                report.dropped += 1;
+                continue;
+            }
+            report.tokens += encoded.tokens.len() as u64;
+            report.trained_tokens += encoded.targets() as u64;
+            put(&mut out, encoded.tokens.into_iter().zip(encoded.trained))?;
+            offsets.push(report.tokens);
+        }
+    }
+    if !bad.is_empty() {
+        return Err(DataError::Lines { bad, more });
+    }
+    match (report.examples, offsets.len()) {
+        (0, _) => return Err(DataError::Empty),
+        (_, 1) => return Err(DataError::Untrained { max_length }),
+        _ => {}
+    }
+    out.into_inner().map_err(|error| error.into_error())?.sync_all()?;
+    report.digest = lines.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok((Prepared { file: File::open(cache)?, offsets }, report))
+}
+
+/// Examples that are tokens already: each with what of it is trained.
+///
+/// # Errors
+/// If the cache cannot be written.
+pub fn prepare_tokens(
+    examples: impl Iterator<Item = Vec<(u32, bool)>>,
+    cache: &Path,
+) -> io::Result<Prepared> {
+    let mut out = BufWriter::new(File::create(cache)?);
+    let mut offsets = vec![0];
+    for example in examples {
+        put(&mut out, example.iter().copied())?;
+        offsets.push(offsets[offsets.len() - 1] + example.len() as u64);
+    }
+    out.flush()?;
+    Ok(Prepared { file: File::open(cache)?, offsets })
+}
+
+fn put(out: &mut impl Write, tokens: impl Iterator<Item = (u32, bool)>) -> io::Result<()> {
+    for (token, trained) in tokens {
+        let word = token | if trained { TRAINED } else { 0 };
+        out.write_all(&word.to_le_bytes())?;
+    }
+    Ok(())
+}
+
+/// Lines of a file, some at a time.
+struct Lines {
+    reader: BufReader<File>,
+    number: u64,
+    bytes: u64,
+    hash: Sha256,
+}
+
+impl Lines {
+    fn open(path: &Path) -> io::Result<Self> {
+        let reader = BufReader::with_capacity(1 << 20, File::open(path)?);
+        Ok(Self { reader, number: 0, bytes: 0, hash: Sha256::new() })
+    }
+
+    /// The next lines that are not blank, with their numbers.
+    fn next_chunk(&mut self) -> io::Result<Vec<(u64, String)>> {
+        let mut chunk = Vec::new();
+        let mut size = 0;
+        while chunk.len() < LINES && size < LONGEST {
+            let mut line = Vec::new();
+            let read =
+                io::Read::take(&mut self.reader, LONGEST).read_until(b'\n', &mut line)? as u64;
+            if read == 0 {
+                break;
+            }
+            self.hash.update(&line);
+            self.bytes += read;
+            self.number += 1;
+            size += read;
+            let wrong = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+            if read == LONGEST && !line.ends_with(b"\n") {
+                return Err(wrong(format!("line {} is longer than 64 MiB", self.number)));
+            }
+            let line = String::from_utf8(line)
+                .map_err(|_| wrong(format!("line {} is not UTF-8", self.number)))?;
+            // A byte order mark is no part of the first line.
+            let line = line.trim_start_matches('\u{feff}').trim();
+            if !line.is_empty() {
+                chunk.push((self.number, line.to_owned()));
+            }
+        }
+        Ok(chunk)
+    }
+}

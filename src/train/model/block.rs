@@ -1,0 +1,133 @@
+//! One layer: `x += attention(norm(x))`, `x += feed_forward(norm(x))`.
+
+use super::Context;
+use super::weight::{Builder, Weight};
+use crate::gguf::{Covered, LayerKind, PARTS, TARGETS, Target, rows_of};
+use crate::train::ops::{self, Scope};
+use candle_core::{Result, Tensor, bail};
+
+/// What a family lacks is `None`.
+pub struct Block {
+    kind: LayerKind,
+    attention_norm: Tensor,
+    q: Weight,
+    k: Weight,
+    v: Weight,
+    biases: Option<[Tensor; 3]>,
+    /// Of single query and key heads.
+    qk_norm: Option<[Tensor; 2]>,
+    output: Weight,
+    attention_post_norm: Option<Tensor>,
+    ff_norm: Tensor,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    ff_post_norm: Option<Tensor>,
+}
+
+impl Block {
+    pub(super) fn load(builder: &mut Builder, shape: &Covered, layer: usize) -> Result<Self> {
+        let name = |part: &str| format!("blk.{layer}.{part}");
+        let mut matrices = [const { None }; TARGETS];
+        let mut biases = Vec::new();
+        for part in PARTS {
+            if !builder.has(&name(&format!("{part}.weight"))) {
+                continue;
+            }
+            let held = rows_of(part, shape);
+            let shared = held.len() > 1;
+            for (target, rows) in held {
+                let own = shared.then(|| format!("{target:?}").to_lowercase());
+                let weight = name(&format!("{part}.weight"));
+                matrices[target as usize] =
+                    Some(builder.matrix(&weight, own.as_deref(), target, rows)?);
+            }
+            let bias = name(&format!("{part}.bias"));
+            if builder.has(&bias) {
+                biases.push(builder.vector(&bias)?);
+            }
+        }
+        let biases = match <[Tensor; 3]>::try_from(biases) {
+            Ok(biases) => Some(biases),
+            Err(none) if none.is_empty() => None,
+            Err(_) => bail!("layer {layer} has biases on some of its projections only"),
+        };
+        let mut take = |target: Target| {
+            let missing = || candle_core::Error::msg(format!("layer {layer} has no {target:?}"));
+            matrices[target as usize].take().ok_or_else(missing)
+        };
+        let [q, k, v] = [take(Target::Q)?, take(Target::K)?, take(Target::V)?];
+        let [gate, up, down] = [take(Target::Gate)?, take(Target::Up)?, take(Target::Down)?];
+        let output = take(Target::Output)?;
+        let mut norm = |part: &str| match builder.has(&name(part)) {
+            true => builder.vector(&name(part)).map(Some),
+            false => Ok(None),
+        };
+        let qk_norm = norm("attn_q_norm.weight")?.zip(norm("attn_k_norm.weight")?);
+        let needed = |norm: Option<Tensor>| {
+            norm.ok_or_else(|| candle_core::Error::msg(format!("layer {layer} lacks a norm")))
+        };
+        Ok(Self {
+            kind: shape.kinds[layer],
+            attention_norm: needed(norm("attn_norm.weight")?)?,
+            q,
+            k,
+            v,
+            biases,
+            qk_norm: qk_norm.map(|(q, k)| [q, k]),
+            output,
+            attention_post_norm: norm("post_attention_norm.weight")?,
+            ff_norm: needed(norm("ffn_norm.weight")?)?,
+            gate,
+            up,
+            down,
+            ff_post_norm: norm("post_ffw_norm.weight")?,
+        })
+    }
+
+    /// (rows, width) of (rows, width).
+    pub(super) fn forward(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
+        let epsilon = f64::from(context.shape.epsilon);
+        let after = |y: Tensor, norm: &Option<Tensor>| match norm {
+            Some(norm) => ops::rms_norm(&y, norm, epsilon),
+            None => Ok(y),
+        };
+        let normed = ops::rms_norm(x, &self.attention_norm, epsilon)?;
+        let attended = self.output.forward(&self.attend(&normed, context)?)?;
+        let x = (x + after(attended, &self.attention_post_norm)?)?;
+        let normed = ops::rms_norm(&x, &self.ff_norm, epsilon)?;
+        let (gate, up) = (self.gate.forward(&normed)?, self.up.forward(&normed)?);
+        let hidden = ops::gated(&gate, &up, context.shape.gating)?;
+        x + after(self.down.forward(&hidden)?, &self.ff_post_norm)?
+    }
+
+    /// (rows, heads * head_dim)
+    fn attend(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
+        let shape = context.shape;
+        let project = |weight: &Weight, which: usize, heads: usize| -> Result<Tensor> {
+            let mut y = weight.forward(x)?;
+            if let Some(biases) = &self.biases {
+                y = y.broadcast_add(&biases[which])?;
+            }
+            y.reshape((x.dim(0)?, heads, shape.head_dim))
+        };
+        let mut q = project(&self.q, 0, shape.heads)?;
+        let mut k = project(&self.k, 1, shape.kv_heads)?;
+        let v = project(&self.v, 2, shape.kv_heads)?;
+        if let Some([of_q, of_k]) = &self.qk_norm {
+            let epsilon = f64::from(shape.epsilon);
+            q = ops::rms_norm(&q, of_q, epsilon)?;
+            k = ops::rms_norm(&k, of_k, epsilon)?;
+        }
+        let rotation = &context.rotations[self.kind.rope];
+        let scope = Scope {
+            documents: context.documents.clone(),
+            scale: f64::from(shape.attention_scale),
+            window: self.kind.window,
+            cap: shape.attention_cap.map(f64::from),
+        };
+        let out =
+            ops::attention(&ops::rotate(&q, rotation)?, &ops::rotate(&k, rotation)?, &v, &scope)?;
+        out.reshape((x.dim(0)?, shape.heads * shape.head_dim))
+    }
+}

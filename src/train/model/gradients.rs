@@ -1,0 +1,45 @@
+//! Gradients of the parameters, added up over the parts of a batch.
+
+use crate::train::optim::Param;
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor, bail};
+
+/// One for each parameter, as soon as there is one.
+#[derive(Default)]
+pub struct Gradients {
+    sums: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    /// Adds the parameters' gradients of one backward pass.
+    ///
+    /// # Errors
+    /// If memory gives out.
+    pub fn add(&mut self, params: &[Param], grads: &mut GradStore) -> Result<()> {
+        self.sums.resize(params.len(), None);
+        for (sum, param) in self.sums.iter_mut().zip(params) {
+            let Some(grad) = grads.remove(param.var.as_tensor()) else { continue };
+            *sum = Some(match sum.take() {
+                Some(sum) => (sum + grad)?,
+                None => grad,
+            });
+        }
+        Ok(())
+    }
+
+    /// All of them.
+    ///
+    /// # Errors
+    /// If a parameter has none: something cuts the way back.
+    pub fn take(&mut self, params: &[Param]) -> Result<Vec<Tensor>> {
+        let sums = std::mem::take(&mut self.sums);
+        if sums.len() != params.len() {
+            bail!("no batch was computed");
+        }
+        let each = sums.into_iter().zip(params).map(|(sum, param)| match sum {
+            Some(sum) => Ok(sum),
+            None => bail!("`{}` has no gradient", param.name),
+        });
+        each.collect()
+    }
+}

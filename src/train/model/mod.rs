@@ -1,0 +1,227 @@
+//! A model that can be trained: the decoders that [`Covered`] describes, from their GGUF.
+//!
+//! | file | what |
+//! |---|---|
+//! | `weight.rs` | a matrix: frozen, frozen with LoRA, or trained |
+//! | `block.rs` | one layer |
+//! | `gradients.rs` | gradients of the parameters, added up over a batch |
+
+mod block;
+mod gradients;
+#[cfg(test)]
+mod tests;
+mod weight;
+
+pub use gradients::Gradients;
+pub use weight::{Lora, Training};
+
+use crate::gguf::{Covered, Gguf};
+use crate::kernels::rope::rope;
+use crate::kernels::vector::Rope;
+use crate::train::ops::{self, Frozen, Head, Losses, Rotation, Targets};
+use crate::train::optim::Param;
+use block::Block;
+use candle_core::{Device, Result, Tensor, Var, bail};
+use std::sync::Arc;
+use weight::Builder;
+
+const EMBEDDING: &str = "token_embd.weight";
+
+/// Documents packed into one row of tokens, and what each should have predicted.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    pub tokens: Arc<Vec<u32>>,
+    /// Where documents begin, the first at 0.
+    pub documents: Arc<Vec<usize>>,
+    /// (tokens) the token after each; of a document's last any.
+    pub targets: Arc<Vec<u32>>,
+    /// (tokens) what each counts in the loss; 0 for a document's last.
+    pub weights: Arc<Vec<f32>>,
+}
+
+/// A model and what is trained of it.
+pub struct Model {
+    shape: Covered,
+    ropes: Vec<Rope>,
+    embedding: Embedding,
+    blocks: Vec<Block>,
+    output_norm: Tensor,
+    head: Head,
+    params: Vec<Param>,
+    device: Device,
+}
+
+enum Embedding {
+    Frozen(Arc<Frozen>),
+    Trained(Tensor),
+}
+
+/// What a batch's rows have in common.
+struct Context<'a> {
+    shape: &'a Covered,
+    documents: Arc<Vec<usize>>,
+    /// By kind of rope.
+    rotations: Vec<Rotation>,
+}
+
+impl Model {
+    /// Reads a model of sequences of up to `context` tokens.
+    ///
+    /// # Errors
+    /// If the family is not covered, or memory gives out.
+    pub fn load(
+        file: Arc<Gguf>,
+        training: &Training,
+        context: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let shape = Covered::read(&file).map_err(candle_core::Error::wrap)?;
+        let ropes = shape.ropes.iter().map(|facts| rope(&file, facts, context));
+        let ropes =
+            ropes.collect::<std::result::Result<_, _>>().map_err(candle_core::Error::msg)?;
+        let mut builder = Builder::new(file.clone(), training, device);
+        let tied = file.tensor("output.weight").is_none();
+        let embedding = match training {
+            Training::Full => Embedding::Trained(builder.trained(EMBEDDING, false)?),
+            Training::Lora(_) => {
+                Embedding::Frozen(Arc::new(Frozen::new(file.clone(), EMBEDDING, 0..shape.vocab)?))
+            }
+        };
+        let blocks = (0..shape.layers).map(|layer| Block::load(&mut builder, &shape, layer));
+        let blocks = blocks.collect::<Result<_>>()?;
+        let output_norm = builder.vector("output_norm.weight")?;
+        let head = match (&embedding, tied, training) {
+            (Embedding::Trained(table), true, _) => Head::Trained(table.clone()),
+            (Embedding::Frozen(table), true, _) => Head::Frozen(table.clone()),
+            (_, _, Training::Full) => Head::Trained(builder.trained("output.weight", false)?),
+            _ => Head::Frozen(Arc::new(Frozen::new(file, "output.weight", 0..shape.vocab)?)),
+        };
+        let (params, device) = (builder.params(), device.clone());
+        Ok(Self { shape, ropes, embedding, blocks, output_norm, head, params, device })
+    }
+
+    pub fn shape(&self) -> &Covered {
+        &self.shape
+    }
+
+    /// What is trained, in an order of its own that is always the same.
+    pub fn params(&self) -> &[Param] {
+        &self.params
+    }
+
+    /// The losses of a batch.
+    ///
+    /// # Errors
+    /// If a token is not in the vocabulary, or memory gives out.
+    pub fn losses(&self, batch: &Batch) -> Result<Losses> {
+        let context = self.context(batch);
+        let mut x = self.embed(batch)?;
+        for block in &self.blocks {
+            x = block.forward(&x, &context)?;
+        }
+        self.finish(&x, batch)
+    }
+
+    /// The losses, and their gradients added to `gradients`. With `checkpoint` a block's inner
+    /// values are not kept but computed again on the way back (Chen et al. 2016, arXiv:1604.06174).
+    ///
+    /// # Errors
+    /// As [`Model::losses`].
+    pub fn train(
+        &self,
+        batch: &Batch,
+        checkpoint: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Losses> {
+        if !checkpoint {
+            let losses = self.losses(batch)?;
+            gradients.add(&self.params, &mut losses.sum.backward()?)?;
+            return Ok(losses);
+        }
+        let context = self.context(batch);
+        let mut inputs = Vec::with_capacity(self.blocks.len());
+        let mut x = self.embed(batch)?.detach();
+        for block in &self.blocks {
+            inputs.push(x.clone());
+            x = block.forward(&x, &context)?.detach();
+        }
+        let last = Var::from_tensor(&x)?;
+        let losses = self.finish(last.as_tensor(), batch)?;
+        let mut grads = losses.sum.backward()?;
+        let mut grad = taken(&mut grads, &last)?;
+        gradients.add(&self.params, &mut grads)?;
+        for (block, input) in self.blocks.iter().zip(&inputs).rev() {
+            let input = Var::from_tensor(input)?;
+            let out = block.forward(input.as_tensor(), &context)?;
+            // A seed for the way back: candle begins with a one only.
+            let mut grads = (out * grad)?.sum_all()?.backward()?;
+            grad = taken(&mut grads, &input)?;
+            gradients.add(&self.params, &mut grads)?;
+        }
+        if let Embedding::Trained(_) = self.embedding {
+            let mut grads = (self.embed(batch)? * grad)?.sum_all()?.backward()?;
+            gradients.add(&self.params, &mut grads)?;
+        }
+        Ok(losses)
+    }
+
+    /// (tokens, width)
+    fn embed(&self, batch: &Batch) -> Result<Tensor> {
+        let x = match &self.embedding {
+            Embedding::Trained(table) => ops::embedding(table, &batch.tokens)?,
+            Embedding::Frozen(table) => {
+                let mut values = Vec::with_capacity(batch.tokens.len() * self.shape.width);
+                let mut row = Vec::<f32>::new();
+                for &token in &*batch.tokens {
+                    let token = token as usize;
+                    if token >= self.shape.vocab {
+                        bail!("token {token} is not in the vocabulary");
+                    }
+                    table.decode(token..token + 1, &mut row)?;
+                    values.extend_from_slice(&row);
+                }
+                Tensor::from_vec(values, (batch.tokens.len(), self.shape.width), &self.device)?
+            }
+        };
+        match self.shape.embedding_scale {
+            1.0 => Ok(x),
+            scale => x * f64::from(scale),
+        }
+    }
+
+    /// The output norm and the loss. Rows that do not count are left out first.
+    fn finish(&self, x: &Tensor, batch: &Batch) -> Result<Losses> {
+        let counted =
+            (0..batch.tokens.len() as u32).filter(|&row| batch.weights[row as usize] != 0.0);
+        let counted: Vec<u32> = counted.collect();
+        let of = |row: &u32| *row as usize;
+        let targets = Targets {
+            tokens: Arc::new(counted.iter().map(|row| batch.targets[of(row)]).collect()),
+            weights: Arc::new(counted.iter().map(|row| batch.weights[of(row)]).collect()),
+            cap: self.shape.logit_cap.map(f64::from),
+        };
+        let x = match counted.len() == batch.tokens.len() {
+            true => x.clone(),
+            false => ops::embedding(x, &Arc::new(counted))?,
+        };
+        let normed = ops::rms_norm(&x, &self.output_norm, f64::from(self.shape.epsilon))?;
+        ops::linear_cross_entropy(&normed, &self.head, &targets)
+    }
+
+    fn context(&self, batch: &Batch) -> Context<'_> {
+        let mut positions = Vec::with_capacity(batch.tokens.len());
+        let ends = batch.documents[1..].iter().copied().chain([batch.tokens.len()]);
+        for (&start, end) in batch.documents.iter().zip(ends) {
+            positions.extend(0..end - start);
+        }
+        let rotations = self.ropes.iter().map(|rope| Rotation::new(rope, &positions)).collect();
+        Context { shape: &self.shape, documents: batch.documents.clone(), rotations }
+    }
+}
+
+fn taken(grads: &mut candle_core::backprop::GradStore, var: &Var) -> Result<Tensor> {
+    match grads.remove(var.as_tensor()) {
+        Some(grad) => Ok(grad),
+        None => bail!("a block's input has no gradient"),
+    }
+}

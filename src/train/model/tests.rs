@@ -1,0 +1,168 @@
+//! Tiny random models: gradients against differences of the loss, and the ways to compute them
+//! against one another.
+
+use super::*;
+use crate::gguf::fixture::TinyDecoder;
+use crate::train::ops::Frozen;
+use tempfile::TempDir;
+
+fn tiny(architecture: &'static str) -> (TempDir, Arc<Gguf>) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let model = match architecture {
+        "gemma3" => TinyDecoder::new(architecture).key("attention.sliding_window", 9u32),
+        _ => TinyDecoder::new(architecture),
+    };
+    model.write(&path).unwrap();
+    (folder, Arc::new(Gguf::open(&path).unwrap()))
+}
+
+fn lora() -> Training {
+    use crate::gguf::Target::*;
+    Training::Lora(Lora {
+        rank: 4,
+        alpha: 8.0,
+        targets: vec![Q, K, V, Output, Gate, Up, Down],
+        rank_stabilized: false,
+        seed: 1,
+    })
+}
+
+fn batch(documents: &[usize], seed: u32) -> Batch {
+    let total: usize = documents.iter().sum();
+    let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8;
+    let tokens: Vec<u32> = (0..total).map(|i| token(i) % TinyDecoder::vocab()).collect();
+    let (mut starts, mut weights, mut at) = (Vec::new(), vec![1.0; total], 0);
+    for len in documents {
+        starts.push(at);
+        at += len;
+        weights[at - 1] = 0.0;
+    }
+    weights[2] = 0.0;
+    let targets = tokens[1..].iter().copied().chain([0]).collect();
+    let (tokens, targets) = (Arc::new(tokens), Arc::new(targets));
+    Batch { tokens, documents: Arc::new(starts), targets, weights: Arc::new(weights) }
+}
+
+fn load(file: &Arc<Gguf>, training: &Training) -> Model {
+    let model = Model::load(file.clone(), training, 512, &Device::Cpu).unwrap();
+    // B begins with zeros, and A's gradient would be zero.
+    for (i, param) in model.params().iter().enumerate() {
+        if param.name.ends_with("lora_b") {
+            let count = param.var.elem_count();
+            let values: Vec<f32> =
+                (0..count).map(|j| ((i * 31 + j * 17) % 41) as f32 / 400.0 - 0.05).collect();
+            param
+                .var
+                .set(&Tensor::from_vec(values, param.var.shape(), &Device::Cpu).unwrap())
+                .unwrap();
+        }
+    }
+    model
+}
+
+fn number(tensor: &Tensor) -> f64 {
+    tensor.to_dtype(candle_core::DType::F64).unwrap().to_scalar().unwrap()
+}
+
+fn gradients(model: &Model, batches: &[Batch], checkpoint: bool) -> (f64, Vec<Tensor>) {
+    let mut gradients = Gradients::default();
+    let mut loss = 0.0;
+    for batch in batches {
+        loss += number(&model.train(batch, checkpoint, &mut gradients).unwrap().sum);
+    }
+    (loss, gradients.take(model.params()).unwrap())
+}
+
+fn norm(tensor: &Tensor) -> f64 {
+    number(&tensor.sqr().unwrap().sum_all().unwrap()).sqrt()
+}
+
+#[test]
+fn gradients_are_slopes_of_the_loss() {
+    for architecture in ["llama", "qwen2", "qwen3", "gemma3", "phi3"] {
+        let (_folder, file) = tiny(architecture);
+        for training in [Training::Full, lora()] {
+            let model = load(&file, &training);
+            let batch = batch(&[20, 9], 3);
+            let (_, grads) = gradients(&model, std::slice::from_ref(&batch), false);
+            for (param, grad) in model.params().iter().zip(&grads) {
+                assert!(norm(grad) > 0.0, "{architecture}: `{}` has no slope", param.name);
+                // Along the gradient, where f32 differences say most.
+                let start = param.var.as_tensor().copy().unwrap();
+                let step = 2e-3 / norm(grad);
+                let moved = |by: f64| {
+                    param.var.set(&(&start + (grad * by).unwrap()).unwrap()).unwrap();
+                    number(&model.losses(&batch).unwrap().sum)
+                };
+                let found = (moved(step) - moved(-step)) / (2.0 * step);
+                param.var.set(&start).unwrap();
+                let right = norm(grad).powi(2);
+                let off = (found - right).abs() / right;
+                // Losses are sums of some 27 nats in f32: what is left is their rounding.
+                let noise = 2e-5 / (step * right);
+                assert!(
+                    off < 0.02 + noise,
+                    "{architecture}, {}: {right} by hand, {found} by differences",
+                    param.name
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn checkpointing_and_packing_change_nothing() {
+    let (_folder, file) = tiny("llama");
+    for training in [Training::Full, lora()] {
+        let model = load(&file, &training);
+        let packed = batch(&[40, 30], 5);
+        let (loss, grads) = gradients(&model, std::slice::from_ref(&packed), false);
+        let alone = |from: usize, to: usize| Batch {
+            tokens: Arc::new(packed.tokens[from..to].to_vec()),
+            documents: Arc::new(vec![0]),
+            targets: Arc::new(packed.targets[from..to].to_vec()),
+            weights: Arc::new(packed.weights[from..to].to_vec()),
+        };
+        for (name, batches, checkpoint) in [
+            ("checkpointed", vec![packed.clone()], true),
+            ("apart", vec![alone(0, 40), alone(40, 70)], false),
+            ("apart, checkpointed", vec![alone(0, 40), alone(40, 70)], true),
+        ] {
+            let (other_loss, other) = gradients(&model, &batches, checkpoint);
+            assert!((loss - other_loss).abs() < 1e-4 * loss, "{name}: {loss}, {other_loss}");
+            for ((param, a), b) in model.params().iter().zip(&grads).zip(&other) {
+                let off = norm(&(a - b).unwrap()) / norm(a);
+                assert!(off < 1e-4, "{name}, {}: {off}", param.name);
+            }
+        }
+        let again = gradients(&model, std::slice::from_ref(&packed), false);
+        for (a, b) in grads.iter().zip(&again.1) {
+            assert_eq!(norm(&(a - b).unwrap()), 0.0, "the same again gives the same bits");
+        }
+    }
+}
+
+#[test]
+fn a_fresh_adapter_changes_nothing_and_its_a_has_no_slope() {
+    let (_folder, file) = tiny("llama");
+    let model = Model::load(file.clone(), &lora(), 512, &Device::Cpu).unwrap();
+    let full = load(&file, &Training::Full);
+    let batch = batch(&[50], 1);
+    let [fresh, plain] = [&model, &full].map(|model| number(&model.losses(&batch).unwrap().sum));
+    assert!((fresh - plain).abs() < 1e-4 * plain, "{fresh}, {plain}");
+    let (_, grads) = gradients(&model, &[batch], false);
+    for (param, grad) in model.params().iter().zip(&grads) {
+        assert_eq!(norm(grad) == 0.0, param.name.ends_with("lora_a"), "{}", param.name);
+    }
+}
+
+#[test]
+fn what_is_not_there_is_said() {
+    let (_folder, file) = tiny("llama");
+    assert!(Frozen::new(file.clone(), "blk.9.attn_q.weight", 0..1).is_err());
+    let model = load(&file, &lora());
+    let mut wrong = batch(&[5], 1);
+    wrong.tokens = Arc::new(vec![1, 2, 3, 1 << 30, 4]);
+    assert!(model.losses(&wrong).is_err());
+}

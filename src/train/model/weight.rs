@@ -1,0 +1,154 @@
+//! Matrices: frozen, frozen with LoRA, or trained.
+
+use crate::gguf::{Gguf, Target};
+use crate::train::ops::{self, Frozen};
+use crate::train::optim::Param;
+use candle_core::{Device, Result, Tensor, Var, bail};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use sha2::{Digest, Sha256};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// What is trained of a model.
+#[derive(Debug, Clone)]
+pub enum Training {
+    /// All weights, in f32.
+    Full,
+    /// Low-rank matrices beside frozen ones.
+    Lora(Lora),
+}
+
+/// LoRA (Hu et al. 2021, arXiv:2106.09685).
+#[derive(Debug, Clone)]
+pub struct Lora {
+    pub rank: usize,
+    pub alpha: f64,
+    pub targets: Vec<Target>,
+    /// Scales by alpha/√rank instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732).
+    pub rank_stabilized: bool,
+    pub seed: u64,
+}
+
+impl Lora {
+    pub fn scale(&self) -> f64 {
+        let rank = self.rank as f64;
+        self.alpha / if self.rank_stabilized { rank.sqrt() } else { rank }
+    }
+}
+
+/// A matrix (outputs, inputs).
+pub enum Weight {
+    Frozen(Arc<Frozen>),
+    Lora { base: Arc<Frozen>, a: Tensor, b: Tensor, scale: f64 },
+    Trained(Tensor),
+}
+
+impl Weight {
+    /// (rows, outputs) of `x` (rows, inputs).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Frozen(base) => ops::frozen_linear(x, base),
+            Self::Lora { base, a, b, scale } => ops::lora_linear(x, base, a, b, *scale),
+            Self::Trained(weight) => ops::linear(x, weight),
+        }
+    }
+}
+
+/// Makes weights of a file's tensors, and collects the parameters.
+pub struct Builder<'a> {
+    file: Arc<Gguf>,
+    training: &'a Training,
+    device: &'a Device,
+    params: Vec<Param>,
+}
+
+impl<'a> Builder<'a> {
+    pub fn new(file: Arc<Gguf>, training: &'a Training, device: &'a Device) -> Self {
+        Self { file, training, device, params: Vec::new() }
+    }
+
+    pub fn params(self) -> Vec<Param> {
+        self.params
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.file.tensor(name).is_some()
+    }
+
+    /// Some rows of a tensor. `part` names them where the tensor holds other matrices too.
+    pub fn matrix(
+        &mut self,
+        name: &str,
+        part: Option<&str>,
+        target: Target,
+        rows: Range<usize>,
+    ) -> Result<Weight> {
+        let base = Frozen::new(self.file.clone(), name, rows)?;
+        let own = part.map_or(name.to_owned(), |part| format!("{name}:{part}"));
+        match self.training {
+            Training::Full => {
+                let mut values = Vec::<f32>::new();
+                base.decode(0..base.outputs(), &mut values)?;
+                let shape = (base.outputs(), base.inputs());
+                let weight = Tensor::from_vec(values, shape, self.device)?;
+                Ok(Weight::Trained(self.param(own, &weight, true, true)?))
+            }
+            Training::Lora(lora) if lora.targets.contains(&target) => {
+                let (inputs, outputs, scale) = (base.inputs(), base.outputs(), lora.scale());
+                let a = initial_a(lora, &own, inputs, self.device)?;
+                let b = Tensor::zeros((outputs, lora.rank), candle_core::DType::F32, self.device)?;
+                let a = self.param(format!("{own}.lora_a"), &a, true, true)?;
+                let b = self.param(format!("{own}.lora_b"), &b, true, true)?;
+                Ok(Weight::Lora { base: Arc::new(base), a, b, scale })
+            }
+            Training::Lora(_) => Ok(Weight::Frozen(Arc::new(base))),
+        }
+    }
+
+    /// A norm's weights or a bias: trained if everything is.
+    pub fn vector(&mut self, name: &str) -> Result<Tensor> {
+        let values = self.file.to_f32(name).map_err(candle_core::Error::wrap)?;
+        let len = values.len();
+        let vector = Tensor::from_vec(values, len, self.device)?;
+        match self.training {
+            Training::Full => self.param(name.to_owned(), &vector, false, false),
+            Training::Lora(_) => Ok(vector),
+        }
+    }
+
+    /// A whole matrix that is trained.
+    pub fn trained(&mut self, name: &str, hidden: bool) -> Result<Tensor> {
+        let Some(tensor) = self.file.tensor(name) else { bail!("the file has no tensor `{name}`") };
+        let &[cols, rows] = tensor.dims() else { bail!("`{name}` is no matrix") };
+        let values = self.file.to_f32(name).map_err(candle_core::Error::wrap)?;
+        let weight = Tensor::from_vec(values, (rows as usize, cols as usize), self.device)?;
+        self.param(name.to_owned(), &weight, true, hidden)
+    }
+
+    fn param(
+        &mut self,
+        name: String,
+        start: &Tensor,
+        decays: bool,
+        hidden: bool,
+    ) -> Result<Tensor> {
+        let var = Var::from_tensor(start)?;
+        let tensor = var.as_tensor().clone();
+        self.params.push(Param { name, var, decays, hidden });
+        Ok(tensor)
+    }
+}
+
+/// (rank, inputs) uniform within ±1/√inputs, as PEFT's Kaiming initialization with a = √5. Drawn from
+/// the seed and the tensor's name, so that no other tensor changes it.
+fn initial_a(lora: &Lora, name: &str, inputs: usize, device: &Device) -> Result<Tensor> {
+    let mut hash = Sha256::new();
+    hash.update(lora.seed.to_le_bytes());
+    hash.update(name);
+    let mut rng = StdRng::from_seed(hash.finalize().into());
+    let bound = 1.0 / (inputs as f32).sqrt();
+    let values: Vec<f32> =
+        (0..lora.rank * inputs).map(|_| rng.random_range(-bound..bound)).collect();
+    Tensor::from_vec(values, (lora.rank, inputs), device)
+}

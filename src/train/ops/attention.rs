@@ -1,0 +1,316 @@
+//! Causal attention over packed documents, of which only log-sum-exp is kept for the way back
+//! (FlashAttention-2: Dao 2023, arXiv:2307.08691).
+
+use super::fused::{Fused, Number, View, apply, covers};
+use crate::kernels::gemm::{Mat, product_here};
+use crate::kernels::real::Real;
+use candle_core::{Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+use std::any::Any;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Rows that a thread works on at a time, of queries or of keys.
+const ROWS: usize = 64;
+
+/// Who sees whom.
+#[derive(Debug, Clone)]
+pub struct Scope {
+    /// Where the documents begin, in order; the first at 0. They do not see each other.
+    pub documents: Arc<Vec<usize>>,
+    /// Of queries times keys.
+    pub scale: f64,
+    /// A row sees so many rows at most, its own the last.
+    pub window: Option<usize>,
+    /// Scores are `cap tanh(score / cap)`.
+    pub cap: Option<f64>,
+}
+
+impl Scope {
+    /// The rows that a row sees.
+    fn seen(&self, row: usize) -> Range<usize> {
+        let document = self.documents.partition_point(|&start| start <= row);
+        let start = self.documents[document.saturating_sub(1)];
+        start.max((row + 1).saturating_sub(self.window.unwrap_or(usize::MAX)))..row + 1
+    }
+
+    /// The rows that see any of some rows end here.
+    fn audience(&self, keys: &Range<usize>, rows: usize) -> usize {
+        let next = self.documents.partition_point(|&start| start < keys.end);
+        let end = self.documents.get(next).copied().unwrap_or(rows);
+        end.min((keys.end - 1).saturating_add(self.window.unwrap_or(rows))).max(keys.end)
+    }
+}
+
+/// (rows, heads, head_dim) of `q` (rows, heads, head_dim), `k` and `v` (rows, kv_heads, head_dim).
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
+    let ((rows, heads, dim), (key_rows, kv_heads, key_dim)) = (q.dims3()?, k.dims3()?);
+    if key_rows != rows || key_dim != dim || k.dims() != v.dims() || !heads.is_multiple_of(kv_heads)
+    {
+        bail!("queries {:?}, keys {:?}, values {:?}", q.dims(), k.dims(), v.dims());
+    }
+    if scope.documents.first() != Some(&0) {
+        bail!("the first document does not begin with the first row");
+    }
+    if covers(q) {
+        let op = Attention { scope: scope.clone(), kept: Mutex::new(None) };
+        return apply(op, &[q, k, v]);
+    }
+    composed(q, k, v, scope)
+}
+
+fn composed(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
+    let ((rows, heads, dim), kv_heads) = (q.dims3()?, k.dim(1)?);
+    let group = heads / kv_heads;
+    let spread = |x: &Tensor| -> Result<Tensor> {
+        let x = x.unsqueeze(2)?.broadcast_as((rows, kv_heads, group, dim))?;
+        x.reshape((rows, heads, dim))?.transpose(0, 1)?.contiguous()
+    };
+    let q = q.transpose(0, 1)?.contiguous()?;
+    let mut scores = (q.matmul(&spread(k)?.transpose(1, 2)?.contiguous()?)? * scope.scale)?;
+    if let Some(cap) = scope.cap {
+        scores = ((scores / cap)?.tanh()? * cap)?;
+    }
+    let mut mask = vec![f32::NEG_INFINITY; rows * rows];
+    for row in 0..rows {
+        mask[row * rows..][scope.seen(row)].fill(0.0);
+    }
+    let mask = Tensor::from_vec(mask, (1, rows, rows), q.device())?.to_dtype(q.dtype())?;
+    let scores = scores.broadcast_add(&mask)?;
+    let most = scores.max_keepdim(2)?.detach();
+    let weights = scores.broadcast_sub(&most)?.exp()?;
+    let weights = weights.broadcast_div(&weights.sum_keepdim(2)?)?;
+    weights.matmul(&spread(v)?)?.transpose(0, 1)?.contiguous()
+}
+
+struct Attention {
+    scope: Scope,
+    /// (rows, heads) log-sum-exp: a `Vec<T>`.
+    kept: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// The sizes of one call.
+#[derive(Clone, Copy)]
+struct Sizes {
+    rows: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+}
+
+impl Sizes {
+    fn of<T>(args: &[View<T>]) -> Self {
+        let (q, k) = (args[0].dims, args[1].dims);
+        Self { rows: q[0], heads: q[1], kv_heads: k[1], dim: q[2] }
+    }
+
+    /// (rows, head_dim) one head of some rows of queries, or of what has their shape.
+    fn head<'a, T>(&self, x: &'a [T], rows: Range<usize>, head: usize) -> Mat<'a, T> {
+        Mat::part(x, rows, head * self.dim..(head + 1) * self.dim, self.heads * self.dim)
+    }
+
+    /// The same of keys and values; `head` is a query's.
+    fn kv<'a, T>(&self, x: &'a [T], rows: Range<usize>, head: usize) -> Mat<'a, T> {
+        let head = head / (self.heads / self.kv_heads);
+        Mat::part(x, rows, head * self.dim..(head + 1) * self.dim, self.kv_heads * self.dim)
+    }
+}
+
+/// Scores, their weights and their gradients, of one head and a block of queries by a span of keys.
+struct Tile<T> {
+    weights: Vec<T>,
+    /// What the cap made of the scores' slopes; empty without one.
+    slopes: Vec<T>,
+    grads: Vec<T>,
+}
+
+impl<T: Number> Tile<T> {
+    fn new() -> Self {
+        Self { weights: Vec::new(), slopes: Vec::new(), grads: Vec::new() }
+    }
+
+    /// Scaled, capped scores; nothing is masked yet.
+    fn scores(&mut self, scope: &Scope, q: Mat<T>, k: Mat<T>, rows: usize, keys: usize) {
+        self.weights.resize(rows * keys, T::ZERO);
+        product_here(q, k.t(), &mut self.weights, keys, 0, false);
+        let scale = T::of(scope.scale);
+        self.weights.iter_mut().for_each(|x| *x *= scale);
+        self.slopes.clear();
+        if let Some(cap) = scope.cap.map(T::of) {
+            for x in &mut self.weights {
+                let t = Real::tanh(*x / cap);
+                *x = cap * t;
+                self.slopes.push(T::ONE - t * t);
+            }
+        }
+    }
+
+    /// Scores become weights, by the log-sum-exp of their rows; what is not seen weighs nothing.
+    fn weigh(
+        &mut self,
+        scope: &Scope,
+        rows: Range<usize>,
+        keys: &Range<usize>,
+        lse: impl Fn(usize) -> T,
+    ) {
+        for (row, weights) in rows.zip(self.weights.chunks_exact_mut(keys.len())) {
+            let seen = clip(&scope.seen(row), keys);
+            let lse = lse(row);
+            weights[..seen.start].fill(T::ZERO);
+            weights[seen.end..].fill(T::ZERO);
+            weights[seen].iter_mut().for_each(|x| *x = Real::exp(*x - lse));
+        }
+    }
+
+    /// The gradients of the scores before scale, from those of the weights; `own` is a row's sum of
+    /// its result times that one's gradient.
+    fn slope(&mut self, scope: &Scope, keys: usize, own: impl Fn(usize) -> T) {
+        let scale = T::of(scope.scale);
+        let rows = self.grads.chunks_exact_mut(keys).zip(self.weights.chunks_exact(keys));
+        for (row, (grads, weights)) in rows.enumerate() {
+            let own = own(row);
+            for (grad, &weight) in grads.iter_mut().zip(weights) {
+                *grad = weight * (*grad - own) * scale;
+            }
+        }
+        self.grads.iter_mut().zip(&self.slopes).for_each(|(grad, &slope)| *grad *= slope);
+    }
+}
+
+/// What lies in `span`, counted from its start.
+fn clip(range: &Range<usize>, span: &Range<usize>) -> Range<usize> {
+    let inside = |at: usize| at.clamp(span.start, span.end) - span.start;
+    inside(range.start)..inside(range.end)
+}
+
+impl Fused for Attention {
+    const NAME: &'static str = "attention";
+
+    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
+        let [q, k, v] = [args[0], args[1], args[2]];
+        let sizes = Sizes::of(args);
+        let Sizes { rows, heads, dim, .. } = sizes;
+        let width = heads * dim;
+        let mut out = vec![T::ZERO; rows * width];
+        let mut lse = vec![T::ZERO; rows * heads];
+        let blocks = out.par_chunks_mut(ROWS * width).zip(lse.par_chunks_mut(ROWS * heads));
+        blocks.enumerate().for_each_init(Tile::new, |tile, (block, (out, lse))| {
+            let rows = block * ROWS..(block * ROWS + lse.len() / heads);
+            let keys = self.scope.seen(rows.start).start..rows.end;
+            for head in 0..heads {
+                let (q, k) =
+                    (sizes.head(q.data, rows.clone(), head), sizes.kv(k.data, keys.clone(), head));
+                tile.scores(&self.scope, q, k, rows.len(), keys.len());
+                for (at, row) in rows.clone().enumerate() {
+                    let seen = clip(&self.scope.seen(row), &keys);
+                    let scores = &tile.weights[at * keys.len()..][seen];
+                    let most = scores.iter().fold(T::NEG_INFINITY, |most, &x| most.most(x));
+                    let total = scores.iter().map(|&x| Real::exp(x - most)).sum::<T>();
+                    lse[at * heads + head] = most + Real::ln(total);
+                }
+                let of = |row: usize| lse[(row - rows.start) * heads + head];
+                tile.weigh(&self.scope, rows.clone(), &keys, of);
+                let weights = Mat::new(&tile.weights, rows.len(), keys.len());
+                product_here(
+                    weights,
+                    sizes.kv(v.data, keys.clone(), head),
+                    out,
+                    width,
+                    head * dim,
+                    false,
+                );
+            }
+        });
+        let kept: Box<dyn Any + Send> = Box::new(lse);
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        Ok((out, Shape::from(q.dims)))
+    }
+
+    fn backward<T: Number>(
+        &self,
+        args: &[View<T>],
+        result: View<T>,
+        grad: View<T>,
+        _: &[bool],
+    ) -> Result<Vec<Option<Vec<T>>>> {
+        let [q, k, v] = [args[0].data, args[1].data, args[2].data];
+        let sizes = Sizes::of(args);
+        let Sizes { rows: all, heads, kv_heads, dim } = sizes;
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(lse) = kept.as_ref().and_then(|kept| kept.downcast_ref::<Vec<T>>()) else {
+            bail!("the forward pass was of another type");
+        };
+        let of_head = |head: usize| move |row: usize| lse[row * heads + head];
+        // (rows, heads)
+        let own: Vec<T> = result
+            .data
+            .par_chunks(dim)
+            .zip(grad.data.par_chunks(dim))
+            .map(|(out, grad)| super::norm::dot(out, grad))
+            .collect();
+        let mut dq = vec![T::ZERO; q.len()];
+        dq.par_chunks_mut(ROWS * heads * dim).enumerate().for_each_init(
+            Tile::new,
+            |tile, (block, dq)| {
+                let rows = block * ROWS..block * ROWS + dq.len() / (heads * dim);
+                let keys = self.scope.seen(rows.start).start..rows.end;
+                for head in 0..heads {
+                    let key = sizes.kv(k, keys.clone(), head);
+                    tile.scores(
+                        &self.scope,
+                        sizes.head(q, rows.clone(), head),
+                        key,
+                        rows.len(),
+                        keys.len(),
+                    );
+                    tile.weigh(&self.scope, rows.clone(), &keys, of_head(head));
+                    tile.grads.resize(rows.len() * keys.len(), T::ZERO);
+                    let (g, v) = (
+                        sizes.head(grad.data, rows.clone(), head),
+                        sizes.kv(v, keys.clone(), head),
+                    );
+                    product_here(g, v.t(), &mut tile.grads, keys.len(), 0, false);
+                    tile.slope(&self.scope, keys.len(), |at| own[(rows.start + at) * heads + head]);
+                    let grads = Mat::new(&tile.grads, rows.len(), keys.len());
+                    product_here(grads, key, dq, heads * dim, head * dim, false);
+                }
+            },
+        );
+        let (mut dk, mut dv) = (vec![T::ZERO; k.len()], vec![T::ZERO; v.len()]);
+        let width = kv_heads * dim;
+        let blocks = dk.par_chunks_mut(ROWS * width).zip(dv.par_chunks_mut(ROWS * width));
+        blocks.enumerate().for_each_init(Tile::new, |tile, (block, (dk, dv))| {
+            let keys = block * ROWS..block * ROWS + dk.len() / width;
+            let end = self.scope.audience(&keys, all);
+            for from in (keys.start..end).step_by(ROWS) {
+                let rows = from..(from + ROWS).min(end);
+                for head in 0..heads {
+                    let at = head / (heads / kv_heads) * dim;
+                    let (query, key) =
+                        (sizes.head(q, rows.clone(), head), sizes.kv(k, keys.clone(), head));
+                    tile.scores(&self.scope, query, key, rows.len(), keys.len());
+                    tile.weigh(&self.scope, rows.clone(), &keys, of_head(head));
+                    let g = sizes.head(grad.data, rows.clone(), head);
+                    let weights = Mat::new(&tile.weights, rows.len(), keys.len());
+                    product_here(weights.t(), g, dv, width, at, true);
+                    tile.grads.resize(rows.len() * keys.len(), T::ZERO);
+                    product_here(
+                        g,
+                        sizes.kv(v, keys.clone(), head).t(),
+                        &mut tile.grads,
+                        keys.len(),
+                        0,
+                        false,
+                    );
+                    tile.slope(&self.scope, keys.len(), |at| own[(rows.start + at) * heads + head]);
+                    let grads = Mat::new(&tile.grads, rows.len(), keys.len());
+                    product_here(grads.t(), query, dk, width, at, true);
+                }
+            }
+        });
+        Ok(vec![Some(dq), Some(dk), Some(dv)])
+    }
+}

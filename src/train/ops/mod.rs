@@ -1,0 +1,37 @@
+//! Operations of a trainable model with their backward passes by hand: parallel over cores, and in a
+//! fixed partition, so that the number of threads changes no bit.
+//!
+//! candle's own norms, rotations and softmax cut gradients without a word; these do not. Each is
+//! compared with finite differences in f64 (`tests.rs`) and with PyTorch's gradients. On a device
+//! other than the CPU the same functions are made of candle's simple operations.
+//!
+//! | file | what |
+//! |---|---|
+//! | `fused.rs` | from slices to candle's operations and back |
+//! | `norm.rs` | RMSNorm |
+//! | `rope.rs` | rotation |
+//! | `gated.rs` | SiLU or GELU of one half times the other |
+//! | `attention.rs` | causal attention over packed documents |
+//! | `embedding.rs` | rows of a table |
+//! | `linear.rs` | frozen weights as the file has them, trainable ones, LoRA |
+//! | `cross_entropy.rs` | the loss, without all logits at once |
+
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod fused;
+mod gated;
+mod linear;
+mod norm;
+mod rope;
+
+pub use attention::{Scope, attention};
+pub use cross_entropy::{Head, Losses, Targets, linear_cross_entropy};
+pub use embedding::embedding;
+pub use gated::gated;
+pub use linear::{Frozen, frozen_linear, linear, lora_linear};
+pub use norm::rms_norm;
+pub use rope::{Rotation, rotate};
+
+#[cfg(test)]
+mod tests;

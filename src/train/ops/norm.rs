@@ -1,0 +1,107 @@
+//! RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+use super::fused::{Fused, Number, View, apply, covers};
+use candle_core::{D, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// Rows whose part of a weight's gradient is added up by one thread.
+const ROWS: usize = 32;
+
+/// `x / rms(x) * weight`, row by row; `x` (…, columns), `weight` (columns).
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
+    if covers(x) {
+        return apply(RmsNorm { epsilon }, &[x, weight]);
+    }
+    let mean = (x.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?;
+    x.broadcast_div(&mean.sqrt()?)?.broadcast_mul(weight)
+}
+
+struct RmsNorm {
+    epsilon: f64,
+}
+
+impl RmsNorm {
+    /// What the row is multiplied by.
+    fn scale<T: Number>(&self, row: &[T]) -> T {
+        T::ONE / (dot(row, row) / T::of(row.len() as f64) + T::of(self.epsilon)).sqrt()
+    }
+}
+
+impl Fused for RmsNorm {
+    const NAME: &'static str = "rms_norm";
+
+    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
+        let [x, weight] = [args[0], args[1]];
+        let cols = weight.data.len();
+        let mut out = vec![T::ZERO; x.data.len()];
+        out.par_chunks_mut(ROWS * cols).zip(x.data.par_chunks(ROWS * cols)).for_each(|(out, x)| {
+            for (out, row) in out.chunks_exact_mut(cols).zip(x.chunks_exact(cols)) {
+                let scale = self.scale(row);
+                for ((out, &x), &w) in out.iter_mut().zip(row).zip(weight.data) {
+                    *out = x * scale * w;
+                }
+            }
+        });
+        Ok((out, Shape::from(x.dims)))
+    }
+
+    fn backward<T: Number>(
+        &self,
+        args: &[View<T>],
+        _: View<T>,
+        grad: View<T>,
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Vec<T>>>> {
+        let [x, weight] = [args[0], args[1]];
+        let cols = weight.data.len();
+        let count = T::of(cols as f64);
+        let mut dx = vec![T::ZERO; x.data.len()];
+        let blocks = dx.par_chunks_mut(ROWS * cols).zip(x.data.par_chunks(ROWS * cols));
+        let parts: Vec<Vec<T>> = blocks
+            .zip(grad.data.par_chunks(ROWS * cols))
+            .map(|((dx, x), grad)| {
+                let mut dw = vec![T::ZERO; if wanted[1] { cols } else { 0 }];
+                let rows = dx.chunks_exact_mut(cols).zip(x.chunks_exact(cols));
+                for ((dx, x), grad) in rows.zip(grad.chunks_exact(cols)) {
+                    let scale = self.scale(x);
+                    for ((dw, &x), &grad) in dw.iter_mut().zip(x).zip(grad) {
+                        *dw += grad * x * scale;
+                    }
+                    // dx = scale (g - x scale² mean(g x)), g = grad weight
+                    let g = grad.iter().zip(weight.data).map(|(&grad, &w)| grad * w);
+                    dx.iter_mut().zip(g).for_each(|(dx, g)| *dx = g);
+                    let along = dot(dx, x) * scale * scale / count;
+                    dx.iter_mut().zip(x).for_each(|(dx, &x)| *dx = (*dx - x * along) * scale);
+                }
+                dw
+            })
+            .collect();
+        let dw = wanted[1].then(|| sum(parts, cols));
+        Ok(vec![Some(dx), dw])
+    }
+}
+
+/// In sixteen lanes, whatever the length.
+pub fn dot<T: Number>(x: &[T], y: &[T]) -> T {
+    let (xs, ys) = (x.as_chunks::<16>(), y.as_chunks::<16>());
+    let mut lanes = [T::ZERO; 16];
+    for (x, y) in xs.0.iter().zip(ys.0) {
+        for i in 0..16 {
+            lanes[i] = x[i].mul_add(y[i], lanes[i]);
+        }
+    }
+    let rest = xs.1.iter().zip(ys.1).map(|(&x, &y)| x * y).sum::<T>();
+    lanes.into_iter().sum::<T>() + rest
+}
+
+/// Parts of a sum, added in their order.
+pub fn sum<T: Number>(parts: Vec<Vec<T>>, len: usize) -> Vec<T> {
+    let mut all = vec![T::ZERO; len];
+    for part in parts {
+        all.iter_mut().zip(part).for_each(|(all, x)| *all += x);
+    }
+    all
+}

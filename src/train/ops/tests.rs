@@ -1,0 +1,215 @@
+//! Each operation against finite differences in f64, against candle's simple operations, and on one
+//! and several threads.
+
+use super::*;
+use crate::gguf::{Gating, Gguf, GgufWriter, TensorType};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::sync::Arc;
+
+const CPU: Device = Device::Cpu;
+
+fn random(dims: &[usize], seed: u64) -> Tensor {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let count = dims.iter().product();
+    let values: Vec<f64> = (0..count).map(|_| rng.random_range(-1.0..1.0)).collect();
+    Tensor::from_vec(values, dims, &CPU).unwrap()
+}
+
+/// Compares the gradients of `f` with differences of its values, a few random directions for each
+/// argument. The result is made a number by random weights.
+fn check_gradients(name: &str, args: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    let vars: Vec<Var> = args.iter().map(|arg| Var::from_tensor(arg).unwrap()).collect();
+    let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+    let out = f(&tensors).unwrap();
+    let weights = random(out.dims(), 99);
+    let number = |args: &[Tensor]| {
+        (f(args).unwrap() * &weights).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
+    };
+    let grads = (out * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+    for (i, var) in vars.iter().enumerate() {
+        let grad =
+            grads.get(var.as_tensor()).unwrap_or_else(|| panic!("{name}: {i} has no gradient"));
+        for seed in 0..4 {
+            let direction = random(args[i].dims(), 1000 + seed);
+            let slope = (grad * &direction).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+            let moved = |by: f64| {
+                let mut moved = args.to_vec();
+                moved[i] = (&args[i] + (&direction * by).unwrap()).unwrap();
+                number(&moved)
+            };
+            let step = 1e-4;
+            let difference = (moved(step) - moved(-step)) / (2.0 * step);
+            let close = (slope - difference).abs() < 1e-6 * (1.0 + slope.abs());
+            assert!(close, "{name}, argument {i}: {slope} by hand, {difference} by differences");
+        }
+    }
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    let (a, b) = (a.to_dtype(DType::F64).unwrap(), b.to_dtype(DType::F64).unwrap());
+    let norm = |x: Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+    norm((&a - &b).unwrap()) / norm(b)
+}
+
+#[test]
+fn norms() {
+    let args = [random(&[70, 48], 1), random(&[48], 2)];
+    check_gradients("rms_norm", &args, |a| rms_norm(&a[0], &a[1], 1e-5));
+    let composed = {
+        let mean = (args[0].sqr().unwrap().mean_keepdim(1).unwrap() + 1e-5).unwrap();
+        let normed = args[0].broadcast_div(&mean.sqrt().unwrap()).unwrap();
+        normed.broadcast_mul(&args[1]).unwrap()
+    };
+    assert!(distance(&rms_norm(&args[0], &args[1], 1e-5).unwrap(), &composed) < 1e-12);
+}
+
+#[test]
+fn rotations() {
+    for halves in [false, true] {
+        let angles = (0..40 * 6).map(|i| (f64::cos(i as f64), f64::sin(i as f64))).collect();
+        let rotation = Rotation { angles: Arc::new(angles), pairs: 6, halves };
+        let x = random(&[40, 3, 16], 3);
+        check_gradients("rotate", &[x], |a| rotate(&a[0], &rotation));
+    }
+}
+
+#[test]
+fn gates() {
+    for act in [Gating::Silu, Gating::Gelu] {
+        let args = [(random(&[33, 50], 4) * 4.0).unwrap(), random(&[33, 50], 5)];
+        check_gradients("gated", &args, |a| gated(&a[0], &a[1], act));
+    }
+}
+
+#[test]
+fn embeddings() {
+    let tokens = Arc::new(vec![3, 1, 3, 0, 7, 3]);
+    check_gradients("embedding", &[random(&[8, 100], 6)], |a| embedding(&a[0], &tokens));
+    assert!(embedding(&random(&[3, 4], 1), &tokens).is_err());
+}
+
+fn scope(documents: &[usize], window: Option<usize>, cap: Option<f64>) -> Scope {
+    Scope { documents: Arc::new(documents.to_vec()), scale: 0.3, window, cap }
+}
+
+/// Row by row, from the definition.
+fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Tensor {
+    let (rows, heads, dim) = q.dims3().unwrap();
+    let group = heads / k.dim(1).unwrap();
+    let of = |x: &Tensor| x.to_vec3::<f64>().unwrap();
+    let (q, k, v) = (of(q), of(k), of(v));
+    let mut out = Vec::new();
+    for (row, queries) in q.iter().enumerate() {
+        let start = *scope.documents.iter().rfind(|start| **start <= row).unwrap();
+        let start = start.max((row + 1).saturating_sub(scope.window.unwrap_or(rows)));
+        for (head, query) in queries.iter().enumerate() {
+            let score = |at: usize| {
+                let dot: f64 = query.iter().zip(&k[at][head / group]).map(|(a, b)| a * b).sum();
+                let score = dot * scope.scale;
+                scope.cap.map_or(score, |cap| cap * (score / cap).tanh()).exp()
+            };
+            let weights: Vec<f64> = (start..=row).map(score).collect();
+            let total: f64 = weights.iter().sum();
+            let mut sum = vec![0.0; dim];
+            for (weight, v) in weights.iter().zip(&v[start..]) {
+                for (sum, x) in sum.iter_mut().zip(&v[head / group]) {
+                    *sum += weight * x / total;
+                }
+            }
+            out.extend(sum);
+        }
+    }
+    Tensor::from_vec(out, (rows, heads, dim), &CPU).unwrap()
+}
+
+#[test]
+fn attention_over_documents() {
+    for (documents, window, cap) in [
+        (&[0][..], None, None),
+        (&[0, 1, 70, 75, 140], None, None),
+        (&[0, 64, 128], Some(9), None),
+        (&[0, 100], Some(80), Some(0.5)),
+    ] {
+        let args = [random(&[150, 4, 8], 7), random(&[150, 2, 8], 8), random(&[150, 2, 8], 9)];
+        let scope = scope(documents, window, cap);
+        let ours = attention(&args[0], &args[1], &args[2], &scope).unwrap();
+        let plain = plain_attention(&args[0], &args[1], &args[2], &scope);
+        assert!(distance(&ours, &plain) < 1e-12, "{documents:?}, {window:?}, {cap:?}");
+        check_gradients("attention", &args, |a| attention(&a[0], &a[1], &a[2], &scope));
+    }
+}
+
+fn frozen(rows: usize, cols: usize, ty: TensorType) -> Arc<Frozen> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weights.gguf");
+    let values: Vec<f32> =
+        random(&[rows * cols], 10).to_vec1::<f64>().unwrap().iter().map(|x| *x as f32).collect();
+    let mut writer = GgufWriter::new();
+    writer.set("general.architecture", "llama");
+    let dims = [cols as u64, rows as u64];
+    match ty {
+        // A scale of 0.01 and any whole numbers.
+        TensorType::Q8_0 => {
+            let block = |block: &[f32]| {
+                let mut bytes = half::f16::from_f32(0.01).to_le_bytes().to_vec();
+                bytes.extend(block.iter().map(|x| (x * 100.0) as i8 as u8));
+                bytes
+            };
+            let bytes: Vec<u8> = values.chunks(32).flat_map(block).collect();
+            writer.tensor("w", &dims, ty, bytes).unwrap();
+        }
+        _ => {
+            writer.tensor_f32("w", &dims, ty, values).unwrap();
+        }
+    }
+    writer.write(&path).unwrap();
+    Arc::new(Frozen::new(Arc::new(Gguf::open(&path).unwrap()), "w", 0..rows).unwrap())
+}
+
+#[test]
+fn linears() {
+    let x = random(&[150, 64], 11);
+    let w = frozen(40, 64, TensorType::Q8_0);
+    check_gradients("frozen_linear", std::slice::from_ref(&x), |a| frozen_linear(&a[0], &w));
+    let args = [x.clone(), random(&[40, 64], 12)];
+    check_gradients("linear", &args, |a| linear(&a[0], &a[1]));
+    let args = [x, random(&[4, 64], 13), random(&[40, 4], 14)];
+    check_gradients("lora_linear", &args, |a| lora_linear(&a[0], &w, &a[1], &a[2], 0.7));
+}
+
+#[test]
+fn losses() {
+    let targets = |cap| Targets {
+        tokens: Arc::new((0..90).map(|i| i * 7 % 40).collect()),
+        weights: Arc::new((0..90).map(|i| [0.0, 1.0, 0.5][i % 3]).collect()),
+        cap,
+    };
+    for cap in [None, Some(2.0)] {
+        let args = [random(&[90, 64], 15), random(&[40, 64], 16)];
+        let loss = |a: &[Tensor]| {
+            let head = Head::Trained(a[1].clone());
+            linear_cross_entropy(&a[0], &head, &targets(cap)).map(|losses| losses.sum)
+        };
+        check_gradients("linear_cross_entropy", &args, loss);
+        let head = Head::Frozen(frozen(40, 64, TensorType::F16));
+        let loss = |a: &[Tensor]| Ok(linear_cross_entropy(&a[0], &head, &targets(cap))?.sum);
+        check_gradients("linear_cross_entropy, frozen", &args[..1], loss);
+    }
+    // From the definition.
+    let (hidden, head) = (random(&[90, 64], 15), random(&[40, 64], 16));
+    let found =
+        linear_cross_entropy(&hidden, &Head::Trained(head.clone()), &targets(None)).unwrap();
+    let logits = hidden.matmul(&head.t().unwrap()).unwrap().to_vec2::<f64>().unwrap();
+    let (mut sum, mut correct) = (0.0, 0.0);
+    for (row, logits) in logits.iter().enumerate() {
+        let (target, weight) = (row * 7 % 40, [0.0, 1.0, 0.5][row % 3]);
+        let total: f64 = logits.iter().map(|x| x.exp()).sum();
+        sum += weight * (total.ln() - logits[target]);
+        let best = logits.iter().copied().fold(f64::MIN, f64::max);
+        correct += if logits[target] == best { weight } else { 0.0 };
+    }
+    assert!((found.sum.to_scalar::<f64>().unwrap() - sum).abs() < 1e-9);
+    assert_eq!(found.correct, correct);
+}

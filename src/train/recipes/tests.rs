@@ -1,0 +1,144 @@
+use super::*;
+use crate::gguf::fixture::TinyDecoder;
+use crate::gguf::{Gguf, Target};
+use crate::train::checkpoint::Checkpoints;
+use crate::train::data::{Prepared, prepare_tokens};
+use crate::train::model::{Lora, Model, Training};
+use crate::train::spec::{Resolved, Spec};
+use candle_core::Device;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+fn settings(more: &str) -> Resolved {
+    let text = format!(
+        r#"{{"kind": "sft", "model": "m", "data": {{"train": "f"}}, "train": {{"batch_size": 4,
+           "max_length": 48, "learning_rate": 0.01, "eval_every": 5, "checkpoint_every": 4 {more}}}}}"#
+    );
+    serde_json::from_str::<Spec>(&text).unwrap().resolve().unwrap()
+}
+
+fn tiny(folder: &Path) -> Arc<Gguf> {
+    let path = folder.join("model.gguf");
+    TinyDecoder::new("llama").write(&path).unwrap();
+    Arc::new(Gguf::open(&path).unwrap())
+}
+
+fn lora() -> Training {
+    let targets = vec![Target::Q, Target::V, Target::Down];
+    Training::Lora(Lora { rank: 4, alpha: 8.0, targets, rank_stabilized: false, seed: 3 })
+}
+
+/// Examples that count upwards from different numbers.
+fn data(folder: &Path, name: &str, count: u32) -> Prepared {
+    let example = |i: u32| {
+        let length = 6 + i % 20;
+        (0..length).map(|at| ((i * 5 + at) % 60, at > 2)).collect::<Vec<_>>()
+    };
+    prepare_tokens((0..count).map(example), &folder.join(name)).unwrap()
+}
+
+fn weights(model: &Model) -> Vec<Vec<f32>> {
+    let flat =
+        |param: &crate::train::optim::Param| param.var.flatten_all().unwrap().to_vec1().unwrap();
+    model.params().iter().map(flat).collect()
+}
+
+#[test]
+fn losses_fall_and_are_reported() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = tiny(folder.path());
+    let (train, validation) = (data(folder.path(), "t", 40), data(folder.path(), "v", 8));
+    for training in [Training::Full, lora()] {
+        let model = Model::load(file.clone(), &training, 64, &Device::Cpu).unwrap();
+        let runs = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
+        let settings = settings(r#", "epochs": 3"#);
+        let sft = Sft {
+            model: &model,
+            settings: &settings,
+            train: &train,
+            validation: Some(&validation),
+            checkpoints: &checkpoints,
+            shuffle: Some(1),
+        };
+        assert_eq!(sft.size(), (120, 30));
+        let (mut steps, mut evaluated, mut saved) = (Vec::new(), Vec::new(), Vec::new());
+        let outcome = sft.run(&AtomicBool::new(false), |event| match event {
+            Event::Step(progress) => steps.push(progress),
+            Event::Evaluated(found) => evaluated.push(found),
+            Event::Checkpoint { step } => saved.push(step),
+            _ => {}
+        });
+        assert_eq!(outcome.unwrap(), Outcome::Done);
+        assert_eq!(steps.len(), 30);
+        assert_eq!(saved, [4, 8, 12, 16, 20, 24, 28, 30]);
+        assert_eq!(
+            evaluated.iter().map(|found| found.step).collect::<Vec<_>>(),
+            [5, 10, 15, 20, 25, 30]
+        );
+        assert!(evaluated[5].loss < 0.8 * evaluated[0].loss, "{evaluated:?}");
+        assert!(steps[29].epoch > 2.99 && steps[29].learning_rate < 1e-3, "{:?}", steps[29]);
+    }
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = tiny(folder.path());
+    let train = data(folder.path(), "t", 30);
+    for training in [Training::Full, lora()] {
+        let run = |stops: &[u64]| {
+            let runs = tempfile::tempdir().unwrap();
+            let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
+            let settings = settings(r#", "epochs": 2"#);
+            let mut stops = stops.iter().copied();
+            loop {
+                // As a new process would.
+                let model = Model::load(file.clone(), &training, 64, &Device::Cpu).unwrap();
+                let sft = Sft {
+                    model: &model,
+                    settings: &settings,
+                    train: &train,
+                    validation: None,
+                    checkpoints: &checkpoints,
+                    shuffle: Some(1),
+                };
+                let (stop, at) = (AtomicBool::new(false), stops.next());
+                let outcome = sft.run(&stop, |event| {
+                    if matches!(event, Event::Step(progress) if Some(progress.step) == at) {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                });
+                if outcome.unwrap() == Outcome::Done {
+                    return weights(&model);
+                }
+            }
+        };
+        assert_eq!(run(&[]), run(&[1, 3, 4, 11]));
+    }
+}
+
+#[test]
+fn a_loss_that_is_no_number_ends_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = tiny(folder.path());
+    let train = data(folder.path(), "t", 30);
+    let model = Model::load(file, &Training::Full, 64, &Device::Cpu).unwrap();
+    let runs = tempfile::tempdir().unwrap();
+    let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
+    let settings = settings("");
+    let sft = Sft {
+        model: &model,
+        settings: &settings,
+        train: &train,
+        validation: None,
+        checkpoints: &checkpoints,
+        shuffle: None,
+    };
+    let norm = &model.params()[1].var;
+    norm.set(&(norm.as_tensor() * f64::NAN).unwrap()).unwrap();
+    let error = sft.run(&AtomicBool::new(false), |_| {}).unwrap_err().to_string();
+    assert!(error.contains("step 1") && error.contains("learning rate"), "{error}");
+    assert!(checkpoints.steps().unwrap().is_empty());
+}

@@ -1,0 +1,353 @@
+//! What a job is asked to do: as people write it, and as it is stored, with every default filled in.
+
+use super::model::Lora;
+use super::optim::Optimizer;
+use super::schedule::Schedule;
+use crate::gguf::Target;
+use serde::{Deserialize, Serialize};
+
+/// Kinds of jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    Sft,
+    Pretrain,
+}
+
+/// A job, in JSON or TOML. Unknown keys are errors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    pub kind: Kind,
+    /// The model that is trained further.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// The name of a model that is trained from nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// A part of the new model's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suffix: Option<String>,
+    #[serde(default)]
+    pub seed: u64,
+    pub data: Data,
+    /// `null` trains all weights.
+    #[serde(default = "Adapter::usual")]
+    pub adapter: Option<Adapter>,
+    #[serde(default)]
+    pub train: Train,
+}
+
+/// Where examples come from: ids of uploaded files, or paths on the command line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    pub train: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<String>,
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+}
+
+/// Low-rank matrices beside frozen weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adapter {
+    /// An adapter to go on from; rank, alpha and targets are then its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<String>,
+    #[serde(default = "rank")]
+    pub r: usize,
+    #[serde(default = "alpha")]
+    pub alpha: f64,
+    #[serde(default)]
+    pub targets: Targets,
+    #[serde(default)]
+    pub rslora: bool,
+}
+
+/// `"all-linear"`, or a list of PEFT's names.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(untagged)]
+pub enum Targets {
+    #[default]
+    #[serde(with = "all_linear")]
+    All,
+    Some(Vec<String>),
+}
+
+mod all_linear {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    const NAME: &str = "all-linear";
+
+    pub fn serialize<S: Serializer>(to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(NAME)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<(), D::Error> {
+        match String::deserialize(from)?.as_str() {
+            NAME => Ok(()),
+            other => Err(D::Error::custom(format!("`{other}` is not `{NAME}`"))),
+        }
+    }
+}
+
+/// Names of the matrices as PEFT has them.
+const NAMES: [(&str, Target); 7] = [
+    ("q_proj", Target::Q),
+    ("k_proj", Target::K),
+    ("v_proj", Target::V),
+    ("o_proj", Target::Output),
+    ("gate_proj", Target::Gate),
+    ("up_proj", Target::Up),
+    ("down_proj", Target::Down),
+];
+
+/// How training goes. What is not given depends on the rest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Train {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u64>,
+    /// Examples of a step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_size: Option<usize>,
+    /// Packed rows that are computed at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch: Option<usize>,
+    /// Tokens of a row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_length: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learning_rate: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
+    /// The share of the steps in which the learning rate climbs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_every: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_every: Option<u64>,
+    /// Checkpoints that are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_checkpoints: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// Computes a layer's inner values again on the way back instead of keeping them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub activation_checkpointing: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optimizer: Option<Optimizer>,
+}
+
+fn yes() -> bool {
+    true
+}
+fn rank() -> usize {
+    16
+}
+fn alpha() -> f64 {
+    32.0
+}
+
+impl Adapter {
+    fn usual() -> Option<Self> {
+        let (init, targets) = (None, Targets::All);
+        Some(Self { init, r: rank(), alpha: alpha(), targets, rslora: false })
+    }
+
+    /// As the model takes it.
+    ///
+    /// # Errors
+    /// What cannot be, in words.
+    pub fn lora(&self, seed: u64) -> Result<Lora, String> {
+        let targets = match &self.targets {
+            Targets::All => NAMES.iter().map(|(_, target)| *target).collect(),
+            Targets::Some(names) => {
+                let find = |name: &String| {
+                    let known = NAMES.iter().find(|(known, _)| known == name);
+                    known.map(|(_, target)| *target).ok_or_else(|| {
+                        let known: Vec<_> = NAMES.iter().map(|(known, _)| *known).collect();
+                        let known = known.join(", ");
+                        format!("adapter.targets: `{name}` is none of {known}")
+                    })
+                };
+                names.iter().map(find).collect::<Result<Vec<_>, _>>()?
+            }
+        };
+        if targets.is_empty() {
+            return Err("adapter.targets is empty: nothing would be trained".into());
+        }
+        let (rank, alpha, rank_stabilized) = (self.r, self.alpha, self.rslora);
+        Ok(Lora { rank, alpha, targets, rank_stabilized, seed })
+    }
+}
+
+/// How training goes, decided.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resolved {
+    pub epochs: f64,
+    pub max_steps: Option<u64>,
+    pub batch_size: usize,
+    pub micro_batch: usize,
+    pub max_length: usize,
+    pub learning_rate: f64,
+    pub schedule: Schedule,
+    pub warmup: f64,
+    pub eval_every: u64,
+    pub checkpoint_every: u64,
+    pub keep_checkpoints: usize,
+    pub threads: usize,
+    pub activation_checkpointing: bool,
+    pub optimizer: Optimizer,
+}
+
+impl Spec {
+    /// Fills in what is not given, and checks everything that needs neither model nor data.
+    ///
+    /// # Errors
+    /// The key at fault and what it may be.
+    pub fn resolve(&self) -> Result<Resolved, String> {
+        match (self.kind, &self.model, &self.name) {
+            (Kind::Sft, None, _) => return Err("model: a job of kind `sft` needs one".into()),
+            (Kind::Sft, _, Some(_)) => {
+                return Err("name: it is for `pretrain`; use `suffix`".into());
+            }
+            (Kind::Pretrain, None, None) => {
+                return Err("name: a job of kind `pretrain` needs one, or a `model`".into());
+            }
+            _ => {}
+        }
+        if self
+            .suffix
+            .as_ref()
+            .is_some_and(|suffix| suffix.is_empty() || suffix.chars().count() > 64)
+        {
+            return Err("suffix: it has 1 to 64 characters".into());
+        }
+        if let Some(adapter) = &self.adapter {
+            within("adapter.r", adapter.r as f64, 1.0, 8192.0)?;
+            within("adapter.alpha", adapter.alpha, f64::MIN_POSITIVE, 1e6)?;
+            adapter.lora(self.seed)?;
+        }
+        let train = &self.train;
+        let full = self.adapter.is_none();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let resolved = Resolved {
+            epochs: train.epochs.unwrap_or(1.0),
+            max_steps: train.max_steps,
+            batch_size: train.batch_size.unwrap_or(8),
+            micro_batch: train.micro_batch.unwrap_or(1),
+            max_length: train.max_length.unwrap_or(1024),
+            learning_rate: train.learning_rate.unwrap_or(if full { 2e-5 } else { 2e-4 }),
+            schedule: train.schedule.unwrap_or(Schedule::Cosine),
+            warmup: train.warmup.unwrap_or(0.03),
+            eval_every: train.eval_every.unwrap_or(50),
+            checkpoint_every: train.checkpoint_every.unwrap_or(100),
+            keep_checkpoints: train.keep_checkpoints.unwrap_or(3),
+            threads: train.threads.unwrap_or(cores),
+            activation_checkpointing: train.activation_checkpointing.unwrap_or(false),
+            optimizer: train.optimizer.clone().unwrap_or_default(),
+        };
+        within("train.epochs", resolved.epochs, f64::MIN_POSITIVE, 1e4)?;
+        within("train.max_steps", resolved.max_steps.unwrap_or(1) as f64, 1.0, 1e9)?;
+        within("train.batch_size", resolved.batch_size as f64, 1.0, 65_536.0)?;
+        within("train.micro_batch", resolved.micro_batch as f64, 1.0, 65_536.0)?;
+        within("train.max_length", resolved.max_length as f64, 2.0, f64::from(1 << 20))?;
+        within("train.learning_rate", resolved.learning_rate, f64::MIN_POSITIVE, 10.0)?;
+        within("train.warmup", resolved.warmup, 0.0, 1.0)?;
+        within("train.eval_every", resolved.eval_every as f64, 1.0, 1e9)?;
+        within("train.checkpoint_every", resolved.checkpoint_every as f64, 1.0, 1e9)?;
+        within("train.keep_checkpoints", resolved.keep_checkpoints as f64, 1.0, 1000.0)?;
+        within("train.threads", resolved.threads as f64, 1.0, 1024.0)?;
+        Ok(resolved)
+    }
+}
+
+fn within(key: &str, value: f64, least: f64, most: f64) -> Result<(), String> {
+    match (least..=most).contains(&value) {
+        true => Ok(()),
+        false if least == f64::MIN_POSITIVE => {
+            Err(format!("{key}: {value} is not above 0, or above {most}"))
+        }
+        false => Err(format!("{key}: {value} is not between {least} and {most}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> Result<(Spec, Resolved), String> {
+        let spec: Spec = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let resolved = spec.resolve()?;
+        Ok((spec, resolved))
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_method() {
+        let (spec, resolved) =
+            spec(r#"{"kind": "sft", "model": "m", "data": {"train": "file-1"}}"#).unwrap();
+        let lora = spec.adapter.unwrap().lora(0).unwrap();
+        assert_eq!((lora.rank, lora.alpha, lora.targets.len()), (16, 32.0, 7));
+        assert_eq!(
+            (resolved.learning_rate, resolved.warmup, resolved.max_length),
+            (2e-4, 0.03, 1024)
+        );
+        let (_, full) = self::spec(
+            r#"{"kind": "sft", "model": "m", "data": {"train": "file-1"}, "adapter": null}"#,
+        )
+        .unwrap();
+        assert_eq!(full.learning_rate, 2e-5);
+    }
+
+    #[test]
+    fn the_example_of_the_documents_is_read() {
+        let text = r#"{"kind": "sft", "model": "smollm2:135m", "suffix": "maths", "seed": 1,
+            "data": {"train": "file-a", "validation": "file-b"},
+            "adapter": {"r": 16, "alpha": 32, "targets": "all-linear"},
+            "train": {"epochs": 1, "max_steps": 200, "batch_size": 8, "micro_batch": 1,
+                "max_length": 512, "learning_rate": 2e-4, "schedule": "cosine", "warmup": 0.03,
+                "eval_every": 50, "checkpoint_every": 100, "threads": 2}}"#;
+        let (read, resolved) = spec(text).unwrap();
+        assert_eq!((resolved.max_steps, resolved.threads), (Some(200), 2));
+        let again: Spec = serde_json::from_str(&serde_json::to_string(&read).unwrap()).unwrap();
+        assert_eq!(read, again);
+        let toml: Spec = toml::from_str(
+            "kind = \"sft\"\nmodel = \"m\"\n[data]\ntrain = \"a.jsonl\"\n[adapter]\ntargets = [\"q_proj\"]",
+        )
+        .unwrap();
+        assert_eq!(toml.adapter.unwrap().lora(0).unwrap().targets, [Target::Q]);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let with = |more: &str| {
+            spec(&format!(r#"{{"kind": "sft", "model": "m", "data": {{"train": "f"}}, {more}}}"#))
+                .unwrap_err()
+        };
+        for (more, why) in [
+            (r#""adaptor": {}"#, "adaptor"),
+            (r#""adapter": {"rank": 4}"#, "rank"),
+            (r#""adapter": {"r": 0}"#, "adapter.r"),
+            (r#""adapter": {"targets": ["w"]}"#, "q_proj"),
+            (r#""adapter": {"targets": []}"#, "adapter.targets"),
+            (r#""train": {"learning_rate": 0}"#, "train.learning_rate"),
+            (r#""train": {"batch_size": 0}"#, "train.batch_size"),
+            (r#""train": {"warmup": 2}"#, "train.warmup"),
+            (r#""train": {"schedule": "up"}"#, "up"),
+            (r#""train": {"optimizer": {"name": "sgd"}}"#, "sgd"),
+            (r#""name": "x""#, "name"),
+            (r#""suffix": """#, "suffix"),
+        ] {
+            let error = with(more);
+            assert!(error.contains(why), "{more}: {error}");
+        }
+        let error = spec(r#"{"kind": "sft", "data": {"train": "f"}}"#).unwrap_err();
+        assert!(error.contains("model"), "{error}");
+    }
+}
