@@ -1,8 +1,8 @@
 //! Ingot: one binary that carries a language model through its whole life on one machine.
 //!
 //! This page is the map. What is here today serves any GGUF model through an OpenAI-compatible
-//! API; training, alignment and compression have their rooms reserved in the design and join the
-//! same walks.
+//! API. Training has its foundations, which nothing calls yet; alignment and compression have their
+//! rooms reserved in the design and join the same walks.
 //!
 //! # Processes
 //!
@@ -44,9 +44,9 @@
 //! | [`gateway`] | the HTTP side |
 //! | [`ipc`] | frames |
 //! | [`engine`] | the model side; [`engine::verify`] measures its rounding against F32 arithmetic |
-//! | [`kernels`] | SIMD arithmetic of the native runner, its thread pool |
+//! | [`kernels`] | SIMD arithmetic of the native runner and of training, the thread pool |
 //! | [`template`] | chat templates, and what models write back |
-//! | [`train`] | data, trainable models, optimizers |
+//! | [`train`] | data, trainable models, optimizers, checkpoints, exports |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters |
 
 pub mod build_info;

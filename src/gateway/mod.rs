@@ -1,4 +1,4 @@
-//! The gateway process: HTTP, keys, templates, the registry of models, metrics, supervision of
+//! The gateway process: HTTP, keys, the registry of models, metrics, supervision of
 //! engines. No model code runs here, and no more of a model file is read than its header.
 //!
 //! | file | what |
@@ -14,7 +14,6 @@
 //! | `supervisor.rs` | one engine process, kept alive |
 //! | `stream.rs` | engine events to server-sent events |
 //! | `metrics.rs`, `metrics/` | Prometheus |
-//! | `template/` | chat templates, tool calls, reasoning |
 //! | `store/` | files and their digests in the data folder |
 //! | `error.rs` | the one mapping to OpenAI's error body |
 

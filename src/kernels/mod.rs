@@ -1,7 +1,8 @@
-//! The arithmetic of the native runner: the only home of SIMD instructions, and the thread pool.
+//! The arithmetic of the native runner and of training: the only home of SIMD instructions, and the
+//! thread pool.
 //!
-//! Every kernel exists twice: in plain code, which is the oracle, and for AVX2. Both give the same
-//! bits, and a token's result never depends on what else is computed with it: sums run in one order,
+//! Every kernel exists twice: in plain code, which is the oracle, and for AVX2. The runner's give the
+//! same bits both ways ([`gemm`], training's, rounds once less with FMA), and a token's result never depends on what else is computed with it: sums run in one order,
 //! whatever the tile. AVX-512 VNNI and NEON would be modules beside `avx2`, and arms of
 //! [`matmul::Isa`].
 
