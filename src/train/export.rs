@@ -3,29 +3,14 @@
 
 use super::model::{Lora, Model};
 use super::optim::Param;
-use crate::gguf::{Covered, Gguf, GgufError, GgufWriter, TensorType, dequantize};
+use crate::gguf::{
+    Covered, Gguf, GgufError, GgufWriter, TensorType, dequantize, is_interleaved, layer_module,
+};
 use candle_core::{Device, Tensor};
 use serde_json::json;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-
-/// Architectures whose GGUF holds the rows of queries and keys in another order than Hugging Face's
-/// files: pairs of a rotation are neighbours here, and half a head apart there.
-const INTERLEAVED: &[&str] = &["llama"];
-
-/// Modules of a layer, as GGUF and as PEFT name them.
-const MODULES: [(&str, &str); 9] = [
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_qkv", "self_attn.qkv_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-    ("token_embd", "embed_tokens"),
-];
 
 /// Why nothing was written.
 #[derive(Debug, thiserror::Error)]
@@ -132,9 +117,8 @@ pub fn peft_folder(
             .strip_prefix("blk.")
             .and_then(|rest| rest.split_once('.'))
             .ok_or_else(|| ExportError::Other(format!("`{}` is in no layer", pair.tensor)))?;
-        let module = MODULES.iter().find(|(name, _)| *name == short);
-        let (_, module) =
-            module.ok_or_else(|| ExportError::Other(format!("PEFT has no name for `{short}`")))?;
+        let module = layer_module(short)
+            .ok_or_else(|| ExportError::Other(format!("PEFT has no name for `{short}`")))?;
         let b = match heads(shape, short) {
             Some(heads) => to_halves(&pair.b, heads, lora.rank),
             None => pair.b,
@@ -182,7 +166,7 @@ pub fn peft_folder(
 /// Heads within which the rows of a matrix stand in another order at Hugging Face.
 fn heads(shape: &Covered, short: &str) -> Option<usize> {
     match short {
-        _ if !INTERLEAVED.contains(&shape.architecture.as_str()) => None,
+        _ if !is_interleaved(&shape.architecture) => None,
         "attn_q" => Some(shape.heads),
         "attn_k" => Some(shape.kv_heads),
         _ => None,
