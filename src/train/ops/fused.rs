@@ -31,7 +31,7 @@ impl Number for f64 {}
 pub trait Fused: Send + Sync + 'static {
     const NAME: &'static str;
 
-    /// The result and its shape. `wanted` says whether there will be a backward pass.
+    /// The result and its shape.
     fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)>;
 
     /// What the arguments' gradients are, of those that are wanted, by that of the result.

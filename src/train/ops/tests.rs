@@ -1,5 +1,4 @@
-//! Each operation against finite differences in f64, against candle's simple operations, and on one
-//! and several threads.
+//! Each operation against finite differences in f64, and some against their definitions.
 
 use super::*;
 use crate::gguf::{Gating, Gguf, GgufWriter, TensorType};
