@@ -42,6 +42,7 @@ pub struct ServeConfig {
     pub keys: KeyConfig,
     pub engine: EngineConfig,
     pub limits: LimitConfig,
+    pub jobs: JobConfig,
     pub log: LogConfig,
 }
 
@@ -111,6 +112,13 @@ pub struct LimitConfig {
     pub request_timeout: Duration,
     /// Bytes of a request's body.
     pub body_limit: usize,
+}
+
+/// Training jobs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct JobConfig {
+    /// At the same time.
+    pub max_running: u32,
 }
 
 /// What is logged, and how.
@@ -224,6 +232,7 @@ impl ServeOptions {
             request_timeout: time("request-timeout", self.request_timeout, 600)?,
             body_limit: self.resolve_body_limit()?,
         };
+        let jobs = JobConfig { max_running: self.max_running_jobs.map_or(1, NonZeroU32::get) };
         let log = LogConfig {
             format: self.log_format.unwrap_or(LogFormat::Text),
             level: self.log_level.unwrap_or_else(|| "info".to_owned()),
@@ -255,6 +264,7 @@ impl ServeOptions {
             keys,
             engine,
             limits,
+            jobs,
             log,
         })
     }

@@ -10,11 +10,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Engine => return ingot::engine::main(),
+        Command::Job { folder } => return ingot::train::job::main(&folder),
         Command::Version => return cli::version::main(),
         Command::Serve(options) => serve(*options),
         Command::Run(options) => cli::run::main(options),
         Command::Pull(options) => cli::pull::main(options),
         Command::Models(options) => cli::models::main(options),
+        Command::Train(options) => cli::train::main(options),
+        Command::Jobs(options) => cli::jobs::main(options),
         Command::Verify(options) => cli::verify::main(options),
         Command::Bench(BenchCommand::Serve(options)) => cli::bench_serve::main(*options),
     };

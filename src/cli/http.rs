@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const JSON: &str = "application/json";
 /// Bytes of an error body that are looked at, at most.
 const ERROR_LIMIT: usize = 1 << 16;
 
@@ -97,8 +98,18 @@ impl Server {
         path: &str,
         body: Option<Bytes>,
     ) -> Result<serde_json::Value, HttpError> {
+        self.json_of(method, path, body.map(|body| (JSON, body))).await
+    }
+
+    /// The same for a body of any type.
+    pub async fn json_of(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<(&str, Bytes)>,
+    ) -> Result<serde_json::Value, HttpError> {
         let mut connection = self.connect().await?;
-        let response = connection.send(self, method, path, body).await?;
+        let response = connection.send_of(self, method, path, body).await?;
         let bytes = response
             .into_body()
             .collect()
@@ -130,19 +141,30 @@ impl Connection {
         path: &str,
         body: Option<Bytes>,
     ) -> Result<Response<Incoming>, HttpError> {
+        self.send_of(server, method, path, body.map(|body| (JSON, body))).await
+    }
+
+    /// The same for a body of any type.
+    pub async fn send_of(
+        &mut self,
+        server: &Server,
+        method: Method,
+        path: &str,
+        body: Option<(&str, Bytes)>,
+    ) -> Result<Response<Incoming>, HttpError> {
         let mut request = Request::builder()
             .method(method)
             .uri(format!("{}{path}", server.prefix))
             .header("host", &server.authority)
             .header("user-agent", concat!("ingot/", env!("CARGO_PKG_VERSION")));
-        if body.is_some() {
-            request = request.header("content-type", "application/json");
+        if let Some((content_type, _)) = &body {
+            request = request.header("content-type", *content_type);
         }
         if let Some(key) = &server.key {
             request = request.header("authorization", format!("Bearer {}", key.expose()));
         }
         let request = request
-            .body(Full::new(body.unwrap_or_default()))
+            .body(Full::new(body.map(|(_, body)| body).unwrap_or_default()))
             .map_err(|error| HttpError::Lost(error.to_string()))?;
         let response = self
             .sender

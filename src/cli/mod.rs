@@ -6,16 +6,20 @@
 //! | `pull.rs`, `models.rs` | models into the data folder, and what is there |
 //! | `run.rs`, `run/` | a chat in the terminal, over the HTTP API like any client |
 //! | `bench_serve.rs`, `bench_serve/` | load generator for any OpenAI-compatible server |
+//! | `train.rs`, `train/` | a training job, here or on a server, with a progress bar |
+//! | `jobs.rs` | a server's jobs |
 //! | `verify.rs` | the runners' rounding, measured on a text |
 //! | `version.rs` | what this binary was built from |
 //! | `http.rs`, `progress.rs` | what the verbs share: a small HTTP client, progress bars |
 
 pub mod bench_serve;
 mod http;
+pub mod jobs;
 pub mod models;
 mod progress;
 pub mod pull;
 pub mod run;
+pub mod train;
 pub mod verify;
 pub mod version;
 
@@ -45,6 +49,10 @@ pub enum Command {
     Pull(pull::PullOptions),
     /// List the models in the data folder
     Models(models::ModelsOptions),
+    /// Train a model: here, or on a server
+    Train(train::TrainOptions),
+    /// List, follow and steer the jobs of a server
+    Jobs(jobs::JobsOptions),
     /// Measure how far rounding moves a model's predictions, on a text
     Verify(verify::VerifyOptions),
     /// Measure
@@ -55,6 +63,12 @@ pub enum Command {
     /// The engine process; started by `ingot serve`
     #[command(hide = true)]
     Engine,
+    /// A job's process; started by `ingot serve` and `ingot train`
+    #[command(hide = true)]
+    Job {
+        /// The job's folder
+        folder: std::path::PathBuf,
+    },
 }
 
 /// What can be measured.

@@ -51,7 +51,7 @@ fn quantization(path: &Path) -> String {
 }
 
 /// Columns as wide as their widest cell, two spaces apart.
-fn align<const N: usize>(rows: Vec<[String; N]>) -> String {
+pub(super) fn align<const N: usize>(rows: Vec<[String; N]>) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
     let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();
     let mut text = String::new();

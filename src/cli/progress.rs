@@ -60,6 +60,13 @@ pub(super) fn token_bar(total: u64) -> ProgressBar {
     bar
 }
 
+/// A bar of optimizer steps, with a message that the caller sets.
+pub(super) fn step_bar(total: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(2));
+    bar.set_style(style("{bar:30}  {pos}/{len} steps  {msg}  {elapsed}"));
+    bar
+}
+
 /// A spinner with a text that the caller sets.
 pub(super) fn spinner(text: String) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(5));

@@ -224,6 +224,10 @@ pub struct ServeOptions {
     )]
     pub adapter: Vec<AdapterArg>,
 
+    /// Training jobs that run at the same time; the rest wait [default: 1]
+    #[arg(long, value_name = "N", env = "INGOT_MAX_RUNNING_JOBS", help_heading = "Jobs")]
+    pub max_running_jobs: Option<NonZeroU32>,
+
     /// Time that a step of the mock runner takes, in microseconds
     #[arg(long, env = "INGOT_MOCK_STEP_US", hide = true)]
     pub mock_step_us: Option<u64>,
@@ -267,7 +271,7 @@ impl ServeOptions {
                 max_concurrent_per_key, share_prefixes, request_timeout, body_limit, queue_limit,
                 context_length, kv_tokens, kv_type, kv_layout, max_sequences, batch_tokens,
                 threads, gpu_layers, runner, flash_attention, mmap, target_step_ms, speculate,
-                draft_model, watchdog, max_loaded_models, memory_budget, mock_step_us, log_format, log_level, log_prompts;
+                draft_model, watchdog, max_loaded_models, memory_budget, max_running_jobs, mock_step_us, log_format, log_level, log_prompts;
             lists: models, allowed_host, api_key, adapter,
         )
     }

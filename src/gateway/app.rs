@@ -2,6 +2,7 @@
 
 use crate::config::ServeConfig;
 use crate::gateway::auth::Auth;
+use crate::gateway::jobs::Jobs;
 use crate::gateway::lifecycle::Lifecycle;
 use crate::gateway::metrics::Metrics;
 use crate::gateway::registry::Registry;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 pub struct App {
     pub config: Arc<ServeConfig>,
     pub registry: Arc<Registry>,
+    pub jobs: Arc<Jobs>,
     pub metrics: Arc<Metrics>,
     pub auth: Auth,
     pub life: Lifecycle,
@@ -24,6 +26,7 @@ impl App {
             auth: Auth::new(&config.keys),
             metrics: Arc::new(Metrics::new()),
             life: Lifecycle::default(),
+            jobs: Jobs::new(config.clone(), registry.clone()),
             registry,
             config,
         })

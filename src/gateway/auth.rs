@@ -5,6 +5,7 @@ use crate::config::{KeyConfig, ShareScope};
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::limits::{GuardedBody, KeyLimits};
+use crate::gateway::store::hex;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -82,6 +83,16 @@ impl Auth {
             _ => Err(ApiError::unauthorized(
                 "Admin routes need the admin key: send it as `Authorization: Bearer KEY`.",
             )),
+        }
+    }
+
+    /// Whose files and jobs these are: the same after a restart and in another order of keys.
+    pub fn owner(&self, identity: Identity) -> String {
+        let at = identity.key.checked_sub(FIRST_KEY).and_then(|at| usize::try_from(at).ok());
+        match at.and_then(|at| self.keys.get(at)) {
+            Some(digest) => hex(&digest[..8]),
+            None if identity.admin => "admin".to_owned(),
+            None => String::new(),
         }
     }
 

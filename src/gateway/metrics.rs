@@ -6,12 +6,15 @@
 //! past [`MAX_MODELS`] are counted as `other`.
 
 mod collect;
+mod jobs;
 mod observer;
 
 pub use collect::EngineSample;
+pub use jobs::{JobSample, JobSamples};
 pub use observer::RequestObserver;
 
 use collect::EngineSeries;
+use jobs::JobSeries;
 use prometheus::{
     GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry,
     TextEncoder,
@@ -46,6 +49,7 @@ pub struct Metrics {
     registry: Registry,
     requests: RequestSeries,
     engines: EngineSeries,
+    jobs: JobSeries,
     rejected: IntCounterVec,
     models: Mutex<HashSet<String>>,
     /// Held by a scrape: it sets gauges anew before it reads them.
@@ -74,6 +78,7 @@ impl Metrics {
         let make = Maker(Registry::new());
         let requests = RequestSeries::new(&make);
         let engines = EngineSeries::new(&make);
+        let jobs = JobSeries::new(&make);
         let rejected = make.counter(
             "ingot_requests_rejected_total",
             "Requests refused by the gateway, or for lack of room in an engine, by reason.",
@@ -85,6 +90,7 @@ impl Metrics {
             registry: make.0,
             requests,
             engines,
+            jobs,
             rejected,
             models: Mutex::default(),
             scrape: Mutex::default(),
@@ -101,11 +107,12 @@ impl Metrics {
         self.rejected.with_label_values(&[reason]).inc();
     }
 
-    /// The text that Prometheus scrapes, with what the engines report now.
-    pub fn render(&self, engines: &[EngineSample]) -> String {
+    /// The text that Prometheus scrapes, with what engines and jobs report now.
+    pub fn render(&self, engines: &[EngineSample], jobs: &JobSamples) -> String {
         let _turn = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         let names = engines.iter().map(|engine| self.bounded(&engine.model).to_owned());
         self.engines.collect(engines, &names.collect::<Vec<_>>());
+        self.jobs.collect(jobs);
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_else(|error| {
             tracing::error!("metrics cannot be written: {error}");
             String::new()

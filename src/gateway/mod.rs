@@ -8,6 +8,7 @@
 //! | `app.rs` | what every handler shares |
 //! | `auth.rs`, `limits.rs` | who asks, and how much of it is allowed |
 //! | `registry.rs`, `registry/` | loaded models and adapters by name |
+//! | `jobs/` | training jobs: the queue, their processes, what they made |
 //! | `lifecycle.rs` | starting, running, draining |
 //! | `header.rs` | what a model's header tells before it is loaded |
 //! | `memory.rs` | what a model will take, planned before it is loaded |
@@ -22,6 +23,7 @@ pub mod app;
 pub mod auth;
 pub mod error;
 pub mod header;
+pub mod jobs;
 pub mod lifecycle;
 pub mod limits;
 pub mod memory;

@@ -9,10 +9,12 @@
 mod adapters;
 mod load;
 mod model;
+mod named;
 
 pub(crate) use adapters::work_folder;
 pub use adapters::{AdapterSpec, AdapterVersion};
 pub use model::Model;
+pub use named::Trainable;
 
 use crate::config::ServeConfig;
 use crate::gateway::error::ApiError;
@@ -37,6 +39,8 @@ pub struct Registry {
     state: Mutex<State>,
     /// Held while a model is loaded or unloaded.
     one_at_a_time: tokio::sync::Mutex<()>,
+    /// Held while an adapter is loaded because a request names it.
+    one_adapter_at_a_time: tokio::sync::Mutex<()>,
     /// Numbers adapter versions, and orders uses of models.
     next: AtomicU64,
 }
@@ -46,6 +50,8 @@ struct State {
     models: BTreeMap<String, Arc<Model>>,
     adapters: BTreeMap<String, Arc<AdapterVersion>>,
     loading: BTreeSet<String>,
+    /// Adapters that an operator took out: no request brings them back.
+    unloaded: BTreeSet<String>,
     /// Engines that still answer their last requests, for the metrics and the memory plan.
     leaving: BTreeMap<String, Arc<Model>>,
 }
@@ -104,6 +110,7 @@ impl Registry {
             store,
             state: Mutex::default(),
             one_at_a_time: tokio::sync::Mutex::default(),
+            one_adapter_at_a_time: tokio::sync::Mutex::default(),
             next: AtomicU64::new(1),
         })
     }
@@ -133,8 +140,15 @@ impl Registry {
         Ok(Served { name: name.to_owned(), model: model.clone(), adapter: adapter.cloned() })
     }
 
-    /// Everything that `resolve` finds: models, then adapters, each by name.
+    /// Everything that `find` finds: models, adapters, and those that a request would load, each by
+    /// name.
     pub fn list(&self) -> Vec<ModelCard> {
+        let mut loaded = self.loaded();
+        loaded.extend(self.on_demand_cards(&loaded));
+        loaded
+    }
+
+    fn loaded(&self) -> Vec<ModelCard> {
         let state = self.lock();
         let card = |id: &str, created, parent: Option<&str>, model: &Model| ModelCard {
             id: id.to_owned(),

@@ -96,6 +96,7 @@ async fn run(config: Arc<ServeConfig>) -> Result<(), ServeError> {
     let result = match started {
         Some(Ok(())) => {
             app.life.started();
+            app.jobs.start();
             startup::announce(&app, address);
             signals.next().await;
             drain(&app, &mut signals).await;
@@ -104,6 +105,7 @@ async fn run(config: Arc<ServeConfig>) -> Result<(), ServeError> {
         Some(Err(error)) => Err(error),
         None => Ok(()),
     };
+    app.jobs.stop().await;
     // Requests that outlived the grace time end with a clear error, which then still leaves.
     app.registry.stop().await;
     connections.stop(FLUSH_TIME).await;

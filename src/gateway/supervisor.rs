@@ -183,6 +183,11 @@ impl Engine {
         lock(&self.progress).clone()
     }
 
+    /// Requests that have been sent to it and have not ended.
+    pub fn in_flight(&self) -> usize {
+        lock(&self.connection).as_ref().map_or(0, |connection| lock(&connection.requests).len())
+    }
+
     /// Batch sizes (rows per step) since the last call, for the metrics.
     pub fn take_batch_sizes(&self) -> Vec<u32> {
         std::mem::take(&mut lock(&self.batch_sizes))

@@ -49,7 +49,7 @@ pub use error::GgufError;
 pub use facts::{KvType, ModelFacts, PoolingType, SplitFacts};
 pub use lora::{LoraError, LoraInfo, peft_to_gguf};
 pub use lora_check::check_lora_gguf;
-pub(crate) use peft::{is_interleaved, layer_module};
+pub use peft::{is_interleaved, layer_module};
 pub use reader::{Gguf, TensorInfo};
 pub use tokens::{SpecialToken, TokenizerFacts};
 pub use types::{Array, TensorType, UnknownTensorType, Value};

@@ -204,12 +204,12 @@ const INTERLEAVED: &[&str] = &["llama", "mistral3", "smollm3", "granite", "arcee
 const SAME_ORDER: &[&str] = &["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"];
 
 /// Hugging Face's path, within its layer, of what GGUF calls `short`.
-pub(crate) fn layer_module(short: &str) -> Option<&'static str> {
+pub fn layer_module(short: &str) -> Option<&'static str> {
     LAYER_MODULES.iter().find(|(_, gguf)| *gguf == short).map(|(module, _)| *module)
 }
 
 /// Whether the rows of queries and keys stand in another order than in Hugging Face's files.
-pub(crate) fn is_interleaved(arch: &str) -> bool {
+pub fn is_interleaved(arch: &str) -> bool {
     INTERLEAVED.contains(&arch)
 }
 

@@ -22,6 +22,7 @@ mod parser;
 mod python;
 mod scan;
 
+use crate::gguf::{SpecialToken, TokenizerFacts};
 use minijinja::value::Value as Jinja;
 use serde_json::{Map, Value};
 
@@ -89,6 +90,23 @@ const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
 impl ChatTemplate {
+    /// The template that a model's file brings, or [`CHATML`].
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::compile`].
+    pub fn of(facts: &TokenizerFacts) -> Result<ChatTemplate, TemplateError> {
+        let text = |token: &Option<SpecialToken>| {
+            token.as_ref().map_or_else(String::new, |token| token.text.clone())
+        };
+        let tool_use = facts.named_templates.iter().find(|(name, _)| name == "tool_use");
+        Self::compile(
+            facts.chat_template.as_deref().unwrap_or_default(),
+            tool_use.map(|(_, source)| source.as_str()),
+            &text(&facts.bos),
+            &text(&facts.eos),
+        )
+    }
+
     /// Compiles a template, and the one a model may carry for conversations with tools; an empty
     /// `source` means [`CHATML`]. `bos` and `eos` are the texts of the special tokens.
     ///

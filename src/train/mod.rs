@@ -1,9 +1,11 @@
-//! Training, as far as it is there: data, trainable models, optimizers, checkpoints, supervised
-//! fine-tuning, exports. Nothing calls it yet: jobs, their process and their HTTP come next.
+//! Training: jobs and what they are made of.
+//!
+//! A job walks `job` → `recipes` → `data` → `model` → `ops` → `optim` → `checkpoint` → `export`.
 //!
 //! | folder | what |
 //! |---|---|
 //! | `spec.rs` | what a job is asked to do, with every default |
+//! | `job/` | the folder and the process of a job |
 //! | `recipes/` | what jobs do, a file each |
 //! | `data/` | formats, masks, tokens, packing, order |
 //! | `model/` | the decoders of `gguf::Covered`, trainable; LoRA |
@@ -16,6 +18,7 @@
 pub mod checkpoint;
 pub mod data;
 pub mod export;
+pub mod job;
 pub mod model;
 pub mod ops;
 pub mod optim;

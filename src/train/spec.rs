@@ -155,7 +155,8 @@ fn alpha() -> f64 {
 }
 
 impl Adapter {
-    fn usual() -> Option<Self> {
+    /// What a job trains if nothing is said.
+    pub fn usual() -> Option<Self> {
         let (init, targets) = (None, Targets::All);
         Some(Self { init, r: rank(), alpha: alpha(), targets, rslora: false })
     }
@@ -207,6 +208,28 @@ pub struct Resolved {
 }
 
 impl Spec {
+    /// The same with nothing left open, for those who want to know how a job was done.
+    pub fn filled(&self, settings: &Resolved) -> Self {
+        let settings = settings.clone();
+        let train = Train {
+            epochs: Some(settings.epochs),
+            max_steps: settings.max_steps,
+            batch_size: Some(settings.batch_size),
+            micro_batch: Some(settings.micro_batch),
+            max_length: Some(settings.max_length),
+            learning_rate: Some(settings.learning_rate),
+            schedule: Some(settings.schedule),
+            warmup: Some(settings.warmup),
+            eval_every: Some(settings.eval_every),
+            checkpoint_every: Some(settings.checkpoint_every),
+            keep_checkpoints: Some(settings.keep_checkpoints),
+            threads: Some(settings.threads),
+            activation_checkpointing: Some(settings.activation_checkpointing),
+            optimizer: Some(settings.optimizer),
+        };
+        Self { train, ..self.clone() }
+    }
+
     /// Fills in what is not given, and checks everything that needs neither model nor data.
     ///
     /// # Errors
@@ -222,12 +245,12 @@ impl Spec {
             }
             _ => {}
         }
-        if self
-            .suffix
-            .as_ref()
-            .is_some_and(|suffix| suffix.is_empty() || suffix.chars().count() > 64)
-        {
-            return Err("suffix: it has 1 to 64 characters".into());
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        let fits = |text: &str| (1..=64).contains(&text.len()) && text.chars().all(plain);
+        if self.suffix.as_ref().is_some_and(|suffix| !fits(suffix)) {
+            return Err(
+                "suffix: it has 1 to 64 letters, digits, dots, dashes or underscores".into()
+            );
         }
         if let Some(adapter) = &self.adapter {
             within("adapter.r", adapter.r as f64, 1.0, 8192.0)?;
@@ -315,6 +338,7 @@ mod tests {
                 "eval_every": 50, "checkpoint_every": 100, "threads": 2}}"#;
         let (read, resolved) = spec(text).unwrap();
         assert_eq!((resolved.max_steps, resolved.threads), (Some(200), 2));
+        assert_eq!(read.filled(&resolved).resolve().unwrap(), resolved);
         let again: Spec = serde_json::from_str(&serde_json::to_string(&read).unwrap()).unwrap();
         assert_eq!(read, again);
         let toml: Spec = toml::from_str(
@@ -343,6 +367,7 @@ mod tests {
             (r#""train": {"optimizer": {"name": "sgd"}}"#, "sgd"),
             (r#""name": "x""#, "name"),
             (r#""suffix": """#, "suffix"),
+            (r#""suffix": "a b""#, "suffix"),
         ] {
             let error = with(more);
             assert!(error.contains(why), "{more}: {error}");

@@ -12,14 +12,14 @@ type Table = &'static [(&'static str, &'static [&'static str])];
 
 /// Rooms of the crate. Gateway and engine meet in `ipc` and nowhere else.
 const ROOMS: Table = &[
-    ("main", &["cli", "engine", "gateway", "config"]),
-    ("cli", &["engine", "gateway", "config", "gguf", "ipc", "build_info"]),
+    ("main", &["cli", "train", "engine", "gateway", "config"]),
+    ("cli", &["train", "engine", "gateway", "config", "gguf", "ipc", "build_info"]),
+    ("gateway", &["train", "config", "template", "gguf", "ipc", "build_info"]),
     ("train", &["engine", "template", "kernels", "gguf"]),
     ("engine", &["ipc", "kernels", "gguf"]),
-    ("gateway", &["config", "template", "gguf", "ipc", "build_info"]),
     ("config", &["ipc"]),
     ("build_info", &[]),
-    ("template", &[]),
+    ("template", &["gguf"]),
     ("kernels", &["gguf"]),
     ("gguf", &[]),
     ("ipc", &[]),
@@ -28,10 +28,11 @@ const ROOMS: Table = &[
 /// Rooms of the gateway.
 const GATEWAY: Table = &[
     ("server", &["api", "auth", "app", "registry", "limits", "store", "error"]),
-    ("api", &["stream", "auth", "app", "registry", "store", "error"]),
+    ("api", &["stream", "auth", "app", "jobs", "registry", "store", "error"]),
     ("stream", &["app", "registry", "metrics", "supervisor", "error"]),
-    ("auth", &["app", "limits", "error"]),
-    ("app", &["registry", "metrics", "limits", "lifecycle"]),
+    ("auth", &["app", "limits", "store", "error"]),
+    ("app", &["jobs", "registry", "metrics", "limits", "lifecycle"]),
+    ("jobs", &["registry", "memory", "metrics", "store", "error"]),
     ("registry", &["memory", "header", "metrics", "supervisor", "store", "error"]),
     ("memory", &["header"]),
     ("header", &["error"]),
@@ -80,6 +81,7 @@ const ENGINE: Table = &[
 
 /// Rooms of training.
 const TRAIN: Table = &[
+    ("job", &["recipes", "export", "checkpoint", "data", "spec", "model"]),
     ("recipes", &["checkpoint", "data", "spec", "model", "optim", "schedule", "ops"]),
     ("export", &["data", "model", "optim"]),
     ("checkpoint", &["optim"]),

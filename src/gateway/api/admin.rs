@@ -4,6 +4,7 @@
 mod upload;
 
 use super::fields::Fields;
+use super::{MAX_NAME, form};
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{AdapterSpec, AdapterVersion, ModelStatus};
@@ -11,15 +12,13 @@ use crate::gateway::store::hex;
 use axum::Json;
 use axum::body::to_bytes;
 use axum::extract::rejection::PathRejection;
-use axum::extract::{FromRequest, Multipart, Path, Request, State};
-use http::{StatusCode, header};
+use axum::extract::{Path, Request, State};
+use http::StatusCode;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// Bytes of a JSON body here.
 const MAX_JSON: usize = 64 << 10;
-/// Characters of a name or source, at most.
-const MAX_NAME: usize = 200;
 
 type Answer = Result<(StatusCode, Json<Value>), ApiError>;
 
@@ -114,19 +113,14 @@ pub async fn list_adapters(State(app): State<Arc<App>>) -> Answer {
 /// # Errors
 /// As [`crate::gateway::registry::Registry::load_adapter`].
 pub async fn load_adapter(State(app): State<Arc<App>>, request: Request) -> Answer {
-    let content_type = request.headers().get(header::CONTENT_TYPE);
-    let content_type = content_type.and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let essence = content_type.split(';').next().unwrap_or_default().trim();
     let mut upload = None;
-    let (spec, source) = if essence.eq_ignore_ascii_case("multipart/form-data") {
-        let form = Multipart::from_request(request, &()).await.map_err(|rejection| {
-            ApiError::bad_request(format!("The form cannot be read: {}.", rejection.body_text()))
-        })?;
+    let (spec, source) = if form::is_form(&request) {
+        let form = form::open(request).await?;
         let (spec, files) = upload::receive(&app, form).await?;
         upload = Some(files);
         let source = spec.name.clone();
         (spec, source)
-    } else if essence.eq_ignore_ascii_case("application/json") {
+    } else if form::essence(&request).eq_ignore_ascii_case("application/json") {
         let mut fields = json_fields(&app, request).await?;
         let name = fields.string("name", MAX_NAME)?.ok_or_else(|| fields.missing("name"))?;
         let base = fields.string("base", MAX_NAME)?;
@@ -134,7 +128,7 @@ pub async fn load_adapter(State(app): State<Arc<App>>, request: Request) -> Answ
         let scale = fields.number("scale", -100.0..=100.0)?.unwrap_or(1.0);
         fields.finish()?;
         let path = app.registry.adapter_path(&source).await?;
-        (AdapterSpec { name, base, path, scale }, source)
+        (AdapterSpec { name, base, path, scale, check: false }, source)
     } else {
         return Err(ApiError::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,

@@ -46,7 +46,7 @@ pub async fn handle(
     JsonBody(fields): JsonBody,
 ) -> Result<Response, ApiError> {
     let mut request = ChatRequest::read(fields)?;
-    let served = app.registry.resolve(&request.common.model)?;
+    let served = app.registry.find(&request.common.model).await?;
     let info = served.model.engine.info()?;
     request.check(&info)?;
     request.map_effort(&served.model)?;

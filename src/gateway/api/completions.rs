@@ -55,7 +55,7 @@ pub async fn handle(
     JsonBody(fields): JsonBody,
 ) -> Result<Response, ApiError> {
     let request = CompletionRequest::read(fields)?;
-    let served = app.registry.resolve(&request.common.model)?;
+    let served = app.registry.find(&request.common.model).await?;
     let info = served.model.engine.info()?;
     request.check(&info)?;
     if let Some(grammar) = &request.grammar {

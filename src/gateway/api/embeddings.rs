@@ -63,7 +63,7 @@ pub async fn handle(
     JsonBody(fields): JsonBody,
 ) -> Result<Response, ApiError> {
     let request = EmbeddingRequest::read(fields)?;
-    let served = app.registry.resolve(&request.model)?;
+    let served = app.registry.find(&request.model).await?;
     let info = served.model.engine.info()?;
     request.check(&served, &info)?;
     let call = served.model.engine.call(Call::Embed { inputs: request.inputs });

@@ -86,6 +86,11 @@ impl Fields {
         self.map.swap_remove(key).filter(|value| !value.is_null())
     }
 
+    /// Undoes [`Fields::take`].
+    pub fn put_back(&mut self, key: &str, value: Value) {
+        self.map.insert(key.to_owned(), value);
+    }
+
     /// What an error says of a required field that is not there.
     pub fn missing(&self, key: &str) -> ApiError {
         let name = self.name(key);

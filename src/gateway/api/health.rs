@@ -45,6 +45,6 @@ pub async fn version() -> Json<BuildInfo> {
 
 /// `GET /metrics`, in Prometheus' text format.
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let text = app.metrics.render(&app.registry.samples());
+    let text = app.metrics.render(&app.registry.samples(), &app.jobs.samples());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }

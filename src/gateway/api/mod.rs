@@ -5,6 +5,8 @@
 //! | `chat.rs`, `chat_answer.rs` | `/v1/chat/completions`: request, answer |
 //! | `completions.rs`, `embeddings.rs`, `tokenize.rs` | their endpoints |
 //! | `models.rs`, `admin.rs`, `health.rs`, `openapi.rs` | their endpoints |
+//! | `files.rs`, `fine_tuning.rs`, `jobs.rs` | files, OpenAI's jobs, the operator's jobs |
+//! | `form.rs` | multipart forms within bounds |
 //! | `fields.rs` | strict reading of JSON bodies |
 //! | `params.rs`, `format.rs`, `messages.rs`, `tools.rs` | parameters, validated once |
 //! | `constraint.rs` | what a grammar makes of tools and formats |
@@ -17,8 +19,12 @@ pub mod completions;
 mod constraint;
 pub mod embeddings;
 pub mod fields;
+pub mod files;
+pub mod fine_tuning;
+mod form;
 mod format;
 pub mod health;
+pub mod jobs;
 mod logprobs;
 mod messages;
 pub mod models;
@@ -35,6 +41,9 @@ use http::Uri;
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Bytes of a name or source, at most.
+const MAX_NAME: usize = 200;
 
 /// What every body of one generated answer has in common.
 #[derive(Debug, Serialize)]

@@ -27,7 +27,7 @@ pub async fn tokenize(
     State(app): State<Arc<App>>,
     JsonBody(mut fields): JsonBody,
 ) -> Result<Response, ApiError> {
-    let served = resolve(&app, &mut fields)?;
+    let served = resolve(&app, &mut fields).await?;
     let content = fields.string("content", usize::MAX)?;
     let content = content.or(fields.string("text", usize::MAX)?);
     let text = content.ok_or_else(|| fields.missing("content"))?;
@@ -59,7 +59,7 @@ pub async fn detokenize(
     State(app): State<Arc<App>>,
     JsonBody(mut fields): JsonBody,
 ) -> Result<Response, ApiError> {
-    let served = resolve(&app, &mut fields)?;
+    let served = resolve(&app, &mut fields).await?;
     let tokens = fields.tokens("tokens", MAX_TOKENS_GIVEN)?;
     let tokens = tokens.ok_or_else(|| fields.missing("tokens"))?;
     let render_special = fields.boolean("render_special")?.unwrap_or(true);
@@ -81,7 +81,7 @@ pub async fn apply_template(
     State(app): State<Arc<App>>,
     JsonBody(mut fields): JsonBody,
 ) -> Result<Response, ApiError> {
-    let served = resolve(&app, &mut fields)?;
+    let served = resolve(&app, &mut fields).await?;
     let messages = take_messages(&mut fields)?;
     let kwargs = fields.object("chat_template_kwargs")?.map(Fields::into_map);
     let continue_final = fields.boolean("continue_final_message")?.unwrap_or(false);
@@ -101,9 +101,9 @@ pub async fn apply_template(
 }
 
 /// The model that the request names, or the only one there is.
-fn resolve(app: &App, fields: &mut Fields) -> Result<Served, ApiError> {
+async fn resolve(app: &App, fields: &mut Fields) -> Result<Served, ApiError> {
     if let Some(name) = take_model(fields)? {
-        return app.registry.resolve(&name);
+        return app.registry.find(&name).await;
     }
     let models = app.registry.list();
     let mut models = models.iter().filter(|card| card.parent.is_none());

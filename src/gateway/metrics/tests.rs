@@ -24,7 +24,7 @@ fn a_request_is_counted_once_along_its_way() {
     request.finish(&FinishReason::StopString("x".into()));
     request.done(&Timing { prefill_seconds: 0.1, decode_seconds: 0.2, ..Timing::default() });
     drop(request);
-    let text = metrics.render(&[]);
+    let text = metrics.render(&[], &JobSamples::default());
     let counted = |sample: &str| value(&text, sample).unwrap_or_else(|| panic!("{sample}\n{text}"));
     assert_eq!(counted(r#"ingot_prompt_tokens_total{model="m"}"#), 10.0);
     assert_eq!(counted(r#"ingot_prompt_tokens_cached_total{model="m"}"#), 4.0);
@@ -43,7 +43,7 @@ fn a_dropped_request_is_an_abort_and_a_failed_one_is_not() {
     let metrics = Metrics::new();
     drop(metrics.observe("m"));
     metrics.observe("m").failed(&EngineError::internal("broken"));
-    let text = metrics.render(&[]);
+    let text = metrics.render(&[], &JobSamples::default());
     assert_eq!(
         value(&text, r#"ingot_request_success_total{finish_reason="abort",model="m"}"#),
         Some(1.0)
@@ -70,7 +70,7 @@ fn engine_counters_survive_a_restart() {
         pid: None,
     };
     for (steps, restarts, total) in [(100, 0, 100.0), (150, 0, 150.0), (7, 1, 157.0)] {
-        let text = metrics.render(&[sample(steps, restarts)]);
+        let text = metrics.render(&[sample(steps, restarts)], &JobSamples::default());
         assert_eq!(value(&text, r#"ingot_engine_steps_total{model="m"}"#), Some(total));
         assert_eq!(value(&text, r#"ingot_prefix_cache_hits_total{model="m"}"#), Some(total * 2.0));
         let restarts = restarts as f64;
@@ -79,7 +79,7 @@ fn engine_counters_survive_a_restart() {
         assert_eq!(value(&text, r#"ingot_kv_pages{model="m",state="free"}"#), Some(50.0));
     }
     // Unloaded: gauges go, counters stay.
-    let text = metrics.render(&[]);
+    let text = metrics.render(&[], &JobSamples::default());
     assert_eq!(value(&text, r#"ingot_requests_running{model="m"}"#), None);
     assert_eq!(value(&text, r#"ingot_engine_steps_total{model="m"}"#), Some(157.0));
     assert_eq!(value(&text, r#"ingot_batch_size_count{model="m"}"#), Some(6.0));
@@ -94,7 +94,7 @@ fn label_values_are_bounded() {
     for number in 0..MAX_MODELS + 50 {
         drop(metrics.observe(&format!("m{number}")));
     }
-    let text = metrics.render(&[]);
+    let text = metrics.render(&[], &JobSamples::default());
     assert_eq!(
         value(&text, r#"ingot_request_success_total{finish_reason="abort",model="other"}"#),
         Some(50.0)
@@ -105,5 +105,5 @@ fn label_values_are_bounded() {
 fn hostile_label_values_are_escaped() {
     let metrics = Metrics::new();
     drop(metrics.observe("a\"b\\c\nd"));
-    assert!(metrics.render(&[]).contains(r#"model="a\"b\\c\nd""#));
+    assert!(metrics.render(&[], &JobSamples::default()).contains(r#"model="a\"b\\c\nd""#));
 }

@@ -9,7 +9,7 @@ use crate::gateway::error::ApiError;
 use crate::gateway::store::Store;
 use crate::gateway::supervisor::{Engine, EngineAdapter};
 use crate::gguf::{Gguf, LoraInfo, check_lora_gguf, peft_to_gguf};
-use crate::ipc::{AdapterId, EngineErrorKind};
+use crate::ipc::{AdapterId, EngineErrorKind, Event, Generate, Prompt};
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::fs::File;
@@ -32,6 +32,8 @@ pub struct AdapterSpec {
     pub path: PathBuf,
     /// Multiplies the adapter's own scale; 1 is as trained.
     pub scale: f32,
+    /// Whether it must have finite weights and write a token before anybody may name it.
+    pub check: bool,
 }
 
 /// One loaded version of an adapter. Dropping the last reference takes it out of its engine, so
@@ -48,7 +50,7 @@ pub struct AdapterVersion {
     pub info: Option<LoraInfo>,
     base: String,
     engine: Arc<Engine>,
-    _file: WorkFile,
+    file: WorkFile,
 }
 
 impl fmt::Debug for AdapterVersion {
@@ -61,6 +63,11 @@ impl AdapterVersion {
     /// Name of the model that it changes.
     pub fn base(&self) -> &str {
         &self.base
+    }
+
+    /// The GGUF that the engine loaded.
+    pub(super) fn file(&self) -> &Path {
+        &self.file.0
     }
 }
 
@@ -99,9 +106,11 @@ impl Registry {
                 ApiError::not_found(format!("There is no adapter `{id}`.")).with_param("source")
             };
             let path = path.canonicalize().map_err(missing)?;
-            let inside = store.adapters_folder().canonicalize().map_err(missing)?;
             // A link out of the folder is not followed.
-            if !path.starts_with(inside) {
+            if ![store.adapters_folder(), store.jobs_folder()]
+                .iter()
+                .any(|folder| folder.canonicalize().is_ok_and(|inside| path.starts_with(inside)))
+            {
                 return Err(missing(std::io::ErrorKind::NotFound.into()));
             }
             Ok(path)
@@ -164,6 +173,10 @@ impl Registry {
         })
         .await?;
         let cache_digest = with_scale(&digest, spec.scale);
+        if spec.check {
+            let path = file.0.clone();
+            blocking(move || check_finite(&path)).await?;
+        }
         let what = EngineAdapter { path: file.0.clone(), digest: cache_digest, scale: spec.scale };
         base.engine.load_adapter(id, what).await.map_err(|error| match error.kind {
             EngineErrorKind::Unavailable | EngineErrorKind::Overloaded => error.into(),
@@ -178,10 +191,14 @@ impl Registry {
             info,
             base: base.name.clone(),
             engine: base.engine.clone(),
-            _file: file,
+            file,
         });
+        if spec.check {
+            check_generation(&version).await?;
+        }
         let replaced = {
             let mut state = self.lock();
+            state.unloaded.remove(&version.name);
             let still_there =
                 state.models.get(&base.name).is_some_and(|model| Arc::ptr_eq(model, &base));
             if !still_there {
@@ -210,7 +227,11 @@ impl Registry {
     /// # Errors
     /// 404 if there is none of that name.
     pub fn unload_adapter(&self, name: &str) -> Result<(), ApiError> {
-        let removed = self.lock().adapters.remove(name);
+        let removed = {
+            let mut state = self.lock();
+            state.unloaded.insert(name.to_owned());
+            state.adapters.remove(name)
+        };
         match removed {
             Some(version) => {
                 tracing::info!(adapter = version.name, model = version.base, "adapter unloaded");
@@ -219,6 +240,45 @@ impl Registry {
             None => Err(ApiError::not_found(format!("There is no adapter `{name}` loaded."))),
         }
     }
+}
+
+/// A weight that is no number would spoil every answer.
+fn check_finite(path: &Path) -> Result<(), ApiError> {
+    let file = Gguf::open(path).map_err(ApiError::internal)?;
+    for tensor in file.tensors() {
+        let values = file.to_f32(tensor.name()).map_err(ApiError::internal)?;
+        if values.iter().any(|value| !value.is_finite()) {
+            let name = tensor.name();
+            return Err(ApiError::unprocessable(format!(
+                "The adapter's tensor `{name}` holds values that are no numbers."
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Has the adapter write one token, with a likelihood that is a number.
+async fn check_generation(version: &AdapterVersion) -> Result<(), ApiError> {
+    let refused =
+        |why: String| ApiError::unprocessable(format!("The adapter does not work: {why}."));
+    let prompt = Prompt::Text { text: "Hello".into(), add_special: true, parse_special: false };
+    let mut request = Generate::plain(0, prompt);
+    request.adapter = Some(version.id);
+    request.logprobs = Some(0);
+    request.stop.max_tokens = Some(1);
+    let mut running = version.engine.generate(request)?;
+    while let Some(event) = running.next().await {
+        match event {
+            Event::Delta { logprobs, .. }
+                if logprobs.iter().any(|token| !token.logprob.is_some_and(f32::is_finite)) =>
+            {
+                return Err(refused("its logits are no numbers".into()));
+            }
+            Event::Failed(error) => return Err(refused(error.to_string())),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn name_is_a_models(name: &str) -> ApiError {

@@ -4,7 +4,7 @@ use super::ModelStatus;
 use crate::gateway::header::ModelHeader;
 use crate::gateway::memory::MemoryPlan;
 use crate::gateway::supervisor::{Engine, EngineState};
-use crate::gguf::{ModelFacts, TokenizerFacts};
+use crate::gguf::ModelFacts;
 use crate::template::{ChatTemplate, TemplateError};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -46,7 +46,7 @@ impl Model {
         Self {
             name,
             engine,
-            chat: compile_template(&header.facts.tokenizer),
+            chat: ChatTemplate::of(&header.facts.tokenizer),
             facts: Arc::new(header.facts),
             path: plan.spec.model.clone(),
             plan,
@@ -111,17 +111,4 @@ impl Model {
             memory: self.plan.clone(),
         }
     }
-}
-
-fn compile_template(facts: &TokenizerFacts) -> Result<ChatTemplate, TemplateError> {
-    let text = |token: &Option<crate::gguf::SpecialToken>| {
-        token.as_ref().map_or_else(String::new, |token| token.text.clone())
-    };
-    let tool_use = facts.named_templates.iter().find(|(name, _)| name == "tool_use");
-    ChatTemplate::compile(
-        facts.chat_template.as_deref().unwrap_or_default(),
-        tool_use.map(|(_, source)| source.as_str()),
-        &text(&facts.bos),
-        &text(&facts.eos),
-    )
 }

@@ -66,6 +66,7 @@ async fn an_adapter_needs_a_base() {
         base: base.map(str::to_owned),
         path: folder.path().to_owned(),
         scale: 1.0,
+        check: false,
     };
     assert_eq!(registry.load_adapter(spec(None)).await.unwrap_err().status, 400);
     assert_eq!(registry.load_adapter(spec(Some("m"))).await.unwrap_err().status, 404);

@@ -3,7 +3,8 @@
 use super::body::json_body;
 use super::guard::outer;
 use crate::gateway::api::{
-    self, admin, chat, completions, embeddings, health, models, openapi, tokenize,
+    self, admin, chat, completions, embeddings, files, fine_tuning, health, jobs, models, openapi,
+    tokenize,
 };
 use crate::gateway::app::App;
 use crate::gateway::auth::{require_admin, require_key};
@@ -29,19 +30,41 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/apply-template", post(tokenize::apply_template))
+        .route("/v1/fine_tuning/jobs", post(fine_tuning::create))
         .route_layer(json())
         .route_layer(key());
     let listing = Router::new()
         .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/v1/models/{*id}", get(models::retrieve).delete(fine_tuning::delete_model))
+        .route("/v1/files", get(files::list).post(files::upload))
+        .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
+        .route("/v1/files/{id}/content", get(files::content))
+        .route("/v1/fine_tuning/jobs", get(fine_tuning::list))
+        .route("/v1/fine_tuning/jobs/{id}", get(fine_tuning::retrieve))
+        .route("/v1/fine_tuning/jobs/{id}/cancel", post(fine_tuning::cancel))
+        .route("/v1/fine_tuning/jobs/{id}/pause", post(fine_tuning::pause))
+        .route("/v1/fine_tuning/jobs/{id}/resume", post(fine_tuning::resume))
+        .route("/v1/fine_tuning/jobs/{id}/events", get(fine_tuning::events))
+        .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(fine_tuning::checkpoints))
         .route_layer(key());
-    let admin_json =
-        Router::new().route("/admin/models", post(admin::load_model)).route_layer(json());
+    let admin_json = Router::new()
+        .route("/admin/models", post(admin::load_model))
+        .route("/admin/jobs", post(jobs::create))
+        .route_layer(json());
     let admin_routes = Router::new()
         .route("/admin/models", get(admin::list_models))
         .route("/admin/models/{*name}", delete(admin::unload_model))
         .route("/admin/adapters", get(admin::list_adapters).post(admin::load_adapter))
         .route("/admin/adapters/{*name}", delete(admin::unload_adapter))
+        .route("/admin/jobs", get(jobs::list))
+        .route("/admin/jobs/{id}", get(jobs::retrieve))
+        .route("/admin/jobs/{id}/cancel", post(jobs::cancel))
+        .route("/admin/jobs/{id}/pause", post(jobs::pause))
+        .route("/admin/jobs/{id}/resume", post(jobs::resume))
+        .route("/admin/jobs/{id}/events", get(jobs::events))
+        .route("/admin/jobs/{id}/plot.svg", get(jobs::curves))
+        .route("/admin/jobs/{id}/artifacts", get(jobs::artifacts))
+        .route("/admin/jobs/{id}/artifacts/{artifact}", get(jobs::artifact))
         .merge(admin_json)
         .route_layer(admin());
     let open = Router::new()

@@ -106,8 +106,13 @@ async fn load_adapter(
     adapter: &AdapterArg,
     base: Option<String>,
 ) -> Result<(), ServeError> {
-    let spec =
-        AdapterSpec { name: adapter.name.clone(), base, path: adapter.path.clone(), scale: 1.0 };
+    let spec = AdapterSpec {
+        name: adapter.name.clone(),
+        base,
+        path: adapter.path.clone(),
+        scale: 1.0,
+        check: false,
+    };
     let loaded = app.registry.load_adapter(spec).await.map_err(|error| ServeError::Adapter {
         name: adapter.name.clone(),
         reason: error.message,

@@ -222,7 +222,7 @@ async fn keys_guard_what_they_should() {
         assert_eq!(got, status, "{line} {headers}: {body}");
         assert_eq!(head.contains("retry-after"), status == 429, "{line}: {head}");
     }
-    let text = server.app.metrics.render(&[]);
+    let text = server.app.metrics.render(&[], &Default::default());
     assert!(text.contains(r#"ingot_requests_rejected_total{reason="unauthorized"} 6"#), "{text}");
     assert!(text.contains(r#"ingot_requests_rejected_total{reason="rate_limit_exceeded"} 1"#));
 }

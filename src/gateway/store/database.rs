@@ -6,7 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// One step per schema version; a step is never edited once it was released, only followed.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE models (
         name       TEXT PRIMARY KEY,
         file       TEXT NOT NULL UNIQUE,      -- relative to the data folder
@@ -24,7 +25,41 @@ const MIGRATIONS: &[&str] = &["
         bytes      INTEGER NOT NULL,
         created_at INTEGER NOT NULL
     ) STRICT;
-"];
+",
+    "
+    CREATE TABLE files (
+        id         TEXT PRIMARY KEY,
+        name       TEXT NOT NULL,
+        purpose    TEXT NOT NULL,
+        bytes      INTEGER NOT NULL,
+        sha256     TEXT NOT NULL,
+        owner      TEXT NOT NULL,
+        created_at INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE jobs (
+        id             TEXT PRIMARY KEY,
+        kind           TEXT NOT NULL,
+        status         TEXT NOT NULL,
+        spec           TEXT NOT NULL,         -- JSON, with every default
+        request        TEXT,                  -- JSON, of the OpenAI endpoint
+        name           TEXT NOT NULL,         -- of what it makes
+        owner          TEXT NOT NULL,
+        created_at     INTEGER NOT NULL,
+        started_at     INTEGER,
+        finished_at    INTEGER,
+        error          TEXT,                  -- JSON
+        trained_tokens INTEGER
+    ) STRICT;
+    CREATE TABLE artifacts (
+        id     TEXT PRIMARY KEY,
+        job    TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        kind   TEXT NOT NULL,
+        file   TEXT NOT NULL,                 -- below the job's folder
+        bytes  INTEGER NOT NULL,
+        sha256 TEXT NOT NULL
+    ) STRICT;
+",
+];
 
 /// Why the data folder could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +94,7 @@ pub struct StoredModel {
 }
 
 /// An adapter in the data folder.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StoredAdapter {
     pub name: String,
     /// Name of the model that it was made for.
@@ -70,6 +105,8 @@ pub struct StoredAdapter {
     pub format: String,
     pub sha256: String,
     pub bytes: u64,
+    /// Multiplies the adapter's own scale.
+    pub scale: f32,
     pub created_at: i64,
 }
 
@@ -86,7 +123,7 @@ impl Store {
         let unusable = |source| StoreError::Folder { path: folder.to_owned(), source };
         std::fs::create_dir_all(folder).map_err(unusable)?;
         let folder = folder.canonicalize().map_err(unusable)?;
-        for part in ["models", "adapters", "downloads"] {
+        for part in ["models", "adapters", "downloads", "files", "jobs"] {
             std::fs::create_dir_all(folder.join(part)).map_err(unusable)?;
         }
         let path = folder.join("ingot.db");
@@ -139,21 +176,7 @@ impl Store {
 
     /// Adds a model, or replaces the one of the same name.
     pub fn put_model(&self, model: &StoredModel) -> Result<(), StoreError> {
-        self.with(|c| {
-            c.execute(
-                "INSERT OR REPLACE INTO models (name, file, sha256, bytes, source, created_at) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-                params![
-                    model.name,
-                    model.file.to_string_lossy(),
-                    model.sha256,
-                    model.bytes as i64,
-                    model.source,
-                    model.created_at
-                ],
-            )
-        })
-        .map(drop)
+        self.with(|c| insert_model(c, model))
     }
 
     /// Forgets a model; its file stays. False if there was none.
@@ -177,23 +200,7 @@ impl Store {
 
     /// Adds an adapter, or replaces the one of the same name.
     pub fn put_adapter(&self, adapter: &StoredAdapter) -> Result<(), StoreError> {
-        self.with(|c| {
-            c.execute(
-                "INSERT OR REPLACE INTO adapters \
-                 (name, base_model, file, format, sha256, bytes, created_at) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-                params![
-                    adapter.name,
-                    adapter.base_model,
-                    adapter.file.to_string_lossy(),
-                    adapter.format,
-                    adapter.sha256,
-                    adapter.bytes as i64,
-                    adapter.created_at
-                ],
-            )
-        })
-        .map(drop)
+        self.with(|c| insert_adapter(c, adapter))
     }
 
     /// Forgets an adapter; its file stays. False if there was none.
@@ -201,16 +208,72 @@ impl Store {
         self.with(|c| c.execute("DELETE FROM adapters WHERE name = ?1", [name])).map(|n| n > 0)
     }
 
-    fn with<T>(
+    pub(super) fn with<T>(
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T, StoreError> {
-        // A panic inside `work` leaves SQLite's own state sound, so the lock may be taken over.
-        let connection: MutexGuard<'_, Connection> =
-            self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        work(&connection)
-            .map_err(|source| StoreError::Database { path: self.folder.join("ingot.db"), source })
+        work(&self.connection()).map_err(|source| self.broken(source))
     }
+
+    /// All of `work`, or nothing.
+    pub(super) fn transaction<T>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, StoreError> {
+        let mut connection = self.connection();
+        let done = connection.transaction_with_behavior(TransactionBehavior::Immediate).and_then(
+            |transaction| {
+                let done = work(&transaction)?;
+                transaction.commit()?;
+                Ok(done)
+            },
+        );
+        done.map_err(|source| self.broken(source))
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        // A panic inside the work leaves SQLite's own state sound, so the lock may be taken over.
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn broken(&self, source: rusqlite::Error) -> StoreError {
+        StoreError::Database { path: self.folder.join("ingot.db"), source }
+    }
+}
+
+pub(super) fn insert_model(c: &Connection, model: &StoredModel) -> rusqlite::Result<()> {
+    c.execute(
+        "INSERT OR REPLACE INTO models (name, file, sha256, bytes, source, created_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        params![
+            model.name,
+            model.file.to_string_lossy(),
+            model.sha256,
+            model.bytes as i64,
+            model.source,
+            model.created_at
+        ],
+    )
+    .map(drop)
+}
+
+pub(super) fn insert_adapter(c: &Connection, adapter: &StoredAdapter) -> rusqlite::Result<()> {
+    c.execute(
+        "INSERT OR REPLACE INTO adapters \
+         (name, base_model, file, format, sha256, bytes, scale, created_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+        params![
+            adapter.name,
+            adapter.base_model,
+            adapter.file.to_string_lossy(),
+            adapter.format,
+            adapter.sha256,
+            adapter.bytes as i64,
+            adapter.scale,
+            adapter.created_at
+        ],
+    )
+    .map(drop)
 }
 
 /// Brings the schema up to date; returns the version found where it is newer than we know.
@@ -244,6 +307,7 @@ fn adapter(row: &Row<'_>) -> rusqlite::Result<StoredAdapter> {
         format: row.get("format")?,
         sha256: row.get("sha256")?,
         bytes: row.get::<_, i64>("bytes")? as u64,
+        scale: row.get("scale")?,
         created_at: row.get("created_at")?,
     })
 }

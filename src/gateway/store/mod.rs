@@ -4,12 +4,15 @@
 //! <data>/ingot.db                  what is there (WAL, synchronous FULL)
 //! <data>/models/<folder>/x.gguf    whole, checked models only
 //! <data>/adapters/<name>/…         adapters, written by the registry
+//! <data>/files/<id>                uploads, and results of jobs
+//! <data>/jobs/<id>/…               see `train::job`
 //! <data>/downloads/*.part, *.lock  what is still on its way
 //! ```
 //!
 //! | file | what |
 //! |---|---|
 //! | `database.rs` | [`Store`]: tables, migrations |
+//! | `files.rs`, `jobs.rs` | the tables of files, jobs and artifacts |
 //! | `reference.rs` | [`ModelRef`]: what people write to name a model; the aliases |
 //! | `download.rs` | one file over HTTP: resume by range, SHA-256 |
 //! | `pull.rs` | [`pull`], [`ensure`]: from a reference to a model in the folder |
@@ -17,6 +20,8 @@
 
 mod database;
 mod download;
+mod files;
+mod jobs;
 mod pull;
 mod python;
 mod reference;
@@ -24,6 +29,8 @@ mod reference;
 mod tests;
 
 pub use database::{Store, StoreError, StoredAdapter, StoredModel};
+pub use files::StoredFile;
+pub use jobs::{JobStatus, Products, StoredArtifact, StoredJob};
 pub use pull::{PullError, PullEvent, PulledModel, ensure, pull};
 pub use reference::{Alias, BadRef, DEFAULT_MODEL, ModelRef};
 

@@ -10,9 +10,11 @@
 //! | `turns.rs` | an example to pieces of text, and which of them are trained |
 //! | `encode.rs` | pieces to tokens |
 //! | `prepare.rs` | a file to a [`Prepared`] cache, with a [`Report`] |
+//! | `check.rs` | a file's lines, read before a job is queued |
 //! | `pack.rs` | examples to rows of tokens, best fit first |
 //! | `order.rs` | which example comes when, and where a run stands |
 
+mod check;
 mod encode;
 mod format;
 mod order;
@@ -22,6 +24,7 @@ mod prepare;
 mod tests;
 mod turns;
 
+pub use check::check;
 pub use encode::{Encoded, Encoder};
 pub use format::{Example, Format};
 pub use order::{Cursor, Order};

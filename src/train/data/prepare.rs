@@ -15,7 +15,7 @@ const LINES: usize = 1024;
 /// Bytes of a line at most: a document of some million words.
 const LONGEST: u64 = 64 << 20;
 /// Bad lines that are named.
-const NAMED: usize = 5;
+pub(super) const NAMED: usize = 5;
 /// The bit of a stored token that says that it is trained; vocabularies are far smaller.
 const TRAINED: u32 = 1 << 31;
 
@@ -29,6 +29,8 @@ pub enum DataError {
     Lines { bad: Vec<(u64, String)>, more: u64 },
     #[error("the file has no examples")]
     Empty,
+    #[error("the file has {found} examples; at least {least} are needed")]
+    TooFew { found: u64, least: u64 },
     #[error("line {line} is of another format than those before it ({before:?}, then {then:?})")]
     Mixed { line: u64, before: Format, then: Format },
     #[error(
@@ -199,7 +201,7 @@ fn put(out: &mut impl Write, tokens: impl Iterator<Item = (u32, bool)>) -> io::R
 }
 
 /// Lines of a file, some at a time.
-struct Lines {
+pub(super) struct Lines {
     reader: BufReader<File>,
     number: u64,
     bytes: u64,
@@ -207,13 +209,13 @@ struct Lines {
 }
 
 impl Lines {
-    fn open(path: &Path) -> io::Result<Self> {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
         let reader = BufReader::with_capacity(1 << 20, File::open(path)?);
         Ok(Self { reader, number: 0, bytes: 0, hash: Sha256::new() })
     }
 
     /// The next lines that are not blank, with their numbers.
-    fn next_chunk(&mut self) -> io::Result<Vec<(u64, String)>> {
+    pub(super) fn next_chunk(&mut self) -> io::Result<Vec<(u64, String)>> {
         let mut chunk = Vec::new();
         let mut size = 0;
         while chunk.len() < LINES && size < LONGEST {

@@ -1,13 +1,13 @@
 //! Adapters that come as a form: streamed into a folder of this process, loaded from there, and
 //! moved into the adapters folder once an engine has taken them.
 
-use super::MAX_NAME;
+use crate::gateway::api::form::{next_chunk, next_field, skip, text};
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{AdapterSpec, AdapterVersion, work_folder};
 use crate::gateway::store::{Store, StoredAdapter, hex};
 use axum::extract::Multipart;
-use axum::extract::multipart::{Field, MultipartError};
+use axum::extract::multipart::Field;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -49,8 +49,7 @@ pub(super) async fn receive(
     let mut upload = Upload::new(app.registry.store()).await?;
     let (mut name, mut base, mut scale) = (None, None, 1.0);
     for _ in 0..MAX_PARTS {
-        let next = tokio::time::timeout(patience, form.next_field()).await.map_err(|_| slow())?;
-        let Some(field) = next.map_err(broken)? else { break };
+        let Some(field) = next_field(&mut form, patience).await? else { break };
         match field.name() {
             Some("name") => name = Some(text(field, patience).await?),
             Some("base") => base = Some(text(field, patience).await?),
@@ -66,7 +65,7 @@ pub(super) async fn receive(
         name.ok_or_else(|| ApiError::invalid("name", "The form must have the field `name`."))?;
     upload.check_complete()?;
     let path = upload.folder.clone();
-    Ok((AdapterSpec { name, base, path, scale }, upload))
+    Ok((AdapterSpec { name, base, path, scale, check: false }, upload))
 }
 
 impl Upload {
@@ -134,6 +133,7 @@ impl Upload {
             format: if self.files.contains(&GGUF) { "gguf" } else { "peft" }.to_owned(),
             sha256,
             bytes: self.bytes,
+            scale: version.scale,
             created_at: i64::try_from(version.created).unwrap_or(i64::MAX),
         };
         store.put_adapter(&adapter).map_err(ApiError::internal)?;
@@ -151,51 +151,4 @@ impl Upload {
         }
         Ok(())
     }
-}
-
-async fn next_chunk(
-    field: &mut Field<'_>,
-    patience: Duration,
-) -> Result<Option<axum::body::Bytes>, ApiError> {
-    tokio::time::timeout(patience, field.chunk()).await.map_err(|_| slow())?.map_err(broken)
-}
-
-async fn skip(mut field: Field<'_>, patience: Duration) -> Result<(), ApiError> {
-    let mut size = 0;
-    while let Some(chunk) = next_chunk(&mut field, patience).await? {
-        size += chunk.len() as u64;
-        if size > 64 * MAX_TEXT {
-            return Err(ApiError::too_large("The form holds a large file that is not needed."));
-        }
-    }
-    Ok(())
-}
-
-/// A short text field.
-async fn text(mut field: Field<'_>, patience: Duration) -> Result<String, ApiError> {
-    let name = field.name().unwrap_or_default().to_owned();
-    let mut text = Vec::new();
-    while let Some(chunk) = next_chunk(&mut field, patience).await? {
-        text.extend_from_slice(&chunk);
-        if text.len() > MAX_NAME {
-            let message = format!("{name} is longer than {MAX_NAME} bytes.");
-            return Err(ApiError::invalid(name, message));
-        }
-    }
-    String::from_utf8(text).map_err(|_| {
-        let message = format!("{name} is not valid UTF-8.");
-        ApiError::invalid(name, message)
-    })
-}
-
-fn broken(error: MultipartError) -> ApiError {
-    ApiError::bad_request(format!("The form cannot be read: {}.", error.body_text()))
-}
-
-fn slow() -> ApiError {
-    ApiError::new(
-        http::StatusCode::REQUEST_TIMEOUT,
-        "timeout_error",
-        "The form did not arrive in time.",
-    )
 }

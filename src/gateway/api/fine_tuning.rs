@@ -1,0 +1,532 @@
+//! `/v1/fine_tuning/jobs`: OpenAI's side of jobs, and what their clients call what jobs made.
+//!
+//! Source: OpenAI's API reference, "Fine-tuning", and the types of its Python client. A key sees its
+//! own jobs; the admin key sees all.
+
+use super::fields::{Fields, JsonBody};
+use super::files::{Page, listed, page, seen_by};
+use super::jobs::parsed;
+use crate::gateway::app::App;
+use crate::gateway::auth::Identity;
+use crate::gateway::error::ApiError;
+use crate::gateway::jobs::{NewJob, checkpoint_name};
+use crate::gateway::store::{JobStatus, StoredJob};
+use crate::train::job::{Entry, JobEvent, Level, Step, Validation};
+use crate::train::spec::{Adapter, Data, Kind, Spec, Train};
+use axum::Json;
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{Extension, Path, Query, State};
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+
+/// Entries on a page, at most.
+const MAX_PAGE: usize = 1_000;
+/// Pairs of metadata, and characters of their keys and values.
+const METADATA: (usize, usize, usize) = (16, 64, 512);
+/// What `learning_rate_multiplier` multiplies.
+const LEARNING_RATE: f64 = 2e-4;
+/// Steps that `auto` aims at where the data are few.
+const FEW_STEPS: u64 = 100;
+
+type Answer = Result<Json<Value>, ApiError>;
+
+/// What a client asks for. `None` is `auto`.
+#[derive(Debug, Default)]
+struct Hyperparameters {
+    n_epochs: Option<u64>,
+    batch_size: Option<u64>,
+    learning_rate_multiplier: Option<f64>,
+}
+
+impl Hyperparameters {
+    fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+        Ok(Self {
+            n_epochs: auto_or(fields, "n_epochs", |fields, key| fields.integer(key, 1..=50))?
+                .map(i64::unsigned_abs),
+            batch_size: auto_or(fields, "batch_size", |fields, key| fields.integer(key, 1..=256))?
+                .map(i64::unsigned_abs),
+            learning_rate_multiplier: auto_or(
+                fields,
+                "learning_rate_multiplier",
+                |fields, key| fields.number(key, 1e-4..=1e4),
+            )?
+            .map(f64::from),
+        })
+    }
+
+    /// Decides what was left open, by the number of examples.
+    fn decided(self, examples: u64) -> (u64, u64, f64) {
+        let batch = self.batch_size.unwrap_or((examples / 250).clamp(1, 8));
+        let enough = (FEW_STEPS * batch).div_ceil(examples.max(1));
+        let epochs = self.n_epochs.unwrap_or(enough.clamp(3, 25));
+        (epochs, batch, self.learning_rate_multiplier.unwrap_or(1.0))
+    }
+}
+
+/// A field, or nothing for `"auto"`.
+fn auto_or<T>(
+    fields: &mut Fields,
+    key: &str,
+    take: impl FnOnce(&mut Fields, &str) -> Result<Option<T>, ApiError>,
+) -> Result<Option<T>, ApiError> {
+    match fields.take(key) {
+        Some(Value::String(text)) if text == "auto" => Ok(None),
+        Some(value) => {
+            fields.put_back(key, value);
+            take(fields, key)
+        }
+        None => Ok(None),
+    }
+}
+
+/// `POST /v1/fine_tuning/jobs`.
+///
+/// # Errors
+/// As [`crate::gateway::jobs::Jobs::create`].
+pub async fn create(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    JsonBody(mut fields): JsonBody,
+) -> Answer {
+    let needed = |fields: &mut Fields, key: &str| {
+        fields.string(key, super::MAX_NAME)?.ok_or_else(|| fields.missing(key))
+    };
+    let model = needed(&mut fields, "model")?;
+    let training_file = needed(&mut fields, "training_file")?;
+    let validation_file = fields.string("validation_file", super::MAX_NAME)?;
+    let suffix = fields.string("suffix", 64)?;
+    let seed = fields.integer("seed", 0..=i64::from(i32::MAX))?;
+    let seed = seed.map_or_else(|| u64::from(rand::random::<u32>() >> 1), i64::unsigned_abs);
+    let metadata = take_metadata(&mut fields)?;
+    if fields.list("integrations", 100)?.is_some_and(|list| !list.is_empty()) {
+        let message = "integrations are not supported: follow the job's events, or /metrics.";
+        return Err(ApiError::invalid("integrations", message));
+    }
+    let hyperparameters = take_method(&mut fields)?;
+    fields.finish()?;
+
+    let owner = app.auth.owner(identity);
+    let examples = examples(&app, &training_file).await;
+    let (epochs, batch, multiplier) = hyperparameters.decided(examples);
+    let request = json!({
+        "model": model,
+        "training_file": training_file,
+        "validation_file": validation_file,
+        "suffix": suffix,
+        "metadata": metadata,
+        "hyperparameters": {
+            "n_epochs": epochs,
+            "batch_size": batch,
+            "learning_rate_multiplier": multiplier,
+        },
+    });
+    let steps = (examples * epochs).div_ceil(batch).max(1);
+    let spec = Spec {
+        kind: Kind::Sft,
+        model: Some(model),
+        name: None,
+        suffix,
+        seed,
+        data: Data { train: training_file, validation: validation_file, shuffle: true },
+        adapter: Adapter::usual(),
+        train: Train {
+            epochs: Some(epochs as f64),
+            batch_size: Some(batch as usize),
+            learning_rate: Some(LEARNING_RATE * multiplier),
+            // At the end of each epoch, as OpenAI does, but not more than some.
+            checkpoint_every: Some(steps.div_ceil(epochs.min(10)).max(1)),
+            eval_every: Some(steps.div_ceil(epochs.min(10)).max(1)),
+            ..Train::default()
+        },
+    };
+    let new = NewJob { spec, owner, admin: identity.admin, request: Some(request.to_string()) };
+    let job = app.jobs.create(new).await?;
+    show(&app, &job).map(Json)
+}
+
+/// Lines of a file that may not be theirs, or not there: whoever admits the job says so.
+async fn examples(app: &App, id: &str) -> u64 {
+    let plain = id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+    let path = app.jobs.store().files_folder().join(id);
+    let count = move || -> std::io::Result<u64> {
+        use std::io::BufRead;
+        let mut reader = std::io::BufReader::with_capacity(1 << 20, std::fs::File::open(path)?);
+        let mut lines = 0;
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line)? > 0 {
+            lines += u64::from(!line.trim_ascii().is_empty());
+            line.clear();
+        }
+        Ok(lines)
+    };
+    match plain {
+        true => tokio::task::spawn_blocking(count).await.ok().and_then(Result::ok).unwrap_or(0),
+        false => 0,
+    }
+}
+
+fn take_metadata(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
+    let (pairs, key, value) = METADATA;
+    let wrong = || {
+        ApiError::invalid(
+            "metadata",
+            format!(
+                "metadata has at most {pairs} pairs of strings, of up to {key} and {value} \
+                 characters."
+            ),
+        )
+    };
+    match fields.take("metadata") {
+        None => Ok(Map::new()),
+        Some(Value::Object(map)) => {
+            let fits = map.len() <= pairs
+                && map.iter().all(|(name, text)| {
+                    name.len() <= key && text.as_str().is_some_and(|text| text.len() <= value)
+                });
+            fits.then_some(map).ok_or_else(wrong)
+        }
+        Some(_) => Err(wrong()),
+    }
+}
+
+/// `method`, or the older `hyperparameters` beside it.
+fn take_method(fields: &mut Fields) -> Result<Hyperparameters, ApiError> {
+    let old = fields.object("hyperparameters")?;
+    let Some(mut method) = fields.object("method")? else {
+        return match old {
+            Some(mut old) => {
+                let taken = Hyperparameters::take(&mut old)?;
+                old.finish()?;
+                Ok(taken)
+            }
+            None => Ok(Hyperparameters::default()),
+        };
+    };
+    match method.string("type", 64)?.as_deref() {
+        Some("supervised") => {}
+        Some(later @ ("dpo" | "reinforcement")) => {
+            return Err(ApiError::invalid(
+                "method.type",
+                format!("method.type `{later}` is not served yet; `supervised` is."),
+            )
+            .with_code("not_implemented"));
+        }
+        Some(other) => {
+            let message = format!("method.type must be `supervised`, not `{other}`.");
+            return Err(ApiError::invalid("method.type", message));
+        }
+        None => return Err(method.missing("type")),
+    }
+    let mut taken = Hyperparameters::default();
+    if let Some(mut supervised) = method.object("supervised")? {
+        if let Some(mut inner) = supervised.object("hyperparameters")? {
+            taken = Hyperparameters::take(&mut inner)?;
+            inner.finish()?;
+        }
+        supervised.finish()?;
+    }
+    method.finish()?;
+    match old {
+        None => Ok(taken),
+        Some(_) => Err(ApiError::invalid(
+            "hyperparameters",
+            "Give hyperparameters inside method, or beside it, not both.",
+        )),
+    }
+}
+
+/// `GET /v1/fine_tuning/jobs`, the newest first.
+///
+/// # Errors
+/// 400 for the page.
+pub async fn list(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    query: Result<Query<Page>, QueryRejection>,
+) -> Answer {
+    let page = page(query)?;
+    let owner = seen_by(&app, identity);
+    let mut jobs = app.jobs.store().jobs(owner.as_deref()).map_err(ApiError::internal)?;
+    jobs.retain(is_fine_tuning);
+    let (jobs, more) = page.cut(jobs, |job| &job.id, MAX_PAGE)?;
+    let shown = jobs.iter().map(|job| show(&app, job)).collect::<Result<_, _>>()?;
+    Ok(listed(shown, more))
+}
+
+fn is_fine_tuning(job: &StoredJob) -> bool {
+    job.kind == "sft"
+}
+
+/// A fine-tuning job that a request may see.
+fn find(app: &App, identity: Identity, id: &str) -> Result<StoredJob, ApiError> {
+    let job = app.jobs.get(id, seen_by(app, identity).as_deref())?;
+    match is_fine_tuning(&job) {
+        true => Ok(job),
+        false => Err(ApiError::not_found(format!("`{id}` is no fine-tuning job."))),
+    }
+}
+
+/// `GET /v1/fine_tuning/jobs/{id}`.
+///
+/// # Errors
+/// 404.
+pub async fn retrieve(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    Path(id): Path<String>,
+) -> Answer {
+    show(&app, &find(&app, identity, &id)?).map(Json)
+}
+
+/// `POST /v1/fine_tuning/jobs/{id}/cancel`.
+///
+/// # Errors
+/// As [`crate::gateway::jobs::Jobs::cancel`].
+pub async fn cancel(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    Path(id): Path<String>,
+) -> Answer {
+    find(&app, identity, &id)?;
+    show(&app, &app.jobs.cancel(&id, None)?).map(Json)
+}
+
+/// `POST /v1/fine_tuning/jobs/{id}/pause`.
+///
+/// # Errors
+/// As [`crate::gateway::jobs::Jobs::pause`].
+pub async fn pause(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    Path(id): Path<String>,
+) -> Answer {
+    find(&app, identity, &id)?;
+    show(&app, &app.jobs.pause(&id, None)?).map(Json)
+}
+
+/// `POST /v1/fine_tuning/jobs/{id}/resume`.
+///
+/// # Errors
+/// As [`crate::gateway::jobs::Jobs::resume`].
+pub async fn resume(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    Path(id): Path<String>,
+) -> Answer {
+    find(&app, identity, &id)?;
+    show(&app, &app.jobs.resume(&id, None)?).map(Json)
+}
+
+/// `GET /v1/fine_tuning/jobs/{id}/events`, the newest first.
+///
+/// # Errors
+/// 404.
+pub async fn events(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    Path(id): Path<String>,
+    query: Result<Query<Page>, QueryRejection>,
+) -> Answer {
+    let page = page(query)?;
+    let job = find(&app, identity, &id)?;
+    let entries = app.jobs.events(&job.id)?;
+    let shown = entries.iter().rev().map(|entry| event(&job.id, entry)).collect();
+    let id = |event: &Value| event["id"].as_str().unwrap_or_default().to_owned();
+    // The id is made, not stored: it is looked up by its text.
+    let named: Vec<(String, Value)> =
+        Vec::into_iter(shown).map(|event: Value| (id(&event), event)).collect();
+    let (named, more) = page.cut(named, |(id, _)| id, MAX_PAGE)?;
+    Ok(listed(named.into_iter().map(|(_, event)| event).collect(), more))
+}
+
+fn event(job: &str, entry: &Entry) -> Value {
+    let level = match &entry.event {
+        JobEvent::Message { level: Level::Warn } => "warn",
+        JobEvent::Message { level: Level::Error } => "error",
+        _ => "info",
+    };
+    let (kind, data) = match &entry.event {
+        JobEvent::Step(step) => (
+            "metrics",
+            json!({
+                "step": step.step,
+                "total_steps": step.total_steps,
+                "train_loss": step.loss,
+                "train_mean_token_accuracy": step.accuracy,
+                "learning_rate": step.learning_rate,
+                "tokens_per_second": step.tokens_per_second,
+            }),
+        ),
+        JobEvent::Validation(found) => (
+            "metrics",
+            json!({
+                "step": found.step,
+                "full_valid_loss": found.validation_loss,
+                "full_valid_mean_token_accuracy": found.validation_accuracy,
+            }),
+        ),
+        JobEvent::Data { train, validation } => {
+            ("message", json!({"train": train, "validation": validation}))
+        }
+        JobEvent::Checkpoint { step } => ("message", json!({"step": step})),
+        JobEvent::Message { .. } => ("message", json!({})),
+    };
+    json!({
+        "object": "fine_tuning.job.event",
+        "id": format!("ftevent-{}-{}", job.trim_start_matches("ftjob-"), entry.seq),
+        "created_at": entry.at as i64,
+        "level": level,
+        "message": entry.message,
+        "type": kind,
+        "data": data,
+    })
+}
+
+/// `GET /v1/fine_tuning/jobs/{id}/checkpoints`: those that can be called, the newest first.
+///
+/// # Errors
+/// 404.
+pub async fn checkpoints(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    Path(id): Path<String>,
+    query: Result<Query<Page>, QueryRejection>,
+) -> Answer {
+    let page = page(query)?;
+    let job = find(&app, identity, &id)?;
+    let folder = app.jobs.folder(&job.id);
+    let (mut step, mut validation) = (None::<Step>, None::<Validation>);
+    let mut found: Vec<(String, Value)> = Vec::new();
+    for entry in app.jobs.events(&job.id)? {
+        match entry.event {
+            JobEvent::Step(seen) => step = Some(seen),
+            JobEvent::Validation(seen) => validation = Some(seen),
+            JobEvent::Checkpoint { step: at } if folder.checkpoint_adapter(at).exists() => {
+                let shown = checkpoint(&job, at, entry.at as i64, step, validation);
+                found.retain(|(id, _)| shown["id"] != id.as_str());
+                found.push((shown["id"].as_str().unwrap_or_default().to_owned(), shown));
+            }
+            _ => {}
+        }
+    }
+    found.reverse();
+    let (found, more) = page.cut(found, |(id, _)| id, MAX_PAGE)?;
+    Ok(listed(found.into_iter().map(|(_, shown)| shown).collect(), more))
+}
+
+fn checkpoint(
+    job: &StoredJob,
+    at: u64,
+    created_at: i64,
+    step: Option<Step>,
+    validation: Option<Validation>,
+) -> Value {
+    let mut metrics = Map::new();
+    metrics.insert("step".into(), at.into());
+    if let Some(step) = step {
+        metrics.insert("train_loss".into(), step.loss.into());
+        metrics.insert("train_mean_token_accuracy".into(), step.accuracy.into());
+    }
+    if let Some(found) = validation {
+        metrics.insert("full_valid_loss".into(), found.validation_loss.into());
+        metrics.insert("full_valid_mean_token_accuracy".into(), found.validation_accuracy.into());
+    }
+    json!({
+        "object": "fine_tuning.job.checkpoint",
+        "id": format!("ftckpt-{}-{at}", job.id.trim_start_matches("ftjob-")),
+        "created_at": created_at,
+        "fine_tuned_model_checkpoint": checkpoint_name(&job.name, at),
+        "fine_tuning_job_id": job.id,
+        "metrics": metrics,
+        "step_number": at,
+    })
+}
+
+/// `DELETE /v1/models/{id}`: a model that a job made. Requests that use it end with it.
+///
+/// # Errors
+/// 404 if there is none, 403 for what no job of this key made.
+pub async fn delete_model(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    name: Result<Path<String>, PathRejection>,
+) -> Answer {
+    let Path(name) =
+        name.map_err(|_| ApiError::bad_request("The model's name is not valid UTF-8."))?;
+    let owner = seen_by(&app, identity);
+    let jobs = app.jobs.store().jobs(owner.as_deref()).map_err(ApiError::internal)?;
+    let made = |job: &StoredJob| {
+        job.name == name
+            || name.strip_prefix(&*job.name).is_some_and(|n| n.starts_with(":ckpt-step-"))
+    };
+    if !jobs.iter().any(made) {
+        app.registry.card(&name)?;
+        return Err(ApiError::new(
+            http::StatusCode::FORBIDDEN,
+            "invalid_request_error",
+            "Only models that your fine-tuning jobs made can be deleted.",
+        )
+        .with_param("model"));
+    }
+    if !app.jobs.forget(&name)? {
+        return Err(ApiError::model_not_found(&name));
+    }
+    Ok(Json(json!({"id": name, "object": "model", "deleted": true})))
+}
+
+fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
+    let request = parsed(job.request.as_deref());
+    let spec = parsed(Some(&job.spec));
+    let succeeded = job.status == JobStatus::Succeeded;
+    let eta = match job.status {
+        JobStatus::Running => app.jobs.progress(&job.id)?.step.map(|step| step.eta_seconds),
+        _ => None,
+    };
+    let now = crate::train::job::now();
+    let error = match job.status {
+        JobStatus::Failed => parsed(job.error.as_deref()),
+        _ => Value::Null,
+    };
+    let or = |key: &str, other: &Value| match &request[key] {
+        Value::Null => other.clone(),
+        found => found.clone(),
+    };
+    let hyperparameters = match &request["hyperparameters"] {
+        Value::Null => json!({
+            "n_epochs": spec["train"]["epochs"].as_f64().unwrap_or(1.0).ceil() as u64,
+            "batch_size": spec["train"]["batch_size"],
+            "learning_rate_multiplier":
+                spec["train"]["learning_rate"].as_f64().unwrap_or(LEARNING_RATE) / LEARNING_RATE,
+        }),
+        found => found.clone(),
+    };
+    let result_files: Vec<String> =
+        succeeded.then(|| app.jobs.result_file(&job.id)).into_iter().collect();
+    Ok(json!({
+        "object": "fine_tuning.job",
+        "id": job.id,
+        "created_at": job.created_at,
+        "finished_at": job.finished_at,
+        "estimated_finish": eta.map(|eta| (now + eta) as i64),
+        "model": or("model", &spec["model"]),
+        "fine_tuned_model": succeeded.then_some(&job.name),
+        "organization_id": "ingot",
+        "status": match job.status {
+            JobStatus::Validating => "validating_files",
+            // The API has no word for it.
+            JobStatus::Paused => "queued",
+            other => other.name(),
+        },
+        "hyperparameters": hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "training_file": or("training_file", &spec["data"]["train"]),
+        "validation_file": or("validation_file", &spec["data"]["validation"]),
+        "result_files": result_files,
+        "trained_tokens": job.trained_tokens,
+        "seed": spec["seed"],
+        "error": error,
+        "integrations": [],
+        "metadata": or("metadata", &json!({})),
+        "suffix": request["suffix"],
+    }))
+}

@@ -1,0 +1,274 @@
+//! `/admin/jobs`: every kind of job, for the operator.
+
+use super::fields::Fields;
+use super::files::{self, Page, page};
+use crate::gateway::app::App;
+use crate::gateway::auth::Identity;
+use crate::gateway::error::ApiError;
+use crate::gateway::jobs::{Jobs, NewJob};
+use crate::gateway::store::{JobStatus, StoredJob};
+use crate::train::job::{Entry, Follower, plot};
+use crate::train::spec::Spec;
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Extension, Path, Query, State};
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, StatusCode, header};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often the events of a running job are looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Silence that is filled with a comment, so that proxies keep the connection.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Jobs on a page, at most.
+const MAX_PAGE: usize = 1_000;
+
+type Answer = Result<Json<Value>, ApiError>;
+
+/// `POST /admin/jobs`: a specification, as `train::spec` reads it.
+///
+/// # Errors
+/// As [`Jobs::create`].
+pub async fn create(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    body: Bytes,
+) -> Result<Response, ApiError> {
+    // Says what is no JSON, and no object.
+    Fields::parse(&body)?;
+    let spec: Spec = serde_json::from_slice(&body).map_err(|error| {
+        ApiError::bad_request(format!("The job's specification is not valid: {error}."))
+    })?;
+    let owner = app.auth.owner(identity);
+    let job = app.jobs.create(NewJob { spec, owner, admin: true, request: None }).await?;
+    Ok((StatusCode::CREATED, Json(show(&app.jobs, &job)?)).into_response())
+}
+
+/// `GET /admin/jobs`, the newest first.
+///
+/// # Errors
+/// 400 for the page.
+pub async fn list(
+    State(app): State<Arc<App>>,
+    query: Result<Query<Page>, QueryRejection>,
+) -> Answer {
+    let page = page(query)?;
+    let jobs = app.jobs.store().jobs(None).map_err(ApiError::internal)?;
+    let (jobs, more) = page.cut(jobs, |job| &job.id, MAX_PAGE)?;
+    let shown = jobs.iter().map(|job| show(&app.jobs, job)).collect::<Result<_, _>>()?;
+    Ok(files::listed(shown, more))
+}
+
+/// `GET /admin/jobs/{id}`.
+///
+/// # Errors
+/// 404.
+pub async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer {
+    show(&app.jobs, &app.jobs.get(&id, None)?).map(Json)
+}
+
+/// `POST /admin/jobs/{id}/cancel`.
+///
+/// # Errors
+/// As [`Jobs::cancel`].
+pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer {
+    show(&app.jobs, &app.jobs.cancel(&id, None)?).map(Json)
+}
+
+/// `POST /admin/jobs/{id}/pause`.
+///
+/// # Errors
+/// As [`Jobs::pause`].
+pub async fn pause(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer {
+    show(&app.jobs, &app.jobs.pause(&id, None)?).map(Json)
+}
+
+/// `POST /admin/jobs/{id}/resume`.
+///
+/// # Errors
+/// As [`Jobs::resume`].
+pub async fn resume(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer {
+    show(&app.jobs, &app.jobs.resume(&id, None)?).map(Json)
+}
+
+#[derive(Debug, Deserialize)]
+pub struct HowEvents {
+    stream: Option<bool>,
+}
+
+/// `GET /admin/jobs/{id}/events`: server-sent events until the job has ended, or with
+/// `?stream=false` those that there are.
+///
+/// # Errors
+/// 404.
+pub async fn events(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+    query: Result<Query<HowEvents>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let how = query.map_err(|error| ApiError::bad_request(error.body_text()))?;
+    let job = app.jobs.get(&id, None)?;
+    if how.stream == Some(false) {
+        let entries = app.jobs.events(&job.id)?;
+        return Ok(Json(json!({"object": "list", "data": entries})).into_response());
+    }
+    let follower = Follower::new(app.jobs.folder(&id).events(), 0);
+    let state = Following { app, id, follower, ready: VecDeque::new(), ends: false, over: false };
+    let lines = futures_util::stream::unfold(state, |mut state| async {
+        let line = state.next().await?;
+        Some((Ok::<_, Infallible>(line), state))
+    });
+    let mut response = Body::from_stream(lines).into_response();
+    let headers = response.headers_mut();
+    let event_stream = HeaderValue::from_static("text/event-stream; charset=utf-8");
+    headers.insert(header::CONTENT_TYPE, event_stream);
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+/// One client that follows a job.
+struct Following {
+    app: Arc<App>,
+    id: String,
+    follower: Follower,
+    ready: VecDeque<Entry>,
+    /// Nothing new was found after the end.
+    ends: bool,
+    over: bool,
+}
+
+impl Following {
+    /// The next lines; `None` at the end.
+    async fn next(&mut self) -> Option<Bytes> {
+        let since = Instant::now();
+        loop {
+            if let Some(entry) = self.ready.pop_front() {
+                let text = serde_json::to_string(&entry).unwrap_or_default();
+                return Some(format!("data: {text}\n\n").into());
+            }
+            if self.over {
+                return None;
+            }
+            let job = self.app.jobs.get(&self.id, None);
+            let ended = job.map_or(true, |job| job.status.is_final());
+            self.ready.extend(self.follower.read().unwrap_or_default());
+            if self.ready.is_empty() && (ended || self.app.life.is_draining()) {
+                // The last words of a job follow its status.
+                if std::mem::replace(&mut self.ends, true) {
+                    self.over = true;
+                    return Some("data: [DONE]\n\n".into());
+                }
+            }
+            if self.ready.is_empty() {
+                if since.elapsed() > KEEP_ALIVE {
+                    return Some(": still here\n\n".into());
+                }
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }
+    }
+}
+
+/// `GET /admin/jobs/{id}/plot.svg`.
+///
+/// # Errors
+/// 404.
+pub async fn curves(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let job = app.jobs.get(&id, None)?;
+    let entries = app.jobs.events(&id)?;
+    let draw = move || plot(&entries, &job.name).map_err(ApiError::internal);
+    let svg = tokio::task::spawn_blocking(draw).await.map_err(ApiError::internal)??;
+    Ok(([(header::CONTENT_TYPE, "image/svg+xml")], svg).into_response())
+}
+
+/// `GET /admin/jobs/{id}/artifacts`.
+///
+/// # Errors
+/// 404.
+pub async fn artifacts(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer {
+    let job = app.jobs.get(&id, None)?;
+    Ok(Json(json!({"object": "list", "data": shown_artifacts(&app.jobs, &job)?})))
+}
+
+/// `GET /admin/jobs/{id}/artifacts/{artifact}`: its bytes.
+///
+/// # Errors
+/// 404.
+pub async fn artifact(
+    State(app): State<Arc<App>>,
+    Path((id, artifact)): Path<(String, String)>,
+) -> Result<Response, ApiError> {
+    let job = app.jobs.get(&id, None)?;
+    let all = app.jobs.store().artifacts(&job.id).map_err(ApiError::internal)?;
+    let found = all.into_iter().find(|found| found.id == artifact);
+    let found = found.ok_or_else(|| ApiError::not_found("The job has no artifact of that id."))?;
+    let path = app.jobs.folder(&job.id).path().join(&found.file);
+    let name = found.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    files::download(path, &name).await
+}
+
+fn shown_artifacts(jobs: &Jobs, job: &StoredJob) -> Result<Vec<Value>, ApiError> {
+    let all = jobs.store().artifacts(&job.id).map_err(ApiError::internal)?;
+    let show = |artifact: crate::gateway::store::StoredArtifact| {
+        let name = match artifact.kind.as_str() {
+            // What requests name.
+            "adapter" | "model" => job.name.clone(),
+            _ => {
+                let file = artifact.file.strip_prefix("artifacts").unwrap_or(&artifact.file);
+                file.display().to_string()
+            }
+        };
+        json!({
+            "id": artifact.id,
+            "type": artifact.kind,
+            "name": name,
+            "bytes": artifact.bytes,
+            "sha256": artifact.sha256,
+        })
+    };
+    Ok(all.into_iter().map(show).collect())
+}
+
+fn show(jobs: &Jobs, job: &StoredJob) -> Result<Value, ApiError> {
+    let progress = jobs.progress(&job.id)?;
+    let mut shown =
+        progress.step.map_or(Ok(json!({})), serde_json::to_value).map_err(ApiError::internal)?;
+    if let Some(found) = progress.validation {
+        shown["validation_loss"] = found.validation_loss.into();
+        shown["validation_accuracy"] = found.validation_accuracy.into();
+    }
+    if job.status != JobStatus::Running
+        && let Value::Object(shown) = &mut shown
+    {
+        shown.remove("eta_seconds");
+    }
+    Ok(json!({
+        "id": job.id,
+        "object": "job",
+        "kind": job.kind,
+        "status": job.status.name(),
+        "name": job.name,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "progress": shown,
+        "artifacts": shown_artifacts(jobs, job)?,
+        "error": parsed(job.error.as_deref()),
+        "spec": parsed(Some(&job.spec)),
+    }))
+}
+
+/// JSON of the store.
+pub(super) fn parsed(text: Option<&str>) -> Value {
+    text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or(Value::Null)
+}

@@ -1,0 +1,297 @@
+//! From a specification to a job, or why not: everything that can be known beforehand is checked
+//! before the job has a row.
+
+use super::{Jobs, now};
+use crate::config::ByteSize;
+use crate::gateway::error::ApiError;
+use crate::gateway::memory::available;
+use crate::gateway::registry::Trainable;
+use crate::gateway::store::{JobStatus, StoredFile, StoredJob};
+use crate::gguf::Gguf;
+use crate::train::data::{DataError, check};
+use crate::train::job::{Failure, Level, Needs, Order, name_of};
+use crate::train::spec::{Kind, Resolved, Spec};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What a client wants.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    pub spec: Spec,
+    /// Whose job it is; its files must be theirs.
+    pub owner: String,
+    /// Whether the owner may use everybody's files.
+    pub admin: bool,
+    /// What the OpenAI endpoint was asked for, JSON.
+    pub request: Option<String>,
+}
+
+/// The names of parameters as the client knows them.
+struct Params {
+    train: &'static str,
+    validation: &'static str,
+}
+
+const OPENAI: Params = Params { train: "training_file", validation: "validation_file" };
+const ADMIN: Params = Params { train: "data.train", validation: "data.validation" };
+
+impl Jobs {
+    /// Takes a job: it is validated, then queued.
+    ///
+    /// # Errors
+    /// 400 for what the specification says, 404 for what it names, 422 with the numbers if it can
+    /// never fit this machine, 507 if the disk has no room.
+    pub async fn create(self: &Arc<Self>, new: NewJob) -> Result<StoredJob, ApiError> {
+        let jobs = self.clone();
+        // A task of its own: a client that goes away leaves no half a job behind.
+        let task = tokio::spawn(async move {
+            let base = match &new.spec.model {
+                Some(name) => Some(jobs.registry.trainable(name).await?),
+                None => None,
+            };
+            let init = match new.spec.adapter.as_ref().and_then(|adapter| adapter.init.as_ref()) {
+                Some(name) => Some(jobs.registry.trainable(name).await?),
+                None => None,
+            };
+            let admit = move || jobs.admit(new, base, init);
+            tokio::task::spawn_blocking(admit).await.map_err(ApiError::internal)?
+        });
+        let job = task.await.map_err(ApiError::internal)??;
+        self.validate(&job.id);
+        Ok(job)
+    }
+
+    fn admit(
+        &self,
+        new: NewJob,
+        base: Option<Trainable>,
+        init: Option<Trainable>,
+    ) -> Result<StoredJob, ApiError> {
+        let NewJob { mut spec, owner, admin, request } = new;
+        let params = if request.is_some() { OPENAI } else { ADMIN };
+        let settings = spec.resolve().map_err(|why| invalid(&why))?;
+        let file = |id: &str, param: &str| self.training_file(id, param, &owner, admin);
+        let train = file(&spec.data.train, params.train)?;
+        let validation =
+            spec.data.validation.as_ref().map(|id| file(id, params.validation)).transpose()?;
+        // Training an adapter further means its base, and it to begin with.
+        let mut adapter_file = None;
+        if let Some(base) = &base {
+            spec.model = Some(base.model.clone());
+            adapter_file.clone_from(&base.adapter);
+        }
+        if let Some(init) = init {
+            let same = base.as_ref().is_some_and(|base| base.model == init.model);
+            match init.adapter {
+                Some(file) if same => adapter_file = Some(file),
+                _ => {
+                    let message = "adapter.init must name an adapter of the model.";
+                    return Err(ApiError::invalid("adapter.init", message));
+                }
+            }
+        }
+        match &mut spec.adapter {
+            None if adapter_file.is_some() => {
+                let message = "adapter is null, which trains all weights, but the model named is \
+                               an adapter: name its base.";
+                return Err(ApiError::invalid("adapter", message));
+            }
+            Some(adapter) if adapter_file.is_some() && adapter.init.is_none() => {
+                adapter.init.clone_from(&base.as_ref().map(|base| base.name.clone()));
+            }
+            _ => {}
+        }
+        if let Some(base) = &base {
+            self.check_needs(&base.path, &spec, &settings)?;
+        }
+        let id = new_id("ftjob-");
+        let name = name_of(&spec, &id);
+        let mut order = Order::new(id.clone(), spec.filled(&settings), name, PathBuf::new());
+        order.model_sha256 = base.as_ref().and_then(|base| base.sha256.clone());
+        order.model = base.map(|base| base.path);
+        self.lay_out(&mut order, &train, validation.as_ref(), adapter_file.as_deref())?;
+        let job = StoredJob {
+            id: id.clone(),
+            kind: kind_name(spec.kind).to_owned(),
+            status: JobStatus::Validating,
+            spec: serde_json::to_string(&order.spec).map_err(ApiError::internal)?,
+            request,
+            name: order.name,
+            owner,
+            created_at: now(),
+            started_at: None,
+            finished_at: None,
+            error: None,
+            trained_tokens: None,
+        };
+        self.store().put_job(&job).map_err(ApiError::internal)?;
+        Ok(job)
+    }
+
+    fn training_file(
+        &self,
+        id: &str,
+        param: &str,
+        owner: &str,
+        admin: bool,
+    ) -> Result<StoredFile, ApiError> {
+        let found = self.store().file(id).map_err(ApiError::internal)?;
+        let found = found.filter(|file| admin || file.owner == owner);
+        let shown: String = id.chars().take(100).collect();
+        let Some(file) = found else {
+            return Err(ApiError::invalid(
+                param,
+                format!("There is no file `{shown}`: upload it to /v1/files, and name its id."),
+            )
+            .with_code("file_not_found"));
+        };
+        match file.purpose.as_str() {
+            "fine-tune" => Ok(file),
+            other => Err(ApiError::invalid(
+                param,
+                format!("The file `{shown}` is for `{other}`: upload it with purpose `fine-tune`."),
+            )),
+        }
+    }
+
+    fn check_needs(&self, model: &Path, spec: &Spec, settings: &Resolved) -> Result<(), ApiError> {
+        let refused = |why: String| {
+            ApiError::unprocessable(format!("The model cannot be trained: {why}."))
+                .with_param("model")
+        };
+        let header = Gguf::open_header(model).map_err(|error| refused(error.to_string()))?;
+        let needs = Needs::of(&header, spec, settings).map_err(refused)?;
+        // Jobs that run now will be gone one day.
+        let running: u64 = self.running().iter().map(|sample| sample.memory_bytes).sum();
+        let memory = available().saturating_add(running);
+        if needs.memory > memory {
+            return Err(ApiError::unprocessable(format!(
+                "The job needs about {} of memory, but {} is available: use a smaller max_length \
+                 or micro_batch, activation_checkpointing, a smaller model, or an adapter instead \
+                 of all weights ({} numbers would be trained).",
+                ByteSize(needs.memory),
+                ByteSize(memory),
+                needs.trained
+            ))
+            .with_code("insufficient_memory"));
+        }
+        let folder = self.store().folder();
+        let disk = rustix::fs::statvfs(folder).map_err(ApiError::internal)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        if needs.disk > free {
+            let message = format!(
+                "The job needs about {} on the disk of the data folder for its checkpoints, but {} \
+                 are free: make room, or train an adapter of lower rank.",
+                ByteSize(needs.disk),
+                ByteSize(free)
+            );
+            let status = http::StatusCode::INSUFFICIENT_STORAGE;
+            return Err(ApiError::new(status, "server_error", message).with_code("disk_full"));
+        }
+        Ok(())
+    }
+
+    /// Makes the folder. Files are linked into it: who deletes them later disturbs nothing.
+    fn lay_out(
+        &self,
+        order: &mut Order,
+        train: &StoredFile,
+        validation: Option<&StoredFile>,
+        adapter: Option<&Path>,
+    ) -> Result<(), ApiError> {
+        let folder = self.folder(&order.id);
+        std::fs::create_dir_all(folder.path()).map_err(ApiError::disk)?;
+        let keep = |from: PathBuf, name: &str| -> Result<PathBuf, ApiError> {
+            let to = folder.path().join(name);
+            keep(&from, &to).map_err(ApiError::disk)?;
+            Ok(to)
+        };
+        let files = self.store().files_folder();
+        order.train = keep(files.join(&train.id), "train.data")?;
+        order.validation =
+            validation.map(|file| keep(files.join(&file.id), "validation.data")).transpose()?;
+        order.init = match adapter {
+            Some(path) if path.is_dir() => {
+                let folder = folder.path().join("init");
+                std::fs::create_dir_all(&folder).map_err(ApiError::disk)?;
+                for name in ["adapter_config.json", "adapter_model.safetensors"] {
+                    keep(path.join(name), &format!("init/{name}"))?;
+                }
+                Some(folder)
+            }
+            Some(path) => Some(keep(path.to_owned(), "init.gguf")?),
+            None => None,
+        };
+        folder.create(order).map_err(ApiError::disk)?;
+        self.say(&order.id, Level::Info, &format!("Created fine-tuning job: {}", order.id));
+        Ok(())
+    }
+
+    /// Reads a job's files in the background, and queues or fails it.
+    pub(super) fn validate(self: &Arc<Self>, id: &str) {
+        let (jobs, id) = (self.clone(), id.to_owned());
+        tokio::task::spawn_blocking(move || {
+            jobs.say(&id, Level::Info, "Validating the files.");
+            match jobs.check_files(&id) {
+                Ok(()) => {
+                    let from = [JobStatus::Validating];
+                    let moved = jobs.store().move_job(&id, &from, JobStatus::Queued, None, now());
+                    if matches!(moved, Ok(true)) {
+                        jobs.say(&id, Level::Info, "Files validated; the job is queued.");
+                    }
+                    jobs.look.notify_one();
+                }
+                Err(failure) => jobs.failed(&id, &failure),
+            }
+        });
+    }
+
+    fn check_files(&self, id: &str) -> Result<(), Failure> {
+        let failure = |param: &str, error: &dyn std::fmt::Display| Failure {
+            code: format!("invalid_{param}"),
+            message: format!("The {} cannot be used: {error}.", param.replace('_', " ")),
+            param: Some(param.to_owned()),
+        };
+        let order = self.folder(id).order().map_err(|error| failure("training_file", &error))?;
+        if order.spec.kind != Kind::Sft {
+            return Ok(());
+        }
+        let stored = self.store().job(id).ok().flatten();
+        let openai = stored.is_some_and(|job| job.request.is_some());
+        let least = if openai { super::LEAST_EXAMPLES } else { 1 };
+        let look = |path: &Path, param: &str, least: u64| -> Result<(), Failure> {
+            check(path, least).map(drop).map_err(|error: DataError| failure(param, &error))
+        };
+        look(&order.train, OPENAI.train, least)?;
+        order.validation.map_or(Ok(()), |path| look(&path, OPENAI.validation, 1))
+    }
+}
+
+/// A link, or a copy where the system allows none.
+fn keep(from: &Path, to: &Path) -> std::io::Result<()> {
+    let _ = std::fs::remove_file(to);
+    std::fs::hard_link(from, to).or_else(|_| std::fs::copy(from, to).map(drop))
+}
+
+/// The key that a specification's error begins with is the parameter at fault.
+fn invalid(why: &str) -> ApiError {
+    let mut error = ApiError::bad_request(format!("{why}."));
+    if let Some((key, _)) = why.split_once(": ")
+        && !key.contains(' ')
+    {
+        error.param = Some(key.to_owned());
+    }
+    error
+}
+
+/// A name that nobody guesses and nobody else has.
+pub(in crate::gateway) fn new_id(prefix: &str) -> String {
+    format!("{prefix}{:024x}", rand::random::<u128>() >> 32)
+}
+
+fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Sft => "sft",
+        Kind::Pretrain => "pretrain",
+    }
+}

@@ -1,0 +1,73 @@
+//! When a job makes room for requests.
+//!
+//! A job's process has the lowest priority, but two cores are two cores: what it does between two
+//! tokens of a request costs that request its cache and its place. So it is halted (SIGSTOP) while
+//! requests run, and gets a slice now and then, so that it still moves under lasting load.
+
+use std::time::{Duration, Instant};
+
+/// Requests seldom come alone: the job waits for so long after the last one.
+const QUIET: Duration = Duration::from_millis(100);
+/// Under lasting load a job runs for this long …
+const SLICE: Duration = Duration::from_millis(100);
+/// … after having waited for this long.
+const WAIT: Duration = Duration::from_millis(10_000);
+
+/// Whether the process may run, decided again at every look.
+#[derive(Debug)]
+pub(super) struct Courtesy {
+    runs: bool,
+    /// Since when.
+    since: Instant,
+    busy: Option<Instant>,
+}
+
+impl Courtesy {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { runs: true, since: now, busy: None }
+    }
+
+    /// `Some` if that changes. `busy` says whether requests run now.
+    pub(super) fn look(&mut self, busy: bool, now: Instant) -> Option<bool> {
+        if busy {
+            self.busy = Some(now);
+        }
+        let quiet = self.busy.is_none_or(|busy| now - busy >= QUIET);
+        let runs = match (quiet, self.runs) {
+            (true, _) => true,
+            // The first request after silence finds a job that has run for long.
+            (false, true) => now - self.since < SLICE,
+            (false, false) => now - self.since >= WAIT,
+        };
+        if runs == self.runs {
+            return None;
+        }
+        (self.runs, self.since) = (runs, now);
+        Some(runs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_halts_for_requests_and_moves_under_lasting_load() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut courtesy = Courtesy::new(start);
+        assert_eq!(courtesy.look(false, at(1_000)), None);
+        assert_eq!(courtesy.look(true, at(1_010)), Some(false));
+        assert_eq!(courtesy.look(false, at(1_020)), None);
+        assert_eq!(courtesy.look(false, at(1_111)), Some(true));
+        let (mut ran, mut last, mut runs) = (0, 1_111, true);
+        for ms in (1_112..61_112).step_by(5) {
+            if runs {
+                ran += ms - last;
+            }
+            last = ms;
+            runs = courtesy.look(true, at(ms)).unwrap_or(runs);
+        }
+        assert!((400..=1_000).contains(&ran), "{ran} ms of 60 s");
+    }
+}

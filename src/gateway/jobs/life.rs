@@ -1,0 +1,155 @@
+//! One process of a job, watched until it is gone.
+
+use super::courtesy::Courtesy;
+use super::{Jobs, LEAVE_PATIENCE, Live, lock};
+use crate::config::ByteSize;
+use crate::gateway::memory::available;
+use crate::train::job::{self, Entry, Folder, Follower, JobEvent};
+use rustix::process::{Pid, Signal, kill_process};
+use std::io::{Read, Seek, SeekFrom};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+use tokio::process::Child;
+
+/// How often it is looked whether requests run.
+const COURTESY_EVERY: Duration = Duration::from_millis(5);
+/// How often events are read and memory is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// With less than this available the system is about to kill somebody.
+const LEAST_MEMORY: u64 = 192 << 20;
+/// Bytes at the end of a log that tell why a process died.
+const LAST_WORDS: u64 = 2_000;
+
+/// What a job's process is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wish {
+    Run,
+    /// Write a checkpoint and leave.
+    Leave,
+    Die,
+}
+
+/// How a process ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The job has an outcome.
+    Done,
+    /// It was told to.
+    Left,
+    DiskFull,
+    /// Memory was short: it was told to leave.
+    Short(String),
+    Died(String),
+}
+
+impl Jobs {
+    pub(super) async fn live_once(self: &std::sync::Arc<Self>, id: &str, live: &Live) -> End {
+        let folder = self.folder(id);
+        let threads = folder.order().ok().and_then(|order| order.spec.train.threads).unwrap_or(1);
+        // Before the process writes: what is there already was told of already.
+        let mut follower = Follower::new(folder.events(), 0);
+        lock(&live.progress).take(&follower.read().unwrap_or_default());
+        let mut child = match job::spawn(&folder, threads) {
+            Ok(child) => child,
+            Err(error) => return End::Died(format!("it could not be started: {error}")),
+        };
+        let mut short = None;
+        let status = self.watch(id, live, &mut child, &mut follower, &mut short).await;
+        self.read_events(id, live, &mut follower);
+        match (status, short) {
+            (Ok(status), None) => end_of(status, &folder),
+            (Ok(status), Some(why)) => match end_of(status, &folder) {
+                End::Done => End::Done,
+                _ => End::Short(why),
+            },
+            (Err(error), _) => End::Died(error.to_string()),
+        }
+    }
+
+    async fn watch(
+        self: &std::sync::Arc<Self>,
+        id: &str,
+        live: &Live,
+        child: &mut Child,
+        follower: &mut Follower,
+        short: &mut Option<String>,
+    ) -> std::io::Result<ExitStatus> {
+        let pid = child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        let signal = |signal| {
+            // A process that is gone takes no signals.
+            pid.map(|pid| kill_process(pid, signal));
+        };
+        let mut wish = live.wish.subscribe();
+        let mut courtesy = Courtesy::new(Instant::now());
+        let mut each = tokio::time::interval(COURTESY_EVERY);
+        each.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let (mut looked, mut leaves) = (Instant::now(), None::<Instant>);
+        loop {
+            tokio::select! {
+                status = child.wait() => return status,
+                _ = each.tick() => {}
+            }
+            let now = Instant::now();
+            let told = *wish.borrow_and_update();
+            if told == Wish::Die || leaves.is_some_and(|since| now - since > LEAVE_PATIENCE) {
+                child.start_kill()?;
+            } else if told == Wish::Leave || short.is_some() {
+                if leaves.is_none() {
+                    leaves = Some(now);
+                    signal(Signal::TERM);
+                    signal(Signal::CONT);
+                }
+            } else if let Some(runs) = courtesy.look(self.registry.is_busy(), now) {
+                signal(if runs { Signal::CONT } else { Signal::STOP });
+            }
+            if now - looked > LOOK_EVERY {
+                looked = now;
+                self.read_events(id, live, follower);
+                let available = available();
+                if available < LEAST_MEMORY {
+                    *short = Some(format!(
+                        "Memory is short ({} available): the job was paused before the system \
+                         had to kill somebody. Resume it when there is more, or train with a \
+                         smaller max_length or micro_batch, or with activation_checkpointing.",
+                        ByteSize(available)
+                    ));
+                }
+            }
+        }
+    }
+
+    fn read_events(self: &std::sync::Arc<Self>, id: &str, live: &Live, follower: &mut Follower) {
+        let entries = match follower.read() {
+            Ok(entries) => entries,
+            Err(error) => return tracing::warn!(job = id, "events cannot be read: {error}"),
+        };
+        lock(&live.progress).take(&entries);
+        let is_checkpoint = |entry: &Entry| matches!(entry.event, JobEvent::Checkpoint { .. });
+        if entries.iter().any(is_checkpoint) {
+            self.list_checkpoints(id);
+        }
+    }
+}
+
+fn end_of(status: ExitStatus, folder: &Folder) -> End {
+    match status.code().and_then(|code| u8::try_from(code).ok()) {
+        Some(job::DONE) => End::Done,
+        Some(job::STOPPED) => End::Left,
+        Some(job::DISK_FULL) => End::DiskFull,
+        _ => End::Died(format!("{status}{}", last_words(folder))),
+    }
+}
+
+fn last_words(folder: &Folder) -> String {
+    let read = || -> std::io::Result<String> {
+        let mut file = std::fs::File::open(folder.log())?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LAST_WORDS)))?;
+        let mut bytes = Vec::new();
+        file.take(LAST_WORDS).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let text = read().unwrap_or_default();
+    let last = text.lines().rev().find(|line| !line.trim().is_empty());
+    last.map_or_else(String::new, |line| format!("; its last words: {}", line.trim()))
+}

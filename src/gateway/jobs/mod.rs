@@ -1,0 +1,259 @@
+//! Jobs: taken, queued, run in processes of their own, published.
+//!
+//! What a job is, and where it stands, is in the store; what it does is in its folder
+//! ([`crate::train::job`]). Here is only what both need while they meet, so a gateway that is killed
+//! finds every job as it was: what ran is queued again, and goes on from its last checkpoint.
+//!
+//! | file | what |
+//! |---|---|
+//! | `admit.rs` | from a specification to a row and a folder, or why not |
+//! | `queue.rs` | which job runs when |
+//! | `life.rs` | one process of a job, watched |
+//! | `courtesy.rs` | when a job makes room for requests |
+//! | `publish.rs` | what a job made becomes what requests may name |
+
+mod admit;
+mod courtesy;
+mod life;
+mod publish;
+mod queue;
+#[cfg(test)]
+mod tests;
+
+pub use admit::NewJob;
+pub(in crate::gateway) use admit::new_id;
+pub use publish::checkpoint_name;
+
+use crate::config::ServeConfig;
+use crate::gateway::error::ApiError;
+use crate::gateway::metrics::{JobSample, JobSamples};
+use crate::gateway::registry::Registry;
+use crate::gateway::store::{JobStatus, Store, StoredJob};
+use crate::train::job::{Entry, EventLog, Folder, Follower, JobEvent, Level, Step, Validation};
+use life::Wish;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+
+/// A process that does not leave is killed after this; it goes on from its checkpoint all the same.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Examples that OpenAI's endpoint asks for, at least.
+const LEAST_EXAMPLES: u64 = 10;
+
+/// All jobs.
+pub struct Jobs {
+    config: Arc<ServeConfig>,
+    registry: Arc<Registry>,
+    /// Jobs that have a process, or are about to.
+    live: Mutex<HashMap<String, Arc<Live>>>,
+    /// Somebody should look at the queue.
+    look: Notify,
+    stopping: watch::Sender<bool>,
+}
+
+impl fmt::Debug for Jobs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Jobs").finish_non_exhaustive()
+    }
+}
+
+/// A job that has a process.
+struct Live {
+    kind: String,
+    wish: watch::Sender<Wish>,
+    progress: Mutex<Progress>,
+}
+
+/// The newest of what a job said of itself.
+#[derive(Debug, Clone, Default)]
+pub struct Progress {
+    pub step: Option<Step>,
+    pub validation: Option<Validation>,
+}
+
+impl Progress {
+    fn take(&mut self, entries: &[Entry]) {
+        for entry in entries {
+            match entry.event {
+                JobEvent::Step(step) => self.step = Some(step),
+                JobEvent::Validation(found) => self.validation = Some(found),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Jobs {
+    /// Jobs of the registry's store. [`Jobs::start`] sets them going.
+    pub fn new(config: Arc<ServeConfig>, registry: Arc<Registry>) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            registry,
+            live: Mutex::default(),
+            look: Notify::new(),
+            stopping: watch::Sender::new(false),
+        })
+    }
+
+    pub fn store(&self) -> &Arc<Store> {
+        self.registry.store()
+    }
+
+    /// The folder of a job.
+    pub fn folder(&self, id: &str) -> Folder {
+        Folder::new(self.store().jobs_folder().join(id))
+    }
+
+    /// A job that `owner` may see; `None` may see all.
+    ///
+    /// # Errors
+    /// 404.
+    pub fn get(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
+        let found = self.store().job(id).map_err(ApiError::internal)?;
+        found.filter(|job| owner.is_none_or(|owner| job.owner == owner)).ok_or_else(|| {
+            let id: String = id.chars().take(100).collect();
+            ApiError::not_found(format!("There is no job `{id}`.")).with_code("job_not_found")
+        })
+    }
+
+    /// Where a job stands in its steps.
+    ///
+    /// # Errors
+    /// 500 if its folder cannot be read.
+    pub fn progress(&self, id: &str) -> Result<Progress, ApiError> {
+        if let Some(live) = self.live().get(id) {
+            return Ok(lock(&live.progress).clone());
+        }
+        let mut progress = Progress::default();
+        progress.take(&self.events(id)?);
+        Ok(progress)
+    }
+
+    /// Everything that a job said.
+    ///
+    /// # Errors
+    /// 500 if its folder cannot be read.
+    pub fn events(&self, id: &str) -> Result<Vec<Entry>, ApiError> {
+        Follower::new(self.folder(id).events(), 0).read().map_err(ApiError::internal)
+    }
+
+    /// What the metrics show.
+    pub fn samples(&self) -> JobSamples {
+        let counts = self.store().job_counts().unwrap_or_else(|error| {
+            tracing::error!("the jobs cannot be counted: {error}");
+            Vec::new()
+        });
+        JobSamples { counts, running: self.running() }
+    }
+
+    fn running(&self) -> Vec<JobSample> {
+        let sample = |(id, live): (&String, &Arc<Live>)| {
+            let Progress { step, validation } = lock(&live.progress).clone();
+            let validation_loss = validation.map(|found| found.validation_loss);
+            let names = JobSample { id: id.clone(), kind: live.kind.clone(), ..Default::default() };
+            step.map_or(names.clone(), |step| JobSample {
+                step: step.step,
+                total_steps: step.total_steps,
+                tokens: step.tokens,
+                memory_bytes: step.memory_bytes,
+                epoch: step.epoch,
+                loss: step.loss,
+                validation_loss,
+                learning_rate: step.learning_rate,
+                grad_norm: step.grad_norm,
+                tokens_per_second: step.tokens_per_second,
+                eta_seconds: step.eta_seconds,
+                ..names
+            })
+        };
+        self.live().iter().map(sample).collect()
+    }
+
+    /// Ends a job for good. What it has made so far is kept, but not published.
+    ///
+    /// # Errors
+    /// 404, or 400 if it has ended already.
+    pub fn cancel(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
+        use JobStatus::{Paused, Queued, Running, Validating};
+        let from = [Validating, Queued, Running, Paused];
+        self.change(id, owner, &from, JobStatus::Cancelled, "cancelled")?;
+        match self.live().get(id) {
+            Some(live) => drop(live.wish.send_replace(Wish::Die)),
+            None => self.say(id, Level::Info, "The job was cancelled."),
+        }
+        self.get(id, owner)
+    }
+
+    /// Has a job write a checkpoint and leave, or keeps it out of the queue.
+    ///
+    /// # Errors
+    /// 404, or 400 if it neither runs nor waits.
+    pub fn pause(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
+        let from = [JobStatus::Queued, JobStatus::Running];
+        self.change(id, owner, &from, JobStatus::Paused, "paused")?;
+        match self.live().get(id) {
+            Some(live) => drop(live.wish.send_replace(Wish::Leave)),
+            None => self.say(id, Level::Info, "The job was paused."),
+        }
+        self.get(id, owner)
+    }
+
+    /// Queues a paused job again.
+    ///
+    /// # Errors
+    /// 404, or 400 if it is not paused.
+    pub fn resume(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
+        self.change(id, owner, &[JobStatus::Paused], JobStatus::Queued, "resumed")?;
+        // While its process is still leaving, that one writes.
+        if !self.live().contains_key(id) {
+            self.say(id, Level::Info, "The job was queued again.");
+        }
+        self.look.notify_one();
+        self.get(id, owner)
+    }
+
+    fn change(
+        &self,
+        id: &str,
+        owner: Option<&str>,
+        from: &[JobStatus],
+        to: JobStatus,
+        verb: &str,
+    ) -> Result<(), ApiError> {
+        let job = self.get(id, owner)?;
+        match self.store().move_job(id, from, to, None, now()).map_err(ApiError::internal)? {
+            true => Ok(()),
+            false => Err(ApiError::bad_request(format!(
+                "The job `{id}` is {}; it cannot be {verb}.",
+                self.get(id, owner).map_or(job.status, |job| job.status).name()
+            ))
+            .with_code("invalid_job_status")),
+        }
+    }
+
+    /// Adds a line to a job's events while no process does.
+    fn say(&self, id: &str, level: Level, message: &str) {
+        let said =
+            EventLog::open(&self.folder(id).events()).and_then(|mut log| log.say(level, message));
+        if let Err(error) = said {
+            tracing::error!(job = id, "an event cannot be written: {error}");
+        }
+    }
+
+    fn live(&self) -> MutexGuard<'_, HashMap<String, Arc<Live>>> {
+        lock(&self.live)
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> i64 {
+    crate::train::job::now() as i64
+}
+
+/// A poisoned lock only means that another thread panicked between two plain assignments.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,179 @@
+//! What a job made becomes what requests may name.
+
+use super::admit::new_id;
+use super::{Jobs, now};
+use crate::gateway::error::ApiError;
+use crate::gateway::registry::AdapterSpec;
+use crate::gateway::store::{
+    Products, StoredAdapter, StoredArtifact, StoredFile, StoredJob, StoredModel,
+};
+use crate::train::job::{Artifact, ArtifactKind, JobEvent, Level, Order, Outcome};
+use std::path::Path;
+use std::sync::Arc;
+
+impl Jobs {
+    /// Reads the outcome, tries what was made, and lists it. Done again after a crash on the way, it
+    /// does the same.
+    pub(super) async fn publish(self: &Arc<Self>, job: &StoredJob) {
+        let id = job.id.as_str();
+        let folder = self.folder(id);
+        let (order, outcome) = match (folder.order(), folder.outcome()) {
+            (Ok(order), Ok(Some(outcome))) => (order, outcome),
+            (Err(error), _) | (_, Err(error)) => {
+                return self.fail(id, "io_error", &format!("its folder cannot be read: {error}"));
+            }
+            (_, Ok(None)) => return self.fail(id, "io_error", "its outcome is missing"),
+        };
+        let (trained_tokens, made) = match outcome {
+            Outcome::Succeeded { trained_tokens, artifacts } => (trained_tokens, artifacts),
+            Outcome::Failed(failure) => return self.failed(id, &failure),
+        };
+        let adapter = made.iter().find(|artifact| artifact.kind == ArtifactKind::Adapter);
+        let mut live = None;
+        if let Some(adapter) = adapter {
+            let spec = AdapterSpec {
+                name: order.name.clone(),
+                base: order.spec.model.clone(),
+                path: folder.path().join(&adapter.file),
+                scale: 1.0,
+                check: true,
+            };
+            match self.registry.load_adapter(spec).await {
+                Ok(version) => live = Some(version),
+                // Its base may have been unloaded meanwhile: it is loaded when it is asked for.
+                Err(error) if error.status != http::StatusCode::UNPROCESSABLE_ENTITY => {
+                    tracing::warn!(job = id, "the adapter is not loaded now: {error}");
+                }
+                Err(error) => return self.fail(id, "invalid_adapter", &error.message),
+            }
+        }
+        let products = match self.products(job, &order, trained_tokens, &made) {
+            Ok(products) => products,
+            Err(error) => return self.fail(id, "io_error", &error.to_string()),
+        };
+        // Whoever follows the events stops when the status says so.
+        self.say(id, Level::Info, &format!("New fine-tuned model created: {}", order.name));
+        match self.store().finish_job(id, &products, now()) {
+            Ok(true) => {}
+            Ok(false) => {
+                // Cancelled at the last moment: nothing is published.
+                if live.is_some() {
+                    let _ = self.registry.unload_adapter(&order.name);
+                }
+                return self.say(id, Level::Info, "The job was cancelled.");
+            }
+            Err(error) => return tracing::error!(job = id, "its end cannot be written: {error}"),
+        }
+        self.say(id, Level::Info, "The job has successfully completed.");
+    }
+
+    fn products(
+        &self,
+        job: &StoredJob,
+        order: &Order,
+        trained_tokens: u64,
+        made: &[Artifact],
+    ) -> std::io::Result<Products> {
+        let inside = Path::new("jobs").join(&job.id);
+        let find = |kind| made.iter().find(|artifact| artifact.kind == kind);
+        let artifact = |artifact: &Artifact| StoredArtifact {
+            id: new_id("artifact-"),
+            kind: artifact.kind.name().to_owned(),
+            file: artifact.file.clone(),
+            bytes: artifact.bytes,
+            sha256: artifact.sha256.clone(),
+        };
+        let mut results = Vec::new();
+        if let Some(found) = find(ArtifactKind::Results) {
+            let id = self.result_file(&job.id);
+            let from = self.store().folder().join(&inside).join(&found.file);
+            std::fs::copy(from, self.store().files_folder().join(&id))?;
+            results.push(StoredFile {
+                id,
+                name: "step_metrics.csv".into(),
+                purpose: "fine-tune-results".into(),
+                bytes: found.bytes,
+                sha256: found.sha256.clone(),
+                owner: job.owner.clone(),
+                created_at: now(),
+            });
+        }
+        let adapter = find(ArtifactKind::Adapter).map(|found| StoredAdapter {
+            name: order.name.clone(),
+            base_model: order.spec.model.clone().unwrap_or_default(),
+            file: inside.join(&found.file),
+            format: "gguf".into(),
+            sha256: found.sha256.clone(),
+            bytes: found.bytes,
+            scale: 1.0,
+            created_at: now(),
+        });
+        let model = find(ArtifactKind::Model).map(|found| StoredModel {
+            name: order.name.clone(),
+            file: inside.join(&found.file),
+            sha256: found.sha256.clone(),
+            bytes: found.bytes,
+            source: format!("job:{}", job.id),
+            created_at: now(),
+        });
+        let artifacts = made.iter().map(artifact).collect();
+        Ok(Products { trained_tokens, artifacts, results, adapter, model })
+    }
+
+    /// The id of the file with a job's losses.
+    pub fn result_file(&self, id: &str) -> String {
+        format!("file-{}", id.trim_start_matches("ftjob-"))
+    }
+
+    /// Takes what a job made out of service and out of the store. False if it is not there.
+    ///
+    /// # Errors
+    /// Of the database.
+    pub fn forget(&self, name: &str) -> Result<bool, ApiError> {
+        let adapter = self.store().remove_adapter(name).map_err(ApiError::internal)?;
+        let model = self.store().remove_model(name).map_err(ApiError::internal)?;
+        // It may not be loaded.
+        let unloaded = self.registry.unload_adapter(name).is_ok();
+        Ok(adapter || model || unloaded)
+    }
+
+    /// Lists the adapters of the checkpoints that a job has now, as `NAME:ckpt-step-N`, and forgets
+    /// those that are gone.
+    pub(super) fn list_checkpoints(&self, id: &str) {
+        let folder = self.folder(id);
+        let (Ok(order), Ok(entries)) = (folder.order(), self.events(id)) else { return };
+        let steps = entries.iter().filter_map(|entry| match entry.event {
+            JobEvent::Checkpoint { step } => Some(step),
+            _ => None,
+        });
+        for step in steps {
+            let name = checkpoint_name(&order.name, step);
+            let file = folder.checkpoint_adapter(step);
+            let done = match std::fs::metadata(&file) {
+                Ok(found) => self.store().put_adapter(&StoredAdapter {
+                    name,
+                    base_model: order.spec.model.clone().unwrap_or_default(),
+                    file: file.strip_prefix(self.store().folder()).unwrap_or(&file).to_owned(),
+                    format: "gguf".into(),
+                    sha256: String::new(),
+                    bytes: found.len(),
+                    scale: 1.0,
+                    created_at: now(),
+                }),
+                Err(_) => {
+                    // Whoever uses it now goes on.
+                    let _ = self.registry.unload_adapter(&name);
+                    self.store().remove_adapter(&name).map(drop)
+                }
+            };
+            if let Err(error) = done {
+                tracing::error!(job = id, "a checkpoint cannot be listed: {error}");
+            }
+        }
+    }
+}
+
+/// What requests call an adapter as it was at a checkpoint.
+pub fn checkpoint_name(name: &str, step: u64) -> String {
+    format!("{name}:ckpt-step-{step}")
+}

@@ -1,0 +1,215 @@
+//! Which job runs when: the oldest first, as many at once as the configuration allows, each once
+//! there is memory for it.
+
+use super::life::{End, Wish};
+use super::{Jobs, Live, now};
+use crate::config::ByteSize;
+use crate::gateway::memory::available;
+use crate::gateway::store::{JobStatus, StoredJob};
+use crate::gguf::Gguf;
+use crate::train::job::{Failure, Level, Needs, Order};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// The queue is looked at this often, whatever happens.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A process that dies so often without a step in between has no future.
+const DEATHS: u32 = 5;
+const MAX_BACK_OFF: Duration = Duration::from_secs(10);
+
+impl Jobs {
+    /// Takes up what a gateway before us left, and runs the queue from now on.
+    pub fn start(self: &Arc<Self>) {
+        if let Err(error) = self.take_up() {
+            tracing::error!("the jobs of before cannot be taken up: {error}");
+        }
+        let jobs = self.clone();
+        tokio::spawn(async move {
+            let mut stopping = jobs.stopping.subscribe();
+            let mut waiting = HashSet::new();
+            loop {
+                jobs.fill(&mut waiting);
+                tokio::select! {
+                    () = jobs.look.notified() => {}
+                    () = tokio::time::sleep(LOOK_EVERY) => {}
+                    _ = stopping.wait_for(|stopping| *stopping) => return,
+                }
+            }
+        });
+    }
+
+    fn take_up(self: &Arc<Self>) -> Result<(), crate::gateway::store::StoreError> {
+        let store = self.store();
+        for job in store.jobs_in(JobStatus::Running)? {
+            store.move_job(&job.id, &[JobStatus::Running], JobStatus::Queued, None, now())?;
+            self.say(&job.id, Level::Info, "The server was restarted; the job goes on.");
+        }
+        for job in store.jobs_in(JobStatus::Validating)? {
+            self.validate(&job.id);
+        }
+        Ok(())
+    }
+
+    /// Starts what may start. `waiting` are jobs that have been told that memory is short.
+    fn fill(self: &Arc<Self>, waiting: &mut HashSet<String>) {
+        let queued = match self.store().jobs_in(JobStatus::Queued) {
+            Ok(queued) => queued,
+            Err(error) => return tracing::error!("the queue cannot be read: {error}"),
+        };
+        for job in queued {
+            if self.live().len() >= self.config.jobs.max_running as usize {
+                return;
+            }
+            // A process of before may still be writing its checkpoint.
+            if self.live().contains_key(&job.id) {
+                continue;
+            }
+            if let Err(short) = self.fits_now(&job) {
+                if waiting.insert(job.id.clone()) {
+                    self.say(&job.id, Level::Warn, &short);
+                }
+                // Nobody overtakes: a large job would wait for ever.
+                return;
+            }
+            waiting.remove(&job.id);
+            self.begin(job);
+        }
+    }
+
+    fn fits_now(&self, job: &StoredJob) -> Result<(), String> {
+        // What cannot be read fails when it runs, with the reason.
+        let Ok(order) = self.folder(&job.id).order() else { return Ok(()) };
+        let Some(needs) = needs(&order) else { return Ok(()) };
+        let available = available();
+        match needs.memory <= available {
+            true => Ok(()),
+            false => Err(format!(
+                "The job waits: it needs about {} of memory, and {} is available now.",
+                ByteSize(needs.memory),
+                ByteSize(available)
+            )),
+        }
+    }
+
+    fn begin(self: &Arc<Self>, job: StoredJob) {
+        let id = job.id.clone();
+        let wish = watch::Sender::new(Wish::Run);
+        let live = Arc::new(Live { kind: job.kind.clone(), wish, progress: Default::default() });
+        // Listed before the status says so: whoever cancels a running job finds it here.
+        self.live().insert(id.clone(), live.clone());
+        let moved =
+            self.store().move_job(&id, &[JobStatus::Queued], JobStatus::Running, None, now());
+        if !matches!(moved, Ok(true)) {
+            self.live().remove(&id);
+            return;
+        }
+        let jobs = self.clone();
+        tokio::spawn(async move {
+            jobs.drive(&job, &live).await;
+            jobs.live().remove(&id);
+            jobs.look.notify_one();
+        });
+    }
+
+    /// One process after another until the job has an end, or should not run any more.
+    async fn drive(self: &Arc<Self>, job: &StoredJob, live: &Arc<Live>) {
+        let id = job.id.as_str();
+        self.say(id, Level::Info, "The job started.");
+        let (mut deaths, mut furthest) = (0, None);
+        loop {
+            let end = self.live_once(id, live).await;
+            let step = super::lock(&live.progress).step.map(|step| step.step);
+            if step > furthest {
+                (deaths, furthest) = (0, step);
+            }
+            let wish = *live.wish.borrow();
+            match end {
+                End::Done => return self.publish(job).await,
+                End::Died(_) | End::Left | End::DiskFull if wish == Wish::Die => {
+                    return self.say(id, Level::Info, "The job was cancelled.");
+                }
+                End::Died(_) | End::Left if *self.stopping.borrow() => return,
+                // Killed before it had written its checkpoint: it goes on from the one before.
+                End::Died(_) | End::Left if wish == Wish::Leave => {
+                    return self.say(id, Level::Info, "The job was paused.");
+                }
+                End::Left => {}
+                End::Short(why) | End::Died(why) if deaths + 1 >= DEATHS => {
+                    let message = format!("The job's process died {DEATHS} times: {why}");
+                    return self.fail(id, "process_died", &message);
+                }
+                End::DiskFull => {
+                    let message = "The disk of the data folder is full: make room, then resume \
+                                   the job; it goes on from its last checkpoint.";
+                    return self.pause_for(id, "disk_full", message);
+                }
+                End::Short(why) => return self.pause_for(id, "insufficient_memory", &why),
+                End::Died(why) => {
+                    deaths += 1;
+                    tracing::warn!(job = id, "a job's process died: {why}");
+                    let message = format!("The process died and is started again: {why}");
+                    self.say(id, Level::Warn, &message);
+                    let pause = Duration::from_millis(100) * 2u32.pow(deaths);
+                    let mut stopping = self.stopping.subscribe();
+                    tokio::select! {
+                        () = tokio::time::sleep(pause.min(MAX_BACK_OFF)) => {}
+                        _ = stopping.wait_for(|stopping| *stopping) => return,
+                    }
+                }
+            }
+        }
+    }
+
+    /// The server pauses a job: somebody has to do something first.
+    fn pause_for(&self, id: &str, code: &str, message: &str) {
+        let failure = Failure { code: code.into(), message: message.into(), param: None };
+        let error = serde_json::to_string(&failure).unwrap_or_default();
+        let (from, to) = ([JobStatus::Running], JobStatus::Paused);
+        if let Err(error) = self.store().move_job(id, &from, to, Some(&error), now()) {
+            tracing::error!(job = id, "its status cannot be written: {error}");
+        }
+        self.say(id, Level::Error, message);
+    }
+
+    pub(super) fn fail(&self, id: &str, code: &str, message: &str) {
+        self.failed(id, &Failure { code: code.into(), message: message.into(), param: None });
+    }
+
+    pub(super) fn failed(&self, id: &str, failure: &Failure) {
+        use JobStatus::{Failed, Paused, Queued, Running, Validating};
+        let error = serde_json::to_string(failure).unwrap_or_default();
+        let from = [Validating, Queued, Running, Paused];
+        match self.store().move_job(id, &from, Failed, Some(&error), now()) {
+            Ok(_) => self.say(id, Level::Error, &format!("The job failed: {}", failure.message)),
+            Err(error) => tracing::error!(job = id, "its status cannot be written: {error}"),
+        }
+    }
+
+    /// Has every process leave, and waits for them. Their jobs go on when the next gateway starts.
+    pub async fn stop(&self) {
+        self.stopping.send_replace(true);
+        let live: Vec<_> = self.live().values().cloned().collect();
+        for live in &live {
+            live.wish.send_if_modified(|wish| {
+                let runs = *wish == Wish::Run;
+                if runs {
+                    *wish = Wish::Leave;
+                }
+                runs
+            });
+        }
+        drop(live);
+        while !self.live().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+/// What an order takes; `None` if its model cannot be read.
+pub(super) fn needs(order: &Order) -> Option<Needs> {
+    let model = Gguf::open_header(order.model.as_ref()?).ok()?;
+    let settings = order.spec.resolve().ok()?;
+    Needs::of(&model, &order.spec, &settings).ok()
+}

@@ -1,0 +1,150 @@
+//! What a name stands for beyond what is loaded: adapters of the store are loaded when somebody asks
+//! for them, and jobs train what the data folder has.
+
+use super::load::store_error;
+use super::{AdapterSpec, ModelCard, Registry, Served, blocking, check_name};
+use crate::gateway::error::ApiError;
+use crate::gateway::store::StoredAdapter;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A model to train further, and where it stands.
+#[derive(Debug, Clone)]
+pub struct Trainable {
+    /// As it was asked for.
+    pub name: String,
+    /// The model, or the base of the adapter.
+    pub model: String,
+    pub path: PathBuf,
+    /// SHA-256 of the file, where it is known.
+    pub sha256: Option<String>,
+    /// A PEFT folder or a GGUF, where the name is an adapter's.
+    pub adapter: Option<PathBuf>,
+}
+
+impl Registry {
+    /// What `name` stands for now; an adapter of the store is loaded first, if its base is.
+    ///
+    /// # Errors
+    /// As [`Registry::resolve`], and what [`Registry::load_adapter`] refuses.
+    pub async fn find(self: &Arc<Self>, name: &str) -> Result<Served, ApiError> {
+        match self.resolve(name) {
+            Err(error) if error.code.as_deref() == Some("model_not_found") => {}
+            found => return found,
+        }
+        let Some(stored) = self.on_demand(name).await? else { return self.resolve(name) };
+        let _turn = self.one_adapter_at_a_time.lock().await;
+        // Somebody else asked for it first.
+        if let Ok(found) = self.resolve(name) {
+            return Ok(found);
+        }
+        let spec = AdapterSpec {
+            name: stored.name.clone(),
+            base: Some(stored.base_model),
+            path: self.adapter_path(&stored.name).await?,
+            scale: stored.scale,
+            check: false,
+        };
+        self.load_adapter(spec).await?;
+        self.resolve(name)
+    }
+
+    /// The adapter of the store that a request for `name` loads.
+    async fn on_demand(&self, name: &str) -> Result<Option<StoredAdapter>, ApiError> {
+        let (store, wanted) = (self.store.clone(), name.to_owned());
+        let stored = blocking(move || store.adapter(&wanted).map_err(store_error)).await?;
+        let state = self.lock();
+        Ok(stored.filter(|stored| {
+            state.models.contains_key(&stored.base_model) && !state.unloaded.contains(name)
+        }))
+    }
+
+    /// Entries of adapters that a request would load.
+    pub(super) fn on_demand_cards(&self, loaded: &[ModelCard]) -> Vec<ModelCard> {
+        let stored = self.store.adapters().unwrap_or_else(|error| {
+            tracing::error!("the adapters cannot be listed: {error}");
+            Vec::new()
+        });
+        let state = self.lock();
+        let listed = |stored: &StoredAdapter| loaded.iter().any(|card| card.id == stored.name);
+        let card = |stored: StoredAdapter| {
+            let base = state.models.get(&stored.base_model)?;
+            (!listed(&stored) && !state.unloaded.contains(&stored.name)).then(|| ModelCard {
+                id: stored.name,
+                object: "model",
+                created: stored.created_at.unsigned_abs(),
+                owned_by: "ingot",
+                root: stored.base_model.clone(),
+                parent: Some(stored.base_model),
+                max_model_len: base.plan.context_length,
+            })
+        };
+        stored.into_iter().filter_map(card).collect()
+    }
+
+    /// A model or adapter that a job can train further: loaded, or in the data folder.
+    ///
+    /// # Errors
+    /// 404 if there is none of that name, 422 if it has no file.
+    pub async fn trainable(self: &Arc<Self>, name: &str) -> Result<Trainable, ApiError> {
+        check_name("model", name)?;
+        let loaded = {
+            let state = self.lock();
+            let adapter = state.adapters.get(name);
+            let model = state.models.get(adapter.map_or(name, |adapter| adapter.base()));
+            model.map(|model| (model.clone(), adapter.map(|adapter| adapter.file().to_owned())))
+        };
+        let (store, wanted) = (self.store.clone(), name.to_owned());
+        if let Some((model, adapter)) = loaded {
+            if model.fileless {
+                let message = format!("The model `{name}` has no file that could be trained.");
+                return Err(ApiError::unprocessable(message).with_param("model"));
+            }
+            let of = model.name.clone();
+            let stored = blocking(move || store.model(&of).map_err(store_error)).await?;
+            let folder = self.store.folder().to_owned();
+            let same = stored.filter(|stored| {
+                folder.join(&stored.file).canonicalize().is_ok_and(|path| path == model.path)
+            });
+            return Ok(Trainable {
+                name: name.to_owned(),
+                model: model.name.clone(),
+                path: model.path.clone(),
+                sha256: same.map(|stored| stored.sha256),
+                adapter,
+            });
+        }
+        let adapter = self.store.adapter(name).map_err(store_error)?;
+        let base = adapter.as_ref().map_or(wanted, |adapter| adapter.base_model.clone());
+        let loaded = self.lock().models.get(&base).cloned();
+        let path = match &adapter {
+            Some(adapter) => Some(self.adapter_path(&adapter.name).await?),
+            None => None,
+        };
+        if let Some(model) = loaded {
+            let (model, file) = (model.name.clone(), model.path.clone());
+            return Ok(Trainable {
+                name: name.into(),
+                model,
+                path: file,
+                sha256: None,
+                adapter: path,
+            });
+        }
+        let stored = blocking(move || store.model(&base).map_err(store_error)).await?;
+        let stored = stored.ok_or_else(|| ApiError::model_not_found(name))?;
+        Ok(Trainable {
+            name: name.to_owned(),
+            model: stored.name,
+            path: self.store.folder().join(stored.file),
+            sha256: Some(stored.sha256),
+            adapter: path,
+        })
+    }
+
+    /// Whether any engine has a request.
+    pub fn is_busy(&self) -> bool {
+        let state = self.lock();
+        state.models.values().chain(state.leaving.values()).any(|m| m.engine.in_flight() > 0)
+    }
+}

@@ -1,0 +1,284 @@
+//! Jobs: a row each, and a folder `jobs/<id>`.
+//!
+//! A status changes in one statement that names the statuses it may change from: two who want to
+//! change it at once cannot both succeed, and a crash leaves the old one or the new one.
+
+use super::database::{Store, StoreError};
+use super::files::{self, StoredFile};
+use crate::gateway::store::StoredAdapter;
+use rusqlite::{OptionalExtension, Row, params};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Where a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum JobStatus {
+    /// Its files are being read.
+    Validating,
+    Queued,
+    Running,
+    Paused,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+impl JobStatus {
+    pub const ALL: [Self; 7] = [
+        Self::Validating,
+        Self::Queued,
+        Self::Running,
+        Self::Paused,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Validating => "validating",
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// Nothing will change it any more.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+}
+
+impl FromStr for JobStatus {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|status| status.name() == name);
+        found.ok_or_else(|| format!("`{name}` is no status of a job"))
+    }
+}
+
+/// A job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredJob {
+    /// `ftjob-…`
+    pub id: String,
+    pub kind: String,
+    pub status: JobStatus,
+    /// The specification with every default, JSON.
+    pub spec: String,
+    /// What the OpenAI endpoint was asked for, JSON.
+    pub request: Option<String>,
+    /// The name of what it makes.
+    pub name: String,
+    pub owner: String,
+    /// Seconds since 1970, as the others.
+    pub created_at: i64,
+    pub started_at: Option<i64>,
+    pub finished_at: Option<i64>,
+    /// Why it failed or was paused by the server, JSON.
+    pub error: Option<String>,
+    pub trained_tokens: Option<u64>,
+}
+
+/// A file that a job made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredArtifact {
+    pub id: String,
+    pub kind: String,
+    /// Below the job's folder.
+    pub file: PathBuf,
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+/// What a succeeded job leaves behind, written with its status in one transaction.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Products {
+    pub trained_tokens: u64,
+    pub artifacts: Vec<StoredArtifact>,
+    /// Files that its owner can read by `/v1/files`.
+    pub results: Vec<StoredFile>,
+    pub adapter: Option<StoredAdapter>,
+    pub model: Option<super::StoredModel>,
+}
+
+impl Store {
+    /// Where the folders of jobs are.
+    pub fn jobs_folder(&self) -> PathBuf {
+        self.folder().join("jobs")
+    }
+
+    pub fn put_job(&self, job: &StoredJob) -> Result<(), StoreError> {
+        self.with(|c| {
+            c.execute(
+                "INSERT INTO jobs (id, kind, status, spec, request, name, owner, created_at) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+                params![
+                    job.id,
+                    job.kind,
+                    job.status.name(),
+                    job.spec,
+                    job.request,
+                    job.name,
+                    job.owner,
+                    job.created_at
+                ],
+            )
+        })
+        .map(drop)
+    }
+
+    pub fn job(&self, id: &str) -> Result<Option<StoredJob>, StoreError> {
+        self.with(|c| c.query_row("SELECT * FROM jobs WHERE id = ?1", [id], job).optional())
+    }
+
+    /// Jobs of an owner (`None`: of everybody), the newest first.
+    pub fn jobs(&self, owner: Option<&str>) -> Result<Vec<StoredJob>, StoreError> {
+        self.with(|c| {
+            let sql = "SELECT * FROM jobs WHERE ?1 IS NULL OR owner = ?1 ORDER BY rowid DESC";
+            c.prepare(sql)?.query_map([owner], job)?.collect()
+        })
+    }
+
+    /// Jobs of a status, the oldest first.
+    pub fn jobs_in(&self, status: JobStatus) -> Result<Vec<StoredJob>, StoreError> {
+        self.with(|c| {
+            let sql = "SELECT * FROM jobs WHERE status = ?1 ORDER BY rowid";
+            c.prepare(sql)?.query_map([status.name()], job)?.collect()
+        })
+    }
+
+    /// How many jobs there are of each status.
+    pub fn job_counts(&self) -> Result<Vec<(&'static str, usize)>, StoreError> {
+        self.with(|c| {
+            let mut count = c.prepare("SELECT count(*) FROM jobs WHERE status = ?1")?;
+            let each = JobStatus::ALL.into_iter().map(|status| {
+                let jobs = count.query_row([status.name()], |row| row.get::<_, i64>(0))?;
+                Ok((status.name(), jobs as usize))
+            });
+            each.collect()
+        })
+    }
+
+    /// Changes a job's status, if it is one of `from` now. `error` stays with a job that failed, or
+    /// that the server paused; a status without one clears it.
+    ///
+    /// # Errors
+    /// Only of the database; `false` says that the status was another one.
+    pub fn move_job(
+        &self,
+        id: &str,
+        from: &[JobStatus],
+        to: JobStatus,
+        error: Option<&str>,
+        now: i64,
+    ) -> Result<bool, StoreError> {
+        let from = names(from);
+        self.with(|c| {
+            c.execute(
+                &format!(
+                    "UPDATE jobs SET status = ?2, error = ?3, \
+                     started_at = CASE WHEN ?2 = 'running' THEN coalesce(started_at, ?4) \
+                                  ELSE started_at END, \
+                     finished_at = CASE WHEN ?5 THEN ?4 END \
+                     WHERE id = ?1 AND status IN ({from})"
+                ),
+                params![id, to.name(), error, now, to.is_final()],
+            )
+        })
+        .map(|changed| changed > 0)
+    }
+
+    /// Makes a running or paused job a succeeded one, with everything that it made.
+    ///
+    /// # Errors
+    /// Only of the database; `false` says that the status was another one, and nothing is kept.
+    pub fn finish_job(&self, id: &str, made: &Products, now: i64) -> Result<bool, StoreError> {
+        let from = names(&[JobStatus::Running, JobStatus::Paused]);
+        self.transaction(|c| {
+            let changed = c.execute(
+                &format!(
+                    "UPDATE jobs SET status = 'succeeded', error = NULL, finished_at = ?2, \
+                     trained_tokens = ?3 WHERE id = ?1 AND status IN ({from})"
+                ),
+                params![id, now, made.trained_tokens as i64],
+            )?;
+            if changed == 0 {
+                return Ok(false);
+            }
+            for artifact in &made.artifacts {
+                c.execute(
+                    "INSERT OR REPLACE INTO artifacts (id, job, kind, file, bytes, sha256) \
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                    params![
+                        artifact.id,
+                        id,
+                        artifact.kind,
+                        artifact.file.to_string_lossy(),
+                        artifact.bytes as i64,
+                        artifact.sha256
+                    ],
+                )?;
+            }
+            for file in &made.results {
+                files::insert(c, file)?;
+            }
+            if let Some(adapter) = &made.adapter {
+                super::database::insert_adapter(c, adapter)?;
+            }
+            if let Some(model) = &made.model {
+                super::database::insert_model(c, model)?;
+            }
+            Ok(true)
+        })
+    }
+
+    /// What a job made.
+    pub fn artifacts(&self, job: &str) -> Result<Vec<StoredArtifact>, StoreError> {
+        self.with(|c| {
+            let sql = "SELECT * FROM artifacts WHERE job = ?1 ORDER BY rowid";
+            c.prepare(sql)?.query_map([job], artifact)?.collect()
+        })
+    }
+}
+
+/// A list for `IN`: constants of ours, nothing to escape.
+fn names(statuses: &[JobStatus]) -> String {
+    let quoted: Vec<_> = statuses.iter().map(|status| format!("'{}'", status.name())).collect();
+    quoted.join(", ")
+}
+
+fn job(row: &Row<'_>) -> rusqlite::Result<StoredJob> {
+    let status: String = row.get("status")?;
+    let status = status.parse().map_err(|error: String| {
+        rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.into())
+    })?;
+    Ok(StoredJob {
+        id: row.get("id")?,
+        kind: row.get("kind")?,
+        status,
+        spec: row.get("spec")?,
+        request: row.get("request")?,
+        name: row.get("name")?,
+        owner: row.get("owner")?,
+        created_at: row.get("created_at")?,
+        started_at: row.get("started_at")?,
+        finished_at: row.get("finished_at")?,
+        error: row.get("error")?,
+        trained_tokens: row.get::<_, Option<i64>>("trained_tokens")?.map(|tokens| tokens as u64),
+    })
+}
+
+fn artifact(row: &Row<'_>) -> rusqlite::Result<StoredArtifact> {
+    Ok(StoredArtifact {
+        id: row.get("id")?,
+        kind: row.get("kind")?,
+        file: PathBuf::from(row.get::<_, String>("file")?),
+        bytes: row.get::<_, i64>("bytes")? as u64,
+        sha256: row.get("sha256")?,
+    })
+}
