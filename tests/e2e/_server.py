@@ -23,13 +23,13 @@ def find_or_start():
     return url, os.environ.get("INGOT_MODEL") or first_model(url, key, process), key
 
 
-def start(key):
+def start(key, data=None, *more):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [os.environ["INGOT_BIN"], "serve", os.environ.get("INGOT_TEST_MODEL", "smollm2:135m")]
-    command += ["--port", str(port), "--api-key", key]
-    if data := os.environ.get("INGOT_TEST_DATA"):
+    command += ["--port", str(port), "--api-key", key, *more]
+    if data := data or os.environ.get("INGOT_TEST_DATA"):
         command += ["--data-dir", data]
     process = subprocess.Popen(command)
     atexit.register(stop, process)

@@ -144,7 +144,8 @@ async fn follow(folder: &Folder, settings: &Resolved) -> Result<bool, CliError> 
     };
     let mut events = Follower::new(folder.events(), 0);
     let _ = events.read();
-    let mut child = job::spawn(folder, settings.threads).map_err(cannot)?;
+    let mut process = job::spawn(folder, settings.threads).map_err(cannot)?;
+    let child = &mut process.child;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
     let mut screen = Screen::new();

@@ -2,6 +2,7 @@
 //! it describes. A test holds the list of paths against the router's.
 
 mod schemas;
+mod training;
 
 use crate::gateway::app::App;
 use axum::Json;
@@ -24,25 +25,31 @@ pub(crate) fn describe(keys: bool, admin: bool) -> Value {
     generation_paths(keys, &mut add);
     text_paths(keys, &mut add);
     model_paths(keys, &mut add);
+    training::file_paths(keys, &mut add);
+    training::fine_tuning_paths(keys, &mut add);
     operation_paths(&mut add);
+    let mut schemas = schemas::all();
+    merge(&mut schemas, training::schemas());
     if admin {
         admin_paths(&mut add);
+        training::job_paths(&mut add);
     }
     json!({
         "openapi": "3.1.0",
         "info": {
             "title": "Ingot",
-            "description": "An OpenAI-compatible server for GGUF models.",
+            "description": "An OpenAI-compatible server for GGUF models, which also trains them.",
             "version": env!("CARGO_PKG_VERSION"),
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],
         "tags": [
-            {"name": "inference"}, {"name": "models"}, {"name": "operations"}, {"name": "admin"},
+            {"name": "inference"}, {"name": "models"}, {"name": "files"}, {"name": "fine-tuning"},
+            {"name": "operations"}, {"name": "admin"},
         ],
         "paths": paths,
         "components": {
-            "schemas": schemas::all(),
+            "schemas": schemas,
             "responses": {
                 "Error": {
                     "description": "OpenAI's error body.",
@@ -62,6 +69,12 @@ pub(crate) fn describe(keys: bool, admin: bool) -> Value {
             },
         },
     })
+}
+
+fn merge(into: &mut Value, other: Value) {
+    if let (Value::Object(into), Value::Object(other)) = (into, other) {
+        into.extend(other);
+    }
 }
 
 fn generation_paths(keys: bool, add: &mut impl FnMut(&str, Value)) {
@@ -140,6 +153,11 @@ fn model_paths(keys: bool, add: &mut impl FnMut(&str, Value)) {
             "get": operation("retrieveModel", "models", keys)
                 .summary("One of them.")
                 .answers("200", content(&reference("Model")))
+                .fails(&["404"])
+                .0,
+            "delete": operation("deleteModel", "models", keys)
+                .summary("Deletes a model that a job of this key made.")
+                .answers("200", content(&json!({"type": "object"})))
                 .fails(&["404"])
                 .0
         }),

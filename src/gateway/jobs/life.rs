@@ -49,12 +49,12 @@ impl Jobs {
         // Before the process writes: what is there already was told of already.
         let mut follower = Follower::new(folder.events(), 0);
         lock(&live.progress).take(&follower.read().unwrap_or_default());
-        let mut child = match job::spawn(&folder, threads) {
-            Ok(child) => child,
+        let mut process = match job::spawn(&folder, threads) {
+            Ok(process) => process,
             Err(error) => return End::Died(format!("it could not be started: {error}")),
         };
         let mut short = None;
-        let status = self.watch(id, live, &mut child, &mut follower, &mut short).await;
+        let status = self.watch(id, live, &mut process.child, &mut follower, &mut short).await;
         self.read_events(id, live, &mut follower);
         match (status, short) {
             (Ok(status), None) => end_of(status, &folder),

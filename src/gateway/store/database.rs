@@ -27,6 +27,7 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT;
 ",
     "
+    ALTER TABLE adapters ADD COLUMN scale REAL NOT NULL DEFAULT 1;
     CREATE TABLE files (
         id         TEXT PRIMARY KEY,
         name       TEXT NOT NULL,

@@ -33,7 +33,7 @@ mod tests;
 pub use events::{Entry, EventLog, Follower, JobEvent, Level, Step, Validation, now};
 pub use needs::Needs;
 pub use plot::plot;
-pub use process::{DISK_FULL, DONE, STOPPED, main, spawn};
+pub use process::{DISK_FULL, DONE, Process, STOPPED, main, spawn};
 pub use run::{JobError, run};
 
 use super::spec::Spec;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Exit codes: it has an outcome;
@@ -23,14 +23,20 @@ const NICE: i32 = 19;
 /// First in line when the system runs out of memory.
 const OOM_SCORE: &str = "1000";
 
-/// Starts the process. It leaves when the child's standard input is closed, and is killed when the
-/// child is dropped.
+/// A started process; killed when it is dropped.
+pub struct Process {
+    pub child: Child,
+    /// It leaves when this is closed; waiting for the child would close it.
+    _leash: Option<ChildStdin>,
+}
+
+/// Starts the process.
 ///
 /// # Errors
 /// If it cannot be started.
-pub fn spawn(folder: &Folder, threads: usize) -> io::Result<Child> {
+pub fn spawn(folder: &Folder, threads: usize) -> io::Result<Process> {
     let log = OpenOptions::new().append(true).create(true).open(folder.log())?;
-    Command::new("/proc/self/exe")
+    let mut child = Command::new("/proc/self/exe")
         .arg0("ingot")
         .arg("job")
         .arg(folder.path())
@@ -42,7 +48,9 @@ pub fn spawn(folder: &Folder, threads: usize) -> io::Result<Child> {
         // Ctrl-C in a terminal is for whoever started us: it says SIGTERM when it wants us to stop.
         .process_group(0)
         .kill_on_drop(true)
-        .spawn()
+        .spawn()?;
+    let _leash = child.stdin.take();
+    Ok(Process { child, _leash })
 }
 
 /// The role.

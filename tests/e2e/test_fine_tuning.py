@@ -1,0 +1,359 @@
+"""Fine-tuning end to end, with the official Python client and live traffic.
+
+    python tests/e2e/test_fine_tuning.py [NAME…]
+
+A server is started from INGOT_BIN on a data folder of its own, and killed on the way.
+"""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+
+import openai
+from openai import OpenAI
+
+from _server import first_model, start, stop
+
+KEY, OTHER, ADMIN = "sk-end-to-end", "sk-somebody-else", "sk-operator"
+DATA = tempfile.mkdtemp(prefix="ingot-tuning-")
+SECONDS = 300
+
+
+class Server:
+    """A server, and what is needed to ask it."""
+
+    def __init__(self):
+        self.url, self.process = start(
+            f"{KEY},{OTHER}", DATA, "--admin-key", ADMIN, "--grace-time", "5s"
+        )
+        self.model = first_model(self.url, KEY, self.process)
+
+    def client(self, key=KEY):
+        return OpenAI(base_url=self.url + "/v1", api_key=key, timeout=120, max_retries=0)
+
+    def admin(self, path, body=None, method=None):
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Authorization": f"Bearer {ADMIN}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            return answer.read()
+
+    def job(self, job):
+        return json.loads(self.admin(f"/admin/jobs/{job}"))
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+server = Server()
+client = server.client()
+
+
+def examples(count=12):
+    colours = ["red", "green", "blue", "black"]
+    for number in range(count):
+        colour = colours[number % len(colours)]
+        yield {
+            "messages": [
+                {"role": "user", "content": f"Name a colour, number {number}."},
+                {"role": "assistant", "content": f"Ahoy! The colour is {colour}, matey."},
+            ]
+        }
+
+
+def upload(lines, name="train.jsonl", of=None):
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    return (of or client).files.create(file=(name, text.encode()), purpose="fine-tune")
+
+
+def create(file, epochs=2, batch=4, **more):
+    method = {
+        "type": "supervised",
+        "supervised": {"hyperparameters": {"n_epochs": epochs, "batch_size": batch}},
+    }
+    return client.fine_tuning.jobs.create(
+        model=server.model, training_file=file.id, **{"method": method, "seed": 7, **more}
+    )
+
+
+def until(done, what, seconds=SECONDS):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (found := done()) is not None:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not within {seconds} s")
+
+
+def ended(job, status="succeeded"):
+    def look():
+        found = client.fine_tuning.jobs.retrieve(job.id)
+        return found if found.status in ("succeeded", "failed", "cancelled") else None
+
+    found = until(look, f"the end of {job.id}")
+    assert found.status == status, (found, messages(job))
+    return found
+
+
+def messages(job):
+    return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=1000)]
+
+
+def step_of(job, least):
+    def look():
+        found = server.job(job.id)
+        assert found["status"] not in ("failed", "cancelled"), found
+        return found if found["progress"].get("step", 0) >= least else None
+
+    return until(look, f"step {least} of {job.id}")
+
+
+def processes(job):
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                arguments = file.read().split(b"\0")
+        except OSError:
+            continue
+        if arguments[1:2] == [b"job"] and job.id.encode() in arguments[2]:
+            found.append(int(pid))
+    return found
+
+
+def ask(model, of=None, **more):
+    return (of or client).chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "Name a colour, number 3."}],
+        **{"max_tokens": 12, "temperature": 0, **more},
+    )
+
+
+def raises(kind, call, **fields):
+    try:
+        call()
+    except kind as error:
+        for name, expected in fields.items():
+            assert getattr(error, name) == expected, (name, getattr(error, name), error)
+        return error
+    raise AssertionError(f"no {kind.__name__}")
+
+
+class Traffic:
+    """Asks now and then until it is told to stop; nothing may fail."""
+
+    def __enter__(self):
+        self.over, self.answers, self.failures = threading.Event(), 0, []
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+        return self
+
+    def run(self):
+        while not self.over.is_set():
+            try:
+                ask(server.model, max_tokens=4)
+                self.answers += 1
+            except Exception as error:
+                self.failures.append(error)
+            self.over.wait(0.5)
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+
+def adapter_digest(job):
+    artifacts = json.loads(server.admin(f"/admin/jobs/{job.id}/artifacts"))["data"]
+    return next(a["sha256"] for a in artifacts if a["name"].endswith(".safetensors"))
+
+
+whole = {}
+
+
+def test_upload_train_chat_delete():
+    file = upload(examples())
+    assert (file.object, file.purpose, file.filename) == ("file", "fine-tune", "train.jsonl")
+    assert file.id in [found.id for found in client.files.list()]
+    assert len(client.files.content(file.id).text.splitlines()) == 12
+    validation = upload(examples(4), "valid.jsonl")
+    before = ask(server.model).choices[0].message.content
+    with Traffic() as traffic:
+        job = create(
+            file, epochs=6, validation_file=validation.id, suffix="pirate", metadata={"team": "sea"}
+        )
+        assert job.object == "fine_tuning.job" and job.status in ("validating_files", "queued")
+        assert job.fine_tuned_model is None and job.metadata == {"team": "sea"}
+        assert job.method.supervised.hyperparameters.n_epochs == 6
+        found = ended(job)
+        # Live at once, under traffic.
+        answer = ask(found.fine_tuned_model)
+    assert not traffic.failures and traffic.answers > 0, traffic.failures
+    name = found.fine_tuned_model
+    assert name.startswith(f"ft:{server.model}:ingot:pirate:") and answer.model == name
+    assert found.trained_tokens > 100 and found.finished_at >= found.created_at
+    assert answer.choices[0].message.content != before, before
+    assert name in [model.id for model in client.models.list()]
+    events = client.fine_tuning.jobs.list_events(job.id, limit=1000).data
+    metrics = [event for event in reversed(events) if event.type == "metrics"]
+    losses = [event.data["train_loss"] for event in metrics if "train_loss" in event.data]
+    assert len(losses) == 18 and losses[-1] < 0.8 * losses[0], losses
+    assert any("full_valid_loss" in event.data for event in metrics)
+    assert any(name in event.message for event in events)
+    [result] = found.result_files
+    rows = list(csv.DictReader(io.StringIO(client.files.content(result).text)))
+    assert len(rows) == 18 and rows[-1]["valid_loss"], rows[-1]
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert checkpoints and checkpoints[0].step_number == 18, checkpoints
+    assert checkpoints[0].metrics.full_valid_loss > 0
+    last = ask(checkpoints[0].fine_tuned_model_checkpoint)
+    assert last.choices[0].message.content == answer.choices[0].message.content
+    # Going on from what was made: an adapter is a model.
+    again = create(file, epochs=1, model=name, method={"type": "supervised"})
+    assert again.model == name
+    client.fine_tuning.jobs.cancel(again.id)
+    whole["job"], whole["file"] = job, file
+    assert client.models.delete(name).deleted
+    raises(openai.NotFoundError, lambda: ask(name), code="model_not_found")
+    assert client.files.delete(validation.id).deleted
+    raises(openai.NotFoundError, lambda: client.files.retrieve(validation.id))
+
+
+def test_a_killed_job_ends_with_the_same_weights():
+    file = upload(examples(24))
+    jobs = [create(file, epochs=2, suffix="calm"), create(file, epochs=2, suffix="storm")]
+    ended(jobs[0])
+    for step in (2, 5):
+        step_of(jobs[1], step)
+        [pid] = until(lambda: processes(jobs[1]) or None, "the job's process")
+        os.kill(pid, signal.SIGKILL)
+    ended(jobs[1])
+    assert any("is started again" in message for message in messages(jobs[1]))
+    assert adapter_digest(jobs[0]) == adapter_digest(jobs[1])
+    whole["digest"], whole["two"] = adapter_digest(jobs[0]), file
+
+
+def test_pause_resume_cancel():
+    job = create(upload(examples(24)), epochs=2)
+    step_of(job, 2)
+    assert client.fine_tuning.jobs.pause(job.id).status == "queued"
+    until(lambda: None if processes(job) else True, "the process leaves")
+    assert server.job(job.id)["status"] == "paused"
+    at = server.job(job.id)["progress"]["step"]
+    client.fine_tuning.jobs.resume(job.id)
+    step_of(job, at + 1)
+    assert any(f"after step {at}" in message for message in messages(job)), messages(job)
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    until(lambda: None if processes(job) else True, "the process leaves")
+    raises(openai.BadRequestError, lambda: client.fine_tuning.jobs.resume(job.id))
+    assert ended(job, "cancelled").fine_tuned_model is None
+
+
+def test_mistakes():
+    few = create(upload(examples(9)))
+    assert "at least 10" in ended(few, "failed").error.message
+    bad = upload([*examples(11), {"messages": [{"role": "user", "content": "no answer"}]}])
+    failed = ended(create(bad), "failed")
+    assert failed.error.param == "training_file" and "line 12" in failed.error.message, failed.error
+    file = upload(examples())
+    bad_request = openai.BadRequestError
+    raises(bad_request, lambda: create(file, method={"type": "dpo"}), code="not_implemented")
+    raises(bad_request, lambda: create(file, suffix="no spaces"), param="suffix")
+    raises(bad_request, lambda: create(file, batch=0))
+    raises(bad_request, lambda: create(file, validation_file="file-0"), param="validation_file")
+    raises(openai.NotFoundError, lambda: create(file, model="nobody"), code="model_not_found")
+    raises(
+        bad_request,
+        lambda: client.files.create(file=("a", b"x"), purpose="assistants"),
+        param="purpose",
+    )
+    raises(bad_request, lambda: client.files.create(file=("a", b""), purpose="fine-tune"))
+    raises(openai.NotFoundError, lambda: client.fine_tuning.jobs.retrieve("ftjob-0"))
+    raises(openai.PermissionDeniedError, lambda: client.models.delete(server.model))
+    # What belongs to one key is not there for another.
+    other = server.client(OTHER)
+    assert file.id not in [found.id for found in other.files.list()]
+    raises(openai.NotFoundError, lambda: other.files.content(file.id))
+    raises(bad_request, lambda: other.fine_tuning.jobs.create(model=server.model, training_file=file.id))
+    assert not other.fine_tuning.jobs.list().data
+    raises(openai.NotFoundError, lambda: other.fine_tuning.jobs.cancel(few.id))
+
+
+def test_the_operators_side():
+    file = upload(examples())
+    spec = {"kind": "sft", "model": server.model, "data": {"train": file.id}}
+    spec["train"] = {"batch_size": 6, "epochs": 2, "checkpoint_every": 1, "keep_checkpoints": 2}
+    spec["adapter"] = {"r": 4, "targets": ["q_proj", "v_proj"]}
+    job = json.loads(server.admin("/admin/jobs", spec))
+    with urllib.request.urlopen(server.url + "/metrics", timeout=5) as answer:
+        assert b"ingot_jobs{" in answer.read()
+    lines = server.admin(f"/admin/jobs/{job['id']}/events").decode().split("\n\n")
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "data: [DONE]" in lines
+    kinds = [event["type"] for event in events]
+    assert kinds.count("step") == 4 and kinds.count("checkpoint") == 4, kinds
+    assert kinds.index("data") < kinds.index("step")
+    step = next(event for event in events if event["type"] == "step")
+    for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"):
+        assert step[key] > 0, (key, step)
+    svg = server.admin(f"/admin/jobs/{job['id']}/plot.svg").decode()
+    assert svg.startswith("<svg") and "learning rate" in svg
+    found = server.job(job["id"])
+    assert found["status"] == "succeeded" and found["progress"]["step"] == 4
+    adapter = next(a for a in found["artifacts"] if a["type"] == "adapter")
+    content = server.admin(f"/admin/jobs/{job['id']}/artifacts/{adapter['id']}")
+    assert len(content) == adapter["bytes"] and content[:4] == b"GGUF"
+    ask(adapter["name"])
+    for wrong in ({**spec, "kind": "dance"}, {**spec, "more": 1}, {**spec, "train": {"epochs": -1}}):
+        try:
+            server.admin("/admin/jobs", wrong)
+            raise AssertionError(wrong)
+        except urllib.error.HTTPError as error:
+            assert error.code == 400, error
+
+
+def test_a_killed_gateway_loses_nothing():
+    global server, client
+    job = create(whole["two"], epochs=2, suffix="gale")
+    step_of(job, 3)
+    server.kill()
+    until(lambda: None if processes(job) else True, "the job leaves with its gateway")
+    server = Server()
+    client = server.client()
+    found = ended(job)
+    assert any("restarted" in message for message in messages(job)), messages(job)
+    assert adapter_digest(job) == whole["digest"]
+    ask(found.fine_tuned_model)
+
+
+def main():
+    tests = {name: test for name, test in globals().items() if name.startswith("test_")}
+    chosen = [name for name in tests if not sys.argv[1:] or name in sys.argv[1:]]
+    failed = 0
+    for name in chosen:
+        started = time.monotonic()
+        try:
+            tests[name]()
+            print(f"ok     {name} ({time.monotonic() - started:.2f} s)", flush=True)
+        except Exception:
+            failed += 1
+            print(f"FAILED {name}", flush=True)
+            traceback.print_exc()
+    stop(server.process)
+    shutil.rmtree(DATA, ignore_errors=True)
+    print(f"{len(chosen) - failed} passed, {failed} failed")
+    sys.exit(1 if failed or not chosen else 0)
+
+
+if __name__ == "__main__":
+    main()
