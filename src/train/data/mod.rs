@@ -12,18 +12,27 @@
 //! | `prepare.rs` | a file to a [`Prepared`] cache, with a [`Report`] |
 //! | `pack.rs` | examples to rows of tokens, best fit first |
 //! | `order.rs` | which example comes when, and where a run stands |
+//! | `text.rs` | a file for pretraining to pieces of documents |
+//! | `stream.rs` | those to a [`Stream`] of tokens on disk |
+//! | `windows.rs` | a stream to batches |
 
 mod encode;
 mod format;
 mod order;
 mod pack;
 mod prepare;
+mod stream;
 #[cfg(test)]
 mod tests;
+mod text;
 mod turns;
+mod windows;
 
 pub use encode::{Encoded, Encoder};
 pub use format::{Example, Format};
 pub use order::{Cursor, Order};
 pub use pack::{Row, pack};
 pub use prepare::{DataError, Prepared, Report, prepare, prepare_tokens};
+pub use stream::{Stream, prepare_stream};
+pub use text::{Piece, Texts};
+pub use windows::Windows;

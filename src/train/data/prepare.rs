@@ -13,9 +13,9 @@ use std::path::Path;
 /// Lines that are read before all cores tokenize them.
 const LINES: usize = 1024;
 /// Bytes of a line at most: a document of some million words.
-const LONGEST: u64 = 64 << 20;
+pub(super) const LONGEST: u64 = 64 << 20;
 /// Bad lines that are named.
-const NAMED: usize = 5;
+pub(super) const NAMED: usize = 5;
 /// The bit of a stored token that says that it is trained; vocabularies are far smaller.
 const TRAINED: u32 = 1 << 31;
 
@@ -36,6 +36,8 @@ pub enum DataError {
          `max_length`"
     )]
     Untrained { max_length: usize },
+    #[error("the text is of {tokens} tokens: too short to predict one from another")]
+    Short { tokens: u64 },
 }
 
 fn named(bad: &[(u64, String)], more: u64) -> String {
@@ -56,6 +58,9 @@ pub struct Report {
     pub truncated: u64,
     /// Examples left out: nothing trained is left within `max_length`.
     pub dropped: u64,
+    /// Bytes of text (pretraining).
+    #[serde(default)]
+    pub bytes: u64,
     /// SHA-256 of the file.
     pub digest: String,
 }
@@ -168,7 +173,7 @@ pub fn prepare(
         _ => {}
     }
     out.into_inner().map_err(|error| error.into_error())?.sync_all()?;
-    report.digest = lines.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    report.digest = hex(lines.hash);
     Ok((Prepared { file: File::open(cache)?, offsets }, report))
 }
 
@@ -198,22 +203,27 @@ fn put(out: &mut impl Write, tokens: impl Iterator<Item = (u32, bool)>) -> io::R
     Ok(())
 }
 
+/// A digest as it is written.
+pub(super) fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Lines of a file, some at a time.
-struct Lines {
+pub(super) struct Lines {
     reader: BufReader<File>,
     number: u64,
-    bytes: u64,
-    hash: Sha256,
+    pub(super) bytes: u64,
+    pub(super) hash: Sha256,
 }
 
 impl Lines {
-    fn open(path: &Path) -> io::Result<Self> {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
         let reader = BufReader::with_capacity(1 << 20, File::open(path)?);
         Ok(Self { reader, number: 0, bytes: 0, hash: Sha256::new() })
     }
 
     /// The next lines that are not blank, with their numbers.
-    fn next_chunk(&mut self) -> io::Result<Vec<(u64, String)>> {
+    pub(super) fn next_chunk(&mut self) -> io::Result<Vec<(u64, String)>> {
         let mut chunk = Vec::new();
         let mut size = 0;
         while chunk.len() < LINES && size < LONGEST {
