@@ -1,10 +1,12 @@
 //! The loop that recipes share: take a batch, step, evaluate, save.
 
+use crate::gguf::GgufError;
 use crate::train::checkpoint::{CheckpointError, Checkpoints};
 use crate::train::data::{Cursor, DataError, Report};
 use crate::train::model::{Batch, Gradients, Model};
 use crate::train::optim::Optimization;
 use crate::train::spec::Resolved;
+use crate::train::vocabulary::VocabularyError;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -22,6 +24,13 @@ pub enum TrainError {
     Tensor(#[from] candle_core::Error),
     #[error("step {step}: the loss is {loss}: lower the learning rate, or look at the data")]
     NotFinite { step: u64, loss: f64 },
+    #[error(transparent)]
+    Vocabulary(#[from] VocabularyError),
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// A key of the spec, and what it may be.
+    #[error("{0}")]
+    Spec(String),
     /// The optimizer refused its gradients: they are not finite.
     #[error("step {step}: {source}: lower the learning rate, or look at the data")]
     Update { step: u64, source: candle_core::Error },

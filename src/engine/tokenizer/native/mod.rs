@@ -30,6 +30,7 @@ use super::{Tokenizer, Vocab};
 use crate::gguf::{Gguf, GgufError};
 use crate::ipc::Token;
 use bpe::Bpe;
+pub use lexicon::byte_chars;
 use lexicon::Lexicon;
 use marks::{Fragment, Marks};
 use spm::Spm;
