@@ -13,7 +13,7 @@
 //! | `optim.rs` | AdamW and Muon |
 //! | `schedule.rs` | learning rates |
 //! | `checkpoint.rs` | folders that are there whole or not at all |
-//! | `export.rs` | PEFT folders, LoRA GGUF, models as GGUF |
+//! | `export/` | PEFT folders, LoRA GGUF, models as GGUF and as Hugging Face's folders |
 
 pub mod checkpoint;
 pub mod data;
