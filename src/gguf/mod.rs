@@ -54,3 +54,4 @@ pub use reader::{Gguf, TensorInfo};
 pub use tokens::{SpecialToken, TokenizerFacts};
 pub use types::{Array, TensorType, UnknownTensorType, Value};
 pub use writer::GgufWriter;
+pub(crate) use writer::write_f32;

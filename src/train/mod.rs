@@ -7,17 +7,20 @@
 //! | `spec.rs` | what a job is asked to do, with every default |
 //! | `job/` | the folder and the process of a job |
 //! | `recipes/` | what jobs do, a file each |
+//! | `fresh.rs` | models with random weights |
+//! | `vocabulary.rs` | tokenizers trained on data, or taken from a model |
 //! | `data/` | formats, masks, tokens, packing, order |
 //! | `model/` | the decoders of `gguf::Covered`, trainable; LoRA |
 //! | `ops/` | candle operations with backward passes by hand |
 //! | `optim.rs` | AdamW and Muon |
 //! | `schedule.rs` | learning rates |
 //! | `checkpoint.rs` | folders that are there whole or not at all |
-//! | `export.rs` | PEFT folders, LoRA GGUF, models as GGUF |
+//! | `export/` | PEFT folders, LoRA GGUF, models as GGUF and as Hugging Face's folders |
 
 pub mod checkpoint;
 pub mod data;
 pub mod export;
+pub mod fresh;
 pub mod job;
 pub mod model;
 pub mod ops;
@@ -25,3 +28,4 @@ pub mod optim;
 pub mod recipes;
 pub mod schedule;
 pub mod spec;
+pub mod vocabulary;

@@ -1,5 +1,9 @@
 //! What a job is asked to do: as people write it, and as it is stored, with every default filled in.
 
+mod pretrain;
+
+pub use pretrain::{BYTES, Pretrain, Shape, Tokenizer, TokenizerPlan};
+
 use super::model::Lora;
 use super::optim::Optimizer;
 use super::schedule::Schedule;
@@ -16,26 +20,91 @@ pub enum Kind {
 
 /// A job, in JSON or TOML. Unknown keys are errors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Written")]
 pub struct Spec {
     pub kind: Kind,
     /// The model that is trained further.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     /// The name of a model that is trained from nothing.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// A part of the new model's name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub suffix: Option<String>,
-    #[serde(default)]
     pub seed: u64,
     pub data: Data,
-    /// `null` trains all weights.
-    #[serde(default = "Adapter::usual")]
+    /// `null` trains all weights, as pretraining always does.
     pub adapter: Option<Adapter>,
-    #[serde(default)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pretrain: Option<Pretrain>,
     pub train: Train,
+    #[serde(default)]
+    pub export: Export,
+}
+
+/// What is written at the end, besides an adapter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Export {
+    /// Numbers of the model's matrices; F16 if nothing is said.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub ty: Option<FloatType>,
+    /// Also the base with an adapter added to it, as a model of its own.
+    pub merged: bool,
+    /// Also a folder that transformers loads; pretraining always writes one.
+    pub hugging_face: bool,
+}
+
+/// Types of floats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FloatType {
+    F32,
+    F16,
+    BF16,
+}
+
+/// A spec before its kind has decided what is there if it is not written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    kind: Kind,
+    model: Option<String>,
+    name: Option<String>,
+    suffix: Option<String>,
+    #[serde(default)]
+    seed: u64,
+    data: Data,
+    /// `Some(None)` is a `null`.
+    #[serde(default, deserialize_with = "some")]
+    adapter: Option<Option<Adapter>>,
+    pretrain: Option<Pretrain>,
+    #[serde(default)]
+    train: Train,
+    #[serde(default)]
+    export: Export,
+}
+
+fn some<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Option<Adapter>>, D::Error> {
+    Option::deserialize(from).map(Some)
+}
+
+impl TryFrom<Written> for Spec {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Self, String> {
+        let Written { kind, model, name, suffix, seed, data, adapter, pretrain, train, export } =
+            written;
+        let adapter = match (kind, adapter) {
+            (Kind::Pretrain, Some(Some(_))) => {
+                return Err("adapter: pretraining trains all weights; leave it out".into());
+            }
+            (Kind::Pretrain, _) => None,
+            (Kind::Sft, None) => Adapter::usual(),
+            (Kind::Sft, Some(adapter)) => adapter,
+        };
+        Ok(Self { kind, model, name, suffix, seed, data, adapter, pretrain, train, export })
+    }
 }
 
 /// Where examples come from: ids of uploaded files, or paths on the command line.
@@ -112,6 +181,9 @@ pub struct Train {
     pub epochs: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
+    /// Ends training after this time, wherever the steps stand. The schedule is not shortened.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_minutes: Option<f64>,
     /// Examples of a step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<usize>,
@@ -193,6 +265,7 @@ impl Adapter {
 pub struct Resolved {
     pub epochs: f64,
     pub max_steps: Option<u64>,
+    pub max_minutes: Option<f64>,
     pub batch_size: usize,
     pub micro_batch: usize,
     pub max_length: usize,
@@ -214,6 +287,7 @@ impl Spec {
         let train = Train {
             epochs: Some(settings.epochs),
             max_steps: settings.max_steps,
+            max_minutes: settings.max_minutes,
             batch_size: Some(settings.batch_size),
             micro_batch: Some(settings.micro_batch),
             max_length: Some(settings.max_length),
@@ -235,16 +309,6 @@ impl Spec {
     /// # Errors
     /// The key at fault and what it may be.
     pub fn resolve(&self) -> Result<Resolved, String> {
-        match (self.kind, &self.model, &self.name) {
-            (Kind::Sft, None, _) => return Err("model: a job of kind `sft` needs one".into()),
-            (Kind::Sft, _, Some(_)) => {
-                return Err("name: it is for `pretrain`; use `suffix`".into());
-            }
-            (Kind::Pretrain, None, None) => {
-                return Err("name: a job of kind `pretrain` needs one, or a `model`".into());
-            }
-            _ => {}
-        }
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         let fits = |text: &str| (1..=64).contains(&text.len()) && text.chars().all(plain);
         if self.suffix.as_ref().is_some_and(|suffix| !fits(suffix)) {
@@ -257,12 +321,31 @@ impl Spec {
             within("adapter.alpha", adapter.alpha, f64::MIN_POSITIVE, 1e6)?;
             adapter.lora(self.seed)?;
         }
+        let resolved = match self.kind {
+            Kind::Sft => self.resolve_sft()?,
+            Kind::Pretrain => self.resolve_pretrain()?,
+        };
+        resolved.check()?;
+        Ok(resolved)
+    }
+
+    fn resolve_sft(&self) -> Result<Resolved, String> {
+        if self.model.is_none() {
+            return Err("model: a job of kind `sft` needs one".into());
+        }
+        if self.name.is_some() {
+            return Err("name: it is for `pretrain`; use `suffix`".into());
+        }
+        if self.pretrain.is_some() {
+            return Err("pretrain: it is for jobs of kind `pretrain`".into());
+        }
         let train = &self.train;
         let full = self.adapter.is_none();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let resolved = Resolved {
+        Ok(Resolved {
             epochs: train.epochs.unwrap_or(1.0),
             max_steps: train.max_steps,
+            max_minutes: train.max_minutes,
             batch_size: train.batch_size.unwrap_or(8),
             micro_batch: train.micro_batch.unwrap_or(1),
             max_length: train.max_length.unwrap_or(1024),
@@ -275,19 +358,26 @@ impl Spec {
             threads: train.threads.unwrap_or(cores),
             activation_checkpointing: train.activation_checkpointing.unwrap_or(false),
             optimizer: train.optimizer.clone().unwrap_or_default(),
-        };
-        within("train.epochs", resolved.epochs, f64::MIN_POSITIVE, 1e4)?;
-        within("train.max_steps", resolved.max_steps.unwrap_or(1) as f64, 1.0, 1e9)?;
-        within("train.batch_size", resolved.batch_size as f64, 1.0, 65_536.0)?;
-        within("train.micro_batch", resolved.micro_batch as f64, 1.0, 65_536.0)?;
-        within("train.max_length", resolved.max_length as f64, 2.0, f64::from(1 << 20))?;
-        within("train.learning_rate", resolved.learning_rate, f64::MIN_POSITIVE, 10.0)?;
-        within("train.warmup", resolved.warmup, 0.0, 1.0)?;
-        within("train.eval_every", resolved.eval_every as f64, 1.0, 1e9)?;
-        within("train.checkpoint_every", resolved.checkpoint_every as f64, 1.0, 1e9)?;
-        within("train.keep_checkpoints", resolved.keep_checkpoints as f64, 1.0, 1000.0)?;
-        within("train.threads", resolved.threads as f64, 1.0, 1024.0)?;
-        Ok(resolved)
+        })
+    }
+}
+
+impl Resolved {
+    fn check(&self) -> Result<(), String> {
+        within("train.epochs", self.epochs, f64::MIN_POSITIVE, 1e4)?;
+        within("train.max_steps", self.max_steps.unwrap_or(1) as f64, 1.0, 1e9)?;
+        let minutes = self.max_minutes.unwrap_or(1.0);
+        within("train.max_minutes", minutes, f64::MIN_POSITIVE, 1e6)?;
+        within("train.batch_size", self.batch_size as f64, 1.0, 65_536.0)?;
+        within("train.micro_batch", self.micro_batch as f64, 1.0, 65_536.0)?;
+        within("train.max_length", self.max_length as f64, 2.0, f64::from(1 << 20))?;
+        within("train.learning_rate", self.learning_rate, f64::MIN_POSITIVE, 10.0)?;
+        within("train.warmup", self.warmup, 0.0, 1.0)?;
+        within("train.eval_every", self.eval_every as f64, 1.0, 1e9)?;
+        within("train.checkpoint_every", self.checkpoint_every as f64, 1.0, 1e9)?;
+        within("train.keep_checkpoints", self.keep_checkpoints as f64, 1.0, 1000.0)?;
+        within("train.threads", self.threads as f64, 1.0, 1024.0)?;
+        Ok(())
     }
 }
 

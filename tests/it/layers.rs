@@ -82,9 +82,14 @@ const ENGINE: Table = &[
 /// Rooms of training.
 const TRAIN: Table = &[
     ("job", &["recipes", "export", "checkpoint", "data", "spec", "model"]),
-    ("recipes", &["checkpoint", "data", "spec", "model", "optim", "schedule", "ops"]),
+    (
+        "recipes",
+        &["checkpoint", "fresh", "vocabulary", "data", "spec", "model", "optim", "schedule", "ops"],
+    ),
     ("export", &["data", "model", "optim"]),
     ("checkpoint", &["optim"]),
+    ("fresh", &["vocabulary", "spec"]),
+    ("vocabulary", &["data"]),
     ("data", &["model"]),
     ("spec", &["model", "optim", "schedule"]),
     ("model", &["ops", "optim"]),

@@ -4,7 +4,9 @@ use super::{Screen, located};
 use crate::cli::{CliError, PullBar};
 use crate::config::{ByteSize, HubAccess};
 use crate::gateway::memory::available;
-use crate::gateway::store::{ModelRef, Store, StoredAdapter, StoredModel, ensure, hex};
+use crate::gateway::store::{
+    ModelRef, PulledModel, Store, StoredAdapter, StoredModel, ensure, hex,
+};
 use crate::gguf::Gguf;
 use crate::train::data::check;
 use crate::train::job::{
@@ -75,18 +77,16 @@ fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError
     }
     let model = match &spec.model {
         Some(model) => {
-            let reference = ModelRef::parse(model)?;
-            let mut bar = PullBar::new(reference.model_name());
-            let pulled =
-                ensure(store, &reference, &HubAccess::from_env(), &mut |event| bar.show(event));
-            bar.finish();
-            let pulled = pulled?;
-            check_needs(&pulled.path, &spec, &settings)?;
+            let pulled = pull(store, model)?;
             spec.model = Some(pulled.name.clone());
             Some(pulled)
         }
         None => None,
     };
+    check_needs(model.as_ref().map(|model| model.path.as_path()), &spec, &settings)?;
+    let from = spec.pretrain.as_ref().and_then(|block| block.tokenizer.as_ref());
+    let from = from.and_then(|tokenizer| tokenizer.from.as_ref());
+    let tokenizer = from.map(|name| pull(store, name)).transpose()?;
     let mut init = None;
     if let Some(name) = spec.adapter.as_ref().and_then(|adapter| adapter.init.as_ref()) {
         let stored = store.adapter(name)?.map(|stored| store.folder().join(stored.file));
@@ -113,7 +113,16 @@ fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError
     order.validation = validation.map(absolute).transpose()?;
     order.init = init.map(absolute).transpose()?;
     order.model = model.map(|model| model.path);
+    order.tokenizer = tokenizer.map(|model| model.path);
     Ok(order)
+}
+
+fn pull(store: &Store, model: &str) -> Result<PulledModel, CliError> {
+    let reference = ModelRef::parse(model)?;
+    let mut bar = PullBar::new(reference.model_name());
+    let pulled = ensure(store, &reference, &HubAccess::from_env(), &mut |event| bar.show(event));
+    bar.finish();
+    Ok(pulled?)
 }
 
 fn absolute(path: std::path::PathBuf) -> Result<std::path::PathBuf, CliError> {
@@ -121,10 +130,11 @@ fn absolute(path: std::path::PathBuf) -> Result<std::path::PathBuf, CliError> {
         .map_err(|error| CliError::message(format!("{} cannot be used: {error}.", path.display())))
 }
 
-fn check_needs(model: &Path, spec: &Spec, settings: &Resolved) -> Result<(), CliError> {
+fn check_needs(model: Option<&Path>, spec: &Spec, settings: &Resolved) -> Result<(), CliError> {
     let refused = |why: String| CliError::message(format!("The model cannot be trained: {why}."));
-    let header = Gguf::open_header(model).map_err(|error| refused(error.to_string()))?;
-    let needs = Needs::of(&header, spec, settings).map_err(refused)?;
+    let header = model.map(Gguf::open_header).transpose();
+    let header = header.map_err(|error| refused(error.to_string()))?;
+    let needs = Needs::of(header.as_ref(), spec, settings).map_err(refused)?;
     let available = available();
     match needs.memory <= available {
         true => Ok(()),

@@ -12,7 +12,7 @@ use crate::gateway::error::ApiError;
 use crate::gateway::jobs::{NewJob, checkpoint_name};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::train::job::{Entry, JobEvent, Level, Step, Validation};
-use crate::train::spec::{Adapter, Data, Kind, Spec, Train};
+use crate::train::spec::{Adapter, Data, Export, Kind, Spec, Train};
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Extension, Path, Query, State};
@@ -129,6 +129,8 @@ pub async fn create(
         seed,
         data: Data { train: training_file, validation: validation_file, shuffle: true },
         adapter: Adapter::usual(),
+        pretrain: None,
+        export: Export::default(),
         train: Train {
             epochs: Some(epochs as f64),
             batch_size: Some(batch as usize),
@@ -369,7 +371,7 @@ fn event(job: &str, entry: &Entry) -> Value {
             ("message", json!({"train": train, "validation": validation}))
         }
         JobEvent::Checkpoint { step } => ("message", json!({"step": step})),
-        JobEvent::Message { .. } => ("message", json!({})),
+        JobEvent::Message { .. } | JobEvent::Sample { .. } => ("message", json!({})),
     };
     json!({
         "object": "fine_tuning.job.event",

@@ -246,6 +246,9 @@ fn show(jobs: &Jobs, job: &StoredJob) -> Result<Value, ApiError> {
     if let Some(found) = progress.validation {
         shown["validation_loss"] = found.validation_loss.into();
         shown["validation_accuracy"] = found.validation_accuracy.into();
+        if let Some(bits) = found.bits_per_byte {
+            shown["bits_per_byte"] = bits.into();
+        }
     }
     if job.status != JobStatus::Running
         && let Value::Object(shown) = &mut shown

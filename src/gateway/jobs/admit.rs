@@ -53,7 +53,12 @@ impl Jobs {
                 Some(name) => Some(jobs.registry.trainable(name).await?),
                 None => None,
             };
-            let admit = move || jobs.admit(new, base, init);
+            let from = new.spec.pretrain.as_ref().and_then(|block| block.tokenizer.as_ref());
+            let tokenizer = match from.and_then(|tokenizer| tokenizer.from.as_ref()) {
+                Some(name) => Some(jobs.registry.trainable(name).await?.path),
+                None => None,
+            };
+            let admit = move || jobs.admit(new, base, init, tokenizer);
             tokio::task::spawn_blocking(admit).await.map_err(ApiError::internal)?
         });
         let job = task.await.map_err(ApiError::internal)??;
@@ -66,6 +71,7 @@ impl Jobs {
         new: NewJob,
         base: Option<Trainable>,
         init: Option<Trainable>,
+        tokenizer: Option<PathBuf>,
     ) -> Result<StoredJob, ApiError> {
         let NewJob { mut spec, owner, admin, request } = new;
         let params = if request.is_some() { OPENAI } else { ADMIN };
@@ -101,14 +107,19 @@ impl Jobs {
             }
             _ => {}
         }
-        if let Some(base) = &base {
-            self.check_needs(&base.path, &spec, &settings)?;
+        if let Some(name) = &spec.name
+            && self.registry.card(name).is_ok()
+        {
+            let message = format!("`{name}` is the name of another model; choose a new one.");
+            return Err(ApiError::invalid("name", message));
         }
+        self.check_needs(base.as_ref().map(|base| base.path.as_path()), &spec, &settings)?;
         let id = new_id("ftjob-");
         let name = name_of(&spec, &id);
         let mut order = Order::new(id.clone(), spec.filled(&settings), name, PathBuf::new());
         order.model_sha256 = base.as_ref().and_then(|base| base.sha256.clone());
         order.model = base.map(|base| base.path);
+        order.tokenizer = tokenizer;
         self.lay_out(&mut order, &train, validation.as_ref(), adapter_file.as_deref())?;
         let job = StoredJob {
             id: id.clone(),
@@ -154,13 +165,19 @@ impl Jobs {
         }
     }
 
-    fn check_needs(&self, model: &Path, spec: &Spec, settings: &Resolved) -> Result<(), ApiError> {
+    fn check_needs(
+        &self,
+        model: Option<&Path>,
+        spec: &Spec,
+        settings: &Resolved,
+    ) -> Result<(), ApiError> {
         let refused = |why: String| {
             ApiError::unprocessable(format!("The model cannot be trained: {why}."))
                 .with_param("model")
         };
-        let header = Gguf::open_header(model).map_err(|error| refused(error.to_string()))?;
-        let needs = Needs::of(&header, spec, settings).map_err(refused)?;
+        let header = model.map(Gguf::open_header).transpose();
+        let header = header.map_err(|error| refused(error.to_string()))?;
+        let needs = Needs::of(header.as_ref(), spec, settings).map_err(refused)?;
         // Jobs that run now will be gone one day.
         let running: u64 = self.running().iter().map(|sample| sample.memory_bytes).sum();
         let memory = available().saturating_add(running);

@@ -209,7 +209,7 @@ impl Jobs {
 
 /// What an order takes; `None` if its model cannot be read.
 pub(super) fn needs(order: &Order) -> Option<Needs> {
-    let model = Gguf::open_header(order.model.as_ref()?).ok()?;
+    let model = order.model.as_ref().map(Gguf::open_header).transpose().ok()?;
     let settings = order.spec.resolve().ok()?;
-    Needs::of(&model, &order.spec, &settings).ok()
+    Needs::of(model.as_ref(), &order.spec, &settings).ok()
 }

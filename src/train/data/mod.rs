@@ -13,6 +13,9 @@
 //! | `check.rs` | a file's lines, read before a job is queued |
 //! | `pack.rs` | examples to rows of tokens, best fit first |
 //! | `order.rs` | which example comes when, and where a run stands |
+//! | `text.rs` | a file for pretraining to pieces of documents |
+//! | `stream.rs` | those to a [`Stream`] of tokens on disk |
+//! | `windows.rs` | a stream to batches |
 
 mod check;
 mod encode;
@@ -20,9 +23,12 @@ mod format;
 mod order;
 mod pack;
 mod prepare;
+mod stream;
 #[cfg(test)]
 mod tests;
+mod text;
 mod turns;
+mod windows;
 
 pub use check::check;
 pub use encode::{Encoded, Encoder};
@@ -30,3 +36,6 @@ pub use format::{Example, Format};
 pub use order::{Cursor, Order};
 pub use pack::{Row, pack};
 pub use prepare::{DataError, Prepared, Report, prepare, prepare_tokens};
+pub use stream::{Stream, prepare_stream};
+pub use text::{Piece, Texts};
+pub use windows::Windows;

@@ -30,6 +30,15 @@ impl Order {
         order
     }
 
+    /// Examples of an epoch.
+    pub fn len(&self) -> usize {
+        self.examples
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.examples == 0
+    }
+
     fn shuffle(&mut self, epoch: u64) {
         self.epoch = epoch;
         self.order = (0..self.examples as u32).collect();

@@ -13,7 +13,7 @@ use std::path::Path;
 /// Lines that are read before all cores tokenize them.
 const LINES: usize = 1024;
 /// Bytes of a line at most: a document of some million words.
-const LONGEST: u64 = 64 << 20;
+pub(super) const LONGEST: u64 = 64 << 20;
 /// Bad lines that are named.
 pub(super) const NAMED: usize = 5;
 /// The bit of a stored token that says that it is trained; vocabularies are far smaller.
@@ -38,6 +38,8 @@ pub enum DataError {
          `max_length`"
     )]
     Untrained { max_length: usize },
+    #[error("the text is of {tokens} tokens: too short to predict one from another")]
+    Short { tokens: u64 },
 }
 
 fn named(bad: &[(u64, String)], more: u64) -> String {
@@ -58,6 +60,9 @@ pub struct Report {
     pub truncated: u64,
     /// Examples left out: nothing trained is left within `max_length`.
     pub dropped: u64,
+    /// Bytes of text (pretraining).
+    #[serde(default)]
+    pub bytes: u64,
     /// SHA-256 of the file.
     pub digest: String,
 }
@@ -170,7 +175,7 @@ pub fn prepare(
         _ => {}
     }
     out.into_inner().map_err(|error| error.into_error())?.sync_all()?;
-    report.digest = lines.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    report.digest = hex(lines.hash);
     Ok((Prepared { file: File::open(cache)?, offsets }, report))
 }
 
@@ -200,12 +205,17 @@ fn put(out: &mut impl Write, tokens: impl Iterator<Item = (u32, bool)>) -> io::R
     Ok(())
 }
 
+/// A digest as it is written.
+pub(super) fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Lines of a file, some at a time.
 pub(super) struct Lines {
     reader: BufReader<File>,
     number: u64,
-    bytes: u64,
-    hash: Sha256,
+    pub(super) bytes: u64,
+    pub(super) hash: Sha256,
 }
 
 impl Lines {

@@ -7,10 +7,10 @@ use serde_json::json;
 use std::sync::Arc;
 
 /// Bytes are tokens; `<|…|>` is one token.
-struct Bytes(Vocab);
+pub(super) struct Bytes(Vocab);
 
 impl Bytes {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let bytes = (0..=255u8).map(|byte| (vec![byte], false, false));
         let special = [b"<|im_start|>".to_vec(), b"<|im_end|>".to_vec()];
         let mut vocab = Vocab::new(bytes.chain(special.map(|piece| (piece, true, false))));

@@ -40,6 +40,11 @@ pub enum JobEvent {
     },
     Step(Step),
     Validation(Validation),
+    /// What the model writes by now (pretraining).
+    Sample {
+        step: u64,
+        text: String,
+    },
     Checkpoint {
         step: u64,
     },
@@ -79,6 +84,9 @@ pub struct Validation {
     pub step: u64,
     pub validation_loss: f64,
     pub validation_accuracy: f64,
+    /// What a byte of the text costs (pretraining).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_byte: Option<f64>,
 }
 
 impl JobEvent {
@@ -87,7 +95,7 @@ impl JobEvent {
         match self {
             Self::Step(step) => Some(step.step),
             Self::Validation(found) => Some(found.step),
-            Self::Checkpoint { step } => Some(*step),
+            Self::Checkpoint { step } | Self::Sample { step, .. } => Some(*step),
             Self::Message { .. } | Self::Data { .. } => None,
         }
     }

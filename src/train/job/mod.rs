@@ -20,13 +20,19 @@
 //! | `needs.rs` | memory and disk that a job takes, before it runs |
 //! | `plot.rs` | curves of a job as SVG |
 //! | `process.rs` | the process: how it is started, what it does first, how it leaves |
-//! | `run.rs` | from the order to the outcome |
+//! | `run.rs` | from the order to the outcome: |
+//! | `data.rs`, `init.rs` | what it is trained on, what it begins with |
+//! | `tell.rs`, `make.rs` | what it says on the way, what it leaves |
 
+mod data;
 mod events;
+mod init;
+mod make;
 mod needs;
 mod plot;
 mod process;
 mod run;
+mod tell;
 #[cfg(test)]
 mod tests;
 
@@ -66,14 +72,26 @@ pub struct Order {
     /// The adapter to go on from: a PEFT folder or a GGUF.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
+    /// The model whose tokenizer a fresh model takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
 }
 
 impl Order {
-    /// # Panics
-    /// Never: the version is filled in.
+    /// An order that names only its data.
     pub fn new(id: String, spec: Spec, name: String, train: PathBuf) -> Self {
-        let (model, model_sha256, validation, init) = (None, None, None, None);
-        Self { version: VERSION, id, spec, name, model, model_sha256, train, validation, init }
+        Self {
+            version: VERSION,
+            id,
+            spec,
+            name,
+            model: None,
+            model_sha256: None,
+            train,
+            validation: None,
+            init: None,
+            tokenizer: None,
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a job will take, from the model's header and the settings.
 
 use crate::gguf::{Covered, Gguf};
-use crate::train::spec::{Resolved, Spec};
+use crate::train::spec::{Resolved, Shape, Spec, TokenizerPlan};
 
 /// Code, thread stacks, tokenizer and buffers of the process.
 const PROCESS: u64 = 160 << 20;
@@ -11,6 +11,8 @@ const TRAINED_BYTES: u64 = 16;
 const CHECKPOINT_BYTES: u64 = 12;
 /// Rows of logits that are held at once, forth and back (`ops::linear_cross_entropy`).
 const LOGIT_ROWS: u64 = 2 * 128;
+/// Tokens of a vocabulary that is taken from another model, for the estimate.
+const TAKEN_VOCABULARY: usize = 65_536;
 
 /// Bytes of memory and disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,40 +24,80 @@ pub struct Needs {
     pub trained: u64,
 }
 
+/// The numbers of a model that count here.
+struct Dimensions {
+    layers: u64,
+    width: u64,
+    query: u64,
+    kv: u64,
+    ff: u64,
+    vocab: u64,
+}
+
 impl Needs {
-    /// An estimate, rather too high than too low.
+    /// An estimate, rather too high than too low. `model` is the one that is trained further.
     ///
     /// # Errors
     /// If the model's family cannot be trained, or the adapter's targets are unknown.
-    pub fn of(model: &Gguf, spec: &Spec, settings: &Resolved) -> Result<Self, String> {
-        let shape =
-            Covered::read(model).map_err(|error| format!("it cannot be trained: {error}"))?;
+    pub fn of(model: Option<&Gguf>, spec: &Spec, settings: &Resolved) -> Result<Self, String> {
+        let Some(model) = model else { return Self::of_fresh(spec, settings) };
+        let shape = Covered::read(model).map_err(|error| error.to_string())?;
         let all: u64 = model.tensors().iter().map(|tensor| tensor.elements()).sum();
-        let layers = shape.layers as u64;
         let trained = match &spec.adapter {
             None => all,
             Some(adapter) => {
                 let lora = adapter.lora(spec.seed)?;
                 let sides = lora.targets.iter().map(|target| target.shape(&shape));
                 let sum: usize = sides.map(|(rows, cols)| rows + cols).sum();
-                layers * lora.rank as u64 * sum as u64
+                (shape.layers * lora.rank * sum) as u64
             }
         };
+        let dimensions = Dimensions {
+            layers: shape.layers as u64,
+            width: shape.width as u64,
+            query: (shape.heads * shape.head_dim) as u64,
+            kv: (shape.kv_heads * shape.head_dim) as u64,
+            ff: shape.ff as u64,
+            vocab: shape.vocab as u64,
+        };
+        Ok(dimensions.needs(model.file_size(), all, trained, spec, settings))
+    }
+
+    fn of_fresh(spec: &Spec, settings: &Resolved) -> Result<Self, String> {
+        let block = spec.pretrain.clone().unwrap_or_default();
+        let vocab = match block.tokenizer()? {
+            TokenizerPlan::Train { vocab_size } => vocab_size,
+            TokenizerPlan::From(_) => TAKEN_VOCABULARY,
+        };
+        let shape: Shape = block.shape(vocab)?;
+        let all = shape.parameters() as u64;
+        let head = shape.width / shape.heads;
+        let dimensions = Dimensions {
+            layers: shape.layers as u64,
+            width: shape.width as u64,
+            query: shape.width as u64,
+            kv: (shape.kv_heads * head) as u64,
+            ff: shape.ffn as u64,
+            vocab: vocab as u64,
+        };
+        Ok(dimensions.needs(4 * all, all, all, spec, settings))
+    }
+}
+
+impl Dimensions {
+    fn needs(&self, file: u64, all: u64, trained: u64, spec: &Spec, settings: &Resolved) -> Needs {
         // What a layer keeps of a token for the way back, as `block.rs` computes it.
-        let query = (shape.heads * shape.head_dim) as u64;
-        let kv = (shape.kv_heads * shape.head_dim) as u64;
-        let (width, ff) = (shape.width as u64, shape.ff as u64);
-        let layer = 5 * width + 3 * query + 4 * kv + 4 * ff;
+        let layer = 5 * self.width + 3 * self.query + 4 * self.kv + 4 * self.ff;
         let kept = match settings.activation_checkpointing {
-            true => layers * width + 2 * layer,
-            false => (layers + 1) * layer,
+            true => self.layers * self.width + 2 * layer,
+            false => (self.layers + 1) * layer,
         };
         let tokens = settings.micro_batch as u64 * settings.max_length as u64;
-        let logits = LOGIT_ROWS * shape.vocab as u64;
-        let memory =
-            PROCESS + model.file_size() + trained * TRAINED_BYTES + 4 * (tokens * kept + logits);
-        let exported = if spec.adapter.is_some() { trained * 8 } else { trained * 4 };
-        let disk = 2 * trained * CHECKPOINT_BYTES + exported;
-        Ok(Self { memory, disk, trained })
+        let logits = LOGIT_ROWS * self.vocab;
+        let memory = PROCESS + file + trained * TRAINED_BYTES + 4 * (tokens * kept + logits);
+        let whole = if spec.adapter.is_none() || spec.export.merged { 4 * all } else { 0 };
+        let folder = if spec.export.hugging_face { 4 * all } else { 0 };
+        let disk = 2 * trained * CHECKPOINT_BYTES + trained * 8 + whole + folder;
+        Needs { memory, disk, trained }
     }
 }

@@ -5,9 +5,11 @@
 //! | `weight.rs` | a matrix: frozen, frozen with LoRA, or trained |
 //! | `block.rs` | one layer |
 //! | `gradients.rs` | gradients of the parameters, added up over a batch |
+//! | `logits.rs` | what comes next |
 
 mod block;
 mod gradients;
+mod logits;
 #[cfg(test)]
 mod tests;
 mod weight;

@@ -1,7 +1,19 @@
-//! What jobs do: a file each.
+//! What jobs do.
+//!
+//! | file | what |
+//! |---|---|
+//! | `run.rs` | the loop that they share |
+//! | `sft.rs` | supervised fine-tuning |
+//! | `pretrain.rs` | pretraining |
+//! | `sample.rs` | text on the way |
 
+mod pretrain;
+mod run;
+mod sample;
 mod sft;
 #[cfg(test)]
 mod tests;
 
-pub use sft::{Evaluated, Event, Outcome, Progress, Sft, TrainError};
+pub use pretrain::{Pretrain, start};
+pub use run::{Evaluated, Event, Outcome, Progress, TrainError};
+pub use sft::Sft;

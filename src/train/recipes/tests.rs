@@ -11,9 +11,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 fn settings(more: &str) -> Resolved {
+    let more = match more.contains("checkpoint_every") {
+        true => more.to_owned(),
+        false => format!(r#", "checkpoint_every": 4 {more}"#),
+    };
     let text = format!(
         r#"{{"kind": "sft", "model": "m", "data": {{"train": "f"}}, "train": {{"batch_size": 4,
-           "max_length": 48, "learning_rate": 0.01, "eval_every": 5, "checkpoint_every": 4 {more}}}}}"#
+           "max_length": 48, "learning_rate": 0.01, "eval_every": 5 {more}}}}}"#
     );
     serde_json::from_str::<Spec>(&text).unwrap().resolve().unwrap()
 }
@@ -141,4 +145,81 @@ fn a_loss_that_is_no_number_ends_the_run() {
     let error = sft.run(&AtomicBool::new(false), |_| {}).unwrap_err().to_string();
     assert!(error.contains("step 1") && error.contains("learning rate"), "{error}");
     assert!(checkpoints.steps().unwrap().is_empty());
+}
+
+#[test]
+fn gradients_that_are_no_numbers_end_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = tiny(folder.path());
+    let train = data(folder.path(), "t", 30);
+    let model = Model::load(file, &Training::Full, 64, &Device::Cpu).unwrap();
+    let runs = tempfile::tempdir().unwrap();
+    let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
+    let settings = settings("");
+    let sft = Sft {
+        model: &model,
+        settings: &settings,
+        train: &train,
+        validation: None,
+        checkpoints: &checkpoints,
+        shuffle: None,
+    };
+    // A norm so small and matrices so large that what comes out is as ever; its slope overflows.
+    for (name, by) in [("attn_norm", 1e-42), ("attn_v", 1e22), ("attn_output", 1e20)] {
+        let name = format!("blk.0.{name}.weight");
+        let var = &model.params().iter().find(|param| param.name == name).unwrap().var;
+        var.set(&(var.as_tensor() * by).unwrap()).unwrap();
+    }
+    let error = sft.run(&AtomicBool::new(false), |_| {}).unwrap_err().to_string();
+    assert!(error.contains("step 1: the gradients are not finite"), "{error}");
+    assert!(checkpoints.steps().unwrap().is_empty());
+}
+
+#[test]
+fn time_ends_a_run_over_interruptions_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = tiny(folder.path());
+    let (train, validation) = (data(folder.path(), "t", 40), data(folder.path(), "v", 8));
+    let runs = tempfile::tempdir().unwrap();
+    let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
+    // 0.6 seconds.
+    let settings = settings(r#", "epochs": 10000, "max_minutes": 0.01, "checkpoint_every": 1"#);
+    let started = std::time::Instant::now();
+    let mut events = Vec::new();
+    let mut outcome = |stops: bool| {
+        let model = Model::load(file.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
+        let sft = Sft {
+            model: &model,
+            settings: &settings,
+            train: &train,
+            validation: Some(&validation),
+            checkpoints: &checkpoints,
+            shuffle: Some(1),
+        };
+        let (stop, mut steps) = (AtomicBool::new(false), 0);
+        let outcome = sft.run(&stop, |event| {
+            steps += u64::from(matches!(event, Event::Step(_)));
+            stop.store(stops && steps == 2, Ordering::Relaxed);
+            events.push(event);
+        });
+        outcome.unwrap()
+    };
+    assert_eq!(outcome(true), Outcome::Stopped);
+    assert_eq!(outcome(false), Outcome::Done);
+    assert!(started.elapsed().as_secs_f64() > 0.5);
+    let count = events.len();
+    assert!(matches!(events[count - 2], Event::Evaluated(_)), "{:?}", events[count - 2]);
+    assert!(matches!(events[count - 1], Event::Checkpoint { .. }));
+    let mut again = Vec::new();
+    let model = Model::load(file.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
+    let sft = Sft {
+        model: &model,
+        settings: &settings,
+        train: &train,
+        validation: None,
+        checkpoints: &checkpoints,
+        shuffle: Some(1),
+    };
+    let done = sft.run(&AtomicBool::new(false), |event| again.push(event)).unwrap();
+    assert_eq!((done, again.len()), (Outcome::Done, 1), "the time is up: {again:?}");
 }

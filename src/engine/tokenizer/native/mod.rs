@@ -31,6 +31,7 @@ use crate::gguf::{Gguf, GgufError};
 use crate::ipc::Token;
 use bpe::Bpe;
 use lexicon::Lexicon;
+pub use lexicon::byte_chars;
 use marks::{Fragment, Marks};
 use spm::Spm;
 

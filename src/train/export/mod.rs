@@ -1,0 +1,44 @@
+//! What training made, in the forms that others read.
+//!
+//! | file | what |
+//! |---|---|
+//! | `adapter.rs` | PEFT folders, llama.cpp's LoRA GGUF |
+//! | `weights.rs` | a model's tensors as they are now, one at a time |
+//! | `model.rs` | models as GGUF |
+//! | `folder.rs` | models as Hugging Face's folders |
+//! | `config.rs` | what `config.json` says of a model |
+//! | `tokenizer.rs` | a GGUF's tokenizer as `tokenizer.json` |
+
+mod adapter;
+mod config;
+mod folder;
+mod model;
+#[cfg(test)]
+mod tests;
+mod tokenizer;
+mod weights;
+
+pub use adapter::{lora_gguf, peft_folder};
+pub use folder::hf_folder;
+pub use model::model_gguf;
+
+use crate::gguf::GgufError;
+use std::path::{Path, PathBuf};
+
+/// Why nothing was written.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    #[error("{0}")]
+    Other(String),
+}
+
+fn at(path: &Path) -> impl FnOnce(std::io::Error) -> ExportError {
+    let path = path.to_owned();
+    |source| ExportError::Io { path, source }
+}

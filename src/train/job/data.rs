@@ -1,0 +1,110 @@
+//! What a job trains on, read and tokenized.
+
+use super::run::{Ended, failed, sort};
+use super::{EventLog, Folder, JobEvent, Level, Order};
+use crate::engine::tokenizer::native::NativeTokenizer;
+use crate::gguf::{Gguf, ModelFacts};
+use crate::template::ChatTemplate;
+use crate::train::data::{DataError, Encoder, Prepared, Report, Stream, prepare, prepare_stream};
+use crate::train::spec::{Kind, Resolved};
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+/// By kind of job.
+pub(super) enum Data {
+    Examples { train: Prepared, validation: Option<Prepared> },
+    Text { train: Stream, validation: Option<Stream> },
+}
+
+/// Reads the order's files with the model's own tokenizer, and tells what they hold.
+pub(super) fn read(
+    folder: &Folder,
+    order: &Order,
+    model: &Gguf,
+    tokenizer: &Arc<NativeTokenizer>,
+    settings: &Resolved,
+    log: &mut EventLog,
+) -> Result<Data, Ended> {
+    fs::create_dir_all(folder.cache())?;
+    let (data, train, validation) = match order.spec.kind {
+        Kind::Sft => {
+            let facts = ModelFacts::read(model)?;
+            let template = ChatTemplate::of(&facts.tokenizer)
+                .map_err(|why| failed("invalid_model", None, why))?;
+            let (tokenizer, template) = (tokenizer.clone(), Arc::new(template));
+            let encoder = Encoder { tokenizer, template };
+            let each = |path: &Path, cache: &Path| {
+                prepare(path, &encoder, settings.max_length, cache, |_| {})
+            };
+            let (train, validation) = both(folder, order, each)?;
+            let (validation, report) = validation.unzip();
+            (Data::Examples { train: train.0, validation }, train.1, report)
+        }
+        Kind::Pretrain => {
+            let each =
+                |path: &Path, cache: &Path| prepare_stream(path, tokenizer.as_ref(), cache, |_| {});
+            let (train, validation) = both(folder, order, each)?;
+            let (mut stream, report) = train;
+            let (mut validation, other) = validation.unzip();
+            let share = order.spec.pretrain.clone().unwrap_or_default().held_out();
+            if validation.is_none() && share > 0.0 {
+                let (train, held) = stream.hold_out(share);
+                log.say(
+                    Level::Info,
+                    format!("{} tokens at the end of the data are held out.", held.len()),
+                )?;
+                (stream, validation) = (train, Some(held));
+            }
+            (Data::Text { train: stream, validation }, report, other)
+        }
+    };
+    let mut message = describe("Training file", &train, order.spec.kind);
+    if let Some(report) = &validation {
+        message += &format!(" {}", describe("Validation file", report, order.spec.kind));
+    }
+    log.add(JobEvent::Data { train, validation }, message)?;
+    Ok(data)
+}
+
+type Read<T> = (T, Report);
+
+fn both<T>(
+    folder: &Folder,
+    order: &Order,
+    each: impl Fn(&Path, &Path) -> Result<Read<T>, DataError>,
+) -> Result<(Read<T>, Option<Read<T>>), Ended> {
+    let read = |path: &Path, param: &str, name: &str| {
+        each(path, &folder.cache().join(name)).map_err(|error| {
+            let code = format!("invalid_{param}");
+            match &error {
+                DataError::Io(_) => sort(&code, Some(param), &error),
+                _ => failed(&code, Some(param), &error),
+            }
+        })
+    };
+    let train = read(&order.train, "training_file", "train.tokens")?;
+    let validation = order.validation.as_ref();
+    let validation =
+        validation.map(|path| read(path, "validation_file", "validation.tokens")).transpose()?;
+    Ok((train, validation))
+}
+
+fn describe(what: &str, report: &Report, kind: Kind) -> String {
+    let Report { examples, tokens, trained_tokens, longest, .. } = report;
+    if kind == Kind::Pretrain {
+        return format!("{what}: {} bytes of text, {tokens} tokens.", report.bytes);
+    }
+    let share = 100.0 * *trained_tokens as f64 / (*tokens).max(1) as f64;
+    let mut text = format!(
+        "{what}: {examples} examples, {tokens} tokens, of which {share:.0}% are trained; the \
+         longest has {longest}."
+    );
+    if report.truncated > 0 {
+        text += &format!(" {} were cut at max_length.", report.truncated);
+    }
+    if report.dropped > 0 {
+        text += &format!(" {} were left out: max_length leaves nothing to train.", report.dropped);
+    }
+    text
+}

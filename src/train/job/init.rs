@@ -1,0 +1,65 @@
+//! What is trained, and what an adapter begins with.
+
+use super::run::{Ended, failed};
+use super::{Folder, Order};
+use crate::gguf::{Gguf, LoraInfo, ModelFacts, Target, check_lora_gguf, peft_to_gguf};
+use crate::train::model::{Lora, Model, Training};
+use candle_core::Tensor;
+use std::path::{Path, PathBuf};
+
+/// The adapter to begin with, as GGUF.
+pub(super) fn adapter_file(folder: &Folder, order: &Order) -> Option<PathBuf> {
+    let init = order.init.as_ref()?;
+    Some(if init.is_dir() { folder.cache().join("init.gguf") } else { init.clone() })
+}
+
+pub(super) fn training(folder: &Folder, order: &Order, base: &Gguf) -> Result<Training, Ended> {
+    let spec = &order.spec;
+    let Some(adapter) = &spec.adapter else { return Ok(Training::Full) };
+    let invalid = |why: &dyn std::fmt::Display| {
+        failed("invalid_spec", None, format!("adapter.init cannot be used: {why}"))
+    };
+    let Some(file) = adapter_file(folder, order) else {
+        let lora = adapter.lora(spec.seed);
+        return lora.map(Training::Lora).map_err(|why| failed("invalid_spec", None, why));
+    };
+    let info = match &order.init {
+        Some(init) if init.is_dir() => {
+            std::fs::create_dir_all(folder.cache())?;
+            let facts = ModelFacts::read(base)?;
+            peft_to_gguf(init, &facts, base, &file).map_err(|why| invalid(&why))?
+        }
+        _ => check_lora_gguf(&file, base).map_err(|why| invalid(&why))?,
+    };
+    Ok(Training::Lora(lora_of(&info, spec.seed).map_err(|why| invalid(&why))?))
+}
+
+/// What an adapter in llama.cpp's form was made with.
+fn lora_of(info: &LoraInfo, seed: u64) -> Result<Lora, String> {
+    let target = |name: &String| match name.as_str() {
+        "attn_q" => Ok(Target::Q),
+        "attn_k" => Ok(Target::K),
+        "attn_v" => Ok(Target::V),
+        "attn_output" => Ok(Target::Output),
+        "ffn_gate" => Ok(Target::Gate),
+        "ffn_up" => Ok(Target::Up),
+        "ffn_down" => Ok(Target::Down),
+        other => Err(format!("it changes `{other}`, which is not trained here")),
+    };
+    let targets = info.targets.iter().map(target).collect::<Result<_, _>>()?;
+    let (rank, alpha) = (info.rank as usize, f64::from(info.alpha));
+    // No alpha means no scale.
+    let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
+    Ok(Lora { rank, alpha, targets, rank_stabilized: false, seed })
+}
+
+/// Puts an adapter's matrices in place of the drawn ones.
+pub(super) fn begin_with(model: &Model, adapter: &Path) -> Result<(), Ended> {
+    let file = Gguf::open(adapter)?;
+    for param in model.params() {
+        let values = file.to_f32(&param.name)?;
+        let values = Tensor::from_vec(values, param.var.shape(), param.var.device())?;
+        param.var.set(&values)?;
+    }
+    Ok(())
+}

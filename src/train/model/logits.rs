@@ -1,0 +1,75 @@
+//! What a model takes for the next token.
+
+use super::{Batch, Model};
+use crate::train::ops::{self, Head};
+use candle_core::{Result, bail};
+use std::sync::Arc;
+
+impl Model {
+    /// (vocabulary) the logits behind the last of `tokens`, which are one document. Nothing is kept
+    /// from call to call: for a look at a model in training, not for serving.
+    ///
+    /// # Errors
+    /// If there is no token, one is not in the vocabulary, or memory gives out.
+    pub fn logits(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let Some(last) = tokens.len().checked_sub(1) else { bail!("nothing to go on from") };
+        let batch = Batch {
+            tokens: Arc::new(tokens.to_vec()),
+            documents: Arc::new(vec![0]),
+            targets: Arc::new(vec![0; tokens.len()]),
+            weights: Arc::new(vec![0.0; tokens.len()]),
+        };
+        let context = self.context(&batch);
+        let mut x = self.embed(&batch)?;
+        for block in &self.blocks {
+            x = block.forward(&x, &context)?.detach();
+        }
+        let x = x.narrow(0, last, 1)?.contiguous()?;
+        let normed = ops::rms_norm(&x, &self.output_norm, f64::from(self.shape.epsilon))?;
+        let logits = match &self.head {
+            Head::Frozen(head) => ops::frozen_linear(&normed, head)?,
+            Head::Trained(head) => ops::linear(&normed, head)?,
+        };
+        let logits = match self.shape.logit_cap.map(f64::from) {
+            Some(cap) => ((logits / cap)?.tanh()? * cap)?,
+            None => logits,
+        };
+        logits.flatten_all()?.to_vec1()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Batch, Model, Training};
+    use crate::gguf::Gguf;
+    use crate::gguf::fixture::TinyDecoder;
+    use candle_core::Device;
+    use std::sync::Arc;
+
+    #[test]
+    fn logits_are_those_of_the_loss() {
+        for architecture in ["llama", "gemma2"] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("model.gguf");
+            TinyDecoder::new(architecture).write(&path).unwrap();
+            let file = Arc::new(Gguf::open(&path).unwrap());
+            let model = Model::load(file, &Training::Full, 64, &Device::Cpu).unwrap();
+            let tokens = [3, 1, 4, 1, 5, 9, 2, 6];
+            let logits = model.logits(&tokens).unwrap();
+            let target = 7usize;
+            let most = logits.iter().fold(f32::MIN, |most, x| most.max(*x));
+            let total: f64 = logits.iter().map(|x| f64::from(x - most).exp()).sum();
+            let found = total.ln() - f64::from(logits[target] - most);
+            let mut weights = vec![0.0; tokens.len()];
+            weights[tokens.len() - 1] = 1.0;
+            let batch = Batch {
+                tokens: Arc::new(tokens.to_vec()),
+                documents: Arc::new(vec![0]),
+                targets: Arc::new(vec![target as u32; tokens.len()]),
+                weights: Arc::new(weights),
+            };
+            let loss = f64::from(model.losses(&batch).unwrap().sum.to_scalar::<f32>().unwrap());
+            assert!((found - loss).abs() < 1e-4, "{architecture}: {found}, {loss}");
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Pretraining: predict the next token of any text, with all weights. From nothing, or further.
+
+use super::run::{Each, Evaluated, Event, Outcome, Run, Source, TrainError};
+use super::sample::sample;
+use crate::engine::tokenizer::Tokenizer;
+use crate::gguf::Gguf;
+use crate::train::checkpoint::Checkpoints;
+use crate::train::data::{Cursor, Stream, Windows};
+use crate::train::fresh;
+use crate::train::model::{Batch, Model};
+use crate::train::spec::{self, Resolved, TokenizerPlan};
+use crate::train::vocabulary::Vocabulary;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+/// Tokens that a sample begins with if nobody says otherwise.
+const PROMPT: usize = 8;
+
+/// A run. The model was loaded with [`Training::Full`](crate::train::model::Training::Full).
+pub struct Pretrain<'a> {
+    pub model: &'a Model,
+    pub settings: &'a Resolved,
+    pub train: &'a Stream,
+    pub validation: Option<&'a Stream>,
+    pub checkpoints: &'a Checkpoints,
+    /// That of the model.
+    pub tokenizer: &'a dyn Tokenizer,
+    /// Of samples.
+    pub seed: u64,
+    /// The seed of the windows' order; `None` takes them as they come.
+    pub shuffle: Option<u64>,
+    /// What samples begin with; else the first words of the validation or training data.
+    pub prompt: Option<&'a str>,
+}
+
+/// Writes the model that a job begins with to `path`: the tokenizer trained on `data`, or taken from
+/// `parent`, and random weights. Does nothing if the file is there already: it appears whole.
+///
+/// # Errors
+/// [`TrainError`].
+pub fn start(
+    block: &spec::Pretrain,
+    parent: Option<&Gguf>,
+    data: &Path,
+    name: &str,
+    seed: u64,
+    path: &Path,
+) -> Result<(), TrainError> {
+    if path.exists() {
+        return Ok(());
+    }
+    let vocabulary = match (block.tokenizer().map_err(TrainError::Spec)?, parent) {
+        (TokenizerPlan::Train { vocab_size }, _) => Vocabulary::train(data, vocab_size)?,
+        (TokenizerPlan::From(_), Some(parent)) => Vocabulary::of(parent)?,
+        (TokenizerPlan::From(from), None) => {
+            return Err(TrainError::Spec(format!("pretrain.tokenizer.from: `{from}` is not open")));
+        }
+    };
+    let shape = block.shape(vocabulary.len()).map_err(TrainError::Spec)?;
+    fresh::write(&shape, &vocabulary, name, seed, path)?;
+    Ok(())
+}
+
+impl Pretrain<'_> {
+    /// Windows that are trained on, over all epochs, and the steps that they make.
+    pub fn size(&self) -> (u64, u64) {
+        self.size_of(self.windows(self.train).count())
+    }
+
+    fn size_of(&self, windows: usize) -> (u64, u64) {
+        let windows = (windows as f64 * self.settings.epochs).ceil().max(1.0) as u64;
+        let steps = windows.div_ceil(self.settings.batch_size as u64);
+        (windows, self.settings.max_steps.map_or(steps, |most| most.min(steps)))
+    }
+
+    /// Trains from the newest checkpoint to the end, or until told to stop.
+    ///
+    /// # Errors
+    /// [`TrainError`]; the last checkpoint stays.
+    pub fn run(
+        &self,
+        stop: &AtomicBool,
+        mut event: impl FnMut(Event),
+    ) -> Result<Outcome, TrainError> {
+        self.loops().run(&mut self.source(), stop, &mut event)
+    }
+
+    /// The loss over all validation text, and bits per byte.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn evaluate(&self, step: u64) -> Result<Option<Evaluated>, TrainError> {
+        self.loops().evaluate(&self.source(), step)
+    }
+
+    fn loops(&self) -> Run<'_> {
+        Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints }
+    }
+
+    fn windows<'a>(&self, stream: &'a Stream) -> Windows<'a> {
+        let end = self.tokenizer.vocab().eos;
+        Windows::new(stream, self.settings.max_length, end, self.shuffle)
+    }
+
+    fn source(&self) -> Text<'_> {
+        Text { run: self, windows: self.windows(self.train) }
+    }
+
+    /// Tokens that samples begin with.
+    fn prompt(&self) -> Result<Vec<u32>, TrainError> {
+        let given = self.prompt.map(|prompt| self.tokenizer.encode(prompt, true, true));
+        if let Some(given) = given.filter(|given| !given.is_empty()) {
+            return Ok(given);
+        }
+        let from = self.validation.filter(|text| !text.is_empty()).unwrap_or(self.train);
+        Ok(from.read(0, PROMPT.min(from.len() as usize))?)
+    }
+}
+
+/// Windows of a stream of text.
+struct Text<'a> {
+    run: &'a Pretrain<'a>,
+    windows: Windows<'a>,
+}
+
+impl Source for Text<'_> {
+    fn steps(&self) -> u64 {
+        self.run.size_of(self.windows.count()).1
+    }
+
+    fn epochs(&self, cursor: &Cursor) -> f64 {
+        cursor.epoch as f64 + cursor.taken as f64 / self.windows.count().max(1) as f64
+    }
+
+    fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Batch>, TrainError> {
+        let settings = self.run.settings;
+        let taken = cursor.epoch * self.windows.count() as u64 + cursor.taken;
+        let left = self.run.size_of(self.windows.count()).0.saturating_sub(taken);
+        let count = left.min(settings.batch_size as u64) as usize;
+        Ok(self.windows.next(cursor, count, settings.micro_batch)?)
+    }
+
+    fn held_out(&self, each: &mut Each) -> Result<bool, TrainError> {
+        let Some(stream) = self.run.validation.filter(|stream| stream.len() > 1) else {
+            return Ok(false);
+        };
+        self.run.windows(stream).all(self.run.settings.micro_batch, each)?;
+        Ok(true)
+    }
+
+    fn bytes(&self, batch: &Batch) -> Option<u64> {
+        let vocab = self.run.tokenizer.vocab();
+        let bytes = |token: &u32| match vocab.is_control(*token) {
+            true => 0,
+            false => vocab.piece(*token).len() as u64,
+        };
+        Some(batch.targets.iter().map(bytes).sum())
+    }
+
+    fn sample(&self, step: u64) -> Result<Option<String>, TrainError> {
+        let run = self.run;
+        let (vocab, context) = (run.tokenizer.vocab(), run.settings.max_length);
+        sample(run.model, vocab, &run.prompt()?, context, (run.seed, step)).map(Some)
+    }
+}

@@ -1,0 +1,284 @@
+//! The loop that recipes share: take a batch, step, evaluate, save.
+
+use crate::gguf::GgufError;
+use crate::train::checkpoint::{CheckpointError, Checkpoints};
+use crate::train::data::{Cursor, DataError, Report};
+use crate::train::model::{Batch, Gradients, Model};
+use crate::train::optim::Optimization;
+use crate::train::spec::Resolved;
+use crate::train::vocabulary::VocabularyError;
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Why training ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error("the data cannot be read: {0}")]
+    Io(#[from] std::io::Error),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    #[error("step {step}: the loss is {loss}: lower the learning rate, or look at the data")]
+    NotFinite { step: u64, loss: f64 },
+    #[error(transparent)]
+    Vocabulary(#[from] VocabularyError),
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// A key of the spec, and what it may be.
+    #[error("{0}")]
+    Spec(String),
+    /// The optimizer refused its gradients: they are not finite.
+    #[error("step {step}: {source}: lower the learning rate, or look at the data")]
+    Update { step: u64, source: candle_core::Error },
+}
+
+/// What happens on the way.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Event {
+    Data {
+        train: Report,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        validation: Option<Report>,
+    },
+    Resumed {
+        step: u64,
+    },
+    Step(Progress),
+    Evaluated(Evaluated),
+    /// What the model writes by now (pretraining).
+    Sample {
+        step: u64,
+        text: String,
+    },
+    Checkpoint {
+        step: u64,
+    },
+}
+
+/// One step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    pub step: u64,
+    pub total_steps: u64,
+    pub epoch: f64,
+    /// Nats a trained token.
+    pub loss: f64,
+    /// The share of trained tokens that are the most likely ones.
+    pub accuracy: f64,
+    pub learning_rate: f64,
+    pub grad_norm: f64,
+    /// Tokens so far, whether trained or context.
+    pub tokens: u64,
+    pub tokens_per_second: f64,
+}
+
+/// The loss on examples that are not trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Evaluated {
+    pub step: u64,
+    /// Nats a token.
+    pub loss: f64,
+    pub accuracy: f64,
+    /// What a byte of the text costs, whatever the tokens are (pretraining).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_byte: Option<f64>,
+}
+
+/// How it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Done,
+    /// Told to stop; a checkpoint was written.
+    Stopped,
+}
+
+/// Where a run stands, besides weights and moments.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+struct State {
+    cursor: Cursor,
+    tokens: u64,
+    /// Time spent, before and after resuming.
+    #[serde(default)]
+    seconds: f64,
+}
+
+/// Where batches come from.
+pub(super) trait Source {
+    /// Steps from the first to the last.
+    fn steps(&self) -> u64;
+
+    /// Epochs behind a cursor.
+    fn epochs(&self, cursor: &Cursor) -> f64;
+
+    /// The batch of the next step, in the parts that are computed at once; moves the cursor on.
+    fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Batch>, TrainError>;
+
+    /// Gives `each` all that is held out, part by part; `false` if nothing is.
+    fn held_out(&self, each: &mut Each) -> Result<bool, TrainError>;
+
+    /// Bytes of text that a batch's targets stand for, if that is of interest.
+    fn bytes(&self, _: &Batch) -> Option<u64> {
+        None
+    }
+
+    /// What the model writes by now.
+    fn sample(&self, _step: u64) -> Result<Option<String>, TrainError> {
+        Ok(None)
+    }
+}
+
+pub(super) type Each<'a> = dyn FnMut(Batch) -> Result<(), TrainError> + 'a;
+
+/// A run over some source.
+pub(super) struct Run<'a> {
+    pub model: &'a Model,
+    pub settings: &'a Resolved,
+    pub checkpoints: &'a Checkpoints,
+}
+
+impl Run<'_> {
+    /// Trains from the newest checkpoint to the end, or until told to stop.
+    pub fn run(
+        &self,
+        source: &mut impl Source,
+        stop: &AtomicBool,
+        event: &mut impl FnMut(Event),
+    ) -> Result<Outcome, TrainError> {
+        let (settings, params) = (self.settings, self.model.params());
+        let mut optimization = Optimization::new(settings.optimizer.clone());
+        let (mut step, mut state) = (0, State::default());
+        if let Some(restored) = self.checkpoints.newest::<State>()? {
+            restored.apply(params, &mut optimization)?;
+            (step, state) = (restored.step, restored.state);
+            event(Event::Resumed { step });
+        }
+        let total = source.steps();
+        let warmup = (total as f64 * settings.warmup).ceil() as u64;
+        let limit = settings.max_minutes.map_or(f64::INFINITY, |minutes| minutes * 60.0);
+        while step < total && state.seconds < limit {
+            if stop.load(Ordering::Relaxed) {
+                self.save(step, &optimization, &state, event)?;
+                return Ok(Outcome::Stopped);
+            }
+            let started = Instant::now();
+            let batches = source.next(&mut state.cursor)?;
+            let factor = settings.schedule.factor(step, total, warmup);
+            step += 1;
+            let (sums, gradients) = self.gradients(&batches, step)?;
+            let rate = settings.learning_rate;
+            let stepped = optimization
+                .step(params, &gradients, sums.weight, rate, factor)
+                .map_err(|source| TrainError::Update { step, source })?;
+            let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
+            state.tokens += tokens as u64;
+            event(Event::Step(Progress {
+                step,
+                total_steps: total,
+                epoch: source.epochs(&state.cursor),
+                loss: sums.loss / sums.weight,
+                accuracy: sums.correct / sums.weight,
+                learning_rate: rate * factor,
+                grad_norm: stepped.grad_norm,
+                tokens: state.tokens,
+                tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+            }));
+            let due = state.seconds + started.elapsed().as_secs_f64() >= limit;
+            let last = step == total || due;
+            if last || step.is_multiple_of(settings.eval_every) {
+                self.report(source, step, event)?;
+            }
+            state.seconds += started.elapsed().as_secs_f64();
+            if last || step.is_multiple_of(settings.checkpoint_every) {
+                self.save(step, &optimization, &state, event)?;
+            }
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn save(
+        &self,
+        step: u64,
+        optimization: &Optimization,
+        state: &State,
+        event: &mut impl FnMut(Event),
+    ) -> Result<(), TrainError> {
+        self.checkpoints.write(step, self.model.params(), optimization, state)?;
+        event(Event::Checkpoint { step });
+        Ok(())
+    }
+
+    fn report(
+        &self,
+        source: &impl Source,
+        step: u64,
+        event: &mut impl FnMut(Event),
+    ) -> Result<(), TrainError> {
+        if let Some(evaluated) = self.evaluate(source, step)? {
+            event(Event::Evaluated(evaluated));
+        }
+        if let Some(text) = source.sample(step)? {
+            event(Event::Sample { step, text });
+        }
+        Ok(())
+    }
+
+    fn gradients(
+        &self,
+        batches: &[Batch],
+        step: u64,
+    ) -> Result<(Sums, Vec<candle_core::Tensor>), TrainError> {
+        let mut gradients = Gradients::default();
+        let mut sums = Sums::default();
+        for batch in batches {
+            let checkpoint = self.settings.activation_checkpointing;
+            let losses = self.model.train(batch, checkpoint, &mut gradients)?;
+            sums.add(batch, &losses)?;
+        }
+        if !sums.loss.is_finite() {
+            return Err(TrainError::NotFinite { step, loss: sums.loss / sums.weight });
+        }
+        Ok((sums, gradients.take(self.model.params())?))
+    }
+
+    /// The loss over all that is held out.
+    pub fn evaluate(
+        &self,
+        source: &impl Source,
+        step: u64,
+    ) -> Result<Option<Evaluated>, TrainError> {
+        let (mut sums, mut bytes) = (Sums::default(), 0);
+        let there = source.held_out(&mut |batch| {
+            bytes += source.bytes(&batch).unwrap_or_default();
+            sums.add(&batch, &self.model.losses(&batch)?)
+        })?;
+        if !there {
+            return Ok(None);
+        }
+        let (loss, accuracy) = (sums.loss / sums.weight, sums.correct / sums.weight);
+        let bits_per_byte = (bytes > 0).then(|| sums.loss / std::f64::consts::LN_2 / bytes as f64);
+        Ok(Some(Evaluated { step, loss, accuracy, bits_per_byte }))
+    }
+}
+
+/// Sums over the parts of a batch.
+#[derive(Default)]
+struct Sums {
+    loss: f64,
+    correct: f64,
+    weight: f64,
+}
+
+impl Sums {
+    fn add(&mut self, batch: &Batch, losses: &crate::train::ops::Losses) -> Result<(), TrainError> {
+        let loss = losses.sum.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
+        self.loss += loss;
+        self.correct += losses.correct;
+        self.weight += batch.weights.iter().map(|weight| f64::from(*weight)).sum::<f64>();
+        Ok(())
+    }
+}

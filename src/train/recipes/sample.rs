@@ -1,0 +1,75 @@
+//! Text of a model in training, so that people see what it has learned.
+
+use super::run::TrainError;
+use crate::engine::tokenizer::Vocab;
+use crate::train::model::Model;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use sha2::{Digest, Sha256};
+
+/// Tokens of a sample.
+const TOKENS: usize = 100;
+/// Bytes of a sample's beginning and of what follows, at most.
+const BYTES: usize = 4096;
+/// Below 1, for a model of few steps wanders.
+const TEMPERATURE: f64 = 0.8;
+
+/// A text that begins with `prompt`, whose tokens come first, and goes on as the model has it. The
+/// same seed, step and weights give the same text.
+///
+/// # Errors
+/// If memory gives out.
+pub fn sample(
+    model: &Model,
+    vocab: &Vocab,
+    prompt: &[u32],
+    context: usize,
+    key: (u64, u64),
+) -> Result<String, TrainError> {
+    let mut hash = Sha256::new();
+    hash.update("sample");
+    hash.update(key.0.to_le_bytes());
+    hash.update(key.1.to_le_bytes());
+    let mut rng = StdRng::from_seed(hash.finalize().into());
+    let mut tokens = prompt.to_vec();
+    for _ in 0..TOKENS {
+        let logits = model.logits(&tokens[tokens.len().saturating_sub(context)..])?;
+        let token = draw(&logits, rng.random());
+        if vocab.ends_generation(token) {
+            break;
+        }
+        tokens.push(token);
+    }
+    let bytes: Vec<u8> =
+        tokens.iter().flat_map(|token| vocab.output_piece(*token, false)).copied().collect();
+    Ok(String::from_utf8_lossy(&bytes[..bytes.len().min(BYTES)]).into_owned())
+}
+
+/// The token at `at`, from 0 to 1, of the distribution.
+fn draw(logits: &[f32], at: f64) -> u32 {
+    let most = logits.iter().fold(f32::NEG_INFINITY, |most, x| most.max(*x));
+    let weights: Vec<f64> =
+        logits.iter().map(|x| (f64::from(x - most) / TEMPERATURE).exp()).collect();
+    let mut left = at * weights.iter().sum::<f64>();
+    for (token, weight) in weights.iter().enumerate() {
+        left -= weight;
+        if left < 0.0 {
+            return token as u32;
+        }
+    }
+    weights.len().saturating_sub(1) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_drawn_as_likely_as_they_are() {
+        // At this temperature one token is e^(1/0.8) times as likely as the other.
+        let share = 1.0 / (1.0 + (1.0f64 / TEMPERATURE).exp());
+        let low = (0..1000).filter(|i| draw(&[0.0, 1.0], f64::from(*i) / 1000.0) == 0).count();
+        assert!((low as f64 / 1000.0 - share).abs() < 2e-3, "{low}");
+        assert_eq!(draw(&[0.0, f32::NEG_INFINITY], 0.999_999), 0);
+    }
+}
