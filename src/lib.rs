@@ -1,8 +1,8 @@
 //! Ingot: one binary that carries a language model through its whole life on one machine.
 //!
 //! This page is the map. What is here today serves any GGUF model through an OpenAI-compatible
-//! API. Training has its foundations, which nothing calls yet; alignment and compression have their
-//! rooms reserved in the design and join the same walks.
+//! API, pretrains and fine-tunes models, and serves what it made. Alignment and compression have
+//! their rooms reserved in the design and join the same walks.
 //!
 //! # Processes
 //!
@@ -10,9 +10,12 @@
 //! |---|---|---|
 //! | gateway (`ingot serve`) | the user | HTTP, keys, validation, chat templates, store, registry, supervisor, metrics; no model code |
 //! | engine (`ingot engine`, hidden) | the gateway, one per loaded model | weights, tokenizer, scheduler, cache, sampler, grammars, adapters |
+//! | job (`ingot job`, hidden) | the gateway or `ingot train`, one per running job | data, trainable weights, optimizer |
 //!
 //! An engine may die at any time: its requests fail with a clear error, it is restarted, and the
-//! gateway stays. Frames of [`ipc`] over a socket pair are all that crosses.
+//! gateway stays. Frames of [`ipc`] over a socket pair are all that crosses. A job shares nothing but
+//! its folder ([`train::job`]): whoever dies, and whenever, the other finds everything there, and the
+//! job goes on from its last checkpoint with the same bits.
 //!
 //! # A request walks
 //!
@@ -25,10 +28,21 @@
 //! [`engine::runner::Batch`] → logits → [`ipc::Event`]. Nothing is checked twice, and no step
 //! calls back up the walk; `tests/it/layers.rs` holds the table of allowed edges.
 //!
+//! # A job walks
+//!
+//! [`gateway::api`] or [`cli`] → [`gateway::jobs`] (admitted, queued) → [`gateway::store`] → a process:
+//! [`train::job`] → [`train::recipes`] → [`train::data`] → [`train::model`] → [`train::ops`] →
+//! [`train::optim`] → [`train::checkpoint`] → [`train::export`] → [`gateway::jobs`] (tried) →
+//! [`gateway::registry`] (served).
+//!
+//! Types narrow here too: `Spec` → `Resolved` → [`train::job::Order`] → `Batch` → gradients →
+//! checkpoint → [`train::job::Outcome`].
+//!
 //! # Invariants
 //!
 //! - Pages: free + cached + held = total, after every operation ([`engine::kv`]).
 //! - Every request ends with exactly one `Done` or `Failed`, whatever happens to the engine.
+//! - A job's status changes in one statement; what it made is listed in the transaction that says so.
 //! - What a client sends is an id or a name, never a path.
 //! - Everything is bounded: queues, bodies, grammars, templates, time. Overflow is an answer.
 //! - `unsafe` lives in `kernels/`, `engine/runner/llama_cpp/` and `gguf/` (mmap) only.
@@ -46,7 +60,7 @@
 //! | [`engine`] | the model side; [`engine::verify`] measures its rounding against F32 arithmetic |
 //! | [`kernels`] | SIMD arithmetic of the native runner and of training, the thread pool |
 //! | [`template`] | chat templates, and what models write back |
-//! | [`train`] | data, trainable models, optimizers, checkpoints, exports |
+//! | [`train`] | jobs, data, trainable models, optimizers, checkpoints, exports |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters |
 
 pub mod build_info;

@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self):
         self.url, self.process = start(
-            f"{KEY},{OTHER}", DATA, "--admin-key", ADMIN, "--grace-time", "5s"
+            f"{KEY},{OTHER}", DATA, "--admin-key", ADMIN, "--grace-time", "5s", "--log-level", "warn"
         )
         self.model = first_model(self.url, KEY, self.process)
 
@@ -83,7 +83,7 @@ def create(file, epochs=2, batch=4, **more):
         "supervised": {"hyperparameters": {"n_epochs": epochs, "batch_size": batch}},
     }
     return client.fine_tuning.jobs.create(
-        model=server.model, training_file=file.id, **{"method": method, "seed": 7, **more}
+        training_file=file.id, **{"model": server.model, "method": method, "seed": 7, **more}
     )
 
 

@@ -9,6 +9,7 @@
 //! | `oracle.rs` | greedy text against a plain llama.cpp loop |
 //! | `templates.rs` | chat templates against jinja2 |
 //! | `draft.rs` | `--draft-model` |
+//! | `jobs.rs` | training jobs that are killed, or have no room |
 //! | `verify.rs` | `ingot verify` |
 //! | `layers.rs` | who may import whom, where `unsafe` may stand |
 //! | `metrics.rs` | the series, and the transcript of a stream |
@@ -20,6 +21,7 @@ mod draft;
 mod drain;
 mod hostile;
 mod http;
+mod jobs;
 mod layers;
 mod loading;
 mod lora;

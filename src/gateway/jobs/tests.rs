@@ -1,1 +1,104 @@
+use crate::gateway::store::{
+    JobStatus, Products, Store, StoredAdapter, StoredArtifact, StoredFile, StoredJob,
+};
 
+fn store() -> (Store, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    (Store::open(folder.path()).unwrap(), folder)
+}
+
+fn job(id: &str, owner: &str) -> StoredJob {
+    StoredJob {
+        id: id.into(),
+        kind: "sft".into(),
+        status: JobStatus::Validating,
+        spec: "{}".into(),
+        request: None,
+        name: format!("ft:m:ingot::{id}"),
+        owner: owner.into(),
+        created_at: 1,
+        started_at: None,
+        finished_at: None,
+        error: None,
+        trained_tokens: None,
+    }
+}
+
+fn products(id: &str) -> Products {
+    let (sha256, bytes) = (String::new(), 1);
+    let artifact = StoredArtifact {
+        id: format!("artifact-{id}"),
+        kind: "adapter".into(),
+        file: "artifacts/adapter.gguf".into(),
+        bytes,
+        sha256: sha256.clone(),
+    };
+    let result = StoredFile {
+        id: format!("file-{id}"),
+        name: "step_metrics.csv".into(),
+        purpose: "fine-tune-results".into(),
+        bytes,
+        sha256: sha256.clone(),
+        owner: "a".into(),
+        created_at: 5,
+    };
+    let adapter = StoredAdapter {
+        name: format!("ft:m:ingot::{id}"),
+        base_model: "m".into(),
+        file: "jobs/x/artifacts/adapter.gguf".into(),
+        format: "gguf".into(),
+        sha256,
+        bytes,
+        scale: 0.5,
+        created_at: 5,
+    };
+    let (artifacts, results, adapter) = (vec![artifact], vec![result], Some(adapter));
+    Products { trained_tokens: 9, artifacts, results, adapter, model: None }
+}
+
+#[test]
+fn a_status_changes_once() {
+    use JobStatus::{Cancelled, Failed, Paused, Queued, Running, Validating};
+    let (store, _folder) = store();
+    store.put_job(&job("1", "a")).unwrap();
+    let go = |from: &[JobStatus], to, now| store.move_job("1", from, to, None, now).unwrap();
+    assert!(!go(&[Queued], Running, 2));
+    assert!(go(&[Validating], Queued, 2));
+    assert!(go(&[Queued], Running, 3) && !go(&[Queued], Running, 4));
+    assert!(go(&[Running], Paused, 4) && go(&[Paused], Queued, 5) && go(&[Queued], Running, 6));
+    let found = store.job("1").unwrap().unwrap();
+    assert_eq!((found.status, found.started_at, found.finished_at), (Running, Some(3), None));
+    assert!(go(&[Running, Paused], Cancelled, 7));
+    assert_eq!(store.job("1").unwrap().unwrap().finished_at, Some(7));
+    assert!(!store.finish_job("1", &products("1"), 8).unwrap(), "it was cancelled");
+    assert!(store.artifacts("1").unwrap().is_empty() && store.adapters().unwrap().is_empty());
+    store.put_job(&job("2", "b")).unwrap();
+    let why = Some("{\"code\": \"x\"}");
+    assert!(store.move_job("2", &[Validating], Failed, why, 9).unwrap());
+    assert_eq!(store.job("2").unwrap().unwrap().error.as_deref(), why);
+    let counts = store.job_counts().unwrap();
+    assert!(counts.contains(&("failed", 1)) && counts.contains(&("running", 0)), "{counts:?}");
+}
+
+#[test]
+fn what_a_job_made_comes_with_its_status() {
+    use JobStatus::{Queued, Running, Validating};
+    let (store, _folder) = store();
+    for id in ["1", "2"] {
+        store.put_job(&job(id, id)).unwrap();
+        store.move_job(id, &[Validating], Queued, None, 2).unwrap();
+    }
+    let queued: Vec<_> = store.jobs_in(Queued).unwrap().into_iter().map(|job| job.id).collect();
+    assert_eq!(queued, ["1", "2"], "the oldest first");
+    store.move_job("1", &[Queued], Running, None, 2).unwrap();
+    assert!(store.finish_job("1", &products("1"), 3).unwrap());
+    let found = store.job("1").unwrap().unwrap();
+    assert_eq!((found.status, found.trained_tokens), (JobStatus::Succeeded, Some(9)));
+    assert_eq!(store.artifacts("1").unwrap(), products("1").artifacts);
+    assert_eq!(store.adapter("ft:m:ingot::1").unwrap(), products("1").adapter);
+    assert_eq!(store.file("file-1").unwrap().as_ref(), products("1").results.first());
+    assert_eq!(store.files(Some("a")).unwrap().len(), 1);
+    assert!(store.files(Some("b")).unwrap().is_empty());
+    assert_eq!(store.jobs(Some("1")).unwrap().len(), 1);
+    assert_eq!(store.jobs(None).unwrap().len(), 2);
+}
