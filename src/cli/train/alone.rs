@@ -106,6 +106,11 @@ fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError
     for path in validation.iter().chain([&train]) {
         let absolute = path.canonicalize().unwrap_or_else(|_| path.clone());
         hash.update(absolute.as_os_str().as_encoded_bytes());
+        // Another text is another job.
+        if let Ok(file) = std::fs::metadata(&absolute) {
+            hash.update(file.len().to_le_bytes());
+            hash.update(format!("{:?}", file.modified().ok()));
+        }
     }
     let id = format!("ftjob-{}", &hex(&hash.finalize())[..24]);
     let name = job::name_of(&spec, &id);

@@ -317,3 +317,35 @@ pub(super) async fn download(path: PathBuf, name: &str) -> Result<Response, ApiE
     }
     Ok(response)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_follow_each_other() {
+        let page = |after: Option<&str>, limit| Page {
+            after: after.map(str::to_owned),
+            limit: Some(limit),
+            purpose: None,
+            order: None,
+        };
+        let all = || vec!["a", "b", "c"];
+        let cut = |page: Page| page.cut(all(), |entry| entry, 10);
+        assert_eq!(cut(page(None, 2)).unwrap(), (vec!["a", "b"], true));
+        assert_eq!(cut(page(Some("b"), 2)).unwrap(), (vec!["c"], false));
+        assert_eq!(cut(page(Some("c"), 2)).unwrap(), (vec![], false));
+        assert_eq!(cut(page(Some("d"), 2)).unwrap_err().param.as_deref(), Some("after"));
+        for limit in [0, 11] {
+            assert_eq!(cut(page(None, limit)).unwrap_err().param.as_deref(), Some("limit"));
+        }
+    }
+
+    #[test]
+    fn a_list_names_its_ends() {
+        let Json(list) = listed(vec![json!({"id": "a"}), json!({"id": "b"})], true);
+        assert_eq!((&list["first_id"], &list["last_id"]), (&json!("a"), &json!("b")));
+        let Json(none) = listed(vec![], false);
+        assert_eq!((&none["first_id"], &none["has_more"]), (&Value::Null, &json!(false)));
+    }
+}

@@ -532,3 +532,50 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
         "suffix": request["suffix"],
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn method(body: &str) -> Result<Hyperparameters, ApiError> {
+        let mut fields = Fields::parse(body.as_bytes())?;
+        let taken = take_method(&mut fields)?;
+        fields.finish()?;
+        Ok(taken)
+    }
+
+    #[test]
+    fn hyperparameters_stand_in_either_place() {
+        let inside = r#"{"method": {"type": "supervised", "supervised": {"hyperparameters":
+            {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 0.5}}}}"#;
+        assert_eq!(method(inside).unwrap().decided(1000), (2, 4, 0.5));
+        assert_eq!(
+            method(r#"{"hyperparameters": {"n_epochs": 4}}"#).unwrap().decided(20),
+            (4, 1, 1.0)
+        );
+        // Few examples are seen more often.
+        assert_eq!(method("{}").unwrap().decided(20), (5, 1, 1.0));
+        assert_eq!(method("{}").unwrap().decided(10_000), (3, 8, 1.0));
+        assert_eq!(method("{}").unwrap().decided(0), (25, 1, 1.0));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (body, param) in [
+            (r#"{"method": {"type": "dpo"}}"#, "method.type"),
+            (r#"{"method": {"type": "dance"}}"#, "method.type"),
+            (r#"{"method": {}}"#, "method.type"),
+            (r#"{"hyperparameters": {"n_epochs": 51}}"#, "hyperparameters.n_epochs"),
+            (r#"{"hyperparameters": {"n_epochs": "some"}}"#, "hyperparameters.n_epochs"),
+            (r#"{"hyperparameters": {"beta": 1}}"#, "hyperparameters.beta"),
+            (r#"{"method": {"type": "supervised"}, "hyperparameters": {}}"#, "hyperparameters"),
+            (
+                r#"{"method": {"type": "supervised", "supervised": {"hyperparameters":
+                    {"batch_size": 257}}}}"#,
+                "method.supervised.hyperparameters.batch_size",
+            ),
+        ] {
+            assert_eq!(method(body).unwrap_err().param.as_deref(), Some(param), "{body}");
+        }
+    }
+}

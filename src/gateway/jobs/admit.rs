@@ -14,6 +14,10 @@ use crate::train::spec::{Kind, Resolved, Spec};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Links to the data, in the job's folder.
+pub(super) const TRAIN: &str = "train.data";
+pub(super) const VALIDATION: &str = "validation.data";
+
 /// What a client wants.
 #[derive(Debug, Clone)]
 pub struct NewJob {
@@ -224,9 +228,9 @@ impl Jobs {
             Ok(to)
         };
         let files = self.store().files_folder();
-        order.train = keep(files.join(&train.id), "train.data")?;
+        order.train = keep(files.join(&train.id), TRAIN)?;
         order.validation =
-            validation.map(|file| keep(files.join(&file.id), "validation.data")).transpose()?;
+            validation.map(|file| keep(files.join(&file.id), VALIDATION)).transpose()?;
         order.init = match adapter {
             Some(path) if path.is_dir() => {
                 let folder = folder.path().join("init");

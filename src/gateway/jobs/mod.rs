@@ -182,7 +182,7 @@ impl Jobs {
         self.change(id, owner, &from, JobStatus::Cancelled, "cancelled")?;
         match self.live().get(id) {
             Some(live) => drop(live.wish.send_replace(Wish::Die)),
-            None => self.say(id, Level::Info, "The job was cancelled."),
+            None => self.cancelled(id),
         }
         self.get(id, owner)
     }
@@ -232,6 +232,22 @@ impl Jobs {
             ))
             .with_code("invalid_job_status")),
         }
+    }
+
+    /// The last words of a job that was cancelled.
+    fn cancelled(&self, id: &str) {
+        self.say(id, Level::Info, "The job was cancelled.");
+        self.tidy(id);
+    }
+
+    /// Takes away what a job that has ended needs no more: its links to files, which their owner may
+    /// have deleted, and their tokens.
+    fn tidy(&self, id: &str) {
+        let folder = self.folder(id);
+        for name in [admit::TRAIN, admit::VALIDATION] {
+            let _ = std::fs::remove_file(folder.path().join(name));
+        }
+        let _ = std::fs::remove_dir_all(folder.cache());
     }
 
     /// Adds a line to a job's events while no process does.

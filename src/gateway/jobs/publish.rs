@@ -60,11 +60,12 @@ impl Jobs {
                 if live.is_some() {
                     let _ = self.registry.unload_adapter(&order.name);
                 }
-                return self.say(id, Level::Info, "The job was cancelled.");
+                return self.cancelled(id);
             }
             Err(error) => return tracing::error!(job = id, "its end cannot be written: {error}"),
         }
         self.say(id, Level::Info, "The job has successfully completed.");
+        self.tidy(id);
     }
 
     fn products(

@@ -128,7 +128,7 @@ impl Jobs {
             match end {
                 End::Done => return self.publish(job).await,
                 End::Died(_) | End::Left | End::DiskFull if wish == Wish::Die => {
-                    return self.say(id, Level::Info, "The job was cancelled.");
+                    return self.cancelled(id);
                 }
                 End::Died(_) | End::Left if *self.stopping.borrow() => return,
                 // Killed before it had written its checkpoint: it goes on from the one before.
@@ -182,7 +182,10 @@ impl Jobs {
         let error = serde_json::to_string(failure).unwrap_or_default();
         let from = [Validating, Queued, Running, Paused];
         match self.store().move_job(id, &from, Failed, Some(&error), now()) {
-            Ok(_) => self.say(id, Level::Error, &format!("The job failed: {}", failure.message)),
+            Ok(_) => {
+                self.say(id, Level::Error, &format!("The job failed: {}", failure.message));
+                self.tidy(id);
+            }
             Err(error) => tracing::error!(job = id, "its status cannot be written: {error}"),
         }
     }

@@ -204,7 +204,8 @@ impl Folder {
         self.0.join("checkpoints").join(format!("adapter-{step}.gguf"))
     }
 
-    fn cache(&self) -> PathBuf {
+    /// Tokens of the data.
+    pub fn cache(&self) -> PathBuf {
         self.0.join("cache")
     }
 

@@ -20,6 +20,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+/// A model with its first, random weights.
+const FRESH: &str = "fresh.gguf";
 /// How long a process before us may take to leave.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Why there is no outcome.
@@ -85,6 +87,7 @@ sorted! {
 pub fn run(folder: &Folder, stop: &AtomicBool) -> Result<bool, JobError> {
     let _lock = lock(folder.path())?;
     if folder.outcome()?.is_some() {
+        tidy(folder);
         return Ok(true);
     }
     let order = folder.order()?;
@@ -99,9 +102,19 @@ pub fn run(folder: &Folder, stop: &AtomicBool) -> Result<bool, JobError> {
         Ended::DiskFull(message) => JobError::DiskFull(message),
         Ended::Failed(_) => JobError::Folder(error),
     })?;
-    // Only room: what is left is not looked at again.
-    let _ = fs::remove_dir_all(folder.cache());
+    tidy(folder);
     Ok(true)
+}
+
+/// Takes away what a job that has ended needs no more; the adapters of its checkpoints stay.
+fn tidy(folder: &Folder) {
+    let _ = fs::remove_dir_all(folder.cache());
+    let _ = fs::remove_file(folder.path().join(FRESH));
+    for entry in fs::read_dir(folder.checkpoints()).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// Held while the file is open.
@@ -193,7 +206,7 @@ fn base(folder: &Folder, order: &Order, log: &mut EventLog) -> Result<Arc<Gguf>,
     if let Some(path) = &order.model {
         return Ok(Arc::new(Gguf::open(path)?));
     }
-    let path = folder.path().join("fresh.gguf");
+    let path = folder.path().join(FRESH);
     if !path.exists() {
         log.say(Level::Info, "Making the tokenizer and the first weights.")?;
     }
