@@ -100,7 +100,7 @@ fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
 /// Of a folder of F32.
 fn folder_of(tiny: TinyDecoder, folder: &Path) -> (Gguf, serde_json::Value) {
     tiny.write(&folder.join("base.gguf")).unwrap();
-    let base = Arc::new(Gguf::open(&folder.join("base.gguf")).unwrap());
+    let base = Arc::new(Gguf::open(folder.join("base.gguf")).unwrap());
     let model = Model::load(base.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
     hf_folder(&model, None, &base, TensorType::F32, None, &folder.join("hf")).unwrap();
     let text = std::fs::read(folder.join("hf/config.json")).unwrap();
@@ -163,7 +163,7 @@ fn a_parents_rope_is_kept_and_one_that_is_not_told_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     TinyDecoder::new("llama").write(&path("plain.gguf")).unwrap();
-    let plain = Gguf::open(&path("plain.gguf")).unwrap();
+    let plain = Gguf::open(path("plain.gguf")).unwrap();
     let mut writer = crate::gguf::GgufWriter::new();
     writer.copy_metadata(&plain, |_| true);
     for tensor in plain.tensors() {
@@ -174,7 +174,7 @@ fn a_parents_rope_is_kept_and_one_that_is_not_told_is_refused() {
     let factors = vec![2.0f32; pairs];
     writer.tensor_f32("rope_freqs.weight", &[pairs as u64], TensorType::F32, factors).unwrap();
     writer.write(&path("base.gguf")).unwrap();
-    let base = Arc::new(Gguf::open(&path("base.gguf")).unwrap());
+    let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
     let model = Model::load(base.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
     let write = |parent: Option<&Path>| {
         hf_folder(&model, None, &base, TensorType::F32, parent, &path("hf"))
@@ -198,13 +198,13 @@ fn matrices_that_share_a_tensor_are_written_as_they_were_trained() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     TinyDecoder::new("phi3").write(&path("base.gguf")).unwrap();
-    let base = Arc::new(Gguf::open(&path("base.gguf")).unwrap());
+    let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
     let model = Model::load(base.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
     for param in model.params().iter().filter(|param| param.name.contains(':')) {
         param.var.set(&(param.var.as_tensor() * 1.5).unwrap()).unwrap();
     }
     model_gguf(&model, None, &base, TensorType::F32, &[], &path("out.gguf")).unwrap();
-    let again = Arc::new(Gguf::open(&path("out.gguf")).unwrap());
+    let again = Arc::new(Gguf::open(path("out.gguf")).unwrap());
     let other = Model::load(again, &Training::Full, 64, &Device::Cpu).unwrap();
     assert_eq!(loss(&model), loss(&other));
 }

@@ -191,10 +191,10 @@ fn a_tokenizer_can_be_taken_from_a_model() {
     let block = |text: &str| serde_json::from_str::<crate::train::spec::Pretrain>(text).unwrap();
     let trained = block(r#"{"depth": 1, "tokenizer": {"vocab_size": 270}}"#);
     start(&trained, None, &path("data"), "a", 1, &path("a.gguf")).unwrap();
-    let parent = Gguf::open(&path("a.gguf")).unwrap();
+    let parent = Gguf::open(path("a.gguf")).unwrap();
     let taken = block(r#"{"depth": 2, "tokenizer": {"from": "a"}}"#);
     start(&taken, Some(&parent), &path("none"), "b", 1, &path("b.gguf")).unwrap();
-    let made = Gguf::open(&path("b.gguf")).unwrap();
+    let made = Gguf::open(path("b.gguf")).unwrap();
     for key in ["tokens", "merges", "token_type", "pre", "eos_token_id"] {
         let key = format!("tokenizer.ggml.{key}");
         assert_eq!(made.get(&key), parent.get(&key), "{key}");
