@@ -183,7 +183,7 @@ mod tests {
         assert!(first == bytes(1));
         assert!(first != bytes(2));
         let name = |name: &str| {
-            Gguf::open(&folder.path().join("model")).unwrap().to_f32(name).unwrap()[..8].to_vec()
+            Gguf::open(folder.path().join("model")).unwrap().to_f32(name).unwrap()[..8].to_vec()
         };
         assert_ne!(name("blk.0.attn_q.weight"), name("blk.0.attn_output.weight"));
         assert_ne!(name("blk.0.ffn_gate.weight"), name("blk.0.ffn_up.weight"));

@@ -135,7 +135,12 @@ mod tests {
         assert_eq!(stream.read(0, 7).unwrap(), [97, 98, 99, 257, 100, 101, 257]);
         let windows = Windows::new(&stream, 6, Some(257), None);
         let mut batches = Vec::new();
-        windows.all::<io::Error>(8, |batch| Ok(batches.push(batch))).unwrap();
+        windows
+            .all::<io::Error>(8, |batch| {
+                batches.push(batch);
+                Ok(())
+            })
+            .unwrap();
         assert_eq!(batches.len(), 1);
         assert_eq!(*batches[0].tokens, [97, 98, 99, 257, 100, 101]);
         assert_eq!(*batches[0].targets, [98, 99, 257, 100, 101, 257]);

@@ -6,6 +6,8 @@ use crate::gguf::{Gguf, TensorType};
 use crate::gguf::{ModelFacts, Target, peft_to_gguf};
 use crate::train::model::{Batch, Lora, Model, Training};
 use candle_core::{Device, Tensor};
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 fn lora() -> Lora {
@@ -81,5 +83,164 @@ fn a_merged_model_has_the_adapters_loss() {
     let again = Gguf::open(path("again.gguf")).unwrap();
     for tensor in merged.tensors() {
         assert_eq!(merged.to_f32(tensor.name()).unwrap(), again.to_f32(tensor.name()).unwrap());
+    }
+}
+
+/// A file of safetensors: by name shape and numbers, which are F32.
+fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let bytes = std::fs::read(path).unwrap();
+    let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let values = |data: &[u8]| {
+        data.chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect()
+    };
+    let tensors = read.iter();
+    tensors.map(|(name, at)| (name.into(), (at.shape().to_vec(), values(at.data())))).collect()
+}
+
+/// Of a folder of F32.
+fn folder_of(tiny: TinyDecoder, folder: &Path) -> (Gguf, serde_json::Value) {
+    tiny.write(&folder.join("base.gguf")).unwrap();
+    let base = Arc::new(Gguf::open(folder.join("base.gguf")).unwrap());
+    let model = Model::load(base.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
+    hf_folder(&model, None, &base, TensorType::F32, None, &folder.join("hf")).unwrap();
+    let text = std::fs::read(folder.join("hf/config.json")).unwrap();
+    drop(model);
+    (Arc::into_inner(base).unwrap(), serde_json::from_slice(&text).unwrap())
+}
+
+#[test]
+fn a_llama_folder_has_rows_in_halves_and_tied_tables_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = TinyDecoder { heads: 4, kv_heads: 2, ..TinyDecoder::new("llama") };
+    let (base, config) = folder_of(tiny, folder.path());
+    let found = tensors(&folder.path().join("hf/model.safetensors"));
+    assert_eq!(config["tie_word_embeddings"], base.tensor("output.weight").is_none());
+    assert_eq!(found.contains_key("lm_head.weight"), base.tensor("output.weight").is_some());
+    assert_eq!(found.len(), base.tensors().len());
+    // llama.cpp's conversion turns rows 0, 1, …, h of a head and h, h + 1, … into neighbours.
+    for (theirs, ours, heads) in [("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2)] {
+        let (shape, rows) = &found[&format!("model.layers.0.self_attn.{theirs}.weight")];
+        let (dim, cols) = (shape[0] / heads, shape[1]);
+        let mut expected = Vec::new();
+        for head in 0..heads {
+            for pair in 0..dim / 2 {
+                for half in 0..2 {
+                    let row = head * dim + half * dim / 2 + pair;
+                    expected.extend_from_slice(&rows[row * cols..(row + 1) * cols]);
+                }
+            }
+        }
+        let stored = base.to_f32(&format!("blk.0.{ours}.weight")).unwrap();
+        assert_eq!(stored, expected, "{theirs}");
+        assert_ne!(&stored, rows);
+    }
+    let plain = &found["model.layers.1.mlp.down_proj.weight"].1;
+    assert_eq!(*plain, base.to_f32("blk.1.ffn_down.weight").unwrap());
+    assert_eq!(config["rope_theta"], config["rope_parameters"]["rope_theta"]);
+}
+
+#[test]
+fn gemmas_norms_lose_their_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = TinyDecoder::new("gemma3").key("attention.sliding_window", 9u32);
+    let (base, config) = folder_of(tiny, folder.path());
+    let found = tensors(&folder.path().join("hf/model.safetensors"));
+    for (theirs, ours) in [
+        ("model.norm.weight", "output_norm.weight"),
+        ("model.layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight"),
+        ("model.layers.0.pre_feedforward_layernorm.weight", "blk.0.ffn_norm.weight"),
+        ("model.layers.0.post_attention_layernorm.weight", "blk.0.post_attention_norm.weight"),
+    ] {
+        let less: Vec<f32> = base.to_f32(ours).unwrap().iter().map(|x| x - 1.0).collect();
+        assert_eq!(found[theirs].1, less, "{theirs}");
+    }
+    assert_eq!(config["sliding_window"], 9);
+    assert_eq!(config["layer_types"][0], "sliding_attention");
+}
+
+#[test]
+fn a_parents_rope_is_kept_and_one_that_is_not_told_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    TinyDecoder::new("llama").write(&path("plain.gguf")).unwrap();
+    let plain = Gguf::open(path("plain.gguf")).unwrap();
+    let mut writer = crate::gguf::GgufWriter::new();
+    writer.copy_metadata(&plain, |_| true);
+    for tensor in plain.tensors() {
+        let data = plain.data(tensor.name()).unwrap();
+        writer.tensor(tensor.name(), tensor.dims(), tensor.ty(), data).unwrap();
+    }
+    let pairs = crate::gguf::Covered::read(&plain).unwrap().head_dim / 2;
+    let factors = vec![2.0f32; pairs];
+    writer.tensor_f32("rope_freqs.weight", &[pairs as u64], TensorType::F32, factors).unwrap();
+    writer.write(&path("base.gguf")).unwrap();
+    let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
+    let model = Model::load(base.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
+    let write = |parent: Option<&Path>| {
+        hf_folder(&model, None, &base, TensorType::F32, parent, &path("hf"))
+    };
+    let error = write(None).unwrap_err().to_string();
+    assert!(error.contains("config.json"), "{error}");
+    std::fs::create_dir(path("parent")).unwrap();
+    let config = r#"{"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "vocab_size": 1}"#;
+    std::fs::write(path("parent/config.json"), config).unwrap();
+    write(Some(&path("parent"))).unwrap();
+    let text = std::fs::read(path("hf/config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!(config["rope_scaling"]["factor"], 8.0);
+    assert_ne!(config["vocab_size"], 1);
+    let found = tensors(&path("hf/model.safetensors"));
+    assert!(!found.keys().any(|name| name.contains("rope")));
+}
+
+#[test]
+fn matrices_that_share_a_tensor_are_written_as_they_were_trained() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    TinyDecoder::new("phi3").write(&path("base.gguf")).unwrap();
+    let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
+    let model = Model::load(base.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
+    for param in model.params().iter().filter(|param| param.name.contains(':')) {
+        param.var.set(&(param.var.as_tensor() * 1.5).unwrap()).unwrap();
+    }
+    model_gguf(&model, None, &base, TensorType::F32, &[], &path("out.gguf")).unwrap();
+    let again = Arc::new(Gguf::open(path("out.gguf")).unwrap());
+    let other = Model::load(again, &Training::Full, 64, &Device::Cpu).unwrap();
+    assert_eq!(loss(&model), loss(&other));
+}
+
+#[test]
+fn tokenizer_json_gives_the_same_ids() {
+    use crate::engine::tokenizer::Tokenizer as _;
+    use crate::engine::tokenizer::native::NativeTokenizer;
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let text = "ROMEO:\nBut, soft! what light through yonder window breaks?  It's 1597, isn't it? \
+                I'LL go;\r\n\r\n  éà 文字 \u{1f600} x=3.14*(2+7)\t\t#end \n";
+    std::fs::write(path("data"), text.repeat(40)).unwrap();
+    let block = r#"{"depth": 1, "tokenizer": {"vocab_size": 400}}"#;
+    let vocabulary = crate::train::vocabulary::Vocabulary::train(&path("data"), 400).unwrap();
+    let shape = serde_json::from_str::<crate::train::spec::Pretrain>(block).unwrap();
+    let shape = shape.shape(vocabulary.len()).unwrap();
+    crate::train::fresh::write(&shape, &vocabulary, "x", 1, &path("trained.gguf")).unwrap();
+    let mut files = vec![path("trained.gguf")];
+    // The tables of llama.cpp, where they are: `scripts/vocabs.sh`.
+    if let Some(tables) = std::env::var_os("INGOT_TEST_VOCABS") {
+        let tables = Path::new(&tables);
+        files.extend(
+            ["gpt-2", "llama-bpe", "qwen2"].map(|n| tables.join(format!("ggml-vocab-{n}.gguf"))),
+        );
+    }
+    for file in files {
+        let gguf = Gguf::open_header(&file).unwrap();
+        let json = super::tokenizer::tokenizer_json(&gguf).unwrap();
+        let theirs: tokenizers::Tokenizer = serde_json::from_value(json).unwrap();
+        let ours = NativeTokenizer::from_gguf(&gguf).unwrap();
+        for special in [false, true] {
+            let found = theirs.encode(text, special).unwrap();
+            assert_eq!(found.get_ids(), ours.encode(text, special, false), "{}", file.display());
+        }
+        let ids = theirs.encode(text, false).unwrap();
+        assert_eq!(theirs.decode(ids.get_ids(), false).unwrap(), text, "{}", file.display());
     }
 }

@@ -8,6 +8,8 @@
 //! | `sample.rs` | text on the way |
 
 mod pretrain;
+#[cfg(test)]
+mod pretrain_tests;
 mod run;
 mod sample;
 mod sft;

@@ -211,15 +211,14 @@ impl Spec {
             ));
         }
         let batch_size = train.batch_size.unwrap_or(32);
-        // One pass, unless something else says when to end.
-        let ends = train.max_steps.is_some() || train.max_minutes.is_some();
         let (betas, eps, weight_decay, clip) = ([0.9, 0.95], 1e-8, 0.1, 1.0);
         let adamw = Optimizer::AdamW { betas, eps, weight_decay, clip };
         // What a model knows already is lost at the rate of a fresh one.
         let rate = if fresh { 1e-3 * (512.0 / shape.width as f64).sqrt() } else { 5e-5 };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Resolved {
-            epochs: train.epochs.unwrap_or(if ends { 1e4 } else { 1.0 }),
+            // One pass, unless the steps are counted.
+            epochs: train.epochs.unwrap_or(if train.max_steps.is_some() { 1e4 } else { 1.0 }),
             max_steps: train.max_steps,
             max_minutes: train.max_minutes,
             batch_size,
