@@ -267,6 +267,7 @@ fn the_database_remembers_and_knows_its_version() {
         format: "peft".into(),
         sha256: "0".repeat(64),
         bytes: 7,
+        scale: 0.5,
         created_at: 1,
     };
     let store = Store::open(folder.path()).unwrap();
