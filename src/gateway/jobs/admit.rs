@@ -14,6 +14,10 @@ use crate::train::spec::{Kind, Resolved, Spec};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Jobs that may wait.
+const MAX_WAITING: usize = 100;
+/// Seconds that a client is asked to wait where too many do.
+const RETRY_AFTER: u32 = 60;
 /// Links to the data, in the job's folder.
 pub(super) const TRAIN: &str = "train.data";
 pub(super) const VALIDATION: &str = "validation.data";
@@ -78,6 +82,11 @@ impl Jobs {
         tokenizer: Option<PathBuf>,
     ) -> Result<StoredJob, ApiError> {
         let NewJob { mut spec, owner, admin, request } = new;
+        let waiting = self.store().jobs_in(JobStatus::Queued).map_err(ApiError::internal)?.len();
+        if waiting >= MAX_WAITING {
+            let message = format!("{waiting} jobs wait already; try again when some have run.");
+            return Err(ApiError::too_many(message, RETRY_AFTER, "queue_full"));
+        }
         let params = if request.is_some() { OPENAI } else { ADMIN };
         let settings = spec.resolve().map_err(|why| invalid(&why))?;
         let file = |id: &str, param: &str| self.training_file(id, param, &owner, admin);

@@ -237,7 +237,8 @@ pub(super) fn schemas() -> Value {
             "data": {"type": "object", "required": ["train"], "properties": {
                 "train": text(), "validation": text(), "shuffle": {"type": "boolean"},
             }},
-            "adapter": {"type": ["object", "null"]}, "train": {"type": "object"},
+            "adapter": {"type": ["object", "null"]}, "pretrain": {"type": "object"},
+            "train": {"type": "object"}, "export": {"type": "object"},
         }},
         "Job": {"type": "object", "properties": {
             "id": text(), "object": {"const": "job"}, "kind": text(),
