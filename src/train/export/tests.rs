@@ -109,7 +109,7 @@ fn folder_of(tiny: TinyDecoder, folder: &Path) -> (Gguf, serde_json::Value) {
 }
 
 #[test]
-fn a_llama_folder_has_rows_in_halves_and_tied_tables_once() {
+fn a_llama_folder_has_its_rows_in_halves() {
     let folder = tempfile::tempdir().unwrap();
     let tiny = TinyDecoder { heads: 4, kv_heads: 2, ..TinyDecoder::new("llama") };
     let (base, config) = folder_of(tiny, folder.path());
@@ -154,8 +154,34 @@ fn gemmas_norms_lose_their_one() {
         let less: Vec<f32> = base.to_f32(ours).unwrap().iter().map(|x| x - 1.0).collect();
         assert_eq!(found[theirs].1, less, "{theirs}");
     }
+    assert_eq!(config["tie_word_embeddings"], true);
+    assert!(!found.contains_key("lm_head.weight"), "tied tables are written once");
     assert_eq!(config["sliding_window"], 9);
     assert_eq!(config["layer_types"][0], "sliding_attention");
+}
+
+#[test]
+fn halves_of_floats_are_rounded_to_the_nearest() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    TinyDecoder::new("qwen2").write(&path("base.gguf")).unwrap();
+    let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
+    let model = Model::load(base.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
+    let values = base.to_f32("blk.0.ffn_up.weight").unwrap();
+    for (ty, dtype) in [(TensorType::F16, "float16"), (TensorType::BF16, "bfloat16")] {
+        hf_folder(&model, None, &base, ty, None, &path("hf")).unwrap();
+        let config = std::fs::read_to_string(path("hf/config.json")).unwrap();
+        assert!(config.contains(dtype), "{config}");
+        let bytes = std::fs::read(path("hf/model.safetensors")).unwrap();
+        let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let found = read.tensor("model.layers.0.mlp.up_proj.weight").unwrap();
+        let expected = |x: &f32| match ty {
+            TensorType::F16 => half::f16::from_f32(*x).to_le_bytes(),
+            _ => half::bf16::from_f32(*x).to_le_bytes(),
+        };
+        let expected: Vec<u8> = values.iter().flat_map(expected).collect();
+        assert_eq!(found.data(), expected);
+    }
 }
 
 #[test]

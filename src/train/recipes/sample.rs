@@ -7,8 +7,10 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use sha2::{Digest, Sha256};
 
-/// Tokens of a sample.
-const TOKENS: usize = 100;
+/// Tokens of a sample: few of a large model, for each is computed from the first on.
+const TOKENS: [usize; 2] = [32, 100];
+/// Weights of a model times tokens of its sample, about.
+const WORK: usize = 2_000_000_000;
 /// Bytes of a sample's beginning and of what follows, at most.
 const BYTES: usize = 4096;
 /// Below 1, for a model of few steps wanders.
@@ -32,7 +34,9 @@ pub fn sample(
     hash.update(key.1.to_le_bytes());
     let mut rng = StdRng::from_seed(hash.finalize().into());
     let mut tokens = prompt.to_vec();
-    for _ in 0..TOKENS {
+    let weights: usize = model.params().iter().map(|param| param.var.elem_count()).sum();
+    let [least, most] = TOKENS;
+    for _ in 0..(WORK / weights.max(1)).clamp(least, most) {
         let logits = model.logits(&tokens[tokens.len().saturating_sub(context)..])?;
         let token = draw(&logits, rng.random());
         if vocab.ends_generation(token) {

@@ -42,7 +42,8 @@ pub struct Pretrain {
     pub tied: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<Tokenizer>,
-    /// The share at the end of the data that is not trained on, where no validation data is given.
+    /// The share at the end of the data that is not trained on, where no validation data is given:
+    /// 0.05 unless told otherwise, and 131,072 tokens at most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_out: Option<f64>,
     /// What samples begin with; else the first words that are held out.
