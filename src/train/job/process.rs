@@ -41,7 +41,8 @@ pub fn spawn(folder: &Folder, threads: usize) -> io::Result<Process> {
         .arg("job")
         .arg(folder.path())
         .env("RAYON_NUM_THREADS", threads.to_string())
-        .env("CANDLE_NUM_THREADS", threads.to_string())
+        // Ours is the pool that counts; candle's spins at a barrier after every small operation.
+        .env("CANDLE_NUM_THREADS", "1")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::from(log))
