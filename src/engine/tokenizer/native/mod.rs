@@ -30,8 +30,8 @@ use super::{Tokenizer, Vocab};
 use crate::gguf::{Gguf, GgufError};
 use crate::ipc::Token;
 use bpe::Bpe;
-pub use lexicon::byte_chars;
 use lexicon::Lexicon;
+pub use lexicon::byte_chars;
 use marks::{Fragment, Marks};
 use spm::Spm;
 
