@@ -1,9 +1,9 @@
 //! What a job is for: the files that it leaves.
 
 use super::run::Ended;
-use super::{Artifact, ArtifactKind, Entry, Folder, Follower, JobEvent, Order};
+use super::{Artifact, ArtifactKind, Entry, EventLog, Folder, Follower, JobEvent, Level, Order};
 use crate::gguf::{Gguf, TensorType};
-use crate::train::export;
+use crate::train::export::{self, ExportError};
 use crate::train::model::{Model, Training};
 use crate::train::spec::{FloatType, Kind};
 use sha2::{Digest, Sha256};
@@ -33,6 +33,7 @@ pub(super) fn artifacts(
     model: &Model,
     training: &Training,
     base: &Gguf,
+    log: &mut EventLog,
 ) -> Result<Vec<Artifact>, Ended> {
     let to = folder.artifacts();
     // A try before may have left a part.
@@ -62,8 +63,19 @@ pub(super) fn artifacts(
         made.push((ArtifactKind::Model, "model.gguf".into()));
     }
     if export.hugging_face || order.spec.kind == Kind::Pretrain {
-        export::hf_folder(model, lora, base, ty, None, &to.join("hugging_face"))?;
-        made.extend(files(&to, "hugging_face", ArtifactKind::HuggingFace)?);
+        match export::hf_folder(model, lora, base, ty, None, &to.join("hugging_face")) {
+            Ok(lacking) => {
+                for what in lacking {
+                    log.say(Level::Warn, format!("The folder for transformers: {what}."))?;
+                }
+                made.extend(files(&to, "hugging_face", ArtifactKind::HuggingFace)?);
+            }
+            // The rest is worth having without it.
+            Err(ExportError::Other(why)) => {
+                log.say(Level::Warn, format!("There is no folder for transformers: {why}."))?;
+            }
+            Err(error) => return Err(error.into()),
+        }
     }
     let entries = Follower::new(folder.events(), 0).read()?;
     fs::write(to.join("results.csv"), results(&entries))?;

@@ -198,7 +198,8 @@ fn work(
     let tokens = teller.tokens();
     log.say(Level::Info, "Training is over; writing what was made.")?;
     log.sync()?;
-    Ok(Some((tokens, make::artifacts(folder, order, model, &training, &base)?)))
+    let made = make::artifacts(folder, order, model, &training, &base, log)?;
+    Ok(Some((tokens, made)))
 }
 
 /// The model that is trained further; one with random weights is made first.
