@@ -38,8 +38,8 @@ pub trait Real:
     /// `self * a + b`
     fn mul_add(self, a: Self, b: Self) -> Self;
 
-    /// The kernel of dense products for so many rows.
-    fn tile(rows: usize) -> Tile<Self>;
+    /// The kernel of dense products for so many rows, of a left side with these strides.
+    fn tile(rows: usize, strides: [usize; 2]) -> Tile<Self>;
     /// A buffer that the thread keeps.
     fn scratch() -> &'static LocalKey<Cell<Vec<Self>>>;
 
@@ -101,10 +101,10 @@ impl Real for f32 {
         f32::mul_add(self, a, b)
     }
 
-    fn tile(rows: usize) -> Tile<Self> {
+    fn tile(rows: usize, strides: [usize; 2]) -> Tile<Self> {
         match isa() {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => super::avx2::dense::tile(rows),
+            Isa::Avx2 => super::avx2::dense::tile(rows, strides),
             _ => plain(rows),
         }
     }
@@ -148,7 +148,7 @@ impl Real for f64 {
         f64::mul_add(self, a, b)
     }
 
-    fn tile(rows: usize) -> Tile<Self> {
+    fn tile(rows: usize, _: [usize; 2]) -> Tile<Self> {
         plain(rows)
     }
     fn scratch() -> &'static LocalKey<Cell<Vec<Self>>> {

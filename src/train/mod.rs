@@ -22,3 +22,6 @@ pub mod optim;
 pub mod recipes;
 pub mod schedule;
 pub mod spec;
+
+#[cfg(test)]
+mod torch;

@@ -10,6 +10,8 @@ mod block;
 mod gradients;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod torch;
 mod weight;
 
 pub use gradients::Gradients;

@@ -36,3 +36,5 @@ pub use rope::{Rotation, rotate};
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod torch;
