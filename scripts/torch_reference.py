@@ -196,6 +196,7 @@ def tiny(architecture):
             **common,
             layer_types=kinds,
             sliding_window=WINDOW,
+            pad_token_id=None,  # whose row of the table would have no gradient
             rope_parameters=rope,
             query_pre_attn_scalar=s["head_dim"],
             hidden_activation="gelu_pytorch_tanh",
@@ -378,6 +379,49 @@ def fixtures():
     print(path.name, path.stat().st_size, "bytes")
     for model in models:
         print(model["architecture"], model["training"], model["losses"][0], model["losses"][-1])
+
+
+# Real models.
+
+
+def dequantized(path):
+    """The numbers of a Llama GGUF as transformers' model, in f32, and its vocabulary."""
+    import gguf
+    import transformers as t
+
+    file = gguf.GGUFReader(path)
+    key = lambda name: file.fields["llama." + name].contents()
+    heads, kv_heads = key("attention.head_count"), key("attention.head_count_kv")
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    vocab = int(tensors["token_embd.weight"].shape[1])
+    config = t.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=key("embedding_length"),
+        intermediate_size=key("feed_forward_length"),
+        num_hidden_layers=key("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=float(key("attention.layer_norm_rms_epsilon")),
+        rope_parameters=dict(rope_type="default", rope_theta=float(key("rope.freq_base"))),
+        max_position_embeddings=key("context_length"),
+        tie_word_embeddings="output.weight" not in tensors,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    model = t.LlamaForCausalLM(config).float().eval()
+    own = dict(model.named_parameters())
+    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    names |= {"output.weight": "lm_head.weight"}
+    for layer in range(config.num_hidden_layers):
+        for part, module in MODULES.items():
+            names[f"blk.{layer}.{part}.weight"] = f"model.layers.{layer}.{module}.weight"
+    shape = {"heads": heads, "kv_heads": kv_heads}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+            values = torch.from_numpy(values.copy()).reshape(own[names[name]].shape)
+            own[names[name]].copy_(from_gguf("llama", name, values, shape))
+    return model, vocab
 
 
 def main():

@@ -142,26 +142,27 @@ fn pack_strip<T: Real>(
         }
         return;
     }
-    // Sixteen rows at a time: what is written stays in the first cache.
-    for (block, packed) in packed.chunks_mut(STRIP * STRIP).enumerate() {
-        let depth = packed.len() / STRIP;
-        for c in 0..STRIP {
-            if c >= width {
-                (0..depth).for_each(|k| packed[k * STRIP + c] = T::ZERO);
-                continue;
-            }
-            let start = from + c * col + block * STRIP * row;
-            for k in 0..depth {
-                packed[k * STRIP + c] = data[start + k * row];
-            }
+    let depth = packed.len() / STRIP;
+    // Columns whose numbers lie beside each other: squares of eight.
+    let square = if row == 1 && width == STRIP { depth / 8 * 8 } else { 0 };
+    for k in (0..square).step_by(8) {
+        for c in [0, 8] {
+            let at = &data[from + c * col + k..];
+            assert!(at.len() > 7 * col + 7, "eight columns are there");
+            // SAFETY: that was checked, and the strip has eight rows from here on.
+            unsafe { T::turn(at.as_ptr(), col, packed[k * STRIP + c..].as_mut_ptr(), STRIP) };
+        }
+    }
+    for (k, packed) in packed.chunks_exact_mut(STRIP).enumerate().skip(square) {
+        for (c, packed) in packed.iter_mut().enumerate() {
+            *packed = if c < width { data[from + c * col + k * row] } else { T::ZERO };
         }
     }
 }
 
 /// Packs a part of a right side that holds `weights` (columns, rows), one column after the other.
 pub fn pack_columns<T: Real>(weights: &[T], rows: usize, packed: &mut [T]) {
-    for (weights, packed) in
-        weights.chunks(rows * STRIP).zip(packed.chunks_exact_mut(rows * STRIP))
+    for (weights, packed) in weights.chunks(rows * STRIP).zip(packed.chunks_exact_mut(rows * STRIP))
     {
         pack_strip(weights, 0, [1, rows], weights.len() / rows, packed);
     }
@@ -352,13 +353,25 @@ fn block<T: Real, R: Right<T>>(
 /// (columns, [`TILE`]) a tile's rows; those that are not there are zeros.
 fn pack_tile<T: Real>(a: Mat<T>, packed: &mut [T]) {
     let [row, col] = a.strides;
-    for r in 0..TILE {
-        if r >= a.rows {
-            packed.iter_mut().skip(r).step_by(TILE).for_each(|x| *x = T::ZERO);
-        } else {
-            let from = a.data[r * row..].iter().step_by(col);
-            packed.iter_mut().skip(r).step_by(TILE).zip(from).for_each(|(to, &x)| *to = x);
+    let all = packed.as_chunks_mut::<TILE>().0;
+    if a.rows == TILE && col == 1 {
+        let rows: [&[T]; TILE] = std::array::from_fn(|r| &a.data[r * row..][..all.len()]);
+        for (k, packed) in all.iter_mut().enumerate() {
+            *packed = std::array::from_fn(|r| rows[r][k]);
         }
+        return;
+    }
+    if a.rows == TILE && row == 1 {
+        for (k, packed) in all.iter_mut().enumerate() {
+            packed.copy_from_slice(&a.data[k * col..][..TILE]);
+        }
+        return;
+    }
+    for (k, packed) in all.iter_mut().enumerate() {
+        *packed = std::array::from_fn(|r| match r < a.rows {
+            true => a.data[r * row + k * col],
+            false => T::ZERO,
+        });
     }
 }
 
@@ -396,7 +409,9 @@ impl<T: Real> Sides<'_, T> {
             if width == STRIP {
                 // SAFETY: `a` was checked to be inside its slice or was packed, the strip has
                 // `some` rows, and the caller promises the room.
-                unsafe { run(some, left.as_ptr(), strides, b.as_ptr(), out.at(first), stride, add) };
+                unsafe {
+                    run(some, left.as_ptr(), strides, b.as_ptr(), out.at(first), stride, add)
+                };
                 continue;
             }
             let mut whole = [T::ZERO; TILE * STRIP];
@@ -473,9 +488,18 @@ mod tests {
     /// In f32 and f64, from and to matrices by any strides, against the definition.
     #[test]
     fn products_are_what_they_should_be() {
-        for (m, n, k) in
-            [(1, 1, 1), (6, 16, 512), (7, 17, 513), (130, 40, 33), (61, 100, 1030), (5, 3, 0)]
-        {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (6, 16, 512),
+            (7, 17, 513),
+            (130, 40, 33),
+            (61, 100, 1030),
+            (5, 3, 0),
+            // More than is packed at a time, each way.
+            (2051, 3, 5),
+            (3, 1030, 9),
+            (13, 50, 2060),
+        ] {
             for turned in 0..4 {
                 let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
                 let (stride, at) = (n + 5, 3);

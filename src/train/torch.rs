@@ -64,9 +64,8 @@ impl Numbers {
     pub fn distance(&self, name: &str, found: &[f32]) -> f64 {
         let found: Vec<f64> = found.iter().map(|x| f64::from(*x)).collect();
         let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let apart = |a: &[f64], b: &[f64]| {
-            norm(&a.iter().zip(b).map(|(a, b)| a - b).collect::<Vec<_>>())
-        };
+        let apart =
+            |a: &[f64], b: &[f64]| norm(&a.iter().zip(b).map(|(a, b)| a - b).collect::<Vec<_>>());
         match self {
             Self::Whole(right) => {
                 assert_eq!(right.len(), found.len(), "{name}");

@@ -73,3 +73,31 @@ unsafe fn run<const R: usize, const P: bool>(
         }
     }
 }
+
+/// Turns a square of eight by eight numbers, whose rows lie by the strides.
+///
+/// # Safety
+/// All of it can be read and written, and the CPU has AVX2.
+#[target_feature(enable = "avx2")]
+pub unsafe fn turn(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+    // SAFETY: the caller's promise.
+    let r: [__m256; 8] =
+        std::array::from_fn(|i| unsafe { _mm256_loadu_ps(from.add(i * from_stride)) });
+    // Pairs, then fours, then halves.
+    let two = |a, b| [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)];
+    let four = |a, b| [_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xEE>(a, b)];
+    let ([a, b], [c, d]) = (two(r[0], r[1]), two(r[2], r[3]));
+    let ([e, f], [g, h]) = (two(r[4], r[5]), two(r[6], r[7]));
+    let ([a, c], [b, d]) = (four(a, c), four(b, d));
+    let ([e, g], [f, h]) = (four(e, g), four(f, h));
+    let (low, high) = ([a, c, b, d], [e, g, f, h]);
+    for i in 0..4 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let top = _mm256_permute2f128_ps::<0x20>(low[i], high[i]);
+            let bottom = _mm256_permute2f128_ps::<0x31>(low[i], high[i]);
+            _mm256_storeu_ps(to.add(i * to_stride), top);
+            _mm256_storeu_ps(to.add((i + 4) * to_stride), bottom);
+        }
+    }
+}

@@ -2,6 +2,7 @@
 
 use super::fused::{Fused, Number, View, apply};
 use super::linear::Frozen;
+use super::tape::tracked;
 use crate::kernels::gemm::{Mat, product};
 use crate::kernels::real::Real;
 use candle_core::{Result, Shape, Tensor, bail};
@@ -59,12 +60,12 @@ pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> 
         return composed(hidden, head, targets);
     }
     let correct = Arc::new(OnceLock::new());
-    let trained = matches!(head, Head::Trained(head) if head.track_op());
+    let trained = matches!(head, Head::Trained(head) if tracked(head));
     let op = CrossEntropy {
         frozen: if let Head::Frozen(frozen) = head { Some(frozen.clone()) } else { None },
         targets: targets.clone(),
         vocab,
-        wanted: [hidden.track_op(), trained],
+        wanted: [tracked(hidden), trained],
         correct: correct.clone(),
         grads: Mutex::new(None),
     };
@@ -164,14 +165,9 @@ impl CrossEntropy {
             return Ok(());
         }
         let Some(frozen) = &self.frozen else { bail!("there is no head") };
-        let mut weights = Vec::new();
-        for panel in frozen.panels() {
-            frozen.decode(panel.clone(), &mut weights)?;
-            let w = Mat::new(&weights, panel.len(), width);
-            match transposed {
-                true => product(left, w.t(), out, self.vocab, panel.start, false),
-                false => product(left.cols(panel.clone()), w, out, width, 0, panel.start > 0),
-            }
+        match transposed {
+            true => product(left, frozen.turned(), out, self.vocab, 0, false),
+            false => product(left, &**frozen, out, width, 0, false),
         }
         Ok(())
     }

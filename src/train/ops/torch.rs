@@ -23,12 +23,7 @@ fn close(name: &str, found: &Tensor, right: &[f64], bound: f64) {
 }
 
 /// In f64, to the digits that the file has, and in f32.
-fn check(
-    name: &str,
-    right: &Operation,
-    args: &[Tensor],
-    f: impl Fn(&[Tensor]) -> Result<Tensor>,
-) {
+fn check(name: &str, right: &Operation, args: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     for (ty, bound) in [(DType::F64, 1e-8), (DType::F32, 2e-6)] {
         let vars = args.iter().map(|arg| Var::from_tensor(&arg.to_dtype(ty).unwrap()).unwrap());
         let vars: Vec<Var> = vars.collect();
@@ -71,10 +66,11 @@ fn operations_are_pytorchs() {
             check(name, right, args, f);
         };
         match &name[..] {
-            "rms_norm" => check(
-                &[tensor("norm.x", &[5, 24], 1.0), tensor("norm.w", &[24], 1.0)],
-                &|a| rms_norm(&a[0], &a[1], 1e-5),
-            ),
+            "rms_norm" => {
+                check(&[tensor("norm.x", &[5, 24], 1.0), tensor("norm.w", &[24], 1.0)], &|a| {
+                    rms_norm(&a[0], &a[1], 1e-5)
+                })
+            }
             "rope.halves" | "rope.neighbours" => {
                 let rotation = turned(name == "rope.halves");
                 check(&[tensor("rope.x", &[7, 3, 8], 1.0)], &|a| rotate(&a[0], &rotation));
