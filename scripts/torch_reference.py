@@ -289,6 +289,7 @@ def train(model, named, batches, rate, decays):
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)))
         optimizer.step()
         losses.append(loss.item())
+        print(f"step {len(losses)}: {losses[-1]:.6f}", file=sys.stderr, flush=True)
     return losses, norms, first
 
 
@@ -424,8 +425,75 @@ def dequantized(path):
     return model, vocab
 
 
+def rows_of_text(path, data, count, length):
+    """Rows of so many tokens of the data's questions and answers, by the model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    path = Path(path)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokens = []
+    for line in open(data):
+        example = json.loads(line)
+        tokens += tokenizer(example["question"] + "\n" + example["answer"] + "\n\n").input_ids
+        if len(tokens) >= count * length:
+            return [tokens[at * length :][:length] for at in range(count)]
+    sys.exit(f"{data} has only {len(tokens)} tokens")
+
+
+def model(path, data, folder, steps=20, length=128):
+    """Two documents a step, of `length` tokens together; what counts is all but the first of each."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    base, _ = dequantized(path)
+    config = base.config
+    shape = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+    torch.manual_seed(7)
+    peft_model = adapted(base, 16, 32)
+    names = adapter_names(config.num_hidden_layers)
+    own = dict(peft_model.named_parameters())
+    named = {ours: own[theirs] for ours, theirs in names.items()}
+    noted = lambda: {n: to_gguf("llama", n, p.detach(), shape).contiguous() for n, p in named.items()}
+    save_file(noted(), folder / "before.safetensors")
+    rows = rows_of_text(path, data, steps, length)
+    split = length * 3 // 5
+    batches = []
+    for row in rows:
+        documents = [row[:split], row[split:]]
+        counts = [[1.0] * (len(document) - 1) + [0.0] for document in documents]
+        batches.append([(torch.tensor(d), torch.tensor(c)) for d, c in zip(documents, counts)])
+    losses, norms, _ = train(peft_model, named, batches, 2e-4, lambda _: True)
+    save_file(noted(), folder / "after.safetensors")
+    run = {"rows": rows, "documents": [0, split], "losses": losses, "norms": norms, "rank": 16, "alpha": 32.0}
+    (folder / "run.json").write_text(json.dumps(run | {"learning_rate": 2e-4}))
+    print("losses", " ".join(f"{loss:.5f}" for loss in losses))
+
+
+def interop(path, folder):
+    """`folder`: `run.json`, ours' adapter in `ours/`, and its logits of the first row's first document."""
+    import peft
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    base, _ = dequantized(path)
+    loaded = peft.PeftModel.from_pretrained(base, folder / "ours").eval()
+    run = json.loads((folder / "run.json").read_text())
+    tokens = torch.tensor(run["rows"][0][: run["documents"][1]])[None]
+    with torch.no_grad():
+        theirs = loaded(input_ids=tokens).logits[0]
+        with loaded.disable_adapter():
+            plain = loaded(input_ids=tokens).logits[0]
+    ours = load_file(folder / "logits.safetensors")["logits"]
+    apart = (ours - theirs).abs().max().item()
+    moved = (plain - theirs).abs().max().item()
+    print(f"logits are {apart:.2e} apart at most; the adapter moves them by up to {moved:.2f}")
+    if not apart < 1e-3 or not moved > 0.1:
+        sys.exit("they are too far apart, or the adapter does nothing")
+
+
 def main():
-    verbs = {"fixtures": fixtures}
+    verbs = {"fixtures": fixtures, "model": model, "interop": interop}
     if len(sys.argv) < 2 or sys.argv[1] not in verbs:
         sys.exit(__doc__)
     verbs[sys.argv[1]](*sys.argv[2:])

@@ -198,7 +198,11 @@ pub fn product_here<T: Real>(
     at: usize,
     add: bool,
 ) {
-    run(a, &b, out, Place { stride, at, add }, false);
+    let end = a.rows.saturating_sub(1) * stride + at + b.cols;
+    assert!(at + b.cols <= stride && (a.rows == 0 || end <= out.len()), "the result is inside");
+    let out = Out { first: out.as_mut_ptr(), place: Place { stride, at, add } };
+    // SAFETY: the result is inside `out`.
+    unsafe { run(&[(a, &b)], out, false) };
 }
 
 /// As [`product_here`], on all threads, of any right side.
@@ -213,25 +217,79 @@ pub fn product<T: Real>(
     at: usize,
     add: bool,
 ) {
-    let share = a.rows * a.cols * b.cols() >= SMALL && rayon::current_num_threads() > 1;
-    run(a, &b, out, Place { stride, at, add }, share);
+    let end = a.rows.saturating_sub(1) * stride + at + b.cols();
+    assert!(at + b.cols() <= stride && (a.rows == 0 || end <= out.len()), "the result is inside");
+    let out = Out { first: out.as_mut_ptr(), place: Place { stride, at, add } };
+    // SAFETY: the result is inside `out`.
+    unsafe { run(&[(a, &b)], out, true) };
 }
 
-fn run<T: Real, R: Right<T>>(a: Mat<T>, b: &R, out: &mut [T], place: Place, share: bool) {
-    let (depth, cols, Place { stride, at, add }) = (b.rows(), b.cols(), place);
-    assert_eq!(a.cols, depth, "inner sizes");
-    let end = a.rows.saturating_sub(1) * stride + at + cols;
-    assert!(at + cols <= stride && (a.rows == 0 || end <= out.len()), "the result is inside");
-    a.check();
-    if depth == 0 && !add {
-        out.chunks_mut(stride).take(a.rows).for_each(|row| row[at..at + cols].fill(T::ZERO));
+/// (rows, columns) the sum of some products, on all threads.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn sum_of_products<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)]) -> Vec<T> {
+    let (rows, cols) = terms.first().map_or((0, 0), |(a, b)| (a.rows, b.cols()));
+    let mut out = Vec::with_capacity(rows * cols);
+    let place = Place { stride: cols, at: 0, add: false };
+    // SAFETY: the vector has room for the result, of which every number is written.
+    unsafe {
+        run(terms, Out { first: out.as_mut_ptr(), place }, true);
+        out.set_len(rows * cols);
     }
-    for (rows, terms) in grid(a.rows, MOST[0], depth, MOST[2]) {
-        let some = a.rows(rows.clone()).cols(terms.clone());
-        let out = &mut out[rows.start * stride..];
-        for cols in parts(cols, MOST[1]) {
-            let place = Place { stride, at: at + cols.start, add: add || terms.start > 0 };
-            block(some, b, terms.start, cols, Out { first: out.as_mut_ptr(), place }, share);
+    out
+}
+
+/// A part of the terms of a sum that is packed and multiplied at once.
+struct Part<'a, T> {
+    a: Mat<'a, T>,
+    b: &'a dyn Right<T>,
+    /// Rows of `b`; the columns of `a`, which is cut already.
+    k: Range<usize>,
+    /// Terms that are packed before.
+    at: usize,
+}
+
+/// Writes, or adds to, all of a sum of products.
+///
+/// # Safety
+/// `out` has room for the result, and nobody else has it.
+///
+/// # Panics
+/// If the shapes do not fit.
+unsafe fn run<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)], out: Out<T>, share: bool) {
+    let Some((first, right)) = terms.first() else { return };
+    let (rows, cols, Place { stride, at, add }) = (first.rows, right.cols(), out.place);
+    let mut work = 0;
+    for (a, b) in terms {
+        assert!(a.cols == b.rows() && a.rows == rows && b.cols() == cols, "sizes of products");
+        a.check();
+        work += a.rows * a.cols * cols;
+    }
+    let share = share && work >= SMALL && rayon::current_num_threads() > 1;
+    let depths = terms.iter().flat_map(|&(a, b)| parts(a.cols, DEPTH).map(move |k| (a, b, k)));
+    let depths: Vec<_> = depths.collect();
+    if depths.is_empty() && !add {
+        for row in 0..if cols > 0 { rows } else { 0 } {
+            // SAFETY: the caller's promise.
+            unsafe { out.fill(row * stride + at, cols, T::ZERO) };
+        }
+    }
+    for rows in parts(rows, MOST[0]) {
+        for (number, depths) in depths.chunks(MOST[2] / DEPTH).enumerate() {
+            let mut packed = 0;
+            let cut = depths.iter().map(|(a, b, k)| {
+                let at = packed;
+                packed += k.len();
+                Part { a: (*a).rows(rows.clone()).cols(k.clone()), b: *b, k: k.clone(), at }
+            });
+            let cut: Vec<_> = cut.collect();
+            for cols in parts(cols, MOST[1]) {
+                let at = rows.start * stride + at + cols.start;
+                let place = Place { stride, at, add: add || number > 0 };
+                // SAFETY: the caller's promise.
+                unsafe { block(rows.len(), &cut, cols, Out { place, ..out }, share) };
+            }
         }
     }
 }
@@ -239,15 +297,6 @@ fn run<T: Real, R: Right<T>>(a: Mat<T>, b: &R, out: &mut [T], place: Place, shar
 /// Parts of so many at most.
 fn parts(all: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
     (0..all).step_by(most).map(move |from| from..(from + most).min(all))
-}
-
-fn grid(
-    a: usize,
-    most_a: usize,
-    b: usize,
-    most_b: usize,
-) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-    parts(a, most_a).flat_map(move |a| parts(b, most_b).map(move |b| (a.clone(), b)))
 }
 
 /// Runs `f` for each index, on all threads or on this one.
@@ -281,7 +330,19 @@ impl<T> Out<T> {
         unsafe { self.first.add(at) }
     }
 
-    /// Some numbers.
+    /// Puts a number to some places.
+    ///
+    /// # Safety
+    /// They are inside, and no other thread has any of them.
+    unsafe fn fill(&self, from: usize, len: usize, x: T)
+    where
+        T: Copy,
+    {
+        // SAFETY: the caller's promise.
+        (0..len).for_each(|at| unsafe { self.first.add(from + at).write(x) });
+    }
+
+    /// Some numbers that were written before.
     ///
     /// # Safety
     /// They are inside, and no other thread has any of them.
@@ -292,58 +353,54 @@ impl<T> Out<T> {
     }
 }
 
-/// Packs `b`'s columns `cols`, and its rows from `from` on that `a` has columns for; packs `a`;
-/// multiplies.
-fn block<T: Real, R: Right<T>>(
-    a: Mat<T>,
-    b: &R,
-    from: usize,
+/// Some columns of a sum of products.
+///
+/// # Safety
+/// As [`run`] says.
+unsafe fn block<T: Real>(
+    rows: usize,
+    terms: &[Part<T>],
     cols: Range<usize>,
     out: Out<T>,
     share: bool,
 ) {
-    let depth = a.cols;
-    let (tiles, strips) = (a.rows.div_ceil(TILE), cols.len().div_ceil(STRIP));
+    let depth = terms.iter().map(|part| part.k.len()).sum::<usize>();
+    let (tiles, strips) = (rows.div_ceil(TILE), cols.len().div_ceil(STRIP));
     let left = if strips > FEW { tiles * TILE * depth } else { 0 };
     with_scratch(left + strips * STRIP * depth, |packed| {
         let (left, right) = packed.split_at_mut(left);
-        let depths: Vec<_> = parts(depth, DEPTH).collect();
         let groups: Vec<_> = parts(strips, STRIPS.min(strips.div_ceil(2))).collect();
-        let rows: Vec<_> = parts(tiles, tiles.div_ceil(tiles.div_ceil(TILES))).collect();
-        let place = Place { stride: 0, at: 0, add: false };
-        let to = Out { first: right.as_mut_ptr(), place };
-        each(depths.len() * groups.len(), share, |i| {
-            let (k, group) = (&depths[i / groups.len()], &groups[i % groups.len()]);
-            let start = strips * STRIP * k.start + group.start * STRIP * k.len();
+        let bands: Vec<_> = parts(tiles, tiles.div_ceil(tiles.div_ceil(TILES))).collect();
+        let to = Out { first: right.as_mut_ptr(), place: out.place };
+        each(terms.len() * groups.len(), share, |i| {
+            let (part, group) = (&terms[i / groups.len()], &groups[i % groups.len()]);
+            let start = strips * STRIP * part.at + group.start * STRIP * part.k.len();
             // SAFETY: parts of the packed side that are in different groups or depths are apart.
-            let packed = unsafe { to.part(start, group.len() * STRIP * k.len()) };
+            let packed = unsafe { to.part(start, group.len() * STRIP * part.k.len()) };
             let end = (group.end * STRIP).min(cols.len());
-            b.pack(
-                from + k.start..from + k.end,
-                cols.start + group.start * STRIP..cols.start + end,
-                packed,
-            );
+            let cols = cols.start + group.start * STRIP..cols.start + end;
+            part.b.pack(part.k.clone(), cols, packed);
         });
         if !left.is_empty() {
-            let to = Out { first: left.as_mut_ptr(), place };
-            each(rows.len() * depths.len(), share, |i| {
-                let (rows, k) = (&rows[i / depths.len()], &depths[i % depths.len()]);
-                for tile in rows.clone() {
-                    let start = tiles * TILE * k.start + tile * TILE * k.len();
+            let to = Out { first: left.as_mut_ptr(), place: out.place };
+            each(bands.len() * terms.len(), share, |i| {
+                let (band, part) = (&bands[i / terms.len()], &terms[i % terms.len()]);
+                for tile in band.clone() {
+                    let some = tile * TILE..((tile + 1) * TILE).min(rows);
+                    let start = tiles * TILE * part.at + tile * TILE * part.k.len();
                     // SAFETY: tiles are apart.
-                    let packed = unsafe { to.part(start, TILE * k.len()) };
-                    let some = tile * TILE..((tile + 1) * TILE).min(a.rows);
-                    pack_tile(a.rows(some).cols(k.clone()), packed);
+                    let packed = unsafe { to.part(start, TILE * part.k.len()) };
+                    pack_tile(part.a.rows(some), packed);
                 }
             });
         }
-        let sides = Sides { a, left, right, tiles, strips, cols: cols.len() };
-        each(rows.len() * groups.len(), share, |i| {
-            let (group, rows) = (&groups[i / rows.len()], &rows[i % rows.len()]);
-            for k in &depths {
+        let sides = Sides { left, right, rows, tiles, strips, cols: cols.len() };
+        each(bands.len() * groups.len(), share, |i| {
+            let (group, band) = (&groups[i / bands.len()], &bands[i % bands.len()]);
+            for part in terms {
                 for strip in group.clone() {
                     // SAFETY: `out` holds the product, whose tiles are apart.
-                    unsafe { sides.multiply(rows.clone(), strip, k.clone(), out) };
+                    unsafe { sides.multiply(band.clone(), strip, part, out) };
                 }
             }
         });
@@ -377,32 +434,32 @@ fn pack_tile<T: Real>(a: Mat<T>, packed: &mut [T]) {
 
 /// Both sides of a product, packed.
 struct Sides<'a, T> {
-    a: Mat<'a, T>,
-    /// Empty if `a` is read where it is.
+    /// Empty if it is read where it is.
     left: &'a [T],
     right: &'a [T],
+    rows: usize,
     tiles: usize,
     strips: usize,
     cols: usize,
 }
 
 impl<T: Real> Sides<'_, T> {
-    /// Some tiles times a strip, by the terms `k`.
+    /// Some tiles times a strip, by some of the terms.
     ///
     /// # Safety
     /// `out` has room for the product, and no other thread has these tiles of it.
-    unsafe fn multiply(&self, tiles: Range<usize>, strip: usize, k: Range<usize>, out: Out<T>) {
+    unsafe fn multiply(&self, tiles: Range<usize>, strip: usize, part: &Part<T>, out: Out<T>) {
         let Place { stride, at, add } = out.place;
-        let (some, add) = (k.len(), add || k.start > 0);
+        let (some, add) = (part.k.len(), add || part.at > 0);
         let width = STRIP.min(self.cols - strip * STRIP);
-        let b = &self.right[self.strips * STRIP * k.start + strip * STRIP * some..][..some * STRIP];
+        let b = &self.right[self.strips * STRIP * part.at + strip * STRIP * some..];
+        assert!(b.len() >= some * STRIP, "the strip is packed");
         for tile in tiles {
             let row = tile * TILE;
-            let rows = TILE.min(self.a.rows - row);
-            let [s_row, s_col] = self.a.strides;
+            let rows = TILE.min(self.rows - row);
             let (left, strides) = match self.left {
-                [] => (&self.a.data[row * s_row + k.start * s_col..], self.a.strides),
-                left => (&left[self.tiles * TILE * k.start + row * some..], PACKED),
+                [] => (&part.a.data[row * part.a.strides[0]..], part.a.strides),
+                left => (&left[self.tiles * TILE * part.at + row * some..], PACKED),
             };
             let run = T::tile(rows, strides);
             let first = row * stride + at + strip * STRIP;
@@ -419,10 +476,12 @@ impl<T: Real> Sides<'_, T> {
             // SAFETY: as above; the buffer holds a whole tile.
             unsafe { run(some, left.as_ptr(), strides, b.as_ptr(), to, STRIP, false) };
             for (r, whole) in whole.chunks_exact(STRIP).take(rows).enumerate() {
-                // SAFETY: as above.
-                let out = unsafe { out.part(first + r * stride, width) };
-                for (out, &x) in out.iter_mut().zip(whole) {
-                    *out = if add { *out + x } else { x };
+                for (c, &x) in whole[..width].iter().enumerate() {
+                    // SAFETY: as above.
+                    unsafe {
+                        let out = out.at(first + r * stride + c);
+                        out.write(if add { *out + x } else { x });
+                    }
                 }
             }
         }

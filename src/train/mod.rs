@@ -24,4 +24,4 @@ pub mod schedule;
 pub mod spec;
 
 #[cfg(test)]
-mod torch;
+mod torch_tests;

@@ -11,7 +11,7 @@ mod gradients;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
-mod torch;
+mod torch_tests;
 mod weight;
 
 pub use gradients::Gradients;
@@ -116,7 +116,7 @@ impl Model {
     /// # Errors
     /// If a token is not in the vocabulary, or memory gives out.
     pub fn losses(&self, batch: &Batch) -> Result<Losses> {
-        ops::without_gradients(|| self.forward(batch))
+        rayon::scope(|_| ops::without_gradients(|| self.forward(batch)))
     }
 
     fn forward(&self, batch: &Batch) -> Result<Losses> {
@@ -139,11 +139,20 @@ impl Model {
         checkpoint: bool,
         gradients: &mut Gradients,
     ) -> Result<Losses> {
-        if !checkpoint {
-            let (losses, tape) = ops::record(&[], || self.forward(batch))?;
-            gradients.add(&self.params, &mut tape.backward(&losses.sum, None)?)?;
-            return Ok(losses);
-        }
+        // On one of the pool's threads: from another, each operation would wake it, and wait.
+        rayon::scope(|_| match checkpoint {
+            false => self.train_whole(batch, gradients),
+            true => self.train_by_blocks(batch, gradients),
+        })
+    }
+
+    fn train_whole(&self, batch: &Batch, gradients: &mut Gradients) -> Result<Losses> {
+        let (losses, tape) = ops::record(&[], || self.forward(batch))?;
+        gradients.add(&self.params, &mut tape.backward(&losses.sum, None)?)?;
+        Ok(losses)
+    }
+
+    fn train_by_blocks(&self, batch: &Batch, gradients: &mut Gradients) -> Result<Losses> {
         let context = self.context(batch);
         let mut inputs = Vec::with_capacity(self.blocks.len());
         let x = ops::without_gradients(|| {

@@ -2,7 +2,7 @@
 
 use super::fused::{Fused, Number, View, apply, covers};
 use crate::gguf::{Gguf, TensorType, dequantize};
-use crate::kernels::gemm::{Mat, Right, STRIP, pack_columns, pack_row, product};
+use crate::kernels::gemm::{Mat, Right, STRIP, pack_columns, pack_row, sum_of_products};
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::any::Any;
@@ -72,22 +72,6 @@ impl Frozen {
             out.iter_mut().zip(&*wide).for_each(|(out, &x)| *out = T::of_f32(x));
             Ok(())
         })
-    }
-
-    /// (rows, outputs) `x` (rows, inputs) times the matrix.
-    fn forward<T: Number>(&self, x: &[T]) -> Vec<T> {
-        let (rows, outputs) = (x.len() / self.cols, self.outputs());
-        let mut out = vec![T::ZERO; rows * outputs];
-        product(Mat::new(x, rows, self.cols), self.turned(), &mut out, outputs, 0, false);
-        out
-    }
-
-    /// (rows, inputs) the gradient of `x`, from that of the result.
-    fn backward<T: Number>(&self, grad: &[T]) -> Vec<T> {
-        let rows = grad.len() / self.outputs();
-        let mut dx = vec![T::ZERO; rows * self.cols];
-        product(Mat::new(grad, rows, self.outputs()), self, &mut dx, self.cols, 0, false);
-        dx
     }
 
     /// (inputs, outputs)
@@ -216,7 +200,8 @@ impl Fused for FrozenLinear {
         if cols != self.0.inputs() {
             bail!("{cols} columns, and weights for {}", self.0.inputs());
         }
-        Ok((self.0.forward(args[0].data), Shape::from((rows, self.0.outputs()))))
+        let out = sum_of_products(&[(Mat::new(args[0].data, rows, cols), &self.0.turned())]);
+        Ok((out, Shape::from((rows, self.0.outputs()))))
     }
 
     fn backward<T: Number>(
@@ -226,7 +211,10 @@ impl Fused for FrozenLinear {
         grad: View<T>,
         _: &[bool],
     ) -> Result<Vec<Option<Vec<T>>>> {
-        Ok(vec![Some(self.0.backward(grad.data))])
+        let (rows, cols) = grad.rows();
+        let frozen: &Frozen = &self.0;
+        let dx = sum_of_products(&[(Mat::new(grad.data, rows, cols), &frozen)]);
+        Ok(vec![Some(dx)])
     }
 }
 
@@ -240,9 +228,8 @@ impl Fused for Linear {
         if cols != inputs {
             bail!("{cols} columns, and weights for {inputs}");
         }
-        let mut out = vec![T::ZERO; rows * outputs];
         let w = Mat::new(args[1].data, outputs, inputs);
-        product(Mat::new(args[0].data, rows, cols), w.t(), &mut out, outputs, 0, false);
+        let out = sum_of_products(&[(Mat::new(args[0].data, rows, cols), &w.t())]);
         Ok((out, Shape::from((rows, outputs))))
     }
 
@@ -255,16 +242,10 @@ impl Fused for Linear {
     ) -> Result<Vec<Option<Vec<T>>>> {
         let ((rows, inputs), (outputs, _)) = (args[0].rows(), args[1].rows());
         let grad = Mat::new(grad.data, rows, outputs);
-        let dx = wanted[0].then(|| {
-            let mut dx = vec![T::ZERO; rows * inputs];
-            product(grad, Mat::new(args[1].data, outputs, inputs), &mut dx, inputs, 0, false);
-            dx
-        });
-        let dw = wanted[1].then(|| {
-            let mut dw = vec![T::ZERO; outputs * inputs];
-            product(grad.t(), Mat::new(args[0].data, rows, inputs), &mut dw, inputs, 0, false);
-            dw
-        });
+        let [x, w] =
+            [Mat::new(args[0].data, rows, inputs), Mat::new(args[1].data, outputs, inputs)];
+        let dx = wanted[0].then(|| sum_of_products(&[(grad, &w)]));
+        let dw = wanted[1].then(|| sum_of_products(&[(grad.t(), &x)]));
         Ok(vec![dx, dw])
     }
 }
@@ -292,13 +273,11 @@ impl Fused for LoraLinear {
             let wanted = self.weights.outputs();
             bail!("factors {:?} and {:?} for {wanted} by {inputs}", a.dims, b.dims);
         }
-        let mut low = vec![T::ZERO; rows * rank];
-        let a = Mat::new(a.data, rank, inputs);
-        product(Mat::new(x.data, rows, inputs), a.t(), &mut low, rank, 0, false);
-        let low = scaled(low, self.scale);
-        let mut out = self.weights.forward(x.data);
+        let (x, a) = (Mat::new(x.data, rows, inputs), Mat::new(a.data, rank, inputs));
+        let low = scaled(sum_of_products(&[(x, &a.t())]), self.scale);
         let b = Mat::new(b.data, outputs, rank);
-        product(Mat::new(&low, rows, rank), b.t(), &mut out, outputs, 0, true);
+        let out =
+            sum_of_products(&[(x, &self.weights.turned()), (Mat::new(&low, rows, rank), &b.t())]);
         let kept: Box<dyn Any + Send> = Box::new(low);
         *self.low.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
         Ok((out, Shape::from((rows, outputs))))
@@ -321,22 +300,15 @@ impl Fused for LoraLinear {
         let b = Mat::new(args[2].data, outputs, rank);
         let g = Mat::new(grad.data, rows, outputs);
         // (rows, rank) the gradient of x A.
-        let mut dlow = vec![T::ZERO; rows * rank];
-        product(g, b, &mut dlow, rank, 0, false);
-        let dlow = scaled(dlow, self.scale);
+        let dlow = scaled(sum_of_products(&[(g, &b)]), self.scale);
         let dlow = Mat::new(&dlow, rows, rank);
-        let dx = wanted[0].then(|| {
-            let mut dx = self.weights.backward(grad.data);
-            product(dlow, a, &mut dx, inputs, 0, true);
-            dx
-        });
+        let frozen: &Frozen = &self.weights;
+        let dx = wanted[0].then(|| sum_of_products(&[(g, &frozen), (dlow, &a)]));
         // As (inputs, rank): the rank is too few rows to share out.
-        let mut across = vec![T::ZERO; inputs * rank];
-        product(x.t(), dlow, &mut across, rank, 0, false);
+        let across = sum_of_products(&[(x.t(), &dlow)]);
         let at = |i: usize| across[i % inputs * rank + i / inputs];
         let da = (0..rank * inputs).map(at).collect();
-        let mut db = vec![T::ZERO; outputs * rank];
-        product(g.t(), Mat::new(low, rows, rank), &mut db, rank, 0, false);
+        let db = sum_of_products(&[(g.t(), &Mat::new(low, rows, rank))]);
         Ok(vec![dx, Some(da), Some(db)])
     }
 }

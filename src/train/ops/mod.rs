@@ -2,7 +2,7 @@
 //! fixed partition, so that the number of threads changes no bit.
 //!
 //! candle's own norms, rotations and softmax cut gradients without a word; these do not. Each is
-//! compared with finite differences in f64 (`tests.rs`) and with PyTorch (`torch.rs`). On a device
+//! compared with finite differences in f64 (`tests.rs`) and with PyTorch (`torch_tests.rs`). On a device
 //! other than the CPU the same functions are made of candle's simple operations, which no test has
 //! run there.
 //!
@@ -11,6 +11,7 @@
 //! | `fused.rs` | from slices to candle's operations and back |
 //! | `tape.rs` | the way back over them |
 //! | `add.rs` | sums |
+//! | `lanes.rs` | sums of a row |
 //! | `norm.rs` | RMSNorm |
 //! | `rope.rs` | rotation |
 //! | `gated.rs` | SiLU or GELU of one half times the other |
@@ -25,6 +26,7 @@ mod cross_entropy;
 mod embedding;
 mod fused;
 mod gated;
+mod lanes;
 mod linear;
 mod norm;
 mod rope;
@@ -43,4 +45,4 @@ pub use tape::{Grads, Tape, record, without_gradients};
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
-mod torch;
+mod torch_tests;

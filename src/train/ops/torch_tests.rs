@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::gguf::{Gating, Gguf, GgufWriter, TensorType};
-use crate::train::torch::{Operation, reference, uniform, weight};
+use crate::train::torch_tests::{Operation, reference, uniform, weight};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use std::sync::Arc;
 

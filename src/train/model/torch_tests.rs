@@ -3,7 +3,7 @@
 use super::*;
 use crate::gguf::{GgufWriter, Target, TensorType};
 use crate::train::optim::{Optimization, Optimizer};
-use crate::train::torch::{Reference, Trained, hashed, reference, weight};
+use crate::train::torch_tests::{Reference, Trained, hashed, reference, weight};
 use std::path::Path;
 
 /// A GGUF with hashed weights.
@@ -157,4 +157,96 @@ fn tiny_models_train_as_in_pytorch() {
             compare(&reference, right, checkpoint);
         }
     }
+}
+
+/// What `scripts/torch_reference.py model` wrote of a real model.
+#[derive(serde::Deserialize)]
+struct Run {
+    rows: Vec<Vec<u32>>,
+    documents: Vec<usize>,
+    losses: Vec<f64>,
+    rank: usize,
+    alpha: f64,
+    learning_rate: f64,
+}
+
+impl Run {
+    fn batch(&self, step: usize) -> Batch {
+        let tokens = &self.rows[step];
+        let mut weights = vec![1.0; tokens.len()];
+        let ends = self.documents[1..].iter().copied().chain([tokens.len()]);
+        ends.for_each(|end| weights[end - 1] = 0.0);
+        Batch {
+            tokens: Arc::new(tokens.clone()),
+            documents: Arc::new(self.documents.clone()),
+            targets: Arc::new(tokens[1..].iter().copied().chain([0]).collect()),
+            weights: Arc::new(weights),
+        }
+    }
+}
+
+/// (rows, vocabulary) of one document.
+fn logits(model: &Model, tokens: &[u32]) -> Tensor {
+    let batch = Batch {
+        tokens: Arc::new(tokens.to_vec()),
+        documents: Arc::new(vec![0]),
+        targets: Arc::new(vec![0; tokens.len()]),
+        weights: Arc::new(vec![1.0; tokens.len()]),
+    };
+    let context = model.context(&batch);
+    let mut x = model.embed(&batch).unwrap();
+    for block in &model.blocks {
+        x = block.forward(&x, &context).unwrap();
+    }
+    let normed = ops::rms_norm(&x, &model.output_norm, f64::from(model.shape.epsilon)).unwrap();
+    let Head::Frozen(head) = &model.head else { panic!("the base is frozen") };
+    ops::frozen_linear(&normed, head).unwrap()
+}
+
+/// Needs a model of 1 GB of memory and PEFT's run on it; then `torch_reference.py interop`.
+#[test]
+#[ignore = "needs TORCH_MODEL, and TORCH_FOLDER from scripts/torch_reference.py model"]
+fn a_real_model_trains_as_in_peft() {
+    let var = |name: &str| std::path::PathBuf::from(std::env::var_os(name).expect(name));
+    let (file, folder) = (var("TORCH_MODEL"), var("TORCH_FOLDER"));
+    let text = std::fs::read(folder.join("run.json")).unwrap();
+    let run: Run = serde_json::from_slice(&text).unwrap();
+    use Target::*;
+    let targets = vec![Q, K, V, Output, Gate, Up, Down];
+    let lora = Lora { rank: run.rank, alpha: run.alpha, targets, rank_stabilized: false, seed: 0 };
+    let file = Arc::new(Gguf::open(&file).unwrap());
+    let model = Model::load(file, &Training::Lora(lora.clone()), 1024, &Device::Cpu).unwrap();
+    let read = |name: &str| candle_core::safetensors::load(folder.join(name), &Device::Cpu);
+    let (before, after) = (read("before.safetensors").unwrap(), read("after.safetensors").unwrap());
+    for param in model.params() {
+        param.var.set(&before[&param.name]).unwrap();
+    }
+    let mut optimization = Optimization::new(Optimizer::default());
+    let mut worst = 0.0f64;
+    for (step, right) in run.losses.iter().enumerate() {
+        let batch = run.batch(step);
+        let count: f32 = batch.weights.iter().sum();
+        let mut gradients = Gradients::default();
+        let found = model.train(&batch, false, &mut gradients).unwrap();
+        let found = f64::from(found.sum.to_scalar::<f32>().unwrap() / count);
+        worst = worst.max((found - right).abs());
+        println!("step {step}: {found:.5}, PEFT {right:.5}");
+        let grads = gradients.take(model.params()).unwrap();
+        let rate = run.learning_rate;
+        optimization.step(model.params(), &grads, count.into(), rate, 1.0).unwrap();
+    }
+    let norm = |x: Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    let (mut off, mut moved) = (0.0f32, 0.0f32);
+    for param in model.params() {
+        let (found, right) = (param.var.as_tensor(), &after[&param.name]);
+        off += norm((found - right).unwrap()).powi(2);
+        moved += norm((right - &before[&param.name]).unwrap()).powi(2);
+    }
+    let off = (off / moved).sqrt();
+    println!("losses at most {worst:.1e} apart; the adapters' ways {off:.1e} of their length");
+    assert!(worst < 1e-3 && off < 0.05);
+    crate::train::export::peft_folder(&model, &lora, "base", &folder.join("ours")).unwrap();
+    let logits = logits(&model, &run.rows[0][..run.documents[1]]);
+    let logits = std::collections::HashMap::from([("logits", logits)]);
+    candle_core::safetensors::save(&logits, folder.join("logits.safetensors")).unwrap();
 }
