@@ -97,7 +97,7 @@ def nano_step():
         def forward(self, tokens, targets):
             x = self.blocks(self.tokens(tokens) + self.places(torch.arange(block)))
             logits = F.linear(self.norm(x), self.tokens.weight)
-            return F.cross_entropy(logits.view(-1, vocab), targets.view(-1))
+            return F.cross_entropy(logits.view(-1, vocab), targets.reshape(-1))
 
     torch.manual_seed(1)
     model = Nano()

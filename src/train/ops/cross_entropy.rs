@@ -5,7 +5,6 @@ use super::lanes;
 use super::linear::Frozen;
 use super::tape::tracked;
 use crate::kernels::gemm::{Mat, product};
-use crate::kernels::real::Real;
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::any::Any;
@@ -138,10 +137,10 @@ impl CrossEntropy {
         let loss = (most - right).wide() + total.wide().ln();
         let scale = T::of_f32(weight);
         let share = scale / total;
-        logits.iter_mut().for_each(|x| *x = *x * share);
-        logits[target] = logits[target] - scale;
+        logits.iter_mut().for_each(|x| *x *= share);
+        logits[target] += -scale;
         if let Some(slopes) = slopes {
-            logits.iter_mut().zip(slopes).for_each(|(x, slope)| *x = *x * slope);
+            logits.iter_mut().zip(slopes).for_each(|(x, slope)| *x *= slope);
         }
         let weight = f64::from(weight);
         RowLoss { loss: loss * weight, correct: if right >= most { weight } else { 0.0 } }
