@@ -8,6 +8,9 @@ COMMAND is ours: it trains the same shape for the same number of steps, and prin
 `step SECONDS ...` for each and, at the end, `VmHWM: KB kB`. PyTorch runs in a process of its own, in
 f32, with sdpa attention and as many threads as there are cores. The first step of each run warms up.
 The machine may be shared: what counts is the ratio of runs that follow each other, and its median.
+Where it is, set OMP_WAIT_POLICY=passive: PyTorch's threads otherwise spin while they wait for one that
+has no core, which makes it several times slower. A process of ours that uses mimalloc wants
+MIMALLOC_PURGE_DELAY=-1: without it each step gives memory back and has it cleared again.
 
 Shapes: lora and full are one row of 512 tokens that all count, LoRA of rank 16 on all linears; nano is
 nanoGPT's step on characters: 4 layers, 4 heads, 128 wide, batch 12 by 64.
