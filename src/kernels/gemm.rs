@@ -1,9 +1,10 @@
 //! Dense products of training.
 //!
-//! The right side is packed into strips of sixteen columns, which stay in the first cache while rows
-//! of the left side pass by, six at a time (Goto and van de Geijn 2008, doi:10.1145/1356052.1356053).
-//! [`product`] shares the result's rows out in blocks of a fixed size, so that no sum depends on how
-//! many threads there are.
+//! Both sides are packed: the right one into strips of sixteen columns, of which a block of
+//! [`DEPTH`] terms stays in the first cache, the left one into tiles of six rows, of which a block
+//! stays in the second (Goto and van de Geijn 2008, doi:10.1145/1356052.1356053). Every number of the
+//! result is added up in one order, whoever computes it, so that no sum depends on how many threads
+//! there are.
 
 use super::real::Real;
 use rayon::prelude::*;
@@ -13,10 +14,19 @@ use std::ops::Range;
 pub const STRIP: usize = 16;
 /// Rows of a tile, at most.
 pub const TILE: usize = 6;
-/// Terms of a sum that a tile adds at a time: a strip of so many is 32 KB of f32.
-const DEPTH: usize = 512;
-/// Rows of the result that one thread computes at a time.
-const ROWS: usize = 60;
+/// Terms of a sum that a tile adds at a time: a strip of so many is 16 KB of f32, half of the first
+/// cache.
+const DEPTH: usize = 256;
+/// Tiles of the left side that pass by each strip, at most: 96 KB of f32.
+const TILES: usize = 16;
+/// Strips that one thread packs or computes at a time, at most.
+const STRIPS: usize = 16;
+/// Rows, columns and terms that are packed at a time, at most: 16 MB and 8 MB of f32.
+const MOST: [usize; 3] = [2048, 1024, 2048];
+/// The left side is packed for more strips than these: for fewer, packing costs more than it saves.
+const FEW: usize = 2;
+/// Products of fewer multiplications are not shared out: waking a thread takes longer.
+const SMALL: usize = 1 << 19;
 
 /// Adds a product to a tile of the result, or puts it there: `rows` rows of `a`, whose elements lie by
 /// `strides`, times a strip (`depth`, [`STRIP`]); a row of `out` every `stride` numbers.
@@ -32,6 +42,9 @@ pub type Tile<T> = unsafe fn(
     stride: usize,
     add: bool,
 );
+
+/// Strides of a packed left side: the rows of a tile lie beside each other.
+pub const PACKED: [usize; 2] = [1, TILE];
 
 /// A matrix that lies somewhere in a slice, by any strides.
 #[derive(Clone, Copy)]
@@ -85,6 +98,85 @@ impl<'a, T> Mat<'a, T> {
     }
 }
 
+/// What the right side of a product is packed from.
+pub trait Right<T>: Sync {
+    fn rows(&self) -> usize;
+    fn cols(&self) -> usize;
+
+    /// (columns in strips, rows, [`STRIP`]) a part of it. Columns of the last strip that are not there
+    /// are zeros.
+    fn pack(&self, rows: Range<usize>, cols: Range<usize>, packed: &mut [T]);
+}
+
+impl<T: Real> Right<T> for Mat<'_, T> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn pack(&self, rows: Range<usize>, cols: Range<usize>, packed: &mut [T]) {
+        let part = Mat::rows(*self, rows.clone()).cols(cols.clone());
+        for (strip, packed) in packed.chunks_exact_mut(rows.len() * STRIP).enumerate() {
+            let from = strip * STRIP;
+            let width = STRIP.min(cols.len() - from);
+            pack_strip(part.data, from * part.strides[1], part.strides, width, packed);
+        }
+    }
+}
+
+/// (rows, [`STRIP`]) some columns of a matrix that begins at `from`, and zeros beside them.
+fn pack_strip<T: Real>(
+    data: &[T],
+    from: usize,
+    [row, col]: [usize; 2],
+    width: usize,
+    packed: &mut [T],
+) {
+    if col == 1 {
+        for (k, packed) in packed.chunks_exact_mut(STRIP).enumerate() {
+            packed[..width].copy_from_slice(&data[from + k * row..][..width]);
+            packed[width..].fill(T::ZERO);
+        }
+        return;
+    }
+    let depth = packed.len() / STRIP;
+    // Columns whose numbers lie beside each other: squares of eight.
+    let square = if row == 1 && width == STRIP { depth / 8 * 8 } else { 0 };
+    for k in (0..square).step_by(8) {
+        for c in [0, 8] {
+            let at = &data[from + c * col + k..];
+            assert!(at.len() > 7 * col + 7, "eight columns are there");
+            // SAFETY: that was checked, and the strip has eight rows from here on.
+            unsafe { T::turn(at.as_ptr(), col, packed[k * STRIP + c..].as_mut_ptr(), STRIP) };
+        }
+    }
+    for (k, packed) in packed.chunks_exact_mut(STRIP).enumerate().skip(square) {
+        for (c, packed) in packed.iter_mut().enumerate() {
+            *packed = if c < width { data[from + c * col + k * row] } else { T::ZERO };
+        }
+    }
+}
+
+/// Packs a part of a right side that holds `weights` (columns, rows), one column after the other.
+pub fn pack_columns<T: Real>(weights: &[T], rows: usize, packed: &mut [T]) {
+    for (weights, packed) in weights.chunks(rows * STRIP).zip(packed.chunks_exact_mut(rows * STRIP))
+    {
+        pack_strip(weights, 0, [1, rows], weights.len() / rows, packed);
+    }
+}
+
+/// Packs row `row` of a part of a right side that has `rows` rows.
+pub fn pack_row<T: Real>(weights: &[T], row: usize, rows: usize, packed: &mut [T]) {
+    for (weights, packed) in weights.chunks(STRIP).zip(packed.chunks_exact_mut(rows * STRIP)) {
+        let packed = &mut packed[row * STRIP..][..STRIP];
+        packed[..weights.len()].copy_from_slice(weights);
+        packed[weights.len()..].fill(T::ZERO);
+    }
+}
+
 /// Where a product goes: the columns from `at` on of rows that are `stride` long.
 #[derive(Clone, Copy)]
 struct Place {
@@ -106,46 +198,294 @@ pub fn product_here<T: Real>(
     at: usize,
     add: bool,
 ) {
-    check(&a, &b, out, stride, at);
-    with_scratch(strips(b.cols) * b.rows * STRIP, |packed| {
-        packed.chunks_exact_mut((b.rows * STRIP).max(1)).enumerate().for_each(|(strip, packed)| {
-            pack(b, strip, packed);
-        });
-        compute(a, packed, b.cols, out, Place { stride, at, add });
-    });
+    let end = a.rows.saturating_sub(1) * stride + at + b.cols;
+    assert!(at + b.cols <= stride && (a.rows == 0 || end <= out.len()), "the result is inside");
+    let out = Out { first: out.as_mut_ptr(), place: Place { stride, at, add } };
+    // SAFETY: the result is inside `out`.
+    unsafe { run(&[(a, &b)], out, false) };
 }
 
-/// As [`product_here`], on all threads.
+/// As [`product_here`], on all threads, of any right side.
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub fn product<T: Real>(a: Mat<T>, b: Mat<T>, out: &mut [T], stride: usize, at: usize, add: bool) {
-    check(&a, &b, out, stride, at);
-    with_scratch(strips(b.cols) * b.rows * STRIP, |packed| {
-        let each = (b.rows * STRIP).max(1);
-        packed.par_chunks_exact_mut(each).enumerate().for_each(|(strip, packed)| {
-            pack(b, strip, packed);
+pub fn product<T: Real>(
+    a: Mat<T>,
+    b: impl Right<T>,
+    out: &mut [T],
+    stride: usize,
+    at: usize,
+    add: bool,
+) {
+    let end = a.rows.saturating_sub(1) * stride + at + b.cols();
+    assert!(at + b.cols() <= stride && (a.rows == 0 || end <= out.len()), "the result is inside");
+    let out = Out { first: out.as_mut_ptr(), place: Place { stride, at, add } };
+    // SAFETY: the result is inside `out`.
+    unsafe { run(&[(a, &b)], out, true) };
+}
+
+/// (rows, columns) the sum of some products, on all threads.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn sum_of_products<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)]) -> Vec<T> {
+    let (rows, cols) = terms.first().map_or((0, 0), |(a, b)| (a.rows, b.cols()));
+    let mut out = Vec::with_capacity(rows * cols);
+    let place = Place { stride: cols, at: 0, add: false };
+    // SAFETY: the vector has room for the result, of which every number is written.
+    unsafe {
+        run(terms, Out { first: out.as_mut_ptr(), place }, true);
+        out.set_len(rows * cols);
+    }
+    out
+}
+
+/// A part of the terms of a sum that is packed and multiplied at once.
+struct Part<'a, T> {
+    a: Mat<'a, T>,
+    b: &'a dyn Right<T>,
+    /// Rows of `b`; the columns of `a`, which is cut already.
+    k: Range<usize>,
+    /// Terms that are packed before.
+    at: usize,
+}
+
+/// Writes, or adds to, all of a sum of products.
+///
+/// # Safety
+/// `out` has room for the result, and nobody else has it.
+///
+/// # Panics
+/// If the shapes do not fit.
+unsafe fn run<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)], out: Out<T>, share: bool) {
+    let Some((first, right)) = terms.first() else { return };
+    let (rows, cols, Place { stride, at, add }) = (first.rows, right.cols(), out.place);
+    let mut work = 0;
+    for (a, b) in terms {
+        assert!(a.cols == b.rows() && a.rows == rows && b.cols() == cols, "sizes of products");
+        a.check();
+        work += a.rows * a.cols * cols;
+    }
+    let share = share && work >= SMALL && rayon::current_num_threads() > 1;
+    let depths = terms.iter().flat_map(|&(a, b)| parts(a.cols, DEPTH).map(move |k| (a, b, k)));
+    let depths: Vec<_> = depths.collect();
+    if depths.is_empty() && !add {
+        for row in 0..if cols > 0 { rows } else { 0 } {
+            // SAFETY: the caller's promise.
+            unsafe { out.fill(row * stride + at, cols, T::ZERO) };
+        }
+    }
+    for rows in parts(rows, MOST[0]) {
+        for (number, depths) in depths.chunks(MOST[2] / DEPTH).enumerate() {
+            let mut packed = 0;
+            let cut = depths.iter().map(|(a, b, k)| {
+                let at = packed;
+                packed += k.len();
+                Part { a: (*a).rows(rows.clone()).cols(k.clone()), b: *b, k: k.clone(), at }
+            });
+            let cut: Vec<_> = cut.collect();
+            for cols in parts(cols, MOST[1]) {
+                let at = rows.start * stride + at + cols.start;
+                let place = Place { stride, at, add: add || number > 0 };
+                // SAFETY: the caller's promise.
+                unsafe { block(rows.len(), &cut, cols, Out { place, ..out }, share) };
+            }
+        }
+    }
+}
+
+/// Parts of so many at most.
+fn parts(all: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    (0..all).step_by(most).map(move |from| from..(from + most).min(all))
+}
+
+/// Runs `f` for each index, on all threads or on this one.
+fn each(count: usize, share: bool, f: impl Fn(usize) + Send + Sync) {
+    if share && count > 1 {
+        (0..count).into_par_iter().with_max_len(1).for_each(f);
+    } else {
+        (0..count).for_each(f);
+    }
+}
+
+/// A place in memory that threads write to, each to a part of its own.
+#[derive(Clone, Copy)]
+struct Out<T> {
+    first: *mut T,
+    place: Place,
+}
+
+// SAFETY: whoever has it writes only where no other thread writes or reads.
+unsafe impl<T: Send> Send for Out<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Out<T> {}
+
+impl<T> Out<T> {
+    /// A pointer to number `at`.
+    ///
+    /// # Safety
+    /// It is inside.
+    unsafe fn at(&self, at: usize) -> *mut T {
+        // SAFETY: the caller's promise.
+        unsafe { self.first.add(at) }
+    }
+
+    /// Puts a number to some places.
+    ///
+    /// # Safety
+    /// They are inside, and no other thread has any of them.
+    unsafe fn fill(&self, from: usize, len: usize, x: T)
+    where
+        T: Copy,
+    {
+        // SAFETY: the caller's promise.
+        (0..len).for_each(|at| unsafe { self.first.add(from + at).write(x) });
+    }
+
+    /// Some numbers that were written before.
+    ///
+    /// # Safety
+    /// They are inside, and no other thread has any of them.
+    #[expect(clippy::mut_from_ref, reason = "parts of different threads are apart")]
+    unsafe fn part(&self, from: usize, len: usize) -> &mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(from), len) }
+    }
+}
+
+/// Some columns of a sum of products.
+///
+/// # Safety
+/// As [`run`] says.
+unsafe fn block<T: Real>(
+    rows: usize,
+    terms: &[Part<T>],
+    cols: Range<usize>,
+    out: Out<T>,
+    share: bool,
+) {
+    let depth = terms.iter().map(|part| part.k.len()).sum::<usize>();
+    let (tiles, strips) = (rows.div_ceil(TILE), cols.len().div_ceil(STRIP));
+    let left = if strips > FEW { tiles * TILE * depth } else { 0 };
+    with_scratch(left + strips * STRIP * depth, |packed| {
+        let (left, right) = packed.split_at_mut(left);
+        let groups: Vec<_> = parts(strips, STRIPS.min(strips.div_ceil(2))).collect();
+        let bands: Vec<_> = parts(tiles, tiles.div_ceil(tiles.div_ceil(TILES))).collect();
+        let to = Out { first: right.as_mut_ptr(), place: out.place };
+        each(terms.len() * groups.len(), share, |i| {
+            let (part, group) = (&terms[i / groups.len()], &groups[i % groups.len()]);
+            let start = strips * STRIP * part.at + group.start * STRIP * part.k.len();
+            // SAFETY: parts of the packed side that are in different groups or depths are apart.
+            let packed = unsafe { to.part(start, group.len() * STRIP * part.k.len()) };
+            let end = (group.end * STRIP).min(cols.len());
+            let cols = cols.start + group.start * STRIP..cols.start + end;
+            part.b.pack(part.k.clone(), cols, packed);
         });
-        let packed = &*packed;
-        out.par_chunks_mut(ROWS * stride).enumerate().for_each(|(block, out)| {
-            let rows = block * ROWS..((block + 1) * ROWS).min(a.rows);
-            if rows.start < rows.end {
-                compute(a.rows(rows), packed, b.cols, out, Place { stride, at, add });
+        if !left.is_empty() {
+            let to = Out { first: left.as_mut_ptr(), place: out.place };
+            each(bands.len() * terms.len(), share, |i| {
+                let (band, part) = (&bands[i / terms.len()], &terms[i % terms.len()]);
+                for tile in band.clone() {
+                    let some = tile * TILE..((tile + 1) * TILE).min(rows);
+                    let start = tiles * TILE * part.at + tile * TILE * part.k.len();
+                    // SAFETY: tiles are apart.
+                    let packed = unsafe { to.part(start, TILE * part.k.len()) };
+                    pack_tile(part.a.rows(some), packed);
+                }
+            });
+        }
+        let sides = Sides { left, right, rows, tiles, strips, cols: cols.len() };
+        each(bands.len() * groups.len(), share, |i| {
+            let (group, band) = (&groups[i / bands.len()], &bands[i % bands.len()]);
+            for part in terms {
+                for strip in group.clone() {
+                    // SAFETY: `out` holds the product, whose tiles are apart.
+                    unsafe { sides.multiply(band.clone(), strip, part, out) };
+                }
             }
         });
     });
 }
 
-fn check<T>(a: &Mat<T>, b: &Mat<T>, out: &[T], stride: usize, at: usize) {
-    assert_eq!(a.cols, b.rows, "inner sizes");
-    let end = a.rows.saturating_sub(1) * stride + at + b.cols;
-    assert!(at + b.cols <= stride && (a.rows == 0 || end <= out.len()), "the result is inside");
-    a.check();
-    b.check();
+/// (columns, [`TILE`]) a tile's rows; those that are not there are zeros.
+fn pack_tile<T: Real>(a: Mat<T>, packed: &mut [T]) {
+    let [row, col] = a.strides;
+    let all = packed.as_chunks_mut::<TILE>().0;
+    if a.rows == TILE && col == 1 {
+        let rows: [&[T]; TILE] = std::array::from_fn(|r| &a.data[r * row..][..all.len()]);
+        for (k, packed) in all.iter_mut().enumerate() {
+            *packed = std::array::from_fn(|r| rows[r][k]);
+        }
+        return;
+    }
+    if a.rows == TILE && row == 1 {
+        for (k, packed) in all.iter_mut().enumerate() {
+            packed.copy_from_slice(&a.data[k * col..][..TILE]);
+        }
+        return;
+    }
+    for (k, packed) in all.iter_mut().enumerate() {
+        *packed = std::array::from_fn(|r| match r < a.rows {
+            true => a.data[r * row + k * col],
+            false => T::ZERO,
+        });
+    }
 }
 
-fn strips(cols: usize) -> usize {
-    cols.div_ceil(STRIP)
+/// Both sides of a product, packed.
+struct Sides<'a, T> {
+    /// Empty if it is read where it is.
+    left: &'a [T],
+    right: &'a [T],
+    rows: usize,
+    tiles: usize,
+    strips: usize,
+    cols: usize,
+}
+
+impl<T: Real> Sides<'_, T> {
+    /// Some tiles times a strip, by some of the terms.
+    ///
+    /// # Safety
+    /// `out` has room for the product, and no other thread has these tiles of it.
+    unsafe fn multiply(&self, tiles: Range<usize>, strip: usize, part: &Part<T>, out: Out<T>) {
+        let Place { stride, at, add } = out.place;
+        let (some, add) = (part.k.len(), add || part.at > 0);
+        let width = STRIP.min(self.cols - strip * STRIP);
+        let b = &self.right[self.strips * STRIP * part.at + strip * STRIP * some..];
+        assert!(b.len() >= some * STRIP, "the strip is packed");
+        for tile in tiles {
+            let row = tile * TILE;
+            let rows = TILE.min(self.rows - row);
+            let (left, strides) = match self.left {
+                [] => (&part.a.data[row * part.a.strides[0]..], part.a.strides),
+                left => (&left[self.tiles * TILE * part.at + row * some..], PACKED),
+            };
+            let run = T::tile(rows, strides);
+            let first = row * stride + at + strip * STRIP;
+            if width == STRIP {
+                // SAFETY: `a` was checked to be inside its slice or was packed, the strip has
+                // `some` rows, and the caller promises the room.
+                unsafe {
+                    run(some, left.as_ptr(), strides, b.as_ptr(), out.at(first), stride, add)
+                };
+                continue;
+            }
+            let mut whole = [T::ZERO; TILE * STRIP];
+            let to = whole.as_mut_ptr();
+            // SAFETY: as above; the buffer holds a whole tile.
+            unsafe { run(some, left.as_ptr(), strides, b.as_ptr(), to, STRIP, false) };
+            for (r, whole) in whole.chunks_exact(STRIP).take(rows).enumerate() {
+                for (c, &x) in whole[..width].iter().enumerate() {
+                    // SAFETY: as above.
+                    unsafe {
+                        let out = out.at(first + r * stride + c);
+                        out.write(if add { *out + x } else { x });
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Lends a buffer that the thread keeps. A second one is made if the first is lent.
@@ -156,76 +496,6 @@ fn with_scratch<T: Real>(len: usize, run: impl FnOnce(&mut [T])) {
     }
     run(&mut scratch[..len]);
     T::scratch().set(scratch);
-}
-
-/// (rows, [`STRIP`]) some columns of `b`; those that are not there are zeros.
-fn pack<T: Real>(b: Mat<T>, strip: usize, packed: &mut [T]) {
-    let from = strip * STRIP;
-    let cols = STRIP.min(b.cols - from);
-    let [row, col] = b.strides;
-    if col == 1 {
-        for (k, packed) in packed.chunks_exact_mut(STRIP).enumerate() {
-            packed[..cols].copy_from_slice(&b.data[k * row + from..][..cols]);
-            packed[cols..].fill(T::ZERO);
-        }
-        return;
-    }
-    // Sixteen rows at a time: what is written stays in the first cache.
-    for (block, packed) in packed.chunks_mut(STRIP * STRIP).enumerate() {
-        let depth = packed.len() / STRIP;
-        for c in 0..STRIP {
-            if c >= cols {
-                (0..depth).for_each(|k| packed[k * STRIP + c] = T::ZERO);
-                continue;
-            }
-            let start = (from + c) * col + block * STRIP * row;
-            for k in 0..depth {
-                packed[k * STRIP + c] = b.data[start + k * row];
-            }
-        }
-    }
-}
-
-fn compute<T: Real>(a: Mat<T>, packed: &[T], cols: usize, out: &mut [T], place: Place) {
-    let (depth, Place { stride, at, add }) = (a.cols, place);
-    if depth == 0 && !add {
-        for row in out.chunks_mut(stride).take(a.rows) {
-            row[at..at + cols].fill(T::ZERO);
-        }
-    }
-    for from in (0..depth).step_by(DEPTH) {
-        let some = DEPTH.min(depth - from);
-        let add = add || from > 0;
-        for strip in 0..strips(cols) {
-            let width = STRIP.min(cols - strip * STRIP);
-            let b = &packed[(strip * depth + from) * STRIP..][..some * STRIP];
-            for row in (0..a.rows).step_by(TILE) {
-                let rows = TILE.min(a.rows - row);
-                let left = a.data[row * a.strides[0] + from * a.strides[1]..].as_ptr();
-                let tile = T::tile(rows);
-                let first = row * stride + at + strip * STRIP;
-                if width == STRIP {
-                    let out = &mut out[first..(first + (rows - 1) * stride + STRIP)];
-                    // SAFETY: `a` was checked to be inside its slice, the strip has `some` rows, and
-                    // the tile's rows are inside `out`.
-                    unsafe {
-                        tile(some, left, a.strides, b.as_ptr(), out.as_mut_ptr(), stride, add);
-                    }
-                    continue;
-                }
-                let mut whole = [T::ZERO; TILE * STRIP];
-                // SAFETY: as above; the buffer holds a whole tile.
-                unsafe {
-                    tile(some, left, a.strides, b.as_ptr(), whole.as_mut_ptr(), STRIP, false);
-                }
-                for (r, whole) in whole.chunks_exact(STRIP).take(rows).enumerate() {
-                    for (out, &x) in out[first + r * stride..][..width].iter_mut().zip(whole) {
-                        *out = if add { *out + x } else { x };
-                    }
-                }
-            }
-        }
-    }
 }
 
 /// A tile in plain code.
@@ -277,9 +547,18 @@ mod tests {
     /// In f32 and f64, from and to matrices by any strides, against the definition.
     #[test]
     fn products_are_what_they_should_be() {
-        for (m, n, k) in
-            [(1, 1, 1), (6, 16, 512), (7, 17, 513), (130, 40, 33), (61, 100, 1030), (5, 3, 0)]
-        {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (6, 16, 512),
+            (7, 17, 513),
+            (130, 40, 33),
+            (61, 100, 1030),
+            (5, 3, 0),
+            // More than is packed at a time, each way.
+            (2051, 3, 5),
+            (3, 1030, 9),
+            (13, 50, 2060),
+        ] {
             for turned in 0..4 {
                 let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
                 let (stride, at) = (n + 5, 3);

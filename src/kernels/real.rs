@@ -38,8 +38,17 @@ pub trait Real:
     /// `self * a + b`
     fn mul_add(self, a: Self, b: Self) -> Self;
 
-    /// The kernel of dense products for so many rows.
-    fn tile(rows: usize) -> Tile<Self>;
+    /// The kernel of dense products for so many rows, of a left side with these strides.
+    fn tile(rows: usize, strides: [usize; 2]) -> Tile<Self>;
+    /// Turns a square of eight by eight numbers: rows every `from_stride` numbers become columns of
+    /// what has its rows every `to_stride` numbers.
+    ///
+    /// # Safety
+    /// All of that can be read and written.
+    unsafe fn turn(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { plain_turn(from, from_stride, to, to_stride) };
+    }
     /// A buffer that the thread keeps.
     fn scratch() -> &'static LocalKey<Cell<Vec<Self>>>;
 
@@ -51,6 +60,15 @@ pub trait Real:
 thread_local! {
     static NARROW: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     static WIDE: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
+}
+
+/// # Safety
+/// As [`Real::turn`] says.
+unsafe fn plain_turn<T: Copy>(from: *const T, from_stride: usize, to: *mut T, to_stride: usize) {
+    for (r, c) in (0..8).flat_map(|r| (0..8).map(move |c| (r, c))) {
+        // SAFETY: the caller's promise.
+        unsafe { *to.add(c * to_stride + r) = *from.add(r * from_stride + c) };
+    }
 }
 
 fn plain<T: Real>(rows: usize) -> Tile<T> {
@@ -101,11 +119,22 @@ impl Real for f32 {
         f32::mul_add(self, a, b)
     }
 
-    fn tile(rows: usize) -> Tile<Self> {
+    fn tile(rows: usize, strides: [usize; 2]) -> Tile<Self> {
         match isa() {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => super::avx2::dense::tile(rows),
+            Isa::Avx2 => super::avx2::dense::tile(rows, strides),
             _ => plain(rows),
+        }
+    }
+    #[inline(always)]
+    unsafe fn turn(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
+        // SAFETY: the caller's promise, and the CPU was asked.
+        unsafe {
+            match isa() {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => super::avx2::dense::turn(from, from_stride, to, to_stride),
+                _ => plain_turn(from, from_stride, to, to_stride),
+            }
         }
     }
     fn scratch() -> &'static LocalKey<Cell<Vec<Self>>> {
@@ -148,7 +177,7 @@ impl Real for f64 {
         f64::mul_add(self, a, b)
     }
 
-    fn tile(rows: usize) -> Tile<Self> {
+    fn tile(rows: usize, _: [usize; 2]) -> Tile<Self> {
         plain(rows)
     }
     fn scratch() -> &'static LocalKey<Cell<Vec<Self>>> {

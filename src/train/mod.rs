@@ -28,4 +28,6 @@ pub mod optim;
 pub mod recipes;
 pub mod schedule;
 pub mod spec;
+#[cfg(test)]
+mod torch_tests;
 pub mod vocabulary;

@@ -122,6 +122,18 @@ impl Optimization {
         learning_rate: f64,
         factor: f64,
     ) -> Result<Stepped> {
+        // On one of the pool's threads: from another, each parameter would wake it, and wait.
+        rayon::scope(|_| self.step_here(params, grads, tokens, learning_rate, factor))
+    }
+
+    fn step_here(
+        &mut self,
+        params: &[Param],
+        grads: &[Tensor],
+        tokens: f64,
+        learning_rate: f64,
+        factor: f64,
+    ) -> Result<Stepped> {
         let mut squares = 0.0;
         let grads: Vec<_> = grads.iter().map(|grad| grad.contiguous()).collect::<Result<_>>()?;
         for grad in &grads {

@@ -1,27 +1,32 @@
 //! Tiles of dense products in f32.
 
-use crate::kernels::gemm::{STRIP, Tile};
+use crate::kernels::gemm::{PACKED, STRIP, Tile};
 use std::arch::x86_64::*;
 
-/// The tile of so many rows; the CPU must have AVX2 and FMA.
-pub fn tile(rows: usize) -> Tile<f32> {
+/// The tile of so many rows, with these strides; the CPU must have AVX2 and FMA.
+pub fn tile(rows: usize, strides: [usize; 2]) -> Tile<f32> {
+    if strides == PACKED { of::<true>(rows) } else { of::<false>(rows) }
+}
+
+fn of<const P: bool>(rows: usize) -> Tile<f32> {
     match rows {
-        1 => run::<1>,
-        2 => run::<2>,
-        3 => run::<3>,
-        4 => run::<4>,
-        5 => run::<5>,
-        6 => run::<6>,
+        1 => run::<1, P>,
+        2 => run::<2, P>,
+        3 => run::<3, P>,
+        4 => run::<4, P>,
+        5 => run::<5, P>,
+        6 => run::<6, P>,
         _ => unreachable!("no tile has {rows} rows"),
     }
 }
 
-/// Two registers of columns a row: twelve sums hide the latency of an FMA.
+/// Two registers of columns a row: twelve sums hide the latency of an FMA. With `P` the strides are
+/// [`PACKED`], and known to the compiler.
 ///
 /// # Safety
 /// As [`Tile`] says, and the CPU has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn run<const R: usize>(
+unsafe fn run<const R: usize, const P: bool>(
     depth: usize,
     a: *const f32,
     strides: [usize; 2],
@@ -30,17 +35,28 @@ unsafe fn run<const R: usize>(
     stride: usize,
     add: bool,
 ) {
-    let mut sums = [[_mm256_setzero_ps(); 2]; R];
-    for k in 0..depth {
-        // SAFETY: the caller's promise.
+    let [row, col] = if P { PACKED } else { strides };
+    // The result's lines are fetched while sums are made.
+    for r in 0..R {
+        // SAFETY: an address inside `out`; fetching changes nothing.
         unsafe {
-            let at = strip.add(k * STRIP);
-            let w = [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8))];
+            _mm_prefetch::<_MM_HINT_T0>(out.add(r * stride).cast());
+            _mm_prefetch::<_MM_HINT_T0>(out.add(r * stride + STRIP - 1).cast());
+        }
+    }
+    let mut sums = [[_mm256_setzero_ps(); 2]; R];
+    let (mut x, mut w) = (a, strip);
+    for _ in 0..depth {
+        // SAFETY: the caller's promise; the pointers end behind the last numbers.
+        unsafe {
+            let cols = [_mm256_loadu_ps(w), _mm256_loadu_ps(w.add(8))];
             for r in 0..R {
-                let x = _mm256_broadcast_ss(&*a.add(r * strides[0] + k * strides[1]));
-                sums[r][0] = _mm256_fmadd_ps(x, w[0], sums[r][0]);
-                sums[r][1] = _mm256_fmadd_ps(x, w[1], sums[r][1]);
+                let x = _mm256_broadcast_ss(&*x.add(r * row));
+                sums[r][0] = _mm256_fmadd_ps(x, cols[0], sums[r][0]);
+                sums[r][1] = _mm256_fmadd_ps(x, cols[1], sums[r][1]);
             }
+            x = x.wrapping_add(col);
+            w = w.add(STRIP);
         }
     }
     for r in 0..R {
@@ -54,6 +70,34 @@ unsafe fn run<const R: usize>(
                 };
                 _mm256_storeu_ps(at, sum);
             }
+        }
+    }
+}
+
+/// Turns a square of eight by eight numbers, whose rows lie by the strides.
+///
+/// # Safety
+/// All of it can be read and written, and the CPU has AVX2.
+#[target_feature(enable = "avx2")]
+pub unsafe fn turn(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+    // SAFETY: the caller's promise.
+    let r: [__m256; 8] =
+        std::array::from_fn(|i| unsafe { _mm256_loadu_ps(from.add(i * from_stride)) });
+    // Pairs, then fours, then halves.
+    let two = |a, b| [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)];
+    let four = |a, b| [_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xEE>(a, b)];
+    let ([a, b], [c, d]) = (two(r[0], r[1]), two(r[2], r[3]));
+    let ([e, f], [g, h]) = (two(r[4], r[5]), two(r[6], r[7]));
+    let ([a, c], [b, d]) = (four(a, c), four(b, d));
+    let ([e, g], [f, h]) = (four(e, g), four(f, h));
+    let (low, high) = ([a, c, b, d], [e, g, f, h]);
+    for i in 0..4 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let top = _mm256_permute2f128_ps::<0x20>(low[i], high[i]);
+            let bottom = _mm256_permute2f128_ps::<0x31>(low[i], high[i]);
+            _mm256_storeu_ps(to.add(i * to_stride), top);
+            _mm256_storeu_ps(to.add((i + 4) * to_stride), bottom);
         }
     }
 }

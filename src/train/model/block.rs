@@ -94,11 +94,11 @@ impl Block {
         };
         let normed = ops::rms_norm(x, &self.attention_norm, epsilon)?;
         let attended = self.output.forward(&self.attend(&normed, context)?)?;
-        let x = (x + after(attended, &self.attention_post_norm)?)?;
+        let x = ops::add(x, &after(attended, &self.attention_post_norm)?)?;
         let normed = ops::rms_norm(&x, &self.ff_norm, epsilon)?;
         let (gate, up) = (self.gate.forward(&normed)?, self.up.forward(&normed)?);
         let hidden = ops::gated(&gate, &up, context.shape.gating)?;
-        x + after(self.down.forward(&hidden)?, &self.ff_post_norm)?
+        ops::add(&x, &after(self.down.forward(&hidden)?, &self.ff_post_norm)?)
     }
 
     /// (rows, heads * head_dim)
@@ -107,9 +107,9 @@ impl Block {
         let project = |weight: &Weight, which: usize, heads: usize| -> Result<Tensor> {
             let mut y = weight.forward(x)?;
             if let Some(biases) = &self.biases {
-                y = y.broadcast_add(&biases[which])?;
+                y = ops::add_bias(&y, &biases[which])?;
             }
-            y.reshape((x.dim(0)?, heads, shape.head_dim))
+            ops::reshape(&y, (x.dim(0)?, heads, shape.head_dim))
         };
         let mut q = project(&self.q, 0, shape.heads)?;
         let mut k = project(&self.k, 1, shape.kv_heads)?;
@@ -128,6 +128,6 @@ impl Block {
         };
         let out =
             ops::attention(&ops::rotate(&q, rotation)?, &ops::rotate(&k, rotation)?, &v, &scope)?;
-        out.reshape((x.dim(0)?, shape.heads * shape.head_dim))
+        ops::reshape(&out, (x.dim(0)?, shape.heads * shape.head_dim))
     }
 }

@@ -1,7 +1,7 @@
 //! Gradients of the parameters, added up over the parts of a batch.
 
+use crate::train::ops::Grads;
 use crate::train::optim::Param;
-use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, bail};
 
 /// One for each parameter, as soon as there is one.
@@ -15,10 +15,10 @@ impl Gradients {
     ///
     /// # Errors
     /// If memory gives out.
-    pub fn add(&mut self, params: &[Param], grads: &mut GradStore) -> Result<()> {
+    pub fn add(&mut self, params: &[Param], grads: &mut Grads) -> Result<()> {
         self.sums.resize(params.len(), None);
         for (sum, param) in self.sums.iter_mut().zip(params) {
-            let Some(grad) = grads.remove(param.var.as_tensor()) else { continue };
+            let Some(grad) = grads.remove(&param.var.as_tensor().id()) else { continue };
             *sum = Some(match sum.take() {
                 Some(sum) => (sum + grad)?,
                 None => grad,

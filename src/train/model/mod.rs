@@ -12,6 +12,8 @@ mod gradients;
 mod logits;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod torch_tests;
 mod weight;
 
 pub use gradients::Gradients;
@@ -20,7 +22,7 @@ pub use weight::{Lora, Training};
 use crate::gguf::{Covered, Gguf};
 use crate::kernels::rope::rope;
 use crate::kernels::vector::Rope;
-use crate::train::ops::{self, Frozen, Head, Losses, Rotation, Targets};
+use crate::train::ops::{self, Frozen, Grads, Head, Losses, Rotation, Targets};
 use crate::train::optim::Param;
 use block::Block;
 use candle_core::{Device, Result, Tensor, Var, bail};
@@ -116,6 +118,10 @@ impl Model {
     /// # Errors
     /// If a token is not in the vocabulary, or memory gives out.
     pub fn losses(&self, batch: &Batch) -> Result<Losses> {
+        rayon::scope(|_| ops::without_gradients(|| self.forward(batch)))
+    }
+
+    fn forward(&self, batch: &Batch) -> Result<Losses> {
         let context = self.context(batch);
         let mut x = self.embed(batch)?;
         for block in &self.blocks {
@@ -135,34 +141,46 @@ impl Model {
         checkpoint: bool,
         gradients: &mut Gradients,
     ) -> Result<Losses> {
-        if !checkpoint {
-            let losses = self.losses(batch)?;
-            gradients.add(&self.params, &mut losses.sum.backward()?)?;
-            return Ok(losses);
-        }
+        // On one of the pool's threads: from another, each operation would wake it, and wait.
+        rayon::scope(|_| match checkpoint {
+            false => self.train_whole(batch, gradients),
+            true => self.train_by_blocks(batch, gradients),
+        })
+    }
+
+    fn train_whole(&self, batch: &Batch, gradients: &mut Gradients) -> Result<Losses> {
+        let (losses, tape) = ops::record(&[], || self.forward(batch))?;
+        gradients.add(&self.params, &mut tape.backward(&losses.sum, None)?)?;
+        Ok(losses)
+    }
+
+    fn train_by_blocks(&self, batch: &Batch, gradients: &mut Gradients) -> Result<Losses> {
         let context = self.context(batch);
         let mut inputs = Vec::with_capacity(self.blocks.len());
-        let mut x = self.embed(batch)?.detach();
-        for block in &self.blocks {
-            inputs.push(x.clone());
-            x = block.forward(&x, &context)?.detach();
-        }
-        let last = Var::from_tensor(&x)?;
-        let losses = self.finish(last.as_tensor(), batch)?;
-        let mut grads = losses.sum.backward()?;
-        let mut grad = taken(&mut grads, &last)?;
+        let x = ops::without_gradients(|| {
+            let mut x = self.embed(batch)?.detach();
+            for block in &self.blocks {
+                inputs.push(x.clone());
+                x = block.forward(&x, &context)?.detach();
+            }
+            start(&x)
+        })?;
+        let (losses, tape) = ops::record(&[&x], || self.finish(&x, batch))?;
+        let mut grads = tape.backward(&losses.sum, None)?;
+        let mut grad = taken(&mut grads, &x)?;
+        drop(x);
         gradients.add(&self.params, &mut grads)?;
-        for (block, input) in self.blocks.iter().zip(&inputs).rev() {
-            let input = Var::from_tensor(input)?;
-            let out = block.forward(input.as_tensor(), &context)?;
-            // A seed for the way back: candle begins with a one only.
-            let mut grads = (out * grad)?.sum_all()?.backward()?;
+        for block in self.blocks.iter().rev() {
+            let Some(input) = inputs.pop() else { bail!("a block's input is missing") };
+            let input = start(&input)?;
+            let (out, tape) = ops::record(&[&input], || block.forward(&input, &context))?;
+            let mut grads = tape.backward(&out, Some(&grad))?;
             grad = taken(&mut grads, &input)?;
             gradients.add(&self.params, &mut grads)?;
         }
         if let Embedding::Trained(_) = self.embedding {
-            let mut grads = (self.embed(batch)? * grad)?.sum_all()?.backward()?;
-            gradients.add(&self.params, &mut grads)?;
+            let (out, tape) = ops::record(&[], || self.embed(batch))?;
+            gradients.add(&self.params, &mut tape.backward(&out, Some(&grad))?)?;
         }
         Ok(losses)
     }
@@ -187,7 +205,7 @@ impl Model {
         };
         match self.shape.embedding_scale {
             1.0 => Ok(x),
-            scale => x * f64::from(scale),
+            scale => ops::scale(&x, f64::from(scale)),
         }
     }
 
@@ -221,8 +239,16 @@ impl Model {
     }
 }
 
-fn taken(grads: &mut candle_core::backprop::GradStore, var: &Var) -> Result<Tensor> {
-    match grads.remove(var.as_tensor()) {
+/// A tensor that a way back ends at; candle, which goes it on other devices, wants a variable there.
+fn start(x: &Tensor) -> Result<Tensor> {
+    match x.device() {
+        Device::Cpu => Ok(x.clone()),
+        _ => Ok(Var::from_tensor(x)?.into_inner()),
+    }
+}
+
+fn taken(grads: &mut Grads, input: &Tensor) -> Result<Tensor> {
+    match grads.remove(&input.id()) {
         Some(grad) => Ok(grad),
         None => bail!("a block's input has no gradient"),
     }

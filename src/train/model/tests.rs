@@ -144,6 +144,34 @@ fn checkpointing_and_packing_change_nothing() {
 }
 
 #[test]
+fn the_number_of_threads_changes_no_bit() {
+    // Wide enough for products that are shared out.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    TinyDecoder { width: 128, ff: 256, layers: 1, ..TinyDecoder::new("llama") }
+        .write(&path)
+        .unwrap();
+    let file = Arc::new(Gguf::open(&path).unwrap());
+    for training in [Training::Full, lora()] {
+        let model = load(&file, &training);
+        let batch = batch(&[100, 60], 5);
+        let on = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| gradients(&model, std::slice::from_ref(&batch), false))
+        };
+        let (loss, grads) = on(1);
+        for threads in [2, 3] {
+            let (other_loss, other) = on(threads);
+            assert_eq!(loss, other_loss);
+            for ((param, a), b) in model.params().iter().zip(&grads).zip(&other) {
+                let bits = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                assert_eq!(bits(a), bits(b), "{} on {threads} threads", param.name);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_fresh_adapter_changes_nothing_and_its_a_has_no_slope() {
     let (_folder, file) = tiny("llama");
     let model = Model::load(file.clone(), &lora(), 512, &Device::Cpu).unwrap();

@@ -2,6 +2,7 @@
 //! (FlashAttention-2: Dao 2023, arXiv:2307.08691).
 
 use super::fused::{Fused, Number, View, apply, covers};
+use super::lanes;
 use crate::kernels::gemm::{Mat, product_here};
 use crate::kernels::real::Real;
 use candle_core::{Result, Shape, Tensor, bail};
@@ -206,13 +207,16 @@ impl Fused for Attention {
                 tile.scores(&self.scope, q, k, rows.len(), keys.len());
                 for (at, row) in rows.clone().enumerate() {
                     let seen = clip(&self.scope.seen(row), &keys);
-                    let scores = &tile.weights[at * keys.len()..][seen];
-                    let most = scores.iter().fold(T::NEG_INFINITY, |most, &x| most.most(x));
-                    let total = scores.iter().map(|&x| Real::exp(x - most)).sum::<T>();
+                    let scores = &mut tile.weights[at * keys.len()..][..keys.len()];
+                    scores[..seen.start].fill(T::ZERO);
+                    scores[seen.end..].fill(T::ZERO);
+                    let scores = &mut scores[seen];
+                    let most = lanes::most(scores);
+                    let total = lanes::exp_from(scores, most);
+                    let share = T::ONE / total;
+                    scores.iter_mut().for_each(|x| *x *= share);
                     lse[at * heads + head] = most + Real::ln(total);
                 }
-                let of = |row: usize| lse[(row - rows.start) * heads + head];
-                tile.weigh(&self.scope, rows.clone(), &keys, of);
                 let weights = Mat::new(&tile.weights, rows.len(), keys.len());
                 product_here(
                     weights,
@@ -249,7 +253,7 @@ impl Fused for Attention {
             .data
             .par_chunks(dim)
             .zip(grad.data.par_chunks(dim))
-            .map(|(out, grad)| super::norm::dot(out, grad))
+            .map(|(out, grad)| lanes::dot(out, grad))
             .collect();
         let mut dq = vec![T::ZERO; q.len()];
         dq.par_chunks_mut(ROWS * heads * dim).enumerate().for_each_init(

@@ -1,9 +1,10 @@
 //! Cross-entropy of a model's output, without the logits of all rows at once.
 
 use super::fused::{Fused, Number, View, apply};
+use super::lanes;
 use super::linear::Frozen;
+use super::tape::tracked;
 use crate::kernels::gemm::{Mat, product};
-use crate::kernels::real::Real;
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::any::Any;
@@ -59,12 +60,12 @@ pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> 
         return composed(hidden, head, targets);
     }
     let correct = Arc::new(OnceLock::new());
-    let trained = matches!(head, Head::Trained(head) if head.track_op());
+    let trained = matches!(head, Head::Trained(head) if tracked(head));
     let op = CrossEntropy {
         frozen: if let Head::Frozen(frozen) = head { Some(frozen.clone()) } else { None },
         targets: targets.clone(),
         vocab,
-        wanted: [hidden.track_op(), trained],
+        wanted: [tracked(hidden), trained],
         correct: correct.clone(),
         grads: Mutex::new(None),
     };
@@ -126,22 +127,20 @@ impl CrossEntropy {
         if let Some(cap) = self.targets.cap.map(T::of) {
             logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
-        let most = logits.iter().fold(T::NEG_INFINITY, |most, &x| most.most(x));
+        let most = lanes::most(logits);
         let right = logits[target];
-        let mut lanes = [T::ZERO; 16];
-        for part in logits.chunks(16) {
-            for (lane, &x) in lanes.iter_mut().zip(part) {
-                *lane += Real::exp(x - most);
-            }
-        }
-        let total = lanes.into_iter().sum::<T>();
+        // What the cap leaves of a slope, before logits are overwritten.
+        let slope = |x: T, cap: T| T::ONE - (x / cap) * (x / cap);
+        let cap = self.targets.cap.map(T::of);
+        let slopes: Option<Vec<T>> = cap.map(|cap| logits.iter().map(|&x| slope(x, cap)).collect());
+        let total = lanes::exp_from(logits, most);
         let loss = (most - right).wide() + total.wide().ln();
         let scale = T::of_f32(weight);
-        let cap = self.targets.cap.map(T::of);
-        for (token, x) in logits.iter_mut().enumerate() {
-            let slope = cap.map_or(T::ONE, |cap| T::ONE - (*x / cap) * (*x / cap));
-            let expected = if token == target { T::ONE } else { T::ZERO };
-            *x = (Real::exp(*x - most) / total - expected) * scale * slope;
+        let share = scale / total;
+        logits.iter_mut().for_each(|x| *x *= share);
+        logits[target] += -scale;
+        if let Some(slopes) = slopes {
+            logits.iter_mut().zip(slopes).for_each(|(x, slope)| *x *= slope);
         }
         let weight = f64::from(weight);
         RowLoss { loss: loss * weight, correct: if right >= most { weight } else { 0.0 } }
@@ -164,14 +163,9 @@ impl CrossEntropy {
             return Ok(());
         }
         let Some(frozen) = &self.frozen else { bail!("there is no head") };
-        let mut weights = Vec::new();
-        for panel in frozen.panels() {
-            frozen.decode(panel.clone(), &mut weights)?;
-            let w = Mat::new(&weights, panel.len(), width);
-            match transposed {
-                true => product(left, w.t(), out, self.vocab, panel.start, false),
-                false => product(left.cols(panel.clone()), w, out, width, 0, panel.start > 0),
-            }
+        match transposed {
+            true => product(left, frozen.turned(), out, self.vocab, 0, false),
+            false => product(left, &**frozen, out, width, 0, false),
         }
         Ok(())
     }

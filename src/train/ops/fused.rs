@@ -1,5 +1,6 @@
 //! From an operation on slices to one of candle's graph.
 
+use super::tape;
 use crate::kernels::real::Real;
 use candle_core::backend::BackendStorage;
 use candle_core::{
@@ -49,6 +50,12 @@ pub trait Fused: Send + Sync + 'static {
 /// # Errors
 /// If the tensors are of a type other than f32 and f64.
 pub fn apply<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
+    if tape::recording() {
+        let op = Node(op);
+        let result = op.plain(args)?;
+        tape::note(Box::new(op), args, &result);
+        return Ok(result);
+    }
     let args: Vec<_> = args.iter().map(|arg| arg.contiguous()).collect::<Result<_>>()?;
     let op = Node(op);
     match &args[..] {
@@ -59,14 +66,39 @@ pub fn apply<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
     }
 }
 
+/// Applies an operation without a way back.
+///
+/// # Errors
+/// As [`apply`].
+pub fn plain<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
+    Node(op).plain(args)
+}
+
 /// Whether the fused operation exists for a tensor.
 pub fn covers(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && matches!(x.dtype(), DType::F32 | DType::F64)
 }
 
-struct Node<F>(F);
+/// An operation as candle, or a tape, holds it.
+pub struct Node<F>(F);
 
 impl<F: Fused> Node<F> {
+    /// The result alone.
+    fn plain(&self, args: &[&Tensor]) -> Result<Tensor> {
+        let args: Vec<_> = args.iter().map(|arg| arg.contiguous()).collect::<Result<_>>()?;
+        let held: Vec<_> = args.iter().map(|arg| arg.storage_and_layout()).collect();
+        let each = held.iter().map(|(storage, layout)| match &**storage {
+            Storage::Cpu(storage) => Ok((storage, *layout)),
+            _ => bail!("{} is for the CPU", F::NAME),
+        });
+        let (storage, shape) = self.forward(&each.collect::<Result<Vec<_>>>()?)?;
+        match storage {
+            CpuStorage::F32(values) => Tensor::from_vec(values, shape, &Device::Cpu),
+            CpuStorage::F64(values) => Tensor::from_vec(values, shape, &Device::Cpu),
+            _ => bail!("{} is for f32 and f64", F::NAME),
+        }
+    }
+
     fn forward(&self, args: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
         match args[0].0.dtype() {
             DType::F32 => self.forward_of::<f32>(args),
@@ -85,16 +117,31 @@ impl<F: Fused> Node<F> {
         Ok((T::to_cpu_storage_owned(values), shape))
     }
 
-    fn backward(
+    /// The gradients of the arguments, of those that are wanted, by that of the result.
+    ///
+    /// # Errors
+    /// Those of the operation.
+    pub fn backward(
+        &self,
+        args: &[&Tensor],
+        result: &Tensor,
+        grad: &Tensor,
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        match grad.dtype() {
+            DType::F64 => self.backward_of::<f64>(args, result, grad, wanted),
+            _ => self.backward_of::<f32>(args, result, grad, wanted),
+        }
+    }
+
+    fn candles(
         &self,
         args: &[&Tensor],
         result: &Tensor,
         grad: &Tensor,
     ) -> Result<Vec<Option<Tensor>>> {
-        match grad.dtype() {
-            DType::F64 => self.backward_of::<f64>(args, result, grad),
-            _ => self.backward_of::<f32>(args, result, grad),
-        }
+        let wanted: Vec<_> = args.iter().map(|arg| arg.track_op()).collect();
+        self.backward(args, result, grad, &wanted)
     }
 
     fn backward_of<T: Number>(
@@ -102,10 +149,11 @@ impl<F: Fused> Node<F> {
         args: &[&Tensor],
         result: &Tensor,
         grad: &Tensor,
+        wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         let grad = grad.contiguous()?;
-        let wanted: Vec<_> = args.iter().map(|arg| arg.track_op()).collect();
-        let tensors: Vec<&Tensor> = args.iter().copied().chain([result, &grad]).collect();
+        let args: Vec<Tensor> = args.iter().map(|arg| arg.contiguous()).collect::<Result<_>>()?;
+        let tensors: Vec<&Tensor> = args.iter().chain([result, &grad]).collect();
         let held: Vec<_> = tensors.iter().map(|tensor| tensor.storage_and_layout()).collect();
         let views: Vec<View<T>> = held
             .iter()
@@ -115,8 +163,8 @@ impl<F: Fused> Node<F> {
             })
             .collect::<Result<_>>()?;
         let [views @ .., result, grad] = &views[..] else { bail!("no arguments") };
-        let grads = self.0.backward(views, *result, *grad, &wanted)?;
-        let tensors = grads.into_iter().zip(args).map(|(grad, arg)| match grad {
+        let grads = self.0.backward(views, *result, *grad, wanted)?;
+        let tensors = grads.into_iter().zip(&args).map(|(grad, arg)| match grad {
             Some(grad) => Tensor::from_vec(grad, arg.shape(), arg.device()).map(Some),
             None => Ok(None),
         });
@@ -141,7 +189,7 @@ impl<F: Fused> CustomOp1 for Node<F> {
     }
 
     fn bwd(&self, a: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(self.backward(&[a], result, grad)?.swap_remove(0))
+        Ok(self.candles(&[a], result, grad)?.swap_remove(0))
     }
 }
 
@@ -167,7 +215,7 @@ impl<F: Fused> CustomOp2 for Node<F> {
         result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut grads = self.backward(&[a, b], result, grad)?.into_iter();
+        let mut grads = self.candles(&[a, b], result, grad)?.into_iter();
         Ok((grads.next().flatten(), grads.next().flatten()))
     }
 }
@@ -197,7 +245,7 @@ impl<F: Fused> CustomOp3 for Node<F> {
         result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut grads = self.backward(&[a, b, c], result, grad)?.into_iter();
+        let mut grads = self.candles(&[a, b, c], result, grad)?.into_iter();
         Ok((grads.next().flatten(), grads.next().flatten(), grads.next().flatten()))
     }
 }

@@ -2,15 +2,14 @@
 
 use super::fused::{Fused, Number, View, apply, covers};
 use crate::gguf::{Gguf, TensorType, dequantize};
-use crate::kernels::gemm::{Mat, product};
+use crate::kernels::gemm::{Mat, Right, STRIP, pack_columns, pack_row, sum_of_products};
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::any::Any;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// Numbers of a matrix that are decoded at a time: 4 MB of f32.
-const PANEL: usize = 1 << 20;
-/// Rows of a panel that a thread decodes at a time.
+/// Rows that a thread decodes at a time.
 const ROWS: usize = 8;
 
 /// A matrix that is not trained, where its file is mapped: (outputs, inputs) in any type that can be
@@ -50,10 +49,13 @@ impl Frozen {
         self.cols
     }
 
-    /// Panels of rows, from the first to the last.
-    pub fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (all, each) = (self.outputs(), (PANEL / self.cols).max(ROWS));
-        (0..all).step_by(each).map(move |from| from..(from + each).min(all))
+    /// The bytes of columns from `col` on of some rows, row by row.
+    fn bytes(&self, rows: Range<usize>, col: Range<usize>) -> Result<impl Iterator<Item = &[u8]>> {
+        let data = self.file.data(&self.name).map_err(candle_core::Error::wrap)?;
+        let bytes = |cols: usize| self.ty.bytes_for(cols as u64).unwrap_or(0) as usize;
+        let (row, skip, some) = (bytes(self.cols), bytes(col.start), bytes(col.len()));
+        let from = self.rows.start + rows.start;
+        Ok((from..from + rows.len()).map(move |at| &data[at * row + skip..][..some]))
     }
 
     /// (rows, inputs) the numbers of some rows.
@@ -72,31 +74,9 @@ impl Frozen {
         })
     }
 
-    /// (rows, outputs) `x` (rows, inputs) times the matrix.
-    fn forward<T: Number>(&self, x: &[T]) -> Result<Vec<T>> {
-        let (rows, outputs) = (x.len() / self.cols, self.outputs());
-        let mut out = vec![T::ZERO; rows * outputs];
-        let mut weights = Vec::new();
-        for panel in self.panels() {
-            self.decode(panel.clone(), &mut weights)?;
-            let w = Mat::new(&weights, panel.len(), self.cols);
-            product(Mat::new(x, rows, self.cols), w.t(), &mut out, outputs, panel.start, false);
-        }
-        Ok(out)
-    }
-
-    /// (rows, inputs) the gradient of `x`, from that of the result.
-    fn backward<T: Number>(&self, grad: &[T]) -> Result<Vec<T>> {
-        let (rows, outputs) = (grad.len() / self.outputs(), self.outputs());
-        let mut dx = vec![T::ZERO; rows * self.cols];
-        let mut weights = Vec::new();
-        let grad = Mat::new(grad, rows, outputs);
-        for panel in self.panels() {
-            self.decode(panel.clone(), &mut weights)?;
-            let w = Mat::new(&weights, panel.len(), self.cols);
-            product(grad.cols(panel), w, &mut dx, self.cols, 0, true);
-        }
-        Ok(dx)
+    /// (inputs, outputs)
+    pub fn turned(&self) -> Turned<'_> {
+        Turned(self)
     }
 
     /// The whole matrix as a tensor.
@@ -105,6 +85,69 @@ impl Frozen {
         self.decode(0..self.outputs(), &mut values)?;
         let shape = (self.outputs(), self.cols);
         Tensor::from_vec(values, shape, like.device())?.to_dtype(like.dtype())
+    }
+}
+
+/// Decodes some columns of some rows, and hands each row over with its number.
+fn decode_rows<T: Number>(
+    weights: &Frozen,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    mut take: impl FnMut(usize, &[T]),
+) {
+    // Blocks are decoded whole.
+    let block = weights.ty.block_size() as usize;
+    let whole = cols.start / block * block..cols.end.div_ceil(block) * block;
+    let inside = cols.start - whole.start..cols.end - whole.start;
+    let (mut wide, mut row) = (vec![0f32; whole.len()], Vec::with_capacity(cols.len()));
+    let bytes = weights.bytes(rows, whole).expect("the tensor was there when this was made");
+    for (at, bytes) in bytes.enumerate() {
+        dequantize(weights.ty, bytes, &mut wide).expect("its type was checked");
+        row.clear();
+        row.extend(wide[inside.clone()].iter().map(|x| T::of_f32(*x)));
+        take(at, &row);
+    }
+}
+
+impl<T: Number> Right<T> for &Frozen {
+    fn rows(&self) -> usize {
+        self.outputs()
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn pack(&self, rows: Range<usize>, cols: Range<usize>, packed: &mut [T]) {
+        let count = rows.len();
+        decode_rows(self, rows, cols, |at, row| pack_row(row, at, count, packed));
+    }
+}
+
+/// A frozen matrix the other way round: (inputs, outputs).
+pub struct Turned<'a>(&'a Frozen);
+
+impl<T: Number> Right<T> for Turned<'_> {
+    fn rows(&self) -> usize {
+        self.0.cols
+    }
+
+    fn cols(&self) -> usize {
+        self.0.outputs()
+    }
+
+    fn pack(&self, rows: Range<usize>, cols: Range<usize>, packed: &mut [T]) {
+        let depth = rows.len();
+        let mut some = vec![T::ZERO; STRIP * depth];
+        for (strip, packed) in packed.chunks_exact_mut(STRIP * depth).enumerate() {
+            let from = cols.start + strip * STRIP;
+            let cols = from..(from + STRIP).min(cols.end);
+            let count = cols.len() * depth;
+            decode_rows(self.0, cols, rows.clone(), |at, row| {
+                some[at * depth..][..depth].copy_from_slice(row);
+            });
+            pack_columns(&some[..count], depth, packed);
+        }
     }
 }
 
@@ -140,7 +183,8 @@ pub fn lora_linear(
     scale: f64,
 ) -> Result<Tensor> {
     if covers(x) {
-        return apply(LoraLinear { weights: weights.clone(), scale }, &[x, a, b]);
+        let low = Mutex::new(None);
+        return apply(LoraLinear { weights: weights.clone(), scale, low }, &[x, a, b]);
     }
     let low = (x.matmul(&a.t()?)? * scale)?;
     frozen_linear(x, weights)? + low.matmul(&b.t()?)?
@@ -156,7 +200,8 @@ impl Fused for FrozenLinear {
         if cols != self.0.inputs() {
             bail!("{cols} columns, and weights for {}", self.0.inputs());
         }
-        Ok((self.0.forward(args[0].data)?, Shape::from((rows, self.0.outputs()))))
+        let out = sum_of_products(&[(Mat::new(args[0].data, rows, cols), &self.0.turned())]);
+        Ok((out, Shape::from((rows, self.0.outputs()))))
     }
 
     fn backward<T: Number>(
@@ -166,7 +211,10 @@ impl Fused for FrozenLinear {
         grad: View<T>,
         _: &[bool],
     ) -> Result<Vec<Option<Vec<T>>>> {
-        Ok(vec![Some(self.0.backward(grad.data)?)])
+        let (rows, cols) = grad.rows();
+        let frozen: &Frozen = &self.0;
+        let dx = sum_of_products(&[(Mat::new(grad.data, rows, cols), &frozen)]);
+        Ok(vec![Some(dx)])
     }
 }
 
@@ -180,9 +228,8 @@ impl Fused for Linear {
         if cols != inputs {
             bail!("{cols} columns, and weights for {inputs}");
         }
-        let mut out = vec![T::ZERO; rows * outputs];
         let w = Mat::new(args[1].data, outputs, inputs);
-        product(Mat::new(args[0].data, rows, cols), w.t(), &mut out, outputs, 0, false);
+        let out = sum_of_products(&[(Mat::new(args[0].data, rows, cols), &w.t())]);
         Ok((out, Shape::from((rows, outputs))))
     }
 
@@ -195,16 +242,10 @@ impl Fused for Linear {
     ) -> Result<Vec<Option<Vec<T>>>> {
         let ((rows, inputs), (outputs, _)) = (args[0].rows(), args[1].rows());
         let grad = Mat::new(grad.data, rows, outputs);
-        let dx = wanted[0].then(|| {
-            let mut dx = vec![T::ZERO; rows * inputs];
-            product(grad, Mat::new(args[1].data, outputs, inputs), &mut dx, inputs, 0, false);
-            dx
-        });
-        let dw = wanted[1].then(|| {
-            let mut dw = vec![T::ZERO; outputs * inputs];
-            product(grad.t(), Mat::new(args[0].data, rows, inputs), &mut dw, inputs, 0, false);
-            dw
-        });
+        let [x, w] =
+            [Mat::new(args[0].data, rows, inputs), Mat::new(args[1].data, outputs, inputs)];
+        let dx = wanted[0].then(|| sum_of_products(&[(grad, &w)]));
+        let dw = wanted[1].then(|| sum_of_products(&[(grad.t(), &x)]));
         Ok(vec![dx, dw])
     }
 }
@@ -212,17 +253,14 @@ impl Fused for Linear {
 struct LoraLinear {
     weights: Arc<Frozen>,
     scale: f64,
+    /// (rows, rank) `scale x A`, for the way back: a `Vec<T>`.
+    low: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-impl LoraLinear {
-    /// (rows, rank) `scale x A`
-    fn low<T: Number>(&self, x: Mat<T>, a: Mat<T>, rows: usize, rank: usize) -> Vec<T> {
-        let mut low = vec![T::ZERO; rows * rank];
-        product(x, a.t(), &mut low, rank, 0, false);
-        let scale = T::of(self.scale);
-        low.iter_mut().for_each(|x| *x *= scale);
-        low
-    }
+fn scaled<T: Number>(mut x: Vec<T>, by: f64) -> Vec<T> {
+    let by = T::of(by);
+    x.iter_mut().for_each(|x| *x *= by);
+    x
 }
 
 impl Fused for LoraLinear {
@@ -232,18 +270,16 @@ impl Fused for LoraLinear {
         let [x, a, b] = [args[0], args[1], args[2]];
         let ((rows, inputs), (outputs, rank)) = (x.rows(), b.rows());
         if a.dims != [rank, inputs] || outputs != self.weights.outputs() {
-            bail!(
-                "factors {:?} and {:?} for {} by {inputs}",
-                a.dims,
-                b.dims,
-                self.weights.outputs()
-            );
+            let wanted = self.weights.outputs();
+            bail!("factors {:?} and {:?} for {wanted} by {inputs}", a.dims, b.dims);
         }
-        let mut out = self.weights.forward(x.data)?;
-        let low =
-            self.low(Mat::new(x.data, rows, inputs), Mat::new(a.data, rank, inputs), rows, rank);
+        let (x, a) = (Mat::new(x.data, rows, inputs), Mat::new(a.data, rank, inputs));
+        let low = scaled(sum_of_products(&[(x, &a.t())]), self.scale);
         let b = Mat::new(b.data, outputs, rank);
-        product(Mat::new(&low, rows, rank), b.t(), &mut out, outputs, 0, true);
+        let out =
+            sum_of_products(&[(x, &self.weights.turned()), (Mat::new(&low, rows, rank), &b.t())]);
+        let kept: Box<dyn Any + Send> = Box::new(low);
+        *self.low.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
         Ok((out, Shape::from((rows, outputs))))
     }
 
@@ -255,32 +291,24 @@ impl Fused for LoraLinear {
         wanted: &[bool],
     ) -> Result<Vec<Option<Vec<T>>>> {
         let ((rows, inputs), (outputs, rank)) = (args[0].rows(), args[2].rows());
+        let kept = self.low.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(low) = kept.as_ref().and_then(|kept| kept.downcast_ref::<Vec<T>>()) else {
+            bail!("the forward pass was of another type");
+        };
         let x = Mat::new(args[0].data, rows, inputs);
         let a = Mat::new(args[1].data, rank, inputs);
         let b = Mat::new(args[2].data, outputs, rank);
         let g = Mat::new(grad.data, rows, outputs);
         // (rows, rank) the gradient of x A.
-        let mut dlow = vec![T::ZERO; rows * rank];
-        product(g, b, &mut dlow, rank, 0, false);
-        let scale = T::of(self.scale);
-        dlow.iter_mut().for_each(|x| *x *= scale);
+        let dlow = scaled(sum_of_products(&[(g, &b)]), self.scale);
         let dlow = Mat::new(&dlow, rows, rank);
-        let dx = match wanted[0] {
-            true => {
-                let mut dx = self.weights.backward(grad.data)?;
-                product(dlow, a, &mut dx, inputs, 0, true);
-                Some(dx)
-            }
-            false => None,
-        };
+        let frozen: &Frozen = &self.weights;
+        let dx = wanted[0].then(|| sum_of_products(&[(g, &frozen), (dlow, &a)]));
         // As (inputs, rank): the rank is too few rows to share out.
-        let mut across = vec![T::ZERO; inputs * rank];
-        product(x.t(), dlow, &mut across, rank, 0, false);
+        let across = sum_of_products(&[(x.t(), &dlow)]);
         let at = |i: usize| across[i % inputs * rank + i / inputs];
         let da = (0..rank * inputs).map(at).collect();
-        let low = self.low(x, a, rows, rank);
-        let mut db = vec![T::ZERO; outputs * rank];
-        product(g.t(), Mat::new(&low, rows, rank), &mut db, rank, 0, false);
+        let db = sum_of_products(&[(g.t(), &Mat::new(low, rows, rank))]);
         Ok(vec![dx, Some(da), Some(db)])
     }
 }

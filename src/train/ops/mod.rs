@@ -2,13 +2,16 @@
 //! fixed partition, so that the number of threads changes no bit.
 //!
 //! candle's own norms, rotations and softmax cut gradients without a word; these do not. Each is
-//! compared with finite differences in f64 (`tests.rs`); with PyTorch's gradients not yet. On a device
+//! compared with finite differences in f64 (`tests.rs`) and with PyTorch (`torch_tests.rs`). On a device
 //! other than the CPU the same functions are made of candle's simple operations, which no test has
 //! run there.
 //!
 //! | file | what |
 //! |---|---|
 //! | `fused.rs` | from slices to candle's operations and back |
+//! | `tape.rs` | the way back over them |
+//! | `add.rs` | sums |
+//! | `lanes.rs` | sums of a row |
 //! | `norm.rs` | RMSNorm |
 //! | `rope.rs` | rotation |
 //! | `gated.rs` | SiLU or GELU of one half times the other |
@@ -17,15 +20,19 @@
 //! | `linear.rs` | frozen weights as the file has them, trainable ones, LoRA |
 //! | `cross_entropy.rs` | the loss, without all logits at once |
 
+mod add;
 mod attention;
 mod cross_entropy;
 mod embedding;
 mod fused;
 mod gated;
+mod lanes;
 mod linear;
 mod norm;
 mod rope;
+mod tape;
 
+pub use add::{add, add_bias, reshape, scale};
 pub use attention::{Scope, attention};
 pub use cross_entropy::{Head, Losses, Targets, linear_cross_entropy};
 pub use embedding::embedding;
@@ -33,6 +40,9 @@ pub use gated::gated;
 pub use linear::{Frozen, frozen_linear, linear, lora_linear};
 pub use norm::rms_norm;
 pub use rope::{Rotation, rotate};
+pub use tape::{Grads, Tape, record, without_gradients};
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod torch_tests;

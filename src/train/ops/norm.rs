@@ -1,6 +1,7 @@
 //! RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467).
 
 use super::fused::{Fused, Number, View, apply, covers};
+use super::lanes::dot;
 use candle_core::{D, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -82,19 +83,6 @@ impl Fused for RmsNorm {
         let dw = wanted[1].then(|| sum(parts, cols));
         Ok(vec![Some(dx), dw])
     }
-}
-
-/// In sixteen lanes, whatever the length.
-pub fn dot<T: Number>(x: &[T], y: &[T]) -> T {
-    let (xs, ys) = (x.as_chunks::<16>(), y.as_chunks::<16>());
-    let mut lanes = [T::ZERO; 16];
-    for (x, y) in xs.0.iter().zip(ys.0) {
-        for i in 0..16 {
-            lanes[i] = x[i].mul_add(y[i], lanes[i]);
-        }
-    }
-    let rest = xs.1.iter().zip(ys.1).map(|(&x, &y)| x * y).sum::<T>();
-    lanes.into_iter().sum::<T>() + rest
 }
 
 /// Parts of a sum, added in their order.

@@ -1,0 +1,160 @@
+//! Sums, and tensors of another shape: what little a model needs besides the other operations.
+
+use super::fused::{Fused, Number, View, apply, covers};
+use super::tape::{self, Back};
+use candle_core::{Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+const CHUNK: usize = 1 << 14;
+/// Rows whose part of a bias's gradient is added up by one thread.
+const ROWS: usize = 32;
+
+/// `x + y`, of the same shape.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if !covers(x) || !tape::recording() {
+        return x + y;
+    }
+    let out = sum(x, y)?;
+    tape::note(Box::new(Same), &[x, y], &out);
+    Ok(out)
+}
+
+/// `x + y` without a way back.
+pub fn sum(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if x.dims() != y.dims() {
+        bail!("{:?} and {:?} cannot be added", x.dims(), y.dims());
+    }
+    if covers(x) { super::fused::plain(Add, &[x, y]) } else { x + y }
+}
+
+/// The same numbers in another shape.
+///
+/// # Errors
+/// If it holds another number of them.
+pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
+    let shape = shape.into();
+    if !covers(x) || !tape::recording() {
+        return x.reshape(shape);
+    }
+    let out = x.detach().reshape(shape)?;
+    tape::note(Box::new(Same), &[x], &out);
+    Ok(out)
+}
+
+/// `x` (rows, columns) and `bias` (columns) in every row.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    if covers(x) { apply(Bias, &[x, bias]) } else { x.broadcast_add(bias) }
+}
+
+/// `x` times a number.
+///
+/// # Errors
+/// If memory gives out.
+pub fn scale(x: &Tensor, by: f64) -> Result<Tensor> {
+    if covers(x) { apply(Scale(by), &[x]) } else { x * by }
+}
+
+/// Gradients pass as they are.
+struct Same;
+
+impl Back for Same {
+    fn back(
+        &self,
+        args: &[&Tensor],
+        _: &Tensor,
+        grad: &Tensor,
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        args.iter().map(|arg| grad.reshape(arg.shape()).map(Some)).collect()
+    }
+}
+
+struct Add;
+
+impl Fused for Add {
+    const NAME: &'static str = "add";
+
+    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
+        let [x, y] = [args[0], args[1]];
+        let sums = x.data.par_iter().zip(y.data).with_min_len(CHUNK).map(|(&x, &y)| x + y);
+        Ok((sums.collect(), Shape::from(x.dims)))
+    }
+
+    fn backward<T: Number>(
+        &self,
+        _: &[View<T>],
+        _: View<T>,
+        _: View<T>,
+        _: &[bool],
+    ) -> Result<Vec<Option<Vec<T>>>> {
+        bail!("sums are passed by their gradients")
+    }
+}
+
+struct Bias;
+
+impl Fused for Bias {
+    const NAME: &'static str = "add_bias";
+
+    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
+        let [x, bias] = [args[0], args[1]];
+        if x.rows().1 != bias.data.len() {
+            bail!("{:?} and a bias of {}", x.dims, bias.data.len());
+        }
+        let mut out = x.data.to_vec();
+        out.par_chunks_mut(bias.data.len()).with_min_len(ROWS).for_each(|row| {
+            row.iter_mut().zip(bias.data).for_each(|(x, &bias)| *x += bias);
+        });
+        Ok((out, Shape::from(x.dims)))
+    }
+
+    fn backward<T: Number>(
+        &self,
+        args: &[View<T>],
+        _: View<T>,
+        grad: View<T>,
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Vec<T>>>> {
+        let cols = args[1].data.len();
+        let dbias = wanted[1].then(|| {
+            let parts = grad.data.par_chunks(ROWS * cols).map(|rows| {
+                let mut sum = vec![T::ZERO; cols];
+                for row in rows.chunks_exact(cols) {
+                    sum.iter_mut().zip(row).for_each(|(sum, &g)| *sum += g);
+                }
+                sum
+            });
+            super::norm::sum(parts.collect(), cols)
+        });
+        Ok(vec![wanted[0].then(|| grad.data.to_vec()), dbias])
+    }
+}
+
+struct Scale(f64);
+
+impl Fused for Scale {
+    const NAME: &'static str = "scale";
+
+    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
+        let by = T::of(self.0);
+        let scaled = args[0].data.par_iter().with_min_len(CHUNK).map(|&x| x * by);
+        Ok((scaled.collect(), Shape::from(args[0].dims)))
+    }
+
+    fn backward<T: Number>(
+        &self,
+        _: &[View<T>],
+        _: View<T>,
+        grad: View<T>,
+        _: &[bool],
+    ) -> Result<Vec<Option<Vec<T>>>> {
+        let by = T::of(self.0);
+        Ok(vec![Some(grad.data.par_iter().with_min_len(CHUNK).map(|&x| x * by).collect())])
+    }
+}

@@ -1,0 +1,47 @@
+//! Sums and the like of a row, in sixteen lanes: as vectors, and in one order whatever the length.
+
+use super::fused::Number;
+use crate::kernels::real::Real;
+
+/// The sum of products.
+pub fn dot<T: Number>(x: &[T], y: &[T]) -> T {
+    let (xs, ys) = (x.as_chunks::<16>(), y.as_chunks::<16>());
+    let mut lanes = [T::ZERO; 16];
+    for (x, y) in xs.0.iter().zip(ys.0) {
+        for i in 0..16 {
+            lanes[i] = x[i].mul_add(y[i], lanes[i]);
+        }
+    }
+    let rest = xs.1.iter().zip(ys.1).map(|(&x, &y)| x * y).sum::<T>();
+    lanes.into_iter().sum::<T>() + rest
+}
+
+/// The largest; -∞ of none.
+pub fn most<T: Number>(x: &[T]) -> T {
+    let (xs, rest) = x.as_chunks::<16>();
+    let mut lanes = [T::NEG_INFINITY; 16];
+    for x in xs {
+        for i in 0..16 {
+            lanes[i] = lanes[i].most(x[i]);
+        }
+    }
+    lanes.iter().chain(rest).fold(T::NEG_INFINITY, |most, &x| most.most(x))
+}
+
+/// Numbers become `exp(x - from)`; returns their sum.
+pub fn exp_from<T: Number>(x: &mut [T], from: T) -> T {
+    let (xs, rest) = x.as_chunks_mut::<16>();
+    let mut lanes = [T::ZERO; 16];
+    for x in xs {
+        for i in 0..16 {
+            x[i] = Real::exp(x[i] - from);
+            lanes[i] += x[i];
+        }
+    }
+    let mut total = lanes.into_iter().sum::<T>();
+    for x in rest {
+        *x = Real::exp(*x - from);
+        total += *x;
+    }
+    total
+}

@@ -1,0 +1,153 @@
+//! The way back over operations, without candle's.
+//!
+//! candle makes zeros for every gradient and adds to them, which costs more than most operations. Here
+//! the first gradient of a tensor is taken as it is, and what an operation kept is dropped as soon as
+//! its gradients are there. Operations on devices other than the CPU leave the way back to candle.
+
+use super::fused::{Fused, Node, covers};
+use candle_core::{Result, Tensor, TensorId, bail};
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+
+/// Gradients of variables, and of tensors that are nobody's result.
+pub type Grads = HashMap<TensorId, Tensor>;
+
+/// How gradients pass an operation.
+pub trait Back {
+    /// Those of the arguments that are wanted.
+    fn back(
+        &self,
+        args: &[&Tensor],
+        result: &Tensor,
+        grad: &Tensor,
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>>;
+}
+
+struct Entry {
+    op: Box<dyn Back>,
+    args: Vec<Tensor>,
+    wanted: Vec<bool>,
+    result: Tensor,
+}
+
+/// What was computed from tensors that are trained, in order.
+#[derive(Default)]
+pub struct Tape {
+    entries: Vec<Entry>,
+    tracked: HashSet<TensorId>,
+    /// Nothing is written down: no gradient is asked for.
+    off: bool,
+}
+
+thread_local! {
+    /// The tapes that are being written on this thread: the last one counts.
+    static TAPES: RefCell<Vec<Tape>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs `f`, writing down what it computes from variables and from the tensors `from`.
+///
+/// # Errors
+/// Those of `f`.
+pub fn record<R>(from: &[&Tensor], f: impl FnOnce() -> Result<R>) -> Result<(R, Tape)> {
+    let tracked = from.iter().map(|tensor| tensor.id()).collect();
+    let (result, tape) = with(Tape { tracked, ..Tape::default() }, f);
+    Ok((result?, tape))
+}
+
+/// Runs `f`, whose result nobody wants to go back from.
+pub fn without_gradients<R>(f: impl FnOnce() -> R) -> R {
+    with(Tape { off: true, ..Tape::default() }, f).0
+}
+
+fn with<R>(tape: Tape, f: impl FnOnce() -> R) -> (R, Tape) {
+    TAPES.with_borrow_mut(|tapes| tapes.push(tape));
+    let result = f();
+    (result, TAPES.with_borrow_mut(Vec::pop).unwrap_or_default())
+}
+
+/// Whether a tensor's gradient is asked for.
+pub fn tracked(tensor: &Tensor) -> bool {
+    TAPES.with_borrow(|tapes| match tapes.last() {
+        Some(tape) => !tape.off && (tensor.is_variable() || tape.tracked.contains(&tensor.id())),
+        None => tensor.track_op(),
+    })
+}
+
+/// Whether a tape is being written on this thread.
+pub fn recording() -> bool {
+    TAPES.with_borrow(|tapes| !tapes.is_empty())
+}
+
+/// Writes an operation down, if the gradient of any argument is asked for.
+pub fn note(op: Box<dyn Back>, args: &[&Tensor], result: &Tensor) {
+    let wanted: Vec<bool> = args.iter().map(|arg| tracked(arg)).collect();
+    if !wanted.contains(&true) {
+        return;
+    }
+    TAPES.with_borrow_mut(|tapes| {
+        if let Some(tape) = tapes.last_mut() {
+            tape.tracked.insert(result.id());
+            let args = args.iter().map(|arg| (*arg).clone()).collect();
+            tape.entries.push(Entry { op, args, wanted, result: result.clone() });
+        }
+    });
+}
+
+impl Tape {
+    /// The gradients of `out`, whose own is `grad`, or one.
+    ///
+    /// # Errors
+    /// If an operation has no way back, or memory gives out.
+    pub fn backward(self, out: &Tensor, grad: Option<&Tensor>) -> Result<Grads> {
+        let grad = match grad {
+            Some(grad) => grad.clone(),
+            None => out.ones_like()?,
+        };
+        if !covers(out) {
+            return Self::candles(out, &grad);
+        }
+        let mut grads = Grads::from([(out.id(), grad)]);
+        for Entry { op, args, wanted, result } in self.entries.into_iter().rev() {
+            let Some(grad) = grads.remove(&result.id()) else { continue };
+            let refs: Vec<&Tensor> = args.iter().collect();
+            let found = op.back(&refs, &result, &grad, &wanted)?;
+            for (arg, grad) in args.iter().zip(found).zip(&wanted).filter_map(given) {
+                let sum = match grads.remove(&arg.id()) {
+                    Some(sum) => super::add::sum(&sum, &grad)?,
+                    None => grad,
+                };
+                grads.insert(arg.id(), sum);
+            }
+        }
+        Ok(grads)
+    }
+
+    /// On a device where operations are made of candle's.
+    fn candles(out: &Tensor, grad: &Tensor) -> Result<Grads> {
+        let store = (out * grad)?.sum_all()?.backward()?;
+        let each = store.get_ids().map(|&id| match store.get_id(id) {
+            Some(grad) => Ok((id, grad.clone())),
+            None => bail!("a gradient is missing"),
+        });
+        each.collect()
+    }
+}
+
+fn given<'a>(
+    ((arg, grad), wanted): ((&'a Tensor, Option<Tensor>), &bool),
+) -> Option<(&'a Tensor, Tensor)> {
+    grad.filter(|_| *wanted).map(|grad| (arg, grad))
+}
+
+impl<F: Fused> Back for Node<F> {
+    fn back(
+        &self,
+        args: &[&Tensor],
+        result: &Tensor,
+        grad: &Tensor,
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        self.backward(args, result, grad, wanted)
+    }
+}
