@@ -2,7 +2,8 @@
 //!
 //! A job's process has the lowest priority, but two cores are two cores: what it does between two
 //! tokens of a request costs that request its cache and its place. So it is halted (SIGSTOP) while
-//! requests run, and gets a slice now and then, so that it still moves under lasting load.
+//! requests run, and gets a tenth of the time in slices, so that it still moves under lasting load.
+//! (Priority alone: p99 between tokens 1.2 to 1.6 times as long; see NOTES.md.)
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ const QUIET: Duration = Duration::from_millis(100);
 /// Under lasting load a job runs for this long …
 const SLICE: Duration = Duration::from_millis(100);
 /// … after having waited for this long.
-const WAIT: Duration = Duration::from_millis(10_000);
+const WAIT: Duration = Duration::from_millis(900);
 
 /// Whether the process may run, decided again at every look.
 #[derive(Debug)]
@@ -68,6 +69,6 @@ mod tests {
             last = ms;
             runs = courtesy.look(true, at(ms)).unwrap_or(runs);
         }
-        assert!((400..=1_000).contains(&ran), "{ran} ms of 60 s");
+        assert!((4_000..=8_000).contains(&ran), "{ran} ms of 60 s");
     }
 }
