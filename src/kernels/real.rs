@@ -126,6 +126,7 @@ impl Real for f32 {
             _ => plain(rows),
         }
     }
+    // SAFETY: what the trait asks of the caller is what both ways need.
     #[inline(always)]
     unsafe fn turn(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
         // SAFETY: the caller's promise, and the CPU was asked.
