@@ -21,6 +21,7 @@ const SERIES: &[(&str, &str)] = &[
     ("ingot_prompt_tokens_total", "counter"),
     ("ingot_prompt_tokens_cached_total", "counter"),
     ("ingot_generation_tokens_total", "counter"),
+    ("ingot_jobs", "gauge"),
     ("ingot_kv_cache_usage_ratio", "gauge"),
     ("ingot_kv_pages", "gauge"),
     ("ingot_prefix_cache_queries_total", "counter"),
@@ -53,6 +54,7 @@ const UNITS: &[&str] = &[
     "_waiting",
     "_resident",
     "_size",
+    "_jobs",
 ];
 
 #[test]
