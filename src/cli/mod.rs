@@ -30,7 +30,7 @@ use crate::gateway::ServeError;
 use crate::gateway::store::{BadRef, PullError, StoreError};
 use clap::{Parser, Subcommand};
 
-/// One binary that serves any GGUF model through an OpenAI-compatible API.
+/// One binary that serves, fine-tunes and pretrains models, through an OpenAI-compatible API.
 #[derive(Debug, Parser)]
 #[command(name = "ingot", version, about, max_term_width = 100)]
 pub struct Cli {
