@@ -3,15 +3,12 @@
 use super::{Screen, located};
 use crate::cli::{CliError, PullBar};
 use crate::config::{ByteSize, HubAccess};
+use crate::gateway::jobs::rows;
 use crate::gateway::memory::available;
-use crate::gateway::store::{
-    ModelRef, PulledModel, Store, StoredAdapter, StoredModel, ensure, hex,
-};
+use crate::gateway::store::{ModelRef, PulledModel, Store, ensure, hex};
 use crate::gguf::Gguf;
 use crate::train::data::check;
-use crate::train::job::{
-    self, Artifact, ArtifactKind, Folder, Follower, Needs, Order, Outcome, now,
-};
+use crate::train::job::{self, Artifact, ArtifactKind, Folder, Follower, Needs, Order, Outcome};
 use crate::train::spec::{Kind, Resolved, Spec};
 use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
@@ -198,30 +195,12 @@ async fn follow(folder: &Folder, settings: &Resolved) -> Result<bool, CliError> 
 
 /// Lists what was made in the store, where `ingot serve` finds it.
 fn list(store: &Store, order: &Order, artifacts: &[Artifact]) -> Result<(), CliError> {
-    let inside = Path::new("jobs").join(&order.id);
-    let created_at = now() as i64;
-    for made in artifacts {
-        match made.kind {
-            ArtifactKind::Adapter => store.put_adapter(&StoredAdapter {
-                name: order.name.clone(),
-                base_model: order.spec.model.clone().unwrap_or_default(),
-                file: inside.join(&made.file),
-                format: "gguf".into(),
-                sha256: made.sha256.clone(),
-                bytes: made.bytes,
-                scale: 1.0,
-                created_at,
-            })?,
-            ArtifactKind::Model => store.put_model(&StoredModel {
-                name: order.name.clone(),
-                file: inside.join(&made.file),
-                sha256: made.sha256.clone(),
-                bytes: made.bytes,
-                source: format!("job:{}", order.id),
-                created_at,
-            })?,
-            _ => {}
-        }
+    let (adapter, model) = rows(order, artifacts);
+    if let Some(adapter) = adapter {
+        store.put_adapter(&adapter)?;
+    }
+    if let Some(model) = model {
+        store.put_model(&model)?;
     }
     Ok(())
 }

@@ -22,7 +22,7 @@ mod tests;
 
 pub use admit::NewJob;
 pub(in crate::gateway) use admit::new_id;
-pub use publish::checkpoint_name;
+pub use publish::{checkpoint_name, rows};
 
 use crate::config::ServeConfig;
 use crate::gateway::error::ApiError;

@@ -99,24 +99,7 @@ impl Jobs {
                 created_at: now(),
             });
         }
-        let adapter = find(ArtifactKind::Adapter).map(|found| StoredAdapter {
-            name: order.name.clone(),
-            base_model: order.spec.model.clone().unwrap_or_default(),
-            file: inside.join(&found.file),
-            format: "gguf".into(),
-            sha256: found.sha256.clone(),
-            bytes: found.bytes,
-            scale: 1.0,
-            created_at: now(),
-        });
-        let model = find(ArtifactKind::Model).map(|found| StoredModel {
-            name: order.name.clone(),
-            file: inside.join(&found.file),
-            sha256: found.sha256.clone(),
-            bytes: found.bytes,
-            source: format!("job:{}", job.id),
-            created_at: now(),
-        });
+        let (adapter, model) = rows(order, made);
         let artifacts = made.iter().map(artifact).collect();
         Ok(Products { trained_tokens, artifacts, results, adapter, model })
     }
@@ -172,6 +155,31 @@ impl Jobs {
             }
         }
     }
+}
+
+/// The adapter and the model among what a job made, as the store lists them.
+pub fn rows(order: &Order, made: &[Artifact]) -> (Option<StoredAdapter>, Option<StoredModel>) {
+    let inside = Path::new("jobs").join(&order.id);
+    let find = |kind| made.iter().find(|artifact| artifact.kind == kind);
+    let adapter = find(ArtifactKind::Adapter).map(|found| StoredAdapter {
+        name: order.name.clone(),
+        base_model: order.spec.model.clone().unwrap_or_default(),
+        file: inside.join(&found.file),
+        format: "gguf".into(),
+        sha256: found.sha256.clone(),
+        bytes: found.bytes,
+        scale: 1.0,
+        created_at: now(),
+    });
+    let model = find(ArtifactKind::Model).map(|found| StoredModel {
+        name: order.name.clone(),
+        file: inside.join(&found.file),
+        sha256: found.sha256.clone(),
+        bytes: found.bytes,
+        source: format!("job:{}", order.id),
+        created_at: now(),
+    });
+    (adapter, model)
 }
 
 /// What requests call an adapter as it was at a checkpoint.
