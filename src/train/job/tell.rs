@@ -32,8 +32,6 @@ impl Teller<'_> {
 
     pub(super) fn tell(&mut self, event: Event) -> Result<(), Ended> {
         match event {
-            // Ours tells more.
-            Event::Data { .. } => {}
             // It has trained nothing yet.
             Event::Checkpoint { step: 0 } | Event::Resumed { step: 0 } => {}
             Event::Resumed { step } => {

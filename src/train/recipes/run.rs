@@ -2,7 +2,7 @@
 
 use crate::gguf::GgufError;
 use crate::train::checkpoint::{CheckpointError, Checkpoints};
-use crate::train::data::{Cursor, DataError, Report};
+use crate::train::data::{Cursor, DataError};
 use crate::train::model::{Batch, Gradients, Model};
 use crate::train::optim::Optimization;
 use crate::train::spec::Resolved;
@@ -40,11 +40,6 @@ pub enum TrainError {
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Event {
-    Data {
-        train: Report,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        validation: Option<Report>,
-    },
     Resumed {
         step: u64,
     },
