@@ -3,11 +3,10 @@
 use ingot::gguf::fixture::TinyDecoder;
 use ingot::train::job::{DISK_FULL, DONE, Folder, Follower, JobEvent, Order, Outcome, STOPPED};
 use ingot::train::spec::Spec;
-use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Points at which a job is killed.
 const KILLS: u64 = 50;
@@ -67,39 +66,56 @@ fn result(job: &Folder) -> (Vec<u8>, String) {
 #[test]
 fn a_job_that_is_killed_at_fifty_points_ends_with_the_same_bits() {
     let folder = tempfile::tempdir().expect("a folder");
+    let hook = Hook::new(folder.path());
     let whole = job(&folder.path().join("whole"));
-    let begun = Instant::now();
-    assert_eq!(finish(&whole, &[]), Some(DONE));
-    let took = begun.elapsed();
-    let cut = job(&folder.path().join("cut"));
-    let (mut killed, mut seed) = (0, 1u64);
-    while killed < KILLS {
-        let mut child = start(&cut, &[]);
-        // Anywhere from its first moment to a share of its time: most die within a few steps.
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let share = (seed >> 33) as f64 / f64::from(1u32 << 31);
-        std::thread::sleep(took.mul_f64(0.02 + 0.25 * share));
-        child.kill().expect("killed");
-        let status = child.wait().expect("gone");
-        killed += 1;
-        if status.signal().is_none() {
-            // It was faster: there is nothing left to kill.
-            break;
-        }
-    }
-    assert!(killed > 10, "it ended after {killed} kills");
-    assert_eq!(finish(&cut, &[]), Some(DONE));
-    assert_eq!(result(&whole), result(&cut));
-    let steps = |job: &Folder| -> Vec<_> {
-        let entries = Follower::new(job.events(), 0).read().expect("readable");
-        entries.iter().filter(|entry| matches!(entry.event, JobEvent::Step(_))).count();
-        let step = |event: &JobEvent| match event {
-            JobEvent::Step(step) => Some((step.step, step.loss.to_bits())),
-            _ => None,
-        };
-        entries.iter().filter_map(|entry| step(&entry.event)).collect()
+    let changes = folder.path().join("changes");
+    let env = [("HOOK_COUNT", changes.to_str().expect("UTF-8"))];
+    assert_eq!(finish(&whole, &hook.env(&whole, &env)), Some(DONE));
+    let count = std::fs::read_to_string(&changes).expect("counted");
+    let count: u64 = count.trim().parse().expect("a number");
+    assert!(count > 2 * KILLS, "{count} changes to files");
+
+    let compare = |cut: &Folder| {
+        assert_eq!(result(&whole), result(cut));
+        assert_eq!(told(&whole), told(cut), "every step is told once");
     };
-    assert_eq!(steps(&whole), steps(&cut), "every step is told once");
+    let new = |number: u64| job(&folder.path().join(format!("cut-{number}")));
+    // Half of them spread over the whole of a job, half one after the other in its middle, where
+    // they meet every step of writing a checkpoint. A job is killed again and again until it is
+    // done before the point, and then it is the next one's turn.
+    let spread = (0..KILLS / 2).map(|i| i * count / (KILLS / 2));
+    let dense = (0..KILLS / 2).map(|i| count / 2 + i);
+    let mut cut = new(0);
+    for (number, point) in spread.chain(dense).enumerate() {
+        if kill(&hook, &cut, point) {
+            continue;
+        }
+        compare(&cut);
+        cut = new(number as u64 + 1);
+        assert!(kill(&hook, &cut, point), "it ends before change {point} of {count}");
+    }
+    assert_eq!(finish(&cut, &[]), Some(DONE));
+    compare(&cut);
+}
+
+/// Runs a job that is killed by signal 9 before its n-th change to its files, or, if that is a
+/// write, after half of it. Whether it came so far.
+fn kill(hook: &Hook, job: &Folder, point: u64) -> bool {
+    let mut child = start(job, &hook.env(job, &[("HOOK_KILL", &point.to_string())]));
+    let _leash = child.stdin.take();
+    let status = child.wait().expect("gone");
+    assert!(status.signal() == Some(9) || status.code() == Some(i32::from(DONE)), "{status}");
+    status.signal().is_some()
+}
+
+/// The steps that a job told of, with the bits of their losses.
+fn told(job: &Folder) -> Vec<(u64, u64)> {
+    let entries = Follower::new(job.events(), 0).read().expect("readable");
+    let step = |event: &JobEvent| match event {
+        JobEvent::Step(step) => Some((step.step, step.loss.to_bits())),
+        _ => None,
+    };
+    entries.iter().filter_map(|entry| step(&entry.event)).collect()
 }
 
 #[test]
@@ -109,8 +125,8 @@ fn a_job_leaves_when_it_is_told_to_or_left_alone() {
     for alone in [false, true] {
         let mut child = start(&job, &[]);
         let stdin = child.stdin.take();
-        let before = steps(&job);
-        while steps(&job) < before + 2 {
+        let before = told(&job).len();
+        while told(&job).len() < before + 2 {
             assert!(child.try_wait().expect("known").is_none(), "it ended early");
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -124,12 +140,7 @@ fn a_job_leaves_when_it_is_told_to_or_left_alone() {
         assert_eq!(status.code(), Some(i32::from(STOPPED)));
     }
     let newest = newest_checkpoint(&job);
-    assert_eq!(newest, steps(&job) as u64, "the last step is saved");
-}
-
-fn steps(job: &Folder) -> usize {
-    let entries = Follower::new(job.events(), 0).read().expect("readable");
-    entries.iter().filter(|entry| matches!(entry.event, JobEvent::Step(_))).count()
+    assert_eq!(newest, told(&job).len() as u64, "the last step is saved");
 }
 
 fn newest_checkpoint(job: &Folder) -> u64 {
@@ -138,60 +149,105 @@ fn newest_checkpoint(job: &Folder) -> u64 {
     entries.filter_map(|entry| step(entry.file_name().to_str()?)).max().unwrap_or(0)
 }
 
-/// A library that makes writes below a folder fail for lack of room from the n-th on.
-fn full_disk(folder: &Path) -> PathBuf {
-    let source = folder.join("full.c");
-    let library = folder.join("full.so");
-    let mut file = std::fs::File::create(&source).expect("made");
-    file.write_all(
-        br#"
-        #define _GNU_SOURCE
-        #include <dlfcn.h>
-        #include <errno.h>
-        #include <stdio.h>
-        #include <stdlib.h>
-        #include <string.h>
-        #include <unistd.h>
-        static long left = -1;
-        static const char *folder;
-        static int full(int fd) {
-            char link[64], path[4096];
-            if (left < 0) {
-                folder = getenv("FULL_BELOW");
-                const char *text = getenv("FULL_AFTER");
-                left = text ? atol(text) : 1L << 40;
-            }
-            snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-            ssize_t length = readlink(link, path, sizeof path - 1);
-            if (length < 0 || !folder) return 0;
-            path[length] = 0;
-            if (strncmp(path, folder, strlen(folder)) || strstr(path, "log.txt")) return 0;
-            if (left > 0) { left--; return 0; }
-            errno = ENOSPC;
-            return 1;
-        }
-        ssize_t write(int fd, const void *bytes, size_t count) {
-            static ssize_t (*next)(int, const void *, size_t);
-            if (!next) next = dlsym(RTLD_NEXT, "write");
-            return full(fd) ? -1 : next(fd, bytes, count);
-        }
-        "#,
-    )
-    .expect("written");
-    let made = Command::new("cc")
-        .args(["-shared", "-fPIC", "-O1", "-o"])
-        .args([&library, &source])
-        .arg("-ldl")
-        .status()
-        .expect("a C compiler, which the build needs too");
-    assert!(made.success());
-    library
+/// A library that is loaded before the C library and stands in front of what changes files below a
+/// folder: it counts, kills the process at one of the changes, or lets writes fail for lack of room.
+struct Hook(PathBuf);
+
+impl Hook {
+    fn new(folder: &Path) -> Self {
+        let (source, library) = (folder.join("hook.c"), folder.join("hook.so"));
+        std::fs::write(&source, HOOK).expect("written");
+        let made = Command::new("cc")
+            .args(["-shared", "-fPIC", "-O1", "-o"])
+            .args([&library, &source])
+            .arg("-ldl")
+            .status()
+            .expect("a C compiler, which the build needs too");
+        assert!(made.success());
+        Self(library)
+    }
+
+    fn env<'a>(&'a self, job: &'a Folder, more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
+        let below = job.path().to_str().expect("UTF-8");
+        let own = [("LD_PRELOAD", self.0.to_str().expect("UTF-8")), ("HOOK_BELOW", below)];
+        own.into_iter().chain(more.iter().copied()).collect()
+    }
 }
+
+const HOOK: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+static long writes, changes;
+static long number(const char *name) {
+    const char *text = getenv(name);
+    return text ? atol(text) : -1;
+}
+static int below(const char *path) {
+    const char *folder = getenv("HOOK_BELOW");
+    return folder && !strncmp(path, folder, strlen(folder)) && !strstr(path, "log.txt");
+}
+static int open_below(int fd) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length < 0) return 0;
+    path[length] = 0;
+    return below(path);
+}
+static int last(void) { return changes++ == number("HOOK_KILL"); }
+static void change(int counts) { if (counts && last()) raise(SIGKILL); }
+__attribute__((destructor)) static void count(void) {
+    const char *path = getenv("HOOK_COUNT");
+    FILE *file = path ? fopen(path, "w") : NULL;
+    if (file) { fprintf(file, "%ld\n", changes); fclose(file); }
+}
+#define NEXT(result, name, ...) \
+    static result (*next)(__VA_ARGS__); \
+    if (!next) next = dlsym(RTLD_NEXT, #name)
+ssize_t write(int fd, const void *bytes, size_t size) {
+    NEXT(ssize_t, write, int, const void *, size_t);
+    if (!open_below(fd)) return next(fd, bytes, size);
+    if (last()) { next(fd, bytes, size / 2); raise(SIGKILL); }
+    if (writes++ >= number("HOOK_FULL") && number("HOOK_FULL") >= 0) { errno = ENOSPC; return -1; }
+    return next(fd, bytes, size);
+}
+int fsync(int fd) { NEXT(int, fsync, int); change(open_below(fd)); return next(fd); }
+int fdatasync(int fd) { NEXT(int, fdatasync, int); change(open_below(fd)); return next(fd); }
+int rename(const char *from, const char *to) {
+    NEXT(int, rename, const char *, const char *);
+    change(below(to));
+    return next(from, to);
+}
+int mkdir(const char *path, mode_t mode) {
+    NEXT(int, mkdir, const char *, mode_t);
+    change(below(path));
+    return next(path, mode);
+}
+int unlink(const char *path) { NEXT(int, unlink, const char *); change(below(path)); return next(path); }
+int unlinkat(int fd, const char *path, int flags) {
+    NEXT(int, unlinkat, int, const char *, int);
+    change(open_below(fd));
+    return next(fd, path, flags);
+}
+int rmdir(const char *path) { NEXT(int, rmdir, const char *); change(below(path)); return next(path); }
+int ftruncate64(int fd, off64_t size) {
+    NEXT(int, ftruncate64, int, off64_t);
+    change(open_below(fd));
+    return next(fd, size);
+}
+"#;
 
 #[test]
 fn a_full_disk_stops_a_job_and_spoils_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
-    let library = full_disk(folder.path());
+    let hook = Hook::new(folder.path());
     let whole = job(&folder.path().join("whole"));
     assert_eq!(finish(&whole, &[]), Some(DONE));
     let mut stopped = 0;
@@ -200,13 +256,8 @@ fn a_full_disk_stops_a_job_and_spoils_nothing() {
         let after = number + number * number / 4;
         let name = format!("cut-{after}");
         let cut = job(&folder.path().join(name));
-        let (after, below) = (after.to_string(), cut.path().display().to_string());
-        let full = [
-            ("LD_PRELOAD", library.to_str().expect("UTF-8")),
-            ("FULL_BELOW", below.as_str()),
-            ("FULL_AFTER", after.as_str()),
-        ];
-        let code = finish(&cut, &full);
+        let after = after.to_string();
+        let code = finish(&cut, &hook.env(&cut, &[("HOOK_FULL", &after)]));
         if code == Some(DONE) {
             break;
         }
