@@ -8,7 +8,7 @@
 use ingot::gguf::fixture::TinyDecoder;
 use ingot::gguf::{Gguf, Target};
 use ingot::train::data::Encoded;
-use ingot::train::model::{Batch, Gradients, Lora, Model, Training};
+use ingot::train::model::{Batch, Gradients, Lora, Model, Pass, Training};
 use ingot::train::optim::{Optimization, Optimizer};
 use std::path::Path;
 use std::sync::Arc;
@@ -33,7 +33,14 @@ fn shape(args: &[String], folder: &Path) -> Result<Shape, Error> {
     let number = |at: usize, or: u32| args.get(at).map_or(Ok(or), |text| text.parse());
     let all =
         [Target::Q, Target::K, Target::V, Target::Output, Target::Gate, Target::Up, Target::Down];
-    let lora = Lora { rank: 16, alpha: 32.0, targets: all.into(), rank_stabilized: false, seed: 1 };
+    let lora = Lora {
+        rank: 16,
+        alpha: 32.0,
+        targets: all.into(),
+        rank_stabilized: false,
+        dropout: 0.0,
+        seed: 1,
+    };
     match args {
         [kind, ..] if kind == "nano" => {
             let path = folder.join("nano.gguf");
@@ -91,7 +98,8 @@ fn main() -> Result<(), Error> {
         let batch = Batch::of(rows.iter());
         let (begun, cpu) = (Instant::now(), cpu_seconds());
         let mut gradients = Gradients::default();
-        let losses = model.train(&batch, false, &mut gradients)?;
+        let losses =
+            model.train(&batch, Pass { number: step.into(), checkpoint: false }, &mut gradients)?;
         let gradients = gradients.take(model.params())?;
         let count = f64::from(tokens) * rows.len() as f64;
         optimization.step(model.params(), &gradients, count, 2e-4, 1.0)?;

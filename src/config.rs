@@ -114,11 +114,16 @@ pub struct LimitConfig {
     pub body_limit: usize,
 }
 
+/// Of memory, available while a job runs: with less the system is about to kill somebody.
+const JOB_MEMORY_RESERVE: u64 = 192 << 20;
+
 /// Training jobs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct JobConfig {
     /// At the same time.
     pub max_running: u32,
+    /// With fewer bytes of memory available a job is paused.
+    pub memory_reserve: u64,
 }
 
 /// What is logged, and how.
@@ -232,7 +237,10 @@ impl ServeOptions {
             request_timeout: time("request-timeout", self.request_timeout, 600)?,
             body_limit: self.resolve_body_limit()?,
         };
-        let jobs = JobConfig { max_running: self.max_running_jobs.map_or(1, NonZeroU32::get) };
+        let jobs = JobConfig {
+            max_running: self.max_running_jobs.map_or(1, NonZeroU32::get),
+            memory_reserve: self.job_memory_reserve.map_or(JOB_MEMORY_RESERVE, |size| size.0),
+        };
         let log = LogConfig {
             format: self.log_format.unwrap_or(LogFormat::Text),
             level: self.log_level.unwrap_or_else(|| "info".to_owned()),

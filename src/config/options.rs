@@ -228,6 +228,10 @@ pub struct ServeOptions {
     #[arg(long, value_name = "N", env = "INGOT_MAX_RUNNING_JOBS", help_heading = "Jobs")]
     pub max_running_jobs: Option<NonZeroU32>,
 
+    /// A job is paused when less memory than this is available [default: 192MiB]
+    #[arg(long, value_name = "SIZE", env = "INGOT_JOB_MEMORY_RESERVE", help_heading = "Jobs")]
+    pub job_memory_reserve: Option<ByteSize>,
+
     /// Time that a step of the mock runner takes, in microseconds
     #[arg(long, env = "INGOT_MOCK_STEP_US", hide = true)]
     pub mock_step_us: Option<u64>,
@@ -271,7 +275,7 @@ impl ServeOptions {
                 max_concurrent_per_key, share_prefixes, request_timeout, body_limit, queue_limit,
                 context_length, kv_tokens, kv_type, kv_layout, max_sequences, batch_tokens,
                 threads, gpu_layers, runner, flash_attention, mmap, target_step_ms, speculate,
-                draft_model, watchdog, max_loaded_models, memory_budget, max_running_jobs, mock_step_us, log_format, log_level, log_prompts;
+                draft_model, watchdog, max_loaded_models, memory_budget, max_running_jobs, job_memory_reserve, mock_step_us, log_format, log_level, log_prompts;
             lists: models, allowed_host, api_key, adapter,
         )
     }

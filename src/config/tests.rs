@@ -43,13 +43,14 @@ fn defaults_are_the_documented_ones() {
 #[test]
 fn flag_beats_file_beats_default() {
     let text = "port = 7001\nmax_sequences = 8\nwatchdog = '2500ms'\nbody_timeout = 7\n\
-                memory_budget = '4GiB'\nkv_type = 'q8_0'\nrunner = 'mock'";
+                memory_budget = '4GiB'\nkv_type = 'q8_0'\njob_memory_reserve = '1GiB'\nrunner = 'mock'";
     let config = resolve_with(text, &["--port", "7002", "--mmap", "off"]).unwrap();
     assert_eq!(config.listen.address.port(), 7002);
     assert_eq!(config.engine.max_sequences, Some(8));
     assert_eq!(config.engine.watchdog, Duration::from_millis(2500));
     assert_eq!(config.listen.body_timeout, Duration::from_secs(7));
     assert_eq!(config.engine.memory_budget, Some(4 << 30));
+    assert_eq!(config.jobs.memory_reserve, 1 << 30);
     assert_eq!(config.engine.kv_type, KvCacheType::Q8_0);
     assert_eq!(config.engine.runner, Some(RunnerKind::Mock));
     assert_eq!(config.engine.queue_limit, 256);

@@ -10,6 +10,9 @@ use super::schedule::Schedule;
 use crate::gguf::Target;
 use serde::{Deserialize, Serialize};
 
+/// Of the form that [`Spec`] is written in. A later one reads this one's, or says that it does not.
+pub const VERSION: u32 = 1;
+
 /// Kinds of jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -22,6 +25,8 @@ pub enum Kind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Written")]
 pub struct Spec {
+    /// Of this form of specifications.
+    pub version: u32,
     pub kind: Kind,
     /// The model that is trained further.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -68,6 +73,8 @@ pub enum FloatType {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Written {
+    #[serde(default = "version")]
+    version: u32,
     kind: Kind,
     model: Option<String>,
     name: Option<String>,
@@ -93,8 +100,12 @@ impl TryFrom<Written> for Spec {
     type Error = String;
 
     fn try_from(written: Written) -> Result<Self, String> {
-        let Written { kind, model, name, suffix, seed, data, adapter, pretrain, train, export } =
+        let Written { kind, model, name, suffix, seed, data, pretrain, train, export, .. } =
             written;
+        let (version, adapter) = (written.version, written.adapter);
+        if version != VERSION {
+            return Err(format!("version: this is {version}, and this Ingot knows {VERSION}"));
+        }
         let adapter = match (kind, adapter) {
             (Kind::Pretrain, Some(Some(_))) => {
                 return Err("adapter: pretraining trains all weights; leave it out".into());
@@ -103,7 +114,19 @@ impl TryFrom<Written> for Spec {
             (Kind::Sft, None) => Adapter::usual(),
             (Kind::Sft, Some(adapter)) => adapter,
         };
-        Ok(Self { kind, model, name, suffix, seed, data, adapter, pretrain, train, export })
+        Ok(Self {
+            version,
+            kind,
+            model,
+            name,
+            suffix,
+            seed,
+            data,
+            adapter,
+            pretrain,
+            train,
+            export,
+        })
     }
 }
 
@@ -133,6 +156,9 @@ pub struct Adapter {
     pub targets: Targets,
     #[serde(default)]
     pub rslora: bool,
+    /// The share of a matrix's inputs that its adapter does not see in a step.
+    #[serde(default)]
+    pub dropout: f64,
 }
 
 /// `"all-linear"`, or a list of PEFT's names.
@@ -216,6 +242,9 @@ pub struct Train {
     pub optimizer: Option<Optimizer>,
 }
 
+fn version() -> u32 {
+    VERSION
+}
 fn yes() -> bool {
     true
 }
@@ -230,7 +259,7 @@ impl Adapter {
     /// What a job trains if nothing is said.
     pub fn usual() -> Option<Self> {
         let (init, targets) = (None, Targets::All);
-        Some(Self { init, r: rank(), alpha: alpha(), targets, rslora: false })
+        Some(Self { init, r: rank(), alpha: alpha(), targets, rslora: false, dropout: 0.0 })
     }
 
     /// As the model takes it.
@@ -256,7 +285,7 @@ impl Adapter {
             return Err("adapter.targets is empty: nothing would be trained".into());
         }
         let (rank, alpha, rank_stabilized) = (self.r, self.alpha, self.rslora);
-        Ok(Lora { rank, alpha, targets, rank_stabilized, seed })
+        Ok(Lora { rank, alpha, targets, rank_stabilized, dropout: self.dropout, seed })
     }
 }
 
@@ -319,6 +348,7 @@ impl Spec {
         if let Some(adapter) = &self.adapter {
             within("adapter.r", adapter.r as f64, 1.0, 8192.0)?;
             within("adapter.alpha", adapter.alpha, f64::MIN_POSITIVE, 1e6)?;
+            within("adapter.dropout", adapter.dropout, 0.0, 0.95)?;
             adapter.lora(self.seed)?;
         }
         let resolved = match self.kind {
@@ -449,6 +479,8 @@ mod tests {
             (r#""adapter": {"rank": 4}"#, "rank"),
             (r#""adapter": {"r": 0}"#, "adapter.r"),
             (r#""adapter": {"targets": ["w"]}"#, "q_proj"),
+            (r#""adapter": {"dropout": 1.0}"#, "adapter.dropout"),
+            (r#""version": 2"#, "version"),
             (r#""adapter": {"targets": []}"#, "adapter.targets"),
             (r#""train": {"learning_rate": 0}"#, "train.learning_rate"),
             (r#""train": {"batch_size": 0}"#, "train.batch_size"),

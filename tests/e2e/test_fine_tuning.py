@@ -32,10 +32,9 @@ SECONDS = 300
 class Server:
     """A server, and what is needed to ask it."""
 
-    def __init__(self):
-        self.url, self.process = start(
-            f"{KEY},{OTHER}", DATA, "--admin-key", ADMIN, "--grace-time", "5s", "--log-level", "warn"
-        )
+    def __init__(self, *more):
+        options = ("--admin-key", ADMIN, "--grace-time", "5s", "--log-level", "warn", *more)
+        self.url, self.process = start(f"{KEY},{OTHER}", DATA, *options)
         self.model = first_model(self.url, KEY, self.process)
 
     def client(self, key=KEY):
@@ -293,7 +292,7 @@ def test_the_operators_side():
     file = upload(examples())
     spec = {"kind": "sft", "model": server.model, "data": {"train": file.id}}
     spec["train"] = {"batch_size": 6, "epochs": 2, "checkpoint_every": 1, "keep_checkpoints": 2}
-    spec["adapter"] = {"r": 4, "targets": ["q_proj", "v_proj"]}
+    spec["adapter"] = {"r": 4, "dropout": 0.05, "targets": ["q_proj", "v_proj"]}
     job = json.loads(server.admin("/admin/jobs", spec))
     with urllib.request.urlopen(server.url + "/metrics", timeout=5) as answer:
         assert b"ingot_jobs{" in answer.read()
@@ -314,12 +313,16 @@ def test_the_operators_side():
     content = server.admin(f"/admin/jobs/{job['id']}/artifacts/{adapter['id']}")
     assert len(content) == adapter["bytes"] and content[:4] == b"GGUF"
     ask(adapter["name"])
-    for wrong in ({**spec, "kind": "dance"}, {**spec, "more": 1}, {**spec, "train": {"epochs": -1}}):
+    large = {**spec, "adapter": None, "train": {"max_length": 1 << 20}}
+    wrong = ({**spec, "kind": "dance"}, {**spec, "more": 1}, {**spec, "train": {"epochs": -1}})
+    for refused, status in (*((spec, 400) for spec in wrong), (large, 422)):
         try:
-            server.admin("/admin/jobs", wrong)
-            raise AssertionError(wrong)
+            server.admin("/admin/jobs", refused)
+            raise AssertionError(refused)
         except urllib.error.HTTPError as error:
-            assert error.code == 400, error
+            assert error.code == status, error
+            text = error.read().decode()
+            assert status == 400 or "insufficient_memory" in text and "GiB" in text, text
 
 
 def test_a_killed_gateway_loses_nothing():
@@ -334,6 +337,28 @@ def test_a_killed_gateway_loses_nothing():
     assert any("restarted" in message for message in messages(job)), messages(job)
     assert adapter_digest(job) == whole["digest"]
     ask(found.fine_tuned_model)
+
+
+def test_a_job_leaves_before_memory_runs_out():
+    global server, client
+    stop(server.process)
+    server = Server("--job-memory-reserve", "1TiB")
+    client = server.client()
+    job = create(whole["two"], epochs=2, suffix="flood")
+
+    def paused():
+        found = server.job(job.id)
+        return found if found["status"] == "paused" else None
+
+    error = until(paused, "the job is paused")["error"]
+    assert error["code"] == "insufficient_memory" and "available" in error["message"], error
+    until(lambda: None if processes(job) else True, "the process leaves")
+    stop(server.process)
+    server = Server()
+    client = server.client()
+    client.fine_tuning.jobs.resume(job.id)
+    ended(job)
+    assert adapter_digest(job) == whole["digest"]
 
 
 def main():

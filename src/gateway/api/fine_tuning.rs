@@ -12,7 +12,7 @@ use crate::gateway::error::ApiError;
 use crate::gateway::jobs::{NewJob, checkpoint_name};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::train::job::{Entry, JobEvent, Level, Step, Validation};
-use crate::train::spec::{Adapter, Data, Export, Kind, Spec, Train};
+use crate::train::spec::{Adapter, Data, Export, Kind, Spec, Train, VERSION};
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Extension, Path, Query, State};
@@ -122,6 +122,7 @@ pub async fn create(
     });
     let steps = (examples * epochs).div_ceil(batch).max(1);
     let spec = Spec {
+        version: VERSION,
         kind: Kind::Sft,
         model: Some(model),
         name: None,

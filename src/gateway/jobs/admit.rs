@@ -194,31 +194,8 @@ impl Jobs {
         // Jobs that run now will be gone one day.
         let running: u64 = self.running().iter().map(|sample| sample.memory_bytes).sum();
         let memory = available().saturating_add(running);
-        if needs.memory > memory {
-            return Err(ApiError::unprocessable(format!(
-                "The job needs about {} of memory, but {} is available: use a smaller max_length \
-                 or micro_batch, activation_checkpointing, a smaller model, or an adapter instead \
-                 of all weights ({} numbers would be trained).",
-                ByteSize(needs.memory),
-                ByteSize(memory),
-                needs.trained
-            ))
-            .with_code("insufficient_memory"));
-        }
-        let folder = self.store().folder();
-        let disk = rustix::fs::statvfs(folder).map_err(ApiError::internal)?;
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        if needs.disk > free {
-            let message = format!(
-                "The job needs about {} on the disk of the data folder for its checkpoints, but {} \
-                 are free: make room, or train an adapter of lower rank.",
-                ByteSize(needs.disk),
-                ByteSize(free)
-            );
-            let status = http::StatusCode::INSUFFICIENT_STORAGE;
-            return Err(ApiError::new(status, "server_error", message).with_code("disk_full"));
-        }
-        Ok(())
+        let disk = rustix::fs::statvfs(self.store().folder()).map_err(ApiError::internal)?;
+        fits(&needs, memory, disk.f_bavail.saturating_mul(disk.f_frsize))
     }
 
     /// Makes the folder. Files are linked into it: who deletes them later disturbs nothing.
@@ -295,6 +272,32 @@ impl Jobs {
         look(&order.train, OPENAI.train, least)?;
         order.validation.map_or(Ok(()), |path| look(&path, OPENAI.validation, 1))
     }
+}
+
+/// Whether this machine has, or will have, what a job takes.
+pub(super) fn fits(needs: &Needs, memory: u64, disk: u64) -> Result<(), ApiError> {
+    if needs.memory > memory {
+        return Err(ApiError::unprocessable(format!(
+            "The job needs about {} of memory, but {} is available: use a smaller max_length or \
+             micro_batch, activation_checkpointing, a smaller model, or an adapter instead of all \
+             weights ({} numbers would be trained).",
+            ByteSize(needs.memory),
+            ByteSize(memory),
+            needs.trained
+        ))
+        .with_code("insufficient_memory"));
+    }
+    if needs.disk > disk {
+        let message = format!(
+            "The job needs about {} on the disk of the data folder for its checkpoints, but {} are \
+             free: make room, or train an adapter of lower rank.",
+            ByteSize(needs.disk),
+            ByteSize(disk)
+        );
+        let status = http::StatusCode::INSUFFICIENT_STORAGE;
+        return Err(ApiError::new(status, "server_error", message).with_code("disk_full"));
+    }
+    Ok(())
 }
 
 /// A link, or a copy where the system allows none.

@@ -15,8 +15,6 @@ use tokio::process::Child;
 const COURTESY_EVERY: Duration = Duration::from_millis(5);
 /// How often events are read and memory is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// With less than this available the system is about to kill somebody.
-const LEAST_MEMORY: u64 = 192 << 20;
 /// Bytes at the end of a log that tell why a process died.
 const LAST_WORDS: u64 = 2_000;
 
@@ -106,7 +104,7 @@ impl Jobs {
                 looked = now;
                 self.read_events(id, live, follower);
                 let available = available();
-                if available < LEAST_MEMORY {
+                if available < self.config.jobs.memory_reserve {
                     *short = Some(format!(
                         "Memory is short ({} available): the job was paused before the system \
                          had to kill somebody. Resume it when there is more, or train with a \

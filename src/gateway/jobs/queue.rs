@@ -127,16 +127,15 @@ impl Jobs {
             let wish = *live.wish.borrow();
             match end {
                 End::Done => return self.publish(job).await,
-                End::Died(_) | End::Left | End::DiskFull if wish == Wish::Die => {
-                    return self.cancelled(id);
-                }
-                End::Died(_) | End::Left if *self.stopping.borrow() => return,
-                // Killed before it had written its checkpoint: it goes on from the one before.
-                End::Died(_) | End::Left if wish == Wish::Leave => {
+                _ if wish == Wish::Die => return self.cancelled(id),
+                _ if *self.stopping.borrow() => return,
+                // Also one that was killed before it had written its checkpoint: it goes on from the
+                // one before.
+                _ if wish == Wish::Leave => {
                     return self.say(id, Level::Info, "The job was paused.");
                 }
                 End::Left => {}
-                End::Short(why) | End::Died(why) if deaths + 1 >= DEATHS => {
+                End::Died(why) if deaths + 1 >= DEATHS => {
                     let message = format!("The job's process died {DEATHS} times: {why}");
                     return self.fail(id, "process_died", &message);
                 }
@@ -167,10 +166,17 @@ impl Jobs {
         let failure = Failure { code: code.into(), message: message.into(), param: None };
         let error = serde_json::to_string(&failure).unwrap_or_default();
         let (from, to) = ([JobStatus::Running], JobStatus::Paused);
-        if let Err(error) = self.store().move_job(id, &from, to, Some(&error), now()) {
-            tracing::error!(job = id, "its status cannot be written: {error}");
+        match self.store().move_job(id, &from, to, Some(&error), now()) {
+            Ok(true) => self.say(id, Level::Error, message),
+            // Somebody else decided on it meanwhile.
+            Ok(false) => {
+                let job = self.store().job(id).ok().flatten();
+                if job.is_some_and(|job| job.status == JobStatus::Cancelled) {
+                    self.cancelled(id);
+                }
+            }
+            Err(error) => tracing::error!(job = id, "its status cannot be written: {error}"),
         }
-        self.say(id, Level::Error, message);
     }
 
     pub(super) fn fail(&self, id: &str, code: &str, message: &str) {
@@ -182,10 +188,12 @@ impl Jobs {
         let error = serde_json::to_string(failure).unwrap_or_default();
         let from = [Validating, Queued, Running, Paused];
         match self.store().move_job(id, &from, Failed, Some(&error), now()) {
-            Ok(_) => {
+            Ok(true) => {
                 self.say(id, Level::Error, &format!("The job failed: {}", failure.message));
                 self.tidy(id);
             }
+            // It was cancelled first.
+            Ok(false) => {}
             Err(error) => tracing::error!(job = id, "its status cannot be written: {error}"),
         }
     }

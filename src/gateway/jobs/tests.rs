@@ -1,6 +1,8 @@
+use super::admit::fits;
 use crate::gateway::store::{
     JobStatus, Products, Store, StoredAdapter, StoredArtifact, StoredFile, StoredJob,
 };
+use crate::train::job::Needs;
 
 fn store() -> (Store, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
@@ -101,4 +103,22 @@ fn what_a_job_made_comes_with_its_status() {
     assert!(store.files(Some("b")).unwrap().is_empty());
     assert_eq!(store.jobs(Some("1")).unwrap().len(), 1);
     assert_eq!(store.jobs(None).unwrap().len(), 2);
+}
+
+#[test]
+fn what_does_not_fit_the_machine_is_refused_with_the_numbers() {
+    const GIB: u64 = 1 << 30;
+    let needs = Needs { memory: 3 * GIB, disk: 2 * GIB, trained: 1234 };
+    assert!(fits(&needs, 3 * GIB, 2 * GIB).is_ok());
+    let refused = |memory, disk| {
+        let error = fits(&needs, memory, disk).unwrap_err();
+        (error.status.as_u16(), error.code.clone().unwrap_or_default(), error.message)
+    };
+    let (status, code, message) = refused(2 * GIB, 2 * GIB);
+    assert_eq!((status, &code[..]), (422, "insufficient_memory"));
+    assert!(message.contains("3.00 GiB") && message.contains("2.00 GiB"), "{message}");
+    assert!(message.contains("1234"), "{message}");
+    let (status, code, message) = refused(3 * GIB, GIB);
+    assert_eq!((status, &code[..]), (507, "disk_full"));
+    assert!(message.contains("2.00 GiB") && message.contains("1.00 GiB"), "{message}");
 }

@@ -125,7 +125,7 @@ pub fn peft_folder(
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "use_rslora": lora.rank_stabilized,
         "target_modules": modules,
         "bias": "none",

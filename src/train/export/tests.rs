@@ -13,7 +13,7 @@ use std::sync::Arc;
 fn lora() -> Lora {
     use Target::*;
     let targets = vec![Q, K, V, Output, Gate, Up, Down];
-    Lora { rank: 4, alpha: 6.0, targets, rank_stabilized: true, seed: 5 }
+    Lora { rank: 4, alpha: 6.0, targets, rank_stabilized: true, dropout: 0.0, seed: 5 }
 }
 
 fn model(file: &Arc<Gguf>, training: &Training) -> Model {

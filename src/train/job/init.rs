@@ -31,7 +31,8 @@ pub(super) fn training(folder: &Folder, order: &Order, base: &Gguf) -> Result<Tr
         }
         _ => check_lora_gguf(&file, base).map_err(|why| invalid(&why))?,
     };
-    Ok(Training::Lora(lora_of(&info, spec.seed).map_err(|why| invalid(&why))?))
+    let lora = lora_of(&info, spec.seed).map_err(|why| invalid(&why))?;
+    Ok(Training::Lora(Lora { dropout: adapter.dropout, ..lora }))
 }
 
 /// What an adapter in llama.cpp's form was made with.
@@ -50,7 +51,7 @@ fn lora_of(info: &LoraInfo, seed: u64) -> Result<Lora, String> {
     let (rank, alpha) = (info.rank as usize, f64::from(info.alpha));
     // No alpha means no scale.
     let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
-    Ok(Lora { rank, alpha, targets, rank_stabilized: false, seed })
+    Ok(Lora { rank, alpha, targets, rank_stabilized: false, dropout: 0.0, seed })
 }
 
 /// Puts an adapter's matrices in place of the drawn ones.

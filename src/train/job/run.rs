@@ -191,11 +191,7 @@ fn work(
     if let Some(error) = refused {
         return Err(error);
     }
-    match ended? {
-        recipes::Outcome::Stopped => return Ok(None),
-        recipes::Outcome::Done => {}
-    }
-    let tokens = teller.tokens();
+    let recipes::Outcome::Done { tokens } = ended? else { return Ok(None) };
     log.say(Level::Info, "Training is over; writing what was made.")?;
     log.sync()?;
     let made = make::artifacts(folder, order, model, &training, &base, log)?;

@@ -21,15 +21,11 @@ pub(super) struct Teller<'a> {
     pub(super) model: &'a Model,
     pub(super) training: &'a Training,
     pub(super) log: &'a mut EventLog,
-    /// When the last step ended, seconds a step, and the tokens so far.
-    pub(super) pace: Option<(Instant, f64, u64)>,
+    /// When the last step ended, and seconds a step.
+    pub(super) pace: Option<(Instant, f64)>,
 }
 
 impl Teller<'_> {
-    pub(super) fn tokens(&self) -> u64 {
-        self.pace.map_or(0, |(.., tokens)| tokens)
-    }
-
     pub(super) fn tell(&mut self, event: Event) -> Result<(), Ended> {
         match event {
             // It has trained nothing yet.
@@ -73,14 +69,14 @@ impl Teller<'_> {
             *self.log = EventLog::cut(&self.folder.events(), step.step - 1)?;
         }
         let pace = match self.pace {
-            Some((last, pace, _)) => pace + RECENT * ((now - last).as_secs_f64() - pace),
+            Some((last, pace)) => pace + RECENT * ((now - last).as_secs_f64() - pace),
             // The first one of this process: as long as the step itself took.
             None => 0.0,
         };
         let first = self.pace.is_none();
-        self.pace = Some((now, pace, step.tokens));
+        self.pace = Some((now, pace));
         let every = (step.total_steps / TOLD).max(1);
-        if !step.step.is_multiple_of(every) && step.step != step.total_steps {
+        if !step.step.is_multiple_of(every) && !step.last {
             return Ok(());
         }
         let left = (step.total_steps - step.step) as f64;

@@ -93,19 +93,20 @@ impl Block {
             None => Ok(y),
         };
         let normed = ops::rms_norm(x, &self.attention_norm, epsilon)?;
-        let attended = self.output.forward(&self.attend(&normed, context)?)?;
+        let attended = self.output.forward(&self.attend(&normed, context)?, context.pass)?;
         let x = ops::add(x, &after(attended, &self.attention_post_norm)?)?;
         let normed = ops::rms_norm(&x, &self.ff_norm, epsilon)?;
-        let (gate, up) = (self.gate.forward(&normed)?, self.up.forward(&normed)?);
+        let pass = context.pass;
+        let (gate, up) = (self.gate.forward(&normed, pass)?, self.up.forward(&normed, pass)?);
         let hidden = ops::gated(&gate, &up, context.shape.gating)?;
-        ops::add(&x, &after(self.down.forward(&hidden)?, &self.ff_post_norm)?)
+        ops::add(&x, &after(self.down.forward(&hidden, pass)?, &self.ff_post_norm)?)
     }
 
     /// (rows, heads * head_dim)
     fn attend(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
         let shape = context.shape;
         let project = |weight: &Weight, which: usize, heads: usize| -> Result<Tensor> {
-            let mut y = weight.forward(x)?;
+            let mut y = weight.forward(x, context.pass)?;
             if let Some(biases) = &self.biases {
                 y = ops::add_bias(&y, &biases[which])?;
             }

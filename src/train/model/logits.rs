@@ -19,7 +19,7 @@ impl Model {
             targets: Arc::new(vec![0; tokens.len()]),
             weights: Arc::new(vec![0.0; tokens.len()]),
         };
-        let context = self.context(&batch);
+        let context = self.context(&batch, None);
         let mut x = self.embed(&batch)?;
         for block in &self.blocks {
             x = block.forward(&x, &context)?.detach();

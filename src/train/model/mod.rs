@@ -66,6 +66,18 @@ struct Context<'a> {
     documents: Arc<Vec<usize>>,
     /// By kind of rope.
     rotations: Vec<Rotation>,
+    /// The pass's number, if it is one of training.
+    pass: Option<u64>,
+}
+
+/// One way there and back.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pass {
+    /// What no other pass of a run has: dropout is drawn from it.
+    pub number: u64,
+    /// A block's inner values are not kept but computed again on the way back (Chen et al. 2016,
+    /// arXiv:1604.06174).
+    pub checkpoint: bool,
 }
 
 impl Model {
@@ -118,11 +130,11 @@ impl Model {
     /// # Errors
     /// If a token is not in the vocabulary, or memory gives out.
     pub fn losses(&self, batch: &Batch) -> Result<Losses> {
-        rayon::scope(|_| ops::without_gradients(|| self.forward(batch)))
+        rayon::scope(|_| ops::without_gradients(|| self.forward(batch, None)))
     }
 
-    fn forward(&self, batch: &Batch) -> Result<Losses> {
-        let context = self.context(batch);
+    fn forward(&self, batch: &Batch, pass: Option<u64>) -> Result<Losses> {
+        let context = self.context(batch, pass);
         let mut x = self.embed(batch)?;
         for block in &self.blocks {
             x = block.forward(&x, &context)?;
@@ -130,32 +142,31 @@ impl Model {
         self.finish(&x, batch)
     }
 
-    /// The losses, and their gradients added to `gradients`. With `checkpoint` a block's inner
-    /// values are not kept but computed again on the way back (Chen et al. 2016, arXiv:1604.06174).
+    /// The losses, and their gradients added to `gradients`.
     ///
     /// # Errors
     /// As [`Model::losses`].
-    pub fn train(
-        &self,
-        batch: &Batch,
-        checkpoint: bool,
-        gradients: &mut Gradients,
-    ) -> Result<Losses> {
+    pub fn train(&self, batch: &Batch, pass: Pass, gradients: &mut Gradients) -> Result<Losses> {
         // On one of the pool's threads: from another, each operation would wake it, and wait.
-        rayon::scope(|_| match checkpoint {
-            false => self.train_whole(batch, gradients),
-            true => self.train_by_blocks(batch, gradients),
+        rayon::scope(|_| match pass.checkpoint {
+            false => self.train_whole(batch, pass.number, gradients),
+            true => self.train_by_blocks(batch, pass.number, gradients),
         })
     }
 
-    fn train_whole(&self, batch: &Batch, gradients: &mut Gradients) -> Result<Losses> {
-        let (losses, tape) = ops::record(&[], || self.forward(batch))?;
+    fn train_whole(&self, batch: &Batch, pass: u64, gradients: &mut Gradients) -> Result<Losses> {
+        let (losses, tape) = ops::record(&[], || self.forward(batch, Some(pass)))?;
         gradients.add(&self.params, &mut tape.backward(&losses.sum, None)?)?;
         Ok(losses)
     }
 
-    fn train_by_blocks(&self, batch: &Batch, gradients: &mut Gradients) -> Result<Losses> {
-        let context = self.context(batch);
+    fn train_by_blocks(
+        &self,
+        batch: &Batch,
+        pass: u64,
+        gradients: &mut Gradients,
+    ) -> Result<Losses> {
+        let context = self.context(batch, Some(pass));
         let mut inputs = Vec::with_capacity(self.blocks.len());
         let x = ops::without_gradients(|| {
             let mut x = self.embed(batch)?.detach();
@@ -228,14 +239,14 @@ impl Model {
         ops::linear_cross_entropy(&normed, &self.head, &targets)
     }
 
-    fn context(&self, batch: &Batch) -> Context<'_> {
+    fn context(&self, batch: &Batch, pass: Option<u64>) -> Context<'_> {
         let mut positions = Vec::with_capacity(batch.tokens.len());
         let ends = batch.documents[1..].iter().copied().chain([batch.tokens.len()]);
         for (&start, end) in batch.documents.iter().zip(ends) {
             positions.extend(0..end - start);
         }
         let rotations = self.ropes.iter().map(|rope| Rotation::new(rope, &positions)).collect();
-        Context { shape: &self.shape, documents: batch.documents.clone(), rotations }
+        Context { shape: &self.shape, documents: batch.documents.clone(), rotations, pass }
     }
 }
 

@@ -24,6 +24,7 @@ fn lora() -> Training {
         alpha: 8.0,
         targets: vec![Q, K, V, Output, Gate, Up, Down],
         rank_stabilized: false,
+        dropout: 0.0,
         seed: 1,
     })
 }
@@ -69,7 +70,9 @@ fn gradients(model: &Model, batches: &[Batch], checkpoint: bool) -> (f64, Vec<Te
     let mut gradients = Gradients::default();
     let mut loss = 0.0;
     for batch in batches {
-        loss += number(&model.train(batch, checkpoint, &mut gradients).unwrap().sum);
+        loss += number(
+            &model.train(batch, Pass { checkpoint, number: 3 }, &mut gradients).unwrap().sum,
+        );
     }
     (loss, gradients.take(model.params()).unwrap())
 }
@@ -141,6 +144,46 @@ fn checkpointing_and_packing_change_nothing() {
             assert_eq!(norm(&(a - b).unwrap()), 0.0, "the same again gives the same bits");
         }
     }
+}
+
+#[test]
+fn dropout_has_the_slopes_of_its_loss_and_only_training_drops() {
+    let (_folder, file) = tiny("llama");
+    let Training::Lora(plain) = lora() else { unreachable!("it is LoRA") };
+    let dropping = Lora { dropout: 0.3, ..plain };
+    let model = load(&file, &Training::Lora(dropping));
+    let batch = batch(&[20, 9], 3);
+    let (loss, grads) = gradients(&model, std::slice::from_ref(&batch), false);
+    let (again, checkpointed) = gradients(&model, std::slice::from_ref(&batch), true);
+    assert!((loss - again).abs() < 1e-4 * loss, "{loss}, {again}");
+    let pass = |number: u64| {
+        let pass = Pass { number, checkpoint: false };
+        number_of(&model.train(&batch, pass, &mut Gradients::default()).unwrap())
+    };
+    assert_eq!(pass(3), pass(3));
+    assert_ne!(pass(3), pass(4), "each pass drops others");
+    let whole = load(&file, &lora());
+    let held_out = |model: &Model| number_of(&model.losses(&batch).unwrap());
+    assert_eq!(held_out(&model), held_out(&whole), "nothing is dropped where nothing is trained");
+    for ((param, grad), other) in model.params().iter().zip(&grads).zip(&checkpointed) {
+        let off = norm(&(grad - other).unwrap()) / norm(grad);
+        assert!(off < 1e-4, "{}: {off} when computed again", param.name);
+        let start = param.var.as_tensor().copy().unwrap();
+        let step = 2e-3 / norm(grad);
+        let moved = |by: f64| {
+            param.var.set(&(&start + (grad * by).unwrap()).unwrap()).unwrap();
+            pass(3)
+        };
+        let found = (moved(step) - moved(-step)) / (2.0 * step);
+        param.var.set(&start).unwrap();
+        let right = norm(grad).powi(2);
+        let noise = 2e-5 / (step * right);
+        assert!((found - right).abs() / right < 0.02 + noise, "{}: {right}, {found}", param.name);
+    }
+}
+
+fn number_of(losses: &Losses) -> f64 {
+    number(&losses.sum)
 }
 
 #[test]

@@ -116,7 +116,14 @@ fn compare(reference: &Reference, right: &Trained, checkpoint: bool) {
     let targets = vec![Q, K, V, Output, Gate, Up, Down];
     let training = match &right.training[..] {
         "full" => Training::Full,
-        _ => Training::Lora(Lora { rank: 4, alpha: 8.0, targets, rank_stabilized: false, seed: 0 }),
+        _ => Training::Lora(Lora {
+            rank: 4,
+            alpha: 8.0,
+            targets,
+            rank_stabilized: false,
+            dropout: 0.0,
+            seed: 0,
+        }),
     };
     let model = Model::load(file, &training, 128, &Device::Cpu).unwrap();
     start(&model);
@@ -126,7 +133,7 @@ fn compare(reference: &Reference, right: &Trained, checkpoint: bool) {
         let batch = batch(step % 3, reference.shape.vocab);
         let count: f32 = batch.weights.iter().sum();
         let mut gradients = Gradients::default();
-        let found = model.train(&batch, checkpoint, &mut gradients).unwrap();
+        let found = model.train(&batch, Pass { checkpoint, number: 0 }, &mut gradients).unwrap();
         let found = f64::from(found.sum.to_scalar::<f32>().unwrap() / count);
         assert!((found - loss).abs() < 1e-5, "{of}, step {step}: {found}, PyTorch {loss}");
         let grads = gradients.take(model.params()).unwrap();
@@ -193,7 +200,7 @@ fn logits(model: &Model, tokens: &[u32]) -> Tensor {
         targets: Arc::new(vec![0; tokens.len()]),
         weights: Arc::new(vec![1.0; tokens.len()]),
     };
-    let context = model.context(&batch);
+    let context = model.context(&batch, None);
     let mut x = model.embed(&batch).unwrap();
     for block in &model.blocks {
         x = block.forward(&x, &context).unwrap();
@@ -213,7 +220,14 @@ fn a_real_model_trains_as_in_peft() {
     let run: Run = serde_json::from_slice(&text).unwrap();
     use Target::*;
     let targets = vec![Q, K, V, Output, Gate, Up, Down];
-    let lora = Lora { rank: run.rank, alpha: run.alpha, targets, rank_stabilized: false, seed: 0 };
+    let lora = Lora {
+        rank: run.rank,
+        alpha: run.alpha,
+        targets,
+        rank_stabilized: false,
+        dropout: 0.0,
+        seed: 0,
+    };
     let file = Arc::new(Gguf::open(&file).unwrap());
     let model = Model::load(file, &Training::Lora(lora.clone()), 1024, &Device::Cpu).unwrap();
     let read = |name: &str| candle_core::safetensors::load(folder.join(name), &Device::Cpu);
@@ -227,7 +241,7 @@ fn a_real_model_trains_as_in_peft() {
         let batch = run.batch(step);
         let count: f32 = batch.weights.iter().sum();
         let mut gradients = Gradients::default();
-        let found = model.train(&batch, false, &mut gradients).unwrap();
+        let found = model.train(&batch, Pass::default(), &mut gradients).unwrap();
         let found = f64::from(found.sum.to_scalar::<f32>().unwrap() / count);
         worst = worst.max((found - right).abs());
         println!("step {step}: {found:.5}, PEFT {right:.5}");

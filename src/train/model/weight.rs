@@ -1,11 +1,11 @@
 //! Matrices: frozen, frozen with LoRA, or trained.
 
 use crate::gguf::{Gguf, Target};
-use crate::train::ops::{self, Frozen};
+use crate::train::ops::{self, Draw, Frozen};
 use crate::train::optim::Param;
 use candle_core::{Device, Result, Tensor, Var, bail};
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::{Rng, RngCore, SeedableRng};
 use sha2::{Digest, Sha256};
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,6 +27,8 @@ pub struct Lora {
     pub targets: Vec<Target>,
     /// Scales by alpha/√rank instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732).
     pub rank_stabilized: bool,
+    /// The share of a matrix's inputs that its adapter does not see in a step.
+    pub dropout: f64,
     pub seed: u64,
 }
 
@@ -40,17 +42,24 @@ impl Lora {
 /// A matrix (outputs, inputs).
 pub enum Weight {
     Frozen(Arc<Frozen>),
-    Lora { base: Arc<Frozen>, a: Tensor, b: Tensor, scale: f64 },
+    Lora { base: Arc<Frozen>, a: Tensor, b: Tensor, scale: f64, dropout: Draw },
     Trained(Tensor),
 }
 
 impl Weight {
-    /// (rows, outputs) of `x` (rows, inputs).
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Frozen(base) => ops::frozen_linear(x, base),
-            Self::Lora { base, a, b, scale } => ops::lora_linear(x, base, a, b, *scale),
-            Self::Trained(weight) => ops::linear(x, weight),
+    /// (rows, outputs) of `x` (rows, inputs). Nothing is dropped without a `pass`, the number of a
+    /// step's part.
+    pub fn forward(&self, x: &Tensor, pass: Option<u64>) -> Result<Tensor> {
+        match (self, pass) {
+            (Self::Frozen(base), _) => ops::frozen_linear(x, base),
+            (Self::Lora { base, a, b, scale, dropout }, Some(pass)) if dropout.rate > 0.0 => {
+                let draw = Draw { key: ops::mixed(dropout.key, pass), ..*dropout };
+                let low = ops::linear(&ops::dropout(x, draw)?, a)?;
+                let beside = ops::linear(&ops::scale(&low, *scale)?, b)?;
+                ops::add(&ops::frozen_linear(x, base)?, &beside)
+            }
+            (Self::Lora { base, a, b, scale, .. }, _) => ops::lora_linear(x, base, a, b, *scale),
+            (Self::Trained(weight), _) => ops::linear(x, weight),
         }
     }
 }
@@ -100,7 +109,9 @@ impl<'a> Builder<'a> {
                 let b = Tensor::zeros((outputs, lora.rank), candle_core::DType::F32, self.device)?;
                 let a = self.param(format!("{own}.lora_a"), &a, true, true)?;
                 let b = self.param(format!("{own}.lora_b"), &b, true, true)?;
-                Ok(Weight::Lora { base: Arc::new(base), a, b, scale })
+                let (key, rate) = (drawn(lora, &own, "dropout").next_u64(), lora.dropout);
+                let (base, dropout) = (Arc::new(base), Draw { key, rate });
+                Ok(Weight::Lora { base, a, b, scale, dropout })
             }
             Training::Lora(_) => Ok(Weight::Frozen(Arc::new(base))),
         }
@@ -140,13 +151,19 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// (rank, inputs) uniform within ±1/√inputs, as PEFT's Kaiming initialization with a = √5. Drawn from
-/// the seed and the tensor's name, so that no other tensor changes it.
-fn initial_a(lora: &Lora, name: &str, inputs: usize, device: &Device) -> Result<Tensor> {
+/// Random numbers from the seed and the tensor's name, so that no other tensor changes them, for one
+/// use.
+fn drawn(lora: &Lora, name: &str, what: &str) -> StdRng {
     let mut hash = Sha256::new();
     hash.update(lora.seed.to_le_bytes());
     hash.update(name);
-    let mut rng = StdRng::from_seed(hash.finalize().into());
+    hash.update(what);
+    StdRng::from_seed(hash.finalize().into())
+}
+
+/// (rank, inputs) uniform within ±1/√inputs, as PEFT's Kaiming initialization with a = √5.
+fn initial_a(lora: &Lora, name: &str, inputs: usize, device: &Device) -> Result<Tensor> {
+    let mut rng = drawn(lora, name, "");
     let bound = 1.0 / (inputs as f32).sqrt();
     let values: Vec<f32> =
         (0..lora.rank * inputs).map(|_| rng.random_range(-bound..bound)).collect();

@@ -16,6 +16,7 @@
 //! | `rope.rs` | rotation |
 //! | `gated.rs` | SiLU or GELU of one half times the other |
 //! | `attention.rs` | causal attention over packed documents |
+//! | `dropout.rs` | numbers left out, by a counter |
 //! | `embedding.rs` | rows of a table |
 //! | `linear.rs` | frozen weights as the file has them, trainable ones, LoRA |
 //! | `cross_entropy.rs` | the loss, without all logits at once |
@@ -23,6 +24,7 @@
 mod add;
 mod attention;
 mod cross_entropy;
+mod dropout;
 mod embedding;
 mod fused;
 mod gated;
@@ -35,6 +37,7 @@ mod tape;
 pub use add::{add, add_bias, reshape, scale};
 pub use attention::{Scope, attention};
 pub use cross_entropy::{Head, Losses, Targets, linear_cross_entropy};
+pub use dropout::{Draw, dropout, mixed};
 pub use embedding::embedding;
 pub use gated::gated;
 pub use linear::{Frozen, frozen_linear, linear, lora_linear};

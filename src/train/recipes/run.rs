@@ -3,7 +3,7 @@
 use crate::gguf::GgufError;
 use crate::train::checkpoint::{CheckpointError, Checkpoints};
 use crate::train::data::{Cursor, DataError};
-use crate::train::model::{Batch, Gradients, Model};
+use crate::train::model::{Batch, Gradients, Model, Pass};
 use crate::train::optim::Optimization;
 use crate::train::spec::Resolved;
 use crate::train::vocabulary::VocabularyError;
@@ -70,6 +70,8 @@ pub struct Progress {
     /// Tokens so far, whether trained or context.
     pub tokens: u64,
     pub tokens_per_second: f64,
+    /// Nothing comes after it.
+    pub last: bool,
 }
 
 /// The loss on examples that are not trained on.
@@ -87,7 +89,10 @@ pub struct Evaluated {
 /// How it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    Done,
+    Done {
+        /// Of all steps, whether trained or context.
+        tokens: u64,
+    },
     /// Told to stop; a checkpoint was written.
     Stopped,
 }
@@ -171,6 +176,8 @@ impl Run<'_> {
                 .map_err(|source| TrainError::Update { step, source })?;
             let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
             state.tokens += tokens as u64;
+            let due = state.seconds + started.elapsed().as_secs_f64() >= limit;
+            let last = step == total || due;
             event(Event::Step(Progress {
                 step,
                 total_steps: total,
@@ -181,9 +188,8 @@ impl Run<'_> {
                 grad_norm: stepped.grad_norm,
                 tokens: state.tokens,
                 tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+                last,
             }));
-            let due = state.seconds + started.elapsed().as_secs_f64() >= limit;
-            let last = step == total || due;
             if last || step.is_multiple_of(settings.eval_every) {
                 self.report(source, step, event)?;
             }
@@ -192,7 +198,7 @@ impl Run<'_> {
                 self.save(step, &optimization, &state, event)?;
             }
         }
-        Ok(Outcome::Done)
+        Ok(Outcome::Done { tokens: state.tokens })
     }
 
     fn save(
@@ -229,9 +235,10 @@ impl Run<'_> {
     ) -> Result<(Sums, Vec<candle_core::Tensor>), TrainError> {
         let mut gradients = Gradients::default();
         let mut sums = Sums::default();
-        for batch in batches {
-            let checkpoint = self.settings.activation_checkpointing;
-            let losses = self.model.train(batch, checkpoint, &mut gradients)?;
+        let checkpoint = self.settings.activation_checkpointing;
+        for (part, batch) in (0u64..).zip(batches) {
+            let pass = Pass { number: step << 32 | part, checkpoint };
+            let losses = self.model.train(batch, pass, &mut gradients)?;
             sums.add(batch, &losses)?;
         }
         if !sums.loss.is_finite() {

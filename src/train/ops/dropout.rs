@@ -1,0 +1,125 @@
+//! Dropout (Srivastava et al. 2014, JMLR 15): some numbers become zero, the others larger.
+
+use super::fused::{Fused, Number, View, apply, covers};
+use candle_core::{Result, Shape, Tensor};
+use rayon::prelude::*;
+
+const CHUNK: usize = 1 << 14;
+/// Numbers that one draw decides on.
+const LANES: usize = 4;
+/// What a draw of a lane is below.
+const RANGE: f64 = 65_536.0;
+
+/// Which numbers are dropped: by a key and where they stand, so that the same are dropped when a
+/// layer is computed again, and whoever computes them.
+#[derive(Debug, Clone, Copy)]
+pub struct Draw {
+    pub key: u64,
+    /// The share that is dropped, below 1; a 65,536th is the smallest.
+    pub rate: f64,
+}
+
+impl Draw {
+    /// Draws that are dropped lie below this.
+    fn bound(self) -> u32 {
+        (self.rate * RANGE).round().min(RANGE - 1.0) as u32
+    }
+
+    /// Multiplies numbers, which begin at a multiple of [`LANES`], by zero or by what keeps their
+    /// mean.
+    fn apply<T: Number>(self, from: usize, x: &[T], out: &mut [T]) {
+        let bound = self.bound();
+        let kept = T::of(RANGE / (RANGE - f64::from(bound)));
+        let all = x.chunks(LANES).zip(out.chunks_mut(LANES));
+        for (at, (x, out)) in (from / LANES..).zip(all) {
+            let bits = mixed(self.key, at as u64);
+            for (lane, (x, out)) in x.iter().zip(out).enumerate() {
+                let draw = (bits >> (16 * lane)) as u16;
+                *out = if u32::from(draw) < bound { T::ZERO } else { *x * kept };
+            }
+        }
+    }
+
+    fn applied<T: Number>(self, x: &[T]) -> Vec<T> {
+        let mut out = vec![T::ZERO; x.len()];
+        let chunks = out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).enumerate();
+        chunks.for_each(|(chunk, (out, x))| self.apply(chunk * CHUNK, x, out));
+        out
+    }
+}
+
+/// Number `at` of the sequence that begins with `key` (SplitMix64; Steele et al. 2014,
+/// doi:10.1145/2660193.2660195).
+pub fn mixed(key: u64, at: u64) -> u64 {
+    let mut z = key.wrapping_add(at.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// `x` with some of its numbers dropped.
+///
+/// # Errors
+/// If memory gives out.
+pub fn dropout(x: &Tensor, draw: Draw) -> Result<Tensor> {
+    if covers(x) {
+        return apply(Dropout(draw), &[x]);
+    }
+    let mask = draw.applied(&vec![1f32; x.elem_count()]);
+    x.mul(&Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?)
+}
+
+struct Dropout(Draw);
+
+impl Fused for Dropout {
+    const NAME: &'static str = "dropout";
+
+    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
+        Ok((self.0.applied(args[0].data), Shape::from(args[0].dims)))
+    }
+
+    fn backward<T: Number>(
+        &self,
+        _: &[View<T>],
+        _: View<T>,
+        grad: View<T>,
+        _: &[bool],
+    ) -> Result<Vec<Option<Vec<T>>>> {
+        Ok(vec![Some(self.0.applied(grad.data))])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many as asked, not the same for another key, and the mean stays.
+    #[test]
+    fn a_share_is_dropped() {
+        let x = vec![1f64; 100_003];
+        for rate in [0.0, 0.1, 0.5, 0.9] {
+            let out = Draw { key: 7, rate }.applied(&x);
+            let dropped = out.iter().filter(|x| **x == 0.0).count() as f64 / x.len() as f64;
+            assert!((dropped - rate).abs() < 0.006, "{rate}: {dropped}");
+            let mean = out.iter().sum::<f64>() / x.len() as f64;
+            assert!((mean - 1.0).abs() < 0.03, "{rate}: {mean}");
+            let other = Draw { key: 8, rate }.applied(&x);
+            assert_eq!(other == out, rate == 0.0);
+        }
+    }
+
+    /// Neighbours, and the same places under neighbouring keys, know nothing of each other.
+    #[test]
+    fn draws_are_independent() {
+        let x = vec![1f64; 1 << 16];
+        let dropped = |key: u64| Draw { key, rate: 0.5 }.applied(&x);
+        let a = dropped(1);
+        let both = |b: &[f64]| {
+            let both = a.iter().zip(b).filter(|(a, b)| **a == 0.0 && **b == 0.0).count();
+            both as f64 / a.len() as f64
+        };
+        for b in [&dropped(2)[..], &a[1..], &a[4..]] {
+            assert!((both(b) - 0.25).abs() < 0.01, "{}", both(b));
+        }
+    }
+}
