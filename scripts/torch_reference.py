@@ -4,9 +4,10 @@
     torch_reference.py fixtures
         writes tests/train/torch.json: gradients of single operations, and the losses, gradients and
         results of tiny models. CI compares with the file; the stack is not needed there.
-    torch_reference.py model MODEL.gguf DATA.jsonl FOLDER
-        trains an adapter of a real model with PEFT: FOLDER gets the batches, the adapter as it was
-        before and after, and the losses.
+    torch_reference.py model MODEL.gguf DATA.jsonl FOLDER [STEPS [LENGTH [HELD_OUT]]]
+        trains an adapter of a real model with PEFT, 20 steps of 128 tokens: FOLDER gets the batches,
+        the adapter as it was before and after, the losses, and those of HELD_OUT (4) more rows every
+        ten steps.
     torch_reference.py interop MODEL.gguf FOLDER
         loads the adapter that our training wrote to FOLDER/ours with PEFT, and compares its logits
         with ours.
@@ -271,7 +272,7 @@ def loss_of(model, documents):
     return total / count
 
 
-def train(model, named, batches, rate, decays):
+def train(model, named, batches, rate, decays, before=lambda step: None):
     """PEFT's or transformers' model with PyTorch's AdamW; losses, norms, gradients of step 1."""
     groups = [
         {"params": [p for n, p in named.items() if decays(n)], "weight_decay": 0.01},
@@ -280,7 +281,8 @@ def train(model, named, batches, rate, decays):
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8)
     losses, norms, first = [], [], {}
-    for documents in batches:
+    for step, documents in enumerate(batches):
+        before(step)
         optimizer.zero_grad()
         loss = loss_of(model, documents)
         loss.backward()
@@ -440,10 +442,11 @@ def rows_of_text(path, data, count, length):
     sys.exit(f"{data} has only {len(tokens)} tokens")
 
 
-def model(path, data, folder, steps=20, length=128):
+def model(path, data, folder, steps=20, length=128, held_out=4):
     """Two documents a step, of `length` tokens together; what counts is all but the first of each."""
     from safetensors.torch import save_file
 
+    steps, length, held_out = int(steps), int(length), int(held_out)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     base, _ = dequantized(path)
@@ -456,17 +459,27 @@ def model(path, data, folder, steps=20, length=128):
     named = {ours: own[theirs] for ours, theirs in names.items()}
     noted = lambda: {n: to_gguf("llama", n, p.detach(), shape).contiguous() for n, p in named.items()}
     save_file(noted(), folder / "before.safetensors")
-    rows = rows_of_text(path, data, steps, length)
+    rows = rows_of_text(path, data, steps + held_out, length)
     split = length * 3 // 5
     batches = []
     for row in rows:
         documents = [row[:split], row[split:]]
         counts = [[1.0] * (len(document) - 1) + [0.0] for document in documents]
         batches.append([(torch.tensor(d), torch.tensor(c)) for d, c in zip(documents, counts)])
-    losses, norms, _ = train(peft_model, named, batches, 2e-4, lambda _: True)
+    found = []
+
+    def evaluate(step):
+        if step % 10 == 0 or step == steps:
+            with torch.no_grad():
+                each = [loss_of(peft_model, batch).item() for batch in batches[steps:]]
+            found.append([step, float(np.mean(each))])
+            print(f"held out at step {step}: {found[-1][1]:.6f}", file=sys.stderr, flush=True)
+
+    losses, norms, _ = train(peft_model, named, batches[:steps], 2e-4, lambda _: True, evaluate)
+    evaluate(steps)
     save_file(noted(), folder / "after.safetensors")
     run = {"rows": rows, "documents": [0, split], "losses": losses, "norms": norms, "rank": 16, "alpha": 32.0}
-    (folder / "run.json").write_text(json.dumps(run | {"learning_rate": 2e-4}))
+    (folder / "run.json").write_text(json.dumps(run | {"learning_rate": 2e-4, "held_out": found}))
     print("losses", " ".join(f"{loss:.5f}" for loss in losses))
 
 

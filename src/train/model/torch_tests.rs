@@ -172,6 +172,8 @@ struct Run {
     rows: Vec<Vec<u32>>,
     documents: Vec<usize>,
     losses: Vec<f64>,
+    /// Steps, and the mean loss of the rows behind those that are trained on.
+    held_out: Vec<(usize, f64)>,
     rank: usize,
     alpha: f64,
     learning_rate: f64,
@@ -237,7 +239,21 @@ fn a_real_model_trains_as_in_peft() {
     }
     let mut optimization = Optimization::new(Optimizer::default());
     let mut worst = 0.0f64;
+    let held_out = |step: usize| {
+        let Some((_, right)) = run.held_out.iter().find(|(at, _)| *at == step) else { return 0.0 };
+        let rows = run.losses.len()..run.rows.len();
+        let count = rows.len() as f64;
+        let loss = |row: usize| {
+            let batch = run.batch(row);
+            let counted: f32 = batch.weights.iter().sum();
+            f64::from(model.losses(&batch).unwrap().sum.to_scalar::<f32>().unwrap() / counted)
+        };
+        let found = rows.map(loss).sum::<f64>() / count;
+        println!("held out at step {step}: {found:.5}, PEFT {right:.5}");
+        (found - right).abs()
+    };
     for (step, right) in run.losses.iter().enumerate() {
+        worst = worst.max(held_out(step));
         let batch = run.batch(step);
         let count: f32 = batch.weights.iter().sum();
         let mut gradients = Gradients::default();
@@ -249,6 +265,7 @@ fn a_real_model_trains_as_in_peft() {
         let rate = run.learning_rate;
         optimization.step(model.params(), &grads, count.into(), rate, 1.0).unwrap();
     }
+    worst = worst.max(held_out(run.losses.len()));
     let norm = |x: Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
     let (mut off, mut moved) = (0.0f32, 0.0f32);
     for param in model.params() {
