@@ -16,6 +16,8 @@
 //! | `peft.rs` | PEFT folders: configuration, tensor names |
 //! | `lora.rs` | [`peft_to_gguf`] |
 //! | `lora_check.rs` | [`check_lora_gguf`] |
+//! | `quantize.rs` | [`quantize_q8_0`]: numbers as ggml quantizes them |
+//! | `hugging_face/` | [`convert`]: Hugging Face folders as GGUF |
 //! | `fixture.rs` | tiny models for tests |
 //!
 //! Every file is untrusted input: no length, offset, count or shape is used before it was compared
@@ -28,10 +30,12 @@ mod error;
 mod facts;
 #[doc(hidden)]
 pub mod fixture;
+mod hugging_face;
 mod lora;
 mod lora_check;
 mod parser;
 mod peft;
+mod quantize;
 mod reader;
 #[cfg(test)]
 mod tests;
@@ -47,9 +51,13 @@ pub use dequantize::{DequantizeError, IQ4_LEVELS, can_dequantize, dequantize};
 pub use dequantized::{dequantized_bytes, write_dequantized};
 pub use error::GgufError;
 pub use facts::{KvType, ModelFacts, PoolingType, SplitFacts};
+pub use hugging_face::{
+    ConvertError, convert, fingerprint, hugging_face_name, is_hugging_face, pre_tokenizer,
+};
 pub use lora::{LoraError, LoraInfo, peft_to_gguf};
 pub use lora_check::check_lora_gguf;
 pub use peft::{is_interleaved, layer_module};
+pub use quantize::quantize_q8_0;
 pub use reader::{Gguf, TensorInfo};
 pub use tokens::{SpecialToken, TokenizerFacts};
 pub use types::{Array, TensorType, UnknownTensorType, Value};

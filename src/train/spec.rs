@@ -52,21 +52,25 @@ pub struct Spec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {
-    /// Numbers of the model's matrices; F16 if nothing is said.
+    /// How the model's matrices are stored; F16 if nothing is said.
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
-    pub ty: Option<FloatType>,
+    pub ty: Option<WeightType>,
     /// Also the base with an adapter added to it, as a model of its own.
     pub merged: bool,
     /// Also a folder that transformers loads; pretraining always writes one.
     pub hugging_face: bool,
 }
 
-/// Types of floats.
+/// How matrices are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum FloatType {
+pub enum WeightType {
     F32,
     F16,
     BF16,
+    /// Blocks of 32 that share a scale, as llama.cpp quantizes them. Transformers knows nothing of
+    /// it: a folder is then F16.
+    #[serde(rename = "Q8_0")]
+    Q8,
 }
 
 /// A spec before its kind has decided what is there if it is not written.

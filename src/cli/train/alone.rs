@@ -6,7 +6,7 @@ use crate::config::{ByteSize, HubAccess};
 use crate::gateway::jobs::rows;
 use crate::gateway::memory::available;
 use crate::gateway::store::{ModelRef, PulledModel, Store, ensure, hex};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, is_hugging_face};
 use crate::train::data::check;
 use crate::train::job::{self, Artifact, ArtifactKind, Folder, Follower, Needs, Order, Outcome};
 use crate::train::spec::{Kind, Resolved, Spec};
@@ -74,7 +74,12 @@ fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError
     }
     let model = match &spec.model {
         Some(model) => {
-            let pulled = pull(store, model)?;
+            // A folder may be named as the data are: from where the specification is.
+            let near = beside.join(model);
+            let pulled = match is_hugging_face(&near) {
+                true => pull(store, &near.to_string_lossy())?,
+                false => pull(store, model)?,
+            };
             spec.model = Some(pulled.name.clone());
             Some(pulled)
         }
@@ -109,11 +114,18 @@ fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError
             hash.update(format!("{:?}", file.modified().ok()));
         }
     }
+    let parent = model.as_ref().map(|model| Path::new(&model.source).to_owned());
+    let parent = parent.filter(|folder| is_hugging_face(folder));
+    if let (Some(_), Some(model)) = (&parent, &model) {
+        // The folder may hold another model than the last time.
+        hash.update(model.sha256.as_deref().unwrap_or_default());
+    }
     let id = format!("ftjob-{}", &hex(&hash.finalize())[..24]);
     let name = job::name_of(&spec, &id);
     let mut order = Order::new(id, spec.filled(&settings), name, absolute(train)?);
     order.validation = validation.map(absolute).transpose()?;
     order.init = init.map(absolute).transpose()?;
+    order.parent = parent;
     order.model = model.map(|model| model.path);
     order.tokenizer = tokenizer.map(|model| model.path);
     Ok(order)

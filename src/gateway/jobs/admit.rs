@@ -131,6 +131,7 @@ impl Jobs {
         let name = name_of(&spec, &id);
         let mut order = Order::new(id.clone(), spec.filled(&settings), name, PathBuf::new());
         order.model_sha256 = base.as_ref().and_then(|base| base.sha256.clone());
+        order.parent = base.as_ref().and_then(|base| base.parent.clone());
         order.model = base.map(|base| base.path);
         order.tokenizer = tokenizer;
         self.lay_out(&mut order, &train, validation.as_ref(), adapter_file.as_deref())?;

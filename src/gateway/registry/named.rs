@@ -4,7 +4,7 @@
 use super::load::store_error;
 use super::{AdapterSpec, ModelCard, Registry, Served, blocking, check_name};
 use crate::gateway::error::ApiError;
-use crate::gateway::store::StoredAdapter;
+use crate::gateway::store::{StoredAdapter, StoredModel};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -18,6 +18,8 @@ pub struct Trainable {
     pub path: PathBuf,
     /// SHA-256 of the file, where it is known.
     pub sha256: Option<String>,
+    /// The Hugging Face folder that it was converted from.
+    pub parent: Option<PathBuf>,
     /// A PEFT folder or a GGUF, where the name is an adapter's.
     pub adapter: Option<PathBuf>,
 }
@@ -110,6 +112,7 @@ impl Registry {
                 name: name.to_owned(),
                 model: model.name.clone(),
                 path: model.path.clone(),
+                parent: same.as_ref().and_then(StoredModel::parent),
                 sha256: same.map(|stored| stored.sha256),
                 adapter,
             });
@@ -128,6 +131,7 @@ impl Registry {
                 model,
                 path: file,
                 sha256: None,
+                parent: None,
                 adapter: path,
             });
         }
@@ -135,6 +139,7 @@ impl Registry {
         let stored = stored.ok_or_else(|| ApiError::model_not_found(name))?;
         Ok(Trainable {
             name: name.to_owned(),
+            parent: stored.parent(),
             model: stored.name,
             path: self.store.folder().join(stored.file),
             sha256: Some(stored.sha256),

@@ -1,5 +1,6 @@
 //! The database of the data folder.
 
+use crate::gguf::is_hugging_face;
 use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -92,6 +93,13 @@ pub struct StoredModel {
     pub source: String,
     /// Seconds since 1970.
     pub created_at: i64,
+}
+
+impl StoredModel {
+    /// The Hugging Face folder that it was converted from, if that is still there.
+    pub fn parent(&self) -> Option<PathBuf> {
+        Some(PathBuf::from(&self.source)).filter(|folder| is_hugging_face(folder))
+    }
 }
 
 /// An adapter in the data folder.

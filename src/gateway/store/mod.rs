@@ -16,11 +16,13 @@
 //! | `reference.rs` | [`ModelRef`]: what people write to name a model; the aliases |
 //! | `download.rs` | one file over HTTP: resume by range, SHA-256 |
 //! | `pull.rs` | [`pull`], [`ensure`]: from a reference to a model in the folder |
+//! | `folder.rs` | Hugging Face folders, converted |
 //! | `python.rs` | the file of an alias out of its Python package |
 
 mod database;
 mod download;
 mod files;
+mod folder;
 mod jobs;
 mod pull;
 mod python;

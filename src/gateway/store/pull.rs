@@ -2,10 +2,11 @@
 
 use super::database::{Store, StoreError, StoredModel};
 use super::download::{Downloader, Part, Remote};
+use super::folder::from_folder;
 use super::python;
 use super::reference::{Alias, BadRef, ModelRef};
 use crate::config::{ByteSize, HubAccess};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, is_hugging_face};
 use hf_hub::api::sync::ApiBuilder;
 use hf_hub::{Cache, Repo, RepoType};
 use std::fs::{File, TryLockError};
@@ -71,6 +72,8 @@ pub enum PullError {
     Checksum { what: String, expected: String, found: String },
     #[error("{what} is another file than the one that was asked for, so it was not taken.")]
     OtherFile { what: String },
+    #[error("The Hugging Face folder {folder} cannot be converted: {reason}.")]
+    Folder { folder: PathBuf, reason: String },
     #[error("{what} is not a usable GGUF model: {reason}.")]
     NotGguf { what: String, reason: String },
     #[error(
@@ -101,7 +104,7 @@ pub(super) fn io_error(
     move |source| PullError::Io { action, path, source }
 }
 
-/// Makes a model ready to load: a file is used in place, a model that was pulled before is found,
+/// Makes a model ready to load: a file is used in place, a Hugging Face folder is converted, a model that was pulled before is found,
 /// anything else is pulled.
 pub fn ensure(
     store: &Store,
@@ -110,6 +113,7 @@ pub fn ensure(
     events: &mut dyn FnMut(PullEvent),
 ) -> Result<PulledModel, PullError> {
     match reference {
+        ModelRef::File(path) if is_hugging_face(path) => from_folder(store, path, events),
         ModelRef::File(path) => {
             let path = path.canonicalize().map_err(|_| PullError::NoFile(path.clone()))?;
             check_gguf(&path, &path.display().to_string())?;
@@ -136,6 +140,11 @@ pub fn pull(
     hub: &HubAccess,
     events: &mut dyn FnMut(PullEvent),
 ) -> Result<PulledModel, PullError> {
+    if let ModelRef::File(path) = reference
+        && is_hugging_face(path)
+    {
+        return from_folder(store, path, events);
+    }
     if let Some(found) = find(store, reference)? {
         return Ok(found);
     }
@@ -168,7 +177,7 @@ pub fn pull(
     publish(store, reference, &part, sha256)
 }
 
-fn find(store: &Store, reference: &ModelRef) -> Result<Option<PulledModel>, PullError> {
+pub(super) fn find(store: &Store, reference: &ModelRef) -> Result<Option<PulledModel>, PullError> {
     let source = match reference {
         ModelRef::File(path) => {
             path.canonicalize().map_err(|_| PullError::NoFile(path.clone()))?.display().to_string()
@@ -266,7 +275,7 @@ fn import(
 }
 
 /// Checks the finished file, moves it to its place and lists it.
-fn publish(
+pub(super) fn publish(
     store: &Store,
     reference: &ModelRef,
     part: &Path,
@@ -321,7 +330,7 @@ fn check_gguf(path: &Path, what: &str) -> Result<(), PullError> {
         .map_err(|error| PullError::NotGguf { what: what.to_owned(), reason: error.to_string() })
 }
 
-fn check_space(store: &Store, part: &Path, bytes: Option<u64>) -> Result<(), PullError> {
+pub(super) fn check_space(store: &Store, part: &Path, bytes: Option<u64>) -> Result<(), PullError> {
     let folder = store.downloads_folder();
     let (Some(bytes), Ok(stat)) = (bytes, rustix::fs::statvfs(&folder)) else { return Ok(()) };
     let free = stat.f_bavail.saturating_mul(stat.f_frsize);
@@ -333,7 +342,7 @@ fn check_space(store: &Store, part: &Path, bytes: Option<u64>) -> Result<(), Pul
 }
 
 /// Held until dropped, also by the death of the process.
-fn lock(path: &Path, events: &mut dyn FnMut(PullEvent)) -> Result<File, PullError> {
+pub(super) fn lock(path: &Path, events: &mut dyn FnMut(PullEvent)) -> Result<File, PullError> {
     let mut file = File::options()
         .create(true)
         .truncate(false)

@@ -1,5 +1,6 @@
 //! What people write to name a model.
 
+use crate::gguf::is_hugging_face;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -38,7 +39,7 @@ impl Alias {
 /// A reference to a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelRef {
-    /// A file on this machine.
+    /// A file on this machine, or a Hugging Face folder.
     File(PathBuf),
     /// `hf:org/repo/file.gguf[@rev]`.
     Hub {
@@ -60,7 +61,7 @@ pub struct BadRef {
 }
 
 impl ModelRef {
-    /// Parses a reference; looks at the file system only to tell a file from a name.
+    /// Parses a reference; looks at the file system only to tell a file or folder from a name.
     pub fn parse(text: &str) -> Result<Self, BadRef> {
         let text = text.trim();
         let bad = |reason| BadRef { text: text.to_owned(), reason };
@@ -78,7 +79,8 @@ impl ModelRef {
             return Ok(Self::Alias(alias));
         }
         let path = PathBuf::from(text);
-        if path.is_file() || text.contains('/') || text.ends_with(".gguf") {
+        if path.is_file() || is_hugging_face(&path) || text.contains('/') || text.ends_with(".gguf")
+        {
             return Ok(Self::File(path));
         }
         match text.is_empty() || text.chars().any(char::is_control) {
@@ -90,6 +92,7 @@ impl ModelRef {
     /// The name that the model gets, and that requests use.
     pub fn model_name(&self) -> String {
         let stem = |file: &str| {
+            let file = file.trim_end_matches('/');
             let name = file.rsplit('/').next().unwrap_or(file);
             name.strip_suffix(".gguf").unwrap_or(name).to_owned()
         };

@@ -322,3 +322,49 @@ fn the_alias_falls_back_to_the_python_package() {
     assert_eq!(model.bytes, 98_362_432);
     assert!(notes.iter().any(|note| note.contains("Python package")), "{notes:?}");
 }
+
+#[test]
+fn a_hugging_face_folder_is_converted_once() {
+    use crate::gguf::fixture::TinyDecoder;
+    use crate::gguf::{Gguf, TensorType};
+    use crate::train::export::hf_folder;
+    use crate::train::model::{Model, Training};
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    TinyDecoder::new("qwen2").write(&path("base.gguf")).unwrap();
+    let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
+    let device = candle_core::Device::Cpu;
+    let model = Model::load(base.clone(), &Training::Full, 64, &device).unwrap();
+    let made = path("My Qwen");
+    hf_folder(&model, None, &base, TensorType::F32, None, &made).unwrap();
+    let store = Store::open(&path("data")).unwrap();
+    let hub = HubAccess::default();
+    let reference = ModelRef::parse(&format!("{}/", made.display())).unwrap();
+    assert_eq!(reference.model_name(), "My Qwen");
+    let mut notes = Vec::new();
+    let mut note = |event| {
+        if let PullEvent::Note(text) = event {
+            notes.push(text);
+        }
+    };
+    let first = ensure(&store, &reference, &hub, &mut note).unwrap();
+    assert!(!first.already_here && first.name == "My Qwen", "{first:?}");
+    assert!(notes.iter().any(|text| text.contains("Converting")), "{notes:?}");
+    let file = Gguf::open(&first.path).unwrap();
+    assert!(file.data("blk.0.attn_q.weight").unwrap() == base.data("blk.0.attn_q.weight").unwrap());
+    // Again, by its place and by its name.
+    for reference in [reference.clone(), ModelRef::Name("My Qwen".into())] {
+        let again = ensure(&store, &reference, &hub, &mut |_| {}).unwrap();
+        assert!(again.already_here && again.path == first.path && again.sha256 == first.sha256);
+    }
+    let stored = store.model("My Qwen").unwrap().unwrap();
+    assert_eq!(stored.parent().unwrap(), made.canonicalize().unwrap());
+    // Another template is another model.
+    std::fs::write(made.join("chat_template.jinja"), "{{ 1 }}").unwrap();
+    let changed = ensure(&store, &reference, &hub, &mut |_| {}).unwrap();
+    assert!(!changed.already_here && changed.sha256 != first.sha256);
+    assert_eq!(store.models().unwrap().len(), 1);
+    std::fs::write(made.join("config.json"), r#"{"model_type": "mamba"}"#).unwrap();
+    let error = ensure(&store, &reference, &hub, &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("mamba") && error.contains("My Qwen"), "{error}");
+}

@@ -6,7 +6,7 @@ use super::folder;
 use crate::gguf::fixture::Rng;
 use crate::gguf::{
     DequantizeError, Gguf, GgufWriter, TensorType, can_dequantize, dequantize, dequantized_bytes,
-    write_dequantized,
+    quantize_q8_0, write_dequantized,
 };
 
 /// What ggml makes of `bytes`; `None` where it has no decoder.
@@ -154,4 +154,32 @@ fn the_copy_is_the_dequantized_model() {
     assert_eq!(to.tensor("matrix").unwrap().dims(), [64, 3]);
     assert_eq!(to.data("whole").unwrap(), [1, 2, 3, 4]);
     assert_eq!(to.u32("general.file_type").unwrap(), Some(0));
+}
+
+#[test]
+fn q8_0_has_the_bytes_of_ggml() {
+    let mut rng = Rng(3);
+    let mut values: Vec<f32> = (0..4096u32)
+        .map(|at| {
+            let x = (rng.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+            // From subnormal scales to large ones.
+            x * 10f32.powi(at as i32 / 32 % 17 - 9)
+        })
+        .collect();
+    // Nothing at all, halves of a step, and both signs of the largest.
+    values.extend([0.0; 32]);
+    values.extend((0..32).map(|at| (at as f32 - 16.0) / 2.0 + if at == 0 { -119.0 } else { 0.0 }));
+    values.extend((0..32).map(|at| if at % 2 == 0 { 127.0 } else { -(at as f32) - 0.5 }));
+    let ours = quantize_q8_0(&values);
+    let mut theirs = vec![0u16; ours.len() / 2];
+    // SAFETY: the traits of a type that ggml defines are a constant of its own; `values` are whole
+    // blocks, and `theirs` has their bytes, aligned as blocks are.
+    unsafe {
+        let quantize =
+            (*sys::ggml_get_type_traits(TensorType::Q8_0 as sys::ggml_type)).from_float_ref;
+        let quantize = quantize.expect("ggml has a reference for Q8_0");
+        quantize(values.as_ptr(), theirs.as_mut_ptr().cast(), values.len() as i64);
+    }
+    let theirs: Vec<u8> = theirs.iter().flat_map(|pair| pair.to_ne_bytes()).collect();
+    assert!(ours == theirs);
 }

@@ -28,6 +28,7 @@ pub fn config(
         "llama" => ("llama", "LlamaForCausalLM"),
         "qwen2" => ("qwen2", "Qwen2ForCausalLM"),
         "qwen3" => ("qwen3", "Qwen3ForCausalLM"),
+        "phi3" => ("phi3", "Phi3ForCausalLM"),
         "gemma2" => ("gemma2", "Gemma2ForCausalLM"),
         "gemma3" => ("gemma3_text", "Gemma3ForCausalLM"),
         other => {
@@ -72,6 +73,10 @@ pub fn config(
             set("mlp_bias", json!(false));
         }
         "qwen2" => set("use_sliding_window", json!(false)),
+        "phi3" => {
+            set("original_max_position_embeddings", json!(context.unwrap_or(2048)));
+            set("sliding_window", json!(shape.kinds[0].window));
+        }
         "qwen3" => {
             set("use_sliding_window", json!(false));
             set("attention_bias", json!(false));

@@ -6,7 +6,7 @@ use super::config::config;
 use super::tokenizer::{tokenizer_config, tokenizer_json};
 use super::weights::Weights;
 use super::{ExportError, at};
-use crate::gguf::{Covered, Gguf, ModelFacts, TensorInfo, TensorType, layer_module, write_f32};
+use crate::gguf::{Covered, Gguf, ModelFacts, TensorType, hugging_face_name, write_f32};
 use crate::train::model::{Lora, Model};
 use safetensors::tensor::{Dtype, View, serialize_to_file};
 use serde_json::{Map, Value, json};
@@ -155,7 +155,13 @@ fn write_weights(
     let failed = Mutex::new(None);
     let mut views = Vec::new();
     for tensor in base.tensors() {
-        let Some(name) = name_of(tensor, shape)? else { continue };
+        // The configuration says what these do.
+        if tensor.name().starts_with("rope_") {
+            continue;
+        }
+        let name = hugging_face_name(tensor.name(), &shape.architecture).ok_or_else(|| {
+            ExportError::Other(format!("transformers has no name for `{}`", tensor.name()))
+        })?;
         let short = tensor.name().split('.').nth(2).unwrap_or_default();
         let norm = tensor.name().contains("norm");
         let less = if norm && shape.architecture.starts_with("gemma") { 1.0 } else { 0.0 };
@@ -177,33 +183,4 @@ fn write_weights(
         let _ = fs::remove_file(&part);
     }
     done
-}
-
-/// What a tensor is called there; `None` for what the configuration says.
-fn name_of(tensor: &TensorInfo, shape: &Covered) -> Result<Option<String>, ExportError> {
-    let name = tensor.name();
-    let unknown = || ExportError::Other(format!("transformers has no name for `{name}`"));
-    let Some((layer, part)) = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'))
-    else {
-        return match name {
-            "token_embd.weight" => Ok(Some("model.embed_tokens.weight".into())),
-            "output.weight" => Ok(Some("lm_head.weight".into())),
-            "output_norm.weight" => Ok(Some("model.norm.weight".into())),
-            _ if name.starts_with("rope_") => Ok(None),
-            _ => Err(unknown()),
-        };
-    };
-    let (short, end) = part.rsplit_once('.').ok_or_else(unknown)?;
-    let gemma = shape.architecture.starts_with("gemma");
-    let module = match short {
-        "attn_norm" => "input_layernorm",
-        "ffn_norm" if gemma => "pre_feedforward_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "post_attention_norm" => "post_attention_layernorm",
-        "post_ffw_norm" => "post_feedforward_layernorm",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        other => layer_module(other).ok_or_else(unknown)?,
-    };
-    Ok(Some(format!("model.layers.{layer}.{module}.{end}")))
 }

@@ -2,12 +2,15 @@
 
 use super::ExportError;
 use super::weights::Weights;
-use crate::gguf::{Gguf, GgufWriter, TensorType, write_f32};
+use crate::gguf::{Gguf, GgufWriter, TensorInfo, TensorType, quantize_q8_0, write_f32};
 use crate::train::model::{Lora, Model};
 use std::io;
 use std::path::Path;
 
-/// Writes the model as a GGUF of floats: `base` with the trained weights in place of its own, or with
+/// Numbers quantized at a time: whole blocks.
+const CHUNK: usize = 1 << 16;
+
+/// Writes the model as a GGUF of F32, F16, BF16 or Q8_0: `base` with the trained weights in place of its own, or with
 /// the adapter added to them. Metadata is the base's, besides `facts`. One tensor is held at a time.
 /// Returns the bytes written.
 ///
@@ -32,17 +35,32 @@ pub fn model_gguf(
         TensorType::F32 => 0u32,
         TensorType::F16 => 1,
         TensorType::BF16 => 32,
+        TensorType::Q8_0 => 7,
         other => return Err(ExportError::Other(format!("models are not written as {other} yet"))),
     };
     writer.set("general.file_type", file_type);
     for tensor in base.tensors() {
         let (name, weights) = (tensor.name(), &weights);
-        // Vectors stay exact, as llama.cpp keeps them.
-        let ty = if tensor.dims().len() > 1 { ty } else { TensorType::F32 };
+        let ty = stored(tensor, ty);
         writer.tensor_with(name, tensor.dims(), ty, move |out| {
             let values = weights.values(name).map_err(io::Error::other)?;
-            write_f32(out, ty, values.into_iter())
+            match ty {
+                TensorType::Q8_0 => {
+                    values.chunks(CHUNK).try_for_each(|part| out.write_all(&quantize_q8_0(part)))
+                }
+                ty => write_f32(out, ty, values.into_iter()),
+            }
         })?;
     }
     Ok(writer.write(path)?)
+}
+
+/// The type of a tensor where matrices are of type `ty`: vectors stay exact, and rows that are not
+/// whole blocks are halves of floats, as llama.cpp keeps them.
+fn stored(tensor: &TensorInfo, ty: TensorType) -> TensorType {
+    match tensor.dims() {
+        [_] => TensorType::F32,
+        dims if dims[0].is_multiple_of(ty.block_size()) => ty,
+        _ => TensorType::F16,
+    }
 }

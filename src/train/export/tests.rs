@@ -270,3 +270,29 @@ fn tokenizer_json_gives_the_same_ids() {
         assert_eq!(theirs.decode(ids.get_ids(), false).unwrap(), text, "{}", file.display());
     }
 }
+
+#[test]
+fn quantized_models_keep_their_vectors_and_odd_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    TinyDecoder::new("llama").write(&path("base.gguf")).unwrap();
+    let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
+    let model = Model::load(base.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
+    model_gguf(&model, None, &base, TensorType::Q8_0, &[], &path("out.gguf")).unwrap();
+    let out = Arc::new(Gguf::open(path("out.gguf")).unwrap());
+    assert_eq!(out.u32("general.file_type").unwrap(), Some(7));
+    for tensor in out.tensors() {
+        let values = base.to_f32(tensor.name()).unwrap();
+        if tensor.dims().len() == 1 {
+            assert_eq!(tensor.ty(), TensorType::F32);
+            assert_eq!(out.to_f32(tensor.name()).unwrap(), values);
+        } else {
+            assert_eq!(tensor.ty(), TensorType::Q8_0);
+            let expected = crate::gguf::quantize_q8_0(&values);
+            assert!(out.data(tensor.name()).unwrap() == expected, "{}", tensor.name());
+        }
+    }
+    let quantized = Model::load(out, &Training::Full, 64, &Device::Cpu).unwrap();
+    let (exact, found) = (loss(&model), loss(&quantized));
+    assert!((exact - found).abs() < 2e-2 * exact, "{exact}, {found}");
+}

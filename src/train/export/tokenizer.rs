@@ -1,6 +1,6 @@
 //! A GGUF's tokenizer as the files that the crate `tokenizers`, and so transformers, reads.
 
-use crate::gguf::{Gguf, ModelFacts, SpecialToken};
+use crate::gguf::{Gguf, ModelFacts, SpecialToken, pre_tokenizer};
 use serde_json::{Map, Value, json};
 
 /// `enum llama_token_type`
@@ -19,26 +19,8 @@ pub fn tokenizer_json(model: &Gguf) -> Result<Value, String> {
         return Err(format!("the tokenizer model `{name}` is not written as `tokenizer.json`"));
     }
     let pre = facts.pre.as_deref().unwrap_or("");
-    let byte_level = |regex: bool| {
-        json!({
-            "type": "ByteLevel",
-            "add_prefix_space": false,
-            "trim_offsets": true,
-            "use_regex": regex,
-        })
-    };
-    let pre_tokenizer = match pre {
-        "gpt-2" => byte_level(true),
-        "smollm" => json!({
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": true}, byte_level(true)],
-        }),
-        "llama-bpe" => split(r"\p{N}{1,3}", byte_level(false)),
-        "qwen2" => split(r"\p{N}", byte_level(false)),
-        other => {
-            return Err(format!("the pre-tokenizer `{other}` is not written as `tokenizer.json`"));
-        }
-    };
+    let (pre_tokenizer, whole_words) = pre_tokenizer(pre)
+        .ok_or_else(|| format!("the pre-tokenizer `{pre}` is not written as `tokenizer.json`"))?;
     let tokens = model.strings("tokenizer.ggml.tokens").map_err(text)?.unwrap_or(&[]);
     let merges = model.strings("tokenizer.ggml.merges").map_err(text)?.unwrap_or(&[]);
     let merges: Vec<_> = merges.iter().filter_map(|merge| merge.split_once(' ')).collect();
@@ -93,25 +75,11 @@ pub fn tokenizer_json(model: &Gguf) -> Result<Value, String> {
             "end_of_word_suffix": null,
             "fuse_unk": false,
             "byte_fallback": false,
-            "ignore_merges": pre == "llama-bpe",
+            "ignore_merges": whole_words,
             "vocab": vocab,
             "merges": merges,
         },
     }))
-}
-
-/// What cl100k (GPT-4) tells apart, for a given expression for digits.
-fn split(digits: &str, byte_level: Value) -> Value {
-    let words = format!(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    );
-    let words = json!({
-        "type": "Split",
-        "pattern": {"Regex": words},
-        "behavior": "Isolated",
-        "invert": false,
-    });
-    json!({"type": "Sequence", "pretokenizers": [words, byte_level]})
 }
 
 fn with_bos(bos: &SpecialToken) -> Value {

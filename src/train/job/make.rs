@@ -2,10 +2,10 @@
 
 use super::run::Ended;
 use super::{Artifact, ArtifactKind, Entry, EventLog, Folder, Follower, JobEvent, Level, Order};
-use crate::gguf::{Gguf, TensorType};
+use crate::gguf::{Gguf, TensorType, is_hugging_face};
 use crate::train::export::{self, ExportError};
 use crate::train::model::{Model, Training};
-use crate::train::spec::{FloatType, Kind};
+use crate::train::spec::{Kind, WeightType};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -41,18 +41,24 @@ pub(super) fn artifacts(
     fs::create_dir_all(&to)?;
     let facts = facts(order, None);
     let export = &order.spec.export;
-    let ty = match export.ty.unwrap_or(FloatType::F16) {
-        FloatType::F32 => TensorType::F32,
-        FloatType::F16 => TensorType::F16,
-        FloatType::BF16 => TensorType::BF16,
+    // Of the GGUF, and of the folder.
+    let (ty, float) = match export.ty.unwrap_or(WeightType::F16) {
+        WeightType::F32 => (TensorType::F32, TensorType::F32),
+        WeightType::F16 => (TensorType::F16, TensorType::F16),
+        WeightType::BF16 => (TensorType::BF16, TensorType::BF16),
+        WeightType::Q8 => (TensorType::Q8_0, TensorType::F16),
     };
     let mut made: Vec<(ArtifactKind, String)> = Vec::new();
     let lora = match training {
         Training::Lora(lora) => {
             export::lora_gguf(model, lora, &facts, &to.join("adapter.gguf"))?;
             made.push((ArtifactKind::Adapter, "adapter.gguf".into()));
-            let name = order.spec.model.as_deref().unwrap_or_default();
-            export::peft_folder(model, lora, name, &to.join("peft"))?;
+            // PEFT loads the base by this name.
+            let name = match &order.parent {
+                Some(parent) => parent.display().to_string(),
+                None => order.spec.model.clone().unwrap_or_default(),
+            };
+            export::peft_folder(model, lora, &name, &to.join("peft"))?;
             made.extend(files(&to, "peft", ArtifactKind::Peft)?);
             Some(lora)
         }
@@ -63,7 +69,10 @@ pub(super) fn artifacts(
         made.push((ArtifactKind::Model, "model.gguf".into()));
     }
     if export.hugging_face || order.spec.kind == Kind::Pretrain {
-        match export::hf_folder(model, lora, base, ty, None, &to.join("hugging_face")) {
+        // A folder that is gone, or was never one, says nothing.
+        let parent = order.parent.as_deref().filter(|parent| is_hugging_face(parent));
+        let made_folder = to.join("hugging_face");
+        match export::hf_folder(model, lora, base, float, parent, &made_folder) {
             Ok(lacking) => {
                 for what in lacking {
                     log.say(Level::Warn, format!("The folder for transformers: {what}."))?;

@@ -66,6 +66,9 @@ pub struct Order {
     /// SHA-256 of it, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_sha256: Option<String>,
+    /// The Hugging Face folder that the model was converted from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<PathBuf>,
     pub train: PathBuf,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<PathBuf>,
@@ -87,6 +90,7 @@ impl Order {
             name,
             model: None,
             model_sha256: None,
+            parent: None,
             train,
             validation: None,
             init: None,

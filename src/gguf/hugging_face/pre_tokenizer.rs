@@ -1,0 +1,175 @@
+//! The table of byte-level pre-tokenizers: what `tokenizer.json` says of them, and their names in a
+//! GGUF. Both ways go through it.
+
+use serde_json::{Value as Json, json};
+
+/// What GPT-4o and its kin take for letters that may start a word, and that may end it.
+macro_rules! words {
+    ($behind:literal) => {
+        concat!(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+            $behind,
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+            $behind
+        )
+    };
+}
+
+/// What cl100k (GPT-4) tells apart, for a given expression for digits.
+macro_rules! cl100k {
+    ($digits:literal) => {
+        concat!(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|",
+            $digits,
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+    };
+}
+
+/// One step of a pre-tokenizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step<'a> {
+    /// Digits, each by itself.
+    Digits,
+    /// What the expression matches, and what lies between.
+    Split(&'a str),
+    /// GPT-2's own expression.
+    Gpt2,
+}
+
+/// A row: the name, the steps, and whether a word that is a token is that token (`ignore_merges`);
+/// `None` where that makes no difference.
+type Row = (&'static str, &'static [Step<'static>], Option<bool>);
+
+/// The first of equal rows is what a folder becomes. A test holds it against the native tokenizer.
+const TABLE: &[Row] = &[
+    ("gpt-2", &[Step::Gpt2], None),
+    ("smollm", &[Step::Digits, Step::Gpt2], None),
+    ("llama-bpe", &[Step::Split(cl100k!(r"\p{N}{1,3}"))], Some(true)),
+    ("dbrx", &[Step::Split(cl100k!(r"\p{N}{1,3}"))], Some(false)),
+    ("qwen2", &[Step::Split(cl100k!(r"\p{N}"))], None),
+    (
+        "gpt-4o",
+        &[Step::Split(concat!(
+            words!(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"),
+            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ))],
+        None,
+    ),
+    (
+        "tekken",
+        &[Step::Split(concat!(
+            words!(""),
+            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ))],
+        None,
+    ),
+];
+
+/// Contractions in any case, as some write them out.
+const WRITTEN_OUT: &str = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])";
+const CONTRACTIONS: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)";
+
+/// The `pre_tokenizer` of `tokenizer.json` for a name of a GGUF, and its `ignore_merges`; `None` for
+/// a name that is not in the table.
+pub fn pre_tokenizer(name: &str) -> Option<(Json, bool)> {
+    let (_, steps, whole_words) = TABLE.iter().find(|(known, ..)| *known == name)?;
+    let byte_level = |regex: bool| {
+        json!({
+            "type": "ByteLevel",
+            "add_prefix_space": false,
+            "trim_offsets": true,
+            "use_regex": regex,
+        })
+    };
+    let mut listed = Vec::new();
+    for step in *steps {
+        listed.push(match step {
+            Step::Digits => json!({"type": "Digits", "individual_digits": true}),
+            Step::Split(expression) => json!({
+                "type": "Split",
+                "pattern": {"Regex": expression},
+                "behavior": "Isolated",
+                "invert": false,
+            }),
+            Step::Gpt2 => byte_level(true),
+        });
+    }
+    if steps.last() != Some(&Step::Gpt2) {
+        listed.push(byte_level(false));
+    }
+    let json = match listed.len() {
+        1 => listed.remove(0),
+        _ => json!({"type": "Sequence", "pretokenizers": listed}),
+    };
+    // What is a token as a whole is one with every tokenizer that was trained on such words.
+    Some((json, whole_words.unwrap_or(name == "tekken")))
+}
+
+/// The name of a `pre_tokenizer` as a GGUF has it.
+///
+/// # Errors
+/// What is not known of it, in words.
+pub(super) fn name_of(json: &Json, ignore_merges: bool) -> Result<&'static str, String> {
+    let mut listed = Vec::new();
+    flatten(json, &mut listed);
+    let mut steps = Vec::new();
+    let mut bytes = false;
+    for part in &listed {
+        match part["type"].as_str().unwrap_or("") {
+            "ByteLevel" => {
+                bytes = true;
+                if part["add_prefix_space"] == true {
+                    return Err("ByteLevel with `add_prefix_space`".into());
+                }
+                // What is left out means yes.
+                if part["use_regex"] != false {
+                    steps.push(Step::Gpt2);
+                }
+            }
+            "Digits" if part["individual_digits"] == true => steps.push(Step::Digits),
+            "Split" => steps.push(Step::Split(expression(part)?)),
+            other => return Err(format!("`{other}`")),
+        }
+    }
+    if !bytes {
+        return Err("a pre-tokenizer without ByteLevel".into());
+    }
+    let written = |text: &str| text.replace(WRITTEN_OUT, CONTRACTIONS);
+    let same = |a: &Step, b: &Step| match (a, b) {
+        (Step::Split(a), Step::Split(b)) => written(a) == written(b),
+        _ => a == b,
+    };
+    let found = TABLE.iter().find(|(_, known, whole_words)| {
+        known.len() == steps.len()
+            && known.iter().zip(&steps).all(|(a, b)| same(a, b))
+            && whole_words.is_none_or(|whole_words| whole_words == ignore_merges)
+    });
+    found.map(|(name, ..)| *name).ok_or_else(|| {
+        let shown = |step: &Step| match step {
+            Step::Digits => "Digits".to_owned(),
+            Step::Split(expression) => format!("Split({expression})"),
+            Step::Gpt2 => "ByteLevel".to_owned(),
+        };
+        let shown: Vec<String> = steps.iter().map(shown).collect();
+        format!("`{}`", shown.join(", "))
+    })
+}
+
+fn flatten<'a>(json: &'a Json, out: &mut Vec<&'a Json>) {
+    match json["pretokenizers"].as_array() {
+        // A sequence within a sequence is nobody's.
+        Some(list) => out.extend(list),
+        None => out.push(json),
+    }
+}
+
+fn expression(part: &Json) -> Result<&str, String> {
+    let isolated = part["behavior"] == "Isolated" && part["invert"] != true;
+    // Throws away what does not match, and every character matches.
+    let kept = part["behavior"] == "Removed" && part["invert"] == true;
+    match part["pattern"]["Regex"].as_str() {
+        Some(expression) if isolated || kept => Ok(expression),
+        _ => Err(format!("Split {part}")),
+    }
+}
