@@ -61,7 +61,7 @@
 //! | [`kernels`] | SIMD arithmetic of the native runner and of training, the thread pool |
 //! | [`template`] | chat templates, and what models write back |
 //! | [`train`] | jobs, data, trainable models, optimizers, checkpoints, exports |
-//! | [`gguf`] | reading and writing GGUF, LoRA adapters |
+//! | [`gguf`] | reading and writing GGUF, LoRA adapters; Hugging Face's folders made into GGUF |
 
 pub mod build_info;
 pub mod cli;

@@ -10,8 +10,8 @@ use std::path::Path;
 /// Numbers quantized at a time: whole blocks.
 const CHUNK: usize = 1 << 16;
 
-/// Writes the model as a GGUF of F32, F16, BF16 or Q8_0: `base` with the trained weights in place of its own, or with
-/// the adapter added to them. Metadata is the base's, besides `facts`. One tensor is held at a time.
+/// Writes the model as a GGUF of F32, F16, BF16 or Q8_0: `base` with the trained weights in place of
+/// its own, or with the adapter added to them. Metadata is the base's, besides `facts`. One tensor is held at a time.
 /// Returns the bytes written.
 ///
 /// # Errors
