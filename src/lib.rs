@@ -1,8 +1,9 @@
 //! Ingot: one binary that carries a language model through its whole life on one machine.
 //!
 //! This page is the map. What is here today serves any GGUF model through an OpenAI-compatible
-//! API, pretrains and fine-tunes models, and serves what it made. Alignment and compression have
-//! their rooms reserved in the design and join the same walks.
+//! API, pretrains and fine-tunes models, makes them prefer one answer to another, trains reward
+//! models, and serves what it made. The rest of alignment, and compression, have their rooms reserved
+//! in the design and join the same walks.
 //!
 //! # Processes
 //!
@@ -32,7 +33,7 @@
 //!
 //! [`gateway::api`] or [`cli`] → [`gateway::jobs`] (admitted, queued) → [`gateway::store`] → a process:
 //! [`train::job`] → [`train::recipes`] → [`train::data`] → [`train::model`] → [`train::ops`] →
-//! [`train::optim`] → [`train::checkpoint`] → [`train::export`] → [`gateway::jobs`] (tried) →
+//! [`train::loss`] → [`train::optim`] → [`train::checkpoint`] → [`train::export`] → [`gateway::jobs`] (tried) →
 //! [`gateway::registry`] (served).
 //!
 //! Types narrow here too: `Spec` → `Resolved` → [`train::job::Order`] → `Batch` → gradients →

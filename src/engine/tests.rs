@@ -361,7 +361,8 @@ fn drafts_that_stand_save_steps() {
     let mut steps = Vec::new();
     let mut texts = Vec::new();
     for speculate in [Speculate::Off, Speculate::Always, Speculate::Auto] {
-        let spec = LoadSpec { speculate, mock_step_us: 200, ..load_spec(64, 4, 64) };
+        // Long enough that what else runs here does not look like the cost of a row.
+        let spec = LoadSpec { speculate, mock_step_us: 2000, ..load_spec(64, 4, 64) };
         let engine = Engine::start(spec);
         for id in 0..12 {
             let stop = StopParams { max_tokens: Some(100), ignore_eos: true, ..Default::default() };

@@ -135,3 +135,17 @@ fn short_name(tensor: &str) -> String {
     let inner = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
     inner.map_or(name, |(_, short)| short).to_owned()
 }
+
+/// The key of a reward model's head in its adapter: (width) what a row behind the output norm is worth.
+/// llama.cpp passes over it.
+pub const SCORE_HEAD: &str = "ingot.score";
+
+/// The head of a reward model's adapter, if it is one.
+pub fn score_head(adapter: &Gguf) -> Option<Vec<f32>> {
+    match adapter.get(SCORE_HEAD) {
+        Some(Value::Array(crate::gguf::Array::F32(head))) if head.iter().all(|x| x.is_finite()) => {
+            Some(head.to_vec())
+        }
+        _ => None,
+    }
+}

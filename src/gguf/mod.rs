@@ -15,7 +15,7 @@
 //! | `writer.rs` | [`GgufWriter`] |
 //! | `peft.rs` | PEFT folders: configuration, tensor names |
 //! | `lora.rs` | [`peft_to_gguf`] |
-//! | `lora_check.rs` | [`check_lora_gguf`] |
+//! | `lora_check.rs` | [`check_lora_gguf`], [`score_head`] |
 //! | `quantize.rs` | [`quantize_q8_0`]: numbers as ggml quantizes them |
 //! | `hugging_face/` | [`convert`]: Hugging Face folders as GGUF |
 //! | `fixture.rs` | tiny models for tests |
@@ -55,7 +55,7 @@ pub use hugging_face::{
     ConvertError, convert, fingerprint, hugging_face_name, is_hugging_face, pre_tokenizer,
 };
 pub use lora::{LoraError, LoraInfo, peft_to_gguf};
-pub use lora_check::check_lora_gguf;
+pub use lora_check::{SCORE_HEAD, check_lora_gguf, score_head};
 pub use peft::{is_interleaved, layer_module};
 pub use quantize::quantize_q8_0;
 pub use reader::{Gguf, TensorInfo};

@@ -97,13 +97,19 @@ fn matrix(
     let mut rng = StdRng::from_seed(hash.finalize().into());
     let dims = [inputs as u64, outputs as u64];
     writer.tensor_with(name, &dims, TensorType::F32, move |out| {
-        normal(out, &mut rng, inputs * outputs, deviation)
+        normals(out, &mut rng, inputs * outputs, deviation)
     })?;
     Ok(())
 }
 
-/// Normally distributed numbers, by Box and Muller's transformation.
-fn normal(out: &mut dyn Write, rng: &mut StdRng, count: usize, deviation: f64) -> io::Result<()> {
+/// A normally distributed number, by Box and Muller's transformation.
+pub fn normal(rng: &mut StdRng) -> f64 {
+    let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
+    radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()
+}
+
+/// Normally distributed numbers, two at a time.
+fn normals(out: &mut dyn Write, rng: &mut StdRng, count: usize, deviation: f64) -> io::Result<()> {
     let mut left = count;
     while left > 0 {
         let some = left.min(CHUNK);

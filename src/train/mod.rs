@@ -11,6 +11,7 @@
 //! | `vocabulary.rs` | tokenizers trained on data, or taken from a model |
 //! | `data/` | formats, masks, tokens, packing, order |
 //! | `model/` | the decoders of `gguf::Covered`, trainable; LoRA |
+//! | `loss/` | losses of preferences, as numbers and their slopes |
 //! | `ops/` | candle operations with backward passes by hand |
 //! | `optim.rs` | AdamW and Muon |
 //! | `schedule.rs` | learning rates |
@@ -22,6 +23,7 @@ pub mod data;
 pub mod export;
 pub mod fresh;
 pub mod job;
+pub mod loss;
 pub mod model;
 pub mod ops;
 pub mod optim;

@@ -4,6 +4,8 @@ mod pretrain;
 
 pub use pretrain::{BYTES, Pretrain, Shape, Tokenizer, TokenizerPlan};
 
+use super::data::Purpose;
+use super::loss::{Dpo, Reward};
 use super::model::Lora;
 use super::optim::Optimizer;
 use super::schedule::Schedule;
@@ -19,6 +21,31 @@ pub const VERSION: u32 = 1;
 pub enum Kind {
     Sft,
     Pretrain,
+    /// Direct preference optimization.
+    Dpo,
+    /// A reward model.
+    Reward,
+}
+
+impl Kind {
+    /// As specifications have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sft => "sft",
+            Self::Pretrain => "pretrain",
+            Self::Dpo => "dpo",
+            Self::Reward => "reward",
+        }
+    }
+
+    /// What the files of its data hold; `None`: any text.
+    pub fn purpose(self) -> Option<Purpose> {
+        match self {
+            Self::Sft => Some(Purpose::Answers),
+            Self::Dpo | Self::Reward => Some(Purpose::Preferences),
+            Self::Pretrain => None,
+        }
+    }
 }
 
 /// A job, in JSON or TOML. Unknown keys are errors.
@@ -43,6 +70,10 @@ pub struct Spec {
     pub adapter: Option<Adapter>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pretrain: Option<Pretrain>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dpo: Option<Dpo>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward: Option<Reward>,
     pub train: Train,
     #[serde(default)]
     pub export: Export,
@@ -90,6 +121,8 @@ struct Written {
     #[serde(default, deserialize_with = "some")]
     adapter: Option<Option<Adapter>>,
     pretrain: Option<Pretrain>,
+    dpo: Option<Dpo>,
+    reward: Option<Reward>,
     #[serde(default)]
     train: Train,
     #[serde(default)]
@@ -104,9 +137,8 @@ impl TryFrom<Written> for Spec {
     type Error = String;
 
     fn try_from(written: Written) -> Result<Self, String> {
-        let Written { kind, model, name, suffix, seed, data, pretrain, train, export, .. } =
-            written;
-        let (version, adapter) = (written.version, written.adapter);
+        let Written { kind, model, name, suffix, seed, data, train, export, .. } = written;
+        let Written { version, adapter, pretrain, dpo, reward, .. } = written;
         if version != VERSION {
             return Err(format!("version: this is {version}, and this Ingot knows {VERSION}"));
         }
@@ -115,8 +147,13 @@ impl TryFrom<Written> for Spec {
                 return Err("adapter: pretraining trains all weights; leave it out".into());
             }
             (Kind::Pretrain, _) => None,
-            (Kind::Sft, None) => Adapter::usual(),
-            (Kind::Sft, Some(adapter)) => adapter,
+            (Kind::Reward, Some(None)) => {
+                return Err(
+                    "adapter: a reward model is an adapter with a head; leave it out".into()
+                );
+            }
+            (_, None) => Adapter::usual(),
+            (_, Some(adapter)) => adapter,
         };
         Ok(Self {
             version,
@@ -128,6 +165,8 @@ impl TryFrom<Written> for Spec {
             data,
             adapter,
             pretrain,
+            dpo,
+            reward,
             train,
             export,
         })
@@ -356,25 +395,40 @@ impl Spec {
             adapter.lora(self.seed)?;
         }
         let resolved = match self.kind {
-            Kind::Sft => self.resolve_sft()?,
             Kind::Pretrain => self.resolve_pretrain()?,
+            Kind::Sft => self.resolve_tuning([2e-4, 2e-5])?,
+            Kind::Dpo => self.resolve_tuning([1e-5, 1e-6])?,
+            Kind::Reward => self.resolve_tuning([1e-4, 1e-5])?,
         };
+        for (kind, there) in [
+            (Kind::Pretrain, self.pretrain.is_some()),
+            (Kind::Dpo, self.dpo.is_some()),
+            (Kind::Reward, self.reward.is_some()),
+        ] {
+            if there && kind != self.kind {
+                return Err(format!("{0}: it is for jobs of kind `{0}`", kind.name()));
+            }
+        }
+        let (dpo, reward) = (self.dpo.unwrap_or_default(), self.reward.unwrap_or_default());
+        within("dpo.beta", dpo.beta, f64::MIN_POSITIVE, 100.0)?;
+        within("dpo.label_smoothing", dpo.label_smoothing, 0.0, 0.5)?;
+        within("dpo.sft", dpo.sft, 0.0, 100.0)?;
+        within("reward.margin", reward.margin, -1e3, 1e3)?;
+        within("reward.centering", reward.centering, 0.0, 100.0)?;
         resolved.check()?;
         Ok(resolved)
     }
 
-    fn resolve_sft(&self) -> Result<Resolved, String> {
+    /// Of a model that there is, with learning rates for an adapter and for all weights.
+    fn resolve_tuning(&self, [of_adapter, of_all]: [f64; 2]) -> Result<Resolved, String> {
         if self.model.is_none() {
-            return Err("model: a job of kind `sft` needs one".into());
+            return Err(format!("model: a job of kind `{}` needs one", self.kind.name()));
         }
         if self.name.is_some() {
             return Err("name: it is for `pretrain`; use `suffix`".into());
         }
-        if self.pretrain.is_some() {
-            return Err("pretrain: it is for jobs of kind `pretrain`".into());
-        }
         let train = &self.train;
-        let full = self.adapter.is_none();
+        let rate = if self.adapter.is_none() { of_all } else { of_adapter };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Resolved {
             epochs: train.epochs.unwrap_or(1.0),
@@ -383,7 +437,7 @@ impl Spec {
             batch_size: train.batch_size.unwrap_or(8),
             micro_batch: train.micro_batch.unwrap_or(1),
             max_length: train.max_length.unwrap_or(1024),
-            learning_rate: train.learning_rate.unwrap_or(if full { 2e-5 } else { 2e-4 }),
+            learning_rate: train.learning_rate.unwrap_or(rate),
             schedule: train.schedule.unwrap_or(Schedule::Cosine),
             warmup: train.warmup.unwrap_or(0.03),
             eval_every: train.eval_every.unwrap_or(50),
@@ -494,6 +548,9 @@ mod tests {
             (r#""name": "x""#, "name"),
             (r#""suffix": """#, "suffix"),
             (r#""suffix": "a b""#, "suffix"),
+            (r#""dpo": {}"#, "dpo: it is for jobs of kind `dpo`"),
+            (r#""pretrain": {}"#, "pretrain"),
+            (r#""reward": {"centring": 1}"#, "centering"),
         ] {
             let error = with(more);
             assert!(error.contains(why), "{more}: {error}");

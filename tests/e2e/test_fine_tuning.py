@@ -258,6 +258,74 @@ def test_pause_resume_cancel():
     assert ended(job, "cancelled").fine_tuned_model is None
 
 
+def pairs(count=16):
+    for number in range(count):
+        asked = {"role": "user", "content": f"Greet me, number {number}."}
+        yield {
+            "input": {"messages": [asked]},
+            "preferred_output": [{"role": "assistant", "content": "Ahoy, matey!"}],
+            "non_preferred_output": [{"role": "assistant", "content": "Good day to you."}],
+        }
+
+
+def test_preferences():
+    file, held = upload(pairs()), upload(list(pairs(20))[16:], "held.jsonl")
+    method = {
+        "type": "dpo",
+        "dpo": {"hyperparameters": {"n_epochs": 3, "batch_size": 4, "beta": 0.2, "learning_rate_multiplier": 30}},
+    }
+    job = client.fine_tuning.jobs.create(
+        model=server.model, training_file=file.id, validation_file=held.id, method=method, seed=7
+    )
+    assert job.method.type == "dpo" and job.method.dpo.hyperparameters.beta == 0.2, job
+    job = ended(job)
+    events = client.fine_tuning.jobs.list_events(job.id, limit=1000).data
+    steps = [e.data for e in reversed(events) if e.type == "metrics" and "train_loss" in e.data]
+    assert len(steps) == 12 and abs(steps[0]["train_loss"] - 0.693147) < 1e-5, steps[0]
+    assert steps[-1]["train_loss"] < 0.5, steps
+    assert steps[-1]["metrics"]["reward_margin"] > 0.1, steps[-1]
+    held = [e.data for e in events if "full_valid_loss" in (e.data or {})]
+    assert held[0]["full_valid_mean_token_accuracy"] == 1.0, held
+    rows = list(csv.DictReader(io.StringIO(client.files.content(job.result_files[0]).text)))
+    assert len(rows) == 12 and float(rows[-1]["reward_margin"]) > 0.1, rows[-1]
+    ask(job.fine_tuned_model)
+    # One answer is no pair, and a pair is no answer.
+    for lines, of in ((examples(), method), (pairs(), {"type": "supervised"})):
+        wrong = client.fine_tuning.jobs.create(
+            model=server.model, training_file=upload(lines).id, method=of
+        )
+        wrong = ended(wrong, "failed")
+        assert "line 1" in wrong.error.message and "pair" in wrong.error.message, wrong.error
+
+
+def test_a_reward_model_is_trained():
+    file = upload(pairs())
+    spec = {
+        "kind": "reward", "model": server.model, "suffix": "taste", "data": {"train": file.id},
+        "reward": {"centering": 0.01}, "train": {"epochs": 3, "batch_size": 4, "max_length": 64},
+    }
+    job = json.loads(server.admin("/admin/jobs", spec))
+    done = until(
+        lambda: (found := server.job(job["id"]))["status"] in ("succeeded", "failed") and found or None,
+        "the end of the reward model",
+    )
+    assert done["status"] == "succeeded", done
+    assert {"adapter", "peft"} <= {artifact["type"] for artifact in done["artifacts"]}, done
+    entries = json.loads(server.admin(f"/admin/jobs/{job['id']}/events?stream=false"))["data"]
+    steps = [entry for entry in entries if entry["type"] == "step"]
+    assert steps[-1]["accuracy"] == 1.0 and steps[-1]["reward_margin"] > steps[0]["reward_margin"], steps
+    assert "adapter: " in raises_admin({**spec, "adapter": None})
+
+
+def raises_admin(spec):
+    try:
+        server.admin("/admin/jobs", spec)
+    except urllib.error.HTTPError as error:
+        assert error.code == 400, error
+        return json.loads(error.read())["error"]["message"]
+    raise AssertionError("it was taken")
+
+
 def test_mistakes():
     few = create(upload(examples(9)))
     assert "at least 10" in ended(few, "failed").error.message
@@ -266,7 +334,7 @@ def test_mistakes():
     assert failed.error.param == "training_file" and "line 12" in failed.error.message, failed.error
     file = upload(examples())
     bad_request = openai.BadRequestError
-    raises(bad_request, lambda: create(file, method={"type": "dpo"}), code="not_implemented")
+    raises(bad_request, lambda: create(file, method={"type": "reinforcement"}), code="not_implemented")
     raises(bad_request, lambda: create(file, suffix="no spaces"), param="suffix")
     raises(bad_request, lambda: create(file, batch=0))
     raises(bad_request, lambda: create(file, validation_file="file-0"), param="validation_file")

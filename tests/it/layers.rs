@@ -81,20 +81,32 @@ const ENGINE: Table = &[
 
 /// Rooms of training.
 const TRAIN: Table = &[
-    ("job", &["recipes", "export", "checkpoint", "data", "spec", "model"]),
+    ("job", &["recipes", "export", "checkpoint", "fresh", "data", "spec", "model"]),
     (
         "recipes",
-        &["checkpoint", "fresh", "vocabulary", "data", "spec", "model", "optim", "schedule", "ops"],
+        &[
+            "checkpoint",
+            "fresh",
+            "vocabulary",
+            "data",
+            "spec",
+            "model",
+            "optim",
+            "schedule",
+            "ops",
+            "loss",
+        ],
     ),
     ("export", &["data", "model", "optim"]),
     ("checkpoint", &["optim"]),
     ("fresh", &["vocabulary", "spec"]),
     ("vocabulary", &["data"]),
+    ("spec", &["data", "loss", "model", "optim", "schedule"]),
     ("data", &["model"]),
-    ("spec", &["model", "optim", "schedule"]),
     ("model", &["ops", "optim"]),
     ("optim", &[]),
     ("schedule", &[]),
+    ("loss", &[]),
     ("ops", &[]),
 ];
 

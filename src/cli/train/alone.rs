@@ -9,7 +9,7 @@ use crate::gateway::store::{ModelRef, PulledModel, Store, ensure, hex};
 use crate::gguf::{Gguf, is_hugging_face};
 use crate::train::data::check;
 use crate::train::job::{self, Artifact, ArtifactKind, Folder, Follower, Needs, Order, Outcome};
-use crate::train::spec::{Kind, Resolved, Spec};
+use crate::train::spec::{Resolved, Spec};
 use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -67,8 +67,9 @@ fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError
     let settings = spec.resolve().map_err(CliError::Message)?;
     let train = located(beside, &spec.data.train)?;
     let validation = spec.data.validation.as_ref().map(|path| located(beside, path)).transpose()?;
-    for path in validation.iter().chain([&train]).filter(|_| spec.kind == Kind::Sft) {
-        check(path, 1).map_err(|error| {
+    let purpose = spec.kind.purpose();
+    for (path, purpose) in validation.iter().chain([&train]).zip(purpose.into_iter().cycle()) {
+        check(path, purpose, 1).map_err(|error| {
             CliError::message(format!("{} cannot be trained on: {error}.", path.display()))
         })?;
     }

@@ -12,6 +12,7 @@ use crate::gateway::error::ApiError;
 use crate::gateway::jobs::{NewJob, checkpoint_name};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::train::job::{Entry, JobEvent, Level, Step, Validation};
+use crate::train::loss::Dpo;
 use crate::train::spec::{Adapter, Data, Export, Kind, Spec, Train, VERSION};
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
@@ -23,24 +24,78 @@ use std::sync::Arc;
 const MAX_PAGE: usize = 1_000;
 /// Pairs of metadata, and characters of their keys and values.
 const METADATA: (usize, usize, usize) = (16, 64, 512);
-/// What `learning_rate_multiplier` multiplies.
-const LEARNING_RATE: f64 = 2e-4;
 /// Steps that `auto` aims at where the data are few.
 const FEW_STEPS: u64 = 100;
 
 type Answer = Result<Json<Value>, ApiError>;
 
-/// What a client asks for. `None` is `auto`.
+/// How a model is tuned, and by what.
 #[derive(Debug, Default)]
+struct Method {
+    kind: MethodKind,
+    hyperparameters: Hyperparameters,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum MethodKind {
+    #[default]
+    Supervised,
+    Dpo,
+}
+
+impl MethodKind {
+    /// Of a job; `None`: it is no fine-tuning job of OpenAI's kinds.
+    fn of(job: &StoredJob) -> Option<Self> {
+        match job.kind.as_str() {
+            "sft" => Some(Self::Supervised),
+            "dpo" => Some(Self::Dpo),
+            _ => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Supervised => "supervised",
+            Self::Dpo => "dpo",
+        }
+    }
+
+    fn kind(self) -> Kind {
+        match self {
+            Self::Supervised => Kind::Sft,
+            Self::Dpo => Kind::Dpo,
+        }
+    }
+
+    /// What `learning_rate_multiplier` multiplies.
+    fn learning_rate(self) -> f64 {
+        match self {
+            Self::Supervised => 2e-4,
+            Self::Dpo => 1e-5,
+        }
+    }
+}
+
+/// What a client asks for. `None` is `auto`.
+#[derive(Debug, Default, Clone, Copy)]
 struct Hyperparameters {
+    /// Of DPO.
+    beta: Option<f64>,
     n_epochs: Option<u64>,
     batch_size: Option<u64>,
     learning_rate_multiplier: Option<f64>,
 }
 
 impl Hyperparameters {
-    fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+    fn take(fields: &mut Fields, kind: MethodKind) -> Result<Self, ApiError> {
+        let beta = match kind {
+            MethodKind::Supervised => None,
+            MethodKind::Dpo => {
+                auto_or(fields, "beta", |fields, key| fields.number(key, 1e-4..=2.0))?
+            }
+        };
         Ok(Self {
+            beta: beta.map(f64::from),
             n_epochs: auto_or(fields, "n_epochs", |fields, key| fields.integer(key, 1..=50))?
                 .map(i64::unsigned_abs),
             batch_size: auto_or(fields, "batch_size", |fields, key| fields.integer(key, 1..=256))?
@@ -102,28 +157,34 @@ pub async fn create(
         let message = "integrations are not supported: follow the job's events, or /metrics.";
         return Err(ApiError::invalid("integrations", message));
     }
-    let hyperparameters = take_method(&mut fields)?;
+    let Method { kind, hyperparameters } = take_method(&mut fields)?;
     fields.finish()?;
 
     let owner = app.auth.owner(identity);
     let examples = examples(&app, &training_file).await;
     let (epochs, batch, multiplier) = hyperparameters.decided(examples);
+    let beta = hyperparameters.beta.unwrap_or(Dpo::default().beta);
+    let mut shown = json!({
+        "n_epochs": epochs,
+        "batch_size": batch,
+        "learning_rate_multiplier": multiplier,
+    });
+    if kind == MethodKind::Dpo {
+        // As it was given: 0.1 is no 0.10000000149.
+        shown["beta"] = json!((beta * 1e6).round() / 1e6);
+    }
     let request = json!({
         "model": model,
         "training_file": training_file,
         "validation_file": validation_file,
         "suffix": suffix,
         "metadata": metadata,
-        "hyperparameters": {
-            "n_epochs": epochs,
-            "batch_size": batch,
-            "learning_rate_multiplier": multiplier,
-        },
+        "hyperparameters": shown,
     });
     let steps = (examples * epochs).div_ceil(batch).max(1);
     let spec = Spec {
         version: VERSION,
-        kind: Kind::Sft,
+        kind: kind.kind(),
         model: Some(model),
         name: None,
         suffix,
@@ -131,11 +192,13 @@ pub async fn create(
         data: Data { train: training_file, validation: validation_file, shuffle: true },
         adapter: Adapter::usual(),
         pretrain: None,
+        dpo: (kind == MethodKind::Dpo).then(|| Dpo { beta, ..Dpo::default() }),
+        reward: None,
         export: Export::default(),
         train: Train {
             epochs: Some(epochs as f64),
             batch_size: Some(batch as usize),
-            learning_rate: Some(LEARNING_RATE * multiplier),
+            learning_rate: Some(kind.learning_rate() * multiplier),
             // At the end of each epoch, as OpenAI does, but not more than some.
             checkpoint_every: Some(steps.div_ceil(epochs.min(10)).max(1)),
             eval_every: Some(steps.div_ceil(epochs.min(10)).max(1)),
@@ -193,44 +256,42 @@ fn take_metadata(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
 }
 
 /// `method`, or the older `hyperparameters` beside it.
-fn take_method(fields: &mut Fields) -> Result<Hyperparameters, ApiError> {
+fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
     let old = fields.object("hyperparameters")?;
     let Some(mut method) = fields.object("method")? else {
-        return match old {
-            Some(mut old) => {
-                let taken = Hyperparameters::take(&mut old)?;
-                old.finish()?;
-                Ok(taken)
-            }
-            None => Ok(Hyperparameters::default()),
-        };
+        let Some(mut old) = old else { return Ok(Method::default()) };
+        let kind = MethodKind::Supervised;
+        let hyperparameters = Hyperparameters::take(&mut old, kind)?;
+        old.finish()?;
+        return Ok(Method { kind, hyperparameters });
     };
-    match method.string("type", 64)?.as_deref() {
-        Some("supervised") => {}
-        Some(later @ ("dpo" | "reinforcement")) => {
+    let kind = match method.string("type", 64)?.as_deref() {
+        Some("supervised") => MethodKind::Supervised,
+        Some("dpo") => MethodKind::Dpo,
+        Some("reinforcement") => {
             return Err(ApiError::invalid(
                 "method.type",
-                format!("method.type `{later}` is not served yet; `supervised` is."),
+                "method.type `reinforcement` is not served yet; `supervised` and `dpo` are.",
             )
             .with_code("not_implemented"));
         }
         Some(other) => {
-            let message = format!("method.type must be `supervised`, not `{other}`.");
+            let message = format!("method.type must be `supervised` or `dpo`, not `{other}`.");
             return Err(ApiError::invalid("method.type", message));
         }
         None => return Err(method.missing("type")),
-    }
-    let mut taken = Hyperparameters::default();
-    if let Some(mut supervised) = method.object("supervised")? {
-        if let Some(mut inner) = supervised.object("hyperparameters")? {
-            taken = Hyperparameters::take(&mut inner)?;
+    };
+    let mut hyperparameters = Hyperparameters::default();
+    if let Some(mut block) = method.object(kind.name())? {
+        if let Some(mut inner) = block.object("hyperparameters")? {
+            hyperparameters = Hyperparameters::take(&mut inner, kind)?;
             inner.finish()?;
         }
-        supervised.finish()?;
+        block.finish()?;
     }
     method.finish()?;
     match old {
-        None => Ok(taken),
+        None => Ok(Method { kind, hyperparameters }),
         Some(_) => Err(ApiError::invalid(
             "hyperparameters",
             "Give hyperparameters inside method, or beside it, not both.",
@@ -257,7 +318,7 @@ pub async fn list(
 }
 
 fn is_fine_tuning(job: &StoredJob) -> bool {
-    job.kind == "sft"
+    MethodKind::of(job).is_some()
 }
 
 /// A fine-tuning job that a request may see.
@@ -358,6 +419,7 @@ fn event(job: &str, entry: &Entry) -> Value {
                 "train_mean_token_accuracy": step.accuracy,
                 "learning_rate": step.learning_rate,
                 "tokens_per_second": step.tokens_per_second,
+                "metrics": step.metrics,
             }),
         ),
         JobEvent::Validation(found) => (
@@ -405,6 +467,7 @@ pub async fn checkpoints(
             JobEvent::Step(seen) => step = Some(seen),
             JobEvent::Validation(seen) => validation = Some(seen),
             JobEvent::Checkpoint { step: at } if folder.checkpoint_adapter(at).exists() => {
+                let (step, validation) = (step.clone(), validation.clone());
                 let shown = checkpoint(&job, at, entry.at as i64, step, validation);
                 found.retain(|(id, _)| shown["id"] != id.as_str());
                 found.push((shown["id"].as_str().unwrap_or_default().to_owned(), shown));
@@ -478,6 +541,7 @@ pub async fn delete_model(
 }
 
 fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
+    let method = MethodKind::of(job).unwrap_or_default();
     let request = parsed(job.request.as_deref());
     let spec = parsed(Some(&job.spec));
     let succeeded = job.status == JobStatus::Succeeded;
@@ -499,7 +563,7 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
             "n_epochs": spec["train"]["epochs"].as_f64().unwrap_or(1.0).ceil() as u64,
             "batch_size": spec["train"]["batch_size"],
             "learning_rate_multiplier":
-                spec["train"]["learning_rate"].as_f64().unwrap_or(LEARNING_RATE) / LEARNING_RATE,
+                spec["train"]["learning_rate"].as_f64().map(|rate| rate / method.learning_rate()),
         }),
         found => found.clone(),
     };
@@ -521,7 +585,7 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
             other => other.name(),
         },
         "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": {"type": method.name(), method.name(): {"hyperparameters": hyperparameters}},
         "training_file": or("training_file", &spec["data"]["train"]),
         "validation_file": or("validation_file", &spec["data"]["validation"]),
         "result_files": result_files,
@@ -542,7 +606,7 @@ mod tests {
         let mut fields = Fields::parse(body.as_bytes())?;
         let taken = take_method(&mut fields)?;
         fields.finish()?;
-        Ok(taken)
+        Ok(taken.hyperparameters)
     }
 
     #[test]
@@ -561,9 +625,25 @@ mod tests {
     }
 
     #[test]
+    fn dpo_has_a_beta() {
+        let body = r#"{"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.25}}}}"#;
+        let taken = method(body).unwrap();
+        assert_eq!((taken.beta, taken.n_epochs), (Some(0.25), None));
+        assert_eq!(method(r#"{"method": {"type": "dpo"}}"#).unwrap().beta, None);
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (body, param) in [
-            (r#"{"method": {"type": "dpo"}}"#, "method.type"),
+            (r#"{"method": {"type": "reinforcement"}}"#, "method.type"),
+            (
+                r#"{"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}"#,
+                "method.dpo.hyperparameters.beta",
+            ),
+            (
+                r#"{"method": {"type": "dpo", "supervised": {"hyperparameters": {"n_epochs": 2}}}}"#,
+                "method.supervised",
+            ),
             (r#"{"method": {"type": "dance"}}"#, "method.type"),
             (r#"{"method": {}}"#, "method.type"),
             (r#"{"hyperparameters": {"n_epochs": 51}}"#, "hyperparameters.n_epochs"),

@@ -10,7 +10,7 @@ use crate::gateway::store::{JobStatus, StoredFile, StoredJob};
 use crate::gguf::Gguf;
 use crate::train::data::{DataError, check};
 use crate::train::job::{Failure, Level, Needs, Order, name_of};
-use crate::train::spec::{Kind, Resolved, Spec};
+use crate::train::spec::{Resolved, Spec};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -137,7 +137,7 @@ impl Jobs {
         self.lay_out(&mut order, &train, validation.as_ref(), adapter_file.as_deref())?;
         let job = StoredJob {
             id: id.clone(),
-            kind: kind_name(spec.kind).to_owned(),
+            kind: spec.kind.name().to_owned(),
             status: JobStatus::Validating,
             spec: serde_json::to_string(&order.spec).map_err(ApiError::internal)?,
             request,
@@ -261,14 +261,12 @@ impl Jobs {
             param: Some(param.to_owned()),
         };
         let order = self.folder(id).order().map_err(|error| failure("training_file", &error))?;
-        if order.spec.kind != Kind::Sft {
-            return Ok(());
-        }
+        let Some(purpose) = order.spec.kind.purpose() else { return Ok(()) };
         let stored = self.store().job(id).ok().flatten();
         let openai = stored.is_some_and(|job| job.request.is_some());
         let least = if openai { super::LEAST_EXAMPLES } else { 1 };
         let look = |path: &Path, param: &str, least: u64| -> Result<(), Failure> {
-            check(path, least).map(drop).map_err(|error: DataError| failure(param, &error))
+            check(path, purpose, least).map(drop).map_err(|error: DataError| failure(param, &error))
         };
         look(&order.train, OPENAI.train, least)?;
         order.validation.map_or(Ok(()), |path| look(&path, OPENAI.validation, 1))
@@ -321,11 +319,4 @@ fn invalid(why: &str) -> ApiError {
 /// A name that nobody guesses and nobody else has.
 pub(in crate::gateway) fn new_id(prefix: &str) -> String {
     format!("{prefix}{:024x}", rand::random::<u128>() >> 32)
-}
-
-fn kind_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Sft => "sft",
-        Kind::Pretrain => "pretrain",
-    }
 }

@@ -77,9 +77,9 @@ pub struct Progress {
 impl Progress {
     fn take(&mut self, entries: &[Entry]) {
         for entry in entries {
-            match entry.event {
-                JobEvent::Step(step) => self.step = Some(step),
-                JobEvent::Validation(found) => self.validation = Some(found),
+            match &entry.event {
+                JobEvent::Step(step) => self.step = Some(step.clone()),
+                JobEvent::Validation(found) => self.validation = Some(found.clone()),
                 _ => {}
             }
         }

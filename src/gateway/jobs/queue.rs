@@ -120,7 +120,7 @@ impl Jobs {
         let (mut deaths, mut furthest) = (0, None);
         loop {
             let end = self.live_once(id, live).await;
-            let step = super::lock(&live.progress).step.map(|step| step.step);
+            let step = super::lock(&live.progress).step.as_ref().map(|step| step.step);
             if step > furthest {
                 (deaths, furthest) = (0, step);
             }

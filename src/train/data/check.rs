@@ -1,6 +1,6 @@
 //! A look at a whole file before anything is computed from it.
 
-use super::format::{Format, parse};
+use super::format::{Format, Purpose, parse};
 use super::prepare::{DataError, Lines, NAMED};
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use std::path::Path;
 /// # Errors
 /// [`DataError`], as [`super::prepare`] would find it, but for what only a template or a tokenizer
 /// can say.
-pub fn check(source: &Path, least: u64) -> Result<u64, DataError> {
+pub fn check(source: &Path, purpose: Purpose, least: u64) -> Result<u64, DataError> {
     let mut lines = Lines::open(source)?;
     let (mut found, mut format) = (0, None::<Format>);
     let (mut bad, mut more) = (Vec::new(), 0);
@@ -21,7 +21,7 @@ pub fn check(source: &Path, least: u64) -> Result<u64, DataError> {
         // On one core: the gateway does this beside its requests.
         for (line, text) in chunk {
             found += 1;
-            match parse(&text) {
+            match parse(&text, purpose) {
                 Ok((then, _)) => {
                     let before = *format.get_or_insert(then);
                     if before != then {

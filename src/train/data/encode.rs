@@ -18,6 +18,13 @@ impl Encoded {
     pub fn targets(&self) -> usize {
         self.trained.iter().skip(1).filter(|trained| **trained).count()
     }
+
+    /// Takes away what a template puts behind the last answer: the last token is then its end of turn.
+    pub fn end_at_the_answer(&mut self) {
+        let end = self.trained.iter().rposition(|trained| *trained).map_or(0, |at| at + 1);
+        self.tokens.truncate(end);
+        self.trained.truncate(end);
+    }
 }
 
 /// The served model's own tokenizer and template.

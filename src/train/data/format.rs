@@ -15,6 +15,43 @@ pub enum Format {
     ShareGpt,
     /// `{"text"}`.
     Text,
+    /// `{"input": {"messages"}, "preferred_output", "non_preferred_output"}` (OpenAI).
+    Preferred,
+    /// `{"prompt"?, "chosen", "rejected"}`: messages, texts, or transcripts as hh-rlhf has them.
+    Chosen,
+}
+
+/// What a file is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Examples of what to write.
+    Answers,
+    /// Pairs of answers, one better than the other.
+    Preferences,
+}
+
+/// What a line says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Line {
+    One(Example),
+    Pair(Box<Pair>),
+}
+
+/// Two answers to one prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pair {
+    pub chosen: Example,
+    pub rejected: Example,
+    pub facts: PairFacts,
+}
+
+/// What is known of a pair besides its texts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PairFacts {
+    /// How far apart the answers ought to be.
+    pub margin: Option<f64>,
+    /// How likely the chosen one is the better one.
+    pub label: f64,
 }
 
 /// One example.
@@ -34,7 +71,10 @@ pub struct Chat {
     pub tools: Option<Vec<Value>>,
 }
 
-const KNOWN: &str = "messages; prompt and completion; instruction and output; conversations; text";
+const ANSWERS: &str =
+    "messages; prompt and completion; instruction and output; conversations; text";
+const PREFERENCES: &str = "input, preferred_output and non_preferred_output; prompt, chosen and \
+                           rejected; chosen and rejected";
 
 impl Format {
     /// What a line looks like.
@@ -44,40 +84,67 @@ impl Format {
             () if has("messages") => Some(Self::Messages),
             () if has("conversations") => Some(Self::ShareGpt),
             () if has("instruction") && has("output") => Some(Self::Alpaca),
+            () if has("chosen") && has("rejected") => Some(Self::Chosen),
+            () if has("preferred_output") => Some(Self::Preferred),
             () if has("prompt") && has("completion") => Some(Self::Completion),
             () if has("text") => Some(Self::Text),
             () => None,
         }
     }
+
+    fn purpose(self) -> Purpose {
+        match self {
+            Self::Preferred | Self::Chosen => Purpose::Preferences,
+            _ => Purpose::Answers,
+        }
+    }
 }
 
-/// Reads a line.
+impl Purpose {
+    fn known(self) -> &'static str {
+        match self {
+            Self::Answers => ANSWERS,
+            Self::Preferences => PREFERENCES,
+        }
+    }
+}
+
+/// Reads a line of a file that is for something.
 ///
 /// # Errors
 /// What is wrong with it, in words.
-pub fn parse(line: &str) -> Result<(Format, Example), String> {
+pub fn parse(line: &str, purpose: Purpose) -> Result<(Format, Line), String> {
     let value: Value =
         serde_json::from_str(line).map_err(|error| format!("it is not JSON: {error}"))?;
     let Value::Object(line) = value else { return Err("it is no JSON object".into()) };
     let Some(format) = Format::of(&line) else {
         let keys: Vec<_> = line.keys().map(|key| format!("`{key}`")).take(8).collect();
         let found = if keys.is_empty() { "none".into() } else { keys.join(", ") };
-        return Err(format!("its keys ({found}) are of no known format: {KNOWN}"));
+        return Err(format!("its keys ({found}) are of no known format: {}", purpose.known()));
     };
-    let example = match format {
-        Format::Messages => Example::Chat(messages(&line)?),
-        Format::ShareGpt => Example::Chat(share_gpt(&line)?),
-        Format::Alpaca => Example::Chat(alpaca(&line)?),
-        Format::Completion => Example::Completion {
+    if format.purpose() != purpose {
+        let (is, wanted) = match purpose {
+            Purpose::Answers => ("a pair of answers, for `dpo` and `reward`", "an example of one"),
+            Purpose::Preferences => ("one answer", "a pair of them"),
+        };
+        return Err(format!("it is {is}, where {wanted} is wanted: {}", purpose.known()));
+    }
+    let line = match format {
+        Format::Messages => Line::One(Example::Chat(messages(&line)?)),
+        Format::ShareGpt => Line::One(Example::Chat(share_gpt(&line)?)),
+        Format::Alpaca => Line::One(Example::Chat(alpaca(&line)?)),
+        Format::Completion => Line::One(Example::Completion {
             prompt: text(&line, "prompt")?.into(),
             completion: filled(&line, "completion")?.into(),
-        },
-        Format::Text => Example::Text(filled(&line, "text")?.into()),
+        }),
+        Format::Text => Line::One(Example::Text(filled(&line, "text")?.into())),
+        Format::Preferred => Line::Pair(Box::new(super::pairs::preferred(&line)?)),
+        Format::Chosen => Line::Pair(Box::new(super::pairs::chosen(&line)?)),
     };
-    Ok((format, example))
+    Ok((format, line))
 }
 
-fn text<'a>(object: &'a Map<String, Value>, key: &str) -> Result<&'a str, String> {
+pub(super) fn text<'a>(object: &'a Map<String, Value>, key: &str) -> Result<&'a str, String> {
     match object.get(key) {
         Some(Value::String(text)) => Ok(text),
         Some(_) => Err(format!("`{key}` is no string")),
@@ -94,9 +161,26 @@ fn messages(line: &Map<String, Value>) -> Result<Chat, String> {
     let Some(Value::Array(list)) = line.get("messages") else {
         return Err("`messages` is no list".into());
     };
+    let (messages, trained) = turns(list, "messages")?;
+    if !trained.contains(&true) {
+        return Err("no message of the assistant is trained".into());
+    }
+    Ok(Chat { messages, trained, tools: tools(line)? })
+}
+
+pub(super) fn tools(line: &Map<String, Value>) -> Result<Option<Vec<Value>>, String> {
+    match line.get("tools") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Array(tools)) => Ok(Some(tools.clone())),
+        Some(_) => Err("`tools` is no list".into()),
+    }
+}
+
+/// Messages as a template takes them, and which of them are trained. `key` is where they stand.
+pub(super) fn turns(list: &[Value], key: &str) -> Result<(Vec<Value>, Vec<bool>), String> {
     let (mut messages, mut trained) = (Vec::new(), Vec::new());
     for (number, message) in list.iter().enumerate() {
-        let at = |what: String| format!("messages[{number}]: {what}");
+        let at = |what: String| format!("{key}[{number}]: {what}");
         let Value::Object(message) = message else { return Err(at("it is no object".into())) };
         let mut message = message.clone();
         let weight = message.remove("weight");
@@ -136,15 +220,7 @@ fn messages(line: &Map<String, Value>) -> Result<Chat, String> {
         messages.push(Value::Object(message));
         trained.push(weight);
     }
-    if !trained.contains(&true) {
-        return Err("no message of the assistant is trained".into());
-    }
-    let tools = match line.get("tools") {
-        None | Some(Value::Null) => None,
-        Some(Value::Array(tools)) => Some(tools.clone()),
-        Some(_) => return Err("`tools` is no list".into()),
-    };
-    Ok(Chat { messages, trained, tools })
+    Ok((messages, trained))
 }
 
 fn joined(parts: &[Value]) -> Result<String, String> {

@@ -7,6 +7,7 @@
 //! | file | what |
 //! |---|---|
 //! | `format.rs` | a line to an [`Example`]: OpenAI's chats, prompts and completions, Alpaca, ShareGPT, text |
+//! | `pairs.rs` | the same of pairs of answers: OpenAI's, TRL's, hh-rlhf's transcripts |
 //! | `turns.rs` | an example to pieces of text, and which of them are trained |
 //! | `encode.rs` | pieces to tokens |
 //! | `prepare.rs` | a file to a [`Prepared`] cache, with a [`Report`] |
@@ -22,6 +23,7 @@ mod encode;
 mod format;
 mod order;
 mod pack;
+mod pairs;
 mod prepare;
 mod stream;
 #[cfg(test)]
@@ -32,10 +34,12 @@ mod windows;
 
 pub use check::check;
 pub use encode::{Encoded, Encoder};
-pub use format::{Example, Format};
+pub use format::{Example, Format, PairFacts, Purpose};
 pub use order::{Cursor, Order};
 pub use pack::{Row, pack};
-pub use prepare::{DataError, Prepared, Report, prepare, prepare_tokens};
+pub use prepare::{
+    DataError, EncodedPair, Prepared, PreparedPairs, Report, prepare, prepare_pairs, prepare_tokens,
+};
 pub use stream::{Stream, prepare_stream};
 pub use text::{Piece, Texts};
 pub use windows::Windows;

@@ -1,7 +1,7 @@
 //! Files to a cache of tokens on disk.
 
 use super::encode::{Encoded, Encoder};
-use super::format::{Format, parse};
+use super::format::{Format, Line, PairFacts, Purpose, parse};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -38,6 +38,11 @@ pub enum DataError {
          `max_length`"
     )]
     Untrained { max_length: usize },
+    #[error(
+        "no pair has two different answers within {max_length} tokens: nothing would be trained; \
+         raise `max_length`"
+    )]
+    NoPair { max_length: usize },
     #[error("the text is of {tokens} tokens: too short to predict one from another")]
     Short { tokens: u64 },
 }
@@ -58,7 +63,8 @@ pub struct Report {
     pub longest: u64,
     /// Examples that were cut at `max_length`.
     pub truncated: u64,
-    /// Examples left out: nothing trained is left within `max_length`.
+    /// Examples left out: nothing trained is left within `max_length`, or, of pairs, an answer is
+    /// longer, or both are the same.
     pub dropped: u64,
     /// Bytes of text (pretraining).
     #[serde(default)]
@@ -103,8 +109,40 @@ impl Prepared {
     }
 }
 
-/// Reads `source`, checks and tokenizes every line, and writes the tokens to `cache`. `progress` is
-/// told the bytes read.
+/// A file's pairs of answers, tokenized.
+pub struct PreparedPairs {
+    /// The chosen one of each pair, then the rejected one.
+    answers: Prepared,
+    facts: Vec<PairFacts>,
+}
+
+/// A pair of answers, each behind the prompt: the chosen one first.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EncodedPair {
+    pub answers: [Encoded; 2],
+    pub facts: PairFacts,
+}
+
+impl PreparedPairs {
+    pub fn len(&self) -> usize {
+        self.facts.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Reads a pair.
+    ///
+    /// # Errors
+    /// If the cache cannot be read.
+    pub fn get(&self, pair: usize) -> io::Result<EncodedPair> {
+        let answers = [self.answers.get(2 * pair)?, self.answers.get(2 * pair + 1)?];
+        Ok(EncodedPair { answers, facts: self.facts[pair] })
+    }
+}
+
+/// Reads `source`, checks and tokenizes every line, and writes the tokens to `cache`.
 ///
 /// # Errors
 /// [`DataError`].
@@ -113,28 +151,99 @@ pub fn prepare(
     encoder: &Encoder,
     max_length: usize,
     cache: &Path,
-    mut progress: impl FnMut(u64),
 ) -> Result<(Prepared, Report), DataError> {
+    let (prepared, _, report) = read(source, encoder, Purpose::Answers, max_length, cache)?;
+    Ok((prepared, report))
+}
+
+/// The same of pairs. One with an answer that is too long is left out, never cut, as are those whose
+/// answers are the same.
+///
+/// # Errors
+/// [`DataError`].
+pub fn prepare_pairs(
+    source: &Path,
+    encoder: &Encoder,
+    max_length: usize,
+    cache: &Path,
+) -> Result<(PreparedPairs, Report), DataError> {
+    let (answers, facts, report) = read(source, encoder, Purpose::Preferences, max_length, cache)?;
+    Ok((PreparedPairs { answers, facts }, report))
+}
+
+/// A line's answers, as tokens.
+struct Tokens {
+    answers: Vec<Encoded>,
+    facts: Option<PairFacts>,
+}
+
+impl Tokens {
+    fn of(line: Line, encoder: &Encoder) -> Result<Self, String> {
+        match line {
+            Line::One(example) => {
+                Ok(Self { answers: vec![encoder.encode(&example)?], facts: None })
+            }
+            Line::Pair(pair) => {
+                let mut answers = [&pair.chosen, &pair.rejected]
+                    .map(|example| encoder.encode(example))
+                    .into_iter()
+                    .collect::<Result<Vec<_>, _>>()?;
+                answers.iter_mut().for_each(Encoded::end_at_the_answer);
+                Ok(Self { answers, facts: Some(pair.facts) })
+            }
+        }
+    }
+
+    /// What of it can be trained on; `None` if nothing.
+    fn within(mut self, max_length: usize, report: &mut Report) -> Option<Self> {
+        let longest = self.answers.iter().map(|answer| answer.tokens.len()).max().unwrap_or(0);
+        report.examples += 1;
+        report.longest = report.longest.max(longest as u64);
+        let fits = match (self.facts, &mut self.answers[..]) {
+            (None, answers) => {
+                for answer in answers.iter_mut().filter(|answer| answer.tokens.len() > max_length) {
+                    report.truncated += 1;
+                    answer.tokens.truncate(max_length);
+                    answer.trained.truncate(max_length);
+                }
+                true
+            }
+            (Some(_), answers) => longest <= max_length && answers[0] != answers[1],
+        };
+        if !fits || self.answers.iter().any(|answer| answer.targets() == 0) {
+            report.dropped += 1;
+            return None;
+        }
+        Some(self)
+    }
+}
+
+fn read(
+    source: &Path,
+    encoder: &Encoder,
+    purpose: Purpose,
+    max_length: usize,
+    cache: &Path,
+) -> Result<(Prepared, Vec<PairFacts>, Report), DataError> {
     let mut lines = Lines::open(source)?;
     let mut out = BufWriter::new(File::create(cache)?);
     let (mut report, mut offsets, mut format) = (Report::default(), vec![0], None);
-    let (mut bad, mut more) = (Vec::new(), 0);
+    let (mut facts, mut bad, mut more) = (Vec::new(), Vec::new(), 0);
     loop {
         let chunk = lines.next_chunk()?;
         if chunk.is_empty() {
             break;
         }
-        progress(lines.bytes);
         let encoded: Vec<_> = chunk
             .par_iter()
             .map(|(number, line)| {
-                let (format, example) = parse(line).map_err(|why| (*number, why))?;
-                let encoded = encoder.encode(&example).map_err(|why| (*number, why))?;
-                Ok((*number, format, encoded))
+                let (format, line) = parse(line, purpose).map_err(|why| (*number, why))?;
+                let tokens = Tokens::of(line, encoder).map_err(|why| (*number, why))?;
+                Ok((*number, format, tokens))
             })
             .collect();
         for line in encoded {
-            let (number, then, mut encoded) = match line {
+            let (number, then, tokens) = match line {
                 Ok(line) => line,
                 Err(line) if bad.len() < NAMED => {
                     bad.push(line);
@@ -149,34 +258,28 @@ pub fn prepare(
             if before != then {
                 return Err(DataError::Mixed { line: number, before, then });
             }
-            report.examples += 1;
-            report.longest = report.longest.max(encoded.tokens.len() as u64);
-            if encoded.tokens.len() > max_length {
-                report.truncated += 1;
-                encoded.tokens.truncate(max_length);
-                encoded.trained.truncate(max_length);
+            let Some(tokens) = tokens.within(max_length, &mut report) else { continue };
+            for answer in tokens.answers {
+                report.tokens += answer.tokens.len() as u64;
+                report.trained_tokens += answer.targets() as u64;
+                put(&mut out, answer.tokens.into_iter().zip(answer.trained))?;
+                offsets.push(report.tokens);
             }
-            if encoded.targets() == 0 {
-                report.dropped += 1;
-                continue;
-            }
-            report.tokens += encoded.tokens.len() as u64;
-            report.trained_tokens += encoded.targets() as u64;
-            put(&mut out, encoded.tokens.into_iter().zip(encoded.trained))?;
-            offsets.push(report.tokens);
+            facts.extend(tokens.facts);
         }
     }
     if !bad.is_empty() {
         return Err(DataError::Lines { bad, more });
     }
-    match (report.examples, offsets.len()) {
-        (0, _) => return Err(DataError::Empty),
-        (_, 1) => return Err(DataError::Untrained { max_length }),
+    match (report.examples, offsets.len(), purpose) {
+        (0, ..) => return Err(DataError::Empty),
+        (_, 1, Purpose::Answers) => return Err(DataError::Untrained { max_length }),
+        (_, 1, Purpose::Preferences) => return Err(DataError::NoPair { max_length }),
         _ => {}
     }
     out.into_inner().map_err(|error| error.into_error())?.sync_all()?;
     report.digest = hex(lines.hash);
-    Ok((Prepared { file: File::open(cache)?, offsets }, report))
+    Ok((Prepared { file: File::open(cache)?, offsets }, facts, report))
 }
 
 /// Examples that are tokens already: each with what of it is trained.

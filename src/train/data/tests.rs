@@ -1,4 +1,4 @@
-use super::format::{Chat, parse};
+use super::format::{Chat, Line};
 use super::turns::render;
 use super::*;
 use crate::engine::tokenizer::{Tokenizer, Vocab};
@@ -47,6 +47,13 @@ impl Tokenizer for Bytes {
 fn encoder() -> Encoder {
     let template = ChatTemplate::compile(CHATML, None, "", "<|im_end|>").unwrap();
     Encoder { tokenizer: Arc::new(Bytes::new()), template: Arc::new(template) }
+}
+
+fn parse(line: &str) -> Result<(Format, Example), String> {
+    match super::format::parse(line, Purpose::Answers)? {
+        (format, Line::One(example)) => Ok((format, example)),
+        (_, Line::Pair(pair)) => panic!("{pair:?} is a pair"),
+    }
 }
 
 fn chat(line: serde_json::Value) -> Chat {
@@ -170,7 +177,7 @@ fn prepared(text: &str, max_length: usize) -> Result<(Prepared, Report), DataErr
     let folder = tempfile::tempdir().unwrap();
     let (source, cache) = (folder.path().join("data.jsonl"), folder.path().join("data.bin"));
     std::fs::write(&source, text).unwrap();
-    prepare(&source, &encoder(), max_length, &cache, |_| {})
+    prepare(&source, &encoder(), max_length, &cache)
 }
 
 #[test]
@@ -216,4 +223,31 @@ fn bad_files_are_refused_with_their_lines() {
     assert!(found.contains("line 2 is of another format"), "{found}");
     let long = json!({"prompt": "p".repeat(20), "completion": "c"}).to_string();
     assert!(error(&long).contains("max_length"));
+}
+
+#[test]
+fn pairs_are_whole_or_left_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, cache) = (folder.path().join("pairs.jsonl"), folder.path().join("cache"));
+    let line = |prompt: &str, chosen: &str, rejected: &str| {
+        json!({"prompt": [{"role": "user", "content": prompt}], "chosen": chosen,
+               "rejected": rejected, "margin": 2.0})
+        .to_string()
+    };
+    let long = "x".repeat(200);
+    let lines = [line("a", "b", "cc"), line("a", "same", "same"), line("a", &long, "b")];
+    std::fs::write(&source, lines.join("\n")).unwrap();
+    let (pairs, report) = prepare_pairs(&source, &encoder(), 120, &cache).unwrap();
+    assert_eq!((pairs.len(), report.examples, report.dropped, report.truncated), (1, 3, 2, 0));
+    let pair = pairs.get(0).unwrap();
+    assert_eq!(pair.facts, PairFacts { margin: Some(2.0), label: 1.0 });
+    let [chosen, rejected] = pair.answers;
+    assert_eq!(chosen.tokens.last(), Some(&257), "it ends with the end of the turn");
+    assert_eq!((chosen.targets(), rejected.targets()), (2, 3));
+    let error = prepare_pairs(&source, &encoder(), 8, &cache).err().unwrap().to_string();
+    assert!(error.contains("max_length"), "{error}");
+    let error = prepare(&source, &encoder(), 99, &cache).err().unwrap().to_string();
+    assert!(error.contains("line 1") && error.contains("pair of answers"), "{error}");
+    assert_eq!(check(&source, Purpose::Preferences, 3).unwrap(), 3);
+    assert!(check(&source, Purpose::Answers, 1).is_err());
 }

@@ -1,8 +1,8 @@
 //! Adapters: PEFT folders, llama.cpp's LoRA GGUF.
 
 use super::{ExportError, at};
-use crate::gguf::{Covered, GgufWriter, TensorType, is_interleaved, layer_module};
-use crate::train::model::{Lora, Model};
+use crate::gguf::{Covered, GgufWriter, SCORE_HEAD, TensorType, is_interleaved, layer_module};
+use crate::train::model::{Lora, Model, SCORE};
 use crate::train::optim::Param;
 use candle_core::{Device, Tensor};
 use serde_json::json;
@@ -42,6 +42,14 @@ pub(super) fn pairs<'a>(model: &'a Model, lora: &Lora) -> Result<Vec<Pair<'a>>, 
     Ok(pairs)
 }
 
+/// The head of a reward model.
+fn head(model: &Model) -> Result<Option<Vec<f32>>, ExportError> {
+    let Some(param) = model.params().iter().find(|param| param.name == SCORE) else {
+        return Ok(None);
+    };
+    Ok(Some(param.var.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?))
+}
+
 /// Writes the adapter as llama.cpp's LoRA GGUF, with `facts` of where it comes from; returns its bytes.
 ///
 /// # Errors
@@ -63,6 +71,9 @@ pub fn lora_gguf(
         .set("adapter.lora.alpha", alpha as f32);
     for (key, value) in facts {
         writer.set(key, value.as_str());
+    }
+    if let Some(head) = head(model)? {
+        writer.set(SCORE_HEAD, head);
     }
     for pair in pairs {
         let (a, b) =
@@ -119,9 +130,17 @@ pub fn peft_folder(
             modules.push(last);
         }
     }
+    let head = head(model)?;
+    let task = if head.is_some() { "SEQ_CLS" } else { "CAUSAL_LM" };
+    let saved = head.as_ref().map(|_| ["score"]);
+    if let Some(head) = head {
+        let head = Tensor::from_vec(head, (1, shape.width), &Device::Cpu)?;
+        tensors.insert("base_model.model.score.weight".into(), head);
+    }
     let config = json!({
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
+        "modules_to_save": saved,
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,

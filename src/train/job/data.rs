@@ -5,7 +5,10 @@ use super::{EventLog, Folder, JobEvent, Level, Order};
 use crate::engine::tokenizer::native::NativeTokenizer;
 use crate::gguf::{Gguf, ModelFacts};
 use crate::template::ChatTemplate;
-use crate::train::data::{DataError, Encoder, Prepared, Report, Stream, prepare, prepare_stream};
+use crate::train::data::{
+    DataError, Encoder, Prepared, PreparedPairs, Purpose, Report, Stream, prepare, prepare_pairs,
+    prepare_stream,
+};
 use crate::train::spec::{Kind, Resolved};
 use std::fs;
 use std::path::Path;
@@ -14,6 +17,7 @@ use std::sync::Arc;
 /// By kind of job.
 pub(super) enum Data {
     Examples { train: Prepared, validation: Option<Prepared> },
+    Pairs { train: PreparedPairs, validation: Option<PreparedPairs> },
     Text { train: Stream, validation: Option<Stream> },
 }
 
@@ -27,21 +31,31 @@ pub(super) fn read(
     log: &mut EventLog,
 ) -> Result<Data, Ended> {
     fs::create_dir_all(folder.cache())?;
-    let (data, train, validation) = match order.spec.kind {
-        Kind::Sft => {
-            let facts = ModelFacts::read(model)?;
-            let template = ChatTemplate::of(&facts.tokenizer)
-                .map_err(|why| failed("invalid_model", None, why))?;
-            let (tokenizer, template) = (tokenizer.clone(), Arc::new(template));
-            let encoder = Encoder { tokenizer, template };
-            let each = |path: &Path, cache: &Path| {
-                prepare(path, &encoder, settings.max_length, cache, |_| {})
-            };
+    let encoder = || -> Result<Encoder, Ended> {
+        let facts = ModelFacts::read(model)?;
+        let template =
+            ChatTemplate::of(&facts.tokenizer).map_err(|why| failed("invalid_model", None, why))?;
+        Ok(Encoder { tokenizer: tokenizer.clone(), template: Arc::new(template) })
+    };
+    let (data, train, validation) = match order.spec.kind.purpose() {
+        Some(Purpose::Answers) => {
+            let encoder = encoder()?;
+            let each =
+                |path: &Path, cache: &Path| prepare(path, &encoder, settings.max_length, cache);
             let (train, validation) = both(folder, order, each)?;
             let (validation, report) = validation.unzip();
             (Data::Examples { train: train.0, validation }, train.1, report)
         }
-        Kind::Pretrain => {
+        Some(Purpose::Preferences) => {
+            let encoder = encoder()?;
+            let each = |path: &Path, cache: &Path| {
+                prepare_pairs(path, &encoder, settings.max_length, cache)
+            };
+            let (train, validation) = both(folder, order, each)?;
+            let (validation, report) = validation.unzip();
+            (Data::Pairs { train: train.0, validation }, train.1, report)
+        }
+        None => {
             let each =
                 |path: &Path, cache: &Path| prepare_stream(path, tokenizer.as_ref(), cache, |_| {});
             let (train, validation) = both(folder, order, each)?;
@@ -95,16 +109,24 @@ fn describe(what: &str, report: &Report, kind: Kind) -> String {
     if kind == Kind::Pretrain {
         return format!("{what}: {} bytes of text, {tokens} tokens.", report.bytes);
     }
+    let what_of = match kind.purpose() {
+        Some(Purpose::Preferences) => "pairs of answers",
+        _ => "examples",
+    };
     let share = 100.0 * *trained_tokens as f64 / (*tokens).max(1) as f64;
     let mut text = format!(
-        "{what}: {examples} examples, {tokens} tokens, of which {share:.0}% are trained; the \
+        "{what}: {examples} {what_of}, {tokens} tokens, of which {share:.0}% are trained; the \
          longest has {longest}."
     );
     if report.truncated > 0 {
         text += &format!(" {} were cut at max_length.", report.truncated);
     }
     if report.dropped > 0 {
-        text += &format!(" {} were left out: max_length leaves nothing to train.", report.dropped);
+        let why = match kind.purpose() {
+            Some(Purpose::Preferences) => "longer than max_length, or both answers are the same",
+            _ => "max_length leaves nothing to train",
+        };
+        text += &format!(" {} were left out: {why}.", report.dropped);
     }
     text
 }

@@ -5,6 +5,7 @@
 //! after the checkpoint are taken out, since those steps are done again.
 
 use crate::train::data::Report;
+use crate::train::recipes::Metrics;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -59,7 +60,7 @@ pub enum Level {
 }
 
 /// A step of the optimizer.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     pub step: u64,
     pub total_steps: u64,
@@ -76,10 +77,13 @@ pub struct Step {
     pub eta_seconds: f64,
     /// Resident memory of the process.
     pub memory_bytes: u64,
+    /// What the kind of job measures besides, beside the other keys.
+    #[serde(flatten)]
+    pub metrics: Metrics,
 }
 
 /// The loss on data that are not trained on.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Validation {
     pub step: u64,
     pub validation_loss: f64,
@@ -87,6 +91,9 @@ pub struct Validation {
     /// What a byte of the text costs (pretraining).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,
+    /// What the kind of job measures besides.
+    #[serde(default, skip_serializing_if = "Metrics::is_empty")]
+    pub metrics: Metrics,
 }
 
 impl JobEvent {

@@ -2,10 +2,16 @@
 
 use super::run::{Ended, failed};
 use super::{Folder, Order};
-use crate::gguf::{Gguf, LoraInfo, ModelFacts, Target, check_lora_gguf, peft_to_gguf};
-use crate::train::model::{Lora, Model, Training};
+use crate::gguf::{Gguf, LoraInfo, ModelFacts, Target, check_lora_gguf, peft_to_gguf, score_head};
+use crate::train::fresh::normal;
+use crate::train::model::{Lora, Model, SCORE, Training};
 use candle_core::Tensor;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 use std::path::{Path, PathBuf};
+
+/// What tells the head's numbers from others that the seed gives.
+const HEAD: u64 = 0x7363_6f72_6500;
 
 /// The adapter to begin with, as GGUF.
 pub(super) fn adapter_file(folder: &Folder, order: &Order) -> Option<PathBuf> {
@@ -54,10 +60,28 @@ fn lora_of(info: &LoraInfo, seed: u64) -> Result<Lora, String> {
     Ok(Lora { rank, alpha, targets, rank_stabilized: false, dropout: 0.0, seed })
 }
 
+/// What a reward model's head begins with: that of the adapter that it goes on from, or small numbers
+/// from the seed (Stiennon et al. 2020, arXiv:2009.01325: normal with variance 1/(width + 1)).
+pub(super) fn score(folder: &Folder, order: &Order, width: usize) -> Result<Vec<f32>, Ended> {
+    if let Some(file) = adapter_file(folder, order)
+        && let Some(head) = score_head(&Gguf::open(&file)?)
+    {
+        return match head.len() == width {
+            true => Ok(head),
+            false => {
+                Err(failed("invalid_spec", None, "adapter.init: its head is of another width"))
+            }
+        };
+    }
+    let mut rng = StdRng::seed_from_u64(order.spec.seed ^ HEAD);
+    let deviation = 1.0 / (width as f64 + 1.0).sqrt();
+    Ok((0..width).map(|_| (deviation * normal(&mut rng)) as f32).collect())
+}
+
 /// Puts an adapter's matrices in place of the drawn ones.
 pub(super) fn begin_with(model: &Model, adapter: &Path) -> Result<(), Ended> {
     let file = Gguf::open(adapter)?;
-    for param in model.params() {
+    for param in model.params().iter().filter(|param| param.name != SCORE) {
         let values = file.to_f32(&param.name)?;
         let values = Tensor::from_vec(values, param.var.shape(), param.var.device())?;
         param.var.set(&values)?;

@@ -111,7 +111,14 @@ fn files(to: &Path, folder: &str, kind: ArtifactKind) -> io::Result<Vec<(Artifac
 
 /// OpenAI's result file.
 fn results(entries: &[Entry]) -> String {
-    let mut text = String::from("step,train_loss,train_accuracy,valid_loss,valid_accuracy\n");
+    let mut text = String::from("step,train_loss,train_accuracy,valid_loss,valid_accuracy");
+    let first = entries.iter().find_map(|entry| match &entry.event {
+        JobEvent::Step(step) => Some(&step.metrics),
+        _ => None,
+    });
+    let names: Vec<&String> = first.into_iter().flat_map(|metrics| metrics.keys()).collect();
+    names.iter().for_each(|name| text += &format!(",{name}"));
+    text.push('\n');
     let mut steps = entries.iter().peekable();
     while let Some(entry) = steps.next() {
         let JobEvent::Step(step) = &entry.event else { continue };
@@ -124,6 +131,9 @@ fn results(entries: &[Entry]) -> String {
             text += &format!("{:.6},{:.6}", found.validation_loss, found.validation_accuracy);
         } else {
             text.push(',');
+        }
+        for &name in &names {
+            text += &step.metrics.get(name).map_or(",".into(), |value| format!(",{value:.6}"));
         }
         text.push('\n');
     }

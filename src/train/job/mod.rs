@@ -42,10 +42,11 @@ pub use plot::plot;
 pub use process::{DISK_FULL, DONE, Process, STOPPED, main, spawn};
 pub use run::{JobError, run};
 
+use super::checkpoint::write_whole;
 use super::spec::Spec;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// Of [`Order`] and [`Outcome`].
@@ -208,6 +209,11 @@ impl Folder {
         self.0.join("checkpoints").join(format!("adapter-{step}.gguf"))
     }
 
+    /// What the model said of pairs of answers before it was trained.
+    pub fn reference(&self) -> PathBuf {
+        self.cache().join("reference")
+    }
+
     /// Tokens of the data.
     pub fn cache(&self) -> PathBuf {
         self.0.join("cache")
@@ -255,10 +261,5 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
 
 /// Whole or not at all.
 fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
-    let part = path.with_extension("part");
-    let mut file = File::create(&part)?;
-    file.write_all(&serde_json::to_vec_pretty(value)?)?;
-    file.sync_all()?;
-    fs::rename(&part, path)?;
-    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    write_whole(path, &serde_json::to_vec_pretty(value)?)
 }

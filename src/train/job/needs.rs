@@ -1,6 +1,7 @@
 //! What a job will take, from the model's header and the settings.
 
 use crate::gguf::{Covered, Gguf};
+use crate::train::data::Purpose;
 use crate::train::spec::{Resolved, Shape, Spec, TokenizerPlan};
 
 /// Code, thread stacks, tokenizer and buffers of the process.
@@ -92,7 +93,9 @@ impl Dimensions {
             true => self.layers * self.width + 2 * layer,
             false => (self.layers + 1) * layer,
         };
-        let tokens = settings.micro_batch as u64 * settings.max_length as u64;
+        // Both answers of a pair stand in one row.
+        let answers = if spec.kind.purpose() == Some(Purpose::Preferences) { 2 } else { 1 };
+        let tokens = answers * settings.micro_batch as u64 * settings.max_length as u64;
         let logits = LOGIT_ROWS * self.vocab;
         let memory = PROCESS + file + trained * TRAINED_BYTES + 4 * (tokens * kept + logits);
         let whole = if spec.adapter.is_none() || spec.export.merged { 4 * all } else { 0 };

@@ -50,7 +50,7 @@ fn draw(svg: &mut String, entries: &[Entry], title: &str) -> Result<(), Box<dyn 
         .x_label_area_size(32)
         .y_label_area_size(64)
         .build_cartesian_2d(0.0..last, range(losses.iter().chain(&validation)))?;
-    chart.configure_mesh().y_desc("loss (nats a token)").light_line_style(WHITE).draw()?;
+    chart.configure_mesh().y_desc("loss (nats)").light_line_style(WHITE).draw()?;
     let faint = BLUE.mix(0.25);
     chart.draw_series(LineSeries::new(thinned(&losses), &faint))?;
     chart

@@ -8,7 +8,8 @@ use crate::gguf::Gguf;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::export::ExportError;
 use crate::train::model::{Model, Training};
-use crate::train::recipes::{self, Pretrain, Sft, TrainError};
+use crate::train::recipes::{self, Objective, Pairs, Pretrain, Sft, TrainError};
+use crate::train::spec::Kind;
 use candle_core::Device;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -147,7 +148,11 @@ fn work(
     let tokenizer = Arc::new(tokenizer.map_err(|why| failed("invalid_model", None, why))?);
     let data = data::read(folder, order, &base, &tokenizer, &settings, log)?;
     let training = init::training(folder, order, &base)?;
-    let model = Model::load(base.clone(), &training, settings.max_length, &Device::Cpu)?;
+    let mut model = Model::load(base.clone(), &training, settings.max_length, &Device::Cpu)?;
+    if spec.kind == Kind::Reward {
+        let start = init::score(folder, order, model.shape().width)?;
+        model = model.with_score(start)?;
+    }
     if let (Training::Lora(_), Some(adapter)) = (&training, init::adapter_file(folder, order)) {
         init::begin_with(&model, &adapter)?;
     }
@@ -169,6 +174,24 @@ fn work(
         Data::Examples { train, validation } => {
             let validation = validation.as_ref();
             Sft { model, settings, train, validation, checkpoints, shuffle }.run(stop, tell)
+        }
+        Data::Pairs { train, validation } => {
+            let (validation, reference) = (validation.as_ref(), &folder.reference());
+            let objective = match spec.kind {
+                Kind::Reward => Objective::Reward(spec.reward.unwrap_or_default()),
+                _ => Objective::Dpo(spec.dpo.unwrap_or_default()),
+            };
+            let run = Pairs {
+                model,
+                settings,
+                objective,
+                train,
+                validation,
+                checkpoints,
+                shuffle,
+                reference,
+            };
+            run.run(stop, tell)
         }
         Data::Text { train, validation } => {
             let (validation, tokenizer) = (validation.as_ref(), tokenizer.as_ref());

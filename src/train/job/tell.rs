@@ -34,6 +34,7 @@ impl Teller<'_> {
                 self.log.say(Level::Info, format!("Going on after step {step}."))?;
             }
             Event::Step(step) => self.step(&step)?,
+            Event::Note { text } => self.log.say(Level::Info, text)?,
             Event::Evaluated(found) => {
                 let bits = found.bits_per_byte;
                 let bits =
@@ -45,6 +46,7 @@ impl Teller<'_> {
                     validation_loss: found.loss,
                     validation_accuracy: found.accuracy,
                     bits_per_byte: found.bits_per_byte,
+                    metrics: found.metrics,
                 };
                 self.log.add(JobEvent::Validation(found), message)?;
             }
@@ -94,6 +96,7 @@ impl Teller<'_> {
             tokens_per_second: step.tokens_per_second,
             eta_seconds: if first { 0.0 } else { left * pace },
             memory_bytes: resident(),
+            metrics: step.metrics.clone(),
         };
         Ok(self.log.add(JobEvent::Step(step), message)?)
     }

@@ -5,18 +5,21 @@
 //! | `weight.rs` | a matrix: frozen, frozen with LoRA, or trained |
 //! | `block.rs` | one layer |
 //! | `gradients.rs` | gradients of the parameters, added up over a batch |
+//! | `outputs.rs` | what losses other than a token's are made of, and their way back |
 //! | `logits.rs` | what comes next |
 
 mod block;
 mod gradients;
 mod logits;
+mod outputs;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
-mod torch_tests;
+pub(in crate::train) mod torch_tests;
 mod weight;
 
 pub use gradients::Gradients;
+pub use outputs::{Outputs, SCORE, Slopes, Wanted};
 pub use weight::{Lora, Training};
 
 use crate::gguf::{Covered, Gguf};
@@ -51,6 +54,8 @@ pub struct Model {
     blocks: Vec<Block>,
     output_norm: Tensor,
     head: Head,
+    /// (1, width) what a row is worth, where that is asked.
+    score: Option<Tensor>,
     params: Vec<Param>,
     device: Device,
 }
@@ -113,7 +118,8 @@ impl Model {
             _ => Head::Frozen(Arc::new(Frozen::new(file, "output.weight", 0..shape.vocab)?)),
         };
         let (params, device) = (builder.params(), device.clone());
-        Ok(Self { shape, ropes, embedding, blocks, output_norm, head, params, device })
+        let score = None;
+        Ok(Self { shape, ropes, embedding, blocks, output_norm, head, score, params, device })
     }
 
     pub fn shape(&self) -> &Covered {
@@ -130,16 +136,17 @@ impl Model {
     /// # Errors
     /// If a token is not in the vocabulary, or memory gives out.
     pub fn losses(&self, batch: &Batch) -> Result<Losses> {
-        rayon::scope(|_| ops::without_gradients(|| self.forward(batch, None)))
+        rayon::scope(|_| ops::without_gradients(|| self.finish(&self.forward(batch, None)?, batch)))
     }
 
-    fn forward(&self, batch: &Batch, pass: Option<u64>) -> Result<Losses> {
+    /// (tokens, width) what the last block leaves.
+    fn forward(&self, batch: &Batch, pass: Option<u64>) -> Result<Tensor> {
         let context = self.context(batch, pass);
         let mut x = self.embed(batch)?;
         for block in &self.blocks {
             x = block.forward(&x, &context)?;
         }
-        self.finish(&x, batch)
+        Ok(x)
     }
 
     /// The losses, and their gradients added to `gradients`.
@@ -147,25 +154,42 @@ impl Model {
     /// # Errors
     /// As [`Model::losses`].
     pub fn train(&self, batch: &Batch, pass: Pass, gradients: &mut Gradients) -> Result<Losses> {
+        let mut losses = None;
+        self.back(batch, pass, gradients, |x| {
+            let found = self.finish(x, batch)?;
+            let sum = found.sum.clone();
+            losses = Some(found);
+            Ok(sum)
+        })?;
+        losses.ok_or_else(|| candle_core::Error::msg("nothing was computed"))
+    }
+
+    /// Adds the gradients of what `finish` makes of the last block's rows, a number.
+    fn back(
+        &self,
+        batch: &Batch,
+        pass: Pass,
+        gradients: &mut Gradients,
+        finish: impl FnOnce(&Tensor) -> Result<Tensor> + Send,
+    ) -> Result<()> {
         // On one of the pool's threads: from another, each operation would wake it, and wait.
         rayon::scope(|_| match pass.checkpoint {
-            false => self.train_whole(batch, pass.number, gradients),
-            true => self.train_by_blocks(batch, pass.number, gradients),
+            false => {
+                let found = ops::record(&[], || finish(&self.forward(batch, Some(pass.number))?))?;
+                let (sum, tape) = found;
+                gradients.add(&self.params, &mut tape.backward(&sum, None)?)
+            }
+            true => self.back_by_blocks(batch, pass.number, gradients, finish),
         })
     }
 
-    fn train_whole(&self, batch: &Batch, pass: u64, gradients: &mut Gradients) -> Result<Losses> {
-        let (losses, tape) = ops::record(&[], || self.forward(batch, Some(pass)))?;
-        gradients.add(&self.params, &mut tape.backward(&losses.sum, None)?)?;
-        Ok(losses)
-    }
-
-    fn train_by_blocks(
+    fn back_by_blocks(
         &self,
         batch: &Batch,
         pass: u64,
         gradients: &mut Gradients,
-    ) -> Result<Losses> {
+        finish: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
         let context = self.context(batch, Some(pass));
         let mut inputs = Vec::with_capacity(self.blocks.len());
         let x = ops::without_gradients(|| {
@@ -176,8 +200,8 @@ impl Model {
             }
             start(&x)
         })?;
-        let (losses, tape) = ops::record(&[&x], || self.finish(&x, batch))?;
-        let mut grads = tape.backward(&losses.sum, None)?;
+        let (sum, tape) = ops::record(&[&x], || finish(&x))?;
+        let mut grads = tape.backward(&sum, None)?;
         let mut grad = taken(&mut grads, &x)?;
         drop(x);
         gradients.add(&self.params, &mut grads)?;
@@ -193,7 +217,7 @@ impl Model {
             let (out, tape) = ops::record(&[], || self.embed(batch))?;
             gradients.add(&self.params, &mut tape.backward(&out, Some(&grad))?)?;
         }
-        Ok(losses)
+        Ok(())
     }
 
     /// (tokens, width)
@@ -220,8 +244,14 @@ impl Model {
         }
     }
 
-    /// The output norm and the loss. Rows that do not count are left out first.
+    /// The loss behind the last block's rows.
     fn finish(&self, x: &Tensor, batch: &Batch) -> Result<Losses> {
+        let (normed, targets) = self.counted(x, batch)?;
+        ops::linear_cross_entropy(&normed, &self.head, &targets)
+    }
+
+    /// The output norm of rows that count, and what they should have predicted.
+    fn counted(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Targets)> {
         let counted =
             (0..batch.tokens.len() as u32).filter(|&row| batch.weights[row as usize] != 0.0);
         let counted: Vec<u32> = counted.collect();
@@ -230,13 +260,14 @@ impl Model {
             tokens: Arc::new(counted.iter().map(|row| batch.targets[of(row)]).collect()),
             weights: Arc::new(counted.iter().map(|row| batch.weights[of(row)]).collect()),
             cap: self.shape.logit_cap.map(f64::from),
+            temperature: 1.0,
         };
         let x = match counted.len() == batch.tokens.len() {
             true => x.clone(),
             false => ops::embedding(x, &Arc::new(counted))?,
         };
         let normed = ops::rms_norm(&x, &self.output_norm, f64::from(self.shape.epsilon))?;
-        ops::linear_cross_entropy(&normed, &self.head, &targets)
+        Ok((normed, targets))
     }
 
     fn context(&self, batch: &Batch, pass: Option<u64>) -> Context<'_> {

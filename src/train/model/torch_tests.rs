@@ -7,7 +7,7 @@ use crate::train::torch_tests::{Reference, Trained, hashed, reference, weight};
 use std::path::Path;
 
 /// A GGUF with hashed weights.
-fn write(reference: &Reference, architecture: &str, path: &Path) {
+pub(in crate::train) fn write(reference: &Reference, architecture: &str, path: &Path) {
     let s = &reference.shape;
     let mut writer = GgufWriter::new();
     writer.set("general.architecture", architecture);
@@ -93,12 +93,12 @@ fn batch(step: usize, vocab: u32) -> Batch {
     }
 }
 
-fn values(tensor: &Tensor) -> Vec<f32> {
+pub(in crate::train) fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// PEFT's start: here both halves are numbers, so that both have slopes.
-fn start(model: &Model) {
+pub(in crate::train) fn start(model: &Model) {
     for param in model.params().iter().filter(|param| param.name.contains(".lora_")) {
         let dims = param.var.dims();
         let start = weight(&param.name, dims[0] * dims[1], Some(dims[1]));

@@ -4,6 +4,7 @@ use super::fused::{Fused, Number, View, apply, covers};
 use super::tape::{self, Back};
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 const CHUNK: usize = 1 << 14;
 /// Rows whose part of a bias's gradient is added up by one thread.
@@ -42,6 +43,43 @@ pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
     let out = x.detach().reshape(shape)?;
     tape::note(Box::new(Same), &[x], &out);
     Ok(out)
+}
+
+/// `Σ weights x`, a number.
+///
+/// # Errors
+/// If there are not as many of both.
+pub fn weighed(x: &Tensor, weights: &Arc<Vec<f64>>) -> Result<Tensor> {
+    if x.elem_count() != weights.len() {
+        bail!("{} numbers and {} weights", x.elem_count(), weights.len());
+    }
+    if covers(x) {
+        return apply(Weighed(weights.clone()), &[x]);
+    }
+    let weights = Tensor::new(&weights[..], x.device())?.to_dtype(x.dtype())?;
+    (x.flatten_all()? * weights)?.sum_all()
+}
+
+struct Weighed(Arc<Vec<f64>>);
+
+impl Fused for Weighed {
+    const NAME: &'static str = "weighed";
+
+    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
+        let sum: f64 = args[0].data.iter().zip(&*self.0).map(|(x, weight)| x.wide() * weight).sum();
+        Ok((vec![T::of(sum)], Shape::from(())))
+    }
+
+    fn backward<T: Number>(
+        &self,
+        _: &[View<T>],
+        _: View<T>,
+        grad: View<T>,
+        _: &[bool],
+    ) -> Result<Vec<Option<Vec<T>>>> {
+        let by = grad.data[0].wide();
+        Ok(vec![Some(self.0.iter().map(|weight| T::of(weight * by)).collect())])
+    }
 }
 
 /// `x` (rows, columns) and `bias` (columns) in every row.

@@ -1,13 +1,14 @@
 //! Cross-entropy of a model's output, without the logits of all rows at once.
 
-use super::fused::{Fused, Number, View, apply};
+use super::fused::{Fused, Number, View, apply, covers, plain};
 use super::lanes;
 use super::linear::Frozen;
 use super::tape::tracked;
 use crate::kernels::gemm::{Mat, product};
-use candle_core::{Result, Shape, Tensor, bail};
+use candle_core::{DType, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::any::Any;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Logits that are held at a time: 64 MB of f32.
@@ -29,6 +30,17 @@ pub struct Targets {
     pub weights: Arc<Vec<f32>>,
     /// Logits are `cap tanh(logit / cap)`.
     pub cap: Option<f64>,
+    /// What logits are divided by, behind the cap.
+    pub temperature: f64,
+}
+
+/// What a model says of some rows' targets.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LogProbs {
+    /// (rows) ln p(target)
+    pub of_targets: Vec<f64>,
+    /// (rows) -Σ p ln p, in nats
+    pub entropies: Vec<f64>,
 }
 
 /// The loss of some rows.
@@ -39,44 +51,92 @@ pub struct Losses {
     pub correct: f64,
 }
 
+impl Head {
+    fn vocab(&self) -> Result<usize> {
+        match self {
+            Self::Frozen(frozen) => Ok(frozen.outputs()),
+            Self::Trained(tensor) => tensor.dim(0),
+        }
+    }
+
+    /// Applies an operation to rows, and to the head where it is a tensor.
+    fn apply<F: Fused>(
+        &self,
+        op: F,
+        hidden: &Tensor,
+        by: impl Fn(F, &[&Tensor]) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match self {
+            Self::Frozen(_) => by(op, &[hidden]),
+            Self::Trained(head) => by(op, &[hidden, head]),
+        }
+    }
+}
+
+impl Targets {
+    fn check(&self, rows: usize, vocab: usize) -> Result<()> {
+        if self.tokens.len() != rows || self.weights.len() != rows {
+            bail!("{rows} rows, {} targets, {} weights", self.tokens.len(), self.weights.len());
+        }
+        match self.tokens.iter().find(|token| **token as usize >= vocab) {
+            Some(token) => bail!("target {token} is not below {vocab}"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// `hidden` (rows, width) to losses. The gradient is computed together with the loss, as long as the
-/// logits are there.
+/// logits are there. Weights may be negative: a sum of log-probabilities with any slopes is one of
+/// losses, which is how the losses of `train/loss` go back.
 ///
 /// # Errors
 /// If the shapes do not fit, a target is no token, or the head cannot be read.
 pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
-    let vocab = match head {
-        Head::Frozen(frozen) => frozen.outputs(),
-        Head::Trained(tensor) => tensor.dim(0)?,
-    };
-    let rows = hidden.dim(0)?;
-    if targets.tokens.len() != rows || targets.weights.len() != rows {
-        bail!("{rows} rows, {} targets, {} weights", targets.tokens.len(), targets.weights.len());
-    }
-    if let Some(token) = targets.tokens.iter().find(|token| **token as usize >= vocab) {
-        bail!("target {token} is not below {vocab}");
-    }
-    if !super::fused::covers(hidden) {
+    let vocab = head.vocab()?;
+    targets.check(hidden.dim(0)?, vocab)?;
+    if !covers(hidden) {
         return composed(hidden, head, targets);
     }
     let correct = Arc::new(OnceLock::new());
     let trained = matches!(head, Head::Trained(head) if tracked(head));
     let op = CrossEntropy {
-        frozen: if let Head::Frozen(frozen) = head { Some(frozen.clone()) } else { None },
+        logits: Logits::new(head, vocab),
         targets: targets.clone(),
-        vocab,
         wanted: [tracked(hidden), trained],
         correct: correct.clone(),
         grads: Mutex::new(None),
     };
-    let sum = match head {
-        Head::Frozen(_) => apply(op, &[hidden])?,
-        Head::Trained(head) => apply(op, &[hidden, head])?,
-    };
+    let sum = head.apply(op, hidden, apply)?;
     Ok(Losses { sum, correct: correct.get().copied().unwrap_or_default() })
 }
 
-fn composed(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
+/// What is said of the targets of `hidden` (rows, width), whatever their weights; without a way back.
+///
+/// # Errors
+/// As [`linear_cross_entropy`].
+pub fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<LogProbs> {
+    let vocab = head.vocab()?;
+    targets.check(hidden.dim(0)?, vocab)?;
+    let found = match covers(hidden) {
+        true => {
+            let op = Said { logits: Logits::new(head, vocab), targets: targets.clone() };
+            head.apply(op, hidden, plain)?
+        }
+        false => {
+            let logits = composed_logits(&hidden.detach(), head, targets)?;
+            let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
+            let all = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(1)?.log()?)?;
+            let tokens = Tensor::new(&targets.tokens[..], hidden.device())?.unsqueeze(1)?;
+            let entropies = (all.exp()? * &all)?.sum_keepdim(1)?.neg()?;
+            Tensor::cat(&[all.gather(&tokens, 1)?, entropies], 1)?
+        }
+    };
+    let found = found.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let of_targets = found.iter().step_by(2).copied().collect();
+    Ok(LogProbs { of_targets, entropies: found.iter().skip(1).step_by(2).copied().collect() })
+}
+
+fn composed_logits(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Tensor> {
     let logits = match head {
         Head::Frozen(frozen) => super::linear::frozen_linear(hidden, frozen)?,
         Head::Trained(head) => hidden.matmul(&head.t()?)?,
@@ -85,6 +145,11 @@ fn composed(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
         Some(cap) => ((logits / cap)?.tanh()? * cap)?,
         None => logits,
     };
+    logits / targets.temperature
+}
+
+fn composed(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
+    let logits = composed_logits(hidden, head, targets)?;
     let device = hidden.device();
     let most = logits.max_keepdim(1)?.detach();
     let shifted = logits.broadcast_sub(&most)?;
@@ -94,14 +159,124 @@ fn composed(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
     let weights = Tensor::new(&targets.weights[..], device)?.to_dtype(hidden.dtype())?;
     let sum = (normal - right)?.squeeze(1)?.mul(&weights)?.sum_all()?;
     let hits = logits.argmax(1)?.eq(&tokens)?.to_dtype(hidden.dtype())?.mul(&weights)?.sum_all()?;
-    let correct = hits.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
+    let correct = hits.to_dtype(DType::F64)?.to_scalar::<f64>()?;
     Ok(Losses { sum, correct })
 }
 
-struct CrossEntropy {
+/// Logits, a block of rows at a time.
+struct Logits {
+    /// `None`: the head is an argument.
     frozen: Option<Arc<Frozen>>,
-    targets: Targets,
     vocab: usize,
+}
+
+impl Logits {
+    fn new(head: &Head, vocab: usize) -> Self {
+        let frozen = if let Head::Frozen(frozen) = head { Some(frozen.clone()) } else { None };
+        Self { frozen, vocab }
+    }
+
+    /// Gives `each` the logits of some rows, to write into, until all have been there.
+    fn blocks<T: Number>(
+        &self,
+        args: &[View<T>],
+        mut each: impl FnMut(Range<usize>, &mut [T]) -> Result<()>,
+    ) -> Result<()> {
+        let (rows, width) = args[0].rows();
+        let hidden = Mat::new(args[0].data, rows, width);
+        let count = (LOGITS / self.vocab).clamp(16, 512).min(rows.max(1));
+        let mut logits = vec![T::ZERO; count * self.vocab];
+        for from in (0..rows).step_by(count) {
+            let block = from..(from + count).min(rows);
+            let logits = &mut logits[..block.len() * self.vocab];
+            self.times_head(args, hidden.rows(block.clone()), true, logits)?;
+            each(block, logits)?;
+        }
+        Ok(())
+    }
+
+    /// `out = left head`, or with the head's transpose; panel by panel if it is frozen.
+    fn times_head<T: Number>(
+        &self,
+        args: &[View<T>],
+        left: Mat<T>,
+        transposed: bool,
+        out: &mut [T],
+    ) -> Result<()> {
+        let width = args[0].rows().1;
+        if let Some(head) = args.get(1) {
+            let head = Mat::new(head.data, self.vocab, width);
+            match transposed {
+                true => product(left, head.t(), out, self.vocab, 0, false),
+                false => product(left, head, out, width, 0, false),
+            }
+            return Ok(());
+        }
+        let Some(frozen) = &self.frozen else { bail!("there is no head") };
+        match transposed {
+            true => product(left, frozen.turned(), out, self.vocab, 0, false),
+            false => product(left, &**frozen, out, width, 0, false),
+        }
+        Ok(())
+    }
+}
+
+/// As a family's models have them: capped, then divided by the temperature. Returns the cap's slopes.
+fn shape<T: Number>(logits: &mut [T], targets: &Targets) -> Option<Vec<T>> {
+    let slopes = targets.cap.map(T::of).map(|cap| {
+        logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        logits.iter().map(|&x| T::ONE - (x / cap) * (x / cap)).collect()
+    });
+    if targets.temperature != 1.0 {
+        let scale = T::of(1.0 / targets.temperature);
+        logits.iter_mut().for_each(|x| *x *= scale);
+    }
+    slopes
+}
+
+/// (rows, 2) what is said of the targets, and how sure it is.
+struct Said {
+    logits: Logits,
+    targets: Targets,
+}
+
+impl Fused for Said {
+    const NAME: &'static str = "log_probs";
+
+    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
+        let rows = args[0].rows().0;
+        let mut found = vec![T::ZERO; 2 * rows];
+        self.logits.blocks(args, |block, logits| {
+            let of = &mut found[2 * block.start..2 * block.end];
+            let rows = logits.par_chunks_mut(self.logits.vocab).zip(of.par_chunks_mut(2));
+            rows.enumerate().for_each(|(row, (logits, found))| {
+                shape(logits, &self.targets);
+                let most = lanes::most(logits);
+                let right = logits[self.targets.tokens[block.start + row] as usize];
+                let (total, moment) = lanes::exp_moment(logits, most);
+                let normal = total.wide().ln();
+                found[0] = T::of((right - most).wide() - normal);
+                found[1] = T::of(normal - moment.wide() / total.wide());
+            });
+            Ok(())
+        })?;
+        Ok((found, Shape::from((rows, 2))))
+    }
+
+    fn backward<T: Number>(
+        &self,
+        _: &[View<T>],
+        _: View<T>,
+        _: View<T>,
+        _: &[bool],
+    ) -> Result<Vec<Option<Vec<T>>>> {
+        bail!("{} has no way back", Self::NAME)
+    }
+}
+
+struct CrossEntropy {
+    logits: Logits,
+    targets: Targets,
     /// Of the rows, and of the head.
     wanted: [bool; 2],
     correct: Arc<OnceLock<f64>>,
@@ -124,18 +299,12 @@ impl CrossEntropy {
             logits.fill(T::ZERO);
             return RowLoss::default();
         }
-        if let Some(cap) = self.targets.cap.map(T::of) {
-            logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
-        }
+        let slopes = shape(logits, &self.targets);
         let most = lanes::most(logits);
         let right = logits[target];
-        // What the cap leaves of a slope, before logits are overwritten.
-        let slope = |x: T, cap: T| T::ONE - (x / cap) * (x / cap);
-        let cap = self.targets.cap.map(T::of);
-        let slopes: Option<Vec<T>> = cap.map(|cap| logits.iter().map(|&x| slope(x, cap)).collect());
         let total = lanes::exp_from(logits, most);
         let loss = (most - right).wide() + total.wide().ln();
-        let scale = T::of_f32(weight);
+        let scale = T::of(f64::from(weight) / self.targets.temperature);
         let share = scale / total;
         logits.iter_mut().for_each(|x| *x *= share);
         logits[target] += -scale;
@@ -145,30 +314,6 @@ impl CrossEntropy {
         let weight = f64::from(weight);
         RowLoss { loss: loss * weight, correct: if right >= most { weight } else { 0.0 } }
     }
-
-    /// `out (+)= left head`, or with the head's transpose; panel by panel if it is frozen.
-    fn times_head<T: Number>(
-        &self,
-        left: Mat<T>,
-        head: Option<Mat<T>>,
-        width: usize,
-        transposed: bool,
-        out: &mut [T],
-    ) -> Result<()> {
-        if let Some(head) = head {
-            match transposed {
-                true => product(left, head.t(), out, self.vocab, 0, false),
-                false => product(left, head, out, width, 0, false),
-            }
-            return Ok(());
-        }
-        let Some(frozen) = &self.frozen else { bail!("there is no head") };
-        match transposed {
-            true => product(left, frozen.turned(), out, self.vocab, 0, false),
-            false => product(left, &**frozen, out, width, 0, false),
-        }
-        Ok(())
-    }
 }
 
 impl Fused for CrossEntropy {
@@ -176,35 +321,31 @@ impl Fused for CrossEntropy {
 
     fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
         let (rows, width) = args[0].rows();
-        let hidden = Mat::new(args[0].data, rows, width);
-        let head = args.get(1).map(|head| Mat::new(head.data, self.vocab, width));
+        let (hidden, vocab) = (Mat::new(args[0].data, rows, width), self.logits.vocab);
         let mut dhidden = vec![T::ZERO; if self.wanted[0] { rows * width } else { 0 }];
-        let mut dhead = vec![T::ZERO; if self.wanted[1] { self.vocab * width } else { 0 }];
-        let each = (LOGITS / self.vocab).clamp(16, 512).min(rows.max(1));
-        let mut logits = vec![T::ZERO; each * self.vocab];
+        let mut dhead = vec![T::ZERO; if self.wanted[1] { vocab * width } else { 0 }];
         let mut total = RowLoss::default();
-        for from in (0..rows).step_by(each) {
-            let block = from..(from + each).min(rows);
-            let logits = &mut logits[..block.len() * self.vocab];
-            self.times_head(hidden.rows(block.clone()), head, width, true, logits)?;
+        self.logits.blocks(args, |block, logits| {
             let losses: Vec<RowLoss> = logits
-                .par_chunks_mut(self.vocab)
+                .par_chunks_mut(vocab)
                 .enumerate()
-                .map(|(row, logits)| self.row(from + row, logits))
+                .map(|(row, logits)| self.row(block.start + row, logits))
                 .collect();
             for row in losses {
                 total.loss += row.loss;
                 total.correct += row.correct;
             }
-            let grad = Mat::new(logits, block.len(), self.vocab);
+            let grad = Mat::new(logits, block.len(), vocab);
             if self.wanted[0] {
-                let out = &mut dhidden[from * width..block.end * width];
-                self.times_head(grad, head, width, false, out)?;
+                let out = &mut dhidden[block.start * width..block.end * width];
+                self.logits.times_head(args, grad, false, out)?;
             }
             if self.wanted[1] {
-                product(grad.t(), hidden.rows(block), &mut dhead, width, 0, from > 0);
+                let further = block.start > 0;
+                product(grad.t(), hidden.rows(block), &mut dhead, width, 0, further);
             }
-        }
+            Ok(())
+        })?;
         let _ = self.correct.set(total.correct);
         let grads: Box<dyn Any + Send> = Box::new([dhidden, dhead]);
         *self.grads.lock().unwrap_or_else(PoisonError::into_inner) = Some(grads);

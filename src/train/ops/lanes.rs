@@ -45,3 +45,25 @@ pub fn exp_from<T: Number>(x: &mut [T], from: T) -> T {
     }
     total
 }
+
+/// The sums of `exp(x - from)` and of `exp(x - from) (x - from)`.
+pub fn exp_moment<T: Number>(x: &[T], from: T) -> (T, T) {
+    let (xs, rest) = x.as_chunks::<16>();
+    let (mut lanes, mut moments) = ([T::ZERO; 16], [T::ZERO; 16]);
+    for x in xs {
+        for i in 0..16 {
+            let by = x[i] - from;
+            let share = Real::exp(by);
+            lanes[i] += share;
+            // What is impossible adds nothing, not 0 · ∞.
+            moments[i] += if share > T::ZERO { share * by } else { T::ZERO };
+        }
+    }
+    let (mut total, mut moment) = (lanes.into_iter().sum::<T>(), moments.into_iter().sum::<T>());
+    for x in rest {
+        let share = Real::exp(*x - from);
+        total += share;
+        moment += if share > T::ZERO { share * (*x - from) } else { T::ZERO };
+    }
+    (total, moment)
+}

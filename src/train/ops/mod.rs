@@ -19,7 +19,7 @@
 //! | `dropout.rs` | numbers left out, by a counter |
 //! | `embedding.rs` | rows of a table |
 //! | `linear.rs` | frozen weights as the file has them, trainable ones, LoRA |
-//! | `cross_entropy.rs` | the loss, without all logits at once |
+//! | `cross_entropy.rs` | losses and log-probabilities, without all logits at once |
 
 mod add;
 mod attention;
@@ -34,9 +34,9 @@ mod norm;
 mod rope;
 mod tape;
 
-pub use add::{add, add_bias, reshape, scale};
+pub use add::{add, add_bias, reshape, scale, weighed};
 pub use attention::{Scope, attention};
-pub use cross_entropy::{Head, Losses, Targets, linear_cross_entropy};
+pub use cross_entropy::{Head, LogProbs, Losses, Targets, linear_cross_entropy, log_probs};
 pub use dropout::{Draw, dropout, mixed};
 pub use embedding::embedding;
 pub use gated::gated;

@@ -179,13 +179,42 @@ fn linears() {
 }
 
 #[test]
-fn losses() {
-    let targets = |cap| Targets {
-        tokens: Arc::new((0..90).map(|i| i * 7 % 40).collect()),
-        weights: Arc::new((0..90).map(|i| [0.0, 1.0, 0.5][i % 3]).collect()),
-        cap,
+fn weighed_sums() {
+    let weights = Arc::new((0..70).map(|i| f64::from(i) - 20.0).collect::<Vec<_>>());
+    check_gradients("weighed", &[random(&[70, 1], 21)], |a| weighed(&a[0], &weights));
+    assert!(weighed(&random(&[3], 1), &weights).is_err());
+}
+
+#[test]
+fn log_probs_follow_cap_and_temperature() {
+    let (hidden, head) = (random(&[33, 64], 15), frozen(40, 64, TensorType::F16));
+    let head = Head::Frozen(head);
+    let of = |weights: Vec<f32>| Targets {
+        tokens: Arc::new((0..33).map(|i| i * 7 % 40).collect()),
+        weights: Arc::new(weights),
+        cap: Some(2.0),
+        temperature: 0.6,
     };
-    for cap in [None, Some(2.0)] {
+    let said = log_probs(&hidden, &head, &of(vec![0.0; 33])).unwrap();
+    for row in [0, 20, 32] {
+        let mut weights = vec![0.0; 33];
+        weights[row] = 1.0;
+        let loss = linear_cross_entropy(&hidden, &head, &of(weights)).unwrap().sum;
+        let loss = loss.to_scalar::<f64>().unwrap();
+        assert!((loss + said.of_targets[row]).abs() < 1e-12, "{loss} {}", said.of_targets[row]);
+        assert!((0.0..40f64.ln()).contains(&said.entropies[row]));
+    }
+}
+
+#[test]
+fn losses() {
+    let targets = |(cap, temperature)| Targets {
+        tokens: Arc::new((0..90).map(|i| i * 7 % 40).collect()),
+        weights: Arc::new((0..90).map(|i| [0.0, 1.0, -0.5][i % 3]).collect()),
+        cap,
+        temperature,
+    };
+    for cap in [(None, 1.0), (Some(2.0), 1.0), (None, 0.7), (Some(2.0), 1.5)] {
         let args = [random(&[90, 64], 15), random(&[40, 64], 16)];
         let loss = |a: &[Tensor]| {
             let head = Head::Trained(a[1].clone());
@@ -198,13 +227,18 @@ fn losses() {
     }
     // From the definition.
     let (hidden, head) = (random(&[90, 64], 15), random(&[40, 64], 16));
-    let found =
-        linear_cross_entropy(&hidden, &Head::Trained(head.clone()), &targets(None)).unwrap();
+    let (trained, targets) = (Head::Trained(head.clone()), targets((None, 1.0)));
+    let found = linear_cross_entropy(&hidden, &trained, &targets).unwrap();
+    let said = log_probs(&hidden, &trained, &targets).unwrap();
     let logits = hidden.matmul(&head.t().unwrap()).unwrap().to_vec2::<f64>().unwrap();
     let (mut sum, mut correct) = (0.0, 0.0);
     for (row, logits) in logits.iter().enumerate() {
-        let (target, weight) = (row * 7 % 40, [0.0, 1.0, 0.5][row % 3]);
+        let (target, weight) = (row * 7 % 40, [0.0, 1.0, -0.5][row % 3]);
         let total: f64 = logits.iter().map(|x| x.exp()).sum();
+        let each = logits.iter().map(|x| x - total.ln());
+        let entropy: f64 = each.map(|logprob| -logprob.exp() * logprob).sum();
+        assert!((said.of_targets[row] - (logits[target] - total.ln())).abs() < 1e-9);
+        assert!((said.entropies[row] - entropy).abs() < 1e-9);
         sum += weight * (total.ln() - logits[target]);
         let best = logits.iter().copied().fold(f64::MIN, f64::max);
         correct += if logits[target] == best { weight } else { 0.0 };

@@ -111,6 +111,7 @@ fn operations_are_pytorchs() {
                     tokens: Arc::new((0..12).map(|i| i * 5 % 17).collect()),
                     weights: Arc::new((0..12).map(|i| [0.0, 1.0, 0.5][i % 3]).collect()),
                     cap: right.cap,
+                    temperature: 1.0,
                 };
                 let args =
                     [tensor("loss.hidden", &[12, 32], 1.0), tensor("loss.head", &[17, 32], 1.0)];

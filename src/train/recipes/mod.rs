@@ -5,8 +5,12 @@
 //! | `run.rs` | the loop that they share |
 //! | `sft.rs` | supervised fine-tuning |
 //! | `pretrain.rs` | pretraining |
+//! | `pairs.rs` | DPO and reward models |
 //! | `sample.rs` | text on the way |
 
+mod pairs;
+#[cfg(test)]
+mod pairs_tests;
 mod pretrain;
 #[cfg(test)]
 mod pretrain_tests;
@@ -15,7 +19,10 @@ mod sample;
 mod sft;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod trl_tests;
 
+pub use pairs::{Objective, Pairs};
 pub use pretrain::{Pretrain, start};
-pub use run::{Evaluated, Event, Outcome, Progress, TrainError};
+pub use run::{Evaluated, Event, Metrics, Outcome, Progress, TrainError};
 pub use sft::Sft;

@@ -124,6 +124,8 @@ struct Text<'a> {
 }
 
 impl Source for Text<'_> {
+    type Part = Batch;
+
     fn steps(&self) -> u64 {
         self.run.size_of(self.windows.count()).1
     }
@@ -140,7 +142,7 @@ impl Source for Text<'_> {
         Ok(self.windows.next(cursor, count, settings.micro_batch)?)
     }
 
-    fn held_out(&self, each: &mut Each) -> Result<bool, TrainError> {
+    fn held_out(&self, each: &mut Each<Batch>) -> Result<bool, TrainError> {
         let Some(stream) = self.run.validation.filter(|stream| stream.len() > 1) else {
             return Ok(false);
         };

@@ -4,10 +4,12 @@ use crate::gguf::GgufError;
 use crate::train::checkpoint::{CheckpointError, Checkpoints};
 use crate::train::data::{Cursor, DataError};
 use crate::train::model::{Batch, Gradients, Model, Pass};
+use crate::train::ops::Losses;
 use crate::train::optim::Optimization;
 use crate::train::spec::Resolved;
 use crate::train::vocabulary::VocabularyError;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -53,17 +55,24 @@ pub enum Event {
     Checkpoint {
         step: u64,
     },
+    /// What else people may want to know.
+    Note {
+        text: String,
+    },
 }
 
+/// What a recipe measures besides the loss, by name.
+pub type Metrics = BTreeMap<String, f64>;
+
 /// One step.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     pub step: u64,
     pub total_steps: u64,
     pub epoch: f64,
-    /// Nats a trained token.
+    /// Nats a trained token; or a pair's.
     pub loss: f64,
-    /// The share of trained tokens that are the most likely ones.
+    /// The share of trained tokens that are the most likely ones; or of pairs that are told apart.
     pub accuracy: f64,
     pub learning_rate: f64,
     pub grad_norm: f64,
@@ -72,10 +81,11 @@ pub struct Progress {
     pub tokens_per_second: f64,
     /// Nothing comes after it.
     pub last: bool,
+    pub metrics: Metrics,
 }
 
 /// The loss on examples that are not trained on.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluated {
     pub step: u64,
     /// Nats a token.
@@ -84,6 +94,7 @@ pub struct Evaluated {
     /// What a byte of the text costs, whatever the tokens are (pretraining).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,
+    pub metrics: Metrics,
 }
 
 /// How it ended.
@@ -107,8 +118,46 @@ struct State {
     seconds: f64,
 }
 
-/// Where batches come from.
+/// What is computed at once.
+pub(super) trait Part {
+    /// Trained or context.
+    fn tokens(&self) -> usize;
+
+    /// The loss, and its gradients added to `gradients`.
+    fn train(
+        &self,
+        model: &Model,
+        pass: Pass,
+        gradients: &mut Gradients,
+    ) -> Result<Sums, TrainError>;
+
+    /// The loss alone.
+    fn judge(&self, model: &Model) -> Result<Sums, TrainError>;
+}
+
+impl Part for Batch {
+    fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    fn train(
+        &self,
+        model: &Model,
+        pass: Pass,
+        gradients: &mut Gradients,
+    ) -> Result<Sums, TrainError> {
+        Sums::of(self, &model.train(self, pass, gradients)?)
+    }
+
+    fn judge(&self, model: &Model) -> Result<Sums, TrainError> {
+        Sums::of(self, &model.losses(self)?)
+    }
+}
+
+/// Where a step's parts come from.
 pub(super) trait Source {
+    type Part: Part;
+
     /// Steps from the first to the last.
     fn steps(&self) -> u64;
 
@@ -116,13 +165,13 @@ pub(super) trait Source {
     fn epochs(&self, cursor: &Cursor) -> f64;
 
     /// The batch of the next step, in the parts that are computed at once; moves the cursor on.
-    fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Batch>, TrainError>;
+    fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Self::Part>, TrainError>;
 
     /// Gives `each` all that is held out, part by part; `false` if nothing is.
-    fn held_out(&self, each: &mut Each) -> Result<bool, TrainError>;
+    fn held_out(&self, each: &mut Each<Self::Part>) -> Result<bool, TrainError>;
 
-    /// Bytes of text that a batch's targets stand for, if that is of interest.
-    fn bytes(&self, _: &Batch) -> Option<u64> {
+    /// Bytes of text that a part's targets stand for, if that is of interest.
+    fn bytes(&self, _: &Self::Part) -> Option<u64> {
         None
     }
 
@@ -132,7 +181,7 @@ pub(super) trait Source {
     }
 }
 
-pub(super) type Each<'a> = dyn FnMut(Batch) -> Result<(), TrainError> + 'a;
+pub(super) type Each<'a, P> = dyn FnMut(P) -> Result<(), TrainError> + 'a;
 
 /// A run over some source.
 pub(super) struct Run<'a> {
@@ -166,15 +215,15 @@ impl Run<'_> {
                 return Ok(Outcome::Stopped);
             }
             let started = Instant::now();
-            let batches = source.next(&mut state.cursor)?;
+            let parts = source.next(&mut state.cursor)?;
             let factor = settings.schedule.factor(step, total, warmup);
             step += 1;
-            let (sums, gradients) = self.gradients(&batches, step)?;
+            let (sums, gradients) = self.gradients(&parts, step)?;
             let rate = settings.learning_rate;
             let stepped = optimization
                 .step(params, &gradients, sums.weight, rate, factor)
                 .map_err(|source| TrainError::Update { step, source })?;
-            let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
+            let tokens: usize = parts.iter().map(Part::tokens).sum();
             state.tokens += tokens as u64;
             let due = state.seconds + started.elapsed().as_secs_f64() >= limit;
             let last = step == total || due;
@@ -189,6 +238,7 @@ impl Run<'_> {
                 tokens: state.tokens,
                 tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
                 last,
+                metrics: sums.metrics(),
             }));
             if last || step.is_multiple_of(settings.eval_every) {
                 self.report(source, step, event)?;
@@ -230,16 +280,15 @@ impl Run<'_> {
 
     fn gradients(
         &self,
-        batches: &[Batch],
+        parts: &[impl Part],
         step: u64,
     ) -> Result<(Sums, Vec<candle_core::Tensor>), TrainError> {
         let mut gradients = Gradients::default();
         let mut sums = Sums::default();
         let checkpoint = self.settings.activation_checkpointing;
-        for (part, batch) in (0u64..).zip(batches) {
-            let pass = Pass { number: step << 32 | part, checkpoint };
-            let losses = self.model.train(batch, pass, &mut gradients)?;
-            sums.add(batch, &losses)?;
+        for (number, part) in (0u64..).zip(parts) {
+            let pass = Pass { number: step << 32 | number, checkpoint };
+            sums.add(part.train(self.model, pass, &mut gradients)?);
         }
         if !sums.loss.is_finite() {
             return Err(TrainError::NotFinite { step, loss: sums.loss / sums.weight });
@@ -254,33 +303,56 @@ impl Run<'_> {
         step: u64,
     ) -> Result<Option<Evaluated>, TrainError> {
         let (mut sums, mut bytes) = (Sums::default(), 0);
-        let there = source.held_out(&mut |batch| {
-            bytes += source.bytes(&batch).unwrap_or_default();
-            sums.add(&batch, &self.model.losses(&batch)?)
+        let there = source.held_out(&mut |part| {
+            bytes += source.bytes(&part).unwrap_or_default();
+            sums.add(part.judge(self.model)?);
+            Ok(())
         })?;
         if !there {
             return Ok(None);
         }
         let (loss, accuracy) = (sums.loss / sums.weight, sums.correct / sums.weight);
         let bits_per_byte = (bytes > 0).then(|| sums.loss / std::f64::consts::LN_2 / bytes as f64);
-        Ok(Some(Evaluated { step, loss, accuracy, bits_per_byte }))
+        Ok(Some(Evaluated { step, loss, accuracy, bits_per_byte, metrics: sums.metrics() }))
     }
 }
 
+/// Examples that are trained on, over all epochs, and the steps that they make, of `count` in the file.
+pub(super) fn size(count: usize, settings: &Resolved) -> (u64, u64) {
+    let examples = (count as f64 * settings.epochs).ceil().max(1.0) as u64;
+    let steps = examples.div_ceil(settings.batch_size as u64);
+    (examples, settings.max_steps.map_or(steps, |most| most.min(steps)))
+}
+
 /// Sums over the parts of a batch.
-#[derive(Default)]
-struct Sums {
-    loss: f64,
-    correct: f64,
-    weight: f64,
+#[derive(Debug, Clone, Default)]
+pub(super) struct Sums {
+    pub loss: f64,
+    pub correct: f64,
+    /// What the others are divided by in the end.
+    pub weight: f64,
+    pub measured: BTreeMap<&'static str, f64>,
 }
 
 impl Sums {
-    fn add(&mut self, batch: &Batch, losses: &crate::train::ops::Losses) -> Result<(), TrainError> {
+    fn of(batch: &Batch, losses: &Losses) -> Result<Self, TrainError> {
         let loss = losses.sum.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
-        self.loss += loss;
-        self.correct += losses.correct;
-        self.weight += batch.weights.iter().map(|weight| f64::from(*weight)).sum::<f64>();
-        Ok(())
+        let weight = batch.weights.iter().map(|weight| f64::from(*weight)).sum();
+        Ok(Self { loss, correct: losses.correct, weight, ..Self::default() })
+    }
+
+    pub fn add(&mut self, other: Self) {
+        self.loss += other.loss;
+        self.correct += other.correct;
+        self.weight += other.weight;
+        for (name, value) in other.measured {
+            *self.measured.entry(name).or_default() += value;
+        }
+    }
+
+    /// Means.
+    fn metrics(&self) -> Metrics {
+        let mean = |(name, sum): (&&str, &f64)| ((*name).to_owned(), sum / self.weight);
+        self.measured.iter().map(mean).collect()
     }
 }

@@ -1,6 +1,6 @@
 //! Supervised fine-tuning: predict the answers of examples, with LoRA or with all weights.
 
-use super::run::{Each, Evaluated, Event, Outcome, Run, Source, TrainError};
+use super::run::{Each, Evaluated, Event, Outcome, Run, Source, TrainError, size};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, Order, Prepared, Row, pack};
 use crate::train::model::{Batch, Model};
@@ -19,13 +19,6 @@ pub struct Sft<'a> {
 }
 
 impl Sft<'_> {
-    /// Examples that are trained on, over all epochs, and the steps that they make.
-    pub fn size(&self) -> (u64, u64) {
-        let examples = (self.train.len() as f64 * self.settings.epochs).ceil().max(1.0) as u64;
-        let steps = examples.div_ceil(self.settings.batch_size as u64);
-        (examples, self.settings.max_steps.map_or(steps, |most| most.min(steps)))
-    }
-
     /// Trains from the newest checkpoint to the end, or until told to stop.
     ///
     /// # Errors
@@ -77,8 +70,10 @@ impl Examples<'_> {
 }
 
 impl Source for Examples<'_> {
+    type Part = Batch;
+
     fn steps(&self) -> u64 {
-        self.sft.size().1
+        size(self.sft.train.len(), self.sft.settings).1
     }
 
     fn epochs(&self, cursor: &Cursor) -> f64 {
@@ -87,13 +82,14 @@ impl Source for Examples<'_> {
 
     fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Batch>, TrainError> {
         let taken = cursor.epoch * self.sft.train.len() as u64 + cursor.taken;
-        let left = self.sft.size().0.saturating_sub(taken);
+        let (examples, _) = size(self.sft.train.len(), self.sft.settings);
+        let left = examples.saturating_sub(taken);
         let count = left.min(self.sft.settings.batch_size as u64) as usize;
         let examples = self.order.next(cursor, count);
         self.read(self.sft.train, &examples)
     }
 
-    fn held_out(&self, each: &mut Each) -> Result<bool, TrainError> {
+    fn held_out(&self, each: &mut Each<Batch>) -> Result<bool, TrainError> {
         let Some(data) = self.sft.validation else { return Ok(false) };
         let all: Vec<usize> = (0..data.len()).collect();
         for some in all.chunks(self.sft.settings.batch_size) {

@@ -73,7 +73,7 @@ fn losses_fall_and_are_reported() {
             checkpoints: &checkpoints,
             shuffle: Some(1),
         };
-        assert_eq!(sft.size(), (120, 30));
+        assert_eq!(super::run::size(sft.train.len(), &settings), (120, 30));
         let (mut steps, mut evaluated, mut saved) = (Vec::new(), Vec::new(), Vec::new());
         let outcome = sft.run(&AtomicBool::new(false), |event| match event {
             Event::Step(progress) => steps.push(progress),

@@ -232,7 +232,7 @@ pub(super) fn schemas() -> Value {
             "error": {"type": ["object", "null"]}, "metadata": {"type": "object"},
         }},
         "JobSpec": {"type": "object", "required": ["kind", "data"], "properties": {
-            "kind": {"enum": ["sft", "pretrain"]}, "model": text(), "name": text(),
+            "kind": {"enum": ["sft", "pretrain", "dpo", "reward"]}, "model": text(), "name": text(),
             "suffix": text(), "seed": number(),
             "data": {"type": "object", "required": ["train"], "properties": {
                 "train": text(), "validation": text(), "shuffle": {"type": "boolean"},

@@ -1,0 +1,19 @@
+//! Losses that are more than a token's cross-entropy: numbers from log-probabilities and values, with
+//! their slopes. No tensors here: `model/outputs.rs` takes the slopes back.
+//!
+//! | file | what |
+//! |---|---|
+//! | `preference.rs` | of pairs of answers: DPO and its kin, Bradley and Terry's |
+
+mod preference;
+
+pub use preference::{Dpo, DpoLoss, PairLoss, Reward};
+
+/// ln σ(x), without overflow.
+fn log_sigmoid(x: f64) -> f64 {
+    x.min(0.0) - (-x.abs()).exp().ln_1p()
+}
+
+fn sigmoid(x: f64) -> f64 {
+    log_sigmoid(x).exp()
+}

@@ -1,0 +1,335 @@
+//! What is made of pairs of answers: a policy that prefers the better ones (DPO), or a model that says
+//! which they are (a reward model).
+
+use super::run::{Each, Evaluated, Event, Outcome, Part, Run, Source, Sums, TrainError, size};
+use crate::train::checkpoint::{Checkpoints, write_whole};
+use crate::train::data::{Cursor, Encoded, EncodedPair, Order, PairFacts, PreparedPairs, pack};
+use crate::train::loss::{Dpo, Reward};
+use crate::train::model::{Batch, Gradients, Model, Outputs, Pass, Slopes, Wanted};
+use crate::train::spec::Resolved;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How often it is told how far the reference is.
+const TOLD: Duration = Duration::from_secs(10);
+
+/// What is made of pairs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Objective {
+    Dpo(Dpo),
+    Reward(Reward),
+}
+
+/// A run.
+pub struct Pairs<'a> {
+    pub model: &'a Model,
+    pub settings: &'a Resolved,
+    pub objective: Objective,
+    pub train: &'a PreparedPairs,
+    pub validation: Option<&'a PreparedPairs>,
+    pub checkpoints: &'a Checkpoints,
+    /// `None` keeps the file's order.
+    pub shuffle: Option<u64>,
+    /// Where the reference's log-probabilities are kept: those of the model as it began.
+    pub reference: &'a Path,
+}
+
+/// By pair, the chosen answer's first.
+type Reference = BTreeMap<usize, [f64; 2]>;
+
+impl Pairs<'_> {
+    /// Trains from the newest checkpoint to the end, or until told to stop. `model` is as it began.
+    ///
+    /// # Errors
+    /// [`TrainError`]; the last checkpoint stays.
+    pub fn run(
+        &self,
+        stop: &AtomicBool,
+        mut event: impl FnMut(Event),
+    ) -> Result<Outcome, TrainError> {
+        let Some(references) = self.references(stop, &mut event)? else {
+            return Ok(Outcome::Stopped);
+        };
+        let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
+        run.run(&mut self.source(references), stop, &mut event)
+    }
+
+    /// The loss over all validation pairs, of the model as it began.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn evaluate(&self) -> Result<Option<Evaluated>, TrainError> {
+        let Some(references) = self.references(&AtomicBool::new(false), &mut |_| {})? else {
+            return Ok(None);
+        };
+        let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
+        run.evaluate(&self.source(references), 0)
+    }
+
+    fn source(&self, references: [Reference; 2]) -> Examples<'_> {
+        Examples { run: self, order: Order::new(self.train.len(), self.shuffle), references }
+    }
+
+    /// What the model as it began says of the answers that will be seen, of the training pairs and of
+    /// the others; from the file, if a process before us wrote it. `None` if told to stop.
+    fn references(
+        &self,
+        stop: &AtomicBool,
+        event: &mut impl FnMut(Event),
+    ) -> Result<Option<[Reference; 2]>, TrainError> {
+        let Objective::Dpo(_) = self.objective else {
+            return Ok(Some([Reference::new(), Reference::new()]));
+        };
+        if let Ok(bytes) = fs::read(self.reference) {
+            let found = rmp_serde::from_slice(&bytes);
+            return found.map(Some).map_err(|error| std::io::Error::other(error).into());
+        }
+        let mut order = Order::new(self.train.len(), self.shuffle);
+        let (examples, steps) = size(self.train.len(), self.settings);
+        let seen = examples.min(steps.saturating_mul(self.settings.batch_size as u64));
+        let most = usize::try_from(seen).unwrap_or(usize::MAX);
+        let mut cursor = Cursor::default();
+        let mut seen = BTreeSet::new();
+        for _ in 0..most {
+            if seen.len() == self.train.len() {
+                break;
+            }
+            seen.extend(order.next(&mut cursor, 1));
+        }
+        let others: BTreeSet<usize> = (0..self.validation.map_or(0, PreparedPairs::len)).collect();
+        let total = seen.len() + others.len();
+        let (mut done, mut told) = (0, Instant::now());
+        let mut found = [Reference::new(), Reference::new()];
+        let sides = [(Some(self.train), seen), (self.validation, others)];
+        for (reference, (data, pairs)) in found.iter_mut().zip(sides) {
+            let (Some(data), pairs) = (data, Vec::from_iter(pairs)) else { continue };
+            for some in pairs.chunks(self.settings.batch_size) {
+                if stop.load(Ordering::Relaxed) {
+                    return Ok(None);
+                }
+                for row in self.rows(data, some, None)? {
+                    let outputs = self.model.outputs(&row.batch, Wanted::LOG_PROBS)?;
+                    for pair in &row.pairs {
+                        reference
+                            .insert(pair.number, pair.rows.clone().map(|rows| sum(&outputs, rows)));
+                    }
+                }
+                done += some.len();
+                if told.elapsed() > TOLD {
+                    told = Instant::now();
+                    let text = format!("The reference has read {done} of {total} pairs.");
+                    event(Event::Note { text });
+                }
+            }
+        }
+        let bytes = rmp_serde::to_vec(&found).map_err(std::io::Error::other)?;
+        write_whole(self.reference, &bytes)?;
+        Ok(Some(found))
+    }
+
+    /// Pairs in rows of tokens, both answers of one in the same.
+    fn rows(
+        &self,
+        data: &PreparedPairs,
+        numbers: &[usize],
+        reference: Option<&Reference>,
+    ) -> Result<Vec<Row>, TrainError> {
+        let pairs: Vec<EncodedPair> =
+            numbers.iter().map(|&number| data.get(number)).collect::<Result<_, _>>()?;
+        let length =
+            |pair: &EncodedPair| pair.answers.iter().map(|answer| answer.tokens.len()).sum();
+        let lengths: Vec<usize> = pairs.iter().map(length).collect();
+        let row = |members: Vec<usize>| -> Result<Row, TrainError> {
+            let answers = members.iter().flat_map(|&member| &pairs[member].answers);
+            let batch = match self.objective {
+                Objective::Dpo(_) => Batch::of(answers),
+                Objective::Reward(_) => ends(answers),
+            };
+            let mut at = 0;
+            let mut rows = |answer: &Encoded| {
+                let counted = match self.objective {
+                    Objective::Dpo(_) => answer.targets(),
+                    Objective::Reward(_) => 1,
+                };
+                at += counted;
+                at - counted..at
+            };
+            let mut placed = Vec::new();
+            for &member in &members {
+                let (number, pair) = (numbers[member], &pairs[member]);
+                let [better, worse] = &pair.answers;
+                placed.push(Placed {
+                    number,
+                    facts: pair.facts,
+                    rows: [rows(better), rows(worse)],
+                    reference: reference
+                        .map(|reference| {
+                            let missing = || std::io::Error::other("a reference is missing");
+                            reference.get(&number).copied().ok_or_else(missing)
+                        })
+                        .transpose()?
+                        .unwrap_or_default(),
+                });
+            }
+            Ok(Row { batch, pairs: placed, objective: self.objective })
+        };
+        let packed = pack(&lengths, 2 * self.settings.max_length);
+        let some = packed.chunks(self.settings.micro_batch);
+        some.map(|rows| row(rows.iter().flat_map(|row| row.members.clone()).collect())).collect()
+    }
+}
+
+/// Answers of which only the last token counts.
+fn ends<'a>(answers: impl IntoIterator<Item = &'a Encoded>) -> Batch {
+    let batch = Batch::of(answers);
+    let mut weights = vec![0.0; batch.tokens.len()];
+    let ends = batch.documents[1..].iter().chain([&weights.len()]).copied().collect::<Vec<_>>();
+    ends.into_iter().for_each(|end| weights[end - 1] = 1.0);
+    Batch { weights: Arc::new(weights), ..batch }
+}
+
+fn sum(outputs: &Outputs, rows: Range<usize>) -> f64 {
+    outputs.log_probs[rows].iter().sum()
+}
+
+/// Pairs that are computed at once.
+struct Row {
+    batch: Batch,
+    pairs: Vec<Placed>,
+    objective: Objective,
+}
+
+/// A pair, and which of the rows that count are its answers'.
+struct Placed {
+    number: usize,
+    facts: PairFacts,
+    rows: [Range<usize>; 2],
+    reference: [f64; 2],
+}
+
+impl Row {
+    fn wanted(&self) -> Wanted {
+        match self.objective {
+            Objective::Dpo(_) => Wanted::LOG_PROBS,
+            Objective::Reward(_) => Wanted::VALUES,
+        }
+    }
+
+    /// The loss, and its slopes.
+    fn loss(&self, outputs: &Outputs) -> (Sums, Slopes) {
+        let mut sums = Sums { weight: self.pairs.len() as f64, ..Sums::default() };
+        let mut slopes = Slopes {
+            log_probs: vec![0.0; outputs.log_probs.len()],
+            values: vec![0.0; outputs.values.len()],
+        };
+        for pair in &self.pairs {
+            let (found, scores) = match self.objective {
+                Objective::Dpo(dpo) => {
+                    let policy = pair.rows.clone().map(|rows| sum(outputs, rows));
+                    let tokens = pair.rows.clone().map(|rows| rows.len());
+                    let found = dpo.pair(policy, pair.reference, tokens, pair.facts.label);
+                    for which in 0..2 {
+                        slopes.log_probs[pair.rows[which].clone()].fill(found.slopes[which]);
+                    }
+                    let [better, worse] = policy;
+                    *sums.measured.entry("logps_chosen").or_default() += better;
+                    *sums.measured.entry("logps_rejected").or_default() += worse;
+                    let [by_better, by_worse] = pair.reference;
+                    (found, [dpo.reward(better, by_better), dpo.reward(worse, by_worse)])
+                }
+                Objective::Reward(reward) => {
+                    let scores = pair.rows.clone().map(|rows| outputs.values[rows.start]);
+                    let found = reward.pair(scores, pair.facts.margin, pair.facts.label);
+                    for which in 0..2 {
+                        slopes.values[pair.rows[which].start] = found.slopes[which];
+                    }
+                    (found, scores)
+                }
+            };
+            let [better, worse] = scores;
+            sums.loss += found.loss;
+            sums.correct += f64::from(better > worse);
+            for (name, value) in [
+                ("reward_chosen", better),
+                ("reward_rejected", worse),
+                ("reward_margin", better - worse),
+            ] {
+                *sums.measured.entry(name).or_default() += value;
+            }
+        }
+        (sums, slopes)
+    }
+}
+
+impl Part for Row {
+    fn tokens(&self) -> usize {
+        self.batch.tokens.len()
+    }
+
+    fn train(
+        &self,
+        model: &Model,
+        pass: Pass,
+        gradients: &mut Gradients,
+    ) -> Result<Sums, TrainError> {
+        let mut found = Sums::default();
+        model.train_by(&self.batch, pass, self.wanted(), gradients, |outputs| {
+            let (sums, slopes) = self.loss(outputs);
+            found = sums;
+            slopes
+        })?;
+        Ok(found)
+    }
+
+    fn judge(&self, model: &Model) -> Result<Sums, TrainError> {
+        Ok(self.loss(&model.outputs(&self.batch, self.wanted())?).0)
+    }
+}
+
+/// Pairs step by step.
+struct Examples<'a> {
+    run: &'a Pairs<'a>,
+    order: Order,
+    references: [Reference; 2],
+}
+
+impl Examples<'_> {
+    fn reference(&self, which: usize) -> Option<&Reference> {
+        matches!(self.run.objective, Objective::Dpo(_)).then(|| &self.references[which])
+    }
+}
+
+impl Source for Examples<'_> {
+    type Part = Row;
+
+    fn steps(&self) -> u64 {
+        size(self.run.train.len(), self.run.settings).1
+    }
+
+    fn epochs(&self, cursor: &Cursor) -> f64 {
+        cursor.epoch as f64 + cursor.taken as f64 / self.run.train.len().max(1) as f64
+    }
+
+    fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Row>, TrainError> {
+        let taken = cursor.epoch * self.run.train.len() as u64 + cursor.taken;
+        let (examples, _) = size(self.run.train.len(), self.run.settings);
+        let left = examples.saturating_sub(taken);
+        let count = left.min(self.run.settings.batch_size as u64) as usize;
+        let pairs = self.order.next(cursor, count);
+        self.run.rows(self.run.train, &pairs, self.reference(0))
+    }
+
+    fn held_out(&self, each: &mut Each<Row>) -> Result<bool, TrainError> {
+        let Some(data) = self.run.validation else { return Ok(false) };
+        let all: Vec<usize> = (0..data.len()).collect();
+        for some in all.chunks(self.run.settings.batch_size) {
+            self.run.rows(data, some, self.reference(1))?.into_iter().try_for_each(&mut *each)?;
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,191 @@
+//! Pairs of answers: what is known beforehand, and what has to be learned.
+
+use super::{Event, Objective, Outcome, Pairs, Progress};
+use crate::engine::tokenizer::{Tokenizer, Vocab};
+use crate::gguf::Gguf;
+use crate::gguf::fixture::TinyDecoder;
+use crate::template::{CHATML, ChatTemplate};
+use crate::train::checkpoint::Checkpoints;
+use crate::train::data::{Encoder, PreparedPairs, prepare_pairs};
+use crate::train::loss::{Dpo, DpoLoss, Reward};
+use crate::train::model::{Lora, Model, Training};
+use crate::train::spec::{Resolved, Spec};
+use candle_core::Device;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+fn settings(kind: &str, more: &str) -> Resolved {
+    let text = format!(
+        r#"{{"kind": "{kind}", "model": "m", "data": {{"train": "f"}}, "train": {{"batch_size": 4,
+            "max_length": 64, "learning_rate": 1e-2, "eval_every": 1000, "checkpoint_every": 3{more}}}}}"#
+    );
+    serde_json::from_str::<Spec>(&text).unwrap().resolve().unwrap()
+}
+
+fn model(folder: &Path, scored: bool) -> Model {
+    let path = folder.join("model.gguf");
+    if !path.exists() {
+        TinyDecoder::new("llama").write(&path).unwrap();
+    }
+    let spec = r#"{"kind": "sft", "model": "m", "data": {"train": "f"}}"#;
+    let adapter = serde_json::from_str::<Spec>(spec).unwrap().adapter.unwrap();
+    let lora = Lora { rank: 4, ..adapter.lora(5).unwrap() };
+    let file = Arc::new(Gguf::open(&path).unwrap());
+    let model = Model::load(file, &Training::Lora(lora), 64, &Device::Cpu).unwrap();
+    if !scored {
+        return model;
+    }
+    let width = model.shape().width;
+    let head = (0..width).map(|i| 0.1 * (i as f32).sin()).collect();
+    model.with_score(head).unwrap()
+}
+
+/// The answer with an `a` is the better one.
+fn data(folder: &Path, name: &str, from: usize, count: usize) -> PreparedPairs {
+    let line = |i: usize| {
+        let (one, other) = (i % 7, i * 5 % 11);
+        serde_json::json!({"prompt": format!("{one} {other} "), "chosen": format!("{other}a{one}"),
+                           "rejected": format!("{other}b{one}")})
+        .to_string()
+    };
+    let lines: Vec<_> = (from..from + count).map(line).collect();
+    let source = folder.join(name);
+    std::fs::write(&source, lines.join("\n")).unwrap();
+    prepare_pairs(&source, &encoder(), 64, &folder.join(format!("{name}.cache"))).unwrap().0
+}
+
+/// A byte is a token, of the few that the model has.
+struct Letters(Vocab);
+
+impl Tokenizer for Letters {
+    fn vocab(&self) -> &Vocab {
+        &self.0
+    }
+
+    fn encode(&self, text: &str, _: bool, _: bool) -> Vec<u32> {
+        text.bytes().map(|byte| u32::from(byte) % 59).collect()
+    }
+}
+
+fn encoder() -> Encoder {
+    let mut vocab = Vocab::new((0..60u8).map(|byte| (vec![byte], false, false)));
+    vocab.eos = Some(59);
+    let template = ChatTemplate::compile(CHATML, None, "", "<|im_end|>").unwrap();
+    Encoder { tokenizer: Arc::new(Letters(vocab)), template: Arc::new(template) }
+}
+
+struct Ran {
+    steps: Vec<Progress>,
+    accuracy: Option<f64>,
+    params: Vec<Vec<f32>>,
+}
+
+/// A run that is interrupted after each of some steps.
+fn run(folder: &Path, objective: Objective, settings: &Resolved, stops: &[u64]) -> Ran {
+    let scored = matches!(objective, Objective::Reward(_));
+    let (train, held_out) = (data(folder, "train", 0, 40), data(folder, "held", 100, 16));
+    let runs = tempfile::tempdir().unwrap();
+    let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
+    let reference = runs.path().join("reference");
+    let (mut steps, mut accuracy) = (Vec::new(), None);
+    for stop_at in stops.iter().copied().chain([u64::MAX]) {
+        let model = model(folder, scored);
+        let pairs = Pairs {
+            model: &model,
+            settings,
+            objective,
+            train: &train,
+            validation: Some(&held_out),
+            checkpoints: &checkpoints,
+            shuffle: Some(1),
+            reference: &reference,
+        };
+        let stop = AtomicBool::new(false);
+        let outcome = pairs.run(&stop, |event| match event {
+            Event::Step(progress) => {
+                stop.store(progress.step == stop_at, Ordering::Relaxed);
+                steps.push(progress);
+            }
+            Event::Evaluated(found) => accuracy = Some(found.accuracy),
+            _ => {}
+        });
+        if let Outcome::Done { tokens } = outcome.unwrap() {
+            assert!(tokens > 0);
+            let values = |param: &crate::train::optim::Param| {
+                param.var.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            return Ran { steps, accuracy, params: model.params().iter().map(values).collect() };
+        }
+    }
+    panic!("the run did not end");
+}
+
+#[test]
+fn the_first_step_of_dpo_is_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = settings("dpo", r#", "max_steps": 1"#);
+    for (loss, expected) in
+        [(DpoLoss::Sigmoid, 2f64.ln()), (DpoLoss::Hinge, 1.0), (DpoLoss::Ipo, 25.0)]
+    {
+        let ran =
+            run(folder.path(), Objective::Dpo(Dpo { loss, ..Dpo::default() }), &settings, &[]);
+        let step = &ran.steps[0];
+        assert!((step.loss - expected).abs() < 1e-5 * expected, "{loss:?}: {}", step.loss);
+        assert!(step.grad_norm > 0.0 && step.metrics["reward_margin"].abs() < 1e-5);
+        assert!(step.metrics["logps_chosen"] < 0.0);
+    }
+}
+
+#[test]
+fn preferences_are_learned() {
+    let folder = tempfile::tempdir().unwrap();
+    for objective in [
+        Objective::Dpo(Dpo::default()),
+        Objective::Dpo(Dpo { label_smoothing: 0.1, sft: 0.5, ..Dpo::default() }),
+        Objective::Reward(Reward { margin: 0.0, centering: 0.01 }),
+    ] {
+        let settings = settings("dpo", r#", "epochs": 6"#);
+        let ran = run(folder.path(), objective, &settings, &[]);
+        assert_eq!(ran.steps.len(), 60);
+        let loss = |steps: &[Progress]| {
+            steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64
+        };
+        let (first, last) = (loss(&ran.steps[..5]), loss(&ran.steps[55..]));
+        assert!(last < first * 0.8, "{objective:?}: {first}, {last}");
+        assert!(ran.accuracy.unwrap() >= 0.9, "{objective:?}: {:?} held out", ran.accuracy);
+    }
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    for objective in [Objective::Dpo(Dpo::default()), Objective::Reward(Reward::default())] {
+        let settings = settings("dpo", r#", "max_steps": 9"#);
+        let whole = run(folder.path(), objective, &settings, &[]);
+        let broken = run(folder.path(), objective, &settings, &[2, 5, 7]);
+        assert!(whole.params == broken.params, "{objective:?}");
+        assert_eq!(whole.steps.len(), broken.steps.len());
+        for (a, b) in whole.steps.iter().zip(&broken.steps) {
+            assert_eq!((a.loss, &a.metrics), (b.loss, &b.metrics), "step {}", a.step);
+        }
+    }
+}
+
+#[test]
+fn rows_and_recomputation_change_only_rounding() {
+    let folder = tempfile::tempdir().unwrap();
+    for objective in [Objective::Dpo(Dpo::default()), Objective::Reward(Reward::default())] {
+        let of = |more: &str| {
+            let settings = settings("dpo", &format!(r#", "max_steps": 4{more}"#));
+            run(folder.path(), objective, &settings, &[]).steps
+        };
+        let plain = of("");
+        for more in [r#", "micro_batch": 4"#, r#", "activation_checkpointing": true"#] {
+            for (a, b) in plain.iter().zip(of(more)) {
+                assert!((a.loss - b.loss).abs() < 1e-4 * a.loss, "{more}: {} {}", a.loss, b.loss);
+                assert!((a.grad_norm / b.grad_norm - 1.0).abs() < 1e-3, "{more}");
+            }
+        }
+    }
+}
