@@ -32,7 +32,7 @@
 //! # A job walks
 //!
 //! [`gateway::api`] or [`cli`] → [`gateway::jobs`] (admitted, queued) → [`gateway::store`] → a process:
-//! [`train::job`] → [`train::recipes`] → [`train::data`] → [`train::model`] → [`train::ops`] →
+//! [`train::job`] → [`train::recipes`] → [`train::data`] → [`train::model`] ([`train::ops`]) →
 //! [`train::loss`] → [`train::optim`] → [`train::checkpoint`] → [`train::export`] → [`gateway::jobs`] (tried) →
 //! [`gateway::registry`] (served).
 //!
@@ -62,6 +62,7 @@
 //! | [`kernels`] | SIMD arithmetic of the native runner and of training, the thread pool |
 //! | [`template`] | chat templates, and what models write back |
 //! | [`train`] | jobs, data, trainable models, optimizers, checkpoints, exports |
+//! | [`grade`] | graders: what an answer is worth |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters; Hugging Face's folders made into GGUF |
 
 pub mod build_info;
@@ -70,6 +71,7 @@ pub mod config;
 pub mod engine;
 pub mod gateway;
 pub mod gguf;
+pub mod grade;
 pub mod ipc;
 pub mod kernels;
 pub mod template;

@@ -1,11 +1,12 @@
 //! Between two steps: requests come and go, adapters are swapped, inputs are embedded.
 
 use super::kv::CacheKey;
-use super::orders::Order;
+use super::orders::{AdapterFacts, Order};
+use super::runner::RunnerError;
 use super::sequence::{Admissible, RequestFacts, Sequence};
 use super::speculate::MAX_DRAFTED;
-use super::step::{Embedding, StepLoop};
-use crate::ipc::{AdapterId, EngineError, EngineErrorKind, Reply, RequestId};
+use super::step::{Pooling, StepLoop};
+use crate::ipc::{AdapterId, EngineError, EngineErrorKind, Reply, RequestId, Token};
 use crossbeam_channel::RecvTimeoutError;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -55,15 +56,10 @@ impl StepLoop {
                 let mine = |sequence: &&mut Sequence| sequence.key.request == request;
                 self.scheduler.sequences_mut().filter(mine).for_each(|s| s.paused = paused);
             }
-            Order::Embed { call, inputs } => self.embeddings.push_back(Embedding {
-                call,
-                tokens: inputs.iter().map(Vec::len).sum::<usize>() as u32,
-                inputs: VecDeque::from(inputs),
-                vectors: Vec::new(),
-            }),
-            Order::InstallAdapter { call, adapter, digest, handle } => {
+            Order::Pool { call, inputs, scored_by } => self.pool(call, inputs, scored_by),
+            Order::InstallAdapter { call, adapter, facts, handle } => {
                 self.runner.install_adapter(adapter, handle);
-                self.adapters.insert(adapter, digest);
+                self.adapters.insert(adapter, facts);
                 self.outbox.reply(call, Ok(Reply::Done));
             }
             Order::UnloadAdapter { call, adapter } => {
@@ -88,7 +84,7 @@ impl StepLoop {
         let adapter = match request.adapter {
             None => [0; 32],
             Some(adapter) => match self.adapters.get(&adapter) {
-                Some(&digest) => digest,
+                Some(facts) => facts.digest,
                 None => return self.outbox.failed(id, unknown_adapter(adapter)),
             },
         };
@@ -103,6 +99,7 @@ impl StepLoop {
             max_tokens: admissible.max_tokens,
             logprobs: request.logprobs,
             echo: request.echo,
+            rollout: request.rollout.then_some(request.sampling.temperature),
             render_special: request.render_special,
             max_drafted: match self.runner.info().speculates {
                 true => {
@@ -144,25 +141,77 @@ impl StepLoop {
         }
     }
 
-    /// Embeds one input. False when there is none.
-    pub(super) fn embed_one(&mut self) -> bool {
-        let Some(embedding) = self.embeddings.front_mut() else { return false };
-        let result = match embedding.inputs.pop_front() {
-            Some(tokens) => self.runner.embed(&tokens).map(|vector| embedding.vectors.push(vector)),
+    fn pool(&mut self, call: u64, inputs: Vec<Vec<Token>>, scored_by: Option<AdapterId>) {
+        let head = match scored_by.map(|adapter| (adapter, self.adapters.get(&adapter))) {
+            None => None,
+            Some((_, Some(AdapterFacts { head: Some(head), .. }))) => Some(head.clone()),
+            Some((adapter, None)) => {
+                return self.outbox.reply(call, Err(unknown_adapter(adapter)));
+            }
+            Some((_, Some(_))) => {
+                let error = EngineError::invalid("model", "this adapter is no reward model");
+                return self.outbox.reply(call, Err(error));
+            }
+        };
+        self.poolings.push_back(Pooling {
+            call,
+            tokens: inputs.iter().map(Vec::len).sum::<usize>() as u32,
+            inputs: VecDeque::from(inputs),
+            adapter: scored_by,
+            head,
+            vectors: Vec::new(),
+            scores: Vec::new(),
+        });
+    }
+
+    /// Embeds or scores one input. False when there is none.
+    pub(super) fn pool_one(&mut self) -> bool {
+        let Some(pooling) = self.poolings.front_mut() else { return false };
+        let result = match pooling.inputs.pop_front() {
+            Some(tokens) => {
+                self.runner.pooled(&tokens, pooling.adapter).and_then(|row| pooling.take(row))
+            }
             None => Ok(()),
         };
-        let over = embedding.inputs.is_empty() || result.is_err();
-        if over && let Some(embedding) = self.embeddings.pop_front() {
-            let reply = match result {
-                Ok(()) => Ok(Reply::Embeddings {
-                    vectors: embedding.vectors,
-                    prompt_tokens: embedding.tokens,
+        let over = pooling.inputs.is_empty() || result.is_err();
+        if over && let Some(pooling) = self.poolings.pop_front() {
+            let reply = match (result, pooling.head) {
+                (Ok(()), None) => Ok(Reply::Embeddings {
+                    vectors: pooling.vectors,
+                    prompt_tokens: pooling.tokens,
                 }),
-                Err(error) => Err(EngineError::internal(error.to_string())),
+                (Ok(()), Some(_)) => {
+                    Ok(Reply::Scores { scores: pooling.scores, prompt_tokens: pooling.tokens })
+                }
+                (Err(error), _) => Err(EngineError::internal(error.to_string())),
             };
-            self.outbox.reply(embedding.call, reply);
+            self.outbox.reply(pooling.call, reply);
         }
         true
+    }
+}
+
+impl Pooling {
+    /// Makes of an input's pooled row what was asked for.
+    fn take(&mut self, row: Vec<f32>) -> Result<(), RunnerError> {
+        let sum = |other: &[f32]| {
+            row.iter().zip(other).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>()
+        };
+        match &self.head {
+            Some(head) if head.len() == row.len() => self.scores.push(sum(head) as f32),
+            Some(head) => {
+                let (width, row) = (head.len(), row.len());
+                return Err(RunnerError(format!("a head of {width} for rows of {row}")));
+            }
+            None => {
+                let norm = sum(&row).sqrt();
+                if !norm.is_finite() || norm == 0.0 {
+                    return Err(RunnerError("the embedding is not finite".into()));
+                }
+                self.vectors.push(row.iter().map(|x| (f64::from(*x) / norm) as f32).collect());
+            }
+        }
+        Ok(())
     }
 }
 

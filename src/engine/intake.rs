@@ -92,20 +92,26 @@ impl Desk {
                 };
                 let _ = orders.send(outcome);
             }
-            Job::Call { call, what: Call::Embed { inputs } } => {
+            Job::Call { call, what } => {
+                let (inputs, scored_by) = match what {
+                    Call::Embed { inputs } => (inputs, None),
+                    Call::Score { adapter, inputs } => (inputs, Some(adapter)),
+                    what => {
+                        let result = self.answer(what);
+                        let _ = replies.send(FromEngine::Reply { call, result });
+                        return;
+                    }
+                };
                 let tokens: Result<Vec<_>, _> =
-                    inputs.into_iter().map(|input| self.embed_tokens(input)).collect();
+                    inputs.iter().map(|input| self.pooled_tokens(input)).collect();
                 match tokens {
                     Ok(inputs) => {
-                        let _ = orders.send(Order::Embed { call, inputs });
+                        let _ = orders.send(Order::Pool { call, inputs, scored_by });
                     }
                     Err(error) => {
                         let _ = replies.send(FromEngine::Reply { call, result: Err(error) });
                     }
                 }
-            }
-            Job::Call { call, what } => {
-                let _ = replies.send(FromEngine::Reply { call, result: self.answer(what) });
             }
         }
     }
@@ -219,6 +225,16 @@ impl Desk {
                 self.check_length(text)?;
                 self.tokenizer.encode(text, *add_special, *parse_special)
             }
+            Prompt::Pieces { pieces, add_special, parse_special, ends } => {
+                let mut tokens = Vec::new();
+                for (number, piece) in pieces.iter().enumerate() {
+                    self.check_length(piece)?;
+                    let add_special = *add_special && number == 0;
+                    tokens.extend(self.tokenizer.encode(piece, add_special, *parse_special));
+                }
+                tokens.extend(vocab.eos.filter(|_| *ends));
+                tokens
+            }
             Prompt::Infill { prefix, suffix } => {
                 let Some([pre, suf, mid]) = vocab.infill else {
                     return Err(EngineError::invalid(
@@ -247,17 +263,11 @@ impl Desk {
         Ok(tokens)
     }
 
-    fn embed_tokens(&self, input: Prompt) -> Result<Vec<Token>, EngineError> {
-        let tokens = match &input {
-            Prompt::Text { text, .. } => {
-                self.check_length(text)?;
-                self.tokenizer.encode(text, true, false)
-            }
-            other => self.prompt_tokens(other)?,
-        };
-        if tokens.is_empty() {
-            return Err(EngineError::invalid("input", "the input is empty; give some text"));
-        }
+    /// Tokens of an input to be embedded or scored.
+    fn pooled_tokens(&self, input: &Prompt) -> Result<Vec<Token>, EngineError> {
+        let tokens = self
+            .prompt_tokens(input)
+            .map_err(|error| EngineError { param: error.param.map(|_| "input".into()), ..error })?;
         let limit = self.info.context_length as usize;
         if tokens.len() > limit {
             return Err(context_error(format!(

@@ -30,10 +30,11 @@ mod text;
 pub mod tokenizer;
 pub mod verify;
 
+use crate::gguf::{Gguf, score_head};
 use crate::ipc::{self, Call, EngineError, FrameError, FromEngine, LoadSpec, RequestId, ToEngine};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use intake::{Desk, Job};
-use orders::Order;
+use orders::{AdapterFacts, Order};
 use rustix::process::{Signal, getpid, kill_process};
 use std::io::{BufReader, Write};
 use std::os::fd::AsFd;
@@ -259,7 +260,9 @@ fn load_adapters(
     for AdapterJob { call, adapter, path, digest, scale } in jobs {
         match loader.prepare(&path, scale) {
             Ok(handle) => {
-                let _ = orders.send(Order::InstallAdapter { call, adapter, digest, handle });
+                let head = Gguf::open_header(&path).ok().and_then(|file| score_head(&file));
+                let facts = AdapterFacts { digest, head: head.map(Into::into) };
+                let _ = orders.send(Order::InstallAdapter { call, adapter, facts, handle });
             }
             Err(error) => {
                 let result = Err(EngineError::invalid("adapter", error.to_string()));

@@ -3,6 +3,15 @@
 use super::runner::AdapterHandle;
 use super::sequence::Admissible;
 use crate::ipc::{AdapterId, EngineError, RequestId, Token};
+use std::sync::Arc;
+
+/// What the step loop knows of an adapter.
+#[derive(Debug, Clone)]
+pub struct AdapterFacts {
+    pub digest: [u8; 32],
+    /// (width) a reward model's.
+    pub head: Option<Arc<[f32]>>,
+}
 
 pub enum Order {
     /// A request that has been tokenized and fits.
@@ -12,14 +21,16 @@ pub enum Order {
     Cancel(RequestId),
     /// The client reads slowly (true) or has caught up.
     Pause(RequestId, bool),
-    Embed {
+    /// To be embedded, or scored by a reward model.
+    Pool {
         call: u64,
         inputs: Vec<Vec<Token>>,
+        scored_by: Option<AdapterId>,
     },
     InstallAdapter {
         call: u64,
         adapter: AdapterId,
-        digest: [u8; 32],
+        facts: AdapterFacts,
         handle: AdapterHandle,
     },
     UnloadAdapter {

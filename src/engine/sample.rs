@@ -116,8 +116,16 @@ impl StepLoop {
             .sampler
             .sample(logits, mask, position, &mut self.scratch)
             .map_err(|error| EngineError::internal(error.to_string()))?;
+        let row = match sequence.facts.rollout {
+            Some(temperature) if temperature > 0.0 && temperature != 1.0 => {
+                self.tempered.clear();
+                self.tempered.extend(self.row.iter().map(|logit| logit / temperature));
+                &self.tempered
+            }
+            _ => &self.row,
+        };
         let logprob = sequence.facts.logprobs.map(|k| {
-            let (chosen, top) = logprobs(&self.row, token, k as usize, &mut self.scratch);
+            let (chosen, top) = logprobs(row, token, k as usize, &mut self.scratch);
             describe(self.tokenizer.vocab(), token, Some(chosen), top)
         });
         self.accept(key, token, logprob)
@@ -139,6 +147,9 @@ impl StepLoop {
             speculation.observe(token);
         }
         if ends(vocab, &facts, token) {
+            if facts.rollout.is_some() {
+                sequence.held_logprobs.extend(logprob);
+            }
             self.end_text(key, FinishReason::Stop);
             return Ok(());
         }

@@ -23,6 +23,8 @@ pub struct RequestFacts {
     pub max_tokens: usize,
     pub logprobs: Option<u32>,
     pub echo: bool,
+    /// Of a rollout: the temperature that log-probabilities are of.
+    pub rollout: Option<f32>,
     pub render_special: bool,
     /// Tokens drafted for one step, at most; 0 where nothing is.
     pub max_drafted: usize,

@@ -2,7 +2,7 @@
 
 use super::grammar::MaskWorker;
 use super::kv::KvCache;
-use super::orders::Order;
+use super::orders::{AdapterFacts, Order};
 use super::outbox::Outbox;
 use super::runner::{Batch, BatchSequence, ModelRunner, RunnerError, Wants};
 use super::sampler::Scratch;
@@ -20,12 +20,16 @@ use std::time::{Duration, Instant};
 /// One is enough: a mask takes a fraction of a step.
 const MASK_THREADS: usize = 1;
 
-/// An embedding call in progress: one input per turn, so that nobody waits for a long list.
-pub(super) struct Embedding {
+/// Inputs that are embedded or scored: one per turn, so that nobody waits for a long list.
+pub(super) struct Pooling {
     pub call: u64,
     pub inputs: VecDeque<Vec<Token>>,
     pub tokens: u32,
+    pub adapter: Option<AdapterId>,
+    /// (width) what makes scores of pooled rows.
+    pub head: Option<Arc<[f32]>>,
     pub vectors: Vec<Vec<f32>>,
+    pub scores: Vec<f32>,
 }
 
 pub struct StepLoop {
@@ -37,14 +41,16 @@ pub struct StepLoop {
     pub(super) orders: Receiver<Order>,
     /// Requests that were cancelled before they came out of intake.
     pub(super) cancelled: HashSet<RequestId>,
-    pub(super) embeddings: VecDeque<Embedding>,
-    /// Digests of the installed adapters.
-    pub(super) adapters: HashMap<AdapterId, [u8; 32]>,
+    pub(super) poolings: VecDeque<Pooling>,
+    /// The installed ones.
+    pub(super) adapters: HashMap<AdapterId, AdapterFacts>,
     /// Removed as soon as nobody uses them.
     pub(super) retiring: Vec<AdapterId>,
     pub(super) scratch: Scratch,
     /// A copy of the model's own logits, where they are needed after sampling.
     pub(super) row: Vec<f32>,
+    /// The same divided by a temperature.
+    pub(super) tempered: Vec<f32>,
     draft_model: Option<DraftModel>,
     masks: MaskWorker<SeqKey>,
     batch: Batch,
@@ -80,11 +86,12 @@ impl StepLoop {
             outbox: Outbox::new(frames),
             orders,
             cancelled: HashSet::new(),
-            embeddings: VecDeque::new(),
+            poolings: VecDeque::new(),
             adapters: HashMap::new(),
             retiring: Vec::new(),
             scratch: Scratch::default(),
             row: Vec::new(),
+            tempered: Vec::new(),
             draft_model: draft.map(|draft| DraftModel::new(draft, info.vocab_size as usize)),
             masks: MaskWorker::new(MASK_THREADS, limits.max_sequences)?,
             batch: Batch::default(),
@@ -96,9 +103,9 @@ impl StepLoop {
     pub fn run(mut self) {
         let mut idle = true;
         while self.take_orders(idle) {
-            let embedded = self.embed_one();
+            let pooled = self.pool_one();
             let stepped = self.step();
-            idle = !embedded && !stepped;
+            idle = !pooled && !stepped;
             self.outbox.report(&self.scheduler, &self.kv, self.adapters.len(), idle);
         }
     }

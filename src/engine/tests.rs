@@ -2,7 +2,7 @@
 //! a request must give what it gives alone, whatever else goes on.
 
 use super::intake::{Desk, Job};
-use super::orders::Order;
+use super::orders::{AdapterFacts, Order};
 use super::runner::mock::Mock;
 use super::runner::{AdapterHandle, ModelRunner, PAGE_TOKENS, load_draft};
 use super::step::StepLoop;
@@ -60,8 +60,9 @@ impl Engine {
             StepLoop::new(runner, draft, &spec, to_do, to_gateway).unwrap().run();
         });
         for id in 1..=ADAPTERS {
-            let (adapter, digest, handle) = (AdapterId(id), [id as u8; 32], AdapterHandle::Mock);
-            let _ = loading.send(Order::InstallAdapter { call: id, adapter, digest, handle });
+            let facts = AdapterFacts { digest: [id as u8; 32], head: None };
+            let (adapter, handle) = (AdapterId(id), AdapterHandle::Mock);
+            let _ = loading.send(Order::InstallAdapter { call: id, adapter, facts, handle });
         }
         Self { jobs, orders, frames, steps }
     }

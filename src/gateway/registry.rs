@@ -14,7 +14,7 @@ mod named;
 pub(crate) use adapters::work_folder;
 pub use adapters::{AdapterSpec, AdapterVersion};
 pub use model::Model;
-pub use named::Trainable;
+pub use named::{OfJob, Trainable};
 
 use crate::config::ServeConfig;
 use crate::gateway::error::ApiError;
@@ -24,7 +24,7 @@ use crate::gateway::store::Store;
 use crate::gateway::supervisor::{Engine, EngineState};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -43,6 +43,8 @@ pub struct Registry {
     one_adapter_at_a_time: tokio::sync::Mutex<()>,
     /// Numbers adapter versions, and orders uses of models.
     next: AtomicU64,
+    /// Requests of jobs that run now, at least.
+    of_jobs: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -112,6 +114,7 @@ impl Registry {
             one_at_a_time: tokio::sync::Mutex::default(),
             one_adapter_at_a_time: tokio::sync::Mutex::default(),
             next: AtomicU64::new(1),
+            of_jobs: AtomicUsize::new(0),
         })
     }
 

@@ -96,7 +96,7 @@ async fn run(config: Arc<ServeConfig>) -> Result<(), ServeError> {
     let result = match started {
         Some(Ok(())) => {
             app.life.started();
-            app.jobs.start();
+            app.jobs.start(routes::of_jobs(app.clone()));
             startup::announce(&app, address);
             signals.next().await;
             drain(&app, &mut signals).await;

@@ -13,6 +13,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
+use super::lora_check::SCORE_HEAD;
 use super::peft::{self, Half, Layout, MAX_RANK, PeftConfig, Target};
 use super::writer::write_f32;
 use crate::gguf::{Gguf, GgufError, GgufWriter, ModelFacts, TensorInfo, TensorType};
@@ -79,6 +80,8 @@ pub struct LoraInfo {
     pub bytes: u64,
     /// Kinds of base tensors that are changed, such as `attn_q`, sorted.
     pub targets: Vec<String>,
+    /// It has a head, and gives scores instead of text.
+    pub reward_model: bool,
 }
 
 /// Turns a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) into a LoRA GGUF at
@@ -120,6 +123,9 @@ pub fn peft_to_gguf(
         rank = rank.max(pair.rank);
         targets.insert(target.short.to_owned());
     }
+    if config.head {
+        writer.set(SCORE_HEAD, score(&tensors, facts)?);
+    }
     let bytes = writer.write(out)?;
     Ok(LoraInfo {
         rank: rank as u32,
@@ -127,7 +133,23 @@ pub fn peft_to_gguf(
         tensors: pairs.len(),
         bytes,
         targets: targets.into_iter().collect(),
+        reward_model: config.head,
     })
+}
+
+/// (width) a reward model's head.
+fn score(tensors: &SafeTensors, facts: &ModelFacts) -> Result<Vec<f32>, LoraError> {
+    let view = tensors.tensor(peft::SCORE);
+    let view = view.map_err(|error| LoraError::tensor(peft::SCORE, error.to_string()))?;
+    let head = Matrix::new(peft::SCORE, &view)?;
+    match (head.rows, head.cols) {
+        (1, cols) if cols == facts.n_embd as usize => Ok(head.iter().collect()),
+        _ => {
+            let (found, width) = (head.shape(), facts.n_embd);
+            let reason = format!("it is {found}, but a reward model's is [1, {width}]");
+            Err(LoraError::tensor(peft::SCORE, reason))
+        }
+    }
 }
 
 fn read_tensors(folder: &Path) -> Result<Vec<u8>, LoraError> {
@@ -148,8 +170,8 @@ fn pair_up<'t>(tensors: &'t SafeTensors<'t>) -> Result<BTreeMap<&'t str, Views<'
     let mut halves: BTreeMap<&str, [Option<TensorView>; 2]> = BTreeMap::new();
     for (name, view) in tensors.iter() {
         let Some((path, half)) = peft::split_name(name) else {
-            // PEFT may store a copy of a frozen embedding beside its adapter.
-            if name.ends_with(".base_layer.weight") {
+            // PEFT may store a copy of a frozen embedding beside its adapter; a head is no LoRA.
+            if name.ends_with(".base_layer.weight") || name == peft::SCORE {
                 continue;
             }
             return Err(LoraError::tensor(name, "it is not part of a LoRA (lora_A or lora_B)"));

@@ -41,6 +41,7 @@ pub fn check_lora_gguf(path: &Path, base: &Gguf) -> Result<LoraInfo, LoraError> 
         tensors: pairs.len(),
         bytes: adapter.file_size(),
         targets: Vec::new(),
+        reward_model: check_head(&adapter, base)?,
     };
     let mut targets = BTreeSet::new();
     for (name, pair) in pairs {
@@ -81,6 +82,23 @@ fn check_metadata(adapter: &Gguf, base: &Gguf) -> Result<f32, LoraError> {
         None => Ok(0.0),
         Some(&Value::F32(alpha)) if alpha.is_finite() => Ok(alpha),
         Some(_) => Err(LoraError::config("adapter.lora.alpha", "it must be a finite f32")),
+    }
+}
+
+/// Whether it is a reward model; its head has a number for each of the base's dimensions.
+fn check_head(adapter: &Gguf, base: &Gguf) -> Result<bool, LoraError> {
+    if adapter.get(SCORE_HEAD).is_none() {
+        return Ok(false);
+    }
+    let architecture = base.str("general.architecture")?.unwrap_or_default();
+    let width = base.u32(&format!("{architecture}.embedding_length"))?.unwrap_or(0);
+    match score_head(adapter) {
+        Some(head) if head.len() == width as usize => Ok(true),
+        Some(head) => {
+            let why = format!("it has {} numbers, but the base is {width} wide", head.len());
+            Err(LoraError::config(SCORE_HEAD, why))
+        }
+        None => Err(LoraError::config(SCORE_HEAD, "it must be an array of finite f32")),
     }
 }
 

@@ -24,12 +24,21 @@ pub(crate) struct PeftConfig {
     pub rslora: bool,
     /// Whether single modules may have another rank (`rank_pattern`).
     pub mixed_ranks: bool,
+    /// A reward model's: [`SCORE`] is saved with it.
+    pub head: bool,
 }
+
+/// The head of a model for sequence classification, as PEFT and TRL save it.
+pub(crate) const SCORE: &str = "base_model.model.score.weight";
 
 /// Keys that must be absent, null, false or empty, and why.
 const REFUSED: &[(&str, &str)] = &[
     ("use_dora", "DoRA adds a magnitude vector, which a LoRA GGUF cannot hold"),
-    ("modules_to_save", "whole modules cannot be part of a LoRA GGUF; merge them into the base"),
+    (
+        "modules_to_save",
+        "whole modules but a reward model's `score` cannot be part of a LoRA GGUF; merge them into \
+         the base",
+    ),
     ("alpha_pattern", "alphas that differ between modules are not supported"),
     ("lora_bias", "biases cannot be part of a LoRA GGUF"),
     ("fan_in_fan_out", "transposed base weights are not supported"),
@@ -76,6 +85,8 @@ impl PeftConfig {
                 ));
             }
         }
+        let saved = config.get("modules_to_save").and_then(Json::as_array);
+        let head = saved.is_some_and(|saved| saved.len() == 1 && saved[0] == "score");
         for &(key, reason) in REFUSED {
             let unset = match config.get(key) {
                 None | Some(Json::Null | Json::Bool(false)) => true,
@@ -84,7 +95,7 @@ impl PeftConfig {
                 Some(Json::String(text)) => text.is_empty(),
                 Some(_) => false,
             };
-            if !unset {
+            if !(unset || key == "modules_to_save" && head) {
                 return Err(fail(key, reason.to_owned()));
             }
         }
@@ -115,7 +126,7 @@ impl PeftConfig {
             Some(Json::Object(map)) => !map.is_empty(),
             Some(_) => return Err(fail("rank_pattern", "it must be an object".into())),
         };
-        Ok(PeftConfig { rank, alpha, rslora, mixed_ranks })
+        Ok(PeftConfig { rank, alpha, rslora, mixed_ranks, head })
     }
 
     /// The alpha to write. llama.cpp scales each module by `alpha / its rank`.

@@ -161,6 +161,9 @@ pub struct Generate {
     pub render_special: bool,
     /// Tokens drafted for one step, at most; `None` leaves it to the engine.
     pub max_drafted: Option<u32>,
+    /// For training on it: all tokens that are drawn are reported, the one that ends the output too,
+    /// and log-probabilities are those of the distribution at the temperature.
+    pub rollout: bool,
 }
 
 impl Generate {
@@ -182,6 +185,7 @@ impl Generate {
             fair_key: 0,
             render_special: false,
             max_drafted: None,
+            rollout: false,
         }
     }
 }
@@ -196,6 +200,14 @@ pub enum Prompt {
         parse_special: bool,
     },
     Tokens(Vec<Token>),
+    /// Texts that are tokenized apart, as training sees a conversation.
+    Pieces {
+        pieces: Vec<String>,
+        add_special: bool,
+        parse_special: bool,
+        /// An end-of-text token follows.
+        ends: bool,
+    },
     /// Fill in the middle: needs a model with infill tokens.
     Infill {
         prefix: String,
@@ -312,6 +324,11 @@ pub enum Call {
     },
     /// One vector per input.
     Embed {
+        inputs: Vec<Prompt>,
+    },
+    /// One number per input: what a reward model's head makes of the last token.
+    Score {
+        adapter: AdapterId,
         inputs: Vec<Prompt>,
     },
     /// The file is a llama.cpp LoRA GGUF that the gateway has checked against the base's header.
@@ -458,6 +475,7 @@ pub enum Reply {
     Tokens { tokens: Vec<Token>, pieces: Vec<ByteBuf> },
     Text(String),
     Embeddings { vectors: Vec<Vec<f32>>, prompt_tokens: u32 },
+    Scores { scores: Vec<f32>, prompt_tokens: u32 },
 }
 
 /// A refusal or failure, already worded for the person who sent the request.

@@ -1,7 +1,9 @@
 //! What a job is asked to do: as people write it, and as it is stored, with every default filled in.
 
+mod policy;
 mod pretrain;
 
+pub use policy::Grpo;
 pub use pretrain::{BYTES, Pretrain, Shape, Tokenizer, TokenizerPlan};
 
 use super::data::Purpose;
@@ -25,6 +27,8 @@ pub enum Kind {
     Dpo,
     /// A reward model.
     Reward,
+    /// Group relative policy optimization.
+    Grpo,
 }
 
 impl Kind {
@@ -35,6 +39,7 @@ impl Kind {
             Self::Pretrain => "pretrain",
             Self::Dpo => "dpo",
             Self::Reward => "reward",
+            Self::Grpo => "grpo",
         }
     }
 
@@ -43,7 +48,19 @@ impl Kind {
         match self {
             Self::Sft => Some(Purpose::Answers),
             Self::Dpo | Self::Reward => Some(Purpose::Preferences),
+            Self::Grpo => Some(Purpose::Prompts),
             Self::Pretrain => None,
+        }
+    }
+
+    /// Learning rates if nothing is said: of an adapter, and of all weights (of pretraining: where the
+    /// model is 512 wide).
+    pub fn learning_rates(self) -> [f64; 2] {
+        match self {
+            Self::Sft => [2e-4, 2e-5],
+            Self::Pretrain => [1e-3; 2],
+            Self::Dpo | Self::Grpo => [1e-5, 1e-6],
+            Self::Reward => [1e-4, 1e-5],
         }
     }
 }
@@ -74,6 +91,8 @@ pub struct Spec {
     pub dpo: Option<Dpo>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reward: Option<Reward>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grpo: Option<Grpo>,
     pub train: Train,
     #[serde(default)]
     pub export: Export,
@@ -123,6 +142,7 @@ struct Written {
     pretrain: Option<Pretrain>,
     dpo: Option<Dpo>,
     reward: Option<Reward>,
+    grpo: Option<Grpo>,
     #[serde(default)]
     train: Train,
     #[serde(default)]
@@ -138,7 +158,7 @@ impl TryFrom<Written> for Spec {
 
     fn try_from(written: Written) -> Result<Self, String> {
         let Written { kind, model, name, suffix, seed, data, train, export, .. } = written;
-        let Written { version, adapter, pretrain, dpo, reward, .. } = written;
+        let Written { version, adapter, pretrain, dpo, reward, grpo, .. } = written;
         if version != VERSION {
             return Err(format!("version: this is {version}, and this Ingot knows {VERSION}"));
         }
@@ -150,6 +170,13 @@ impl TryFrom<Written> for Spec {
             (Kind::Reward, Some(None)) => {
                 return Err(
                     "adapter: a reward model is an adapter with a head; leave it out".into()
+                );
+            }
+            (Kind::Grpo, Some(None)) => {
+                return Err(
+                    "adapter: answers are sampled from the served model with an adapter that is \
+                     swapped at every step; all of its weights cannot be: leave it out"
+                        .into(),
                 );
             }
             (_, None) => Adapter::usual(),
@@ -167,6 +194,7 @@ impl TryFrom<Written> for Spec {
             pretrain,
             dpo,
             reward,
+            grpo,
             train,
             export,
         })
@@ -396,14 +424,13 @@ impl Spec {
         }
         let resolved = match self.kind {
             Kind::Pretrain => self.resolve_pretrain()?,
-            Kind::Sft => self.resolve_tuning([2e-4, 2e-5])?,
-            Kind::Dpo => self.resolve_tuning([1e-5, 1e-6])?,
-            Kind::Reward => self.resolve_tuning([1e-4, 1e-5])?,
+            Kind::Sft | Kind::Dpo | Kind::Reward | Kind::Grpo => self.resolve_tuning()?,
         };
         for (kind, there) in [
             (Kind::Pretrain, self.pretrain.is_some()),
             (Kind::Dpo, self.dpo.is_some()),
             (Kind::Reward, self.reward.is_some()),
+            (Kind::Grpo, self.grpo.is_some()),
         ] {
             if there && kind != self.kind {
                 return Err(format!("{0}: it is for jobs of kind `{0}`", kind.name()));
@@ -416,11 +443,23 @@ impl Spec {
         within("reward.margin", reward.margin, -1e3, 1e3)?;
         within("reward.centering", reward.centering, 0.0, 100.0)?;
         resolved.check()?;
+        match (&self.grpo, self.kind) {
+            (Some(block), _) => block.check(resolved.max_length)?,
+            (None, Kind::Grpo) => {
+                return Err("grpo: a job of this kind needs the block, with a `grader`".into());
+            }
+            (None, _) => {}
+        }
+        if self.kind == Kind::Grpo && self.data.validation.is_some() {
+            return Err("data.validation: jobs of kind `grpo` do not grade held-out prompts yet; \
+                        leave it out"
+                .into());
+        }
         Ok(resolved)
     }
 
-    /// Of a model that there is, with learning rates for an adapter and for all weights.
-    fn resolve_tuning(&self, [of_adapter, of_all]: [f64; 2]) -> Result<Resolved, String> {
+    /// Of a model that there is.
+    fn resolve_tuning(&self) -> Result<Resolved, String> {
         if self.model.is_none() {
             return Err(format!("model: a job of kind `{}` needs one", self.kind.name()));
         }
@@ -428,6 +467,7 @@ impl Spec {
             return Err("name: it is for `pretrain`; use `suffix`".into());
         }
         let train = &self.train;
+        let [of_adapter, of_all] = self.kind.learning_rates();
         let rate = if self.adapter.is_none() { of_all } else { of_adapter };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Resolved {

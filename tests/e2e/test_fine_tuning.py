@@ -299,9 +299,10 @@ def test_preferences():
 
 
 def test_a_reward_model_is_trained():
-    file = upload(pairs())
+    file, held = upload(pairs()), list(pairs(20))[16:]
     spec = {
-        "kind": "reward", "model": server.model, "suffix": "taste", "data": {"train": file.id},
+        "kind": "reward", "model": server.model, "suffix": "taste",
+        "data": {"train": file.id, "validation": upload(held, "held.jsonl").id},
         "reward": {"centering": 0.01}, "train": {"epochs": 3, "batch_size": 4, "max_length": 64},
     }
     job = json.loads(server.admin("/admin/jobs", spec))
@@ -315,6 +316,28 @@ def test_a_reward_model_is_trained():
     steps = [entry for entry in entries if entry["type"] == "step"]
     assert steps[-1]["accuracy"] == 1.0 and steps[-1]["reward_margin"] > steps[0]["reward_margin"], steps
     assert "adapter: " in raises_admin({**spec, "adapter": None})
+
+    # Served, it says of the held-out pairs what the job said of them at its end.
+    name = next(artifact["name"] for artifact in done["artifacts"] if artifact["type"] == "adapter")
+    last = [entry for entry in entries if entry["type"] == "validation"][-1]
+    for side, measured in [("preferred_output", "reward_chosen"), ("non_preferred_output", "reward_rejected")]:
+        talks = [[*pair["input"]["messages"], *pair[side]] for pair in held]
+        answer = score(name, talks)
+        assert [item["index"] for item in answer["data"]] == list(range(len(talks))), answer
+        mean = sum(item["score"] for item in answer["data"]) / len(talks)
+        assert abs(mean - last["metrics"][measured]) < 0.05 * (1 + abs(mean)), (side, mean, last)
+    one = score(name, talks[0])["data"]
+    assert abs(one[0]["score"] - answer["data"][0]["score"]) < 1e-5, (one, answer)
+    assert score(name, ["Ahoy!", "Good day."])["usage"]["prompt_tokens"] > 4
+    bad_request = openai.BadRequestError
+    raises(bad_request, lambda: ask(name), param="model")
+    raises(bad_request, lambda: score(server.model, "Ahoy!"), param="model")
+    raises(bad_request, lambda: score(name, [[{"role": "user", "content": "Hi"}]]), param="input[0]")
+    raises(openai.NotFoundError, lambda: score("nobody", "Ahoy!"), code="model_not_found")
+
+
+def score(model, inputs):
+    return client.post("/score", body={"model": model, "input": inputs}, cast_to=object)
 
 
 def raises_admin(spec):

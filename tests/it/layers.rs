@@ -14,12 +14,13 @@ type Table = &'static [(&'static str, &'static [&'static str])];
 const ROOMS: Table = &[
     ("main", &["cli", "train", "engine", "gateway", "config"]),
     ("cli", &["train", "engine", "gateway", "config", "gguf", "ipc", "build_info"]),
-    ("gateway", &["train", "config", "template", "gguf", "ipc", "build_info"]),
-    ("train", &["engine", "template", "kernels", "gguf"]),
+    ("gateway", &["train", "config", "template", "grade", "gguf", "ipc", "build_info"]),
+    ("train", &["engine", "template", "grade", "kernels", "gguf"]),
     ("engine", &["ipc", "kernels", "gguf"]),
     ("config", &["ipc"]),
     ("build_info", &[]),
     ("template", &["gguf"]),
+    ("grade", &[]),
     ("kernels", &["gguf"]),
     ("gguf", &[]),
     ("ipc", &[]),
@@ -81,7 +82,7 @@ const ENGINE: Table = &[
 
 /// Rooms of training.
 const TRAIN: Table = &[
-    ("job", &["recipes", "export", "checkpoint", "fresh", "data", "spec", "model"]),
+    ("job", &["recipes", "export", "checkpoint", "fresh", "data", "spec", "model", "actor"]),
     (
         "recipes",
         &[
@@ -95,6 +96,7 @@ const TRAIN: Table = &[
             "schedule",
             "ops",
             "loss",
+            "actor",
         ],
     ),
     ("export", &["data", "model", "optim"]),
@@ -107,6 +109,7 @@ const TRAIN: Table = &[
     ("optim", &[]),
     ("schedule", &[]),
     ("loss", &[]),
+    ("actor", &[]),
     ("ops", &[]),
 ];
 

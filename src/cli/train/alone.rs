@@ -9,7 +9,7 @@ use crate::gateway::store::{ModelRef, PulledModel, Store, ensure, hex};
 use crate::gguf::{Gguf, is_hugging_face};
 use crate::train::data::check;
 use crate::train::job::{self, Artifact, ArtifactKind, Folder, Follower, Needs, Order, Outcome};
-use crate::train::spec::{Resolved, Spec};
+use crate::train::spec::{Kind, Resolved, Spec};
 use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -65,13 +65,20 @@ pub(super) async fn run(
 /// the same folder.
 fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError> {
     let settings = spec.resolve().map_err(CliError::Message)?;
+    if spec.kind == Kind::Grpo {
+        return Err(CliError::message(
+            "A job of kind `grpo` samples from a served model: start `ingot serve MODEL \
+             --admin-key KEY`, and give its address with --url.",
+        ));
+    }
     let train = located(beside, &spec.data.train)?;
     let validation = spec.data.validation.as_ref().map(|path| located(beside, path)).transpose()?;
-    let purpose = spec.kind.purpose();
-    for (path, purpose) in validation.iter().chain([&train]).zip(purpose.into_iter().cycle()) {
-        check(path, purpose, 1).map_err(|error| {
-            CliError::message(format!("{} cannot be trained on: {error}.", path.display()))
-        })?;
+    if let Some(purpose) = spec.kind.purpose() {
+        for path in validation.iter().chain([&train]) {
+            check(path, purpose, 1).map_err(|error| {
+                CliError::message(format!("{} cannot be trained on: {error}.", path.display()))
+            })?;
+        }
     }
     let model = match &spec.model {
         Some(model) => {
@@ -169,7 +176,7 @@ async fn follow(folder: &Folder, settings: &Resolved) -> Result<bool, CliError> 
     };
     let mut events = Follower::new(folder.events(), 0);
     let _ = events.read();
-    let mut process = job::spawn(folder, settings.threads).map_err(cannot)?;
+    let mut process = job::spawn(folder, settings.threads, None).map_err(cannot)?;
     let child = &mut process.child;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;

@@ -196,13 +196,16 @@ impl ModelRunner for Mock {
         Ok(Box::new(Self::load(spec)))
     }
 
-    fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError> {
+    fn pooled(
+        &mut self,
+        tokens: &[Token],
+        _adapter: Option<AdapterId>,
+    ) -> Result<Vec<f32>, RunnerError> {
         let mut vector = vec![0f32; 8];
         for &token in tokens {
             vector[token as usize % 8] += 1.0;
         }
-        let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
-        Ok(vector.into_iter().map(|x| x / norm).collect())
+        Ok(vector)
     }
 }
 

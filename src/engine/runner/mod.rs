@@ -117,8 +117,12 @@ pub trait ModelRunner {
     fn load_draft(&self, _spec: &LoadSpec) -> Result<Box<dyn ModelRunner>, RunnerError> {
         Err(RunnerError("only the native runner can check what a draft model drafts".into()))
     }
-    /// One pooled, L2-normalised vector.
-    fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError>;
+    /// (width) the rows behind the output norm, pooled: of a causal model the last token's.
+    fn pooled(
+        &mut self,
+        tokens: &[Token],
+        adapter: Option<AdapterId>,
+    ) -> Result<Vec<f32>, RunnerError>;
 }
 
 /// Loads the draft model for a loaded one, where there is to be one.

@@ -270,8 +270,12 @@ impl ModelRunner for Failing {
 
     fn remove_adapter(&mut self, _: AdapterId) {}
 
-    fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError> {
-        self.mock.embed(tokens)
+    fn pooled(
+        &mut self,
+        tokens: &[Token],
+        adapter: Option<AdapterId>,
+    ) -> Result<Vec<f32>, RunnerError> {
+        self.mock.pooled(tokens, adapter)
     }
 }
 

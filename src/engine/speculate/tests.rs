@@ -219,8 +219,10 @@ fn a_draft_model_changes_no_bit() {
         shares.push((accepted_modelled, modelled_tokens));
     }
     let [(right, all), (few, many), ..] = shares[..] else { unreachable!() };
-    assert!(all > 200 && right * 10 >= all * 9, "{right} of {all} with the model itself");
-    assert!(many > 50 && few * 10 < many * 9, "{few} of {many} with the damaged one");
+    // How many are drafted depends on who is in a step with whom: from 266 to 387 have been seen, of
+    // which 94% and more stood.
+    assert!(all > 50 && right * 4 >= all * 3, "{right} of {all} with the model itself");
+    assert!(many > 50 && few * 2 < many, "{few} of {many} with the damaged one");
 }
 
 #[test]

@@ -168,6 +168,7 @@ impl ChatRequest {
             priority: self.common.priority,
             max_drafted: self.common.max_drafted,
             fair_key: identity.key,
+            rollout: false,
         }
     }
 }

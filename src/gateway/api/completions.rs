@@ -142,6 +142,7 @@ impl CompletionRequest {
             priority: common.priority,
             max_drafted: common.max_drafted,
             fair_key: identity.key,
+            rollout: false,
             render_special: false,
         };
         prompts.into_iter().map(generate).collect()

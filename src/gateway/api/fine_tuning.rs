@@ -69,10 +69,8 @@ impl MethodKind {
 
     /// What `learning_rate_multiplier` multiplies.
     fn learning_rate(self) -> f64 {
-        match self {
-            Self::Supervised => 2e-4,
-            Self::Dpo => 1e-5,
-        }
+        let [of_adapter, _] = self.kind().learning_rates();
+        of_adapter
     }
 }
 
@@ -194,6 +192,7 @@ pub async fn create(
         pretrain: None,
         dpo: (kind == MethodKind::Dpo).then(|| Dpo { beta, ..Dpo::default() }),
         reward: None,
+        grpo: None,
         export: Export::default(),
         train: Train {
             epochs: Some(epochs as f64),

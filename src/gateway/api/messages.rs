@@ -18,13 +18,19 @@ const MAX_NAME: usize = 512;
 /// each other as they do is left to the template.
 pub fn take_messages(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
     let list = fields.list("messages", MAX_MESSAGES)?.ok_or_else(|| fields.missing("messages"))?;
-    if list.is_empty() {
-        return Err(ApiError::invalid("messages", "messages must hold at least one message"));
+    checked("messages", list)
+}
+
+/// As [`take_messages`], of the field `name`.
+pub fn checked(name: &str, list: Vec<Value>) -> Result<Vec<Value>, ApiError> {
+    if !(1..=MAX_MESSAGES).contains(&list.len()) {
+        let message = format!("{name} must hold at least one message, and at most {MAX_MESSAGES}");
+        return Err(ApiError::invalid(name, message));
     }
     let messages = list
         .into_iter()
         .enumerate()
-        .map(|(index, value)| message(Fields::of(format!("messages[{index}]"), value)?));
+        .map(|(index, value)| message(Fields::of(format!("{name}[{index}]"), value)?));
     messages.collect()
 }
 

@@ -3,7 +3,9 @@
 //! | file | what |
 //! |---|---|
 //! | `chat.rs`, `chat_answer.rs` | `/v1/chat/completions`: request, answer |
-//! | `completions.rs`, `embeddings.rs`, `tokenize.rs` | their endpoints |
+//! | `completions.rs`, `embeddings.rs`, `score.rs`, `tokenize.rs` | their endpoints |
+//! | `graders.rs` | graders, checked and tried |
+//! | `policy.rs` | what jobs ask for over their own connections |
 //! | `models.rs`, `admin.rs`, `health.rs`, `openapi.rs` | their endpoints |
 //! | `files.rs`, `fine_tuning.rs`, `jobs.rs` | files, OpenAI's jobs, the operator's jobs |
 //! | `form.rs` | multipart forms within bounds |
@@ -23,6 +25,7 @@ pub mod files;
 pub mod fine_tuning;
 mod form;
 mod format;
+pub mod graders;
 pub mod health;
 pub mod jobs;
 mod logprobs;
@@ -30,6 +33,8 @@ mod messages;
 pub mod models;
 pub mod openapi;
 mod params;
+pub mod policy;
+pub mod score;
 pub mod tokenize;
 mod tools;
 

@@ -111,6 +111,15 @@ fn generation_paths(keys: bool, add: &mut impl FnMut(&str, Value)) {
             .fails(&["400", "404", "429", "503", "504"])
             .0}),
     );
+    add(
+        "/v1/score",
+        json!({"post": operation("createScore", "inference", keys)
+            .summary("One number for each text or conversation, by a reward model.")
+            .body("ScoreRequest")
+            .answers("200", content(&reference("ScoreList")))
+            .fails(&["400", "404", "429", "503", "504"])
+            .0}),
+    );
 }
 
 fn text_paths(keys: bool, add: &mut impl FnMut(&str, Value)) {

@@ -66,12 +66,33 @@ impl Jobs {
                 Some(name) => Some(jobs.registry.trainable(name).await?.path),
                 None => None,
             };
+            jobs.check_policy(&new.spec).await?;
             let admit = move || jobs.admit(new, base, init, tokenizer);
             tokio::task::spawn_blocking(admit).await.map_err(ApiError::internal)?
         });
         let job = task.await.map_err(ApiError::internal)??;
         self.validate(&job.id);
         Ok(job)
+    }
+
+    /// Models that are asked while a policy is trained are there now.
+    async fn check_policy(&self, spec: &Spec) -> Result<(), ApiError> {
+        let Some(block) = &spec.grpo else { return Ok(()) };
+        if let Some(model) = &spec.model {
+            // What it is trained from has to answer, too.
+            self.registry.find(model).await?;
+        }
+        for (model, scores) in block.grader.models() {
+            let found = self.registry.find(model).await;
+            let found = found.map_err(|error| error.with_param("grpo.grader"))?;
+            let is = found.adapter.is_some_and(|adapter| adapter.is_reward_model());
+            if is != scores {
+                let what = if scores { "is no reward model" } else { "is a reward model" };
+                let message = format!("grpo.grader: `{model}` {what}.");
+                return Err(ApiError::invalid("grpo.grader", message));
+            }
+        }
+        Ok(())
     }
 
     fn admit(

@@ -47,7 +47,12 @@ impl Jobs {
         // Before the process writes: what is there already was told of already.
         let mut follower = Follower::new(folder.events(), 0);
         lock(&live.progress).take(&follower.read().unwrap_or_default());
-        let mut process = match job::spawn(&folder, threads) {
+        let base = folder.order().ok().and_then(|order| order.spec.model);
+        let link = match base.map(|base| self.link(id, base)).transpose() {
+            Ok(link) => link.flatten(),
+            Err(error) => return End::Died(format!("it could not be connected: {error}")),
+        };
+        let mut process = match job::spawn(&folder, threads, link) {
             Ok(process) => process,
             Err(error) => return End::Died(format!("it could not be started: {error}")),
         };

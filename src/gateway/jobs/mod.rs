@@ -9,12 +9,14 @@
 //! | `admit.rs` | from a specification to a row and a folder, or why not |
 //! | `queue.rs` | which job runs when |
 //! | `life.rs` | one process of a job, watched |
+//! | `link.rs` | its connection, over which it asks models |
 //! | `courtesy.rs` | when a job makes room for requests |
 //! | `publish.rs` | what a job made becomes what requests may name |
 
 mod admit;
 mod courtesy;
 mod life;
+mod link;
 mod publish;
 mod queue;
 #[cfg(test)]
@@ -22,6 +24,7 @@ mod tests;
 
 pub use admit::NewJob;
 pub(in crate::gateway) use admit::new_id;
+pub use link::{Link, Routes};
 pub use publish::{checkpoint_name, rows};
 
 use crate::config::ServeConfig;
@@ -33,7 +36,7 @@ use crate::train::job::{Entry, EventLog, Folder, Follower, JobEvent, Level, Step
 use life::Wish;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 
@@ -52,6 +55,8 @@ pub struct Jobs {
     /// Somebody should look at the queue.
     look: Notify,
     stopping: watch::Sender<bool>,
+    /// What jobs may ask for.
+    routes: OnceLock<Routes>,
 }
 
 impl fmt::Debug for Jobs {
@@ -95,6 +100,7 @@ impl Jobs {
             live: Mutex::default(),
             look: Notify::new(),
             stopping: watch::Sender::new(false),
+            routes: OnceLock::new(),
         })
     }
 

@@ -2,7 +2,7 @@
 //! there is memory for it.
 
 use super::life::{End, Wish};
-use super::{Jobs, Live, now};
+use super::{Jobs, Live, Routes, now};
 use crate::config::ByteSize;
 use crate::gateway::memory::available;
 use crate::gateway::store::{JobStatus, StoredJob};
@@ -20,8 +20,10 @@ const DEATHS: u32 = 5;
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 
 impl Jobs {
-    /// Takes up what a gateway before us left, and runs the queue from now on.
-    pub fn start(self: &Arc<Self>) {
+    /// Takes up what a gateway before us left, and runs the queue from now on. `routes` is what jobs
+    /// may ask for.
+    pub fn start(self: &Arc<Self>, routes: Routes) {
+        let _ = self.routes.set(routes);
         if let Err(error) = self.take_up() {
             tracing::error!("the jobs of before cannot be taken up: {error}");
         }

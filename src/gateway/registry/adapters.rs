@@ -9,7 +9,7 @@ use crate::gateway::error::ApiError;
 use crate::gateway::store::Store;
 use crate::gateway::supervisor::{Engine, EngineAdapter};
 use crate::gguf::{Gguf, LoraInfo, check_lora_gguf, peft_to_gguf};
-use crate::ipc::{AdapterId, EngineErrorKind, Event, Generate, Prompt};
+use crate::ipc::{AdapterId, Call, EngineErrorKind, Event, Generate, Prompt, Reply};
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::fs::File;
@@ -63,6 +63,11 @@ impl AdapterVersion {
     /// Name of the model that it changes.
     pub fn base(&self) -> &str {
         &self.base
+    }
+
+    /// Whether it gives scores instead of text.
+    pub fn is_reward_model(&self) -> bool {
+        self.info.as_ref().is_some_and(|info| info.reward_model)
     }
 
     /// The GGUF that the engine loaded.
@@ -161,6 +166,45 @@ impl Registry {
         spec: AdapterSpec,
     ) -> Result<Arc<AdapterVersion>, ApiError> {
         self.adapter_name_is_free(&spec.name)?;
+        let version = self.version_on(&base, spec).await?;
+        let replaced = {
+            let mut state = self.lock();
+            state.unloaded.remove(&version.name);
+            let still_there =
+                state.models.get(&base.name).is_some_and(|model| Arc::ptr_eq(model, &base));
+            if !still_there {
+                return Err(ApiError::model_not_found(&base.name));
+            }
+            if state.models.contains_key(&version.name) || state.loading.contains(&version.name) {
+                return Err(name_is_a_models(&version.name));
+            }
+            state.adapters.insert(version.name.clone(), version.clone())
+        };
+        tracing::info!(adapter = version.name, model = base.name, "adapter loaded");
+        drop(replaced);
+        Ok(version)
+    }
+
+    /// A version that no request can name: only who holds it can use it.
+    ///
+    /// # Errors
+    /// As [`Registry::load_adapter`].
+    pub async fn private_adapter(
+        self: &Arc<Self>,
+        base: &Arc<Model>,
+        spec: AdapterSpec,
+    ) -> Result<Arc<AdapterVersion>, ApiError> {
+        let (registry, base) = (self.clone(), base.clone());
+        // A task of its own, as above.
+        let task = tokio::spawn(async move { registry.version_on(&base, spec).await });
+        task.await.unwrap_or_else(|error| Err(ApiError::internal(error)))
+    }
+
+    async fn version_on(
+        &self,
+        base: &Arc<Model>,
+        spec: AdapterSpec,
+    ) -> Result<Arc<AdapterVersion>, ApiError> {
         let id = AdapterId(self.next.fetch_add(1, Ordering::Relaxed));
         let file = WorkFile::new(&self.store, &format!("adapter-{}.gguf", id.0));
         let (source, model) = (spec.path.clone(), base.clone());
@@ -193,24 +237,11 @@ impl Registry {
             engine: base.engine.clone(),
             file,
         });
-        if spec.check {
-            check_generation(&version).await?;
+        match (spec.check, version.is_reward_model()) {
+            (true, false) => check_generation(&version).await?,
+            (true, true) => check_score(&version).await?,
+            (false, _) => {}
         }
-        let replaced = {
-            let mut state = self.lock();
-            state.unloaded.remove(&version.name);
-            let still_there =
-                state.models.get(&base.name).is_some_and(|model| Arc::ptr_eq(model, &base));
-            if !still_there {
-                return Err(ApiError::model_not_found(&base.name));
-            }
-            if state.models.contains_key(&version.name) || state.loading.contains(&version.name) {
-                return Err(name_is_a_models(&version.name));
-            }
-            state.adapters.insert(version.name.clone(), version.clone())
-        };
-        tracing::info!(adapter = version.name, model = base.name, "adapter loaded");
-        drop(replaced);
         Ok(version)
     }
 
@@ -279,6 +310,19 @@ async fn check_generation(version: &AdapterVersion) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+/// Has a reward model score a word, with a number.
+async fn check_score(version: &AdapterVersion) -> Result<(), ApiError> {
+    let refused =
+        |why: String| ApiError::unprocessable(format!("The reward model does not work: {why}."));
+    let input = Prompt::Text { text: "Hello".into(), add_special: true, parse_special: false };
+    let call = Call::Score { adapter: version.id, inputs: vec![input] };
+    match version.engine.call(call).await {
+        Ok(Reply::Scores { scores, .. }) if scores.iter().all(|score| score.is_finite()) => Ok(()),
+        Ok(_) => Err(refused("its scores are no numbers".into())),
+        Err(error) => Err(refused(error.to_string())),
+    }
 }
 
 fn name_is_a_models(name: &str) -> ApiError {

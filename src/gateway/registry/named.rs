@@ -7,6 +7,7 @@ use crate::gateway::error::ApiError;
 use crate::gateway::store::{StoredAdapter, StoredModel};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// A model to train further, and where it stands.
 #[derive(Debug, Clone)]
@@ -22,6 +23,19 @@ pub struct Trainable {
     pub parent: Option<PathBuf>,
     /// A PEFT folder or a GGUF, where the name is an adapter's.
     pub adapter: Option<PathBuf>,
+}
+
+/// See [`Registry::count_of_job`].
+#[derive(Debug)]
+pub struct OfJob {
+    registry: Arc<Registry>,
+    requests: usize,
+}
+
+impl Drop for OfJob {
+    fn drop(&mut self) {
+        self.registry.of_jobs.fetch_sub(self.requests, Ordering::Relaxed);
+    }
 }
 
 impl Registry {
@@ -147,9 +161,17 @@ impl Registry {
         })
     }
 
-    /// Whether any engine has a request.
+    /// Whether any engine has a request of somebody else than a job.
     pub fn is_busy(&self) -> bool {
         let state = self.lock();
-        state.models.values().chain(state.leaving.values()).any(|m| m.engine.in_flight() > 0)
+        let models = state.models.values().chain(state.leaving.values());
+        let all: usize = models.map(|model| model.engine.in_flight()).sum();
+        all > self.of_jobs.load(Ordering::Relaxed)
+    }
+
+    /// Counts requests of a job until it is dropped: jobs make no room for themselves.
+    pub fn count_of_job(self: &Arc<Self>, requests: usize) -> OfJob {
+        self.of_jobs.fetch_add(requests, Ordering::Relaxed);
+        OfJob { registry: self.clone(), requests }
     }
 }

@@ -3,12 +3,14 @@
 use super::body::json_body;
 use super::guard::outer;
 use crate::gateway::api::{
-    self, admin, chat, completions, embeddings, files, fine_tuning, health, jobs, models, openapi,
-    tokenize,
+    self, admin, chat, completions, embeddings, files, fine_tuning, graders, health, jobs, models,
+    openapi, policy, score, tokenize,
 };
 use crate::gateway::app::App;
 use crate::gateway::auth::{require_admin, require_key};
 use crate::gateway::error::ApiError;
+use crate::gateway::jobs::Routes;
+use crate::train::actor;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::{from_fn, from_fn_with_state};
@@ -27,10 +29,13 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(chat::handle))
         .route("/v1/completions", post(completions::handle))
         .route("/v1/embeddings", post(embeddings::handle))
+        .route("/v1/score", post(score::handle))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/apply-template", post(tokenize::apply_template))
         .route("/v1/fine_tuning/jobs", post(fine_tuning::create))
+        .route("/v1/fine_tuning/alpha/graders/validate", post(graders::validate))
+        .route("/v1/fine_tuning/alpha/graders/run", post(graders::run))
         .route_layer(json())
         .route_layer(key());
     let listing = Router::new()
@@ -89,6 +94,18 @@ pub fn router(app: Arc<App>) -> Router {
         .fallback_service(routes)
         .layer(from_fn(absolute_path))
         .layer(from_fn_with_state(app, outer))
+}
+
+/// What a job may ask for over its own connection.
+pub fn of_jobs(app: Arc<App>) -> Routes {
+    Arc::new(move |link| {
+        Router::new()
+            .route(actor::ROLLOUTS, post(policy::rollouts))
+            .route(actor::POLICY, post(policy::adopt))
+            .route(actor::ANSWERS, post(policy::answers))
+            .layer(DefaultBodyLimit::disable())
+            .with_state((app.clone(), link))
+    })
 }
 
 async fn not_found(method: Method, uri: Uri) -> ApiError {

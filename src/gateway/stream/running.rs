@@ -83,6 +83,11 @@ impl Running {
         served: Served,
         prompts: Vec<Generate>,
     ) -> Result<Self, ApiError> {
+        if served.adapter.as_ref().is_some_and(|adapter| adapter.is_reward_model()) {
+            let name = &served.name;
+            let message = format!("`{name}` is a reward model: it writes nothing; use /v1/score.");
+            return Err(ApiError::invalid("model", message));
+        }
         let engine = served.model.engine.clone();
         let name = served.name.clone();
         let mut running = Self::new(app.config.limits.request_timeout, Some(served));

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::{folder, llama};
 use crate::gguf::fixture::{TinyLlama, tiny_peft};
 use crate::gguf::{
-    Gguf, GgufWriter, LoraError, ModelFacts, TensorType, check_lora_gguf, peft_to_gguf,
+    Gguf, GgufWriter, LoraError, ModelFacts, TensorType, check_lora_gguf, peft_to_gguf, score_head,
 };
 
 /// Row-major `[rows, inner] x [inner, cols]`.
@@ -190,6 +190,36 @@ fn adapters_that_do_not_fit_are_refused() {
     }
     fs::write(dir.path().join("adapter_model.safetensors"), [9; 40]).unwrap();
     assert!(matches!(peft_to_gguf(dir.path(), &facts, &base, &out), Err(LoraError::Folder(_))));
+}
+
+#[test]
+fn a_reward_models_head_comes_along() {
+    let dir = folder();
+    let base = llama(dir.path(), &TinyLlama::default());
+    let facts = ModelFacts::read(&base).unwrap();
+    let out = dir.path().join("lora.gguf");
+    let try_with = |score: &[(&str, [usize; 2])], value: f32| {
+        let up = "model.layers.0.mlp.up_proj";
+        let (a, b) = (format!("{up}.lora_A.weight"), format!("{up}.lora_B.weight"));
+        let pair = [(a.as_str(), [2, 64]), (b.as_str(), [128, 2])];
+        peft_folder(dir.path(), &[&pair[..], score].concat(), value);
+        let config = r#"{"peft_type":"LORA","r":2,"lora_alpha":4,"modules_to_save":["score"]}"#;
+        fs::write(dir.path().join("adapter_config.json"), config).unwrap();
+        peft_to_gguf(dir.path(), &facts, &base, &out)
+    };
+    let info = try_with(&[("score.weight", [1, 64])], 0.5).unwrap();
+    assert!(info.reward_model);
+    assert_eq!(check_lora_gguf(&out, &base).unwrap(), info);
+    assert_eq!(score_head(&Gguf::open(&out).unwrap()), Some(vec![0.5; 64]));
+    for (score, value, expected) in [
+        (&[][..], 1.0, "score.weight"),
+        (&[("score.weight", [2, 64])][..], 1.0, "a reward model's is [1, 64]"),
+        (&[("score.weight", [1, 63])][..], 1.0, "a reward model's is [1, 64]"),
+        (&[("score.weight", [1, 64])][..], f32::NAN, "not finite"),
+    ] {
+        let message = try_with(score, value).unwrap_err().to_string();
+        assert!(message.contains(expected), "'{message}' does not say '{expected}'");
+    }
 }
 
 #[test]

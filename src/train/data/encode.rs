@@ -1,7 +1,7 @@
 //! Pieces of text to tokens.
 
-use super::format::Example;
-use super::turns::render;
+use super::format::{Chat, Example};
+use super::turns::{prompt, render};
 use crate::engine::tokenizer::Tokenizer;
 use crate::template::ChatTemplate;
 use std::sync::Arc;
@@ -58,5 +58,18 @@ impl Encoder {
             push(vocab.eos.as_slice(), true);
         }
         Ok(encoded)
+    }
+
+    /// The tokens of a conversation up to where the assistant's turn begins: as the served model is
+    /// given it.
+    ///
+    /// # Errors
+    /// What the template does not render, in words.
+    pub fn prompt(&self, chat: &Chat) -> Result<Vec<u32>, String> {
+        let vocab = self.tokenizer.vocab();
+        let text = prompt(chat, &self.template)?;
+        let bos = vocab.bos.map(|bos| vocab.piece(bos)).filter(|bos| !bos.is_empty());
+        let wrote_bos = bos.is_some_and(|bos| text.as_bytes().starts_with(bos));
+        Ok(self.tokenizer.encode(&text, !wrote_bos, true))
     }
 }

@@ -1,5 +1,6 @@
 //! Lines of JSONL files, in the formats that people have.
 
+use super::prompts::Prompt;
 use serde_json::{Map, Value, json};
 
 /// What a file's lines are.
@@ -19,6 +20,8 @@ pub enum Format {
     Preferred,
     /// `{"prompt"?, "chosen", "rejected"}`: messages, texts, or transcripts as hh-rlhf has them.
     Chosen,
+    /// `{"messages", …}` or `{"prompt", …}`: what is to be answered, and keys for graders.
+    Asked,
 }
 
 /// What a file is for.
@@ -28,6 +31,8 @@ pub enum Purpose {
     Answers,
     /// Pairs of answers, one better than the other.
     Preferences,
+    /// Prompts, whose answers are sampled.
+    Prompts,
 }
 
 /// What a line says.
@@ -35,6 +40,7 @@ pub enum Purpose {
 pub enum Line {
     One(Example),
     Pair(Box<Pair>),
+    Prompt(Box<Prompt>),
 }
 
 /// Two answers to one prompt.
@@ -73,6 +79,8 @@ pub struct Chat {
 
 const ANSWERS: &str =
     "messages; prompt and completion; instruction and output; conversations; text";
+const PROMPTS: &str =
+    "messages that end with the user's; prompt (beside them any keys for graders)";
 const PREFERENCES: &str = "input, preferred_output and non_preferred_output; prompt, chosen and \
                            rejected; chosen and rejected";
 
@@ -95,6 +103,7 @@ impl Format {
     fn purpose(self) -> Purpose {
         match self {
             Self::Preferred | Self::Chosen => Purpose::Preferences,
+            Self::Asked => Purpose::Prompts,
             _ => Purpose::Answers,
         }
     }
@@ -105,6 +114,7 @@ impl Purpose {
         match self {
             Self::Answers => ANSWERS,
             Self::Preferences => PREFERENCES,
+            Self::Prompts => PROMPTS,
         }
     }
 }
@@ -117,7 +127,15 @@ pub fn parse(line: &str, purpose: Purpose) -> Result<(Format, Line), String> {
     let value: Value =
         serde_json::from_str(line).map_err(|error| format!("it is not JSON: {error}"))?;
     let Value::Object(line) = value else { return Err("it is no JSON object".into()) };
-    let Some(format) = Format::of(&line) else {
+    let format = match purpose {
+        // Of other formats too: what else stands in a line is the graders'.
+        Purpose::Prompts => {
+            let asks = line.contains_key("messages") || line.contains_key("prompt");
+            asks.then_some(Format::Asked)
+        }
+        Purpose::Answers | Purpose::Preferences => Format::of(&line),
+    };
+    let Some(format) = format else {
         let keys: Vec<_> = line.keys().map(|key| format!("`{key}`")).take(8).collect();
         let found = if keys.is_empty() { "none".into() } else { keys.join(", ") };
         return Err(format!("its keys ({found}) are of no known format: {}", purpose.known()));
@@ -125,7 +143,7 @@ pub fn parse(line: &str, purpose: Purpose) -> Result<(Format, Line), String> {
     if format.purpose() != purpose {
         let (is, wanted) = match purpose {
             Purpose::Answers => ("a pair of answers, for `dpo` and `reward`", "an example of one"),
-            Purpose::Preferences => ("one answer", "a pair of them"),
+            Purpose::Preferences | Purpose::Prompts => ("one answer", "a pair of them"),
         };
         return Err(format!("it is {is}, where {wanted} is wanted: {}", purpose.known()));
     }
@@ -140,6 +158,7 @@ pub fn parse(line: &str, purpose: Purpose) -> Result<(Format, Line), String> {
         Format::Text => Line::One(Example::Text(filled(&line, "text")?.into())),
         Format::Preferred => Line::Pair(Box::new(super::pairs::preferred(&line)?)),
         Format::Chosen => Line::Pair(Box::new(super::pairs::chosen(&line)?)),
+        Format::Asked => Line::Prompt(Box::new(super::prompts::prompt(&line)?)),
     };
     Ok((format, line))
 }

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `format.rs` | a line to an [`Example`]: OpenAI's chats, prompts and completions, Alpaca, ShareGPT, text |
 //! | `pairs.rs` | the same of pairs of answers: OpenAI's, TRL's, hh-rlhf's transcripts |
+//! | `prompts.rs` | what is to be answered: OpenAI's lines for reinforcement |
 //! | `turns.rs` | an example to pieces of text, and which of them are trained |
 //! | `encode.rs` | pieces to tokens |
 //! | `prepare.rs` | a file to a [`Prepared`] cache, with a [`Report`] |
@@ -25,6 +26,7 @@ mod order;
 mod pack;
 mod pairs;
 mod prepare;
+mod prompts;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -34,12 +36,14 @@ mod windows;
 
 pub use check::check;
 pub use encode::{Encoded, Encoder};
-pub use format::{Example, Format, PairFacts, Purpose};
+pub use format::{Chat, Example, Format, PairFacts, Purpose};
 pub use order::{Cursor, Order};
 pub use pack::{Row, pack};
 pub use prepare::{
-    DataError, EncodedPair, Prepared, PreparedPairs, Report, prepare, prepare_pairs, prepare_tokens,
+    DataError, EncodedPair, EncodedPrompt, Prepared, PreparedPairs, PreparedPrompts, Report,
+    prepare, prepare_pairs, prepare_prompts, prepare_tokens,
 };
 pub use stream::{Stream, prepare_stream};
 pub use text::{Piece, Texts};
+pub use turns::{Rendered, render};
 pub use windows::Windows;

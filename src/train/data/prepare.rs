@@ -4,11 +4,12 @@ use super::encode::{Encoded, Encoder};
 use super::format::{Format, Line, PairFacts, Purpose, parse};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Lines that are read before all cores tokenize them.
 const LINES: usize = 1024;
@@ -43,6 +44,8 @@ pub enum DataError {
          raise `max_length`"
     )]
     NoPair { max_length: usize },
+    #[error("no prompt has at most {max_length} tokens: raise `max_length`, or lower `max_tokens`")]
+    NoPrompt { max_length: usize },
     #[error("the text is of {tokens} tokens: too short to predict one from another")]
     Short { tokens: u64 },
 }
@@ -64,7 +67,7 @@ pub struct Report {
     /// Examples that were cut at `max_length`.
     pub truncated: u64,
     /// Examples left out: nothing trained is left within `max_length`, or, of pairs, an answer is
-    /// longer, or both are the same.
+    /// longer, or both are the same, or a prompt is longer.
     pub dropped: u64,
     /// Bytes of text (pretraining).
     #[serde(default)]
@@ -142,6 +145,45 @@ impl PreparedPairs {
     }
 }
 
+/// A file's prompts, tokenized, with the lines that they are from.
+pub struct PreparedPrompts {
+    prompts: Prepared,
+    /// JSON, one behind another.
+    items: File,
+    /// (prompts + 1) where each begins, in bytes.
+    offsets: Vec<u64>,
+}
+
+/// What is to be answered.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EncodedPrompt {
+    pub tokens: Vec<u32>,
+    /// What graders may know of it.
+    pub item: Value,
+}
+
+impl PreparedPrompts {
+    pub fn len(&self) -> usize {
+        self.prompts.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Reads a prompt.
+    ///
+    /// # Errors
+    /// If the cache cannot be read.
+    pub fn get(&self, prompt: usize) -> io::Result<EncodedPrompt> {
+        let (start, end) = (self.offsets[prompt], self.offsets[prompt + 1]);
+        let mut item = vec![0; (end - start) as usize];
+        self.items.read_exact_at(&mut item, start)?;
+        let tokens = self.prompts.get(prompt)?.tokens;
+        Ok(EncodedPrompt { tokens, item: serde_json::from_slice(&item)? })
+    }
+}
+
 /// Reads `source`, checks and tokenizes every line, and writes the tokens to `cache`.
 ///
 /// # Errors
@@ -152,8 +194,8 @@ pub fn prepare(
     max_length: usize,
     cache: &Path,
 ) -> Result<(Prepared, Report), DataError> {
-    let (prepared, _, report) = read(source, encoder, Purpose::Answers, max_length, cache)?;
-    Ok((prepared, report))
+    let read = read(source, encoder, Purpose::Answers, max_length, cache)?;
+    Ok((read.tokens, read.report))
 }
 
 /// The same of pairs. One with an answer that is too long is left out, never cut, as are those whose
@@ -167,21 +209,52 @@ pub fn prepare_pairs(
     max_length: usize,
     cache: &Path,
 ) -> Result<(PreparedPairs, Report), DataError> {
-    let (answers, facts, report) = read(source, encoder, Purpose::Preferences, max_length, cache)?;
-    Ok((PreparedPairs { answers, facts }, report))
+    let read = read(source, encoder, Purpose::Preferences, max_length, cache)?;
+    Ok((PreparedPairs { answers: read.tokens, facts: read.facts }, read.report))
 }
 
-/// A line's answers, as tokens.
+/// The same of prompts, of which those that are too long are left out. Their lines go into a file
+/// beside `cache`.
+///
+/// # Errors
+/// [`DataError`].
+pub fn prepare_prompts(
+    source: &Path,
+    encoder: &Encoder,
+    max_length: usize,
+    cache: &Path,
+) -> Result<(PreparedPrompts, Report), DataError> {
+    let read = read(source, encoder, Purpose::Prompts, max_length, cache)?;
+    let items = File::open(items_of(cache))?;
+    Ok((PreparedPrompts { prompts: read.tokens, items, offsets: read.items }, read.report))
+}
+
+fn items_of(cache: &Path) -> PathBuf {
+    cache.with_extension("items")
+}
+
+/// What was made of a file.
+struct Read {
+    tokens: Prepared,
+    facts: Vec<PairFacts>,
+    /// Where the lines of prompts begin in their file, and where the last one ends.
+    items: Vec<u64>,
+    report: Report,
+}
+
+/// A line's answers, or its prompt, as tokens.
 struct Tokens {
     answers: Vec<Encoded>,
     facts: Option<PairFacts>,
+    /// A prompt's line.
+    item: Option<String>,
 }
 
 impl Tokens {
     fn of(line: Line, encoder: &Encoder) -> Result<Self, String> {
         match line {
             Line::One(example) => {
-                Ok(Self { answers: vec![encoder.encode(&example)?], facts: None })
+                Ok(Self { answers: vec![encoder.encode(&example)?], facts: None, item: None })
             }
             Line::Pair(pair) => {
                 let mut answers = [&pair.chosen, &pair.rejected]
@@ -189,7 +262,13 @@ impl Tokens {
                     .into_iter()
                     .collect::<Result<Vec<_>, _>>()?;
                 answers.iter_mut().for_each(Encoded::end_at_the_answer);
-                Ok(Self { answers, facts: Some(pair.facts) })
+                Ok(Self { answers, facts: Some(pair.facts), item: None })
+            }
+            Line::Prompt(prompt) => {
+                let tokens = encoder.prompt(&prompt.chat)?;
+                let trained = vec![false; tokens.len()];
+                let item = Some(Value::Object(prompt.item).to_string());
+                Ok(Self { answers: vec![Encoded { tokens, trained }], facts: None, item })
             }
         }
     }
@@ -199,7 +278,9 @@ impl Tokens {
         let longest = self.answers.iter().map(|answer| answer.tokens.len()).max().unwrap_or(0);
         report.examples += 1;
         report.longest = report.longest.max(longest as u64);
+        let asks = self.item.is_some();
         let fits = match (self.facts, &mut self.answers[..]) {
+            (None, _) if asks => longest <= max_length,
             (None, answers) => {
                 for answer in answers.iter_mut().filter(|answer| answer.tokens.len() > max_length) {
                     report.truncated += 1;
@@ -210,7 +291,8 @@ impl Tokens {
             }
             (Some(_), answers) => longest <= max_length && answers[0] != answers[1],
         };
-        if !fits || self.answers.iter().any(|answer| answer.targets() == 0) {
+        let untrained = |answer: &Encoded| answer.targets() == 0 && !asks;
+        if !fits || self.answers.iter().any(untrained) {
             report.dropped += 1;
             return None;
         }
@@ -224,9 +306,14 @@ fn read(
     purpose: Purpose,
     max_length: usize,
     cache: &Path,
-) -> Result<(Prepared, Vec<PairFacts>, Report), DataError> {
+) -> Result<Read, DataError> {
     let mut lines = Lines::open(source)?;
     let mut out = BufWriter::new(File::create(cache)?);
+    let mut items_out = match purpose {
+        Purpose::Prompts => Some(BufWriter::new(File::create(items_of(cache))?)),
+        Purpose::Answers | Purpose::Preferences => None,
+    };
+    let mut items = vec![0];
     let (mut report, mut offsets, mut format) = (Report::default(), vec![0], None);
     let (mut facts, mut bad, mut more) = (Vec::new(), Vec::new(), 0);
     loop {
@@ -266,6 +353,10 @@ fn read(
                 offsets.push(report.tokens);
             }
             facts.extend(tokens.facts);
+            if let (Some(item), Some(out)) = (tokens.item, &mut items_out) {
+                out.write_all(item.as_bytes())?;
+                items.push(items[items.len() - 1] + item.len() as u64);
+            }
         }
     }
     if !bad.is_empty() {
@@ -275,11 +366,15 @@ fn read(
         (0, ..) => return Err(DataError::Empty),
         (_, 1, Purpose::Answers) => return Err(DataError::Untrained { max_length }),
         (_, 1, Purpose::Preferences) => return Err(DataError::NoPair { max_length }),
+        (_, 1, Purpose::Prompts) => return Err(DataError::NoPrompt { max_length }),
         _ => {}
     }
-    out.into_inner().map_err(|error| error.into_error())?.sync_all()?;
+    for out in items_out.into_iter().chain([out]) {
+        out.into_inner().map_err(|error| error.into_error())?.sync_all()?;
+    }
     report.digest = hex(lines.hash);
-    Ok((Prepared { file: File::open(cache)?, offsets }, facts, report))
+    let tokens = Prepared { file: File::open(cache)?, offsets };
+    Ok(Read { tokens, facts, items, report })
 }
 
 /// Examples that are tokens already: each with what of it is trained.

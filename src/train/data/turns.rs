@@ -52,6 +52,21 @@ pub fn render(
     }
 }
 
+/// A conversation up to where the assistant's turn begins.
+///
+/// # Errors
+/// What the template does not render, in words.
+pub fn prompt(chat: &Chat, template: &ChatTemplate) -> Result<String, String> {
+    let input = RenderInput {
+        messages: chat.messages.clone(),
+        tools: chat.tools.clone(),
+        add_generation_prompt: true,
+        now: Some(0),
+        ..RenderInput::default()
+    };
+    template.render(&input).map_err(|error| error.to_string())
+}
+
 fn turns(chat: &Chat, template: &ChatTemplate) -> Result<Vec<Piece>, String> {
     // One clock for all renderings of a conversation.
     let now = Some(0);

@@ -6,8 +6,8 @@ use crate::engine::tokenizer::native::NativeTokenizer;
 use crate::gguf::{Gguf, ModelFacts};
 use crate::template::ChatTemplate;
 use crate::train::data::{
-    DataError, Encoder, Prepared, PreparedPairs, Purpose, Report, Stream, prepare, prepare_pairs,
-    prepare_stream,
+    DataError, Encoder, Prepared, PreparedPairs, PreparedPrompts, Purpose, Report, Stream, prepare,
+    prepare_pairs, prepare_prompts, prepare_stream,
 };
 use crate::train::spec::{Kind, Resolved};
 use std::fs;
@@ -18,6 +18,7 @@ use std::sync::Arc;
 pub(super) enum Data {
     Examples { train: Prepared, validation: Option<Prepared> },
     Pairs { train: PreparedPairs, validation: Option<PreparedPairs> },
+    Prompts(PreparedPrompts),
     Text { train: Stream, validation: Option<Stream> },
 }
 
@@ -54,6 +55,14 @@ pub(super) fn read(
             let (train, validation) = both(folder, order, each)?;
             let (validation, report) = validation.unzip();
             (Data::Pairs { train: train.0, validation }, train.1, report)
+        }
+        Some(Purpose::Prompts) => {
+            let encoder = encoder()?;
+            let answer = order.spec.grpo.as_ref().map_or(0, |block| block.max_tokens);
+            let most = settings.max_length.saturating_sub(answer);
+            let each = |path: &Path, cache: &Path| prepare_prompts(path, &encoder, most, cache);
+            let (train, _) = both(folder, order, each)?;
+            (Data::Prompts(train.0), train.1, None)
         }
         None => {
             let each =
@@ -111,8 +120,20 @@ fn describe(what: &str, report: &Report, kind: Kind) -> String {
     }
     let what_of = match kind.purpose() {
         Some(Purpose::Preferences) => "pairs of answers",
+        Some(Purpose::Prompts) => "prompts",
         _ => "examples",
     };
+    if report.trained_tokens == 0 {
+        let mut text =
+            format!("{what}: {examples} {what_of}, {tokens} tokens; the longest has {longest}.");
+        if report.dropped > 0 {
+            text += &format!(
+                " {} were left out: longer than max_length less the answer's max_tokens.",
+                report.dropped
+            );
+        }
+        return text;
+    }
     let share = 100.0 * *trained_tokens as f64 / (*tokens).max(1) as f64;
     let mut text = format!(
         "{what}: {examples} {what_of}, {tokens} tokens, of which {share:.0}% are trained; the \

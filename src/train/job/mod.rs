@@ -21,12 +21,14 @@
 //! | `plot.rs` | curves of a job as SVG |
 //! | `process.rs` | the process: how it is started, what it does first, how it leaves |
 //! | `run.rs` | from the order to the outcome: |
+//! | `link.rs` | the connection to the gateway, where models are asked |
 //! | `data.rs`, `init.rs` | what it is trained on, what it begins with |
 //! | `tell.rs`, `make.rs` | what it says on the way, what it leaves |
 
 mod data;
 mod events;
 mod init;
+mod link;
 mod make;
 mod needs;
 mod plot;

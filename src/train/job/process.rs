@@ -4,6 +4,7 @@ use super::{Folder, JobError, run};
 use rustix::process::{getpid, setpriority_process};
 use std::fs::OpenOptions;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
@@ -30,11 +31,11 @@ pub struct Process {
     _leash: Option<ChildStdin>,
 }
 
-/// Starts the process.
+/// Starts the process. `link` is its connection to somebody who answers (see `link.rs`).
 ///
 /// # Errors
 /// If it cannot be started.
-pub fn spawn(folder: &Folder, threads: usize) -> io::Result<Process> {
+pub fn spawn(folder: &Folder, threads: usize, link: Option<OwnedFd>) -> io::Result<Process> {
     let log = OpenOptions::new().append(true).create(true).open(folder.log())?;
     let mut child = Command::new("/proc/self/exe")
         .arg0("ingot")
@@ -46,7 +47,7 @@ pub fn spawn(folder: &Folder, threads: usize) -> io::Result<Process> {
         // A step's buffers are those of the step before: giving pages back costs a fifth of its time.
         .env("MIMALLOC_PURGE_DELAY", "-1")
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(link.map_or_else(Stdio::null, Stdio::from))
         .stderr(Stdio::from(log))
         // Ctrl-C in a terminal is for whoever started us: it says SIGTERM when it wants us to stop.
         .process_group(0)

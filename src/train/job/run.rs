@@ -1,28 +1,33 @@
 //! From the order to the outcome.
 
 use super::data::{self, Data};
+use super::link::Link;
 use super::tell::Teller;
 use super::{Artifact, EventLog, Failure, Folder, Level, Order, Outcome, init, make};
 use crate::engine::tokenizer::native::NativeTokenizer;
 use crate::gguf::Gguf;
 use crate::train::checkpoint::Checkpoints;
-use crate::train::export::ExportError;
+use crate::train::export::{self, ExportError};
 use crate::train::model::{Model, Training};
-use crate::train::recipes::{self, Objective, Pairs, Pretrain, Sft, TrainError};
+use crate::train::recipes::{self, Objective, Pairs, Policy, Pretrain, Sft, TrainError};
 use crate::train::spec::Kind;
 use candle_core::Device;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use std::cell::RefCell;
 use std::error::Error;
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// A model with its first, random weights.
 const FRESH: &str = "fresh.gguf";
+/// Why a policy cannot be trained.
+const ALONE: &str = "a job of this kind samples from the served model: give it to a server \
+                     (`ingot train SPEC --url URL`)";
 /// How long a process before us may take to leave.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Why there is no outcome.
@@ -193,6 +198,34 @@ fn work(
             };
             run.run(stop, tell)
         }
+        Data::Prompts(train) => {
+            let Some(block) = &spec.grpo else {
+                return Err(failed("invalid_spec", None, "grpo: the block is missing"));
+            };
+            let Some(link) = Link::open()? else { return Err(failed("no_server", None, ALONE)) };
+            let Training::Lora(lora) = &training else {
+                return Err(failed("invalid_spec", None, "adapter: it is missing"));
+            };
+            let facts = make::facts(order, None);
+            let export = |path: &Path| -> Result<(), TrainError> {
+                let written = export::lora_gguf(model, lora, &facts, path);
+                written.map(drop).map_err(|error| io::Error::other(error).into())
+            };
+            let adapter = Hot::new(&order.id, &folder.cache());
+            let run = Policy {
+                model,
+                settings,
+                block,
+                train,
+                checkpoints,
+                shuffle,
+                seed: spec.seed,
+                actor: &RefCell::new(link),
+                export: &export,
+                adapter: &adapter.0,
+            };
+            run.run(stop, tell)
+        }
         Data::Text { train, validation } => {
             let (validation, tokenizer) = (validation.as_ref(), tokenizer.as_ref());
             let prompt = spec.pretrain.as_ref().and_then(|block| block.prompt.as_deref());
@@ -219,6 +252,23 @@ fn work(
     log.sync()?;
     let made = make::artifacts(folder, order, model, &training, &base, log)?;
     Ok(Some((tokens, made)))
+}
+
+/// Where the policy's adapter is written at every step: in memory, where that can be had.
+struct Hot(PathBuf);
+
+impl Hot {
+    fn new(job: &str, cache: &Path) -> Self {
+        let name = format!("ingot-{job}-{}.gguf", std::process::id());
+        let memory = Path::new("/dev/shm");
+        Self(if memory.is_dir() { memory } else { cache }.join(name))
+    }
+}
+
+impl Drop for Hot {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 /// The model that is trained further; one with random weights is made first.

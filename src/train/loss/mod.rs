@@ -3,10 +3,15 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `policy.rs` | of sampled answers and what they were worth: GRPO, PPO |
 //! | `preference.rs` | of pairs of answers: DPO and its kin, Bradley and Terry's |
 
+mod policy;
 mod preference;
 
+pub use policy::{
+    Completion, Correction, Found, Grpo, PolicyLoss, Ppo, PpoCompletion, PpoFound, advantages,
+};
 pub use preference::{Dpo, DpoLoss, PairLoss, Reward};
 
 /// ln σ(x), without overflow.

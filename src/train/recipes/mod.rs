@@ -6,11 +6,13 @@
 //! | `sft.rs` | supervised fine-tuning |
 //! | `pretrain.rs` | pretraining |
 //! | `pairs.rs` | DPO and reward models |
+//! | `policy.rs` | GRPO |
 //! | `sample.rs` | text on the way |
 
 mod pairs;
 #[cfg(test)]
 mod pairs_tests;
+mod policy;
 mod pretrain;
 #[cfg(test)]
 mod pretrain_tests;
@@ -23,6 +25,7 @@ mod tests;
 mod trl_tests;
 
 pub use pairs::{Objective, Pairs};
+pub use policy::Policy;
 pub use pretrain::{Pretrain, start};
 pub use run::{Evaluated, Event, Metrics, Outcome, Progress, TrainError};
 pub use sft::Sft;

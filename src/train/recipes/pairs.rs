@@ -1,7 +1,7 @@
 //! What is made of pairs of answers: a policy that prefers the better ones (DPO), or a model that says
 //! which they are (a reward model).
 
-use super::run::{Each, Evaluated, Event, Outcome, Part, Run, Source, Sums, TrainError, size};
+use super::run::{Each, Event, Extent, Outcome, Part, Run, Source, Sums, TrainError};
 use crate::train::checkpoint::{Checkpoints, write_whole};
 use crate::train::data::{Cursor, Encoded, EncodedPair, Order, PairFacts, PreparedPairs, pack};
 use crate::train::loss::{Dpo, Reward};
@@ -9,6 +9,7 @@ use crate::train::model::{Batch, Gradients, Model, Outputs, Pass, Slopes, Wanted
 use crate::train::spec::Resolved;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -56,23 +57,8 @@ impl Pairs<'_> {
             return Ok(Outcome::Stopped);
         };
         let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
-        run.run(&mut self.source(references), stop, &mut event)
-    }
-
-    /// The loss over all validation pairs, of the model as it began.
-    ///
-    /// # Errors
-    /// If they cannot be read.
-    pub fn evaluate(&self) -> Result<Option<Evaluated>, TrainError> {
-        let Some(references) = self.references(&AtomicBool::new(false), &mut |_| {})? else {
-            return Ok(None);
-        };
-        let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
-        run.evaluate(&self.source(references), 0)
-    }
-
-    fn source(&self, references: [Reference; 2]) -> Examples<'_> {
-        Examples { run: self, order: Order::new(self.train.len(), self.shuffle), references }
+        let order = Order::new(self.train.len(), self.shuffle);
+        run.run(&mut Examples { run: self, order, references }, stop, &mut event)
     }
 
     /// What the model as it began says of the answers that will be seen, of the training pairs and of
@@ -85,22 +71,15 @@ impl Pairs<'_> {
         let Objective::Dpo(_) = self.objective else {
             return Ok(Some([Reference::new(), Reference::new()]));
         };
-        if let Ok(bytes) = fs::read(self.reference) {
-            let found = rmp_serde::from_slice(&bytes);
-            return found.map(Some).map_err(|error| std::io::Error::other(error).into());
-        }
-        let mut order = Order::new(self.train.len(), self.shuffle);
-        let (examples, steps) = size(self.train.len(), self.settings);
-        let seen = examples.min(steps.saturating_mul(self.settings.batch_size as u64));
-        let most = usize::try_from(seen).unwrap_or(usize::MAX);
-        let mut cursor = Cursor::default();
-        let mut seen = BTreeSet::new();
-        for _ in 0..most {
-            if seen.len() == self.train.len() {
-                break;
+        match fs::read(self.reference) {
+            Ok(bytes) => {
+                let found = rmp_serde::from_slice(&bytes);
+                return found.map(Some).map_err(|error| std::io::Error::other(error).into());
             }
-            seen.extend(order.next(&mut cursor, 1));
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
         }
+        let seen = self.seen();
         let others: BTreeSet<usize> = (0..self.validation.map_or(0, PreparedPairs::len)).collect();
         let total = seen.len() + others.len();
         let (mut done, mut told) = (0, Instant::now());
@@ -130,6 +109,16 @@ impl Pairs<'_> {
         let bytes = rmp_serde::to_vec(&found).map_err(std::io::Error::other)?;
         write_whole(self.reference, &bytes)?;
         Ok(Some(found))
+    }
+
+    /// Training pairs that will be seen.
+    fn seen(&self) -> BTreeSet<usize> {
+        let all = self.train.len();
+        let seen = Extent::new(all, self.settings).seen().min(all as u64);
+        Order::new(all, self.shuffle)
+            .next(&mut Cursor::default(), seen as usize)
+            .into_iter()
+            .collect()
     }
 
     /// Pairs in rows of tokens, both answers of one in the same.
@@ -237,8 +226,8 @@ impl Row {
                         slopes.log_probs[pair.rows[which].clone()].fill(found.slopes[which]);
                     }
                     let [better, worse] = policy;
-                    *sums.measured.entry("logps_chosen").or_default() += better;
-                    *sums.measured.entry("logps_rejected").or_default() += worse;
+                    sums.measure("logps_chosen", better);
+                    sums.measure("logps_rejected", worse);
                     let [by_better, by_worse] = pair.reference;
                     (found, [dpo.reward(better, by_better), dpo.reward(worse, by_worse)])
                 }
@@ -254,13 +243,9 @@ impl Row {
             let [better, worse] = scores;
             sums.loss += found.loss;
             sums.correct += f64::from(better > worse);
-            for (name, value) in [
-                ("reward_chosen", better),
-                ("reward_rejected", worse),
-                ("reward_margin", better - worse),
-            ] {
-                *sums.measured.entry(name).or_default() += value;
-            }
+            sums.measure("reward_chosen", better);
+            sums.measure("reward_rejected", worse);
+            sums.measure("reward_margin", better - worse);
         }
         (sums, slopes)
     }
@@ -307,19 +292,11 @@ impl Examples<'_> {
 impl Source for Examples<'_> {
     type Part = Row;
 
-    fn steps(&self) -> u64 {
-        size(self.run.train.len(), self.run.settings).1
+    fn extent(&self) -> Extent {
+        Extent::new(self.run.train.len(), self.run.settings)
     }
 
-    fn epochs(&self, cursor: &Cursor) -> f64 {
-        cursor.epoch as f64 + cursor.taken as f64 / self.run.train.len().max(1) as f64
-    }
-
-    fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Row>, TrainError> {
-        let taken = cursor.epoch * self.run.train.len() as u64 + cursor.taken;
-        let (examples, _) = size(self.run.train.len(), self.run.settings);
-        let left = examples.saturating_sub(taken);
-        let count = left.min(self.run.settings.batch_size as u64) as usize;
+    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Row>, TrainError> {
         let pairs = self.order.next(cursor, count);
         self.run.rows(self.run.train, &pairs, self.reference(0))
     }

@@ -1,6 +1,6 @@
 //! Pretraining: predict the next token of any text, with all weights. From nothing, or further.
 
-use super::run::{Each, Evaluated, Event, Outcome, Run, Source, TrainError};
+use super::run::{Each, Evaluated, Event, Extent, Outcome, Run, Source, TrainError};
 use super::sample::sample;
 use crate::engine::tokenizer::Tokenizer;
 use crate::gguf::Gguf;
@@ -62,17 +62,6 @@ pub fn start(
 }
 
 impl Pretrain<'_> {
-    /// Windows that are trained on, over all epochs, and the steps that they make.
-    pub fn size(&self) -> (u64, u64) {
-        self.size_of(self.windows(self.train).count())
-    }
-
-    fn size_of(&self, windows: usize) -> (u64, u64) {
-        let windows = (windows as f64 * self.settings.epochs).ceil().max(1.0) as u64;
-        let steps = windows.div_ceil(self.settings.batch_size as u64);
-        (windows, self.settings.max_steps.map_or(steps, |most| most.min(steps)))
-    }
-
     /// Trains from the newest checkpoint to the end, or until told to stop.
     ///
     /// # Errors
@@ -126,20 +115,12 @@ struct Text<'a> {
 impl Source for Text<'_> {
     type Part = Batch;
 
-    fn steps(&self) -> u64 {
-        self.run.size_of(self.windows.count()).1
+    fn extent(&self) -> Extent {
+        Extent::new(self.windows.count(), self.run.settings)
     }
 
-    fn epochs(&self, cursor: &Cursor) -> f64 {
-        cursor.epoch as f64 + cursor.taken as f64 / self.windows.count().max(1) as f64
-    }
-
-    fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Batch>, TrainError> {
-        let settings = self.run.settings;
-        let taken = cursor.epoch * self.windows.count() as u64 + cursor.taken;
-        let left = self.run.size_of(self.windows.count()).0.saturating_sub(taken);
-        let count = left.min(settings.batch_size as u64) as usize;
-        Ok(self.windows.next(cursor, count, settings.micro_batch)?)
+    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Batch>, TrainError> {
+        Ok(self.windows.next(cursor, count, self.run.settings.micro_batch)?)
     }
 
     fn held_out(&self, each: &mut Each<Batch>) -> Result<bool, TrainError> {

@@ -1,6 +1,7 @@
 //! The loop that recipes share: take a batch, step, evaluate, save.
 
 use crate::gguf::GgufError;
+use crate::train::actor::ActorError;
 use crate::train::checkpoint::{CheckpointError, Checkpoints};
 use crate::train::data::{Cursor, DataError};
 use crate::train::model::{Batch, Gradients, Model, Pass};
@@ -9,6 +10,7 @@ use crate::train::optim::Optimization;
 use crate::train::spec::Resolved;
 use crate::train::vocabulary::VocabularyError;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -26,6 +28,8 @@ pub enum TrainError {
     Tensor(#[from] candle_core::Error),
     #[error("step {step}: the loss is {loss}: lower the learning rate, or look at the data")]
     NotFinite { step: u64, loss: f64 },
+    #[error("the served model does not answer: {0}")]
+    Actor(#[from] ActorError),
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
     #[error(transparent)]
@@ -109,13 +113,16 @@ pub enum Outcome {
 }
 
 /// Where a run stands, besides weights and moments.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct State {
     cursor: Cursor,
     tokens: u64,
     /// Time spent, before and after resuming.
     #[serde(default)]
     seconds: f64,
+    /// [`Source::save`].
+    #[serde(default, with = "serde_bytes", skip_serializing_if = "Vec::is_empty")]
+    source: Vec<u8>,
 }
 
 /// What is computed at once.
@@ -158,14 +165,21 @@ impl Part for Batch {
 pub(super) trait Source {
     type Part: Part;
 
-    /// Steps from the first to the last.
-    fn steps(&self) -> u64;
+    /// How far the run goes.
+    fn extent(&self) -> Extent;
 
-    /// Epochs behind a cursor.
-    fn epochs(&self, cursor: &Cursor) -> f64;
+    /// The next `count` examples, in the parts that are computed at once; moves the cursor on.
+    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Self::Part>, TrainError>;
 
-    /// The batch of the next step, in the parts that are computed at once; moves the cursor on.
-    fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Self::Part>, TrainError>;
+    /// What a checkpoint keeps of a step that is not over.
+    fn save(&self) -> Result<Vec<u8>, TrainError> {
+        Ok(Vec::new())
+    }
+
+    /// Takes up what a checkpoint kept.
+    fn restore(&mut self, _saved: &[u8]) -> Result<(), TrainError> {
+        Ok(())
+    }
 
     /// Gives `each` all that is held out, part by part; `false` if nothing is.
     fn held_out(&self, each: &mut Each<Self::Part>) -> Result<bool, TrainError>;
@@ -204,18 +218,22 @@ impl Run<'_> {
         if let Some(restored) = self.checkpoints.newest::<State>()? {
             restored.apply(params, &mut optimization)?;
             (step, state) = (restored.step, restored.state);
+            source.restore(&state.source)?;
             event(Event::Resumed { step });
         }
-        let total = source.steps();
+        let extent = source.extent();
+        let total = extent.steps;
         let warmup = (total as f64 * settings.warmup).ceil() as u64;
         let limit = settings.max_minutes.map_or(f64::INFINITY, |minutes| minutes * 60.0);
         while step < total && state.seconds < limit {
             if stop.load(Ordering::Relaxed) {
+                state.source = source.save()?;
                 self.save(step, &optimization, &state, event)?;
                 return Ok(Outcome::Stopped);
             }
             let started = Instant::now();
-            let parts = source.next(&mut state.cursor)?;
+            let due = extent.due(&state.cursor);
+            let parts = source.next(&mut state.cursor, due)?;
             let factor = settings.schedule.factor(step, total, warmup);
             step += 1;
             let (sums, gradients) = self.gradients(&parts, step)?;
@@ -230,7 +248,7 @@ impl Run<'_> {
             event(Event::Step(Progress {
                 step,
                 total_steps: total,
-                epoch: source.epochs(&state.cursor),
+                epoch: extent.epochs(&state.cursor),
                 loss: sums.loss / sums.weight,
                 accuracy: sums.correct / sums.weight,
                 learning_rate: rate * factor,
@@ -245,6 +263,7 @@ impl Run<'_> {
             }
             state.seconds += started.elapsed().as_secs_f64();
             if last || step.is_multiple_of(settings.checkpoint_every) {
+                state.source = source.save()?;
                 self.save(step, &optimization, &state, event)?;
             }
         }
@@ -317,11 +336,54 @@ impl Run<'_> {
     }
 }
 
-/// Examples that are trained on, over all epochs, and the steps that they make, of `count` in the file.
-pub(super) fn size(count: usize, settings: &Resolved) -> (u64, u64) {
-    let examples = (count as f64 * settings.epochs).ceil().max(1.0) as u64;
-    let steps = examples.div_ceil(settings.batch_size as u64);
-    (examples, settings.max_steps.map_or(steps, |most| most.min(steps)))
+/// How far a run goes through its data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Extent {
+    /// Examples of an epoch.
+    count: u64,
+    batch_size: u64,
+    max_steps: Option<u64>,
+    /// Over all epochs.
+    pub examples: u64,
+    pub steps: u64,
+}
+
+impl Extent {
+    /// Of `count` examples.
+    pub fn new(count: usize, settings: &Resolved) -> Self {
+        let batch_size = settings.batch_size as u64;
+        let examples = (count as f64 * settings.epochs).ceil().max(1.0) as u64;
+        let steps = examples.div_ceil(batch_size);
+        let max_steps = settings.max_steps;
+        Self { count: count as u64, batch_size, max_steps, examples, steps }.capped()
+    }
+
+    /// With so many steps on every batch.
+    pub fn with_updates(mut self, updates: u64) -> Self {
+        self.steps = self.examples.div_ceil(self.batch_size).saturating_mul(updates);
+        self.capped()
+    }
+
+    fn capped(mut self) -> Self {
+        self.steps = self.max_steps.map_or(self.steps, |most| most.min(self.steps));
+        self
+    }
+
+    /// Epochs behind a cursor.
+    fn epochs(&self, cursor: &Cursor) -> f64 {
+        cursor.epoch as f64 + cursor.taken as f64 / self.count.max(1) as f64
+    }
+
+    /// Examples of the step at a cursor: the last one may have fewer.
+    fn due(&self, cursor: &Cursor) -> usize {
+        let taken = cursor.epoch * self.count + cursor.taken;
+        self.examples.saturating_sub(taken).min(self.batch_size) as usize
+    }
+
+    /// Examples that are seen, counting those that come again.
+    pub fn seen(&self) -> u64 {
+        self.examples.min(self.steps.saturating_mul(self.batch_size))
+    }
 }
 
 /// Sums over the parts of a batch.
@@ -331,7 +393,8 @@ pub(super) struct Sums {
     pub correct: f64,
     /// What the others are divided by in the end.
     pub weight: f64,
-    pub measured: BTreeMap<&'static str, f64>,
+    /// Sums by name, and what they are divided by.
+    pub measured: BTreeMap<Cow<'static, str>, (f64, f64)>,
 }
 
 impl Sums {
@@ -345,14 +408,24 @@ impl Sums {
         self.loss += other.loss;
         self.correct += other.correct;
         self.weight += other.weight;
-        for (name, value) in other.measured {
-            *self.measured.entry(name).or_default() += value;
+        for (name, (sum, count)) in other.measured {
+            self.measure_all(name, sum, count);
         }
+    }
+
+    pub fn measure(&mut self, name: &'static str, value: f64) {
+        self.measure_all(name, value, 1.0);
+    }
+
+    /// A sum over `count` of what is measured.
+    pub fn measure_all(&mut self, name: impl Into<Cow<'static, str>>, sum: f64, count: f64) {
+        let found = self.measured.entry(name.into()).or_default();
+        *found = (found.0 + sum, found.1 + count);
     }
 
     /// Means.
     fn metrics(&self) -> Metrics {
-        let mean = |(name, sum): (&&str, &f64)| ((*name).to_owned(), sum / self.weight);
+        let mean = |(name, (sum, count)): (&Cow<str>, &(f64, f64))| (name.to_string(), sum / count);
         self.measured.iter().map(mean).collect()
     }
 }

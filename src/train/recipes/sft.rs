@@ -1,6 +1,6 @@
 //! Supervised fine-tuning: predict the answers of examples, with LoRA or with all weights.
 
-use super::run::{Each, Evaluated, Event, Outcome, Run, Source, TrainError, size};
+use super::run::{Each, Evaluated, Event, Extent, Outcome, Run, Source, TrainError};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, Order, Prepared, Row, pack};
 use crate::train::model::{Batch, Model};
@@ -72,19 +72,11 @@ impl Examples<'_> {
 impl Source for Examples<'_> {
     type Part = Batch;
 
-    fn steps(&self) -> u64 {
-        size(self.sft.train.len(), self.sft.settings).1
+    fn extent(&self) -> Extent {
+        Extent::new(self.sft.train.len(), self.sft.settings)
     }
 
-    fn epochs(&self, cursor: &Cursor) -> f64 {
-        cursor.epoch as f64 + cursor.taken as f64 / self.sft.train.len().max(1) as f64
-    }
-
-    fn next(&mut self, cursor: &mut Cursor) -> Result<Vec<Batch>, TrainError> {
-        let taken = cursor.epoch * self.sft.train.len() as u64 + cursor.taken;
-        let (examples, _) = size(self.sft.train.len(), self.sft.settings);
-        let left = examples.saturating_sub(taken);
-        let count = left.min(self.sft.settings.batch_size as u64) as usize;
+    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Batch>, TrainError> {
         let examples = self.order.next(cursor, count);
         self.read(self.sft.train, &examples)
     }

@@ -1,3 +1,4 @@
+use super::run::Extent;
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
 use crate::gguf::{Gguf, Target};
@@ -73,7 +74,8 @@ fn losses_fall_and_are_reported() {
             checkpoints: &checkpoints,
             shuffle: Some(1),
         };
-        assert_eq!(super::run::size(sft.train.len(), &settings), (120, 30));
+        let extent = Extent::new(sft.train.len(), &settings);
+        assert_eq!((extent.examples, extent.steps), (120, 30));
         let (mut steps, mut evaluated, mut saved) = (Vec::new(), Vec::new(), Vec::new());
         let outcome = sft.run(&AtomicBool::new(false), |event| match event {
             Event::Step(progress) => steps.push(progress),

@@ -215,7 +215,8 @@ impl Spec {
         let (betas, eps, weight_decay, clip) = ([0.9, 0.95], 1e-8, 0.1, 1.0);
         let adamw = Optimizer::AdamW { betas, eps, weight_decay, clip };
         // What a model knows already is lost at the rate of a fresh one.
-        let rate = if fresh { 1e-3 * (512.0 / shape.width as f64).sqrt() } else { 5e-5 };
+        let [_, rate] = self.kind.learning_rates();
+        let rate = if fresh { rate * (512.0 / shape.width as f64).sqrt() } else { 5e-5 };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Resolved {
             // One pass, unless the steps are counted.

@@ -62,7 +62,7 @@ pub(super) fn request(target: &Target, line: &str, headers: &[(&str, &str)], bod
 /// Valid requests to begin from, each with its route.
 fn good_bodies(target: &Target, random: &mut Random) -> (&'static str, Value) {
     let model = &target.model;
-    match random.below(6) {
+    match random.below(7) {
         0 => (
             "POST /v1/chat/completions",
             json!({
@@ -100,7 +100,8 @@ fn good_bodies(target: &Target, random: &mut Random) -> (&'static str, Value) {
             }),
         ),
         3 => ("POST /v1/embeddings", json!({"model": model, "input": ["a", "b"]})),
-        4 => ("POST /tokenize", json!({"model": model, "content": "Hello", "add_special": true})),
+        4 => ("POST /v1/score", json!({"model": model, "input": ["a", [1, 2]]})),
+        5 => ("POST /tokenize", json!({"model": model, "content": "Hello", "add_special": true})),
         _ => (
             "POST /apply-template",
             json!({"model": model, "messages": [{"role": "user", "content": "Hello"}]}),

@@ -3,8 +3,9 @@
 use super::super::{Batch, BatchSequence, MAX_PROMPT_LOGITS, RunnerError, SeqSlot, Wants};
 use super::adapter::Adapter;
 use super::model::Model;
-use crate::ipc::{KvCacheType, KvLayout, LoadSpec, Token};
+use crate::ipc::{AdapterId, KvCacheType, KvLayout, LoadSpec, Token};
 use llama_cpp_sys_2 as sys;
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -31,6 +32,8 @@ pub struct Context {
     logits: Vec<Logits>,
     /// (rows saved, vocabulary) logits of all but the last part of the batch.
     saved: Vec<f32>,
+    /// Applies to all rows.
+    adapter: Option<AdapterId>,
     /// Keeps the weights alive.
     _model: Arc<Model>,
 }
@@ -144,6 +147,7 @@ impl Context {
             rows: Rows::default(),
             logits: Vec::new(),
             saved: Vec::new(),
+            adapter: None,
             _model: model.clone(),
         })
     }
@@ -249,8 +253,33 @@ impl Context {
         }
     }
 
-    /// Applies to all rows of later batches. llama.cpp plans its graph anew, so a change is dear.
-    pub fn use_adapter(&mut self, adapter: Option<&Adapter>) -> Result<(), RunnerError> {
+    /// Has an adapter apply to all rows of later batches. llama.cpp plans its graph anew, so a change
+    /// is dear. The runner keeps adapters alive while a context uses them.
+    pub fn adapt(
+        &mut self,
+        id: Option<AdapterId>,
+        adapters: &HashMap<AdapterId, Adapter>,
+    ) -> Result<(), RunnerError> {
+        if id == self.adapter {
+            return Ok(());
+        }
+        let find = |id| {
+            let found = adapters.get(&id);
+            found.ok_or_else(|| RunnerError(format!("adapter {} is not installed", id.0)))
+        };
+        self.use_adapter(id.map(find).transpose()?)?;
+        self.adapter = id;
+        Ok(())
+    }
+
+    /// Forgets an adapter that is about to be freed.
+    pub fn leave_adapter(&mut self, id: AdapterId) {
+        if self.adapter == Some(id) && self.use_adapter(None).is_ok() {
+            self.adapter = None;
+        }
+    }
+
+    fn use_adapter(&mut self, adapter: Option<&Adapter>) -> Result<(), RunnerError> {
         let mut pointers: Vec<_> = adapter.iter().map(|adapter| adapter.raw.as_ptr()).collect();
         let mut scales: Vec<_> = adapter.iter().map(|adapter| adapter.scale).collect();
         // SAFETY: both arrays have as many elements as stated; the runner keeps adapters alive
@@ -269,8 +298,8 @@ impl Context {
         Err(RunnerError(format!("llama.cpp refused the adapter (code {code})")))
     }
 
-    /// One pooled vector of `size` elements, L2-normalised.
-    pub fn embed(&mut self, tokens: &[Token], size: usize) -> Result<Vec<f32>, RunnerError> {
+    /// One pooled vector of `size` elements.
+    pub fn pooled(&mut self, tokens: &[Token], size: usize) -> Result<Vec<f32>, RunnerError> {
         let batch = Batch {
             tokens: tokens.to_vec(),
             sequences: vec![BatchSequence {
@@ -291,12 +320,7 @@ impl Context {
         let raw = NonNull::new(raw)
             .ok_or_else(|| RunnerError("llama.cpp returned no embedding".into()))?;
         // SAFETY: a pooled embedding has `llama_model_n_embd_out` elements, which is `size`.
-        let vector = unsafe { std::slice::from_raw_parts(raw.as_ptr(), size) };
-        let norm = vector.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-        if !norm.is_finite() || norm == 0.0 {
-            return Err(RunnerError("the embedding is not finite".into()));
-        }
-        Ok(vector.iter().map(|x| (f64::from(*x) / norm) as f32).collect())
+        Ok(unsafe { std::slice::from_raw_parts(raw.as_ptr(), size) }.to_vec())
     }
 }
 

@@ -39,7 +39,6 @@ pub struct LlamaCpp {
     context: Option<Context>,
     embedding: Option<Context>,
     adapters: HashMap<AdapterId, Adapter>,
-    current: Option<AdapterId>,
     model: Arc<Model>,
     spec: LoadSpec,
     slots: u32,
@@ -85,7 +84,6 @@ impl LlamaCpp {
             context,
             embedding: None,
             adapters: HashMap::new(),
-            current: None,
             model,
             spec: spec.clone(),
             slots,
@@ -99,7 +97,7 @@ impl LlamaCpp {
     fn warm_up(&mut self) -> Result<(), RunnerError> {
         let token = self.model.vocab().bos.unwrap_or(0);
         if self.context.is_none() {
-            self.embed(&[token])?;
+            self.pooled(&[token], None)?;
             return Ok(());
         }
         let batch = Batch {
@@ -125,8 +123,12 @@ impl LlamaCpp {
     }
 
     fn generator(&mut self) -> Result<&mut Context, RunnerError> {
-        self.context.as_mut().ok_or_else(|| RunnerError("this model cannot generate text".into()))
+        self.context.as_mut().ok_or_else(no_generator)
     }
+}
+
+fn no_generator() -> RunnerError {
+    RunnerError("this model cannot generate text".into())
 }
 
 /// The vocabulary of a model, without its weights.
@@ -182,21 +184,10 @@ impl ModelRunner for LlamaCpp {
     }
 
     fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
-        if batch.adapter != self.current {
-            let adapter =
-                match batch.adapter {
-                    Some(id) => Some(self.adapters.get(&id).ok_or_else(|| {
-                        RunnerError(format!("adapter {} is not installed", id.0))
-                    })?),
-                    None => None,
-                };
-            let context = self.context.as_mut();
-            context
-                .ok_or_else(|| RunnerError("this model cannot generate text".into()))?
-                .use_adapter(adapter)?;
-            self.current = batch.adapter;
-        }
-        self.generator()?.decode(batch)
+        let context = self.context.as_mut();
+        let context = context.ok_or_else(no_generator)?;
+        context.adapt(batch.adapter, &self.adapters)?;
+        context.decode(batch)
     }
 
     fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
@@ -226,18 +217,16 @@ impl ModelRunner for LlamaCpp {
     }
 
     fn remove_adapter(&mut self, adapter: AdapterId) {
-        if self.current == Some(adapter)
-            && let Some(context) = &mut self.context
-        {
-            // The context must not keep a pointer to what is freed below.
-            if context.use_adapter(None).is_ok() {
-                self.current = None;
-            }
-        }
+        let contexts = self.context.iter_mut().chain(&mut self.embedding);
+        contexts.for_each(|context| context.leave_adapter(adapter));
         self.adapters.remove(&adapter);
     }
 
-    fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError> {
+    fn pooled(
+        &mut self,
+        tokens: &[Token],
+        adapter: Option<AdapterId>,
+    ) -> Result<Vec<f32>, RunnerError> {
         if !self.info.can_embed {
             return Err(RunnerError("this model cannot embed text".into()));
         }
@@ -245,6 +234,7 @@ impl ModelRunner for LlamaCpp {
             self.embedding = Some(Context::new(&self.model, &self.spec, ContextKind::Embed)?);
         }
         let context = self.embedding.as_mut().expect("made above");
-        context.embed(tokens, self.info.embedding_size as usize)
+        context.adapt(adapter, &self.adapters)?;
+        context.pooled(tokens, self.info.embedding_size as usize)
     }
 }

@@ -188,9 +188,7 @@ impl ModelRunner for Native {
                 Wants::AllLogits => self.wanted.extend(rows.clone()),
             }
             if let Some(id) = sequence.adapter {
-                let adapter = self.adapters.get(&id);
-                let adapter = adapter
-                    .ok_or_else(|| RunnerError(format!("adapter {} is not installed", id.0)))?;
+                let adapter = installed(&self.adapters, id)?;
                 match adapted.last_mut() {
                     Some((range, last))
                         if range.end == rows.start && std::ptr::eq(*last, adapter) =>
@@ -243,14 +241,18 @@ impl ModelRunner for Native {
         Ok(Box::new(loaded.map_err(|error| RunnerError(error.to_string()))?))
     }
 
-    /// The last token's, as llama.cpp pools a causal model.
-    fn embed(&mut self, tokens: &[Token]) -> Result<Vec<f32>, RunnerError> {
+    fn pooled(
+        &mut self,
+        tokens: &[Token],
+        adapter: Option<AdapterId>,
+    ) -> Result<Vec<f32>, RunnerError> {
         if tokens.is_empty() || tokens.len() > MAX_EMBED_TOKENS {
             let length = tokens.len();
             return Err(RunnerError(format!(
-                "{length} tokens; 1 to {MAX_EMBED_TOKENS} can be embedded"
+                "{length} tokens; 1 to {MAX_EMBED_TOKENS} can be embedded or scored"
             )));
         }
+        let adapter = adapter.map(|id| installed(&self.adapters, id)).transpose()?;
         let shape = &self.weights.shape;
         let pages = MAX_EMBED_TOKENS / PAGE_TOKENS;
         let cache = self.embedding_cache.get_or_insert_with(|| {
@@ -262,16 +264,19 @@ impl ModelRunner for Native {
             let position = chunk * self.batch_tokens;
             let span = Span { rows: 0..part.len(), position, pages: pages.clone() };
             let wanted = &[part.len() - 1];
-            let rows = Rows { tokens: part, spans: &[span], wanted, adapted: &[] };
+            let adapted: Vec<_> = adapter.iter().map(|&adapter| (0..part.len(), adapter)).collect();
+            let rows = Rows { tokens: part, spans: &[span], wanted, adapted: &adapted };
             let pool = &mut self.pool.borrow_mut();
             let ran = self.forward.run(&self.weights, cache, pool, &rows);
             ran.map_err(RunnerError)?;
         }
-        let vector = self.forward.hidden(0);
-        let norm = vector.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-        if !norm.is_finite() || norm == 0.0 {
-            return Err(RunnerError("the embedding is not finite".into()));
-        }
-        Ok(vector.iter().map(|x| (f64::from(*x) / norm) as f32).collect())
+        Ok(self.forward.hidden(0).to_vec())
     }
+}
+
+fn installed(
+    adapters: &HashMap<AdapterId, Adapter>,
+    id: AdapterId,
+) -> Result<&Adapter, RunnerError> {
+    adapters.get(&id).ok_or_else(|| RunnerError(format!("adapter {} is not installed", id.0)))
 }

@@ -181,7 +181,10 @@ fn embeds_as_llama_cpp_does() {
     let mut native = Native::load(&spec(model.clone(), RunnerKind::Native)).unwrap();
     let mut oracle = llama_cpp::LlamaCpp::load(&spec(model, RunnerKind::LlamaCpp)).unwrap();
     let tokens = native.tokenizer().encode(TEXT, false, false);
-    let (ours, theirs) = (native.embed(&tokens).unwrap(), oracle.embed(&tokens).unwrap());
-    let cosine: f32 = ours.iter().zip(&theirs).map(|(a, b)| a * b).sum();
+    let ours = native.pooled(&tokens, None).unwrap();
+    let theirs = oracle.pooled(&tokens, None).unwrap();
+    let product = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+    let cosine =
+        product(&ours, &theirs) / (product(&ours, &ours) * product(&theirs, &theirs)).sqrt();
     assert!(cosine > 0.995, "{cosine}");
 }

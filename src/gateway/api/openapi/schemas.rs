@@ -125,6 +125,37 @@ fn requests() -> Value {
             }),
             &["model", "input"],
         ),
+        "ScoreRequest": object(
+            json!({
+                "model": {"type": "string"},
+                "input": {
+                    "description": "A text, a conversation that ends with the assistant's message, \
+                        or a list of those or of lists of token ids.",
+                    "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}],
+                },
+                "user": {"type": "string"},
+            }),
+            &["model", "input"],
+        ),
+        "ScoreList": object(
+            json!({
+                "object": {"const": "list"},
+                "data": {
+                    "type": "array",
+                    "items": object(
+                        json!({
+                            "object": {"const": "score"},
+                            "index": {"type": "integer"},
+                            "score": {"type": "number"},
+                        }),
+                        &["object", "index", "score"],
+                    ),
+                },
+                "model": {"type": "string"},
+                "usage": {"type": "object"},
+            }),
+            &["object", "data", "model", "usage"],
+        ),
         "ResponseFormat": {
             "type": "object",
             "properties": {

@@ -76,6 +76,18 @@ pub(super) fn fine_tuning_paths(keys: bool, add: &mut impl FnMut(&str, Value)) {
                 .answers("200", one()).fails(&["404"]).0,
         }),
     );
+    for (verb, id, summary, request) in [
+        ("validate", "validateGrader", "A grader with its defaults.", "ValidateGraderRequest"),
+        ("run", "runGrader", "What a grader makes of one answer.", "RunGraderRequest"),
+    ] {
+        add(
+            &format!("/v1/fine_tuning/alpha/graders/{verb}"),
+            json!({"post": tuning(id, summary)
+                .body(request)
+                .answers("200", content(&json!({"type": "object"})))
+                .fails(&["400"]).0}),
+        );
+    }
     for (verb, id, summary) in [
         ("cancel", "cancelFineTuningJob", "Ends a job; nothing is published."),
         ("pause", "pauseFineTuningJob", "Has a job write a checkpoint and leave."),
@@ -231,8 +243,21 @@ pub(super) fn schemas() -> Value {
             "trained_tokens": maybe("integer"), "seed": number(),
             "error": {"type": ["object", "null"]}, "metadata": {"type": "object"},
         }},
+        "Grader": {"type": "object", "required": ["type"], "properties": {"type": {"enum": [
+            "string_check", "text_similarity", "score_model", "multi", "number_match",
+            "json_schema", "length", "regex", "reward_model",
+        ]}}},
+        "ValidateGraderRequest": {"type": "object", "required": ["grader"], "properties": {
+            "grader": reference("Grader"),
+        }},
+        "RunGraderRequest": {
+            "type": "object", "required": ["grader", "model_sample"],
+            "properties": {
+                "grader": reference("Grader"), "model_sample": text(), "item": {"type": "object"},
+            },
+        },
         "JobSpec": {"type": "object", "required": ["kind", "data"], "properties": {
-            "kind": {"enum": ["sft", "pretrain", "dpo", "reward"]}, "model": text(), "name": text(),
+            "kind": {"enum": ["sft", "pretrain", "dpo", "reward", "grpo"]}, "model": text(), "name": text(),
             "suffix": text(), "seed": number(),
             "data": {"type": "object", "required": ["train"], "properties": {
                 "train": text(), "validation": text(), "shuffle": {"type": "boolean"},

@@ -1,0 +1,170 @@
+//! `/v1/fine_tuning/alpha/graders`: graders checked and tried, and the models that they ask.
+//!
+//! Source: OpenAI's API reference, "Graders", and the types of its Python client.
+
+use super::chat;
+use super::fields::{Fields, JsonBody};
+use super::score::{Input, score};
+use crate::gateway::app::App;
+use crate::gateway::auth::Identity;
+use crate::gateway::error::ApiError;
+use crate::grade::{
+    Answer, Ask, Context, Failed, Grader, GraderError, Message, Question, Sampling,
+};
+use axum::Json;
+use axum::extract::{Extension, State};
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Tokens that a model may write for a number, if nobody says otherwise.
+const NUMBER_TOKENS: u32 = 64;
+/// Bytes of a model's answer.
+const MAX_ANSWER: usize = 1 << 20;
+
+/// `POST /v1/fine_tuning/alpha/graders/validate`: the grader with every default filled in.
+///
+/// # Errors
+/// 400 for what is wrong with it.
+pub async fn validate(JsonBody(mut fields): JsonBody) -> Result<Json<Value>, ApiError> {
+    let grader = take_grader(&mut fields)?;
+    fields.finish()?;
+    Ok(Json(json!({"grader": grader})))
+}
+
+/// `POST /v1/fine_tuning/alpha/graders/run`: what a grader makes of one sample.
+///
+/// # Errors
+/// 400 for the request. A grader that fails is told in the answer, as OpenAI does.
+pub async fn run(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    JsonBody(mut fields): JsonBody,
+) -> Result<Json<Value>, ApiError> {
+    let started = Instant::now();
+    let grader = take_grader(&mut fields)?;
+    let sample = fields.string("model_sample", usize::MAX)?;
+    let sample = sample.ok_or_else(|| fields.missing("model_sample"))?;
+    let item = fields.object("item")?.map(Fields::into_map).unwrap_or_default();
+    fields.finish()?;
+    let item = Value::Object(item);
+    let context = Context::new(&item, &sample);
+    let questions = grader.questions(&context);
+    let mut answers = Vec::with_capacity(questions.len());
+    for question in &questions {
+        answers.push(answer(&app, identity, question).await);
+    }
+    let graded = grader.grade(&context, &answers);
+    let usage = |usage: &crate::grade::Usage| {
+        json!({
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens(),
+        })
+    };
+    let per_model: Map<String, Value> =
+        graded.usage.iter().map(|(model, used)| (model.clone(), usage(used))).collect();
+    let total: u64 = graded.usage.values().map(crate::grade::Usage::total_tokens).sum();
+    Ok(Json(json!({
+        "reward": graded.reward,
+        "sub_rewards": graded.sub_rewards,
+        "metadata": {
+            "name": grader.name(),
+            "type": grader.kind(),
+            "errors": graded.errors,
+            // Ours: what the flags mean here.
+            "reasons": graded.reasons,
+            "execution_time": started.elapsed().as_secs_f64(),
+            "scores": graded.sub_rewards,
+            "token_usage": (!questions.is_empty()).then_some(total),
+            "sampled_model_name": null,
+        },
+        "model_grader_token_usage_per_model": per_model,
+    })))
+}
+
+fn take_grader(fields: &mut Fields) -> Result<Grader, ApiError> {
+    let grader = fields.object("grader")?.ok_or_else(|| fields.missing("grader"))?;
+    Grader::parse(Value::Object(grader.into_map())).map_err(refused)
+}
+
+/// A grader that cannot be, as a client is told.
+pub(super) fn refused(error: GraderError) -> ApiError {
+    ApiError::invalid(error.param, error.message)
+}
+
+/// Asks a model of this server what a grader wants to know.
+pub async fn answer(
+    app: &Arc<App>,
+    identity: Identity,
+    question: &Question,
+) -> Result<Answer, Failed> {
+    let failed = |error: ApiError| Failed { refused: false, message: error.message };
+    match &question.ask {
+        Ask::Number { messages, range, sampling } => {
+            number(app, identity, &question.model, messages, *range, sampling).await.map_err(failed)
+        }
+        Ask::Score { messages } => {
+            let served = app.registry.find(&question.model).await.map_err(failed)?;
+            let input = Input::Messages(messages.iter().map(plain).collect());
+            let (scores, tokens) = score(served, vec![input]).await.map_err(failed)?;
+            Ok(Answer {
+                number: scores.first().map(|score| f64::from(*score)),
+                prompt_tokens: u64::from(tokens),
+                completion_tokens: 0,
+            })
+        }
+    }
+}
+
+fn plain(message: &Message) -> Value {
+    json!({"role": message.role, "content": message.content})
+}
+
+/// An ordinary request for a conversation, whose answer is held to a number by a grammar.
+async fn number(
+    app: &Arc<App>,
+    identity: Identity,
+    model: &str,
+    messages: &[Message],
+    (least, most): (f64, f64),
+    sampling: &Sampling,
+) -> Result<Answer, ApiError> {
+    let schema = json!({
+        "type": "object",
+        "properties": {"result": {"type": "number", "minimum": least, "maximum": most}},
+        "required": ["result"],
+        "additionalProperties": false,
+    });
+    let mut body = json!({
+        "model": model,
+        "messages": messages.iter().map(plain).collect::<Vec<_>>(),
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "result", "schema": schema, "strict": true},
+        },
+        "max_completion_tokens": sampling.max_completions_tokens.unwrap_or(NUMBER_TOKENS),
+    });
+    for (key, value) in [
+        ("temperature", sampling.temperature.map(Value::from)),
+        ("top_p", sampling.top_p.map(Value::from)),
+        ("seed", sampling.seed.map(Value::from)),
+    ] {
+        body.as_object_mut().into_iter().for_each(|body| {
+            body.extend(value.clone().map(|value| (key.to_owned(), value)));
+        });
+    }
+    let fields = JsonBody(Fields::of(String::new(), body)?);
+    let response = chat::handle(State(app.clone()), Extension(identity), fields).await?;
+    let bytes = axum::body::to_bytes(response.into_body(), MAX_ANSWER).await;
+    let answer: Value =
+        serde_json::from_slice(&bytes.map_err(ApiError::internal)?).map_err(ApiError::internal)?;
+    let text = answer["choices"][0]["message"]["content"].as_str().unwrap_or_default();
+    let result: Value = serde_json::from_str(text).unwrap_or_default();
+    let count = |key: &str| answer["usage"][key].as_u64().unwrap_or(0);
+    Ok(Answer {
+        number: result["result"].as_f64(),
+        prompt_tokens: count("prompt_tokens"),
+        completion_tokens: count("completion_tokens"),
+    })
+}

@@ -1,0 +1,449 @@
+//! Policy gradient: answers are sampled from what is served, graded, and made more or less likely
+//! (GRPO; Shao et al. 2024, arXiv:2402.03300; Yu et al. 2025, DAPO, arXiv:2503.14476).
+
+use super::run::{Each, Event, Extent, Outcome, Part, Run, Source, Sums, TrainError};
+use crate::grade::{Context, Grader};
+use crate::train::actor::{Actor, ActorError, Rollout, Rollouts};
+use crate::train::checkpoint::Checkpoints;
+use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
+use crate::train::loss::{Completion, Grpo, PolicyLoss, advantages};
+use crate::train::model::{Batch, Gradients, Model, Outputs, Pass, Slopes, Wanted};
+use crate::train::spec::{self, Resolved};
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+/// How often an engine that fails is asked again, and how long it is waited for, at most, in between.
+const TRIES: u32 = 30;
+const MAX_BACK_OFF: Duration = Duration::from_secs(10);
+
+/// A run.
+pub struct Policy<'a> {
+    pub model: &'a Model,
+    pub settings: &'a Resolved,
+    pub block: &'a spec::Grpo,
+    pub train: &'a PreparedPrompts,
+    pub checkpoints: &'a Checkpoints,
+    /// `None` keeps the file's order.
+    pub shuffle: Option<u64>,
+    /// Of samples.
+    pub seed: u64,
+    pub actor: &'a RefCell<dyn Actor + 'a>,
+    /// Writes the adapter as the engine reads it.
+    pub export: &'a dyn Fn(&Path) -> Result<(), TrainError>,
+    /// Where to: in memory, best of all.
+    pub adapter: &'a Path,
+}
+
+/// One answer, graded.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Answered {
+    prompt: Vec<u32>,
+    tokens: Vec<u32>,
+    /// The engine's, of each token.
+    sampled: Vec<f64>,
+    advantage: f64,
+    /// The trainer's as it was when the first update began; `None` until then.
+    old: Option<Vec<f64>>,
+    /// Of the model as the job began, where they are wanted.
+    reference: Option<Vec<f64>>,
+}
+
+/// What was sampled for a step, and what is left to do with it: a part of the checkpoint.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Held {
+    answers: Vec<Answered>,
+    /// Tokens of answers that are not among them, for nothing is to be learned from them.
+    silent_tokens: f64,
+    silent_answers: f64,
+    /// Updates that they are still good for.
+    updates: u64,
+    measured: BTreeMap<String, (f64, f64)>,
+}
+
+impl Policy<'_> {
+    /// Trains from the newest checkpoint to the end, or until told to stop. `model` is as it began.
+    ///
+    /// # Errors
+    /// [`TrainError`]; the last checkpoint stays.
+    pub fn run(
+        &self,
+        stop: &AtomicBool,
+        mut event: impl FnMut(Event),
+    ) -> Result<Outcome, TrainError> {
+        let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
+        let params = self.model.params().iter();
+        let began = params.map(|param| param.var.as_tensor().copy()).collect::<Result<_, _>>()?;
+        let order = Order::new(self.train.len(), self.shuffle);
+        let held = Rc::default();
+        run.run(&mut Steps { run: self, order, began, held }, stop, &mut event)
+    }
+
+    /// Samples and grades answers to some prompts.
+    fn sample(&self, prompts: &[usize], cursor: &Cursor) -> Result<Held, TrainError> {
+        let block = self.block;
+        let prompts: Vec<_> =
+            prompts.iter().map(|&number| self.train.get(number)).collect::<Result<_, _>>()?;
+        let first = (cursor.epoch << 32) + cursor.taken;
+        let asked = Rollouts {
+            prompts: prompts.iter().map(|prompt| prompt.tokens.clone()).collect(),
+            seeds: (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect(),
+            answers: block.group as u32,
+            max_tokens: block.max_tokens as u32,
+            temperature: block.temperature as f32,
+        };
+        (self.export)(self.adapter)?;
+        let groups = self.patiently(|actor| {
+            actor.adopt(self.adapter)?;
+            actor.sample(&asked)
+        })?;
+        let samples: Vec<(&serde_json::Value, &Rollout)> = prompts
+            .iter()
+            .zip(&groups)
+            .flat_map(|(prompt, group)| group.iter().map(|answer| (&prompt.item, answer)))
+            .collect();
+        let mut held = Held { updates: block.updates as u64, ..Held::default() };
+        let rewards = self.grade(&block.grader, &samples, &mut held)?;
+        let mut rewards = rewards.chunks(block.group);
+        for (prompt, group) in prompts.iter().zip(groups) {
+            let rewards = rewards.next().unwrap_or_default();
+            held.take_group(prompt.tokens.clone(), group, rewards, block);
+        }
+        Ok(held)
+    }
+
+    fn grade(
+        &self,
+        grader: &Grader,
+        samples: &[(&serde_json::Value, &Rollout)],
+        held: &mut Held,
+    ) -> Result<Vec<f64>, TrainError> {
+        let contexts: Vec<Context> =
+            samples.iter().map(|(item, answer)| Context::new(item, &answer.text)).collect();
+        let questions: Vec<_> = contexts.iter().map(|context| grader.questions(context)).collect();
+        let all: Vec<_> = questions.iter().flatten().cloned().collect();
+        let answers = self.patiently(|actor| actor.ask(&all))?;
+        let mut left = &answers[..];
+        let mut rewards = Vec::with_capacity(samples.len());
+        for (context, questions) in contexts.iter().zip(&questions) {
+            let (own, others) = left.split_at(questions.len().min(left.len()));
+            left = others;
+            let graded = grader.grade(context, own);
+            held.measure("grader_errors", f64::from(u8::from(graded.errors.any())));
+            // A judge's failure says nothing of the answer.
+            let errors = &graded.errors;
+            let lost = errors.model_grader_server_error
+                || errors.model_grader_refusal_error
+                || errors.model_grader_parse_error;
+            if lost {
+                rewards.push(f64::NAN);
+                continue;
+            }
+            held.measure("reward_mean", graded.reward);
+            for (name, reward) in &graded.sub_rewards {
+                held.measure(&format!("reward_{name}"), *reward);
+            }
+            rewards.push(graded.reward);
+        }
+        Ok(rewards)
+    }
+
+    /// Asks until there is an answer: an engine that dies is started again.
+    fn patiently<T>(
+        &self,
+        mut ask: impl FnMut(&mut dyn Actor) -> Result<T, ActorError>,
+    ) -> Result<T, TrainError> {
+        let mut pause = Duration::from_millis(200);
+        for _ in 1..TRIES {
+            match ask(&mut *self.actor.borrow_mut()) {
+                Ok(answer) => return Ok(answer),
+                Err(error) if error.passing => {
+                    tracing::warn!("the engine is asked again: {error}");
+                    std::thread::sleep(pause);
+                    pause = MAX_BACK_OFF.min(2 * pause);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(ask(&mut *self.actor.borrow_mut())?)
+    }
+}
+
+impl Held {
+    fn measure(&mut self, name: &str, value: f64) {
+        let found = self.measured.entry(name.to_owned()).or_default();
+        *found = (found.0 + value, found.1 + 1.0);
+    }
+
+    /// Takes the answers to one prompt; those from which nothing is to be learned are only counted.
+    fn take_group(
+        &mut self,
+        prompt: Vec<u32>,
+        group: Vec<Rollout>,
+        rewards: &[f64],
+        block: &spec::Grpo,
+    ) {
+        let advantages = advantages(rewards);
+        let silent = advantages.iter().all(|advantage| *advantage == 0.0) && block.beta == 0.0;
+        self.measure("reward_std", deviation(rewards));
+        self.measure("silent_groups", f64::from(u8::from(silent)));
+        for (answer, advantage) in group.into_iter().zip(advantages) {
+            self.measure("answer_tokens", answer.tokens.len() as f64);
+            self.measure("answers_ended", f64::from(u8::from(answer.ended)));
+            if answer.tokens.is_empty() || (block.mask_overlong && !answer.ended) {
+                continue;
+            }
+            // One stays: a step has a gradient, be it of zeros.
+            if silent && !self.answers.is_empty() {
+                self.silent_tokens += answer.tokens.len() as f64;
+                self.silent_answers += 1.0;
+                continue;
+            }
+            self.answers.push(Answered {
+                prompt: prompt.clone(),
+                tokens: answer.tokens,
+                sampled: answer.log_probs.into_iter().map(f64::from).collect(),
+                advantage,
+                old: None,
+                reference: None,
+            });
+        }
+    }
+}
+
+/// With n − 1, of those that there are.
+fn deviation(rewards: &[f64]) -> f64 {
+    let rewards: Vec<f64> = rewards.iter().copied().filter(|reward| !reward.is_nan()).collect();
+    let count = rewards.len() as f64;
+    let mean = rewards.iter().sum::<f64>() / count.max(1.0);
+    let squares: f64 = rewards.iter().map(|reward| (reward - mean).powi(2)).sum();
+    (squares / (count - 1.0).max(1.0)).sqrt()
+}
+
+/// Numbers of their own for every prompt of a run (Steele et al. 2014, SplitMix64).
+fn mixed(seed: u64, at: u64) -> u64 {
+    let mut z = seed.wrapping_add(at.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// Answers step by step.
+struct Steps<'a, 'b> {
+    run: &'a Policy<'b>,
+    order: Order,
+    /// (parameters) as the job began.
+    began: Vec<Tensor>,
+    held: Rc<RefCell<Held>>,
+}
+
+impl Steps<'_, '_> {
+    /// What the model as it began says of the answers.
+    fn refer(&self, rows: &[Row]) -> Result<(), TrainError> {
+        let params = self.run.model.params();
+        let now: Vec<Tensor> =
+            params.iter().map(|param| param.var.as_tensor().copy()).collect::<Result<_, _>>()?;
+        let set = |values: &[Tensor]| {
+            params.iter().zip(values).try_for_each(|(param, value)| param.var.set(value))
+        };
+        set(&self.began)?;
+        let read = || -> Result<(), TrainError> {
+            for row in rows {
+                let outputs = self.run.model.outputs(&row.batch, row.wanted)?;
+                let mut held = self.held.borrow_mut();
+                for (answer, range) in &row.loss.answers {
+                    held.answers[*answer].reference = Some(outputs.log_probs[range.clone()].into());
+                }
+            }
+            Ok(())
+        };
+        let found = read();
+        set(&now)?;
+        found
+    }
+
+    /// The held answers in rows of tokens.
+    fn rows(&self) -> Vec<Row> {
+        let (held, settings) = (self.held.borrow(), self.run.settings);
+        let encoded: Vec<Encoded> = held
+            .answers
+            .iter()
+            .map(|answer| {
+                let mut trained = vec![false; answer.prompt.len()];
+                trained.resize(answer.prompt.len() + answer.tokens.len(), true);
+                Encoded { tokens: [&answer.prompt[..], &answer.tokens].concat(), trained }
+            })
+            .collect();
+        let lengths: Vec<usize> = encoded.iter().map(|answer| answer.tokens.len()).collect();
+        let packed = pack(&lengths, settings.max_length);
+        let temperature = self.run.block.temperature;
+        let row = |rows: &[crate::train::data::Row]| {
+            let members: Vec<usize> = rows.iter().flat_map(|row| row.members.clone()).collect();
+            let mut at = 0;
+            let answers = members.iter().map(|&member| {
+                let count = held.answers[member].tokens.len();
+                at += count;
+                (member, at - count..at)
+            });
+            Row {
+                loss: Loss {
+                    answers: answers.collect(),
+                    objective: self.run.block.objective(),
+                    besides: Sums::default(),
+                },
+                batch: Batch::of(members.iter().map(|&member| &encoded[member])),
+                wanted: Wanted { temperature, ..Wanted::LOG_PROBS },
+                held: self.held.clone(),
+            }
+        };
+        packed.chunks(settings.micro_batch).map(row).collect()
+    }
+}
+
+impl Source for Steps<'_, '_> {
+    type Part = Row;
+
+    fn extent(&self) -> Extent {
+        let block = self.run.block;
+        Extent::new(self.run.train.len(), self.run.settings).with_updates(block.updates as u64)
+    }
+
+    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Row>, TrainError> {
+        let fresh = self.held.borrow().updates == 0;
+        if fresh {
+            let before = *cursor;
+            let prompts = self.order.next(cursor, count);
+            let held = self.run.sample(&prompts, &before)?;
+            *self.held.borrow_mut() = held;
+        }
+        let mut rows = self.rows();
+        if fresh && self.run.block.beta > 0.0 {
+            self.refer(&rows)?;
+        }
+        let mut held = self.held.borrow_mut();
+        held.updates -= 1;
+        if let Some(first) = rows.first_mut() {
+            // What is not computed counts all the same.
+            let besides = &mut first.loss.besides;
+            besides.weight = match self.run.block.loss {
+                PolicyLoss::Dapo => held.silent_tokens,
+                PolicyLoss::Grpo => held.silent_answers,
+            };
+            for (name, (sum, count)) in &held.measured {
+                besides.measure_all(name.clone(), *sum, *count);
+            }
+        }
+        Ok(rows)
+    }
+
+    fn held_out(&self, _: &mut Each<Row>) -> Result<bool, TrainError> {
+        Ok(false)
+    }
+
+    fn save(&self) -> Result<Vec<u8>, TrainError> {
+        let held = self.held.borrow();
+        match held.updates {
+            0 => Ok(Vec::new()),
+            _ => rmp_serde::to_vec(&*held).map_err(|error| std::io::Error::other(error).into()),
+        }
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> Result<(), TrainError> {
+        if !saved.is_empty() {
+            let held = rmp_serde::from_slice(saved).map_err(std::io::Error::other)?;
+            *self.held.borrow_mut() = held;
+        }
+        Ok(())
+    }
+}
+
+/// Answers that are computed at once.
+struct Row {
+    batch: Batch,
+    wanted: Wanted,
+    loss: Loss,
+    held: Rc<RefCell<Held>>,
+}
+
+/// What is made of a row's outputs.
+struct Loss {
+    /// Which, and which of the rows that count are theirs.
+    answers: Vec<(usize, Range<usize>)>,
+    objective: Grpo,
+    /// Of the whole step.
+    besides: Sums,
+}
+
+impl Loss {
+    /// The loss, its slopes, and what was measured.
+    fn of(&self, held: &Held, outputs: &Outputs) -> (Sums, Slopes) {
+        let mut sums = self.besides.clone();
+        let mut slopes = Slopes { log_probs: vec![0.0; outputs.log_probs.len()], values: vec![] };
+        for (answer, range) in &self.answers {
+            let answer = &held.answers[*answer];
+            let found = self.objective.completion(
+                &outputs.log_probs[range.clone()],
+                &Completion {
+                    advantage: answer.advantage,
+                    old: answer.old.as_deref(),
+                    engine: &answer.sampled,
+                    reference: answer.reference.as_deref(),
+                },
+            );
+            slopes.log_probs[range.clone()].copy_from_slice(&found.slopes);
+            sums.loss += found.loss;
+            sums.weight += found.weight;
+            let tokens = range.len() as f64;
+            let entropy: f64 = outputs.entropies[range.clone()].iter().sum();
+            sums.measure_all("entropy", entropy, tokens);
+            sums.measure_all("clip_share", found.clipped, tokens);
+            sums.measure_all("engine_gap", found.gap, tokens);
+            sums.measure_all("correction", found.correction, tokens);
+            if answer.reference.is_some() {
+                sums.measure_all("kl", found.kl, tokens);
+            }
+        }
+        (sums, slopes)
+    }
+}
+
+impl Part for Row {
+    fn tokens(&self) -> usize {
+        self.batch.tokens.len()
+    }
+
+    fn train(
+        &self,
+        model: &Model,
+        pass: Pass,
+        gradients: &mut Gradients,
+    ) -> Result<Sums, TrainError> {
+        let mut found = (Sums::default(), Vec::new());
+        {
+            let held = self.held.borrow();
+            let (held, loss, found) = (&*held, &self.loss, &mut found);
+            model.train_by(&self.batch, pass, self.wanted, gradients, |outputs| {
+                let (sums, slopes) = loss.of(held, outputs);
+                *found = (sums, outputs.log_probs.clone());
+                slopes
+            })?;
+        }
+        let (sums, log_probs) = found;
+        let mut held = self.held.borrow_mut();
+        for (answer, range) in &self.loss.answers {
+            // The ratio of a later update is that to the policy before the first.
+            held.answers[*answer].old.get_or_insert_with(|| log_probs[range.clone()].into());
+        }
+        Ok(sums)
+    }
+
+    fn judge(&self, model: &Model) -> Result<Sums, TrainError> {
+        Ok(self.loss.of(&self.held.borrow(), &model.outputs(&self.batch, self.wanted)?).0)
+    }
+}
