@@ -336,6 +336,87 @@ def test_a_reward_model_is_trained():
     raises(openai.NotFoundError, lambda: score("nobody", "Ahoy!"), code="model_not_found")
 
 
+def test_graders():
+    def run(grader, sample, **item):
+        return client.fine_tuning.alpha.graders.run(grader=grader, model_sample=sample, item=item)
+
+    check = {"type": "string_check", "name": "same", "operation": "eq",
+             "input": "{{sample.output_text}}", "reference": "{{item.answer}}"}
+    assert client.fine_tuning.alpha.graders.validate(grader=check).grader.operation == "eq"
+    found = run(check, "42", answer="42")
+    assert found.reward == 1.0 and found.metadata.type == "string_check", found
+    assert run(check, "41", answer="42").reward == 0.0
+    missing = run(check, "41")
+    assert missing.reward == 0.0 and missing.metadata.errors.invalid_variable_error, missing
+    both = {"type": "multi", "name": "both", "calculate_output": "0.5 * same + 0.5 * close",
+            "graders": {"same": check, "close": {
+                "type": "text_similarity", "name": "close", "evaluation_metric": "fuzzy_match",
+                "input": "{{sample.output_text}}", "reference": "{{item.answer}}"}}}
+    found = run(both, "4", answer="42")
+    assert 0 < found.reward < 0.5 and found.sub_rewards["same"] == 0, found
+    judge = {"type": "score_model", "name": "judge", "model": server.model, "range": [0, 10],
+             "input": [{"role": "user", "content": "Rate from 0 to 10: {{sample.output_text}}"}],
+             "sampling_params": {"temperature": 0, "seed": 1}}
+    found = run(judge, "A red house.")
+    assert 0 <= found.reward <= 10 and found.metadata.token_usage > 0, found
+    assert not found.metadata.errors.api_model_grader_parse_error, found
+    nobody = run({**judge, "model": "nobody"}, "A red house.")
+    assert nobody.metadata.errors.api_model_grader_server_error, nobody
+    bad_request = openai.BadRequestError
+    python = {"type": "python", "name": "p", "source": "def grade(sample, item): return 1"}
+    raises(bad_request, lambda: client.fine_tuning.alpha.graders.validate(grader=python), param="grader.type")
+    raises(
+        bad_request,
+        lambda: client.fine_tuning.alpha.graders.validate(grader={**check, "operation": "near"}),
+        param="grader.operation",
+    )
+
+
+def test_a_policy_is_trained():
+    lines = [
+        {"messages": [{"role": "user", "content": f"Name a colour, number {number}."}], "wanted": "e"}
+        for number in range(8)
+    ]
+    spec = {
+        "kind": "grpo", "model": server.model, "suffix": "short", "seed": 1,
+        "data": {"train": upload(lines).id},
+        "train": {"max_steps": 3, "batch_size": 2, "max_length": 96, "learning_rate": 1e-4, "checkpoint_every": 2},
+        "grpo": {"group": 4, "max_tokens": 12, "updates": 2, "beta": 0.01, "grader": {
+            "type": "multi", "name": "m", "calculate_output": "short + 0.1 * has",
+            "graders": {
+                "short": {"type": "length", "name": "short", "unit": "characters", "max": 8, "slack": 60},
+                "has": {"type": "string_check", "name": "has", "operation": "ilike",
+                        "input": "{{sample.output_text}}", "reference": "{{item.wanted}}"},
+            }}},
+    }
+
+    def run():
+        job = json.loads(server.admin("/admin/jobs", spec))
+        done = until(
+            lambda: (found := server.job(job["id"]))["status"] in ("succeeded", "failed") and found or None,
+            "the end of the policy",
+        )
+        assert done["status"] == "succeeded", done
+        entries = json.loads(server.admin(f"/admin/jobs/{job['id']}/events?stream=false"))["data"]
+        return done, [entry for entry in entries if entry["type"] == "step"]
+
+    done, steps = run()
+    assert len(steps) == 3, steps
+    for step in steps:
+        assert 0 < step["reward_mean"] <= 1.1 and step["reward_short"] > 0, step
+        # What the engine says of its samples is near what the trainer says of them.
+        assert 0 < step["engine_gap"] < 0.3 and 0.8 < step["correction"] < 1.2, step
+        assert step["kl"] >= 0 and step["grader_errors"] == 0 and 1 <= step["answer_tokens"] <= 12, step
+    # The first two steps are on the same answers, the first of them at a ratio of exactly 1.
+    assert steps[0]["reward_mean"] == steps[1]["reward_mean"] and steps[0]["kl"] < 1e-9, steps
+    name = next(artifact["name"] for artifact in done["artifacts"] if artifact["type"] == "adapter")
+    assert ask(name).choices[0].message.content
+    message = raises_admin({**spec, "adapter": None})
+    assert "swapped at every step" in message, message
+    grader = {"type": "reward_model", "name": "r", "model": server.model}
+    assert "no reward model" in raises_admin({**spec, "grpo": {"grader": grader}})
+
+
 def score(model, inputs):
     return client.post("/score", body={"model": model, "input": inputs}, cast_to=object)
 

@@ -28,7 +28,7 @@ const ROOMS: Table = &[
 
 /// Rooms of the gateway.
 const GATEWAY: Table = &[
-    ("server", &["api", "auth", "app", "registry", "limits", "store", "error"]),
+    ("server", &["api", "auth", "app", "jobs", "registry", "limits", "store", "error"]),
     ("api", &["stream", "auth", "app", "jobs", "registry", "store", "error"]),
     ("stream", &["app", "registry", "metrics", "supervisor", "error"]),
     ("auth", &["app", "limits", "store", "error"]),

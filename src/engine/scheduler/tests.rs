@@ -98,6 +98,7 @@ impl Sim {
             max_tokens: spec.output,
             logprobs: spec.scored.then_some(0),
             echo: spec.scored,
+            rollout: None,
             render_special: false,
             max_drafted: 16,
             choices: 1,

@@ -136,7 +136,7 @@ mod tests {
     fn read(line: &str) -> Result<(Format, Pair), String> {
         match parse(line, Purpose::Preferences)? {
             (format, Line::Pair(pair)) => Ok((format, *pair)),
-            (_, Line::One(example)) => panic!("{example:?}"),
+            (_, other) => panic!("{other:?}"),
         }
     }
 

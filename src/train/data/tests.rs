@@ -52,7 +52,7 @@ fn encoder() -> Encoder {
 fn parse(line: &str) -> Result<(Format, Example), String> {
     match super::format::parse(line, Purpose::Answers)? {
         (format, Line::One(example)) => Ok((format, example)),
-        (_, Line::Pair(pair)) => panic!("{pair:?} is a pair"),
+        (_, other) => panic!("{other:?} is no answer"),
     }
 }
 
