@@ -2,7 +2,7 @@
 
 use super::fields::Fields;
 use super::number::{Marker, NumberMatch};
-use super::schema::Schema;
+use super::schema::{Schema, short};
 use super::template::{Context, Template, json_of};
 use super::text::Metric;
 use super::{Fault, Flag, GraderError};
@@ -108,8 +108,12 @@ impl Check {
             _ => {
                 let input = fields.template_or_output("input")?;
                 let source = fields.need_string("pattern", LONGEST_PATTERN)?;
-                let pattern = Pattern::compile(&source)
-                    .map_err(|why| fields.error("pattern", format!("must be a pattern: {why}")))?;
+                let pattern = Pattern::compile(&source).map_err(|why| {
+                    // The lines before quote the pattern.
+                    let why = why.to_string();
+                    let why = short(why.lines().last().unwrap_or_default());
+                    fields.error("pattern", format!("must be a pattern: {why}"))
+                })?;
                 Ok(Self::Regex { input, pattern })
             }
         }

@@ -2,11 +2,13 @@
 //! the standard's own meta-schemas.
 
 use jsonschema::{PatternOptions, Retrieve, Uri, Validator};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// The largest schema, in bytes of compact JSON.
 const LONGEST: usize = 64 << 10;
+/// Values of a schema, its references followed.
+const MOST_NODES: usize = 20_000;
 /// What one compiled `pattern` of a schema may take, in bytes.
 const PATTERN_SIZE: usize = 256 << 10;
 
@@ -47,10 +49,14 @@ impl Schema {
         // Patterns of the crate `regex`: backtracking ones could take for ever.
         let patterns =
             PatternOptions::regex().size_limit(PATTERN_SIZE).dfa_size_limit(PATTERN_SIZE);
+        // Validation follows references anew wherever it meets them, which a few lines can make last
+        // for ever: they are followed once, here.
+        let mut room = MOST_NODES;
+        let plain = inlined(&source, &source, &mut Vec::new(), &mut room)?;
         let validator = jsonschema::options()
             .with_retriever(Nothing)
             .with_pattern_options(patterns)
-            .build(&source)
+            .build(&plain)
             .map_err(|error| format!("must be a JSON schema: {}", short(&error.to_string())))?;
         Ok(Self { source, validator: Arc::new(validator) })
     }
@@ -64,8 +70,71 @@ impl Schema {
     }
 }
 
+/// A schema with what its references name in their place.
+fn inlined(
+    value: &Value,
+    root: &Value,
+    open: &mut Vec<String>,
+    room: &mut usize,
+) -> Result<Value, String> {
+    *room = room.checked_sub(1).ok_or_else(|| {
+        format!("is too large with its references followed: {MOST_NODES} values at most")
+    })?;
+    let object = match value {
+        Value::Object(object) => object,
+        Value::Array(list) => {
+            let each = list.iter().map(|value| inlined(value, root, open, room));
+            return each.collect::<Result<_, _>>().map(Value::Array);
+        }
+        plain => return Ok(plain.clone()),
+    };
+    let mut plain = serde_json::Map::new();
+    for (key, value) in object {
+        match (key.as_str(), value) {
+            (
+                "$dynamicRef" | "$recursiveRef" | "$id" | "$anchor" | "$dynamicAnchor",
+                Value::String(_),
+            ) => {
+                return Err(format!("uses {key}, which is not followed: use $ref and #/$defs/…"));
+            }
+            // What is named is put where it is used; what nobody names says nothing.
+            ("$ref", Value::String(_)) | ("$defs" | "definitions", Value::Object(_)) => {}
+            ("const" | "enum" | "default" | "examples", value) => {
+                plain.insert(key.clone(), value.clone());
+            }
+            // By name: a property may be called as a keyword is.
+            ("properties" | "patternProperties" | "dependentSchemas", Value::Object(named)) => {
+                let mut schemas = serde_json::Map::new();
+                for (name, schema) in named {
+                    schemas.insert(name.clone(), inlined(schema, root, open, room)?);
+                }
+                plain.insert(key.clone(), Value::Object(schemas));
+            }
+            (_, value) => {
+                plain.insert(key.clone(), inlined(value, root, open, room)?);
+            }
+        }
+    }
+    let Some(Value::String(name)) = object.get("$ref") else { return Ok(Value::Object(plain)) };
+    if open.contains(name) {
+        return Err(format!("leads back to itself at {}: that is not followed", short(name)));
+    }
+    let named = name.strip_prefix('#').and_then(|pointer| root.pointer(pointer));
+    let named = named.ok_or_else(|| {
+        format!("has a reference to {}, which is not in it; nothing is fetched", short(name))
+    })?;
+    open.push(name.clone());
+    let named = inlined(named, root, open, room)?;
+    open.pop();
+    if plain.is_empty() {
+        return Ok(named);
+    }
+    let besides = Value::Object(plain);
+    Ok(json!({"allOf": [named, besides]}))
+}
+
 /// The start of a message that may quote the whole schema.
-fn short(message: &str) -> String {
+pub(super) fn short(message: &str) -> String {
     const MOST: usize = 300;
     let start = &message[..message.floor_char_boundary(MOST)];
     if start.len() < message.len() { format!("{start}…") } else { start.to_owned() }
