@@ -450,11 +450,6 @@ impl Spec {
             }
             (None, _) => {}
         }
-        if self.kind == Kind::Grpo && self.data.validation.is_some() {
-            return Err("data.validation: jobs of kind `grpo` do not grade held-out prompts yet; \
-                        leave it out"
-                .into());
-        }
         Ok(resolved)
     }
 
@@ -471,7 +466,8 @@ impl Spec {
         let rate = if self.adapter.is_none() { of_all } else { of_adapter };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Resolved {
-            epochs: train.epochs.unwrap_or(1.0),
+            // One pass, unless the steps are counted.
+            epochs: train.epochs.unwrap_or(if train.max_steps.is_some() { 1e4 } else { 1.0 }),
             max_steps: train.max_steps,
             max_minutes: train.max_minutes,
             batch_size: train.batch_size.unwrap_or(8),

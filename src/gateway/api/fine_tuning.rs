@@ -11,9 +11,10 @@ use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
 use crate::gateway::jobs::{NewJob, checkpoint_name};
 use crate::gateway::store::{JobStatus, StoredJob};
+use crate::grade::Grader;
 use crate::train::job::{Entry, JobEvent, Level, Step, Validation};
 use crate::train::loss::Dpo;
-use crate::train::spec::{Adapter, Data, Export, Kind, Spec, Train, VERSION};
+use crate::train::spec::{Adapter, Data, Export, Grpo, Kind, Spec, Train, VERSION};
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Extension, Path, Query, State};
@@ -26,6 +27,8 @@ const MAX_PAGE: usize = 1_000;
 const METADATA: (usize, usize, usize) = (16, 64, 512);
 /// Steps that `auto` aims at where the data are few.
 const FEW_STEPS: u64 = 100;
+/// Tokens of an answer that is sampled and graded, at most.
+const ANSWER_TOKENS: usize = 256;
 
 type Answer = Result<Json<Value>, ApiError>;
 
@@ -34,6 +37,8 @@ type Answer = Result<Json<Value>, ApiError>;
 struct Method {
     kind: MethodKind,
     hyperparameters: Hyperparameters,
+    /// Of reinforcement, which has one.
+    grader: Option<Grader>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +46,7 @@ enum MethodKind {
     #[default]
     Supervised,
     Dpo,
+    Reinforcement,
 }
 
 impl MethodKind {
@@ -49,6 +55,7 @@ impl MethodKind {
         match job.kind.as_str() {
             "sft" => Some(Self::Supervised),
             "dpo" => Some(Self::Dpo),
+            "grpo" => Some(Self::Reinforcement),
             _ => None,
         }
     }
@@ -57,6 +64,7 @@ impl MethodKind {
         match self {
             Self::Supervised => "supervised",
             Self::Dpo => "dpo",
+            Self::Reinforcement => "reinforcement",
         }
     }
 
@@ -64,6 +72,7 @@ impl MethodKind {
         match self {
             Self::Supervised => Kind::Sft,
             Self::Dpo => Kind::Dpo,
+            Self::Reinforcement => Kind::Grpo,
         }
     }
 
@@ -82,37 +91,64 @@ struct Hyperparameters {
     n_epochs: Option<u64>,
     batch_size: Option<u64>,
     learning_rate_multiplier: Option<f64>,
+    /// Of reinforcement: how much larger a group of answers is than usual.
+    compute_multiplier: Option<f64>,
+    /// Of reinforcement: steps between two looks at the validation file.
+    eval_interval: Option<u64>,
+    /// Of reinforcement: answers to each of its prompts.
+    eval_samples: Option<u64>,
 }
 
 impl Hyperparameters {
     fn take(fields: &mut Fields, kind: MethodKind) -> Result<Self, ApiError> {
-        let beta = match kind {
-            MethodKind::Supervised => None,
-            MethodKind::Dpo => {
-                auto_or(fields, "beta", |fields, key| fields.number(key, 1e-4..=2.0))?
-            }
+        let mut number = |key: &str, least, most| {
+            let found = auto_or(fields, key, |fields, key| fields.number(key, least..=most))?;
+            Ok::<_, ApiError>(found.map(f64::from))
         };
+        let learning_rate_multiplier = number("learning_rate_multiplier", 1e-4, 1e4)?;
+        let (mut beta, mut compute_multiplier) = (None, None);
+        match kind {
+            MethodKind::Supervised => {}
+            MethodKind::Dpo => beta = number("beta", 1e-4, 2.0)?,
+            MethodKind::Reinforcement => {
+                compute_multiplier = number("compute_multiplier", 0.25, 32.0)?;
+            }
+        }
+        let mut count = |key: &str, most| {
+            let found = auto_or(fields, key, |fields, key| fields.integer(key, 1..=most))?;
+            Ok::<_, ApiError>(found.map(i64::unsigned_abs))
+        };
+        let (n_epochs, batch_size) = (count("n_epochs", 50)?, count("batch_size", 256)?);
+        let (mut eval_interval, mut eval_samples) = (None, None);
+        if kind == MethodKind::Reinforcement {
+            (eval_interval, eval_samples) =
+                (count("eval_interval", 1_000_000)?, count("eval_samples", 256)?);
+            // Those that reason would do so as their template has it; nothing here turns that.
+            fields.only_neutral("reasoning_effort", &["default".into(), "auto".into()])?;
+        }
         Ok(Self {
-            beta: beta.map(f64::from),
-            n_epochs: auto_or(fields, "n_epochs", |fields, key| fields.integer(key, 1..=50))?
-                .map(i64::unsigned_abs),
-            batch_size: auto_or(fields, "batch_size", |fields, key| fields.integer(key, 1..=256))?
-                .map(i64::unsigned_abs),
-            learning_rate_multiplier: auto_or(
-                fields,
-                "learning_rate_multiplier",
-                |fields, key| fields.number(key, 1e-4..=1e4),
-            )?
-            .map(f64::from),
+            beta,
+            n_epochs,
+            batch_size,
+            learning_rate_multiplier,
+            compute_multiplier,
+            eval_interval,
+            eval_samples,
         })
     }
 
     /// Decides what was left open, by the number of examples.
-    fn decided(self, examples: u64) -> (u64, u64, f64) {
-        let batch = self.batch_size.unwrap_or((examples / 250).clamp(1, 8));
+    fn decided(self, kind: MethodKind, examples: u64) -> (u64, u64, f64) {
+        let (batch, least, multiplier) = match kind {
+            MethodKind::Supervised | MethodKind::Dpo => ((examples / 250).clamp(1, 8), 3, 1.0),
+            // A batch is of prompts, each with its group; and what is learned of a few hundred steps
+            // at the rate that is usual for a thousand is little.
+            MethodKind::Reinforcement => (examples.clamp(1, 8), 1, 10.0),
+        };
+        let batch = self.batch_size.unwrap_or(batch);
         let enough = (FEW_STEPS * batch).div_ceil(examples.max(1));
-        let epochs = self.n_epochs.unwrap_or(enough.clamp(3, 25));
-        (epochs, batch, self.learning_rate_multiplier.unwrap_or(1.0))
+        let epochs = self.n_epochs.unwrap_or(enough.clamp(least, 25));
+        (epochs, batch, self.learning_rate_multiplier.unwrap_or(multiplier))
     }
 }
 
@@ -155,12 +191,16 @@ pub async fn create(
         let message = "integrations are not supported: follow the job's events, or /metrics.";
         return Err(ApiError::invalid("integrations", message));
     }
-    let Method { kind, hyperparameters } = take_method(&mut fields)?;
+    let Method { kind, hyperparameters, grader } = take_method(&mut fields)?;
     fields.finish()?;
 
     let owner = app.auth.owner(identity);
     let examples = examples(&app, &training_file).await;
-    let (epochs, batch, multiplier) = hyperparameters.decided(examples);
+    let (epochs, batch, multiplier) = hyperparameters.decided(kind, examples);
+    let steps = (examples * epochs).div_ceil(batch).max(1);
+    // At the end of each epoch, as OpenAI does, but not more than some.
+    let often = steps.div_ceil(epochs.min(10)).max(1);
+    let eval_every = hyperparameters.eval_interval.unwrap_or(often);
     let beta = hyperparameters.beta.unwrap_or(Dpo::default().beta);
     let mut shown = json!({
         "n_epochs": epochs,
@@ -171,6 +211,19 @@ pub async fn create(
         // As it was given: 0.1 is no 0.10000000149.
         shown["beta"] = json!((beta * 1e6).round() / 1e6);
     }
+    let grpo = grader.map(|grader| {
+        let usual = Grpo { max_tokens: ANSWER_TOKENS, ..Grpo::with(grader) };
+        let more = hyperparameters.compute_multiplier.unwrap_or(1.0);
+        let group = (usual.group as f64 * more).round() as usize;
+        let eval_samples = hyperparameters.eval_samples.map_or(1, |samples| samples as usize);
+        Grpo { group, eval_samples, ..usual }
+    });
+    if let Some(block) = &grpo {
+        shown["compute_multiplier"] = json!(hyperparameters.compute_multiplier.unwrap_or(1.0));
+        shown["eval_interval"] = json!(eval_every);
+        shown["eval_samples"] = json!(block.eval_samples);
+        shown["reasoning_effort"] = json!("default");
+    }
     let request = json!({
         "model": model,
         "training_file": training_file,
@@ -179,7 +232,6 @@ pub async fn create(
         "metadata": metadata,
         "hyperparameters": shown,
     });
-    let steps = (examples * epochs).div_ceil(batch).max(1);
     let spec = Spec {
         version: VERSION,
         kind: kind.kind(),
@@ -192,15 +244,14 @@ pub async fn create(
         pretrain: None,
         dpo: (kind == MethodKind::Dpo).then(|| Dpo { beta, ..Dpo::default() }),
         reward: None,
-        grpo: None,
+        grpo,
         export: Export::default(),
         train: Train {
             epochs: Some(epochs as f64),
             batch_size: Some(batch as usize),
             learning_rate: Some(kind.learning_rate() * multiplier),
-            // At the end of each epoch, as OpenAI does, but not more than some.
-            checkpoint_every: Some(steps.div_ceil(epochs.min(10)).max(1)),
-            eval_every: Some(steps.div_ceil(epochs.min(10)).max(1)),
+            checkpoint_every: Some(often),
+            eval_every: Some(eval_every),
             ..Train::default()
         },
     };
@@ -262,26 +313,37 @@ fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
         let kind = MethodKind::Supervised;
         let hyperparameters = Hyperparameters::take(&mut old, kind)?;
         old.finish()?;
-        return Ok(Method { kind, hyperparameters });
+        return Ok(Method { kind, hyperparameters, grader: None });
     };
     let kind = match method.string("type", 64)?.as_deref() {
         Some("supervised") => MethodKind::Supervised,
         Some("dpo") => MethodKind::Dpo,
-        Some("reinforcement") => {
-            return Err(ApiError::invalid(
-                "method.type",
-                "method.type `reinforcement` is not served yet; `supervised` and `dpo` are.",
-            )
-            .with_code("not_implemented"));
-        }
+        Some("reinforcement") => MethodKind::Reinforcement,
         Some(other) => {
-            let message = format!("method.type must be `supervised` or `dpo`, not `{other}`.");
+            let message = format!(
+                "method.type must be `supervised`, `dpo` or `reinforcement`, not `{other}`."
+            );
             return Err(ApiError::invalid("method.type", message));
         }
         None => return Err(method.missing("type")),
     };
-    let mut hyperparameters = Hyperparameters::default();
-    if let Some(mut block) = method.object(kind.name())? {
+    let (mut hyperparameters, mut grader) = (Hyperparameters::default(), None);
+    let block = method.object(kind.name())?;
+    if block.is_none() && kind == MethodKind::Reinforcement {
+        return Err(method.missing(kind.name()));
+    }
+    if let Some(mut block) = block {
+        if kind == MethodKind::Reinforcement {
+            let value = block.take("grader").ok_or_else(|| block.missing("grader"))?;
+            let path = block.name("grader");
+            grader = Some(Grader::parse_at(&path, value).map_err(super::graders::refused)?);
+            if block.take("response_format").is_some_and(|format| format["type"] != "text") {
+                let message = "Sampled answers are held to no format here; leave it out, and let \
+                               a `json_schema` grader reward it.";
+                return Err(ApiError::invalid(block.name("response_format"), message)
+                    .with_code("not_implemented"));
+            }
+        }
         if let Some(mut inner) = block.object("hyperparameters")? {
             hyperparameters = Hyperparameters::take(&mut inner, kind)?;
             inner.finish()?;
@@ -290,7 +352,7 @@ fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
     }
     method.finish()?;
     match old {
-        None => Ok(Method { kind, hyperparameters }),
+        None => Ok(Method { kind, hyperparameters, grader }),
         Some(_) => Err(ApiError::invalid(
             "hyperparameters",
             "Give hyperparameters inside method, or beside it, not both.",
@@ -408,7 +470,7 @@ fn event(job: &str, entry: &Entry) -> Value {
         JobEvent::Message { level: Level::Error } => "error",
         _ => "info",
     };
-    let (kind, data) = match &entry.event {
+    let (kind, mut data) = match &entry.event {
         JobEvent::Step(step) => (
             "metrics",
             json!({
@@ -416,6 +478,7 @@ fn event(job: &str, entry: &Entry) -> Value {
                 "total_steps": step.total_steps,
                 "train_loss": step.loss,
                 "train_mean_token_accuracy": step.accuracy,
+                "train_mean_reward": step.reward(),
                 "learning_rate": step.learning_rate,
                 "tokens_per_second": step.tokens_per_second,
                 "metrics": step.metrics,
@@ -427,6 +490,8 @@ fn event(job: &str, entry: &Entry) -> Value {
                 "step": found.step,
                 "full_valid_loss": found.validation_loss,
                 "full_valid_mean_token_accuracy": found.validation_accuracy,
+                "full_valid_mean_reward": found.reward(),
+                "metrics": found.metrics,
             }),
         ),
         JobEvent::Data { train, validation } => {
@@ -435,6 +500,9 @@ fn event(job: &str, entry: &Entry) -> Value {
         JobEvent::Checkpoint { step } => ("message", json!({"step": step})),
         JobEvent::Message { .. } | JobEvent::Sample { .. } => ("message", json!({})),
     };
+    if let (Value::Object(data), "metrics") = (&mut data, kind) {
+        data.retain(|_, value| !value.is_null());
+    }
     json!({
         "object": "fine_tuning.job.event",
         "id": format!("ftevent-{}-{}", job.trim_start_matches("ftjob-"), entry.seq),
@@ -491,11 +559,14 @@ fn checkpoint(
     if let Some(step) = step {
         metrics.insert("train_loss".into(), step.loss.into());
         metrics.insert("train_mean_token_accuracy".into(), step.accuracy.into());
+        metrics.insert("train_mean_reward".into(), step.reward().into());
     }
     if let Some(found) = validation {
         metrics.insert("full_valid_loss".into(), found.validation_loss.into());
         metrics.insert("full_valid_mean_token_accuracy".into(), found.validation_accuracy.into());
+        metrics.insert("full_valid_mean_reward".into(), found.reward().into());
     }
+    metrics.retain(|_, value| !value.is_null());
     json!({
         "object": "fine_tuning.job.checkpoint",
         "id": format!("ftckpt-{}-{at}", job.id.trim_start_matches("ftjob-")),
@@ -566,6 +637,10 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
         }),
         found => found.clone(),
     };
+    let mut of_method = json!({"hyperparameters": hyperparameters});
+    if method == MethodKind::Reinforcement {
+        of_method["grader"] = spec["grpo"]["grader"].clone();
+    }
     let result_files: Vec<String> =
         succeeded.then(|| app.jobs.result_file(&job.id)).into_iter().collect();
     Ok(json!({
@@ -584,7 +659,7 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
             other => other.name(),
         },
         "hyperparameters": hyperparameters,
-        "method": {"type": method.name(), method.name(): {"hyperparameters": hyperparameters}},
+        "method": {"type": method.name(), method.name(): of_method},
         "training_file": or("training_file", &spec["data"]["train"]),
         "validation_file": or("validation_file", &spec["data"]["validation"]),
         "result_files": result_files,
@@ -612,15 +687,32 @@ mod tests {
     fn hyperparameters_stand_in_either_place() {
         let inside = r#"{"method": {"type": "supervised", "supervised": {"hyperparameters":
             {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 0.5}}}}"#;
-        assert_eq!(method(inside).unwrap().decided(1000), (2, 4, 0.5));
-        assert_eq!(
-            method(r#"{"hyperparameters": {"n_epochs": 4}}"#).unwrap().decided(20),
-            (4, 1, 1.0)
-        );
+        let decided =
+            |body: &str, examples| method(body).unwrap().decided(MethodKind::Supervised, examples);
+        assert_eq!(decided(inside, 1000), (2, 4, 0.5));
+        assert_eq!(decided(r#"{"hyperparameters": {"n_epochs": 4}}"#, 20), (4, 1, 1.0));
         // Few examples are seen more often.
-        assert_eq!(method("{}").unwrap().decided(20), (5, 1, 1.0));
-        assert_eq!(method("{}").unwrap().decided(10_000), (3, 8, 1.0));
-        assert_eq!(method("{}").unwrap().decided(0), (25, 1, 1.0));
+        assert_eq!(decided("{}", 20), (5, 1, 1.0));
+        assert_eq!(decided("{}", 10_000), (3, 8, 1.0));
+        assert_eq!(decided("{}", 0), (25, 1, 1.0));
+    }
+
+    #[test]
+    fn reinforcement_has_a_grader() {
+        let body = r#"{"method": {"type": "reinforcement", "reinforcement": {
+            "grader": {"type": "length", "name": "l", "max": 9},
+            "hyperparameters": {"compute_multiplier": 2, "eval_interval": "auto",
+                "eval_samples": 3, "reasoning_effort": "default"}}}}"#;
+        let mut fields = Fields::parse(body.as_bytes()).unwrap();
+        let taken = take_method(&mut fields).unwrap();
+        assert_eq!((taken.kind, taken.grader.unwrap().name()), (MethodKind::Reinforcement, "l"));
+        let found = taken.hyperparameters;
+        assert_eq!(
+            (found.compute_multiplier, found.eval_interval, found.eval_samples),
+            (Some(2.0), None, Some(3))
+        );
+        assert_eq!(found.decided(MethodKind::Reinforcement, 100), (8, 8, 10.0));
+        assert_eq!(found.decided(MethodKind::Reinforcement, 10_000), (1, 8, 10.0));
     }
 
     #[test]
@@ -634,7 +726,33 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         for (body, param) in [
-            (r#"{"method": {"type": "reinforcement"}}"#, "method.type"),
+            (r#"{"method": {"type": "reinforcement"}}"#, "method.reinforcement"),
+            (
+                r#"{"method": {"type": "reinforcement", "reinforcement": {}}}"#,
+                "method.reinforcement.grader",
+            ),
+            (
+                r#"{"method": {"type": "reinforcement", "reinforcement": {"grader":
+                    {"type": "python", "name": "p", "source": "x"}}}}"#,
+                "method.reinforcement.grader.type",
+            ),
+            (
+                r#"{"method": {"type": "reinforcement", "reinforcement": {"grader":
+                    {"type": "length", "name": "l", "max": 9}, "hyperparameters": {"beta": 1}}}}"#,
+                "method.reinforcement.hyperparameters.beta",
+            ),
+            (
+                r#"{"method": {"type": "reinforcement", "reinforcement": {"grader":
+                    {"type": "length", "name": "l", "max": 9},
+                    "hyperparameters": {"reasoning_effort": "high"}}}}"#,
+                "method.reinforcement.hyperparameters.reasoning_effort",
+            ),
+            (
+                r#"{"method": {"type": "reinforcement", "reinforcement": {"grader":
+                    {"type": "length", "name": "l", "max": 9},
+                    "response_format": {"type": "json_schema"}}}}"#,
+                "method.reinforcement.response_format",
+            ),
             (
                 r#"{"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}"#,
                 "method.dpo.hyperparameters.beta",

@@ -244,10 +244,15 @@ fn show(jobs: &Jobs, job: &StoredJob) -> Result<Value, ApiError> {
     let mut shown =
         progress.step.map_or(Ok(json!({})), serde_json::to_value).map_err(ApiError::internal)?;
     if let Some(found) = progress.validation {
-        shown["validation_loss"] = found.validation_loss.into();
-        shown["validation_accuracy"] = found.validation_accuracy.into();
-        if let Some(bits) = found.bits_per_byte {
-            shown["bits_per_byte"] = bits.into();
+        for (name, value) in [
+            ("validation_loss", found.validation_loss),
+            ("validation_accuracy", found.validation_accuracy),
+            ("validation_reward", found.reward()),
+            ("bits_per_byte", found.bits_per_byte),
+        ] {
+            if let Some(value) = value {
+                shown[name] = value.into();
+            }
         }
     }
     if job.status != JobStatus::Running

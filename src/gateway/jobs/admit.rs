@@ -38,10 +38,22 @@ pub struct NewJob {
 struct Params {
     train: &'static str,
     validation: &'static str,
+    grader: &'static str,
 }
 
-const OPENAI: Params = Params { train: "training_file", validation: "validation_file" };
-const ADMIN: Params = Params { train: "data.train", validation: "data.validation" };
+const OPENAI: Params = Params {
+    train: "training_file",
+    validation: "validation_file",
+    grader: "method.reinforcement.grader",
+};
+const ADMIN: Params =
+    Params { train: "data.train", validation: "data.validation", grader: "grpo.grader" };
+
+impl NewJob {
+    fn params(&self) -> &'static Params {
+        if self.request.is_some() { &OPENAI } else { &ADMIN }
+    }
+}
 
 impl Jobs {
     /// Takes a job: it is validated, then queued.
@@ -66,7 +78,7 @@ impl Jobs {
                 Some(name) => Some(jobs.registry.trainable(name).await?.path),
                 None => None,
             };
-            jobs.check_policy(&new.spec).await?;
+            jobs.check_policy(&new).await?;
             let admit = move || jobs.admit(new, base, init, tokenizer);
             tokio::task::spawn_blocking(admit).await.map_err(ApiError::internal)?
         });
@@ -76,20 +88,21 @@ impl Jobs {
     }
 
     /// Models that are asked while a policy is trained are there now.
-    async fn check_policy(&self, spec: &Spec) -> Result<(), ApiError> {
-        let Some(block) = &spec.grpo else { return Ok(()) };
-        if let Some(model) = &spec.model {
+    async fn check_policy(&self, new: &NewJob) -> Result<(), ApiError> {
+        let Some(block) = &new.spec.grpo else { return Ok(()) };
+        let param = new.params().grader;
+        if let Some(model) = &new.spec.model {
             // What it is trained from has to answer, too.
             self.registry.find(model).await?;
         }
         for (model, scores) in block.grader.models() {
             let found = self.registry.find(model).await;
-            let found = found.map_err(|error| error.with_param("grpo.grader"))?;
+            let found = found.map_err(|error| error.with_param(param))?;
             let is = found.adapter.is_some_and(|adapter| adapter.is_reward_model());
             if is != scores {
                 let what = if scores { "is no reward model" } else { "is a reward model" };
-                let message = format!("grpo.grader: `{model}` {what}.");
-                return Err(ApiError::invalid("grpo.grader", message));
+                let message = format!("{param}: `{model}` {what}.");
+                return Err(ApiError::invalid(param, message));
             }
         }
         Ok(())
@@ -102,13 +115,13 @@ impl Jobs {
         init: Option<Trainable>,
         tokenizer: Option<PathBuf>,
     ) -> Result<StoredJob, ApiError> {
+        let params = new.params();
         let NewJob { mut spec, owner, admin, request } = new;
         let waiting = self.store().jobs_in(JobStatus::Queued).map_err(ApiError::internal)?.len();
         if waiting >= MAX_WAITING {
             let message = format!("{waiting} jobs wait already; try again when some have run.");
             return Err(ApiError::too_many(message, RETRY_AFTER, "queue_full"));
         }
-        let params = if request.is_some() { OPENAI } else { ADMIN };
         let settings = spec.resolve().map_err(|why| invalid(&why))?;
         let file = |id: &str, param: &str| self.training_file(id, param, &owner, admin);
         let train = file(&spec.data.train, params.train)?;

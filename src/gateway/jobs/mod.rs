@@ -158,7 +158,8 @@ impl Jobs {
     fn running(&self) -> Vec<JobSample> {
         let sample = |(id, live): (&String, &Arc<Live>)| {
             let Progress { step, validation } = lock(&live.progress).clone();
-            let validation_loss = validation.map(|found| found.validation_loss);
+            let validation_loss = validation.as_ref().and_then(|found| found.validation_loss);
+            let validation_reward = validation.as_ref().and_then(Validation::reward);
             let names = JobSample { id: id.clone(), kind: live.kind.clone(), ..Default::default() };
             step.map_or(names.clone(), |step| JobSample {
                 step: step.step,
@@ -168,6 +169,8 @@ impl Jobs {
                 epoch: step.epoch,
                 loss: step.loss,
                 validation_loss,
+                reward: step.reward(),
+                validation_reward,
                 learning_rate: step.learning_rate,
                 grad_norm: step.grad_norm,
                 tokens_per_second: step.tokens_per_second,

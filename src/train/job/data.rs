@@ -18,7 +18,7 @@ use std::sync::Arc;
 pub(super) enum Data {
     Examples { train: Prepared, validation: Option<Prepared> },
     Pairs { train: PreparedPairs, validation: Option<PreparedPairs> },
-    Prompts(PreparedPrompts),
+    Prompts { train: PreparedPrompts, validation: Option<PreparedPrompts> },
     Text { train: Stream, validation: Option<Stream> },
 }
 
@@ -61,8 +61,9 @@ pub(super) fn read(
             let answer = order.spec.grpo.as_ref().map_or(0, |block| block.max_tokens);
             let most = settings.max_length.saturating_sub(answer);
             let each = |path: &Path, cache: &Path| prepare_prompts(path, &encoder, most, cache);
-            let (train, _) = both(folder, order, each)?;
-            (Data::Prompts(train.0), train.1, None)
+            let (train, validation) = both(folder, order, each)?;
+            let (validation, report) = validation.unzip();
+            (Data::Prompts { train: train.0, validation }, train.1, report)
         }
         None => {
             let each =

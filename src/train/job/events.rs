@@ -67,8 +67,9 @@ pub struct Step {
     pub epoch: f64,
     /// Nats a trained token.
     pub loss: f64,
-    /// The share of trained tokens that are the most likely ones.
-    pub accuracy: f64,
+    /// The share of trained tokens that are the most likely ones; nothing of policies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
     pub learning_rate: f64,
     pub grad_norm: f64,
     /// So far, context included.
@@ -82,18 +83,38 @@ pub struct Step {
     pub metrics: Metrics,
 }
 
-/// The loss on data that are not trained on.
+/// What data that are not trained on say.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Validation {
     pub step: u64,
-    pub validation_loss: f64,
-    pub validation_accuracy: f64,
+    /// Nothing of policies, whose rewards are among the metrics; as is the accuracy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_loss: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_accuracy: Option<f64>,
     /// What a byte of the text costs (pretraining).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,
     /// What the kind of job measures besides.
     #[serde(default, skip_serializing_if = "Metrics::is_empty")]
     pub metrics: Metrics,
+}
+
+/// What a policy's answers were worth, in the mean: a name among the metrics.
+pub const REWARD: &str = "reward_mean";
+
+impl Step {
+    /// Of policies.
+    pub fn reward(&self) -> Option<f64> {
+        self.metrics.get(REWARD).copied()
+    }
+}
+
+impl Validation {
+    /// Of policies.
+    pub fn reward(&self) -> Option<f64> {
+        self.metrics.get(REWARD).copied()
+    }
 }
 
 impl JobEvent {

@@ -109,7 +109,8 @@ fn files(to: &Path, folder: &str, kind: ArtifactKind) -> io::Result<Vec<(Artifac
     Ok(names.into_iter().map(|name| (kind, name)).collect())
 }
 
-/// OpenAI's result file.
+/// OpenAI's result file, and what else was measured: of each step, and (`valid_…`) of policies' held-out
+/// prompts.
 fn results(entries: &[Entry]) -> String {
     let mut text = String::from("step,train_loss,train_accuracy,valid_loss,valid_accuracy");
     let first = entries.iter().find_map(|entry| match &entry.event {
@@ -117,23 +118,28 @@ fn results(entries: &[Entry]) -> String {
         _ => None,
     });
     let names: Vec<&String> = first.into_iter().flat_map(|metrics| metrics.keys()).collect();
+    let first = entries.iter().find_map(|entry| match &entry.event {
+        JobEvent::Validation(found) if found.validation_loss.is_none() => Some(&found.metrics),
+        _ => None,
+    });
+    let held_out: Vec<&String> = first.into_iter().flat_map(|metrics| metrics.keys()).collect();
     names.iter().for_each(|name| text += &format!(",{name}"));
+    held_out.iter().for_each(|name| text += &format!(",valid_{name}"));
     text.push('\n');
+    let cell = |value: Option<f64>| value.map_or(",".into(), |value| format!(",{value:.6}"));
     let mut steps = entries.iter().peekable();
     while let Some(entry) = steps.next() {
         let JobEvent::Step(step) = &entry.event else { continue };
-        text += &format!("{},{:.6},{:.6},", step.step, step.loss, step.accuracy);
+        text += &format!("{}{}{}", step.step, cell(Some(step.loss)), cell(step.accuracy));
         let found = steps.peek().and_then(|next| match &next.event {
             JobEvent::Validation(found) if found.step == step.step => Some(found),
             _ => None,
         });
-        if let Some(found) = found {
-            text += &format!("{:.6},{:.6}", found.validation_loss, found.validation_accuracy);
-        } else {
-            text.push(',');
-        }
-        for &name in &names {
-            text += &step.metrics.get(name).map_or(",".into(), |value| format!(",{value:.6}"));
+        text += &cell(found.and_then(|found| found.validation_loss));
+        text += &cell(found.and_then(|found| found.validation_accuracy));
+        names.iter().for_each(|&name| text += &cell(step.metrics.get(name).copied()));
+        for &name in &held_out {
+            text += &cell(found.and_then(|found| found.metrics.get(name).copied()));
         }
         text.push('\n');
     }

@@ -1,4 +1,4 @@
-//! Curves of a job as SVG: losses above, the learning rate below.
+//! Curves of a job as SVG: losses (of policies: rewards) above, the learning rate below.
 
 use super::{Entry, JobEvent};
 use plotters::prelude::*;
@@ -27,15 +27,24 @@ pub fn plot(entries: &[Entry], title: &str) -> Result<String, String> {
 
 fn draw(svg: &mut String, entries: &[Entry], title: &str) -> Result<(), Box<dyn Error>> {
     let steps = entries.iter().filter_map(|entry| match &entry.event {
-        JobEvent::Step(step) => Some((step.step as f64, step.loss, step.learning_rate)),
+        JobEvent::Step(step) => {
+            let shown = step.reward().unwrap_or(step.loss);
+            Some((step.step as f64, shown, step.learning_rate))
+        }
         _ => None,
     });
+    let is_policy = entries
+        .iter()
+        .any(|entry| matches!(&entry.event, JobEvent::Step(step) if step.reward().is_some()));
+    let what = if is_policy { "reward" } else { "loss (nats)" };
     let (losses, rates): (Curve, Curve) =
         steps.map(|(step, loss, rate)| ((step, loss), (step, rate))).unzip();
     let validation: Curve = entries
         .iter()
         .filter_map(|entry| match &entry.event {
-            JobEvent::Validation(found) => Some((found.step as f64, found.validation_loss)),
+            JobEvent::Validation(found) => {
+                Some((found.step as f64, found.validation_loss.or_else(|| found.reward())?))
+            }
             _ => None,
         })
         .collect();
@@ -50,7 +59,7 @@ fn draw(svg: &mut String, entries: &[Entry], title: &str) -> Result<(), Box<dyn 
         .x_label_area_size(32)
         .y_label_area_size(64)
         .build_cartesian_2d(0.0..last, range(losses.iter().chain(&validation)))?;
-    chart.configure_mesh().y_desc("loss (nats)").light_line_style(WHITE).draw()?;
+    chart.configure_mesh().y_desc(what).light_line_style(WHITE).draw()?;
     let faint = BLUE.mix(0.25);
     chart.draw_series(LineSeries::new(thinned(&losses), &faint))?;
     chart
@@ -95,7 +104,9 @@ fn range<'a>(points: impl Iterator<Item = &'a (f64, f64)>) -> std::ops::Range<f6
         return 0.0..1.0;
     }
     let room = 0.05 * (most - least).max(1e-9 + 1e-3 * most.abs());
-    (least - room).max(0.0)..most + room
+    // What is never below 0 has no axis below it.
+    let floor = if least >= 0.0 { 0.0 } else { f64::NEG_INFINITY };
+    (least - room).max(floor)..most + room
 }
 
 /// A running mean, as wide as a fiftieth of the curve.

@@ -198,7 +198,7 @@ fn work(
             };
             run.run(stop, tell)
         }
-        Data::Prompts(train) => {
+        Data::Prompts { train, validation } => {
             let Some(block) = &spec.grpo else {
                 return Err(failed("invalid_spec", None, "grpo: the block is missing"));
             };
@@ -217,6 +217,7 @@ fn work(
                 settings,
                 block,
                 train,
+                validation: validation.as_ref(),
                 checkpoints,
                 shuffle,
                 seed: spec.seed,

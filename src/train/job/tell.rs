@@ -1,5 +1,6 @@
 //! What a run does, written down.
 
+use super::events::REWARD;
 use super::make::facts;
 use super::run::Ended;
 use super::{EventLog, Folder, JobEvent, Level, Order, Step, Validation};
@@ -39,8 +40,12 @@ impl Teller<'_> {
                 let bits = found.bits_per_byte;
                 let bits =
                     bits.map_or_else(String::new, |bits| format!(", {bits:.3} bits per byte"));
-                let message =
-                    format!("Step {}: validation loss={:.4}{bits}", found.step, found.loss);
+                let what = match (found.loss, found.metrics.get(REWARD)) {
+                    (Some(loss), _) => format!("loss={loss:.4}"),
+                    (None, Some(reward)) => format!("reward={reward:.4}"),
+                    (None, None) => "without a reward".into(),
+                };
+                let message = format!("Step {}: validation {what}{bits}", found.step);
                 let found = Validation {
                     step: found.step,
                     validation_loss: found.loss,
@@ -82,8 +87,12 @@ impl Teller<'_> {
             return Ok(());
         }
         let left = (step.total_steps - step.step) as f64;
-        let message =
-            format!("Step {}/{}: training loss={:.4}", step.step, step.total_steps, step.loss);
+        let reward = step.metrics.get(REWARD);
+        let reward = reward.map_or_else(String::new, |reward| format!("reward={reward:.4}, "));
+        let message = format!(
+            "Step {}/{}: {reward}training loss={:.4}",
+            step.step, step.total_steps, step.loss
+        );
         let step = Step {
             step: step.step,
             total_steps: step.total_steps,

@@ -134,7 +134,7 @@ fn an_adapter_is_trained_further() {
         let last = |job: &Folder| {
             let entries = Follower::new(job.events(), 0).read().unwrap();
             let losses = entries.iter().filter_map(|entry| match &entry.event {
-                JobEvent::Validation(found) => Some(found.validation_loss),
+                JobEvent::Validation(found) => found.validation_loss,
                 _ => None,
             });
             losses.collect::<Vec<_>>()

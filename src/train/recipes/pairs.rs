@@ -242,7 +242,7 @@ impl Row {
             };
             let [better, worse] = scores;
             sums.loss += found.loss;
-            sums.correct += f64::from(better > worse);
+            *sums.correct.get_or_insert_default() += f64::from(better > worse);
             sums.measure("reward_chosen", better);
             sums.measure("reward_rejected", worse);
             sums.measure("reward_margin", better - worse);

@@ -107,7 +107,7 @@ fn run(folder: &Path, objective: Objective, settings: &Resolved, stops: &[u64]) 
                 stop.store(progress.step == stop_at, Ordering::Relaxed);
                 steps.push(progress);
             }
-            Event::Evaluated(found) => accuracy = Some(found.accuracy),
+            Event::Evaluated(found) => accuracy = found.accuracy,
             _ => {}
         });
         if let Outcome::Done { tokens } = outcome.unwrap() {

@@ -1,11 +1,11 @@
 //! Policy gradient: answers are sampled from what is served, graded, and made more or less likely
 //! (GRPO; Shao et al. 2024, arXiv:2402.03300; Yu et al. 2025, DAPO, arXiv:2503.14476).
 
-use super::run::{Each, Event, Extent, Outcome, Part, Run, Source, Sums, TrainError};
+use super::run::{Event, Extent, Metrics, Outcome, Part, Run, Source, Sums, TrainError};
 use crate::grade::{Context, Grader};
 use crate::train::actor::{Actor, ActorError, Rollout, Rollouts};
 use crate::train::checkpoint::Checkpoints;
-use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
+use crate::train::data::{Cursor, Encoded, EncodedPrompt, Order, PreparedPrompts, pack};
 use crate::train::loss::{Completion, Grpo, PolicyLoss, advantages};
 use crate::train::model::{Batch, Gradients, Model, Outputs, Pass, Slopes, Wanted};
 use crate::train::spec::{self, Resolved};
@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often an engine that fails is asked again, and how long it is waited for, at most, in between.
 const TRIES: u32 = 30;
@@ -29,6 +29,8 @@ pub struct Policy<'a> {
     pub settings: &'a Resolved,
     pub block: &'a spec::Grpo,
     pub train: &'a PreparedPrompts,
+    /// Prompts that are only answered and graded.
+    pub validation: Option<&'a PreparedPrompts>,
     pub checkpoints: &'a Checkpoints,
     /// `None` keeps the file's order.
     pub shuffle: Option<u64>,
@@ -39,6 +41,22 @@ pub struct Policy<'a> {
     pub export: &'a dyn Fn(&Path) -> Result<(), TrainError>,
     /// Where to: in memory, best of all.
     pub adapter: &'a Path,
+}
+
+/// Sums by name, and what they are divided by.
+type Measured = BTreeMap<String, (f64, f64)>;
+
+fn measure(measured: &mut Measured, name: &str, value: f64) {
+    let found = measured.entry(name.to_owned()).or_default();
+    *found = (found.0 + value, found.1 + 1.0);
+}
+
+/// Answers to one prompt.
+struct Group {
+    prompt: Vec<u32>,
+    answers: Vec<Rollout>,
+    /// (answers) NaN where there is none.
+    rewards: Vec<f64>,
 }
 
 /// One answer, graded.
@@ -64,7 +82,7 @@ struct Held {
     silent_answers: f64,
     /// Updates that they are still good for.
     updates: u64,
-    measured: BTreeMap<String, (f64, f64)>,
+    measured: Measured,
 }
 
 impl Policy<'_> {
@@ -85,44 +103,85 @@ impl Policy<'_> {
         run.run(&mut Steps { run: self, order, began, held }, stop, &mut event)
     }
 
-    /// Samples and grades answers to some prompts.
+    /// Answers to train on.
     fn sample(&self, prompts: &[usize], cursor: &Cursor) -> Result<Held, TrainError> {
-        let block = self.block;
-        let prompts: Vec<_> =
-            prompts.iter().map(|&number| self.train.get(number)).collect::<Result<_, _>>()?;
         let first = (cursor.epoch << 32) + cursor.taken;
-        let asked = Rollouts {
-            prompts: prompts.iter().map(|prompt| prompt.tokens.clone()).collect(),
-            seeds: (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect(),
-            answers: block.group as u32,
-            max_tokens: block.max_tokens as u32,
-            temperature: block.temperature as f32,
-        };
+        let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
+        let mut held = Held { updates: self.block.updates as u64, ..Held::default() };
         (self.export)(self.adapter)?;
-        let groups = self.patiently(|actor| {
-            actor.adopt(self.adapter)?;
-            actor.sample(&asked)
-        })?;
-        let samples: Vec<(&serde_json::Value, &Rollout)> = prompts
-            .iter()
-            .zip(&groups)
-            .flat_map(|(prompt, group)| group.iter().map(|answer| (&prompt.item, answer)))
-            .collect();
-        let mut held = Held { updates: block.updates as u64, ..Held::default() };
-        let rewards = self.grade(&block.grader, &samples, &mut held)?;
-        let mut rewards = rewards.chunks(block.group);
-        for (prompt, group) in prompts.iter().zip(groups) {
-            let rewards = rewards.next().unwrap_or_default();
-            held.take_group(prompt.tokens.clone(), group, rewards, block);
+        let answers = self.block.group;
+        for group in self.groups(self.train, prompts, seeds, answers, &mut held.measured)? {
+            held.take_group(group, self.block);
         }
         Ok(held)
     }
 
+    /// What the answers to held-out prompts are worth: always by the same draws.
+    fn examine(&self) -> Result<Option<Metrics>, TrainError> {
+        let Some(held_out) = self.validation else { return Ok(None) };
+        let mut measured = Measured::new();
+        (self.export)(self.adapter)?;
+        let all: Vec<usize> = (0..held_out.len()).collect();
+        for prompts in all.chunks(self.settings.batch_size) {
+            let seeds = prompts.iter().map(|&number| mixed(!self.seed, number as u64)).collect();
+            self.groups(held_out, prompts, seeds, self.block.eval_samples, &mut measured)?;
+        }
+        let mean = |(name, (sum, count)): (String, (f64, f64))| (name, sum / count);
+        Ok(Some(measured.into_iter().map(mean).collect()))
+    }
+
+    /// Samples answers to some prompts by the adapter that was exported last, and grades them.
+    fn groups(
+        &self,
+        from: &PreparedPrompts,
+        prompts: &[usize],
+        seeds: Vec<u64>,
+        answers: usize,
+        measured: &mut Measured,
+    ) -> Result<Vec<Group>, TrainError> {
+        let block = self.block;
+        let prompts: Vec<_> =
+            prompts.iter().map(|&number| from.get(number)).collect::<Result<_, _>>()?;
+        let asked = Rollouts {
+            prompts: prompts.iter().map(|prompt| prompt.tokens.clone()).collect(),
+            seeds,
+            answers: answers as u32,
+            max_tokens: block.max_tokens as u32,
+            temperature: block.temperature as f32,
+        };
+        let started = Instant::now();
+        // An engine that was started again has lost the adapter.
+        let sampled = self.patiently(|actor| {
+            actor.adopt(self.adapter)?;
+            actor.sample(&asked)
+        })?;
+        measure(measured, "rollout_seconds", started.elapsed().as_secs_f64());
+        let samples: Vec<(&serde_json::Value, &Rollout)> = prompts
+            .iter()
+            .zip(&sampled)
+            .flat_map(|(prompt, group)| group.iter().map(|answer| (&prompt.item, answer)))
+            .collect();
+        for (_, answer) in &samples {
+            measure(measured, "answer_tokens", answer.tokens.len() as f64);
+            measure(measured, "answers_ended", f64::from(u8::from(answer.ended)));
+        }
+        let started = Instant::now();
+        let rewards = self.grade(&block.grader, &samples, measured)?;
+        measure(measured, "grade_seconds", started.elapsed().as_secs_f64());
+        let mut left = rewards.into_iter();
+        let group = |(prompt, answers): (&EncodedPrompt, Vec<Rollout>)| {
+            let rewards = left.by_ref().take(answers.len()).collect();
+            Group { prompt: prompt.tokens.clone(), answers, rewards }
+        };
+        Ok(prompts.iter().zip(sampled).map(group).collect())
+    }
+
+    /// (samples) what each is worth; NaN if nobody could say.
     fn grade(
         &self,
         grader: &Grader,
         samples: &[(&serde_json::Value, &Rollout)],
-        held: &mut Held,
+        measured: &mut Measured,
     ) -> Result<Vec<f64>, TrainError> {
         let contexts: Vec<Context> =
             samples.iter().map(|(item, answer)| Context::new(item, &answer.text)).collect();
@@ -135,7 +194,7 @@ impl Policy<'_> {
             let (own, others) = left.split_at(questions.len().min(left.len()));
             left = others;
             let graded = grader.grade(context, own);
-            held.measure("grader_errors", f64::from(u8::from(graded.errors.any())));
+            measure(measured, "grader_errors", f64::from(u8::from(graded.errors.any())));
             // A judge's failure says nothing of the answer.
             let errors = &graded.errors;
             let lost = errors.model_grader_server_error
@@ -145,9 +204,9 @@ impl Policy<'_> {
                 rewards.push(f64::NAN);
                 continue;
             }
-            held.measure("reward_mean", graded.reward);
+            measure(measured, "reward_mean", graded.reward);
             for (name, reward) in &graded.sub_rewards {
-                held.measure(&format!("reward_{name}"), *reward);
+                measure(measured, &format!("reward_{name}"), *reward);
             }
             rewards.push(graded.reward);
         }
@@ -176,26 +235,14 @@ impl Policy<'_> {
 }
 
 impl Held {
-    fn measure(&mut self, name: &str, value: f64) {
-        let found = self.measured.entry(name.to_owned()).or_default();
-        *found = (found.0 + value, found.1 + 1.0);
-    }
-
     /// Takes the answers to one prompt; those from which nothing is to be learned are only counted.
-    fn take_group(
-        &mut self,
-        prompt: Vec<u32>,
-        group: Vec<Rollout>,
-        rewards: &[f64],
-        block: &spec::Grpo,
-    ) {
-        let advantages = advantages(rewards);
+    fn take_group(&mut self, group: Group, block: &spec::Grpo) {
+        let Group { prompt, answers, rewards } = group;
+        let advantages = advantages(&rewards);
         let silent = advantages.iter().all(|advantage| *advantage == 0.0) && block.beta == 0.0;
-        self.measure("reward_std", deviation(rewards));
-        self.measure("silent_groups", f64::from(u8::from(silent)));
-        for (answer, advantage) in group.into_iter().zip(advantages) {
-            self.measure("answer_tokens", answer.tokens.len() as f64);
-            self.measure("answers_ended", f64::from(u8::from(answer.ended)));
+        measure(&mut self.measured, "reward_std", deviation(&rewards));
+        measure(&mut self.measured, "silent_groups", f64::from(u8::from(silent)));
+        for (answer, advantage) in answers.into_iter().zip(advantages) {
             if answer.tokens.is_empty() || (block.mask_overlong && !answer.ended) {
                 continue;
             }
@@ -342,8 +389,8 @@ impl Source for Steps<'_, '_> {
         Ok(rows)
     }
 
-    fn held_out(&self, _: &mut Each<Row>) -> Result<bool, TrainError> {
-        Ok(false)
+    fn examine(&self) -> Result<Option<Metrics>, TrainError> {
+        self.run.examine()
     }
 
     fn save(&self) -> Result<Vec<u8>, TrainError> {

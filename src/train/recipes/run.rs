@@ -76,8 +76,9 @@ pub struct Progress {
     pub epoch: f64,
     /// Nats a trained token; or a pair's.
     pub loss: f64,
-    /// The share of trained tokens that are the most likely ones; or of pairs that are told apart.
-    pub accuracy: f64,
+    /// The share of trained tokens that are the most likely ones; or of pairs that are told apart;
+    /// nothing of policies.
+    pub accuracy: Option<f64>,
     pub learning_rate: f64,
     pub grad_norm: f64,
     /// Tokens so far, whether trained or context.
@@ -88,13 +89,13 @@ pub struct Progress {
     pub metrics: Metrics,
 }
 
-/// The loss on examples that are not trained on.
+/// What examples that are not trained on say.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluated {
     pub step: u64,
-    /// Nats a token.
-    pub loss: f64,
-    pub accuracy: f64,
+    /// Nats a token; nothing of policies, as is the accuracy.
+    pub loss: Option<f64>,
+    pub accuracy: Option<f64>,
     /// What a byte of the text costs, whatever the tokens are (pretraining).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,
@@ -182,7 +183,14 @@ pub(super) trait Source {
     }
 
     /// Gives `each` all that is held out, part by part; `false` if nothing is.
-    fn held_out(&self, each: &mut Each<Self::Part>) -> Result<bool, TrainError>;
+    fn held_out(&self, _each: &mut Each<Self::Part>) -> Result<bool, TrainError> {
+        Ok(false)
+    }
+
+    /// What is measured of all that is held out, where that is no loss.
+    fn examine(&self) -> Result<Option<Metrics>, TrainError> {
+        Ok(None)
+    }
 
     /// Bytes of text that a part's targets stand for, if that is of interest.
     fn bytes(&self, _: &Self::Part) -> Option<u64> {
@@ -250,7 +258,7 @@ impl Run<'_> {
                 total_steps: total,
                 epoch: extent.epochs(&state.cursor),
                 loss: sums.loss / sums.weight,
-                accuracy: sums.correct / sums.weight,
+                accuracy: sums.correct.map(|correct| correct / sums.weight),
                 learning_rate: rate * factor,
                 grad_norm: stepped.grad_norm,
                 tokens: state.tokens,
@@ -315,12 +323,16 @@ impl Run<'_> {
         Ok((sums, gradients.take(self.model.params())?))
     }
 
-    /// The loss over all that is held out.
+    /// The loss over all that is held out, or what else is measured of it.
     pub fn evaluate(
         &self,
         source: &impl Source,
         step: u64,
     ) -> Result<Option<Evaluated>, TrainError> {
+        if let Some(metrics) = source.examine()? {
+            let (loss, accuracy, bits_per_byte) = (None, None, None);
+            return Ok(Some(Evaluated { step, loss, accuracy, bits_per_byte, metrics }));
+        }
         let (mut sums, mut bytes) = (Sums::default(), 0);
         let there = source.held_out(&mut |part| {
             bytes += source.bytes(&part).unwrap_or_default();
@@ -330,7 +342,8 @@ impl Run<'_> {
         if !there {
             return Ok(None);
         }
-        let (loss, accuracy) = (sums.loss / sums.weight, sums.correct / sums.weight);
+        let loss = Some(sums.loss / sums.weight);
+        let accuracy = sums.correct.map(|correct| correct / sums.weight);
         let bits_per_byte = (bytes > 0).then(|| sums.loss / std::f64::consts::LN_2 / bytes as f64);
         Ok(Some(Evaluated { step, loss, accuracy, bits_per_byte, metrics: sums.metrics() }))
     }
@@ -390,7 +403,8 @@ impl Extent {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Sums {
     pub loss: f64,
-    pub correct: f64,
+    /// Of those that can be right.
+    pub correct: Option<f64>,
     /// What the others are divided by in the end.
     pub weight: f64,
     /// Sums by name, and what they are divided by.
@@ -401,12 +415,15 @@ impl Sums {
     fn of(batch: &Batch, losses: &Losses) -> Result<Self, TrainError> {
         let loss = losses.sum.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
         let weight = batch.weights.iter().map(|weight| f64::from(*weight)).sum();
-        Ok(Self { loss, correct: losses.correct, weight, ..Self::default() })
+        Ok(Self { loss, correct: Some(losses.correct), weight, ..Self::default() })
     }
 
     pub fn add(&mut self, other: Self) {
         self.loss += other.loss;
-        self.correct += other.correct;
+        self.correct = match (self.correct, other.correct) {
+            (Some(one), Some(more)) => Some(one + more),
+            (one, more) => one.or(more),
+        };
         self.weight += other.weight;
         for (name, (sum, count)) in other.measured {
             self.measure_all(name, sum, count);

@@ -36,6 +36,9 @@ pub struct Grpo {
     pub correction: Correction,
     #[serde(default = "cap")]
     pub cap: f64,
+    /// Answers to each held-out prompt.
+    #[serde(default = "eval_samples")]
+    pub eval_samples: usize,
 }
 
 fn group() -> usize {
@@ -62,8 +65,30 @@ fn correction() -> Correction {
 fn cap() -> f64 {
     loss::Grpo::default().cap
 }
+fn eval_samples() -> usize {
+    1
+}
 
 impl Grpo {
+    /// The usual, with a grader.
+    pub fn with(grader: Grader) -> Self {
+        Self {
+            grader,
+            group: group(),
+            max_tokens: max_tokens(),
+            temperature: one(),
+            updates: updates(),
+            mask_overlong: false,
+            beta: 0.0,
+            epsilon: epsilon(),
+            epsilon_high: None,
+            loss: loss(),
+            correction: correction(),
+            cap: cap(),
+            eval_samples: eval_samples(),
+        }
+    }
+
     /// The loss of its answers.
     pub fn objective(&self) -> loss::Grpo {
         loss::Grpo {
@@ -83,6 +108,7 @@ impl Grpo {
         within("grpo.max_tokens", self.max_tokens as f64, 1.0, max_length as f64 - 1.0)?;
         within("grpo.temperature", self.temperature, 0.01, 10.0)?;
         within("grpo.updates", self.updates as f64, 1.0, 64.0)?;
+        within("grpo.eval_samples", self.eval_samples as f64, 1.0, 256.0)?;
         within("grpo.beta", self.beta, 0.0, 100.0)?;
         within("grpo.epsilon", self.epsilon, f64::MIN_POSITIVE, 100.0)?;
         within("grpo.epsilon_high", self.epsilon_high.unwrap_or(1.0), f64::MIN_POSITIVE, 100.0)?;
