@@ -112,6 +112,8 @@ pub struct LimitConfig {
     pub request_timeout: Duration,
     /// Bytes of a request's body.
     pub body_limit: usize,
+    /// Whether control tokens that are spelled in users' and tools' messages are control tokens.
+    pub parse_control_tokens: bool,
 }
 
 /// Of memory, available while a job runs: with less the system is about to kill somebody.
@@ -236,6 +238,7 @@ impl ServeOptions {
         let limits = LimitConfig {
             request_timeout: time("request-timeout", self.request_timeout, 600)?,
             body_limit: self.resolve_body_limit()?,
+            parse_control_tokens: self.parse_control_tokens.unwrap_or(false),
         };
         let jobs = JobConfig {
             max_running: self.max_running_jobs.map_or(1, NonZeroU32::get),

@@ -126,6 +126,17 @@ pub struct ServeOptions {
     #[arg(long, value_name = "SIZE", env = "INGOT_BODY_LIMIT", help_heading = "Keys and limits")]
     pub body_limit: Option<ByteSize>,
 
+    /// Control tokens that are spelled in users' and tools' messages act as control tokens, not as text:
+    /// whoever supplies such a text can then forge turns [default: false]
+    #[arg(
+        long,
+        value_name = "BOOL",
+        env = "INGOT_PARSE_CONTROL_TOKENS",
+        value_parser = BoolishValueParser::new(),
+        help_heading = "Keys and limits"
+    )]
+    pub parse_control_tokens: Option<bool>,
+
     /// Requests that may wait in an engine; one more gets a 429 [default: 256]
     #[arg(long, value_name = "N", env = "INGOT_QUEUE_LIMIT", help_heading = "Keys and limits")]
     pub queue_limit: Option<NonZeroU32>,
@@ -272,8 +283,8 @@ impl ServeOptions {
         first_set!(self, other;
             options: config, data_dir, host, port, max_connections, header_timeout, body_timeout,
                 slow_client_timeout, grace_time, api_key_file, admin_key, rate_limit,
-                max_concurrent_per_key, share_prefixes, request_timeout, body_limit, queue_limit,
-                context_length, kv_tokens, kv_type, kv_layout, max_sequences, batch_tokens,
+                max_concurrent_per_key, share_prefixes, request_timeout, body_limit,
+                parse_control_tokens, queue_limit, context_length, kv_tokens, kv_type, kv_layout, max_sequences, batch_tokens,
                 threads, gpu_layers, runner, flash_attention, mmap, target_step_ms, speculate,
                 draft_model, watchdog, max_loaded_models, memory_budget, max_running_jobs, job_memory_reserve, mock_step_us, log_format, log_level, log_prompts;
             lists: models, allowed_host, api_key, adapter,

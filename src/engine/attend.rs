@@ -6,11 +6,11 @@ use super::runner::RunnerError;
 use super::sequence::{Admissible, RequestFacts, Sequence};
 use super::speculate::MAX_DRAFTED;
 use super::step::{Pooling, StepLoop};
-use crate::ipc::{AdapterId, EngineError, EngineErrorKind, Reply, RequestId, Token};
+use crate::ipc::{AdapterId, EngineError, EngineErrorKind, FinishReason, Reply, RequestId, Token};
 use crossbeam_channel::RecvTimeoutError;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long to sleep when there is nothing at all to do.
 const IDLE: Duration = Duration::from_secs(1);
@@ -22,7 +22,7 @@ const MAX_EARLY_CANCELS: usize = 4096;
 impl StepLoop {
     /// Does what it is told; sleeps first if there is nothing to do. False to leave.
     pub(super) fn take_orders(&mut self, idle: bool) -> bool {
-        if idle {
+        if idle && self.early.is_empty() {
             let patience = if self.scheduler.is_empty() { IDLE } else { BLOCKED };
             match self.orders.recv_timeout(patience) {
                 Ok(order) => {
@@ -34,7 +34,7 @@ impl StepLoop {
                 Err(RecvTimeoutError::Disconnected) => return false,
             }
         }
-        while let Ok(order) = self.orders.try_recv() {
+        while let Some(order) = self.early.pop_front().or_else(|| self.orders.try_recv().ok()) {
             if !self.obey(order) {
                 return false;
             }
@@ -52,6 +52,11 @@ impl StepLoop {
                 }
             }
             Order::Cancel(request) => self.cancel(request),
+            Order::Finish(key) => {
+                if self.scheduler.sequence_mut(key).is_some() {
+                    self.finish(key, FinishReason::Stop);
+                }
+            }
             Order::Pause(request, paused) => {
                 let mine = |sequence: &&mut Sequence| sequence.key.request == request;
                 self.scheduler.sequences_mut().filter(mine).for_each(|s| s.paused = paused);
@@ -131,7 +136,8 @@ impl StepLoop {
     fn remove_retired_adapters(&mut self) {
         let mut at = 0;
         while let Some(&adapter) = self.retiring.get(at) {
-            if self.scheduler.uses_adapter(adapter) {
+            let pools = self.poolings.iter().any(|pooling| pooling.adapter == Some(adapter));
+            if pools || self.scheduler.uses_adapter(adapter) {
                 at += 1;
                 continue;
             }
@@ -157,6 +163,7 @@ impl StepLoop {
             call,
             tokens: inputs.iter().map(Vec::len).sum::<usize>() as u32,
             inputs: VecDeque::from(inputs),
+            done: 0,
             adapter: scored_by,
             head,
             vectors: Vec::new(),
@@ -164,12 +171,24 @@ impl StepLoop {
         });
     }
 
-    /// Embeds or scores one input. False when there is none.
-    pub(super) fn pool_one(&mut self) -> bool {
+    /// Computes the next rows of an input that is embedded or scored: as many as take a step's time
+    /// while others decode. False when there is none.
+    pub(super) fn pool_chunk(&mut self) -> bool {
         let Some(pooling) = self.poolings.front_mut() else { return false };
-        let result = match pooling.inputs.pop_front() {
-            Some(tokens) => {
-                self.runner.pooled(&tokens, pooling.adapter).and_then(|row| pooling.take(row))
+        let result = match pooling.inputs.front() {
+            Some(input) => {
+                let left = input.len() - pooling.done;
+                let rows = match self.runner.pools_in_chunks() {
+                    true => left.min(self.scheduler.pooling_rows()),
+                    false => left,
+                };
+                self.outbox.expect(self.scheduler.expected_pooling(rows));
+                let started = Instant::now();
+                let range = pooling.done..pooling.done + rows;
+                let row = self.runner.pool(input, range, pooling.adapter);
+                self.scheduler.observe_pooling(rows, started.elapsed());
+                pooling.done += rows;
+                row.and_then(|row| row.map_or(Ok(()), |row| pooling.take(row)))
             }
             None => Ok(()),
         };
@@ -192,8 +211,10 @@ impl StepLoop {
 }
 
 impl Pooling {
-    /// Makes of an input's pooled row what was asked for.
+    /// Makes of the first input's pooled row what was asked for.
     fn take(&mut self, row: Vec<f32>) -> Result<(), RunnerError> {
+        self.inputs.pop_front();
+        self.done = 0;
         let sum = |other: &[f32]| {
             row.iter().zip(other).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>()
         };

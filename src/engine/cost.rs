@@ -51,6 +51,8 @@ impl Pace {
 pub struct CostModel {
     target: f32,
     max_tokens: usize,
+    /// Seconds of a step of one row, before anything else is known.
+    first: f32,
     /// Seconds of a step that only decodes.
     decode: Option<f32>,
     /// Seconds per token of prefill.
@@ -106,11 +108,12 @@ impl Line {
 
 impl CostModel {
     /// `target` is the time a step should take while anyone decodes; `max_tokens` the most tokens
-    /// in a step.
-    pub fn new(target: Duration, max_tokens: usize) -> Self {
+    /// in a step; `first` what a step of one row took.
+    pub fn new(target: Duration, max_tokens: usize, first: Duration) -> Self {
         Self {
             target: target.as_secs_f32(),
             max_tokens,
+            first: first.as_secs_f32(),
             decode: None,
             per_token: None,
             longest: 0.0,
@@ -132,6 +135,14 @@ impl CostModel {
             _ => 8 * MIN_CHUNK,
         };
         (decoding + chunk.max(MIN_CHUNK)).min(self.max_tokens)
+    }
+
+    /// Seconds that a step of so many rows may take: before a prompt has been seen, its rows count as
+    /// steps of their own, which is more than they take.
+    pub fn expected(&self, decoding: usize, prefill: usize) -> f32 {
+        let decode = self.decode.unwrap_or(self.first);
+        let per_token = self.per_token.unwrap_or(decode);
+        decode * f32::from(u8::from(decoding > 0)) + per_token * prefill as f32
     }
 
     /// Longest recent step in seconds, decayed.
@@ -176,7 +187,7 @@ mod tests {
 
     #[test]
     fn chunks_shrink_until_steps_meet_the_target() {
-        let mut cost = CostModel::new(Duration::from_millis(100), 512);
+        let mut cost = CostModel::new(Duration::from_millis(100), 512, Duration::ZERO);
         assert_eq!(cost.budget(0), 512);
         let seconds =
             |decoding: usize, prefill: usize| 0.002 * decoding as f32 + 0.0025 * prefill as f32;
@@ -192,7 +203,7 @@ mod tests {
 
     #[test]
     fn the_cost_of_a_row_is_learned_and_kept() {
-        let mut cost = CostModel::new(Duration::from_millis(100), 512);
+        let mut cost = CostModel::new(Duration::from_millis(100), 512, Duration::ZERO);
         let seconds = |rows: usize| 0.008 + 0.001 * rows as f32;
         let step = |drafted: usize, cost: &mut CostModel| {
             // One in ten is disturbed.
@@ -215,7 +226,7 @@ mod tests {
 
     #[test]
     fn prefill_never_starves() {
-        let mut cost = CostModel::new(Duration::from_millis(1), 512);
+        let mut cost = CostModel::new(Duration::from_millis(1), 512, Duration::ZERO);
         for _ in 0..10 {
             cost.observe(8, 0, 0, Duration::from_secs(1));
             cost.observe(8, 0, 64, Duration::from_secs(2));

@@ -120,10 +120,10 @@ impl Desk {
         let vocab = self.tokenizer.vocab();
         match what {
             Call::Tokenize { text, add_special, parse_special } => {
-                let tokens = self.tokenizer.encode(&text, add_special, parse_special);
-                let pieces =
-                    tokens.iter().map(|&token| ByteBuf::from(vocab.piece(token))).collect();
-                Ok(Reply::Tokens { tokens, pieces })
+                Ok(self.pieces(self.tokenizer.encode(&text, add_special, parse_special)))
+            }
+            Call::TokenizeRendered { text, barriers, add_special } => {
+                Ok(self.pieces(self.tokenizer.encode_rendered(&text, &barriers, add_special)))
             }
             Call::Detokenize { tokens, render_special } => {
                 self.check_ids(&tokens, "tokens")?;
@@ -144,6 +144,12 @@ impl Desk {
             // The others are answered by the step loop or the loader.
             _ => Err(EngineError::internal("this call does not belong to intake")),
         }
+    }
+
+    fn pieces(&self, tokens: Vec<Token>) -> Reply {
+        let vocab = self.tokenizer.vocab();
+        let pieces = tokens.iter().map(|&token| ByteBuf::from(vocab.piece(token))).collect();
+        Reply::Tokens { tokens, pieces }
     }
 
     fn check(&self, request: Generate, arrived: Instant) -> Result<Admissible, EngineError> {
@@ -168,8 +174,17 @@ impl Desk {
         self.check_ids(&request.stop.token_ids, "stop_token_ids")?;
         let biased: Vec<_> = request.sampling.logit_bias.iter().map(|&(token, _)| token).collect();
         self.check_ids(&biased, "logit_bias")?;
-        let tokens = self.prompt_tokens(&request.prompt)?;
-        let max_tokens = self.room(tokens.len(), request.stop.max_tokens)?;
+        // What clients call the prompt.
+        let param = match &request.prompt {
+            Prompt::Rendered { .. } | Prompt::Pieces { .. } => "messages",
+            Prompt::Text { .. } | Prompt::Tokens(_) | Prompt::Infill { .. } => "prompt",
+        };
+        let at = |error: EngineError| match error.kind {
+            EngineErrorKind::ContextLength => EngineError { param: Some(param.into()), ..error },
+            _ => error,
+        };
+        let tokens = self.prompt_tokens(&request.prompt).map_err(at)?;
+        let max_tokens = self.room(tokens.len(), request.stop.max_tokens).map_err(at)?;
         let choice = |choice: u32| {
             let grammar = match &request.grammar {
                 Some(spec) => Some(self.grammars()?.start(spec)?),
@@ -225,6 +240,10 @@ impl Desk {
                 self.check_length(text)?;
                 self.tokenizer.encode(text, *add_special, *parse_special)
             }
+            Prompt::Rendered { text, barriers, add_special } => {
+                self.check_length(text)?;
+                self.tokenizer.encode_rendered(text, barriers, *add_special)
+            }
             Prompt::Pieces { pieces, add_special, parse_special, ends } => {
                 let mut tokens = Vec::new();
                 for (number, piece) in pieces.iter().enumerate() {
@@ -268,13 +287,13 @@ impl Desk {
         let tokens = self
             .prompt_tokens(input)
             .map_err(|error| EngineError { param: error.param.map(|_| "input".into()), ..error })?;
-        let limit = self.info.context_length as usize;
+        let limit = self.info.pooled_length as usize;
         if tokens.len() > limit {
-            return Err(context_error(format!(
-                "this model's maximum context length is {limit} tokens, but an input has {} \
-                 tokens; shorten it",
+            let message = format!(
+                "inputs of this model may have {limit} tokens, but one has {}; shorten it",
                 tokens.len()
-            )));
+            );
+            return Err(EngineError { param: Some("input".into()), ..context_error(message) });
         }
         Ok(tokens)
     }
@@ -325,9 +344,5 @@ impl Desk {
 }
 
 fn context_error(message: String) -> EngineError {
-    EngineError {
-        kind: EngineErrorKind::ContextLength,
-        message,
-        param: Some("messages".to_owned()),
-    }
+    EngineError { kind: EngineErrorKind::ContextLength, message, param: Some("prompt".to_owned()) }
 }

@@ -36,6 +36,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use intake::{Desk, Job};
 use orders::{AdapterFacts, Order};
 use rustix::process::{Signal, getpid, kill_process};
+use sequence::SeqKey;
 use std::io::{BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -224,6 +225,7 @@ impl Reception {
                 }
             },
             ToEngine::Cancel(request) => Order::Cancel(request),
+            ToEngine::Finish { request, choice } => Order::Finish(SeqKey { request, choice }),
             ToEngine::Pause(request) => Order::Pause(request, true),
             ToEngine::Resume(request) => Order::Pause(request, false),
             ToEngine::Load(_) | ToEngine::Shutdown => return,

@@ -1,7 +1,7 @@
 //! What the step loop is told between two steps.
 
 use super::runner::AdapterHandle;
-use super::sequence::Admissible;
+use super::sequence::{Admissible, SeqKey};
 use crate::ipc::{AdapterId, EngineError, RequestId, Token};
 use std::sync::Arc;
 
@@ -19,6 +19,8 @@ pub enum Order {
     /// A request that did not get through intake.
     Refuse(RequestId, EngineError),
     Cancel(RequestId),
+    /// Ends a choice as if the model had.
+    Finish(SeqKey),
     /// The client reads slowly (true) or has caught up.
     Pause(RequestId, bool),
     /// To be embedded, or scored by a reward model.

@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const REPORT_EVERY: Duration = Duration::from_millis(50);
+/// The watchdog waits longer than this many seconds for any step.
+const ANNOUNCED: f32 = 1.0;
 
 pub struct Outbox {
     frames: Sender<FromEngine>,
@@ -191,6 +193,16 @@ impl Outbox {
         let snapshot = progress.clone();
         progress.batch_sizes.clear();
         self.send(FromEngine::Progress(snapshot));
+    }
+
+    /// Tells the gateway's watchdog of a step that may take longer than any before.
+    pub fn expect(&mut self, seconds: f32) {
+        if seconds > self.progress.step_seconds.max(ANNOUNCED) {
+            self.progress.step_seconds = seconds;
+            let snapshot = self.progress.clone();
+            self.progress.batch_sizes.clear();
+            self.send(FromEngine::Progress(snapshot));
+        }
     }
 
     fn push(&mut self, request: RequestId, event: Event) {

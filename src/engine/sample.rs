@@ -191,7 +191,7 @@ impl StepLoop {
     }
 
     /// A choice is over; its pages are free or cached from now on.
-    fn finish(&mut self, key: SeqKey, reason: FinishReason) {
+    pub(super) fn finish(&mut self, key: SeqKey, reason: FinishReason) {
         let Some(sequence) = self.scheduler.take(key) else { return };
         self.outbox.finish(key, reason, sequence.output_len());
         if let Some(pages) = sequence.pages {

@@ -4,9 +4,9 @@ use super::grammar::MaskWorker;
 use super::kv::KvCache;
 use super::orders::{AdapterFacts, Order};
 use super::outbox::Outbox;
-use super::runner::{Batch, BatchSequence, ModelRunner, RunnerError, Wants};
+use super::runner::{Batch, BatchSequence, ModelRunner, Ran, RunnerError, Wants};
 use super::sampler::Scratch;
-use super::scheduler::{Limits, Plan, Scheduler};
+use super::scheduler::{Limits, Plan, Scheduler, Work};
 use super::sequence::SeqKey;
 use super::speculate::DraftModel;
 use super::tokenizer::Tokenizer;
@@ -20,10 +20,13 @@ use std::time::{Duration, Instant};
 /// One is enough: a mask takes a fraction of a step.
 const MASK_THREADS: usize = 1;
 
-/// Inputs that are embedded or scored: one per turn, so that nobody waits for a long list.
+/// Inputs that are embedded or scored: a chunk of rows per turn, so that nobody waits for a long input
+/// or a long list.
 pub(super) struct Pooling {
     pub call: u64,
     pub inputs: VecDeque<Vec<Token>>,
+    /// Rows of the first input that are computed.
+    pub done: usize,
     pub tokens: u32,
     pub adapter: Option<AdapterId>,
     /// (width) what makes scores of pooled rows.
@@ -39,6 +42,8 @@ pub struct StepLoop {
     pub(super) kv: KvCache,
     pub(super) outbox: Outbox,
     pub(super) orders: Receiver<Order>,
+    /// Orders that came while a step was running.
+    pub(super) early: VecDeque<Order>,
     /// Requests that were cancelled before they came out of intake.
     pub(super) cancelled: HashSet<RequestId>,
     pub(super) poolings: VecDeque<Pooling>,
@@ -69,6 +74,7 @@ impl StepLoop {
             max_sequences: info.max_sequences as usize,
             batch_tokens: spec.batch_tokens as usize,
             target_step: Duration::from_millis(u64::from(spec.target_step_ms)),
+            first_step: Duration::try_from_secs_f32(info.step_seconds).unwrap_or_default(),
             queue_limit: spec.queue_limit as usize,
             mixes_adapters: info.mixes_adapters,
             speculate: if info.speculates { spec.speculate } else { Speculate::Off },
@@ -85,6 +91,7 @@ impl StepLoop {
             kv,
             outbox: Outbox::new(frames),
             orders,
+            early: VecDeque::new(),
             cancelled: HashSet::new(),
             poolings: VecDeque::new(),
             adapters: HashMap::new(),
@@ -103,7 +110,7 @@ impl StepLoop {
     pub fn run(mut self) {
         let mut idle = true;
         while self.take_orders(idle) {
-            let pooled = self.pool_one();
+            let pooled = self.pool_chunk();
             let stepped = self.step();
             idle = !pooled && !stepped;
             self.outbox.report(&self.scheduler, &self.kv, self.adapters.len(), idle);
@@ -119,12 +126,15 @@ impl StepLoop {
             return false;
         }
         self.submit_masks(&plan);
+        self.outbox.expect(self.scheduler.expected(&plan));
         let started = Instant::now();
-        let ran = self.runner.step(&self.batch);
+        let ran = self.run_batch(&plan);
         let took = started.elapsed();
         self.collect_masks();
         match ran {
-            Ok(()) => {
+            // As if it had not been scheduled; the orders that interrupted it come first.
+            Ok(Ran::Interrupted) => {}
+            Ok(Ran::Complete) => {
                 tracing::trace!(decoding = plan.decoding, prefill = plan.prefill, ?took, "step");
                 self.scheduler.observe(&plan, took);
                 self.outbox.stepped(self.batch.tokens.len(), plan.decoding, plan.prefill);
@@ -136,6 +146,32 @@ impl StepLoop {
         }
         self.outbox.flush();
         true
+    }
+
+    /// Runs the batch. A step of prompts alone may take long: it is given up when the engine is to leave,
+    /// or when the clients of half its rows are gone.
+    fn run_batch(&mut self, plan: &Plan) -> Result<Ran, RunnerError> {
+        if plan.decoding > 0 {
+            return self.runner.step(&self.batch).map(|()| Ran::Complete);
+        }
+        let rows_of = |request: RequestId| {
+            let mine = |work: &&Work| self.scheduler.running[work.index].key.request == request;
+            plan.work.iter().filter(mine).map(|work| work.rows).sum::<usize>()
+        };
+        let (orders, early) = (&self.orders, &mut self.early);
+        let mut gone = 0;
+        let mut interrupt = || {
+            while let Ok(order) = orders.try_recv() {
+                match &order {
+                    Order::Cancel(request) => gone += rows_of(*request),
+                    Order::Shutdown => gone = usize::MAX / 2,
+                    _ => {}
+                }
+                early.push_back(order);
+            }
+            gone > 0 && 2 * gone >= plan.prefill
+        };
+        self.runner.run(&self.batch, &mut interrupt)
     }
 
     /// Brings the runner's cache in line with the plan and fills the batch.

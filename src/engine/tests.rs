@@ -5,11 +5,12 @@ use super::intake::{Desk, Job};
 use super::orders::{AdapterFacts, Order};
 use super::runner::mock::Mock;
 use super::runner::{AdapterHandle, ModelRunner, PAGE_TOKENS, load_draft};
+use super::sequence::SeqKey;
 use super::step::StepLoop;
 use crate::ipc::{
     AdapterId, EngineErrorKind, Event, FinishReason, FromEngine, Generate, Grammar, GrammarSpec,
-    LoadSpec, Progress, Prompt, RequestId, RunnerKind, SamplingParams, Speculate, StopParams,
-    Token,
+    LoadSpec, Progress, Prompt, Reply, RequestId, RunnerKind, SamplingParams, Speculate,
+    StopParams, Token,
 };
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use proptest::prelude::*;
@@ -95,6 +96,21 @@ impl Engine {
         let mut outcomes = BTreeMap::new();
         self.listen(&mut outcomes, &(0..count as u64).collect::<Vec<_>>());
         outcomes
+    }
+
+    /// Waits for a step that is announced before it runs; answers the seconds that it may take.
+    fn announced(&self) -> f32 {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let frame = self.frames.recv_deadline(deadline).expect("a step is announced");
+            match frame {
+                FromEngine::Progress(progress) if progress.step_seconds > 1.0 => {
+                    assert_eq!(progress.steps, 0, "it is announced before it runs");
+                    return progress.step_seconds;
+                }
+                _ => {}
+            }
+        }
     }
 
     /// The last snapshot, taken when the engine is idle.
@@ -459,6 +475,102 @@ fn logprobs_go_with_their_text() {
         let choice = &outcome.choices[&0];
         let text = choice.logprobs.iter().map(|&(token, _)| char::from(token as u8));
         assert_eq!(text.collect::<String>(), choice.text);
+    }
+    engine.settle();
+}
+
+#[test]
+fn a_long_input_is_pooled_between_other_steps() {
+    let spec = LoadSpec { mock_step_us: 500, ..load_spec(700, 4, 32) };
+    let engine = Engine::start(spec);
+    let inputs = vec![vec![5; 20_000]];
+    engine.order(Order::Pool { call: 77, inputs, scored_by: None });
+    let stop = StopParams { max_tokens: Some(40), ignore_eos: true, ..StopParams::default() };
+    engine.ask(Generate { stop, ..request(0, vec![FORGETS, 1, 2]) });
+    let deadline = Instant::now() + PATIENCE;
+    let mut outcome = Outcome::default();
+    loop {
+        match engine.frames.recv_deadline(deadline).expect("the input is pooled") {
+            FromEngine::Events(events) => events.into_iter().for_each(|(_, e)| outcome.take(e)),
+            FromEngine::Reply { call: 77, result } => {
+                let Ok(Reply::Embeddings { vectors, prompt_tokens: 20_000 }) = result else {
+                    panic!("{result:?}");
+                };
+                // All 20,000 tokens went into one element.
+                assert_eq!(vectors, [[0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]]);
+                break;
+            }
+            _ => {}
+        }
+    }
+    assert!(outcome.ended, "forty steps are done before the 625 chunks of the input");
+    engine.settle();
+}
+
+#[test]
+fn a_step_ends_when_its_clients_are_gone() {
+    let spec = LoadSpec { mock_step_us: 15_000_000, ..load_spec(64, 4, 512) };
+    let engine = Engine::start(spec);
+    engine.ask(request(0, vec![1; 300]));
+    engine.announced();
+    engine.order(Order::Cancel(RequestId(0)));
+    // No step was made to its end: the one of 15 s was given up.
+    assert_eq!(engine.settle().steps, 0);
+}
+
+#[test]
+fn a_step_goes_on_for_the_clients_that_stay() {
+    let spec = LoadSpec { mock_step_us: 400_000, ..load_spec(64, 4, 512) };
+    let engine = Engine::start(spec);
+    let stop = StopParams { max_tokens: Some(1), ..StopParams::default() };
+    engine.ask(Generate { stop: stop.clone(), ..request(0, vec![1; 20]) });
+    engine.ask(Generate { stop, ..request(1, vec![2; 300]) });
+    engine.announced();
+    engine.order(Order::Cancel(RequestId(0)));
+    let mut outcomes = BTreeMap::new();
+    engine.listen(&mut outcomes, &[1]);
+    assert_eq!(outcomes[&1].failed, None);
+    engine.settle();
+}
+
+#[test]
+fn a_slow_step_is_announced_to_the_watchdog() {
+    let spec = LoadSpec { mock_step_us: 1_200_000, ..load_spec(64, 4, 512) };
+    let engine = Engine::start(spec);
+    let stop = StopParams { max_tokens: Some(1), ..StopParams::default() };
+    engine.ask(Generate { stop, ..request(0, vec![1; 30]) });
+    let announced = engine.announced();
+    // Thirty rows, each no slower than the step of one row at load.
+    assert!((36.0 - announced).abs() < 0.1, "{announced}");
+    engine.settle();
+}
+
+#[test]
+fn a_choice_can_be_ended_from_outside() {
+    let spec = LoadSpec { mock_step_us: 1_000, ..load_spec(64, 4, 64) };
+    let engine = Engine::start(spec);
+    let stop = StopParams { max_tokens: Some(1500), ignore_eos: true, ..StopParams::default() };
+    engine.ask(Generate { stop, choices: 2, ..request(0, vec![1, 2, 3]) });
+    let deadline = Instant::now() + PATIENCE;
+    let mut outcome = Outcome::default();
+    while outcome.choices.len() < 2 {
+        let frame = engine.frames.recv_deadline(deadline).expect("both choices begin");
+        if let FromEngine::Events(events) = frame {
+            events.into_iter().for_each(|(_, event)| outcome.take(event));
+        }
+    }
+    for choice in [1, 0] {
+        engine.order(Order::Finish(SeqKey { request: RequestId(0), choice }));
+    }
+    // One that is not there, or no more, makes no difference.
+    engine.order(Order::Finish(SeqKey { request: RequestId(0), choice: 1 }));
+    engine.order(Order::Finish(SeqKey { request: RequestId(9), choice: 0 }));
+    let mut outcomes = BTreeMap::from([(0, outcome)]);
+    engine.listen(&mut outcomes, &[0]);
+    for choice in outcomes[&0].choices.values() {
+        let (reason, tokens) = choice.finish.as_ref().unwrap();
+        assert_eq!(*reason, FinishReason::Stop);
+        assert!(*tokens < 1500);
     }
     engine.settle();
 }

@@ -58,13 +58,14 @@ impl Auth {
     /// # Errors
     /// 401 if keys are set and none of them was sent.
     pub fn identify(&self, headers: &HeaderMap) -> Result<Identity, ApiError> {
-        let sent = bearer(headers);
+        let sent = sent_key(headers);
         match sent.and_then(|sent| self.find(sent)) {
             Some(key) => Ok(self.identity(key)),
             // Official clients insist on sending some key, so an unknown one is fine here.
             None if self.keys.is_empty() => Ok(self.identity(ANYONE)),
             None if sent.is_none() => Err(ApiError::unauthorized(
-                "This server needs an API key: send it as `Authorization: Bearer KEY`.",
+                "This server needs an API key: send it as `Authorization: Bearer KEY` or `X-Api-Key: \
+                 KEY`.",
             )),
             None => Err(ApiError::unauthorized("The API key is not valid.")),
         }
@@ -78,7 +79,7 @@ impl Auth {
         if self.admin.is_none() {
             return Err(ApiError::not_found("There is no such route."));
         }
-        match bearer(headers).and_then(|sent| self.find(sent)) {
+        match sent_key(headers).and_then(|sent| self.find(sent)) {
             Some(ADMIN) => Ok(self.identity(ADMIN)),
             _ => Err(ApiError::unauthorized(
                 "Admin routes need the admin key: send it as `Authorization: Bearer KEY`.",
@@ -113,13 +114,19 @@ impl Auth {
     }
 }
 
-/// The token of `Authorization: Bearer TOKEN`.
-fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
-    let (scheme, token) = value.trim().split_once(' ')?;
-    let token = token.trim();
-    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() && token.len() <= MAX_KEY)
-        .then_some(token)
+/// The key of `Authorization: Bearer KEY`, or of `X-Api-Key: KEY`, which Anthropic's clients send.
+fn sent_key(headers: &HeaderMap) -> Option<&str> {
+    let key = match headers.get(header::AUTHORIZATION) {
+        Some(value) => {
+            let (scheme, key) = value.to_str().ok()?.trim().split_once(' ')?;
+            if !scheme.eq_ignore_ascii_case("bearer") {
+                return None;
+            }
+            key.trim()
+        }
+        None => headers.get("x-api-key")?.to_str().ok()?.trim(),
+    };
+    (!key.is_empty() && key.len() <= MAX_KEY).then_some(key)
 }
 
 /// Middleware of the API routes: identifies, counts against the key's limits until the response
@@ -206,5 +213,23 @@ mod tests {
         assert_eq!(auth.identify_admin(&sent("Bearer a")).unwrap_err().status, 401);
         assert!(auth.identify_admin(&sent("Bearer root")).unwrap().admin);
         assert!(auth.identify(&sent("Bearer root")).unwrap().admin);
+    }
+
+    #[test]
+    fn x_api_key_is_as_good_as_a_bearer_token() {
+        let auth = auth(&["a"], Some("root"), ShareScope::Key);
+        let header = |value: &str| {
+            HeaderMap::from_iter([("x-api-key".parse().unwrap(), value.parse().unwrap())])
+        };
+        let by_bearer = auth.identify(&sent("Bearer a")).unwrap();
+        assert_eq!(auth.identify(&header("a")).unwrap(), by_bearer);
+        assert!(auth.identify_admin(&header("root")).unwrap().admin);
+        for wrong in ["", "b", "Bearer a"] {
+            assert_eq!(auth.identify(&header(wrong)).unwrap_err().status, 401, "{wrong}");
+        }
+        // Both: the bearer token counts, so that a key cannot be tried beside another.
+        let mut both = sent("Bearer b");
+        both.insert("x-api-key", "a".parse().unwrap());
+        assert_eq!(auth.identify(&both).unwrap_err().status, 401);
     }
 }

@@ -57,6 +57,19 @@ pub struct Metrics {
 }
 
 /// What requests do; every series has the label `model`.
+/// Why the gateway refuses requests: the label `reason` of `ingot_requests_rejected_total`.
+const REASONS: [&str; 9] = [
+    "concurrency_limit_exceeded",
+    "context_length",
+    "draining",
+    "host_not_allowed",
+    "queue_full",
+    "rate_limit_exceeded",
+    "starting",
+    "too_many_connections",
+    "unauthorized",
+];
+
 #[derive(Debug)]
 struct RequestSeries {
     queue: HistogramVec,
@@ -84,6 +97,9 @@ impl Metrics {
             "Requests refused by the gateway, or for lack of room in an engine, by reason.",
             &["reason"],
         );
+        for reason in REASONS {
+            rejected.with_label_values(&[reason]);
+        }
         let build = make.gauge("ingot_build_info", "1, labelled with the version.", &["version"]);
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Self {
@@ -99,11 +115,14 @@ impl Metrics {
 
     /// Starts the clock of one request for the loaded model `model`.
     pub fn observe(&self, model: &str) -> RequestObserver {
-        RequestObserver::new(&self.requests, &self.rejected, self.bounded(model))
+        let model = self.bounded(model);
+        self.requests.start(model);
+        RequestObserver::new(&self.requests, &self.rejected, model)
     }
 
-    /// Counts a refusal. Reasons are a closed set of ours, never client text.
+    /// Counts a refusal. Reasons are a closed set of ours ([`REASONS`]), never client text.
     pub fn rejected(&self, reason: &str) {
+        debug_assert!(REASONS.contains(&reason), "{reason} is not among the known reasons");
         self.rejected.with_label_values(&[reason]).inc();
     }
 
@@ -111,7 +130,9 @@ impl Metrics {
     pub fn render(&self, engines: &[EngineSample], jobs: &JobSamples) -> String {
         let _turn = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         let names = engines.iter().map(|engine| self.bounded(&engine.model).to_owned());
-        self.engines.collect(engines, &names.collect::<Vec<_>>());
+        let names = names.collect::<Vec<_>>();
+        names.iter().for_each(|name| self.requests.start(name));
+        self.engines.collect(engines, &names);
         self.jobs.collect(jobs);
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_else(|error| {
             tracing::error!("metrics cannot be written: {error}");
@@ -139,6 +160,19 @@ impl Default for Metrics {
 }
 
 impl RequestSeries {
+    /// Has a model's counters begin at 0, so that `increase()` sees the first event.
+    fn start(&self, model: &str) {
+        for kind in observer::ERROR_KINDS {
+            self.errors.with_label_values(&[model, kind]);
+        }
+        for reason in ["stop", "length", "abort"] {
+            self.success.with_label_values(&[model, reason]);
+        }
+        for counter in [&self.prompt_tokens, &self.cached_tokens, &self.generation_tokens] {
+            counter.with_label_values(&[model]);
+        }
+    }
+
     #[rustfmt::skip]
     fn new(make: &Maker) -> Self {
         let times = |name, help| make.histogram(name, help, REQUEST_BUCKETS);

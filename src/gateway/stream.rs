@@ -19,6 +19,8 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderValue, StatusCode, header};
 use http_body::{Body, Frame};
 use serde::Serialize;
+use serde_json::Serializer;
+use serde_json::ser::Formatter;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io::Write;
@@ -39,6 +41,11 @@ pub trait Transcript: Send + 'static {
     /// Writes what one event of one prompt means to the client; often nothing.
     fn event(&mut self, prompt: usize, event: Event, out: &mut Sse);
 
+    /// A choice of the prompt of the last event that is to end now, told once.
+    fn to_finish(&mut self) -> Option<u32> {
+        None
+    }
+
     /// All prompts have ended well; `[DONE]` follows by itself.
     fn end(&mut self, usage: Usage, out: &mut Sse);
 }
@@ -53,7 +60,7 @@ impl Sse {
     /// One event whose data is a JSON text (which has no line breaks).
     pub fn json(&mut self, value: &impl Serialize) {
         self.bytes.extend_from_slice(b"data: ");
-        let written = serde_json::to_writer(&mut *self, value);
+        let written = value.serialize(&mut Serializer::with_formatter(&mut *self, OneLine));
         debug_assert!(written.is_ok(), "our own types serialize: {written:?}");
         self.bytes.extend_from_slice(b"\n\n");
     }
@@ -61,6 +68,40 @@ impl Sse {
     fn done(&mut self) {
         self.bytes.extend_from_slice(b"data: [DONE]\n\n");
     }
+}
+
+/// JSON without the characters that some clients take for line ends although JSON and server-sent events
+/// do not (Python's `splitlines`): they are escaped.
+struct OneLine;
+
+impl Formatter for OneLine {
+    fn write_string_fragment<W: Write + ?Sized>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> std::io::Result<()> {
+        let mut rest = fragment;
+        while let Some(at) = rest.find(['\u{85}', '\u{2028}', '\u{2029}']) {
+            let (before, found) = rest.split_at(at);
+            writer.write_all(before.as_bytes())?;
+            let mut found = found.chars();
+            if let Some(c) = found.next() {
+                write!(writer, "\\u{:04x}", u32::from(c))?;
+            }
+            rest = found.as_str();
+        }
+        writer.write_all(rest.as_bytes())
+    }
+}
+
+/// A value as JSON on one line, by the rules of every client (see [`Sse::json`]).
+///
+/// # Errors
+/// If the value does not serialize.
+pub fn json_line(value: &impl Serialize) -> serde_json::Result<String> {
+    let mut bytes = Vec::new();
+    value.serialize(&mut Serializer::with_formatter(&mut bytes, OneLine))?;
+    Ok(String::from_utf8(bytes).expect("JSON is UTF-8"))
 }
 
 impl Write for Sse {
@@ -140,6 +181,9 @@ impl<T: Transcript> State<T> {
                 Poll::Pending => return,
                 Poll::Ready(Some(Ok((prompt, event)))) => {
                     self.transcript.event(prompt, event, &mut self.out);
+                    if let Some(choice) = self.transcript.to_finish() {
+                        running.finish(prompt, choice);
+                    }
                 }
                 Poll::Ready(Some(Err(error))) => self.fail(&error),
                 Poll::Ready(None) => {

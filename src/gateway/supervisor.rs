@@ -12,6 +12,7 @@ use crate::ipc::{
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -437,15 +438,26 @@ impl Engine {
         }
         loop {
             tokio::time::sleep(PING_EVERY).await;
-            let step = Duration::from_secs_f32(lock(&self.progress).step_seconds.clamp(0.0, 600.0));
-            let patience = self.watchdog.max(step * STEPS_OF_PATIENCE);
             let call = self.next_id.fetch_add(1, Ordering::Relaxed);
-            match tokio::time::timeout(patience, connection.call(call, Call::Ping)).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(_)) => return End::Gone,
-                Err(_) => return End::Hung,
+            let (asked, mut answer) = (Instant::now(), pin!(connection.call(call, Call::Ping)));
+            loop {
+                // A step that was announced meanwhile counts.
+                let Some(left) = self.patience().checked_sub(asked.elapsed()) else {
+                    return End::Hung;
+                };
+                match tokio::time::timeout(left.min(PING_EVERY), &mut answer).await {
+                    Ok(Ok(_)) => break,
+                    Ok(Err(_)) => return End::Gone,
+                    Err(_) => {}
+                }
             }
         }
+    }
+
+    /// How long the step loop may be silent: some of its longest recent or announced steps.
+    fn patience(&self) -> Duration {
+        let step = Duration::from_secs_f32(lock(&self.progress).step_seconds.clamp(0.0, 600.0));
+        self.watchdog.max(step * STEPS_OF_PATIENCE)
     }
 
     async fn read_log(self: Arc<Self>, stderr: tokio::process::ChildStderr) {
@@ -552,6 +564,13 @@ impl Connection {
 impl Generation {
     pub fn id(&self) -> RequestId {
         self.id
+    }
+
+    /// Has a choice end as if the model had ended it.
+    pub fn finish(&self, choice: u32) {
+        if !self.over {
+            let _ = self.connection.send(ToEngine::Finish { request: self.id, choice });
+        }
     }
 
     /// The next event; `None` after [`Event::Done`] or [`Event::Failed`]. Safe to cancel.

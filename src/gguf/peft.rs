@@ -53,6 +53,10 @@ const REFUSED: &[(&str, &str)] = &[
     ("megatron_config", "Megatron adapters are not supported"),
 ];
 
+/// Values of `init_lora_weights` with which PEFT changes the base model (`pissa` also as
+/// `pissa_niter_N`).
+const CHANGE_THE_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
+
 impl PeftConfig {
     /// Reads `adapter_config.json`.
     ///
@@ -106,6 +110,18 @@ impl PeftConfig {
                 let reason = "only 'none' is supported: biases cannot be part of a LoRA GGUF";
                 return Err(fail("bias", reason.into()));
             }
+        }
+        // These subtract what A and B hold from the base weights, which are saved nowhere in the folder.
+        if let Some(init) = config.get("init_lora_weights").and_then(Json::as_str)
+            && CHANGE_THE_BASE.iter().any(|name| init.to_ascii_lowercase().starts_with(name))
+        {
+            let reason = format!(
+                "`{init}` changed the base model's weights when training began, and this base has the \
+                 unchanged ones; save the adapter as a plain LoRA (PEFT: \
+                 `save_pretrained(..., path_initial_model_for_weight_conversion=...)`), or merge it \
+                 and convert the whole model"
+            );
+            return Err(fail("init_lora_weights", reason));
         }
         let rank = config.get("r").and_then(Json::as_u64);
         let Some(rank) = rank.filter(|r| (1..=MAX_RANK).contains(r)) else {
@@ -277,9 +293,12 @@ mod tests {
     #[test]
     fn defaults_written_out_are_accepted() {
         let text = r#","bias":"none","use_dora":false,"modules_to_save":null,"alpha_pattern":{},
-            "rank_pattern":{},"use_rslora":false,"lora_bias":false,"layer_replication":null"#;
+            "init_lora_weights":"gaussian","rank_pattern":{},"use_rslora":false,"lora_bias":false,"layer_replication":null"#;
         let config = config(text).unwrap();
         assert_eq!((config.gguf_alpha(), config.correction(4)), (16.0, 1.0));
+        for init in ["true", "false", "\"eva\"", "\"orthogonal\""] {
+            assert!(self::config(&format!(r#","init_lora_weights":{init}"#)).is_ok(), "{init}");
+        }
     }
 
     #[test]
@@ -296,6 +315,11 @@ mod tests {
             (r#","peft_type":"LOHA""#, "peft_type"),
             (r#","use_rslora":1"#, "use_rslora"),
             (r#","rank_pattern":[1]"#, "rank_pattern"),
+            (r#","init_lora_weights":"pissa""#, "init_lora_weights"),
+            (r#","init_lora_weights":"pissa_niter_16""#, "init_lora_weights"),
+            (r#","init_lora_weights":"olora""#, "init_lora_weights"),
+            (r#","init_lora_weights":"corda""#, "init_lora_weights"),
+            (r#","init_lora_weights":"loftq""#, "init_lora_weights"),
         ] {
             let error = config(extra).unwrap_err().to_string();
             assert!(error.contains(&format!("'{key}'")), "{error}");

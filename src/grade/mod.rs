@@ -247,6 +247,14 @@ impl Grader {
         all
     }
 
+    /// Why a template of this grader cannot be filled from an item, whatever the sample is.
+    pub fn missing_key(&self, item: &Value) -> Option<String> {
+        self.leaves.iter().find_map(|(key, leaf)| {
+            let why = template::missing_key(&leaf.value(), item)?;
+            Some(format!("{key}: {why}"))
+        })
+    }
+
     /// What models are to be asked about a sample, in the order in which [`Grader::grade`] wants the
     /// answers. A question whose templates cannot be filled is not asked.
     pub fn questions(&self, context: &Context<'_>) -> Vec<Question> {

@@ -55,6 +55,22 @@ pub(super) fn json_of(text: &str) -> Option<Value> {
     serde_json::from_str(inner.unwrap_or(text)).ok()
 }
 
+/// Why a template among the texts of a grader cannot be filled from an item.
+pub(super) fn missing_key(grader: &Value, item: &Value) -> Option<String> {
+    match grader {
+        Value::String(text) if text.contains("{{") => {
+            let template = Template::parse(text.clone()).ok()?;
+            template.pieces.iter().find_map(|piece| match piece {
+                Piece::Item(path) => find(item, path).err().map(|at| missing("item", path, at).why),
+                _ => None,
+            })
+        }
+        Value::Array(list) => list.iter().find_map(|value| missing_key(value, item)),
+        Value::Object(map) => map.values().find_map(|value| missing_key(value, item)),
+        _ => None,
+    }
+}
+
 /// A text with places to be filled.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Template {

@@ -52,6 +52,30 @@ fn multi() -> Value {
 }
 
 #[test]
+fn missing_keys_are_found_whatever_the_sample_is() {
+    let nested = with(string_check(), json!({"reference": "{{item.a.b.0}}"}));
+    let output_first = with(
+        string_check(),
+        json!({"input": "{{sample.output_json.x}}", "reference": "{{item.answer}}"}),
+    );
+    for (grader, item, missing) in [
+        (string_check(), json!({"answer": 1}), None),
+        (string_check(), json!({"answr": 1}), Some("item has no \"answer\"")),
+        (score_model(), json!({"answer": 1}), Some("item has no \"q\"")),
+        (multi(), json!({"answer": 1}), Some("item has no \"q\"")),
+        (multi(), json!({"answer": 1, "q": 2}), None),
+        (nested.clone(), json!({"a": {"b": [3]}}), None),
+        (nested.clone(), json!({"a": {"b": []}}), Some("item.a.b has no \"0\"")),
+        (nested, json!({"a": 1}), Some("item.a has no \"b\"")),
+        (output_first, json!({}), Some("item has no \"answer\"")),
+    ] {
+        let found = parse(grader).missing_key(&item);
+        assert_eq!(found.is_some(), missing.is_some(), "{item}: {found:?}");
+        assert!(found.unwrap_or_default().contains(missing.unwrap_or_default()), "{item}");
+    }
+}
+
+#[test]
 fn strings_are_compared() {
     for (operation, output, reference, expected) in [
         ("eq", "Paris", "Paris", 1.0),

@@ -26,6 +26,11 @@ pub enum ToEngine {
     Generate(Box<Generate>),
     /// Stops a request and frees its pages within one step. Unknown ids are ignored.
     Cancel(RequestId),
+    /// Ends one choice of a request as if the model had ended it.
+    Finish {
+        request: RequestId,
+        choice: u32,
+    },
     /// The client reads slowly: schedule no more rows for it until [`ToEngine::Resume`].
     Pause(RequestId),
     Resume(RequestId),
@@ -199,6 +204,13 @@ pub enum Prompt {
         /// Recognise control tokens in the text (rendered templates) or take them as plain text.
         parse_special: bool,
     },
+    /// What a chat template made of a conversation: control tokens are recognised, but for those that
+    /// span a barrier (ascending offsets in bytes), which are text.
+    Rendered {
+        text: String,
+        barriers: Vec<usize>,
+        add_special: bool,
+    },
     Tokens(Vec<Token>),
     /// Texts that are tokenized apart, as training sees a conversation.
     Pieces {
@@ -297,6 +309,14 @@ pub enum Grammar {
     Regex(String),
     /// llguidance's Lark dialect.
     Lark(String),
+    /// Lark of our own around JSON values: in their objects no key repeats.
+    JsonLark {
+        lark: String,
+        /// The markers of a block of reasoning that may come first.
+        reasoning: Option<(String, String)>,
+    },
+    /// A JSON schema whose unknown keywords are ignored, as those of tools are.
+    LenientJsonSchema(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -317,6 +337,12 @@ pub enum Call {
         text: String,
         add_special: bool,
         parse_special: bool,
+    },
+    /// A prompt as [`Prompt::Rendered`].
+    TokenizeRendered {
+        text: String,
+        barriers: Vec<usize>,
+        add_special: bool,
     },
     Detokenize {
         tokens: Vec<Token>,
@@ -381,6 +407,8 @@ pub struct ModelInfo {
     pub embedding_size: u32,
     pub can_generate: bool,
     pub can_embed: bool,
+    /// Longest input that is embedded or scored, in tokens.
+    pub pooled_length: u32,
     pub can_infill: bool,
     /// False for recurrent and hybrid models.
     pub shares_prefixes: bool,

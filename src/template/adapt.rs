@@ -38,6 +38,7 @@ pub(super) fn adapt(caps: &Caps, native_tools: bool, input: &RenderInput) -> Ren
             }
         }
     }
+    input.tools.iter_mut().flatten().for_each(complete_tool);
     if !native_tools && let Some(tools) = input.tools.take_if(|tools| !tools.is_empty()) {
         add_to_system(&mut input.messages, &describe_tools(&tools));
     }
@@ -83,6 +84,63 @@ pub(super) fn without_nulls(input: &RenderInput) -> Option<RenderInput> {
         }
     }
     Some(input)
+}
+
+/// Neutral values for what OpenAI lets clients leave out of a tool and templates read all the same, as
+/// transformers' own schemas of functions have it.
+fn complete_tool(tool: &mut Value) {
+    let Some(function) = tool.get_mut("function").and_then(Value::as_object_mut) else { return };
+    if function.get("description").is_none_or(Value::is_null) {
+        function.insert("description".into(), json!(""));
+    }
+    let parameters = function.entry("parameters").or_insert(Value::Null);
+    if parameters.is_null() {
+        *parameters = json!({});
+    }
+    // Other schemas (`$ref`, `anyOf`) are as they are.
+    if let Value::Object(schema) = parameters
+        && schema.keys().all(|key| {
+            matches!(
+                key.as_str(),
+                "type" | "required" | "properties" | "description" | "additionalProperties"
+            )
+        })
+    {
+        schema.entry("type").or_insert(json!("object"));
+        schema.entry("properties").or_insert(json!({}));
+        if let Some(Value::Object(properties)) = schema.get_mut("properties") {
+            for property in properties.values_mut().filter_map(Value::as_object_mut) {
+                property.entry("description").or_insert(json!(""));
+            }
+        }
+    }
+}
+
+/// The same with content that stands beside tool calls in a message of its own before them, for
+/// templates that render one or the other; `None` if there is no such message.
+pub(super) fn content_apart(input: &RenderInput) -> Option<RenderInput> {
+    let both = |message: &Value| {
+        let calls = message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
+        calls && !(message["content"].is_null() || message["content"] == "")
+    };
+    if !input.messages.iter().any(both) {
+        return None;
+    }
+    let mut messages = Vec::with_capacity(input.messages.len() + 1);
+    for message in &input.messages {
+        let mut calls = message.clone();
+        if both(message) {
+            let mut text = message.clone();
+            if let (Some(text), Some(calls)) = (text.as_object_mut(), calls.as_object_mut()) {
+                text.remove("tool_calls");
+                calls.insert("content".into(), Value::Null);
+                calls.remove("reasoning_content");
+            }
+            messages.push(text);
+        }
+        messages.push(calls);
+    }
+    Some(RenderInput { messages, ..input.clone() })
 }
 
 /// Joins a list of text parts by line breaks, as llama.cpp and vLLM do.

@@ -18,7 +18,7 @@ pub struct Caps {
     pub short_ids: bool,
     /// A system message appears in the prompt.
     pub system: bool,
-    /// The role `developer` is the template's own; otherwise it is rendered as `system`.
+    /// The role `developer` is the template's own and appears in the prompt; otherwise it is rendered as `system`.
     pub developer: bool,
     /// Content must be a list of parts; a string does not appear.
     pub typed_content: bool,
@@ -83,13 +83,14 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
     let typed = json!({"role": "user", "content": [part(USER), part(RESULT)]});
     let render =
         |messages: Vec<Value>, tools: Option<Vec<Value>>| -> Result<String, TemplateError> {
-            let input = RenderInput {
+            let mut input = RenderInput {
                 messages,
                 tools,
                 add_generation_prompt: true,
                 now: Some(0),
                 ..RenderInput::default()
             };
+            template.add_variables(&mut input);
             template.render_raw(&input)
         };
     let shows = |result: Result<String, TemplateError>, words: &[&str]| {
@@ -111,6 +112,11 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
 
     let system = json!({"role": "system", "content": content(SYSTEM)});
     let with_system = render(vec![system, user.clone()], None);
+    // A template that prints any role would print this one too, of which its model knows nothing.
+    let developer = source.contains("developer") && {
+        let message = json!({"role": "developer", "content": content(SYSTEM)});
+        shows(render(vec![message, user.clone()], None), &[SYSTEM, USER])
+    };
     let tool = json!({"type": "function", "function": {
         "name": TOOL,
         "description": "probe",
@@ -163,7 +169,7 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
         string_arguments,
         short_ids: tool_calls.is_some() && with_long_id.is_none(),
         system: shows(with_system, &[SYSTEM, USER]),
-        developer: source.contains("developer"),
+        developer,
         typed_content,
         content_parts,
         null_content,

@@ -2,9 +2,10 @@
 
 use std::fmt::Write as _;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::family::ToolFamily;
+use super::schema::close_objects;
 
 /// OpenAI's `tool_choice`, `none` aside.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,23 +112,25 @@ impl ToolFamily {
             true => format!("call ({separator} call)*"),
             false => "call".to_owned(),
         };
+        // White space behind a call must not lead into another one.
+        let end = if parallel { " w" } else { "" };
         let start = match self {
             ToolFamily::Hermes => {
                 let (open, close) = (marker("<tool_call>"), marker("</tool_call>"));
                 let more = if parallel { "(w block)*" } else { "" };
-                format!("start: block {more}\nblock: {open} w call w {close}\n")
+                format!("start: block {more}{end}\nblock: {open} w call w {close}\n")
             }
             ToolFamily::Llama3 => {
                 let tag = marker("<|python_tag|>");
                 // The tag is an alternative, not an option: an optional token would be ambiguous
                 // with the white space that may precede the text form.
-                format!("start: {tag} calls | calls\ncalls: {}\n", calls("w \";\" w"))
+                format!("start: {tag} calls | calls\ncalls: {}{end}\n", calls("w \";\" w"))
             }
             ToolFamily::Mistral => {
                 let (tag, arguments) = (marker("[TOOL_CALLS]"), marker("[ARGS]"));
                 let more = if parallel { "(w named)*" } else { "" };
                 let mut text = format!(
-                    "start: list | named {more}\nlist: {tag} w \"[\" w {} w \"]\"\nnamed: ",
+                    "start: list{end} | named {more}{end}\nlist: {tag} w \"[\" w {} w \"]\"\nnamed: ",
                     calls("w \",\" w")
                 );
                 for (index, tool) in tools.iter().enumerate() {
@@ -139,7 +142,7 @@ impl ToolFamily {
             }
             ToolFamily::Json => {
                 let list = calls("w \",\" w");
-                format!("start: call | \"[\" w {list} w \"]\"\n")
+                format!("start: call{end} | \"[\" w {list} w \"]\"{end}\n")
             }
         };
         let key = if self == ToolFamily::Llama3 { "parameters" } else { "arguments" };
@@ -173,11 +176,17 @@ fn tool(tool: &Value) -> Result<Tool<'_>, GrammarError> {
     let function = &tool["function"];
     let name = function["name"].as_str().unwrap_or_default();
     let bad = || GrammarError::BadParameters(name.to_owned());
-    let mut schema = match function.get("parameters") {
-        None | Some(Value::Null) => Map::new(),
-        Some(Value::Object(schema)) => schema.clone(),
+    let mut schema = match function.get("parameters").cloned() {
+        // OpenAI: a function without parameters has an empty list of them.
+        None | Some(Value::Null) => json!({"type": "object", "properties": {}}),
+        Some(Value::Object(schema)) if schema.is_empty() => {
+            json!({"type": "object", "properties": {}})
+        }
+        Some(schema @ Value::Object(_)) => schema,
         Some(_) => return Err(bad()),
     };
+    close_objects(&mut schema);
+    let Value::Object(mut schema) = schema else { return Err(bad()) };
     match schema.get("type") {
         None => {
             schema.insert("type".into(), json!("object"));

@@ -167,6 +167,8 @@ pub(super) enum CallEvent {
     Start(String),
     /// The next piece of the arguments' JSON text.
     Arguments(String),
+    /// The arguments are complete.
+    End,
 }
 
 /// How far a call object is.

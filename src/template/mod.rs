@@ -15,22 +15,27 @@ mod clock;
 mod engine;
 mod family;
 mod grammar;
+mod guard;
 mod json_scan;
 mod message;
 mod methods;
 mod parser;
 mod python;
 mod scan;
+mod schema;
 
 use crate::gguf::{SpecialToken, TokenizerFacts};
+use guard::Marks;
 use minijinja::value::Value as Jinja;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 pub use caps::Caps;
 pub use family::ToolFamily;
 pub use grammar::{GrammarError, ToolChoice, ToolGrammar, Trigger};
+pub use guard::{ControlTokens, RenderedPrompt};
 pub use message::{CallIds, Delta, ParsedCall, ParsedMessage, ReasoningFormat};
 pub use parser::OutputParser;
+pub use schema::close_objects;
 
 /// The template of a model that brings none: ChatML.
 pub const CHATML: &str = "{%- for message in messages -%}\
@@ -50,6 +55,12 @@ pub enum TemplateError {
     /// The template broke on this conversation (an undefined value, a wrong type): also a 400.
     #[error("the chat template cannot render this conversation: {0}")]
     Failed(String),
+    /// A text is not in the prompt: the template leaves it out.
+    #[error(
+        "messages[{index}]: the model's chat template leaves out a text of this {role} message; \
+         move the text into a message that the template renders"
+    )]
+    Dropped { index: usize, role: String },
     /// The template used up its work, nesting or output limit.
     #[error("the chat template exceeded a limit: {0}")]
     Exhausted(String),
@@ -71,6 +82,15 @@ pub struct RenderInput {
     pub chat_template_kwargs: Map<String, Value>,
     /// The clock of `strftime_now`, in seconds since 1970 (UTC); `None` reads the system's.
     pub now: Option<i64>,
+}
+
+impl RenderInput {
+    fn clock(&self) -> i64 {
+        self.now.unwrap_or_else(|| {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            now.map_or(0, |now| now.as_secs() as i64)
+        })
+    }
 }
 
 /// A model's compiled chat template.
@@ -164,14 +184,74 @@ impl ChatTemplate {
     }
 
     /// Renders the prompt, adapting the conversation to what the template can express: a missing
-    /// system role, ignored tools, tool-call arguments as text, typed or non-null content.
+    /// system role, ignored tools, tools without a description, tool-call arguments as text, typed or
+    /// non-null content, content beside tool calls. Variables that llama-server defines have its
+    /// values, unless the request gives others.
     ///
     /// Where the template needs none of these this equals [`render_exact`](Self::render_exact).
     ///
     /// # Errors
-    /// See [`TemplateError`]; a `Refused` is the template's own message.
+    /// See [`TemplateError`]; a `Refused` is the template's own message. [`TemplateError::Dropped`]
+    /// names a message of which the template leaves a text out; reasoning and the texts of tools
+    /// may be left out.
     pub fn render(&self, input: &RenderInput) -> Result<String, TemplateError> {
-        let adapted = adapt::adapt(&self.caps, self.native_tools(), input);
+        self.render_guarded(input, None).map(|prompt| prompt.text)
+    }
+
+    /// As [`render`](Self::render); control tokens that are spelled in users' and tools' texts get
+    /// barriers in the prompt, so that they are tokenized as text.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_guarded(
+        &self,
+        input: &RenderInput,
+        tokens: Option<&ControlTokens>,
+    ) -> Result<RenderedPrompt, TemplateError> {
+        let marks = Marks::new(input);
+        let split;
+        let input = match self.dropped(input, &marks) {
+            None => input,
+            Some(index) => {
+                split = adapt::content_apart(input);
+                match split.as_ref().filter(|split| self.dropped(split, &marks).is_none()) {
+                    Some(split) => split,
+                    None => {
+                        let role = input.messages[index]["role"].as_str().unwrap_or_default();
+                        return Err(TemplateError::Dropped { index, role: role.to_owned() });
+                    }
+                }
+            }
+        };
+        let mut marked = input.clone();
+        if let Some(tokens) = tokens {
+            marks.guard(&mut marked, tokens);
+        }
+        if input.continue_final_message {
+            marks.mark_end(&mut marked)?;
+        }
+        let mut prompt = self.render_adapted(&marked)?;
+        if input.continue_final_message {
+            prompt = marks.cut_at_end(prompt)?;
+        }
+        Ok(marks.take_barriers(&prompt))
+    }
+
+    /// The first message of which a text is not in the prompt.
+    fn dropped(&self, input: &RenderInput, marks: &Marks) -> Option<usize> {
+        // A template may look called functions up by their names; what it refuses altogether is told
+        // when the conversation itself is rendered.
+        [true, false].into_iter().find_map(|names| {
+            let mut marked = input.clone();
+            let wanted = marks.mark_messages(&mut marked, names);
+            let prompt = self.render_adapted(&marked).ok()?;
+            Some(marks.missing(&prompt, &wanted))
+        })?
+    }
+
+    fn render_adapted(&self, input: &RenderInput) -> Result<String, TemplateError> {
+        let mut adapted = adapt::adapt(&self.caps, self.native_tools(), input);
+        self.add_variables(&mut adapted);
         let result = self.render_raw(&adapted);
         match &result {
             // Templates that concatenate content break on the null beside tool calls, which
@@ -197,15 +277,27 @@ impl ChatTemplate {
         let name = if with_tools && self.has_tool_use { TOOL_USE } else { DEFAULT };
         let bytes = input.messages.iter().map(text_bytes).sum::<usize>()
             + input.tools.iter().flatten().map(text_bytes).sum::<usize>();
-        let prompt = self.engine.render(name, bytes, || self.context(input))?;
-        if input.continue_final_message { cut_after_final(prompt, input) } else { Ok(prompt) }
+        self.engine.render(name, bytes, || self.context(input))
+    }
+
+    /// Variables that llama-server and transformers define where the request does not: thinking is on,
+    /// and templates that ask for the date or for functions as text get them.
+    pub(super) fn add_variables(&self, input: &mut RenderInput) {
+        let now = input.clock();
+        let tools = input.tools.as_ref().filter(|tools| !tools.is_empty());
+        let functions = tools.and_then(|tools| serde_json::to_string_pretty(tools).ok());
+        for (name, value) in [
+            ("enable_thinking", json!(true)),
+            ("date_string", json!(clock::strftime("%d %b %Y", now))),
+            ("datetime", json!(clock::strftime("%b %d %Y", now))),
+            ("functions", json!(functions.unwrap_or_default())),
+        ] {
+            input.chat_template_kwargs.entry(name).or_insert(value);
+        }
     }
 
     fn context(&self, input: &RenderInput) -> Jinja {
-        let now = input.now.unwrap_or_else(|| {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            now.map_or(0, |now| now.as_secs() as i64)
-        });
+        let now = input.clock();
         let list = |items: &[Value]| items.iter().map(python::from_json).collect::<Jinja>();
         let generate = input.add_generation_prompt && !input.continue_final_message;
         let ours = [
@@ -237,22 +329,6 @@ fn text_bytes(value: &Value) -> usize {
         Value::Object(map) => map.iter().map(|(key, item)| key.len() + text_bytes(item) + 8).sum(),
         _ => 8,
     }
-}
-
-/// Cuts the prompt after the last message's text, as transformers' `continue_final_message`.
-fn cut_after_final(mut prompt: String, input: &RenderInput) -> Result<String, TemplateError> {
-    let message = input.messages.last().map(|message| &message["content"]);
-    let text = message.and_then(Value::as_str).unwrap_or_default();
-    let Some(at) = prompt.rfind(text.trim()).filter(|_| !text.trim().is_empty()) else {
-        return Err(TemplateError::Failed(
-            "continue_final_message is set, but the final message does not appear in the prompt"
-                .into(),
-        ));
-    };
-    let kept = text.trim_start();
-    let end = if prompt[at..].starts_with(kept) { kept.len() } else { text.trim().len() };
-    prompt.truncate(at + end);
-    Ok(prompt)
 }
 
 #[cfg(test)]

@@ -71,9 +71,61 @@ pub struct OutputParser {
     pending: String,
     /// White space that is emitted only if something follows it.
     spaces: String,
-    /// Calls begun, the suppressed ones included.
+    /// Calls begun, those that no delta tells of included.
     calls: usize,
+    /// Calls that deltas tell of.
+    told: usize,
+    /// Those of them that are complete.
+    complete: Vec<CallText>,
+    /// The call that is being read.
+    current: Option<Current>,
+    /// A call was made again, word for word.
+    repeats: bool,
+    /// The beginning of a call was cut off and dropped.
+    dropped: bool,
     out: Vec<Delta>,
+}
+
+/// A call as it is compared with others: the name, and the arguments without white space between their
+/// tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct CallText {
+    name: String,
+    arguments: String,
+    in_string: bool,
+    escaped: bool,
+}
+
+impl CallText {
+    fn push(&mut self, fragment: &str) {
+        for c in fragment.chars() {
+            if self.in_string || !c.is_whitespace() {
+                self.arguments.push(c);
+            }
+            match c {
+                _ if self.escaped => self.escaped = false,
+                '\\' if self.in_string => self.escaped = true,
+                '"' => self.in_string = !self.in_string,
+                _ => {}
+            }
+        }
+    }
+
+    /// Whether the other call began with all that this one has so far.
+    fn begins(&self, other: &CallText) -> bool {
+        self.name == other.name && other.arguments.starts_with(&self.arguments)
+    }
+}
+
+/// A call on its way.
+#[derive(Debug)]
+struct Current {
+    text: CallText,
+    /// The arguments so far of a call that may still turn out to repeat an earlier one: no delta has
+    /// told of it.
+    held: Option<String>,
+    /// No delta will: only one call is wanted.
+    dropped: bool,
 }
 
 impl OutputParser {
@@ -100,6 +152,11 @@ impl OutputParser {
             pending: String::new(),
             spaces: String::new(),
             calls: 0,
+            told: 0,
+            complete: Vec::new(),
+            current: None,
+            repeats: false,
+            dropped: false,
             out: Vec::new(),
         }
     }
@@ -117,16 +174,61 @@ impl OutputParser {
         self.take()
     }
 
-    /// Reads the end: whatever still waits is decided now.
-    pub fn finish(&mut self) -> Vec<Delta> {
+    /// Reads the end: whatever still waits is decided now. A model that has ended by itself inside what
+    /// looked like a call meant it as text; where it was cut off (`cut`), the beginning of a call is
+    /// no text.
+    pub fn finish(&mut self, cut: bool) -> Vec<Delta> {
+        if cut {
+            self.drop_unfinished();
+        }
         self.run(true);
         self.take()
+    }
+
+    /// Whether some call has been told and all of these are complete.
+    pub fn calls_are_complete(&self) -> bool {
+        self.told > 0 && self.told == self.complete.len()
+    }
+
+    /// Whether a call has begun, told or not.
+    pub fn saw_a_call(&self) -> bool {
+        self.calls > 0 || self.dropped
+    }
+
+    /// Whether the model has made one of its calls a second time, which no delta tells: it repeats
+    /// itself, and nothing new is to be expected.
+    pub fn repeats_itself(&self) -> bool {
+        self.repeats
+    }
+
+    /// Drops a call that has begun and that no delta has told of, and a marker that has half begun.
+    fn drop_unfinished(&mut self) {
+        self.run(false);
+        match &self.mode {
+            Mode::Call(call) if !call.started() && call.certain_call(self.family) => {
+                self.pending.clear();
+                self.spaces.clear();
+                self.dropped = true;
+                self.mode = Mode::Content(Place::AfterCall);
+            }
+            Mode::Content(_) => {
+                let marker = self.family.and_then(ToolFamily::marker);
+                let half = marker.map_or(0, |marker| partial_suffix(&self.pending, marker));
+                // One character may be anything.
+                if half > 1 {
+                    self.pending.truncate(self.pending.len() - half);
+                    self.spaces.clear();
+                    self.dropped = true;
+                }
+            }
+            _ => {}
+        }
     }
 
     /// Parses a whole text at once.
     pub fn parse(mut self, text: &str) -> ParsedMessage {
         let mut deltas = self.push(text);
-        deltas.extend(self.finish());
+        deltas.extend(self.finish(false));
         ParsedMessage::collect(deltas)
     }
 
@@ -348,23 +450,61 @@ impl OutputParser {
 
     fn emit_events(&mut self, events: Vec<CallEvent>) {
         for event in events {
-            if let CallEvent::Start(_) = event {
-                self.calls += 1;
-            }
-            if self.calls > 1 && !self.parallel {
-                continue;
-            }
-            let index = self.calls.saturating_sub(1);
-            let delta = match event {
+            match event {
                 CallEvent::Start(name) => {
-                    Delta::ToolCallStart { index, id: self.ids.next_id(), name }
+                    let text = CallText { name, ..CallText::default() };
+                    let dropped = self.calls > 0 && !self.parallel;
+                    let held = self.complete.iter().any(|call| text.begins(call));
+                    self.calls += 1;
+                    if !held && !dropped {
+                        self.emit_start(&text.name);
+                    }
+                    let held = (held && !dropped).then(String::new);
+                    self.current = Some(Current { text, held, dropped });
                 }
                 CallEvent::Arguments(json_fragment) => {
-                    Delta::ToolCallArguments { index, json_fragment }
+                    let Some(mut call) = self.current.take() else { continue };
+                    if !call.dropped {
+                        call.text.push(&json_fragment);
+                        self.emit_arguments(&mut call, json_fragment);
+                    }
+                    self.current = Some(call);
                 }
-            };
-            self.emit(delta);
+                CallEvent::End => {
+                    let Some(call) = self.current.take().filter(|call| !call.dropped) else {
+                        continue;
+                    };
+                    // Held to the end: it is one of those before.
+                    match call.held {
+                        Some(_) => self.repeats = true,
+                        None => self.complete.push(call.text),
+                    }
+                }
+            }
         }
+    }
+
+    fn emit_start(&mut self, name: &str) {
+        let (index, id) = (self.told, self.ids.next_id());
+        self.told += 1;
+        self.emit(Delta::ToolCallStart { index, id, name: name.to_owned() });
+    }
+
+    /// Tells the next piece of a call's arguments, as soon as it differs from all calls before.
+    fn emit_arguments(&mut self, call: &mut Current, fragment: String) {
+        let json_fragment = match &mut call.held {
+            None => fragment,
+            Some(held) => {
+                held.push_str(&fragment);
+                if self.complete.iter().any(|other| call.text.begins(other)) {
+                    return;
+                }
+                let held = call.held.take().unwrap_or_default();
+                self.emit_start(&call.text.name);
+                held
+            }
+        };
+        self.emit(Delta::ToolCallArguments { index: self.told - 1, json_fragment });
     }
 }
 
@@ -388,6 +528,18 @@ impl Call {
             Phase::Object(object) => object.started(),
             Phase::Arguments(_) | Phase::Between | Phase::Close => true,
             Phase::Open | Phase::Name => false,
+        }
+    }
+
+    /// Whether nothing but a call begins like this.
+    fn certain_call(&self, family: Option<ToolFamily>) -> bool {
+        match family {
+            Some(family) if family.bare() => {
+                let text: String = self.raw.chars().filter(|c| !c.is_whitespace()).collect();
+                let text = text.trim_start_matches(['[', ';', ',']);
+                ["{\"name\"", "<|python_tag|>"].iter().any(|begin| text.starts_with(begin))
+            }
+            _ => true,
         }
     }
 
@@ -425,21 +577,25 @@ impl Call {
             Phase::Object(object) => match object.push(c, events) {
                 CallStep::More => (Outcome::More, one),
                 CallStep::Failed => (Outcome::Failed, 0),
-                CallStep::Done if self.list => {
-                    self.phase = Phase::Between;
+                CallStep::Done => {
+                    events.push(CallEvent::End);
+                    match () {
+                        () if self.list => self.phase = Phase::Between,
+                        () if family == ToolFamily::Hermes => self.phase = Phase::Close,
+                        () => return (Outcome::Done, one),
+                    }
                     (Outcome::More, one)
                 }
-                CallStep::Done if family == ToolFamily::Hermes => {
-                    self.phase = Phase::Close;
-                    (Outcome::More, one)
-                }
-                CallStep::Done => (Outcome::Done, one),
             },
             Phase::Arguments(scan) => match scan.push(c) {
                 Step::Error | Step::EndBefore => (Outcome::Failed, 0),
                 step => {
                     events.push(CallEvent::Arguments(c.into()));
-                    (if step == Step::End { Outcome::Done } else { Outcome::More }, one)
+                    if step != Step::End {
+                        return (Outcome::More, one);
+                    }
+                    events.push(CallEvent::End);
+                    (Outcome::Done, one)
                 }
             },
             Phase::Between if c == ',' => {

@@ -121,6 +121,76 @@ fn a_second_call_is_dropped_unless_parallel() {
     assert_eq!(parser.parse(text).content, text);
 }
 
+/// A parser that was cut off behind `text`, and what it has told.
+fn cut(family: ToolFamily, text: &str) -> (ParsedMessage, OutputParser) {
+    let mut parser = OutputParser::new(Some(family), None, true, true, CallIds::new(1));
+    let mut deltas = parser.push(text);
+    deltas.extend(parser.finish(true));
+    (ParsedMessage::collect(deltas), parser)
+}
+
+#[test]
+fn a_call_that_is_cut_off_is_no_content() {
+    use ToolFamily::{Hermes, Json, Llama3, Mistral};
+    let whole = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+    for (family, text, content, names) in [
+        (Hermes, "<tool_call>\n{\"na".to_owned(), "", 0),
+        (Hermes, "<tool_c".to_owned(), "", 0),
+        (Hermes, "Let me see. <tool_call>".to_owned(), "Let me see.", 0),
+        (Hermes, format!("{whole}\n<tool_call>\n{{\"name"), "", 1),
+        (Hermes, format!("{whole}\n<tool"), "", 1),
+        (Hermes, whole.to_owned(), "", 1),
+        (Llama3, " {\"name\": \"f\", \"parameters\": ".to_owned(), "", 0),
+        (Llama3, "{\"age\": 3".to_owned(), "{\"age\": 3", 0),
+        (Llama3, "{".to_owned(), "{", 0),
+        (Mistral, "[TOOL_CALLS]f".to_owned(), "", 0),
+        (Json, "[{\"name\": \"f".to_owned(), "", 0),
+        (Json, "[1, ".to_owned(), "[1, ", 0),
+        // One character of a marker may be anything.
+        (Hermes, "2 <".to_owned(), "2 <", 0),
+    ] {
+        let (message, parser) = cut(family, &text);
+        assert_eq!(
+            (message.content.as_str(), message.tool_calls.len()),
+            (content, names),
+            "{text}"
+        );
+        assert_eq!(parser.calls_are_complete(), names > 0, "{text}");
+    }
+    let (message, parser) = cut(Hermes, "<tool_call>{\"name\": \"f\", \"arguments\": {\"a");
+    assert_eq!(calls(&message), [("f", "{\"a")]);
+    assert!(!parser.calls_are_complete() && parser.saw_a_call());
+}
+
+#[test]
+fn a_call_is_told_once() {
+    let call = |city: &str| {
+        format!(
+            "<tool_call>{{\"name\": \"f\", \"arguments\": {{\"city\": \"{city}\"}}}}</tool_call>"
+        )
+    };
+    let (rome, oslo) = (("f", "{\"city\": \"Rome\"}"), ("f", "{\"city\": \"Oslo\"}"));
+    let other = call("Rome").replace(": ", ":");
+    for (text, expected, repeats) in [
+        (call("Rome") + &call("Rome"), vec![rome], true),
+        // White space between tokens says nothing.
+        (call("Rome") + &other, vec![rome], true),
+        (call("Rome") + &call("Oslo"), vec![rome, oslo], false),
+        (call("Rome") + &call("Romeo"), vec![rome, ("f", "{\"city\": \"Romeo\"}")], false),
+        (call("Rome") + &call("Oslo") + &call("Rome"), vec![rome, oslo], true),
+        (call("Rome") + &call("Rome").replace("\"f\"", "\"g\""), vec![rome, ("g", rome.1)], false),
+    ] {
+        let mut parser =
+            OutputParser::new(Some(ToolFamily::Hermes), None, true, true, CallIds::new(1));
+        let mut deltas: Vec<Delta> =
+            text.split_inclusive(':').flat_map(|piece| parser.push(piece)).collect();
+        deltas.extend(parser.finish(false));
+        assert_eq!(calls(&ParsedMessage::collect(deltas)), expected, "{text}");
+        assert_eq!(parser.repeats_itself(), repeats, "{text}");
+        assert!(parser.calls_are_complete());
+    }
+}
+
 #[test]
 fn arguments_stream_as_they_arrive() {
     let mut parser = OutputParser::new(Some(ToolFamily::Hermes), None, true, true, CallIds::new(1));
@@ -131,7 +201,7 @@ fn arguments_stream_as_they_arrive() {
     assert_eq!(deltas[1..], [fragment("{\"ci")]);
     assert_eq!(parser.push("ty\": 1}}"), [fragment("ty\": 1}")]);
     assert_eq!(parser.push("</tool_call>"), []);
-    assert_eq!(parser.finish(), []);
+    assert_eq!(parser.finish(false), []);
 }
 
 #[test]
@@ -142,7 +212,7 @@ fn long_names_are_content_however_they_come() {
             OutputParser::new(Some(ToolFamily::Mistral), None, true, true, CallIds::new(1));
         let pieces = text.as_bytes().chunks(cut).map(|piece| std::str::from_utf8(piece).unwrap());
         let mut deltas: Vec<Delta> = pieces.flat_map(|piece| parser.push(piece)).collect();
-        deltas.extend(parser.finish());
+        deltas.extend(parser.finish(false));
         assert_eq!(ParsedMessage::collect(deltas).content, text);
     }
 }
@@ -199,7 +269,7 @@ fn deltas(mut parser: OutputParser, text: &str, cuts: &[usize]) -> ParsedMessage
             start = end;
         }
     }
-    all.extend(parser.finish());
+    all.extend(parser.finish(false));
     ParsedMessage::collect(all)
 }
 

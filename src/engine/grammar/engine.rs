@@ -1,5 +1,6 @@
 //! Compiles grammars for one model and keeps the recent ones.
 
+use super::keys::QuoteTokens;
 use super::source;
 use super::state::CompiledGrammar;
 use super::trigger::TriggeredGrammar;
@@ -7,7 +8,7 @@ use super::vocab::{VocabSource, token_env};
 use crate::ipc::{EngineError, Grammar, GrammarSpec};
 use llguidance::ParserFactory;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Compiled grammars that are kept. Each may grow to tens of megabytes, most stay under one.
 const CACHE_ENTRIES: usize = 32;
@@ -18,6 +19,7 @@ const COMPILE_STACK: usize = 512 << 20;
 /// Compiles the grammars of one model; shared by reference between threads.
 pub struct GrammarEngine {
     factory: ParserFactory,
+    quotes: Arc<QuoteTokens>,
     /// Most recently used first.
     cache: Mutex<Vec<Cached>>,
     hasher: RandomState,
@@ -41,7 +43,8 @@ impl GrammarEngine {
         })?;
         factory.quiet();
         *factory.limits_mut() = source::limits();
-        Ok(Self { factory, cache: Mutex::new(Vec::new()), hasher: RandomState::new() })
+        let quotes = Arc::new(QuoteTokens::of(env.tok_trie()));
+        Ok(Self { factory, quotes, cache: Mutex::new(Vec::new()), hasher: RandomState::new() })
     }
 
     /// Compiles a grammar, or finds it among the recent ones. Milliseconds as a rule, at most some
@@ -58,7 +61,7 @@ impl GrammarEngine {
             std::thread::Builder::new()
                 .name("grammar".into())
                 .stack_size(COMPILE_STACK)
-                .spawn_scoped(scope, || CompiledGrammar::new(&self.factory, grammar))
+                .spawn_scoped(scope, || CompiledGrammar::new(&self.factory, &self.quotes, grammar))
                 .map_err(|error| {
                     EngineError::internal(format!("no thread to compile on: {error}"))
                 })?
@@ -83,6 +86,8 @@ impl GrammarEngine {
             Grammar::JsonObject => (1, ""),
             Grammar::Regex(text) => (2, text.as_str()),
             Grammar::Lark(text) => (3, text.as_str()),
+            Grammar::JsonLark { lark, .. } => (4, lark.as_str()),
+            Grammar::LenientJsonSchema(text) => (5, text.as_str()),
         };
         self.hasher.hash_one((kind, text))
     }

@@ -10,6 +10,7 @@
 //! [`observe`](TriggeredGrammar::observe) the token.
 
 mod engine;
+mod keys;
 mod source;
 mod state;
 mod trigger;

@@ -46,21 +46,29 @@ pub fn param(grammar: &Grammar) -> &'static str {
     match grammar {
         Grammar::JsonSchema(_) | Grammar::JsonObject | Grammar::Regex(_) => "response_format",
         Grammar::Lark(_) => "grammar",
+        Grammar::JsonLark { .. } | Grammar::LenientJsonSchema(_) => "tools",
     }
 }
 
 fn text(grammar: &Grammar) -> &str {
     match grammar {
-        Grammar::JsonSchema(text) | Grammar::Regex(text) | Grammar::Lark(text) => text,
+        Grammar::JsonSchema(text)
+        | Grammar::LenientJsonSchema(text)
+        | Grammar::Regex(text)
+        | Grammar::Lark(text)
+        | Grammar::JsonLark { lark: text, .. } => text,
         Grammar::JsonObject => "",
     }
 }
 
 fn noun(grammar: &Grammar) -> &'static str {
     match grammar {
-        Grammar::JsonSchema(_) | Grammar::JsonObject => "JSON schema",
+        Grammar::JsonSchema(_) | Grammar::LenientJsonSchema(_) | Grammar::JsonObject => {
+            "JSON schema"
+        }
         Grammar::Regex(_) => "regular expression",
         Grammar::Lark(_) => "Lark grammar",
+        Grammar::JsonLark { .. } => "grammar of tool calls",
     }
 }
 
@@ -78,7 +86,7 @@ pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
         )));
     }
     match grammar {
-        Grammar::JsonObject => Ok(json_grammar(json!({"type": "object"}))),
+        Grammar::JsonObject => Ok(json_grammar(json!({"type": "object"}), false)),
         Grammar::Regex(pattern) => Ok(TopLevelGrammar::from_regex(&whole_match(pattern))),
         Grammar::Lark(text) if text.trim().is_empty() => {
             Err(invalid("the Lark grammar is empty; it needs a rule named start".into()))
@@ -89,8 +97,11 @@ pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
              as one regular expression"
             )))
         }
-        Grammar::Lark(text) => Ok(TopLevelGrammar::from_lark(text.clone())),
-        Grammar::JsonSchema(text) => {
+        Grammar::Lark(text) | Grammar::JsonLark { lark: text, .. } => {
+            Ok(TopLevelGrammar::from_lark(text.clone()))
+        }
+        Grammar::JsonSchema(text) | Grammar::LenientJsonSchema(text) => {
+            let lenient = matches!(grammar, Grammar::LenientJsonSchema(_));
             if depth(text) > MAX_DEPTH {
                 return Err(invalid(format!(
                     "the JSON schema nests deeper than {MAX_DEPTH} levels; move inner parts to \
@@ -107,8 +118,8 @@ pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
                 ));
             }
             match schema {
-                Value::Object(_) => Ok(json_grammar(schema)),
-                Value::Bool(true) => Ok(json_grammar(json!({}))),
+                Value::Object(_) => Ok(json_grammar(schema, lenient)),
+                Value::Bool(true) => Ok(json_grammar(json!({}), lenient)),
                 Value::Bool(false) => {
                     Err(invalid("the JSON schema false allows nothing; use an object".into()))
                 }
@@ -119,9 +130,10 @@ pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
 }
 
 /// Sets the options of llguidance's JSON compiler, over any that the schema brings along.
-fn json_grammar(mut schema: Value) -> TopLevelGrammar {
+fn json_grammar(mut schema: Value, lenient: bool) -> TopLevelGrammar {
     if let Some(object) = schema.as_object_mut() {
-        object.insert("x-guidance".into(), json!({"whitespace_pattern": JSON_WHITESPACE}));
+        let options = json!({"whitespace_pattern": JSON_WHITESPACE, "lenient": lenient});
+        object.insert("x-guidance".into(), options);
     }
     TopLevelGrammar::from_json_schema(schema)
 }
@@ -188,13 +200,14 @@ pub fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
                  property; use anyOf instead",
             );
         }
-        Grammar::JsonSchema(_) | Grammar::JsonObject => {
+        Grammar::JsonSchema(_) | Grammar::LenientJsonSchema(_) | Grammar::JsonObject => {
             "remove or rewrite the part named, or simplify the schema"
         }
         Grammar::Regex(_) => {
             "use plain regular expressions (no look-around, back-references or anchors) with small \
              repetition counts"
         }
+        Grammar::JsonLark { .. } => "simplify the tools' parameters",
         Grammar::Lark(_) => "correct the part named (see llguidance's Lark syntax), or simplify it",
     };
     let noun = noun(grammar);

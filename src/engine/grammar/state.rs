@@ -1,5 +1,6 @@
 //! A compiled grammar and the walks through it.
 
+use super::keys::{self, QuoteTokens, UniqueKeys};
 use super::{source, vocab};
 use crate::ipc::{EngineError, Grammar, Token};
 use llguidance::{Matcher, ParserFactory};
@@ -26,6 +27,9 @@ struct Compiled {
     fresh: Mutex<Matcher>,
     env: TokEnv,
     param: &'static str,
+    /// Where a walk begins to follow the keys of objects; `None` for grammars without JSON.
+    keys: Option<UniqueKeys>,
+    quotes: Arc<QuoteTokens>,
     /// The shared tables are full or suspect: compile anew for the next request.
     worn: AtomicBool,
 }
@@ -35,7 +39,11 @@ impl CompiledGrammar {
     ///
     /// # Errors
     /// Invalid, where llguidance refuses the grammar or it exceeds a limit.
-    pub(super) fn new(factory: &ParserFactory, grammar: &Grammar) -> Result<Self, EngineError> {
+    pub(super) fn new(
+        factory: &ParserFactory,
+        quotes: &Arc<QuoteTokens>,
+        grammar: &Grammar,
+    ) -> Result<Self, EngineError> {
         let top_level = source::top_level(grammar)?;
         // llguidance catches its own panics here and in the matcher.
         let parser = factory
@@ -56,6 +64,16 @@ impl CompiledGrammar {
                 fresh: Mutex::new(fresh),
                 env: factory.tok_env().clone(),
                 param: source::param(grammar),
+                keys: match grammar {
+                    Grammar::JsonSchema(_)
+                    | Grammar::LenientJsonSchema(_)
+                    | Grammar::JsonObject => Some(UniqueKeys::default()),
+                    Grammar::JsonLark { reasoning, .. } => {
+                        Some(UniqueKeys::after(reasoning.as_ref()))
+                    }
+                    Grammar::Regex(_) | Grammar::Lark(_) => None,
+                },
+                quotes: quotes.clone(),
                 worn: AtomicBool::new(false),
             }),
         })
@@ -64,7 +82,13 @@ impl CompiledGrammar {
     /// A walk from the beginning of the grammar.
     pub fn matcher(&self) -> GrammarState {
         let fresh = self.inner.fresh.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        GrammarState { matcher: fresh, mask: None, failed: None, compiled: self.inner.clone() }
+        GrammarState {
+            matcher: fresh,
+            mask: None,
+            failed: None,
+            keys: self.inner.keys.clone(),
+            compiled: self.inner.clone(),
+        }
     }
 
     /// Whether both came from one compilation.
@@ -86,6 +110,7 @@ pub struct GrammarState {
     mask: Option<SimpleVob>,
     /// An error ends the walk and is given again on every later call.
     failed: Option<EngineError>,
+    keys: Option<UniqueKeys>,
     compiled: Arc<Compiled>,
 }
 
@@ -102,10 +127,44 @@ impl GrammarState {
             return Err(error.clone());
         }
         if self.mask.is_none() {
-            let mask = self.step(Matcher::compute_mask_or_eos)?;
+            let mut mask = self.step(Matcher::compute_mask_or_eos)?;
+            self.forbid_repeated_keys(&mut mask)?;
             self.mask = Some(mask);
         }
         Ok(self.mask.as_ref().map_or(&[], SimpleVob::as_slice))
+    }
+
+    /// Takes the tokens out of a mask that would give an object a key which it has.
+    fn forbid_repeated_keys(&mut self, mask: &mut SimpleVob) -> Result<(), EngineError> {
+        let Some(keys) = &self.keys else { return Ok(()) };
+        let compiled = &self.compiled;
+        let repeats: Vec<Token> = keys
+            .repeats(compiled.env.tok_trie(), &compiled.quotes, |token| mask.is_allowed(token))
+            .collect();
+        if repeats.is_empty() {
+            return Ok(());
+        }
+        repeats.into_iter().for_each(|token| mask.disallow_token(token));
+        if !mask.is_zero() {
+            return Ok(());
+        }
+        let error = EngineError::invalid(
+            compiled.param,
+            "the schema asks for more properties of an object than it allows different keys; lower \
+             minProperties, or list the keys under properties",
+        );
+        self.failed = Some(error.clone());
+        Err(error)
+    }
+
+    /// Follows the text that tokens write.
+    fn follow_keys(&mut self, tokens: &[Token]) {
+        if let Some(keys) = &mut self.keys {
+            let trie = self.compiled.env.tok_trie();
+            for &token in tokens {
+                keys.push_all(keys::bytes(trie, token));
+            }
+        }
     }
 
     /// The tokens that come next for certain, as the mask would allow them one by one; nothing where
@@ -114,7 +173,14 @@ impl GrammarState {
         if self.failed.is_some() || self.mask.is_some() || self.matcher.is_stopped() {
             return Vec::new();
         }
-        self.matcher.compute_ff_tokens()
+        let mut forced = self.matcher.compute_ff_tokens();
+        if let Some(mut unique) = self.keys.clone() {
+            let trie = self.compiled.env.tok_trie();
+            let repeats = |token: &Token| !unique.push_all(keys::bytes(trie, *token));
+            let fine = forced.iter().position(repeats).unwrap_or(forced.len());
+            forced.truncate(fine);
+        }
+        forced
     }
 
     /// Takes a token in, which the mask must have allowed.
@@ -133,7 +199,9 @@ impl GrammarState {
             };
         }
         self.mask = None;
-        self.step(|matcher| matcher.consume_token(token))
+        self.step(|matcher| matcher.consume_token(token))?;
+        self.follow_keys(&[token]);
+        Ok(())
     }
 
     /// Takes text in whose tokens are not at hand, such as the rest of a trigger's token. False
@@ -168,6 +236,7 @@ impl GrammarState {
         }
         self.mask = None;
         self.step(|matcher| matcher.consume_tokens(tokens))?;
+        self.follow_keys(tokens);
         Ok(true)
     }
 

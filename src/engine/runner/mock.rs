@@ -4,14 +4,15 @@
 //! or fails its step: the scheduler and the cache cannot be wrong unnoticed.
 
 use super::{
-    AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot, Wants,
+    AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, Ran, RunnerError, SeqSlot, Wants,
 };
 use crate::engine::tokenizer::{Tokenizer, Vocab};
 use crate::ipc::{AdapterId, LoadSpec, ModelInfo, Speculate, Token};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// 256 bytes, then BOS and EOS.
 const VOCAB: usize = 258;
@@ -29,6 +30,8 @@ pub struct Mock {
     adapters: HashMap<AdapterId, ()>,
     logits: HashMap<usize, Vec<f32>>,
     step_time: Duration,
+    /// Of the input that is being pooled.
+    pooling: Vec<f32>,
 }
 
 impl Mock {
@@ -44,6 +47,7 @@ impl Mock {
                 embedding_size: 8,
                 can_generate: true,
                 can_embed: true,
+                pooled_length: spec.context_length,
                 can_infill: false,
                 shares_prefixes: true,
                 mixes_adapters: false,
@@ -61,6 +65,7 @@ impl Mock {
             adapters: HashMap::new(),
             logits: HashMap::new(),
             step_time: Duration::from_micros(spec.mock_step_us),
+            pooling: Vec::new(),
         }
     }
 
@@ -126,8 +131,23 @@ impl ModelRunner for Mock {
         true
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
-        std::thread::sleep(self.step_time);
+    fn run(
+        &mut self,
+        batch: &Batch,
+        interrupt: &mut dyn FnMut() -> bool,
+    ) -> Result<Ran, RunnerError> {
+        let end = Instant::now() + self.step_time;
+        loop {
+            if interrupt() {
+                return Ok(Ran::Interrupted);
+            }
+            match end.checked_duration_since(Instant::now()) {
+                Some(left) if !left.is_zero() => {
+                    std::thread::sleep(left.min(Duration::from_millis(1)));
+                }
+                _ => break,
+            }
+        }
         if let Some(adapter) = batch.adapter
             && !self.adapters.contains_key(&adapter)
         {
@@ -161,7 +181,7 @@ impl ModelRunner for Mock {
         if longest > self.capacity {
             return Err(RunnerError("a sequence is longer than the cache".into()));
         }
-        Ok(())
+        Ok(Ran::Complete)
     }
 
     fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
@@ -196,16 +216,20 @@ impl ModelRunner for Mock {
         Ok(Box::new(Self::load(spec)))
     }
 
-    fn pooled(
+    fn pool(
         &mut self,
-        tokens: &[Token],
+        input: &[Token],
+        rows: Range<usize>,
         _adapter: Option<AdapterId>,
-    ) -> Result<Vec<f32>, RunnerError> {
-        let mut vector = vec![0f32; 8];
-        for &token in tokens {
-            vector[token as usize % 8] += 1.0;
+    ) -> Result<Option<Vec<f32>>, RunnerError> {
+        std::thread::sleep(self.step_time);
+        if rows.start == 0 {
+            self.pooling = vec![0.0; 8];
         }
-        Ok(vector)
+        for &token in &input[rows.clone()] {
+            self.pooling[token as usize % 8] += 1.0;
+        }
+        Ok((rows.end == input.len()).then(|| self.pooling.clone()))
     }
 }
 

@@ -9,11 +9,16 @@ pub mod native;
 
 use crate::engine::tokenizer::Tokenizer;
 use crate::ipc::{AdapterId, LoadSpec, ModelInfo, RunnerKind, Token};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 /// Tokens per page of the cache.
 pub const PAGE_TOKENS: usize = 32;
+
+/// Longest input that is embedded or scored, in tokens, where the model's context is longer: such an
+/// input has a cache of its own beside the planned one.
+pub const MAX_POOLED_TOKENS: u32 = 8192;
 
 /// Rows of [`Wants::AllLogits`] in one step, at most: each is a whole row of the vocabulary.
 pub const MAX_PROMPT_LOGITS: usize = 64;
@@ -43,7 +48,7 @@ pub struct Batch {
 pub struct BatchSequence {
     pub slot: SeqSlot,
     /// Its rows, as a range of `Batch::tokens`.
-    pub rows: std::ops::Range<usize>,
+    pub rows: Range<usize>,
     /// Position of the first row: tokens of this slot that are computed already.
     pub position: usize,
     pub wants: Wants,
@@ -87,6 +92,14 @@ pub enum AdapterHandle {
     Mock,
 }
 
+/// How a step ended that could be interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ran {
+    Complete,
+    /// The cache holds what it held before the step.
+    Interrupted,
+}
+
 /// Runs batches: our own kernels, llama.cpp, and a mock that tests the rest.
 pub trait ModelRunner {
     fn info(&self) -> &ModelInfo;
@@ -96,8 +109,17 @@ pub trait ModelRunner {
     fn slots(&self) -> u32;
     /// Pages live under slots, not under page ids (see `engine/kv`).
     fn slots_hold_pages(&self) -> bool;
-    /// Computes all rows. On an error the cache holds what it held before.
-    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError>;
+    /// Computes all rows, unless `interrupt`, which is asked a few dozen times in between, answers
+    /// true. On an error the cache holds what it held before.
+    fn run(
+        &mut self,
+        batch: &Batch,
+        interrupt: &mut dyn FnMut() -> bool,
+    ) -> Result<Ran, RunnerError>;
+    /// [`run`](Self::run) to the end.
+    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
+        self.run(batch, &mut || false).map(drop)
+    }
     /// (vocabulary) logits after a row of the last batch that wanted them; the caller may write
     /// into them.
     fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError>;
@@ -117,12 +139,30 @@ pub trait ModelRunner {
     fn load_draft(&self, _spec: &LoadSpec) -> Result<Box<dyn ModelRunner>, RunnerError> {
         Err(RunnerError("only the native runner can check what a draft model drafts".into()))
     }
-    /// (width) the rows behind the output norm, pooled: of a causal model the last token's.
+    /// Whether [`pool`](Self::pool) may be given an input part by part. False for models whose tokens
+    /// attend to later ones, or that pool over all rows.
+    fn pools_in_chunks(&self) -> bool {
+        true
+    }
+    /// Computes the rows `rows` of an input that is to be embedded or scored. Inputs are computed one
+    /// after the other, the rows of each in order, whatever steps run in between. With its last row
+    /// it answers the pooled row (width), from behind the output norm: of a causal model the last
+    /// token's.
+    fn pool(
+        &mut self,
+        input: &[Token],
+        rows: Range<usize>,
+        adapter: Option<AdapterId>,
+    ) -> Result<Option<Vec<f32>>, RunnerError>;
+    /// [`pool`](Self::pool) of a whole input at once.
     fn pooled(
         &mut self,
-        tokens: &[Token],
+        input: &[Token],
         adapter: Option<AdapterId>,
-    ) -> Result<Vec<f32>, RunnerError>;
+    ) -> Result<Vec<f32>, RunnerError> {
+        let row = self.pool(input, 0..input.len(), adapter)?;
+        row.ok_or_else(|| RunnerError("a whole input has no pooled row".into()))
+    }
 }
 
 /// Loads the draft model for a loaded one, where there is to be one.

@@ -30,6 +30,8 @@ pub struct Limits {
     pub max_sequences: usize,
     pub batch_tokens: usize,
     pub target_step: Duration,
+    /// What a step of one row took when the model was loaded.
+    pub first_step: Duration,
     pub queue_limit: usize,
     pub mixes_adapters: bool,
     pub speculate: Speculate,
@@ -94,7 +96,7 @@ impl Scheduler {
             waiting: Vec::new(),
             running: Vec::new(),
             shares: FairShares::default(),
-            cost: CostModel::new(limits.target_step, limits.batch_tokens),
+            cost: CostModel::new(limits.target_step, limits.batch_tokens, limits.first_step),
             drafting: false,
             group: None,
             group_since: Instant::now(),
@@ -180,6 +182,27 @@ impl Scheduler {
             let output = usize::from(sequence.is_decoding());
             self.shares.charge(sequence.facts.fair_key, work.rows - output, output);
         }
+    }
+
+    /// Seconds that the step may take.
+    pub fn expected(&self, plan: &Plan) -> f32 {
+        self.cost.expected(plan.decoding, plan.prefill)
+    }
+
+    /// Rows of an input to be embedded or scored that are computed before the next step.
+    pub fn pooling_rows(&self) -> usize {
+        let decoding = self.running.iter().filter(|s| s.is_runnable() && s.is_decoding()).count();
+        self.cost.budget(decoding) - decoding
+    }
+
+    /// Seconds that so many rows of such an input may take.
+    pub fn expected_pooling(&self, rows: usize) -> f32 {
+        self.cost.expected(0, rows)
+    }
+
+    /// Rows of such an input have taken so long.
+    pub fn observe_pooling(&mut self, rows: usize, took: Duration) {
+        self.cost.observe(0, 0, rows, took);
     }
 
     /// Longest recent step in seconds, decayed.

@@ -263,6 +263,7 @@ fn limits(max_sequences: usize, batch_tokens: usize) -> Limits {
         max_sequences,
         batch_tokens,
         target_step,
+        first_step: Duration::from_millis(1),
         queue_limit: 1000,
         mixes_adapters: false,
         speculate: Speculate::Always,

@@ -79,7 +79,7 @@ impl DraftModel {
     /// `vocab` is the number of tokens of the model that it drafts for.
     pub fn new(runner: Box<dyn ModelRunner>, vocab: usize) -> Self {
         let info = runner.info();
-        let mut cost = CostModel::new(Duration::ZERO, usize::MAX);
+        let mut cost = CostModel::new(Duration::ZERO, usize::MAX, Duration::ZERO);
         cost.observe(1, 0, 0, Duration::from_secs_f32(info.step_seconds.max(0.0)));
         Self {
             kv: KvCache::new(

@@ -4,11 +4,12 @@ use super::*;
 use crate::engine::cost::Pace;
 use crate::engine::runner::mock::Mock;
 use crate::engine::runner::{
-    AdapterHandle, AdapterLoader, Batch, ModelRunner, RunnerError, SeqSlot,
+    AdapterHandle, AdapterLoader, Batch, ModelRunner, Ran, RunnerError, SeqSlot,
 };
 use crate::engine::sampler::Sampler;
 use crate::engine::tokenizer::Tokenizer;
 use crate::ipc::{AdapterId, LoadSpec, ModelInfo, RunnerKind, SamplingParams};
+use std::ops::Range;
 use std::sync::Arc;
 
 const EOS: Token = 257;
@@ -245,9 +246,13 @@ impl ModelRunner for Failing {
         true
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
+    fn run(
+        &mut self,
+        batch: &Batch,
+        interrupt: &mut dyn FnMut() -> bool,
+    ) -> Result<Ran, RunnerError> {
         self.steps = self.steps.checked_sub(1).ok_or(RunnerError("no more".into()))?;
-        self.mock.step(batch)
+        self.mock.run(batch, interrupt)
     }
 
     fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
@@ -270,12 +275,13 @@ impl ModelRunner for Failing {
 
     fn remove_adapter(&mut self, _: AdapterId) {}
 
-    fn pooled(
+    fn pool(
         &mut self,
-        tokens: &[Token],
+        input: &[Token],
+        rows: Range<usize>,
         adapter: Option<AdapterId>,
-    ) -> Result<Vec<f32>, RunnerError> {
-        self.mock.pooled(tokens, adapter)
+    ) -> Result<Option<Vec<f32>>, RunnerError> {
+        self.mock.pool(input, rows, adapter)
     }
 }
 

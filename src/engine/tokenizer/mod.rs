@@ -3,6 +3,8 @@
 pub mod native;
 
 use crate::ipc::Token;
+use aho_corasick::{AhoCorasick, MatchKind};
+use std::ops::Range;
 
 /// Tokens that one vocabulary of a family may have more than another.
 const MAX_PADDING: usize = 256;
@@ -13,6 +15,39 @@ pub trait Tokenizer: Send + Sync {
     /// `add_special` puts BOS in front where the vocabulary asks for one; `parse_special`
     /// recognises control tokens in the text.
     fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token>;
+    /// As [`encode`](Self::encode) with control tokens recognised, but for those that span one of the
+    /// ascending byte offsets `barriers`: they are text.
+    fn encode_rendered(&self, text: &str, barriers: &[usize], add_special: bool) -> Vec<Token> {
+        if barriers.is_empty() {
+            return self.encode(text, add_special, true);
+        }
+        let control = self.vocab().control_tokens();
+        let texts = control.iter().map(|(text, _)| text.as_str());
+        let finder = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts);
+        let Ok(finder) = finder else { return self.encode(text, add_special, false) };
+        let (mut tokens, mut done) = (Vec::new(), 0);
+        for found in finder.find_iter(text) {
+            if found.is_empty() || spans_barrier(barriers, found.range()) {
+                continue;
+            }
+            let before = &text[done..found.start()];
+            if !before.is_empty() || done == 0 {
+                tokens.extend(self.encode(before, add_special && done == 0, false));
+            }
+            tokens.push(control[found.pattern().as_usize()].1);
+            done = found.end();
+        }
+        if done < text.len() {
+            tokens.extend(self.encode(&text[done..], add_special && done == 0, false));
+        }
+        tokens
+    }
+}
+
+/// Whether one of the ascending offsets lies inside the range.
+fn spans_barrier(barriers: &[usize], range: Range<usize>) -> bool {
+    let next = barriers.partition_point(|&at| at <= range.start);
+    barriers.get(next).is_some_and(|&at| at < range.end)
 }
 
 /// The vocabulary's fixed facts, read once.

@@ -14,7 +14,7 @@ use crate::gateway::error::ApiError;
 use crate::gateway::registry::{Model, Served};
 use crate::gateway::stream::{self, Running};
 use crate::ipc::{Generate, Grammar, ModelInfo, Prompt, RequestId};
-use crate::template::RenderInput;
+use crate::template::{RenderInput, RenderedPrompt};
 use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
@@ -50,11 +50,12 @@ pub async fn handle(
     let info = served.model.engine.info()?;
     request.check(&info)?;
     request.map_effort(&served.model)?;
-    let prompt = render(served.model.clone(), request.render_input()).await?;
+    let parse_control = app.config.limits.parse_control_tokens;
+    let prompt = render(served.model.clone(), request.render_input(), parse_control).await?;
     let template = template(&served.model)?;
-    let constraint = constraint::build(template, &info, &prompt, &request)?;
-    if let (Some(spec), Some(param)) = (&constraint.grammar, constraint.param) {
-        check_grammar(&served, &spec.grammar, param).await?;
+    let constraint = constraint::build(template, &info, &prompt.text, &request)?;
+    if let Some(spec) = &constraint.grammar {
+        check_grammar(&served, &spec.grammar, &constraint.parts).await?;
     }
     let writer = Writer::new(&request, &constraint);
     let stream = request.common.stream;
@@ -75,7 +76,21 @@ impl ChatRequest {
         let tools = take_tools(&mut fields)?;
         let format = take_response_format(&mut fields)?;
         let logprobs = take_logprobs(&mut fields)?;
-        let template_kwargs = fields.object("chat_template_kwargs")?.map(Fields::into_map);
+        let mut template_kwargs =
+            fields.object("chat_template_kwargs")?.map(Fields::into_map).unwrap_or_default();
+        // Qwen's servers take it beside the messages.
+        if let Some(thinking) = fields.boolean("enable_thinking")? {
+            let thinking = json!(thinking);
+            if template_kwargs.get("enable_thinking").is_some_and(|inner| *inner != thinking) {
+                let message = "enable_thinking contradicts chat_template_kwargs.enable_thinking";
+                return Err(ApiError::invalid("enable_thinking", message));
+            }
+            template_kwargs.insert("enable_thinking".into(), thinking);
+        }
+        // Of text completions; the template writes what tokens begin a prompt.
+        for key in ["echo", "add_special_tokens"] {
+            fields.only_neutral(key, &[json!(false)])?;
+        }
         let continue_final_message = fields.boolean("continue_final_message")?.unwrap_or(false);
         let add_generation_prompt =
             fields.boolean("add_generation_prompt")?.unwrap_or(!continue_final_message);
@@ -91,7 +106,7 @@ impl ChatRequest {
             tools,
             format,
             logprobs,
-            template_kwargs: template_kwargs.unwrap_or_default(),
+            template_kwargs,
             reasoning_effort,
             add_generation_prompt,
             continue_final_message,
@@ -146,25 +161,32 @@ impl ChatRequest {
         self,
         served: &Served,
         identity: Identity,
-        prompt: String,
+        prompt: RenderedPrompt,
         constraint: Constraint,
     ) -> Generate {
         let bos = served.model.facts.tokenizer.bos.as_ref();
         let wrote_bos =
-            bos.is_some_and(|bos| !bos.text.is_empty() && prompt.starts_with(&bos.text));
+            bos.is_some_and(|bos| !bos.text.is_empty() && prompt.text.starts_with(&bos.text));
+        let tenant = self.common.tenant(identity);
         Generate {
             id: RequestId(0),
-            prompt: Prompt::Text { text: prompt, add_special: !wrote_bos, parse_special: true },
+            prompt: Prompt::Rendered {
+                text: prompt.text,
+                barriers: prompt.barriers,
+                add_special: !wrote_bos,
+            },
             choices: self.common.choices,
             sampling: self.common.sampling,
             stop: self.common.stop,
             logprobs: self.logprobs,
             echo: false,
             // The markers of calls and reasoning are control tokens in some models.
-            render_special: self.tools.is_some() || constraint.reasoning.is_some(),
+            render_special: self.common.render_special
+                || self.tools.is_some()
+                || constraint.reasoning.is_some(),
             grammar: constraint.grammar,
             adapter: served.adapter.as_ref().map(|adapter| adapter.id),
-            tenant: identity.tenant,
+            tenant,
             priority: self.common.priority,
             max_drafted: self.common.max_drafted,
             fair_key: identity.key,

@@ -19,6 +19,8 @@ pub(super) struct Writer {
     include_usage: bool,
     logprobs: bool,
     choices: Vec<Choice>,
+    /// A choice that is to end.
+    to_finish: Option<u32>,
 }
 
 /// One choice on its way.
@@ -28,7 +30,8 @@ struct Choice {
     /// Tokens whose log-probabilities no chunk carries yet: the parser may still hold their text.
     pending: Vec<TokenLogprob>,
     begun: bool,
-    called: bool,
+    /// Its model repeats itself: what still comes is not looked at.
+    over: bool,
 }
 
 impl Writer {
@@ -43,7 +46,7 @@ impl Writer {
             ),
             pending: Vec::new(),
             begun: false,
-            called: false,
+            over: false,
         };
         let stream = request.common.stream;
         let object = if stream.is_some() { "chat.completion.chunk" } else { "chat.completion" };
@@ -52,31 +55,46 @@ impl Writer {
             include_usage: stream.is_some_and(|stream| stream.include_usage),
             logprobs: request.logprobs.is_some(),
             choices: (0..request.common.choices).map(choice).collect(),
+            to_finish: None,
         }
     }
 }
 
 impl Choice {
-    /// What the parser makes of a piece of text, or of the end.
-    fn parse(&mut self, text: Option<&str>) -> Vec<Delta> {
-        let mut deltas = match text {
-            Some(text) => self.parser.push(text),
-            None => self.parser.finish(),
-        };
-        deltas.retain(|delta| match delta {
-            Delta::Reasoning(text) | Delta::Content(text) => !text.is_empty(),
-            Delta::ToolCallStart { .. } | Delta::ToolCallArguments { .. } => true,
-        });
-        self.called |= deltas.iter().any(|delta| matches!(delta, Delta::ToolCallStart { .. }));
-        deltas
+    /// What the parser makes of a piece of text.
+    fn read(&mut self, text: &str) -> Vec<Delta> {
+        if self.over {
+            return Vec::new();
+        }
+        let deltas = self.parser.push(text);
+        filled(deltas)
     }
 
-    fn finish_reason(&self, reason: &FinishReason) -> &'static str {
-        match finish_reason(reason) {
-            "stop" if self.called => "tool_calls",
+    /// What it makes of the end, and how the choice ends.
+    fn finish(&mut self, reason: &FinishReason) -> (Vec<Delta>, &'static str) {
+        let cut = self.over || *reason != FinishReason::Stop;
+        let deltas = filled(self.parser.finish(cut));
+        let reason = match finish_reason(reason) {
+            // Whether the engine heard of it in time makes no difference.
+            _ if self.over => "tool_calls",
+            "stop" if self.parser.calls_are_complete() => "tool_calls",
             other => other,
-        }
+        };
+        (deltas, reason)
     }
+
+    /// Whether the choice is to end now; said once.
+    fn repeats_itself(&mut self) -> bool {
+        !std::mem::replace(&mut self.over, self.parser.repeats_itself()) && self.over
+    }
+}
+
+fn filled(mut deltas: Vec<Delta>) -> Vec<Delta> {
+    deltas.retain(|delta| match delta {
+        Delta::Reasoning(text) | Delta::Content(text) => !text.is_empty(),
+        Delta::ToolCallStart { .. } | Delta::ToolCallArguments { .. } => true,
+    });
+    deltas
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -187,15 +205,18 @@ impl Transcript for Writer {
                 let index = choice as usize;
                 let Some(choice) = self.choices.get_mut(index) else { return };
                 choice.pending.extend(logprobs);
-                for delta in choice.parse(Some(&text)) {
+                let deltas = choice.read(&text);
+                if choice.repeats_itself() {
+                    self.to_finish = Some(index as u32);
+                }
+                for delta in deltas {
                     self.delta(index, delta.into(), None, out);
                 }
             }
             Event::Finish { choice, reason, .. } => {
                 let index = choice as usize;
                 let Some(choice) = self.choices.get_mut(index) else { return };
-                let deltas = choice.parse(None);
-                let reason = choice.finish_reason(&reason);
+                let (deltas, reason) = choice.finish(&reason);
                 for delta in deltas {
                     self.delta(index, delta.into(), None, out);
                 }
@@ -203,6 +224,10 @@ impl Transcript for Writer {
             }
             _ => {}
         }
+    }
+
+    fn to_finish(&mut self) -> Option<u32> {
+        self.to_finish.take()
     }
 
     fn end(&mut self, usage: Usage, out: &mut Sse) {
@@ -287,25 +312,33 @@ pub(super) async fn whole(mut running: Running, mut writer: Writer) -> Result<Re
     };
     let mut choices: Vec<BodyChoice> = (0..writer.choices.len()).map(empty).collect();
     while let Some(event) = running.next().await {
-        let (index, text, tokens, finish) = match event?.1 {
-            Event::Delta { choice, text, logprobs, .. } => (choice, Some(text), logprobs, None),
-            Event::Finish { choice, reason, .. } => (choice, None, Vec::new(), Some(reason)),
-            _ => continue,
-        };
-        let index = index as usize;
+        let (prompt, event) = event?;
+        let (Event::Delta { choice, .. } | Event::Finish { choice, .. }) = event else { continue };
+        let index = choice as usize;
         let (Some(choice), Some(body)) = (writer.choices.get_mut(index), choices.get_mut(index))
         else {
             continue;
         };
-        choice.parse(text.as_deref()).into_iter().for_each(|delta| body.message.add(delta));
-        if let Some(logprobs) = &mut body.logprobs {
-            logprobs.extend(tokens);
-        }
-        if let Some(reason) = finish {
-            body.finish_reason = Some(choice.finish_reason(&reason));
-            if body.message.tool_calls.is_empty() {
-                body.message.content.get_or_insert_default();
+        let deltas = match event {
+            Event::Delta { text, logprobs: tokens, .. } => {
+                if let Some(logprobs) = &mut body.logprobs {
+                    logprobs.extend(tokens);
+                }
+                choice.read(&text)
             }
+            Event::Finish { reason, .. } => {
+                let (deltas, reason) = choice.finish(&reason);
+                body.finish_reason = Some(reason);
+                deltas
+            }
+            _ => continue,
+        };
+        deltas.into_iter().for_each(|delta| body.message.add(delta));
+        if choice.repeats_itself() {
+            running.finish(prompt, index as u32);
+        }
+        if body.finish_reason.is_some() && !choice.parser.saw_a_call() {
+            body.message.content.get_or_insert_default();
         }
     }
     let usage = running.usage().body();

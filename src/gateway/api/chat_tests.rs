@@ -22,7 +22,7 @@ async fn answer(request: Value, events: Vec<Event>) -> String {
     let request = read(request).unwrap();
     let constraint = Constraint {
         grammar: None,
-        param: None,
+        parts: Vec::new(),
         family: Some(ToolFamily::Hermes),
         reasoning: Some(ReasoningFormat {
             open: "<think>".into(),

@@ -1,5 +1,6 @@
 //! `POST /v1/completions`: text goes on as it began.
 
+use super::constraint::Part;
 use super::fields::{Fields, JsonBody, tokens};
 use super::format::take_response_format;
 use super::logprobs::TextLogprobs;
@@ -37,6 +38,8 @@ struct CompletionRequest {
     echo: bool,
     logprobs: Option<u32>,
     grammar: Option<Grammar>,
+    /// Whether the tokens that begin a text are put in front of prompts.
+    add_special: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -59,7 +62,9 @@ pub async fn handle(
     let info = served.model.engine.info()?;
     request.check(&info)?;
     if let Some(grammar) = &request.grammar {
-        check_grammar(&served, grammar, "response_format").await?;
+        let (param, what) = ("response_format".into(), None);
+        let part = Part { param, what, grammar: grammar.clone() };
+        check_grammar(&served, grammar, &[part]).await?;
     }
     let writer = Writer::new(&request);
     let stream = request.common.stream;
@@ -95,8 +100,9 @@ impl CompletionRequest {
         }
         let logprobs = fields.count("logprobs", 0, MAX_TOP_LOGPROBS)?;
         let grammar = take_response_format(&mut fields)?;
+        let add_special = fields.boolean("add_special_tokens")?.unwrap_or(true);
         fields.finish()?;
-        Ok(Self { common, prompts, suffix, echo, logprobs, grammar })
+        Ok(Self { common, prompts, suffix, echo, logprobs, grammar, add_special })
     }
 
     /// Checks what depends on the model.
@@ -118,7 +124,7 @@ impl CompletionRequest {
     }
 
     fn into_generates(self, served: &Served, identity: Identity) -> Vec<Generate> {
-        let Self { common, prompts, suffix, echo, logprobs, grammar } = self;
+        let Self { common, prompts, suffix, echo, logprobs, grammar, add_special } = self;
         let generate = |input| Generate {
             id: RequestId(0),
             prompt: match (input, &suffix) {
@@ -127,7 +133,7 @@ impl CompletionRequest {
                 }
                 // Raw prompts are often rendered templates.
                 (Input::Text(text), None) => {
-                    Prompt::Text { text, add_special: true, parse_special: true }
+                    Prompt::Text { text, add_special, parse_special: true }
                 }
                 (Input::Tokens(tokens), _) => Prompt::Tokens(tokens),
             },
@@ -138,12 +144,12 @@ impl CompletionRequest {
             echo,
             grammar: grammar.clone().map(|grammar| GrammarSpec { grammar, trigger: None }),
             adapter: served.adapter.as_ref().map(|adapter| adapter.id),
-            tenant: identity.tenant,
+            tenant: common.tenant(identity),
             priority: common.priority,
             max_drafted: common.max_drafted,
             fair_key: identity.key,
             rollout: false,
-            render_special: false,
+            render_special: common.render_special,
         };
         prompts.into_iter().map(generate).collect()
     }

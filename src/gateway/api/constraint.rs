@@ -10,7 +10,9 @@ use super::chat::ChatRequest;
 use super::tools::Choice;
 use crate::gateway::error::ApiError;
 use crate::ipc::{Grammar, GrammarSpec, GrammarTrigger, ModelInfo};
-use crate::template::{ChatTemplate, ReasoningFormat, ToolChoice, ToolFamily, ToolGrammar};
+use crate::template::{
+    ChatTemplate, ReasoningFormat, ToolChoice, ToolFamily, ToolGrammar, close_objects,
+};
 use serde_json::{Value, json};
 
 /// White space between JSON tokens; llguidance's own is unbounded, and models get lost in it.
@@ -20,10 +22,20 @@ const JSON_WHITESPACE: &str = r"[ ]{1,2}|\r?\n[ \t]{0,48}";
 #[derive(Debug)]
 pub(super) struct Constraint {
     pub grammar: Option<GrammarSpec>,
-    /// The parameter at fault if the grammar is refused.
-    pub param: Option<&'static str>,
+    /// What the grammar is made of, each with the parameter that it comes from: whatever of it is
+    /// refused alone is at fault when the grammar is.
+    pub parts: Vec<Part>,
     pub family: Option<ToolFamily>,
     pub reasoning: Option<ReasoningFormat>,
+}
+
+/// A part of a grammar as the client wrote it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Part {
+    pub param: String,
+    /// What it is, for a message: "the parameters of the tool `f`".
+    pub what: Option<String>,
+    pub grammar: Grammar,
 }
 
 /// Builds what `request` asks for, for the output that follows `prompt`.
@@ -38,19 +50,22 @@ pub(super) fn build(
 ) -> Result<Constraint, ApiError> {
     let reasoning = template.reasoning(prompt);
     let mut constraint =
-        Constraint { grammar: None, param: None, family: None, reasoning: reasoning.clone() };
+        Constraint { grammar: None, parts: Vec::new(), family: None, reasoning: reasoning.clone() };
+    if let Some(format) = &request.format {
+        let (param, grammar) = ("response_format".into(), format.clone());
+        constraint.parts.push(Part { param, what: None, grammar });
+    }
     let marker = |text: &str| token(info, text);
     let before = Before::new(reasoning.as_ref(), prompt);
     let Some(tools) = &request.tools else {
         if let Some(format) = request.format.clone() {
             constraint.grammar = Some(before.wrap_format(format, &marker));
-            constraint.param = Some("response_format");
         }
         return Ok(constraint);
     };
     let family = template.family();
     constraint.family = Some(family);
-    constraint.param = Some("tools");
+    constraint.parts.extend(tool_parts(&tools.definitions));
     let choice = match &tools.choice {
         Choice::Auto => ToolChoice::Auto,
         Choice::Required => ToolChoice::Required,
@@ -62,13 +77,36 @@ pub(super) fn build(
     constraint.grammar = match (&request.format, choice) {
         // The answer is a call, or else has the format.
         (Some(format), ToolChoice::Auto) => {
-            Some(before.wrap_lark(either(&grammar.lark, format)?, &marker))
+            Some(before.wrap_lark(either(&grammar.lark, format)?, has_json(format), &marker))
         }
         (None, ToolChoice::Auto) => on_trigger(grammar, reasoning.is_some()),
         // The answer is a call, whatever format other answers have.
-        _ => Some(before.wrap_lark(grammar.lark, &marker)),
+        _ => Some(before.wrap_lark(grammar.lark, true, &marker)),
     };
     Ok(constraint)
+}
+
+/// The tools' parameters, as their calls are held to them.
+fn tool_parts(definitions: &[Value]) -> impl Iterator<Item = Part> + '_ {
+    definitions.iter().enumerate().filter_map(|(index, tool)| {
+        let function = &tool["function"];
+        let mut schema = function.get("parameters")?.clone();
+        close_objects(&mut schema);
+        let text = schema.to_string();
+        let name = function["name"].as_str().unwrap_or_default();
+        Some(Part {
+            param: format!("tools[{index}].function.parameters"),
+            what: Some(format!("the parameters of the tool `{name}`")),
+            grammar: match function["strict"] == true {
+                true => Grammar::JsonSchema(text),
+                false => Grammar::LenientJsonSchema(text),
+            },
+        })
+    })
+}
+
+fn has_json(format: &Grammar) -> bool {
+    matches!(format, Grammar::JsonObject | Grammar::JsonSchema(_))
 }
 
 fn token(info: &ModelInfo, text: &str) -> Option<u32> {
@@ -83,7 +121,7 @@ fn on_trigger(grammar: ToolGrammar, reasons: bool) -> Option<GrammarSpec> {
         return None;
     }
     Some(GrammarSpec {
-        grammar: Grammar::Lark(grammar.lark),
+        grammar: Grammar::JsonLark { lark: grammar.lark, reasoning: None },
         trigger: Some(GrammarTrigger {
             texts: trigger.text,
             at_start_only: trigger.at_start_only,
@@ -117,21 +155,35 @@ impl<'a> Before<'a> {
             // A client's own Lark has rule names of its own: it is left alone, without reasoning.
             (Self::Nothing | Self::Until(_), _) | (Self::Maybe(_), None) => format,
             (Self::Maybe(_), Some(body)) => {
-                return self.wrap_lark(format!("start: form\n{body}"), marker);
+                let json = has_json(&format);
+                return self.wrap_lark(format!("start: form\n{body}"), json, marker);
             }
         };
         GrammarSpec { grammar, trigger: self.trigger() }
     }
 
-    /// `lark` begins with the rule `start`.
-    fn wrap_lark(&self, lark: String, marker: &dyn Fn(&str) -> Option<u32>) -> GrammarSpec {
+    /// `lark` begins with the rule `start`; `json` says that all of it is JSON and markers.
+    fn wrap_lark(
+        &self,
+        lark: String,
+        json: bool,
+        marker: &dyn Fn(&str) -> Option<u32>,
+    ) -> GrammarSpec {
         let lark = match self {
             Self::Nothing | Self::Until(_) => lark,
             Self::Maybe(format) => {
                 format!("{}{}", thoughts(format, marker), rename_start(&lark, "answer"))
             }
         };
-        GrammarSpec { grammar: Grammar::Lark(lark), trigger: self.trigger() }
+        let reasoning = match self {
+            Self::Maybe(format) => Some((format.open.clone(), format.close.clone())),
+            Self::Nothing | Self::Until(_) => None,
+        };
+        let grammar = match json {
+            true => Grammar::JsonLark { lark, reasoning },
+            false => Grammar::Lark(lark),
+        };
+        GrammarSpec { grammar, trigger: self.trigger() }
     }
 
     fn trigger(&self) -> Option<GrammarTrigger> {
@@ -180,11 +232,13 @@ fn rename_start(lark: &str, name: &str) -> String {
 /// A format as the rule `form`; `None` for a client's own Lark.
 fn body(format: &Grammar) -> Option<String> {
     let mut schema = match format {
-        Grammar::Lark(_) => return None,
+        Grammar::Lark(_) | Grammar::JsonLark { .. } => return None,
         Grammar::Regex(regex) => return Some(format!("form: FORM\nFORM: /{}/\n", slashes(regex))),
         Grammar::JsonObject => json!({"type": "object"}),
         // It was written by serde_json.
-        Grammar::JsonSchema(text) => serde_json::from_str(text).unwrap_or_else(|_| json!({})),
+        Grammar::JsonSchema(text) | Grammar::LenientJsonSchema(text) => {
+            serde_json::from_str(text).unwrap_or_else(|_| json!({}))
+        }
     };
     schema["x-guidance"] = json!({"whitespace_pattern": JSON_WHITESPACE});
     Some(format!("form: %json {schema}\n"))

@@ -15,6 +15,7 @@ fn info(special_tokens: Vec<(String, u32)>) -> ModelInfo {
         parameters: 0,
         context_length: 64,
         embedding_size: 0,
+        pooled_length: 0,
         can_generate: true,
         can_embed: false,
         can_infill: false,

@@ -56,7 +56,7 @@ fn is_json(content_type: &[u8]) -> bool {
 impl Fields {
     /// Parses a body. serde_json bounds the depth (128) and refuses numbers beyond an `f64`.
     pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        match serde_json::from_slice(body) {
+        match serde_json::from_slice(without_mark(body)) {
             Ok(Value::Object(map)) => Ok(Self { path: String::new(), map }),
             Ok(other) => Err(ApiError::bad_request(format!(
                 "The request's body must be a JSON object, got {}.",
@@ -86,6 +86,16 @@ impl Fields {
         self.map.swap_remove(key).filter(|value| !value.is_null())
     }
 
+    /// Takes fields that say nothing here, whatever they hold.
+    pub fn ignore(&mut self, keys: &[&str]) {
+        keys.iter().for_each(|key| drop(self.map.swap_remove(*key)));
+    }
+
+    /// Whether a field is there and not null.
+    pub fn has(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(|value| !value.is_null())
+    }
+
     /// Undoes [`Fields::take`].
     pub fn put_back(&mut self, key: &str, value: Value) {
         self.map.insert(key.to_owned(), value);
@@ -103,19 +113,29 @@ impl Fields {
         wrong(&self.name(key), expected, got)
     }
 
+    /// Any number in the range, to its last digit.
+    pub fn float(
+        &mut self,
+        key: &str,
+        range: RangeInclusive<f64>,
+    ) -> Result<Option<f64>, ApiError> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        match value.as_f64() {
+            Some(number) if range.contains(&number) => Ok(Some(number)),
+            _ => Err(self.wrong(key, &between("a number", &range), &value)),
+        }
+    }
+
     /// Any number in the range.
     pub fn number(
         &mut self,
         key: &str,
         range: RangeInclusive<f32>,
     ) -> Result<Option<f32>, ApiError> {
-        let Some(value) = self.take(key) else { return Ok(None) };
         // Compared as f64, so that nothing is rounded into the range.
-        let bounds = f64::from(*range.start())..=f64::from(*range.end());
-        match value.as_f64() {
-            Some(number) if bounds.contains(&number) => Ok(Some(number as f32)),
-            _ => Err(self.wrong(key, &between("a number", &range), &value)),
-        }
+        let (least, most) = range.into_inner();
+        let exact = |bound: f32| bound.to_string().parse().unwrap_or(f64::from(bound));
+        Ok(self.float(key, exact(least)..=exact(most))?.map(|number| number as f32))
     }
 
     /// A whole number in the range, written without a fraction.
@@ -220,7 +240,8 @@ impl Fields {
         }
     }
 
-    /// Refuses what nobody took, unless it says nothing.
+    /// Refuses what nobody took, unless it says nothing: null, nothing but nulls, or an empty text or list.
+    /// `false` does say something.
     pub fn finish(self) -> Result<(), ApiError> {
         match self.map.iter().find(|(_, value)| !is_empty(value)) {
             None => Ok(()),
@@ -274,13 +295,18 @@ fn show(value: &Value) -> String {
     }
 }
 
-/// Says nothing: `null`, `false`, `""`, `[]`, `{}`.
+/// A body without the byte order mark that some editors and clients put in front.
+pub fn without_mark(body: &[u8]) -> &[u8] {
+    body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(body)
+}
+
+/// Says nothing: `null`, `""`, `[]`, `{}`, and objects of nothing but these.
 fn is_empty(value: &Value) -> bool {
     match value {
-        Value::Null | Value::Bool(false) => true,
+        Value::Null => true,
         Value::String(text) => text.is_empty(),
         Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.is_empty(),
+        Value::Object(map) => map.values().all(is_empty),
         _ => false,
     }
 }
@@ -312,6 +338,29 @@ mod tests {
         let mut inner = outer.object("a").unwrap().unwrap();
         let error = inner.tokens("b", 9).unwrap_err();
         assert_eq!(error.message, "a.b[1] must be a token id, got \"x\"");
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_error() {
+        let marked = [b"\xef\xbb\xbf", &b"{\"a\": 1}"[..]].concat();
+        let mut fields = Fields::parse(&marked).unwrap();
+        assert_eq!(fields.take("a"), Some(json!(1)));
+        // Only one, only in front, and only around JSON.
+        for body in [&b"\xef\xbb\xbf\xef\xbb\xbf{}"[..], b"{}\xef\xbb\xbf", b"\xef\xbb\xbf"] {
+            assert_eq!(Fields::parse(body).unwrap_err().status, 400);
+        }
+    }
+
+    #[test]
+    fn numbers_keep_their_digits() {
+        for number in [0.02, 0.1, 1e-4, 123_456.789] {
+            let found = fields(json!({"x": number})).float("x", 0.0..=1e6).unwrap();
+            assert_eq!(found, Some(number));
+        }
+        // A bound is the number that is written in the code, not the nearest f32.
+        assert!(fields(json!({"x": 0.01})).number("x", 0.01..=10.0).is_ok());
+        assert!(fields(json!({"x": 0.009_999_999_9})).number("x", 0.01..=10.0).is_err());
+        assert!(fields(json!({"x": 2.1})).float("x", 0.0..=2.0).is_err());
     }
 
     #[test]
@@ -362,10 +411,19 @@ mod tests {
 
     #[test]
     fn what_nobody_took_is_refused_unless_it_says_nothing() {
-        for neutral in [json!(null), json!(false), json!(""), json!([]), json!({})] {
+        let nulls = json!({"a": null, "b": {"c": null, "d": []}});
+        for neutral in [json!(null), json!(""), json!([]), json!({}), json!({"a": null}), nulls] {
             fields(json!({"foo": neutral})).finish().unwrap();
         }
-        for value in [json!(0), json!(true), json!("x"), json!([0]), json!({"a": null})] {
+        for value in [
+            json!(0),
+            json!(true),
+            json!(false),
+            json!("x"),
+            json!([0]),
+            json!([null]),
+            json!({"a": {"b": false}}),
+        ] {
             let error = fields(json!({"foo": value})).finish().unwrap_err();
             assert_eq!(error.message, "Unrecognized request argument: foo");
             assert_eq!(error.code.as_deref(), Some("unknown_parameter"));

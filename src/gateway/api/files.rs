@@ -284,7 +284,6 @@ fn show(file: &StoredFile) -> Value {
         "object": "file",
         "bytes": file.bytes,
         "created_at": file.created_at,
-        "expires_at": null,
         "filename": file.name,
         "purpose": file.purpose,
         "status": "processed",

@@ -6,6 +6,7 @@
 use super::fields::{Fields, JsonBody};
 use super::files::{Page, listed, page, seen_by};
 use super::jobs::parsed;
+use super::query::{MetadataFilter, Pairs};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -102,8 +103,7 @@ struct Hyperparameters {
 impl Hyperparameters {
     fn take(fields: &mut Fields, kind: MethodKind) -> Result<Self, ApiError> {
         let mut number = |key: &str, least, most| {
-            let found = auto_or(fields, key, |fields, key| fields.number(key, least..=most))?;
-            Ok::<_, ApiError>(found.map(f64::from))
+            auto_or(fields, key, |fields, key| fields.float(key, least..=most))
         };
         let learning_rate_multiplier = number("learning_rate_multiplier", 1e-4, 1e4)?;
         let (mut beta, mut compute_multiplier) = (None, None);
@@ -368,14 +368,23 @@ pub async fn list(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
     query: Result<Query<Page>, QueryRejection>,
+    pairs: Pairs,
 ) -> Answer {
     let page = page(query)?;
+    let Query(pairs) = pairs.map_err(|error| ApiError::bad_request(error.body_text()))?;
+    let filter = MetadataFilter::of(&pairs)?;
     let owner = seen_by(&app, identity);
     let mut jobs = app.jobs.store().jobs(owner.as_deref()).map_err(ApiError::internal)?;
-    jobs.retain(is_fine_tuning);
+    jobs.retain(|job| is_fine_tuning(job) && filter.takes(metadata(job).as_ref()));
     let (jobs, more) = page.cut(jobs, |job| &job.id, MAX_PAGE)?;
     let shown = jobs.iter().map(|job| show(&app, job)).collect::<Result<_, _>>()?;
     Ok(listed(shown, more))
+}
+
+/// What the client noted beside the job.
+fn metadata(job: &StoredJob) -> Option<Map<String, Value>> {
+    let request: Value = serde_json::from_str(job.request.as_deref()?).ok()?;
+    request["metadata"].as_object().cloned()
 }
 
 fn is_fine_tuning(job: &StoredJob) -> bool {

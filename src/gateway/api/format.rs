@@ -3,6 +3,7 @@
 use super::fields::{Fields, wrong};
 use crate::gateway::error::ApiError;
 use crate::ipc::Grammar;
+use crate::template::close_objects;
 use serde_json::Value;
 
 /// A schema or Lark grammar, in bytes of text.
@@ -66,6 +67,8 @@ fn json_schema(name: &str, schema: &Value) -> Result<Grammar, ApiError> {
     if !schema.is_object() {
         return Err(wrong(name, "a JSON schema (an object)", schema));
     }
+    let mut schema = schema.clone();
+    close_objects(&mut schema);
     let text = schema.to_string();
     if text.len() > MAX_GRAMMAR {
         let message =
@@ -88,6 +91,8 @@ mod tests {
     #[test]
     fn every_kind_of_format() {
         let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
+        let closed = json!({"type": "object", "properties": {"a": {"type": "integer"}},
+            "additionalProperties": false});
         let strict = json!({"name": "x", "strict": true, "schema": schema});
         let cases = [
             (json!(null), None),
@@ -95,11 +100,11 @@ mod tests {
             (json!({"type": "json_object"}), Some(Grammar::JsonObject)),
             (
                 json!({"type": "json_object", "schema": schema}),
-                Some(Grammar::JsonSchema(schema.to_string())),
+                Some(Grammar::JsonSchema(closed.to_string())),
             ),
             (
                 json!({"type": "json_schema", "json_schema": strict}),
-                Some(Grammar::JsonSchema(schema.to_string())),
+                Some(Grammar::JsonSchema(closed.to_string())),
             ),
             (json!({"type": "regex", "regex": "[a-z]+"}), Some(Grammar::Regex("[a-z]+".into()))),
             (

@@ -7,6 +7,7 @@ use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
 use crate::gateway::jobs::{Jobs, NewJob};
 use crate::gateway::store::{JobStatus, StoredJob};
+use crate::gateway::stream::json_line;
 use crate::train::job::{Entry, Follower, plot};
 use crate::train::spec::Spec;
 use axum::Json;
@@ -150,7 +151,7 @@ impl Following {
         let since = Instant::now();
         loop {
             if let Some(entry) = self.ready.pop_front() {
-                let text = serde_json::to_string(&entry).unwrap_or_default();
+                let text = json_line(&entry).unwrap_or_default();
                 return Some(format!("data: {text}\n\n").into());
             }
             if self.over {

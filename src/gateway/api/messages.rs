@@ -10,6 +10,20 @@ const MAX_CALLS: usize = 128;
 /// The body's limit bounds text; this only has to be larger.
 const ANY_LENGTH: usize = usize::MAX;
 const MAX_NAME: usize = 512;
+/// What agents and other servers add to messages, their parts and calls: notes of theirs about caching,
+/// signatures and earlier answers, which change nothing of what the model reads.
+pub const NOTES: [&str; 10] = [
+    "annotations",
+    "cache_control",
+    "extra_content",
+    "id",
+    "phase",
+    "provider_specific_fields",
+    "reasoning_details",
+    "status",
+    "thinking_blocks",
+    "token_ids",
+];
 
 /// Takes `messages`: at least one, each with a role and what the role allows.
 ///
@@ -66,6 +80,7 @@ fn message(mut fields: Fields) -> Result<Value, ApiError> {
     if let Some(name) = fields.string("name", MAX_NAME)? {
         out.insert("name".into(), json!(name));
     }
+    fields.ignore(&NOTES);
     fields.finish()?;
     Ok(Value::Object(out))
 }
@@ -117,7 +132,9 @@ fn tool_call(mut fields: Fields) -> Result<Value, ApiError> {
         Some(text @ (Value::String(_) | Value::Object(_))) => text,
         Some(other) => return Err(function.wrong("arguments", "JSON text", &other)),
     };
+    function.ignore(&NOTES);
     function.finish()?;
+    fields.ignore(&NOTES);
     fields.finish()?;
     Ok(json!({
         "id": id,
@@ -167,6 +184,7 @@ fn text_part(mut fields: Fields, role: &str) -> Result<Value, ApiError> {
     };
     let text = fields.string(key, ANY_LENGTH)?;
     let text = text.ok_or_else(|| fields.missing(key))?;
+    fields.ignore(&NOTES);
     fields.finish()?;
     Ok(json!({"type": "text", "text": text}))
 }
@@ -207,6 +225,40 @@ mod tests {
             "audio": null, "function_call": null, "tool_calls": null,
         }]);
         assert_eq!(take(replayed).unwrap(), [json!({"role": "assistant", "content": "hi"})]);
+    }
+
+    #[test]
+    fn what_agents_add_passes() {
+        let plain = json!({"role": "assistant", "content": "hi"});
+        for (key, value) in [
+            ("provider_specific_fields", json!({"refusal": null})),
+            ("provider_specific_fields", json!({"citations": ["x"]})),
+            ("reasoning_details", json!([{"type": "reasoning.text", "text": "hm"}])),
+            ("phase", json!("final_answer")),
+            ("annotations", json!([{"type": "url_citation"}])),
+            ("whatever", json!({"a": null, "b": {"c": null}})),
+        ] {
+            let mut message = plain.clone();
+            message[key] = value;
+            assert_eq!(take(json!([message])).unwrap(), [plain.clone()], "{key}");
+        }
+        let part = json!({"type": "text", "text": "u", "cache_control": {"type": "ephemeral"}});
+        let call = json!({"id": "c", "type": "function", "extra_content": {"google": {}},
+            "function": {"name": "f", "arguments": "{}"}});
+        let taken = take(json!([
+            {"role": "user", "content": [part], "cache_control": {"type": "ephemeral"}},
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+        ]));
+        let taken = taken.unwrap();
+        assert_eq!(taken[0]["content"], json!([{"type": "text", "text": "u"}]));
+        assert_eq!(taken[1]["tool_calls"][0].get("extra_content"), None);
+        // What would change the prompt is refused.
+        for (key, value) in [("whatever", json!({"a": 1})), ("prefix", json!(false))] {
+            let mut message = plain.clone();
+            message[key] = value;
+            let error = take(json!([message])).unwrap_err();
+            assert_eq!(error.param.as_deref(), Some(&*format!("messages[0].{key}")));
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! | `policy.rs` | what jobs ask for over their own connections |
 //! | `models.rs`, `admin.rs`, `health.rs`, `openapi.rs` | their endpoints |
 //! | `files.rs`, `fine_tuning.rs`, `jobs.rs` | files, OpenAI's jobs, the operator's jobs |
+//! | `query.rs` | query parameters that a route knows |
 //! | `form.rs` | multipart forms within bounds |
 //! | `fields.rs` | strict reading of JSON bodies |
 //! | `params.rs`, `format.rs`, `messages.rs`, `tools.rs` | parameters, validated once |
@@ -34,6 +35,7 @@ pub mod models;
 pub mod openapi;
 mod params;
 pub mod policy;
+pub mod query;
 pub mod score;
 pub mod tokenize;
 mod tools;
@@ -41,7 +43,8 @@ mod tools;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{Model, Served};
 use crate::ipc::{Call, FinishReason, Grammar};
-use crate::template::{ChatTemplate, RenderInput, TemplateError};
+use crate::template::{ChatTemplate, RenderInput, RenderedPrompt, TemplateError};
+use constraint::Part;
 use http::Uri;
 use serde::Serialize;
 use std::sync::Arc;
@@ -81,17 +84,35 @@ fn finish_reason(reason: &FinishReason) -> &'static str {
     }
 }
 
-/// Compiles a client's grammar in the engine, so that a bad one is a 400 that names `param`
-/// before anything is generated.
-async fn check_grammar(served: &Served, grammar: &Grammar, param: &str) -> Result<(), ApiError> {
-    let call = Call::CheckGrammar { grammar: grammar.clone() };
-    match served.model.engine.call(call).await {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            let error = ApiError::from(error);
-            Err(if error.status.is_client_error() { error.with_param(param) } else { error })
-        }
+/// Compiles a client's grammar in the engine, so that a bad one is a 400 before anything is generated,
+/// which names the part of `parts` that is at fault.
+async fn check_grammar(served: &Served, grammar: &Grammar, parts: &[Part]) -> Result<(), ApiError> {
+    let check = async |grammar: &Grammar| {
+        let call = Call::CheckGrammar { grammar: grammar.clone() };
+        served.model.engine.call(call).await.map(drop).map_err(ApiError::from)
+    };
+    let Err(whole) = check(grammar).await else { return Ok(()) };
+    if !whole.status.is_client_error() {
+        return Err(whole);
     }
+    for part in parts {
+        let error = match parts.len() {
+            // Most grammars are one part, and that is what was checked.
+            1 if part.grammar == *grammar => whole.clone(),
+            _ => match check(&part.grammar).await {
+                Ok(()) => continue,
+                Err(error) => error,
+            },
+        };
+        let message = match &part.what {
+            Some(what) => format!("{what}: {}", error.message),
+            None => error.message.clone(),
+        };
+        return Err(ApiError { message, ..error }.with_param(&part.param));
+    }
+    // Each is fine alone: they are too much together.
+    let param = parts.last().map_or("response_format", |part| &part.param);
+    Err(whole.with_param(param))
 }
 
 /// The model's chat template, or why it cannot chat.
@@ -100,8 +121,17 @@ fn template(model: &Model) -> Result<&ChatTemplate, ApiError> {
 }
 
 /// Renders a conversation, away from the threads that serve sockets: templates are programs.
-async fn render(model: Arc<Model>, input: RenderInput) -> Result<String, ApiError> {
-    let render = move || template(&model)?.render(&input).map_err(refused);
+///
+/// Control tokens that are spelled in users' and tools' texts are text, unless `parse_control`.
+async fn render(
+    model: Arc<Model>,
+    input: RenderInput,
+    parse_control: bool,
+) -> Result<RenderedPrompt, ApiError> {
+    let render = move || {
+        let control = if parse_control { None } else { Some(model.control_tokens()?) };
+        template(&model)?.render_guarded(&input, control).map_err(refused)
+    };
     match tokio::task::spawn_blocking(render).await {
         Ok(prompt) => prompt,
         Err(error) => Err(ApiError::internal(format!("the chat template: {error}"))),
@@ -109,7 +139,11 @@ async fn render(model: Arc<Model>, input: RenderInput) -> Result<String, ApiErro
 }
 
 fn refused(error: TemplateError) -> ApiError {
-    ApiError::invalid("messages", error.to_string())
+    let param = match &error {
+        TemplateError::Dropped { index, .. } => format!("messages[{index}]"),
+        _ => "messages".into(),
+    };
+    ApiError::invalid(param, error.to_string())
 }
 
 /// Endpoints that clients know from elsewhere: 404, but it says so.

@@ -4,6 +4,7 @@
 //! parameter that nobody takes (see [`Fields::finish`]).
 
 use super::fields::{Fields, wrong};
+use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
 use crate::ipc::{ModelInfo, SamplingParams, StopParams, Token};
 use serde_json::{Value, json};
@@ -37,6 +38,10 @@ pub struct Common {
     pub priority: i32,
     /// Tokens drafted for one step, at most; 0 is none, `None` leaves it to the server.
     pub max_drafted: Option<u32>,
+    /// Control tokens are written into the output too, but for those that end it.
+    pub render_special: bool,
+    /// Cached prefixes may be used, and what is computed may be used by later requests.
+    pub share_prefix: bool,
     pub stream: Option<StreamOptions>,
 }
 
@@ -63,6 +68,8 @@ impl Common {
                 .unwrap_or(0),
             // llama-server's name, with its dot.
             max_drafted: fields.count("speculative.n_max", 0, MAX_DRAFTED)?,
+            render_special: !fields.boolean("skip_special_tokens")?.unwrap_or(true),
+            share_prefix: fields.boolean("cache_prompt")?.unwrap_or(true),
             stream: take_stream(fields)?,
         };
         take_bookkeeping(fields)?;
@@ -71,6 +78,11 @@ impl Common {
             fields.only_neutral(key, &[neutral])?;
         }
         Ok(common)
+    }
+
+    /// Whose cached prefixes a request may use: one that shares none is a tenant of its own.
+    pub fn tenant(&self, identity: Identity) -> u64 {
+        if self.share_prefix { identity.tenant } else { rand::random() }
     }
 
     /// Checks what depends on the model: token ids lie within its vocabulary, and it can draft.
@@ -125,20 +137,33 @@ pub fn take_bookkeeping(fields: &mut Fields) -> Result<(), ApiError> {
 }
 
 /// Parameters of other servers that we do not support, each with the value that changes nothing.
-fn neutral_elsewhere() -> [(&'static str, Value); 14] {
+fn neutral_elsewhere() -> [(&'static str, Value); 27] {
     [
         ("use_beam_search", json!(false)),
         ("length_penalty", json!(1)),
         ("early_stopping", json!(false)),
         ("min_tokens", json!(0)),
-        ("skip_special_tokens", json!(true)),
         ("spaces_between_special_tokens", json!(true)),
         ("include_stop_str_in_output", json!(false)),
         ("truncate_prompt_tokens", json!(-1)),
         ("prompt_logprobs", json!(null)),
         ("mirostat", json!(0)),
         ("tfs_z", json!(1)),
-        ("cache_prompt", json!(true)),
+        ("detokenize", json!(true)),
+        ("return_token_ids", json!(false)),
+        ("return_tokens", json!(false)),
+        ("return_tokens_as_token_ids", json!(false)),
+        ("return_progress", json!(false)),
+        ("return_hidden_states", json!(false)),
+        ("return_prompt_token_ids", json!(false)),
+        ("return_text_in_logprobs", json!(false)),
+        ("timings_per_token", json!(false)),
+        ("post_sampling_probs", json!(false)),
+        ("separate_reasoning", json!(true)),
+        ("stream_reasoning", json!(true)),
+        ("include_reasoning", json!(true)),
+        ("no_stop_trim", json!(false)),
+        ("parse_tool_calls", json!(true)),
         ("dynatemp_range", json!(0)),
         ("top_n_sigma", json!(-1)),
     ]
@@ -159,10 +184,19 @@ fn take_sampling(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
         ("xtc_probability", 0.0..=1.0, &mut sampling.xtc_probability),
         ("xtc_threshold", 0.0..=1.0, &mut sampling.xtc_threshold),
     ];
+    let warm = fields.has("temperature");
     for (key, range, slot) in numbers {
         if let Some(number) = fields.number(key, range)? {
             *slot = number;
         }
+    }
+    // transformers' name for greedy decoding.
+    if fields.boolean("do_sample")? == Some(false) {
+        if warm && sampling.temperature > 0.0 {
+            let message = "do_sample is false, which is temperature 0: leave one of them out";
+            return Err(ApiError::invalid("do_sample", message));
+        }
+        sampling.temperature = 0.0;
     }
     // vLLM writes "all tokens" as -1, llama.cpp as 0.
     if let Some(top_k) = fields.integer("top_k", -1..=i64::from(MAX_TOKENS))? {

@@ -1,6 +1,7 @@
 //! `tools` and `tool_choice`.
 
 use super::fields::{Fields, wrong};
+use super::messages::NOTES;
 use crate::gateway::error::ApiError;
 use serde_json::{Value, json};
 
@@ -117,7 +118,9 @@ fn definition(mut fields: Fields) -> Result<Value, ApiError> {
     if let Some(strict) = function.boolean("strict")? {
         out["strict"] = json!(strict);
     }
+    function.ignore(&NOTES);
     function.finish()?;
+    fields.ignore(&NOTES);
     fields.finish()?;
     Ok(json!({"type": "function", "function": out}))
 }

@@ -5,6 +5,10 @@ use crate::ipc::{EngineError, EngineErrorKind, FinishReason, Timing};
 use prometheus::{IntCounter, IntCounterVec};
 use std::time::Instant;
 
+/// The label `kind` of `ingot_request_errors_total`.
+pub(super) const ERROR_KINDS: [&str; 5] =
+    ["invalid", "context_length", "overloaded", "unavailable", "internal"];
+
 /// Follows one request from its arrival; dropping it observes the end-to-end latency.
 ///
 /// Feed it the engine's events in order. A request that is dropped while it runs (its client went

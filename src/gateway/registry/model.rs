@@ -5,11 +5,12 @@ use crate::gateway::header::ModelHeader;
 use crate::gateway::memory::MemoryPlan;
 use crate::gateway::supervisor::{Engine, EngineState};
 use crate::gguf::ModelFacts;
-use crate::template::{ChatTemplate, TemplateError};
+use crate::ipc::EngineError;
+use crate::template::{ChatTemplate, ControlTokens, TemplateError};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// A model that requests may name.
 pub struct Model {
@@ -19,6 +20,8 @@ pub struct Model {
     /// The file's own template, compiled, or ChatML where it has none. A template that does not
     /// compile makes chats a 400; completions work.
     pub chat: Result<ChatTemplate, TemplateError>,
+    /// Of the vocabulary, which is the same in every engine of the model.
+    control_tokens: OnceLock<ControlTokens>,
     pub plan: MemoryPlan,
     /// Seconds since 1970.
     pub created: u64,
@@ -47,6 +50,7 @@ impl Model {
             name,
             engine,
             chat: ChatTemplate::of(&header.facts.tokenizer),
+            control_tokens: OnceLock::new(),
             facts: Arc::new(header.facts),
             path: plan.spec.model.clone(),
             plan,
@@ -54,6 +58,19 @@ impl Model {
             fileless: header.fileless,
             last_used: AtomicU64::new(0),
         }
+    }
+
+    /// How the vocabulary's control tokens are spelled.
+    ///
+    /// # Errors
+    /// If no engine has loaded the model yet.
+    pub fn control_tokens(&self) -> Result<&ControlTokens, EngineError> {
+        if let Some(known) = self.control_tokens.get() {
+            return Ok(known);
+        }
+        let info = self.engine.info()?;
+        let texts = info.special_tokens.iter().map(|(text, _)| text.as_str());
+        Ok(self.control_tokens.get_or_init(|| ControlTokens::new(texts)))
     }
 
     pub(super) fn touch(&self, now: u64) {

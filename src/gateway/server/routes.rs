@@ -4,7 +4,7 @@ use super::body::json_body;
 use super::guard::outer;
 use crate::gateway::api::{
     self, admin, chat, completions, embeddings, files, fine_tuning, graders, health, jobs, models,
-    openapi, policy, score, tokenize,
+    openapi, policy, query, score, tokenize,
 };
 use crate::gateway::app::App;
 use crate::gateway::auth::{require_admin, require_key};
@@ -24,6 +24,7 @@ pub fn router(app: Arc<App>) -> Router {
     let json = || from_fn_with_state(app.clone(), json_body);
     let key = || from_fn_with_state(app.clone(), require_key);
     let admin = || from_fn_with_state(app.clone(), require_admin);
+    let known_query = || from_fn(query::known_only);
     // Layers added last run first: who asks is settled before a byte of the body is read.
     let api = Router::new()
         .route("/v1/chat/completions", post(chat::handle))
@@ -37,8 +38,10 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/fine_tuning/alpha/graders/validate", post(graders::validate))
         .route("/v1/fine_tuning/alpha/graders/run", post(graders::run))
         .route_layer(json())
+        .route_layer(known_query())
         .route_layer(key());
     let listing = Router::new()
+        .route("/tokenizer_info", get(tokenize::tokenizer_info))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve).delete(fine_tuning::delete_model))
         .route("/v1/files", get(files::list).post(files::upload))
@@ -51,6 +54,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/fine_tuning/jobs/{id}/resume", post(fine_tuning::resume))
         .route("/v1/fine_tuning/jobs/{id}/events", get(fine_tuning::events))
         .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(fine_tuning::checkpoints))
+        .route_layer(known_query())
         .route_layer(key());
     let admin_json = Router::new()
         .route("/admin/models", post(admin::load_model))
@@ -71,6 +75,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/admin/jobs/{id}/artifacts", get(jobs::artifacts))
         .route("/admin/jobs/{id}/artifacts/{artifact}", get(jobs::artifact))
         .merge(admin_json)
+        .route_layer(known_query())
         .route_layer(admin());
     let open = Router::new()
         .route("/health", get(health::health))

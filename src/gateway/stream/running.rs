@@ -127,6 +127,15 @@ impl Running {
         Ok(())
     }
 
+    /// Has a choice of a prompt end as if the model had ended it; its `Finish` comes as usual.
+    pub fn finish(&self, prompt: usize, choice: u32) {
+        if let Some(Some(Request { events: Events::Engine(generation), .. })) =
+            self.requests.get(prompt)
+        {
+            generation.finish(choice);
+        }
+    }
+
     /// The counts so far.
     pub fn usage(&self) -> Usage {
         self.usage

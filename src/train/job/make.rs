@@ -112,7 +112,8 @@ fn files(to: &Path, folder: &str, kind: ArtifactKind) -> io::Result<Vec<(Artifac
 /// OpenAI's result file, and what else was measured: of each step, and (`valid_…`) of policies' held-out
 /// prompts.
 fn results(entries: &[Entry]) -> String {
-    let mut text = String::from("step,train_loss,train_accuracy,valid_loss,valid_accuracy");
+    let mut text =
+        String::from("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy");
     let first = entries.iter().find_map(|entry| match &entry.event {
         JobEvent::Step(step) => Some(&step.metrics),
         _ => None,

@@ -1,96 +1,163 @@
-//! Curves of a job as SVG: losses (of policies: rewards) above, the learning rate below.
+//! Curves of a job as SVG: the loss (of policies: the reward), what else the kind of job measures, and the
+//! learning rate.
 
-use super::{Entry, JobEvent};
+use super::{Entry, JobEvent, Step};
+use plotters::coord::Shift;
 use plotters::prelude::*;
 use std::error::Error;
 
-const SIZE: (u32, u32) = (900, 640);
-/// Pixels of the upper part.
-const LOSSES: u32 = 430;
+const WIDTH: u32 = 900;
+/// Heights in pixels: of the first panel, of one with further measurements, of the learning rate's.
+const MAIN: u32 = 400;
+const FURTHER: u32 = 200;
+const RATE: u32 = 180;
 /// A curve has no more points than one can see.
 const POINTS: usize = 1_000;
 const FONT: &str = "sans-serif";
+/// Measurements that have a panel of their own, with their names in the legend.
+const MEASURED: [(&str, &str); 3] =
+    [("accuracy", "accuracy"), ("reward_margin", "reward margin"), ("kl", "KL to the reference")];
 
 /// A curve by step.
 type Curve = Vec<(f64, f64)>;
 
-/// Draws training and validation loss, and the learning rate, of a job that is called `title`.
-/// Without steps the axes are empty.
+/// Curves with one axis.
+struct Panel {
+    height: u32,
+    what: &'static str,
+    curves: Vec<(&'static str, RGBColor, Curve)>,
+    /// Shows running means beside the points themselves.
+    smoothed: bool,
+}
+
+/// Draws the curves of a job that is called `title`. Without steps the axes are empty.
 ///
 /// # Errors
 /// If the drawing library refuses.
 pub fn plot(entries: &[Entry], title: &str) -> Result<String, String> {
     let mut svg = String::new();
-    draw(&mut svg, entries, title).map_err(|error| error.to_string())?;
+    draw(&mut svg, &panels(entries), title).map_err(|error| error.to_string())?;
     Ok(svg)
 }
 
-fn draw(svg: &mut String, entries: &[Entry], title: &str) -> Result<(), Box<dyn Error>> {
-    let steps = entries.iter().filter_map(|entry| match &entry.event {
-        JobEvent::Step(step) => {
-            let shown = step.reward().unwrap_or(step.loss);
-            Some((step.step as f64, shown, step.learning_rate))
-        }
-        _ => None,
-    });
-    let is_policy = entries
-        .iter()
-        .any(|entry| matches!(&entry.event, JobEvent::Step(step) if step.reward().is_some()));
-    let what = if is_policy { "reward" } else { "loss (nats)" };
-    let (losses, rates): (Curve, Curve) =
-        steps.map(|(step, loss, rate)| ((step, loss), (step, rate))).unzip();
-    let validation: Curve = entries
+fn panels(entries: &[Entry]) -> Vec<Panel> {
+    let steps: Vec<&Step> = entries
         .iter()
         .filter_map(|entry| match &entry.event {
-            JobEvent::Validation(found) => {
-                Some((found.step as f64, found.validation_loss.or_else(|| found.reward())?))
-            }
+            JobEvent::Step(step) => Some(step),
             _ => None,
         })
         .collect();
-    let last = losses.last().map_or(1.0, |(step, _)| step.max(1.0));
-    let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-    root.fill(&WHITE)?;
-    let (above, below) = root.split_vertically(LOSSES);
-
-    let mut chart = ChartBuilder::on(&above)
-        .caption(title, (FONT, 18))
-        .margin(12)
-        .x_label_area_size(32)
-        .y_label_area_size(64)
-        .build_cartesian_2d(0.0..last, range(losses.iter().chain(&validation)))?;
-    chart.configure_mesh().y_desc(what).light_line_style(WHITE).draw()?;
-    let faint = BLUE.mix(0.25);
-    chart.draw_series(LineSeries::new(thinned(&losses), &faint))?;
-    chart
-        .draw_series(LineSeries::new(thinned(&smooth(&losses)), BLUE.stroke_width(2)))?
-        .label("training")
-        .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], BLUE.stroke_width(2)));
+    let of_steps = |value: &dyn Fn(&Step) -> Option<f64>| -> Curve {
+        steps.iter().filter_map(|step| Some((step.step as f64, value(step)?))).collect()
+    };
+    let is_policy = steps.iter().any(|step| step.reward().is_some());
+    let validation = entries.iter().filter_map(|entry| match &entry.event {
+        JobEvent::Validation(found) => {
+            Some((found.step as f64, found.validation_loss.or_else(|| found.reward())?))
+        }
+        _ => None,
+    });
+    let validation: Curve = validation.collect();
+    let training = of_steps(&|step| if is_policy { step.reward() } else { Some(step.loss) });
+    let mut curves = vec![("training", BLUE, training)];
     if !validation.is_empty() {
-        let points = validation.iter().map(|&point| Circle::new(point, 3, RED.filled()));
-        chart.draw_series(points)?;
-        chart
-            .draw_series(LineSeries::new(thinned(&validation), RED.stroke_width(2)))?
-            .label("validation")
-            .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], RED.stroke_width(2)));
+        curves.push(("validation", RED, validation));
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
+    let what = if is_policy { "reward" } else { "loss (nats)" };
+    let mut panels = vec![Panel { height: MAIN, what, curves, smoothed: true }];
+    // Of preferences and policies: other jobs measure nothing beside the loss that people look for.
+    if steps.iter().any(|step| !step.metrics.is_empty()) {
+        for ((name, what), color) in MEASURED.into_iter().zip([MAGENTA, CYAN, BLACK]) {
+            let curve = of_steps(&|step| match name {
+                "accuracy" => step.accuracy,
+                _ => step.metrics.get(name).copied(),
+            });
+            if !curve.is_empty() {
+                let curves = vec![(what, color, curve)];
+                panels.push(Panel { height: FURTHER, what, curves, smoothed: true });
+            }
+        }
+    }
+    let curves = vec![("learning rate", GREEN, of_steps(&|step| Some(step.learning_rate)))];
+    panels.push(Panel { height: RATE, what: "learning rate", curves, smoothed: false });
+    panels
+}
 
-    let mut chart = ChartBuilder::on(&below)
-        .margin(12)
-        .x_label_area_size(36)
-        .y_label_area_size(64)
-        .build_cartesian_2d(0.0..last, range(rates.iter().chain(&[(0.0, 0.0)])))?;
+fn draw(svg: &mut String, panels: &[Panel], title: &str) -> Result<(), Box<dyn Error>> {
+    let height = panels.iter().map(|panel| panel.height).sum();
+    let root = SVGBackend::with_string(svg, (WIDTH, height)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let steps = panels.iter().flat_map(|panel| &panel.curves).flat_map(|(_, _, curve)| curve);
+    let last = steps.map(|(step, _)| *step).fold(1.0, f64::max);
+    let mut rest = root.clone();
+    for (number, panel) in panels.iter().enumerate() {
+        let (area, below) = rest.split_vertically(panel.height);
+        rest = below;
+        let title = (number == 0).then_some(title);
+        draw_panel(&area, panel, title, last)?;
+    }
+    root.present()?;
+    Ok(())
+}
+
+fn draw_panel(
+    area: &DrawingArea<SVGBackend, Shift>,
+    panel: &Panel,
+    title: Option<&str>,
+    last: f64,
+) -> Result<(), Box<dyn Error>> {
+    let mut builder = ChartBuilder::on(area);
+    builder.margin(12).x_label_area_size(36).y_label_area_size(72);
+    if let Some(title) = title {
+        builder.caption(title, (FONT, 18));
+    }
+    let points = panel.curves.iter().flat_map(|(_, _, curve)| curve);
+    let from_zero = [(0.0, 0.0)];
+    let points = points.chain(if panel.smoothed { &[][..] } else { &from_zero });
+    let mut chart = builder.build_cartesian_2d(0.0..last, range(points))?;
+    let rate = |value: &f64| format!("{value:.0e}");
+    let plain =
+        |value: &f64| format!("{value:.3}").trim_end_matches('0').trim_end_matches('.').to_owned();
     chart
         .configure_mesh()
         .x_desc("step")
-        .y_desc("learning rate")
-        .y_label_formatter(&|rate| format!("{rate:.0e}"))
-        .y_labels(5)
+        .y_desc(panel.what)
+        // Steps are whole.
+        .x_labels((last as usize + 1).min(11))
+        .x_label_formatter(&|step| format!("{step:.0}"))
+        .y_label_formatter(if panel.smoothed { &plain } else { &rate })
+        .y_labels(if panel.height == MAIN { 9 } else { 5 })
+        .label_style((FONT, 12))
         .light_line_style(WHITE)
         .draw()?;
-    chart.draw_series(LineSeries::new(thinned(&rates), GREEN.stroke_width(2)))?;
-    root.present()?;
+    for (label, color, curve) in &panel.curves {
+        let line = color.stroke_width(2);
+        // Few points are validations: they are shown as they are.
+        let shown = if panel.smoothed && curve.len() > 50 {
+            chart.draw_series(LineSeries::new(thinned(curve), color.mix(0.25)))?;
+            smooth(curve)
+        } else {
+            if curve.len() <= 50 {
+                let points = curve.iter().map(|&point| Circle::new(point, 3, color.filled()));
+                chart.draw_series(points)?;
+            }
+            curve.clone()
+        };
+        chart
+            .draw_series(LineSeries::new(thinned(&shown), line))?
+            .label(*label)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], line));
+    }
+    if panel.curves.len() > 1 {
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .label_font((FONT, 13))
+            .background_style(WHITE.mix(0.85))
+            .border_style(BLACK.mix(0.4))
+            .draw()?;
+    }
     Ok(())
 }
 

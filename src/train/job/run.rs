@@ -6,7 +6,9 @@ use super::tell::Teller;
 use super::{Artifact, EventLog, Failure, Folder, Level, Order, Outcome, init, make};
 use crate::engine::tokenizer::native::NativeTokenizer;
 use crate::gguf::Gguf;
+use crate::grade::Grader;
 use crate::train::checkpoint::Checkpoints;
+use crate::train::data::PreparedPrompts;
 use crate::train::export::{self, ExportError};
 use crate::train::model::{Model, Training};
 use crate::train::recipes::{self, Objective, Pairs, Policy, Pretrain, Sft, TrainError};
@@ -162,7 +164,8 @@ fn work(
         init::begin_with(&model, &adapter)?;
     }
     let checkpoints = Checkpoints::new(&folder.checkpoints(), settings.keep_checkpoints)?;
-    let mut teller = Teller { folder, order, model: &model, training: &training, log, pace: None };
+    let mut teller =
+        Teller { folder, order, model: &model, training: &training, log, pace: None, silent: 0 };
     let mut refused = None;
     let tell = |event| {
         if let Err(error) = teller.tell(event)
@@ -206,6 +209,11 @@ fn work(
             let Training::Lora(lora) = &training else {
                 return Err(failed("invalid_spec", None, "adapter: it is missing"));
             };
+            for (name, prompts) in
+                [("data.train", Some(train)), ("data.validation", validation.as_ref())]
+            {
+                check_items(&block.grader, name, prompts)?;
+            }
             let facts = make::facts(order, None);
             let export = |path: &Path| -> Result<(), TrainError> {
                 let written = export::lora_gguf(model, lora, &facts, path);
@@ -253,6 +261,28 @@ fn work(
     log.sync()?;
     let made = make::artifacts(folder, order, model, &training, &base, log)?;
     Ok(Some((tokens, made)))
+}
+
+/// Every template of a grader can be filled from every item: a key that is missing would make all rewards
+/// of an item 0, and the job would seem to learn.
+fn check_items(
+    grader: &Grader,
+    param: &str,
+    prompts: Option<&PreparedPrompts>,
+) -> Result<(), Ended> {
+    let Some(prompts) = prompts else { return Ok(()) };
+    for number in 0..prompts.len() {
+        let prompt = prompts.get(number).map_err(TrainError::from)?;
+        if let Some(why) = grader.missing_key(&prompt.item) {
+            let message = format!(
+                "{param}: prompt {}: {why}, which the grader's template names; add the key to the line, \
+                 or change the grader",
+                number + 1
+            );
+            return Err(failed("invalid_grader", Some(param), message));
+        }
+    }
+    Ok(())
 }
 
 /// Where the policy's adapter is written at every step: in memory, where that can be had.

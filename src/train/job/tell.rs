@@ -15,6 +15,12 @@ const TOLD: u64 = 5_000;
 /// The pace that the time left is guessed from: how much a step counts.
 const RECENT: f64 = 0.1;
 
+/// Steps without a signal after which a policy's job warns.
+const SILENT_STEPS: u64 = 5;
+/// Names among the metrics of policies.
+const SILENT: &str = "silent_groups";
+const LENGTH: &str = "answer_tokens";
+
 /// Writes down what happens.
 pub(super) struct Teller<'a> {
     pub(super) folder: &'a Folder,
@@ -24,6 +30,8 @@ pub(super) struct Teller<'a> {
     pub(super) log: &'a mut EventLog,
     /// When the last step ended, and seconds a step.
     pub(super) pace: Option<(Instant, f64)>,
+    /// The last steps, all of them without a signal for a policy.
+    pub(super) silent: u64,
 }
 
 impl Teller<'_> {
@@ -87,12 +95,22 @@ impl Teller<'_> {
             return Ok(());
         }
         let left = (step.total_steps - step.step) as f64;
-        let reward = step.metrics.get(REWARD);
-        let reward = reward.map_or_else(String::new, |reward| format!("reward={reward:.4}, "));
-        let message = format!(
-            "Step {}/{}: {reward}training loss={:.4}",
-            step.step, step.total_steps, step.loss
-        );
+        let mut message = format!("Step {}/{}: ", step.step, step.total_steps);
+        if let Some(reward) = step.metrics.get(REWARD) {
+            message += &format!("reward={reward:.4}, ");
+        }
+        message += &format!("training loss={:.4}", step.loss);
+        // What people follow beside the loss, where the kind of job measures more than that.
+        if let Some(accuracy) = step.accuracy.filter(|_| !step.metrics.is_empty()) {
+            message += &format!(", accuracy={accuracy:.3}");
+        }
+        for (name, shown) in [("reward_margin", "margin"), ("kl", "kl"), (LENGTH, "answer tokens")]
+        {
+            if let Some(value) = step.metrics.get(name) {
+                message += &format!(", {shown}={value:.3}");
+            }
+        }
+        self.watch_signal(step)?;
         let step = Step {
             step: step.step,
             total_steps: step.total_steps,
@@ -108,6 +126,29 @@ impl Teller<'_> {
             metrics: step.metrics.clone(),
         };
         Ok(self.log.add(JobEvent::Step(step), message)?)
+    }
+
+    /// Warns when a policy is given nothing to learn from: all answers to a prompt are worth the same, for
+    /// every prompt of many steps.
+    fn watch_signal(&mut self, step: &recipes::Progress) -> Result<(), Ended> {
+        let Some(silent) = step.metrics.get(SILENT) else { return Ok(()) };
+        self.silent = if *silent >= 1.0 { self.silent + 1 } else { 0 };
+        let whole_run = self.silent >= step.step;
+        let message = match () {
+            () if step.last && whole_run => format!(
+                "Nothing was learned: in all {} steps the answers to each prompt had equal rewards. Check \
+                 the grader on some answers (POST /v1/fine_tuning/alpha/graders/run), make the task \
+                 easier, or raise grpo.group or grpo.temperature.",
+                step.step
+            ),
+            () if self.silent == SILENT_STEPS => format!(
+                "For {SILENT_STEPS} steps the answers to each prompt have had equal rewards: there is \
+                 nothing to learn from. Check the grader on some answers, make the task easier, or \
+                 raise grpo.group or grpo.temperature."
+            ),
+            () => return Ok(()),
+        };
+        Ok(self.log.say(Level::Warn, message)?)
     }
 
     /// The adapter as it is now, for those who want to try it before the end. Those of checkpoints

@@ -243,11 +243,14 @@ impl Held {
         measure(&mut self.measured, "reward_std", deviation(&rewards));
         measure(&mut self.measured, "silent_groups", f64::from(u8::from(silent)));
         for (answer, advantage) in answers.into_iter().zip(advantages) {
-            if answer.tokens.is_empty() || (block.mask_overlong && !answer.ended) {
+            let overlong = block.mask_overlong && !answer.ended;
+            if block.mask_overlong {
+                measure(&mut self.measured, "masked_answers", f64::from(u8::from(overlong)));
+            }
+            if answer.tokens.is_empty() || overlong {
                 continue;
             }
-            // One stays: a step has a gradient, be it of zeros.
-            if silent && !self.answers.is_empty() {
+            if silent {
                 self.silent_tokens += answer.tokens.len() as f64;
                 self.silent_answers += 1.0;
                 continue;
@@ -339,11 +342,7 @@ impl Steps<'_, '_> {
                 (member, at - count..at)
             });
             Row {
-                loss: Loss {
-                    answers: answers.collect(),
-                    objective: self.run.block.objective(),
-                    besides: Sums::default(),
-                },
+                loss: Loss { answers: answers.collect(), objective: self.run.block.objective() },
                 batch: Batch::of(members.iter().map(|&member| &encoded[member])),
                 wanted: Wanted { temperature, ..Wanted::LOG_PROBS },
                 held: self.held.clone(),
@@ -369,24 +368,26 @@ impl Source for Steps<'_, '_> {
             let held = self.run.sample(&prompts, &before)?;
             *self.held.borrow_mut() = held;
         }
-        let mut rows = self.rows();
+        let rows = self.rows();
         if fresh && self.run.block.beta > 0.0 {
             self.refer(&rows)?;
         }
-        let mut held = self.held.borrow_mut();
-        held.updates -= 1;
-        if let Some(first) = rows.first_mut() {
-            // What is not computed counts all the same.
-            let besides = &mut first.loss.besides;
-            besides.weight = match self.run.block.loss {
-                PolicyLoss::Dapo => held.silent_tokens,
-                PolicyLoss::Grpo => held.silent_answers,
-            };
-            for (name, (sum, count)) in &held.measured {
-                besides.measure_all(name.clone(), *sum, *count);
-            }
-        }
+        self.held.borrow_mut().updates -= 1;
         Ok(rows)
+    }
+
+    /// What is not computed counts all the same.
+    fn besides(&self) -> Sums {
+        let held = self.held.borrow();
+        let weight = match self.run.block.loss {
+            PolicyLoss::Dapo => held.silent_tokens,
+            PolicyLoss::Grpo => held.silent_answers,
+        };
+        let mut sums = Sums { weight, ..Sums::default() };
+        for (name, (sum, count)) in &held.measured {
+            sums.measure_all(name.clone(), *sum, *count);
+        }
+        sums
     }
 
     fn examine(&self) -> Result<Option<Metrics>, TrainError> {
@@ -423,14 +424,12 @@ struct Loss {
     /// Which, and which of the rows that count are theirs.
     answers: Vec<(usize, Range<usize>)>,
     objective: Grpo,
-    /// Of the whole step.
-    besides: Sums,
 }
 
 impl Loss {
     /// The loss, its slopes, and what was measured.
     fn of(&self, held: &Held, outputs: &Outputs) -> (Sums, Slopes) {
-        let mut sums = self.besides.clone();
+        let mut sums = Sums::default();
         let mut slopes = Slopes { log_probs: vec![0.0; outputs.log_probs.len()], values: vec![] };
         for (answer, range) in &self.answers {
             let answer = &held.answers[*answer];

@@ -187,6 +187,12 @@ pub(super) trait Source {
         Ok(false)
     }
 
+    /// What counts of the step beside the parts that [`Source::next`] gave: their weight in the loss, and
+    /// what was measured. A step may be of nothing else.
+    fn besides(&self) -> Sums {
+        Sums::default()
+    }
+
     /// What is measured of all that is held out, where that is no loss.
     fn examine(&self) -> Result<Option<Metrics>, TrainError> {
         Ok(None)
@@ -244,10 +250,10 @@ impl Run<'_> {
             let parts = source.next(&mut state.cursor, due)?;
             let factor = settings.schedule.factor(step, total, warmup);
             step += 1;
-            let (sums, gradients) = self.gradients(&parts, step)?;
+            let (sums, gradients) = self.gradients(&parts, source.besides(), step)?;
             let rate = settings.learning_rate;
             let stepped = optimization
-                .step(params, &gradients, sums.weight, rate, factor)
+                .step(params, &gradients, sums.divisor(), rate, factor)
                 .map_err(|source| TrainError::Update { step, source })?;
             let tokens: usize = parts.iter().map(Part::tokens).sum();
             state.tokens += tokens as u64;
@@ -257,8 +263,8 @@ impl Run<'_> {
                 step,
                 total_steps: total,
                 epoch: extent.epochs(&state.cursor),
-                loss: sums.loss / sums.weight,
-                accuracy: sums.correct.map(|correct| correct / sums.weight),
+                loss: sums.loss / sums.divisor(),
+                accuracy: sums.correct.map(|correct| correct / sums.divisor()),
                 learning_rate: rate * factor,
                 grad_norm: stepped.grad_norm,
                 tokens: state.tokens,
@@ -308,10 +314,11 @@ impl Run<'_> {
     fn gradients(
         &self,
         parts: &[impl Part],
+        besides: Sums,
         step: u64,
     ) -> Result<(Sums, Vec<candle_core::Tensor>), TrainError> {
         let mut gradients = Gradients::default();
-        let mut sums = Sums::default();
+        let mut sums = besides;
         let checkpoint = self.settings.activation_checkpointing;
         for (number, part) in (0u64..).zip(parts) {
             let pass = Pass { number: step << 32 | number, checkpoint };
@@ -320,7 +327,12 @@ impl Run<'_> {
         if !sums.loss.is_finite() {
             return Err(TrainError::NotFinite { step, loss: sums.loss / sums.weight });
         }
-        Ok((sums, gradients.take(self.model.params())?))
+        let params = self.model.params();
+        if parts.is_empty() {
+            let zeros = params.iter().map(|param| param.var.zeros_like());
+            return Ok((sums, zeros.collect::<Result<_, _>>()?));
+        }
+        Ok((sums, gradients.take(params)?))
     }
 
     /// The loss over all that is held out, or what else is measured of it.
@@ -416,6 +428,11 @@ impl Sums {
         let loss = losses.sum.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
         let weight = batch.weights.iter().map(|weight| f64::from(*weight)).sum();
         Ok(Self { loss, correct: Some(losses.correct), weight, ..Self::default() })
+    }
+
+    /// What sums are divided by; a step without any trained token has a loss of 0.
+    fn divisor(&self) -> f64 {
+        if self.weight > 0.0 { self.weight } else { 1.0 }
     }
 
     pub fn add(&mut self, other: Self) {

@@ -1,17 +1,17 @@
 //! A llama.cpp context: cache, compute buffers, and the batch on its way in.
 
-use super::super::{Batch, BatchSequence, MAX_PROMPT_LOGITS, RunnerError, SeqSlot, Wants};
+use super::super::{
+    Batch, BatchSequence, MAX_POOLED_TOKENS, MAX_PROMPT_LOGITS, Ran, RunnerError, SeqSlot, Wants,
+};
 use super::adapter::Adapter;
 use super::model::Model;
 use crate::ipc::{AdapterId, KvCacheType, KvLayout, LoadSpec, Token};
 use llama_cpp_sys_2 as sys;
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-
-/// Longest input of an embedding: all of it has to be one batch.
-const MAX_EMBED_TOKENS: u32 = 4096;
 
 pub enum ContextKind {
     /// `exact`: keys and values in F32, whatever the specification says.
@@ -120,10 +120,14 @@ impl Context {
             }
             ContextKind::Embed => {
                 // llama.cpp rounds a short context up, past the rows of a position table.
-                let length = spec.context_length.min(MAX_EMBED_TOKENS);
+                let length = spec.context_length.min(MAX_POOLED_TOKENS);
+                let rows = match model.pools_in_chunks() {
+                    true => length.min(spec.batch_tokens),
+                    false => length,
+                };
                 params.n_ctx = length;
-                params.n_batch = length;
-                params.n_ubatch = length;
+                params.n_batch = rows;
+                params.n_ubatch = rows;
                 params.n_seq_max = 1;
                 params.embeddings = true;
                 params.pooling_type = pooling(model);
@@ -152,8 +156,27 @@ impl Context {
         })
     }
 
-    /// Computes the batch; on an error the caller gives up all sequences in it.
-    pub fn decode(&mut self, batch: &Batch) -> Result<(), RunnerError> {
+    /// Computes the batch, unless `interrupt` answers true; on an error the caller gives up all
+    /// sequences in it.
+    pub fn decode(
+        &mut self,
+        batch: &Batch,
+        interrupt: &mut dyn FnMut() -> bool,
+    ) -> Result<Ran, RunnerError> {
+        let ran = self.decode_parts(batch, interrupt);
+        if let Ok(Ran::Interrupted) = ran {
+            for sequence in &batch.sequences {
+                self.remove_tokens(sequence.slot, sequence.position);
+            }
+        }
+        ran
+    }
+
+    fn decode_parts(
+        &mut self,
+        batch: &Batch,
+        interrupt: &mut dyn FnMut() -> bool,
+    ) -> Result<Ran, RunnerError> {
         self.saved.clear();
         self.logits.clear();
         self.logits.resize(batch.tokens.len(), Logits::Unwanted);
@@ -162,24 +185,36 @@ impl Context {
         let chunk = |sequence: &BatchSequence| sequence.rows.len() > 1;
         let chunks = batch.sequences.iter().filter(|sequence| chunk(sequence)).count();
         if self.unified || chunks == 0 || chunks == batch.sequences.len() {
-            return self.decode_part(batch, |_| true);
+            return self.decode_part(batch, |_| true, interrupt);
         }
-        self.decode_part(batch, chunk)?;
+        if self.decode_part(batch, chunk, interrupt)? == Ran::Interrupted {
+            return Ok(Ran::Interrupted);
+        }
         self.save_logits()?;
-        self.decode_part(batch, |sequence| !chunk(sequence))
+        self.decode_part(batch, |sequence| !chunk(sequence), interrupt)
     }
 
     fn decode_part(
         &mut self,
         batch: &Batch,
         part: impl Fn(&BatchSequence) -> bool,
-    ) -> Result<(), RunnerError> {
+        mut interrupt: &mut dyn FnMut() -> bool,
+    ) -> Result<Ran, RunnerError> {
         self.rows.fill(batch, part, self.slots)?;
         let raw = self.rows.as_batch();
+        let argument: *mut c_void = (&raw mut interrupt).cast();
         // SAFETY: all arrays have `n_tokens` elements and live in `self.rows`; every sequence id
-        // was checked to be below `n_seq_max`.
-        match unsafe { sys::llama_decode(self.raw.as_ptr(), raw) } {
+        // was checked to be below `n_seq_max`. `interrupt` outlives the call of `llama_decode`,
+        // after which the callback is taken away; llama.cpp asks it on the thread that called.
+        let code = unsafe {
+            sys::llama_set_abort_callback(self.raw.as_ptr(), Some(interrupted), argument);
+            let code = sys::llama_decode(self.raw.as_ptr(), raw);
+            sys::llama_set_abort_callback(self.raw.as_ptr(), None, std::ptr::null_mut());
+            code
+        };
+        match code {
             0 => {}
+            2 => return Ok(Ran::Interrupted),
             1 => return Err(RunnerError("the KV cache has no room for the batch".into())),
             code => {
                 return Err(RunnerError(format!(
@@ -191,7 +226,7 @@ impl Context {
         for (index, (_, &row)) in wanted.filter(|(_, (wanted, _))| **wanted == 1) {
             self.logits[row] = Logits::InContext(index as i32);
         }
-        Ok(())
+        Ok(Ran::Complete)
     }
 
     /// Copies what the next call would overwrite.
@@ -298,35 +333,53 @@ impl Context {
         Err(RunnerError(format!("llama.cpp refused the adapter (code {code})")))
     }
 
-    /// One pooled vector of `size` elements.
-    pub fn pooled(&mut self, tokens: &[Token], size: usize) -> Result<Vec<f32>, RunnerError> {
+    /// Rows of an input that is pooled; with the last of them, the vector of `size` elements.
+    pub fn pool(
+        &mut self,
+        input: &[Token],
+        rows: Range<usize>,
+        size: usize,
+    ) -> Result<Option<Vec<f32>>, RunnerError> {
         let batch = Batch {
-            tokens: tokens.to_vec(),
+            tokens: input[rows.clone()].to_vec(),
             sequences: vec![BatchSequence {
                 slot: SeqSlot(0),
-                rows: 0..tokens.len(),
-                position: 0,
+                rows: 0..rows.len(),
+                position: rows.start,
                 wants: Wants::AllLogits,
                 pages: Vec::new(),
                 adapter: None,
             }],
             adapter: None,
         };
-        self.remove_tokens(SeqSlot(0), 0);
-        self.decode(&batch)?;
+        if rows.start == 0 {
+            self.remove_tokens(SeqSlot(0), 0);
+        }
+        self.decode(&batch, &mut || false)?;
+        if rows.end < input.len() {
+            return Ok(None);
+        }
         // SAFETY: the context was made with embeddings and pooling; llama.cpp answers null if it
         // has none for the sequence.
         let raw = unsafe { sys::llama_get_embeddings_seq(self.raw.as_ptr(), 0) };
         let raw = NonNull::new(raw)
             .ok_or_else(|| RunnerError("llama.cpp returned no embedding".into()))?;
         // SAFETY: a pooled embedding has `llama_model_n_embd_out` elements, which is `size`.
-        Ok(unsafe { std::slice::from_raw_parts(raw.as_ptr(), size) }.to_vec())
+        Ok(Some(unsafe { std::slice::from_raw_parts(raw.as_ptr(), size) }.to_vec()))
     }
+}
+
+/// llama.cpp's question before each node of a graph. `argument` is the `&mut dyn FnMut() -> bool` of
+/// [`Context::decode_part`].
+unsafe extern "C" fn interrupted(argument: *mut c_void) -> bool {
+    // SAFETY: see there: it lives as long as the call, and nobody else uses it meanwhile.
+    let interrupt = unsafe { &mut *argument.cast::<&mut dyn FnMut() -> bool>() };
+    interrupt()
 }
 
 /// The file's own pooling; a causal model without one is pooled by its last token, as vLLM does,
 /// any other by the mean.
-fn pooling(model: &Model) -> sys::llama_pooling_type {
+pub(super) fn pooling(model: &Model) -> sys::llama_pooling_type {
     match model.pooling() {
         Some(named) if named > sys::LLAMA_POOLING_TYPE_NONE => named,
         _ if model.is_causal() => sys::LLAMA_POOLING_TYPE_LAST,

@@ -20,13 +20,17 @@ pub use adapter::Adapter;
 #[cfg(test)]
 pub use watch::Watched;
 
-use super::{AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot};
+use super::{
+    AdapterHandle, AdapterLoader, Batch, MAX_POOLED_TOKENS, ModelRunner, PAGE_TOKENS, Ran,
+    RunnerError, SeqSlot,
+};
 use crate::engine::tokenizer::Tokenizer;
 use crate::ipc::{AdapterId, KvLayout, LoadSpec, ModelInfo, Token};
 use adapter::Loader;
 use context::{Context, ContextKind};
 use model::Model;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -148,6 +152,7 @@ fn info(model: &Model, spec: &LoadSpec, slots: u32, generates: bool) -> ModelInf
         embedding_size: model.embedding_size(),
         can_generate: generates,
         can_embed: model.can_embed(),
+        pooled_length: context_length.min(MAX_POOLED_TOKENS),
         can_infill: model.vocab().infill.is_some(),
         shares_prefixes: model.shares_prefixes(),
         mixes_adapters: false,
@@ -183,11 +188,20 @@ impl ModelRunner for LlamaCpp {
         true
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
+    fn run(
+        &mut self,
+        batch: &Batch,
+        interrupt: &mut dyn FnMut() -> bool,
+    ) -> Result<Ran, RunnerError> {
         let context = self.context.as_mut();
         let context = context.ok_or_else(no_generator)?;
         context.adapt(batch.adapter, &self.adapters)?;
-        context.decode(batch)
+        if self.info.shares_prefixes {
+            context.decode(batch, interrupt)
+        } else {
+            // The state of a recurrent model cannot be taken back to where the step began.
+            context.decode(batch, &mut || false)
+        }
     }
 
     fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
@@ -222,11 +236,16 @@ impl ModelRunner for LlamaCpp {
         self.adapters.remove(&adapter);
     }
 
-    fn pooled(
+    fn pools_in_chunks(&self) -> bool {
+        self.model.pools_in_chunks()
+    }
+
+    fn pool(
         &mut self,
-        tokens: &[Token],
+        input: &[Token],
+        rows: Range<usize>,
         adapter: Option<AdapterId>,
-    ) -> Result<Vec<f32>, RunnerError> {
+    ) -> Result<Option<Vec<f32>>, RunnerError> {
         if !self.info.can_embed {
             return Err(RunnerError("this model cannot embed text".into()));
         }
@@ -235,6 +254,6 @@ impl ModelRunner for LlamaCpp {
         }
         let context = self.embedding.as_mut().expect("made above");
         context.adapt(adapter, &self.adapters)?;
-        context.pooled(tokens, self.info.embedding_size as usize)
+        context.pool(input, rows, self.info.embedding_size as usize)
     }
 }

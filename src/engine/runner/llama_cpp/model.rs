@@ -141,6 +141,12 @@ impl Model {
         self.metadata(&format!("{architecture}.pooling_type"))?.parse().ok()
     }
 
+    /// Whether an input may be pooled chunk by chunk: no token attends to a later one, and the last one
+    /// stands for all.
+    pub fn pools_in_chunks(&self) -> bool {
+        self.is_causal() && super::context::pooling(self) == sys::LLAMA_POOLING_TYPE_LAST
+    }
+
     /// Rerankers have a classification head in place of an embedding.
     pub fn can_embed(&self) -> bool {
         self.pooling() != Some(sys::LLAMA_POOLING_TYPE_RANK)

@@ -32,7 +32,7 @@ impl Watched {
     /// (layers, rows * width) the residual stream after each layer. All rows must want logits: the
     /// last layer computes no others.
     pub fn layers(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>, RunnerError> {
-        self.context.decode(batch)?;
+        self.context.decode(batch, &mut || false)?;
         Ok(std::mem::take(&mut *self.outputs.lock().expect("no other thread")))
     }
 }

@@ -3,6 +3,7 @@
 //! Eight jobs of the pool a layer, ten with Gemma's norms behind each half. A row's numbers never
 //! depend on the other rows.
 
+use super::super::Ran;
 use super::adapter::Adapter;
 use super::weights::{Layer, Weights};
 use crate::gguf::Target;
@@ -73,7 +74,7 @@ impl Forward {
         Self { normed, attended, hidden, ..Self::default() }
     }
 
-    /// Computes the rows.
+    /// Computes the rows, unless `interrupt`, asked before each layer, answers true.
     ///
     /// # Errors
     /// If a token is not in the vocabulary, or its embedding cannot be read.
@@ -83,14 +84,18 @@ impl Forward {
         cache: &mut Cache,
         pool: &mut Pool,
         rows: &Rows,
-    ) -> Result<(), String> {
+        interrupt: &mut dyn FnMut() -> bool,
+    ) -> Result<Ran, String> {
         self.begin(weights, rows)?;
         let plans = plans(weights, rows.spans, pool.threads());
         for number in 0..weights.layers.len() {
+            if interrupt() {
+                return Ok(Ran::Interrupted);
+            }
             self.layer(weights, cache, pool, rows, &plans, number);
         }
         self.finish(weights, pool, rows);
-        Ok(())
+        Ok(Ran::Complete)
     }
 
     /// One layer: `x += attention(norm(x))`, `x += feed_forward(norm(x))`.

@@ -14,8 +14,8 @@ pub use adapter::Adapter;
 pub use weights::Unsupported;
 
 use super::{
-    AdapterHandle, AdapterLoader, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, RunnerError,
-    SeqSlot, Wants, llama_cpp,
+    AdapterHandle, AdapterLoader, Batch, BatchSequence, MAX_POOLED_TOKENS, ModelRunner,
+    PAGE_TOKENS, Ran, RunnerError, SeqSlot, Wants, llama_cpp,
 };
 use crate::engine::tokenizer::{Tokenizer, native::NativeTokenizer};
 use crate::gguf::{Gguf, KvType};
@@ -32,21 +32,20 @@ use std::sync::Arc;
 use std::time::Instant;
 use weights::Weights;
 
-/// Longest input of an embedding.
-const MAX_EMBED_TOKENS: usize = 4096;
+/// The cache of pooled inputs grows by so many pages.
+const POOLING_PAGES: usize = 1024 / PAGE_TOKENS;
 
 pub struct Native {
     /// A draft model's jobs are done by the same threads.
     pool: Rc<RefCell<Pool>>,
     weights: Weights,
     cache: Cache,
-    /// Pages of its own for one input at a time, in f16 always: they are few.
-    embedding_cache: Option<Cache>,
+    /// Pages for one pooled input at a time, always in f16, and how many they are.
+    pooling_cache: Option<(Cache, usize)>,
     forward: Forward,
     adapters: HashMap<AdapterId, Adapter>,
     tokenizer: Arc<dyn Tokenizer>,
     info: ModelInfo,
-    batch_tokens: usize,
     /// Rows of the last batch that wanted logits, in order.
     wanted: Vec<usize>,
 }
@@ -84,11 +83,10 @@ impl Native {
         let mut runner = Self {
             info: info(spec, &weights, &*tokenizer),
             cache,
-            embedding_cache: None,
+            pooling_cache: None,
             forward: Forward::new(&weights),
             adapters: HashMap::new(),
             tokenizer,
-            batch_tokens: spec.batch_tokens as usize,
             wanted: Vec::new(),
             weights,
             pool,
@@ -142,6 +140,7 @@ fn info(spec: &LoadSpec, weights: &Weights, tokenizer: &dyn Tokenizer) -> ModelI
         embedding_size: weights.shape.width as u32,
         can_generate: true,
         can_embed: true,
+        pooled_length: spec.context_length.min(MAX_POOLED_TOKENS),
         can_infill: vocab.infill.is_some(),
         shares_prefixes: true,
         mixes_adapters: true,
@@ -176,7 +175,11 @@ impl ModelRunner for Native {
         false
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
+    fn run(
+        &mut self,
+        batch: &Batch,
+        interrupt: &mut dyn FnMut() -> bool,
+    ) -> Result<Ran, RunnerError> {
         self.wanted.clear();
         let mut spans = Vec::with_capacity(batch.sequences.len());
         let mut adapted: Vec<(Range<usize>, &Adapter)> = Vec::new();
@@ -204,7 +207,8 @@ impl ModelRunner for Native {
         let (tokens, wanted) = (&batch.tokens[..], &self.wanted[..]);
         let rows = Rows { tokens, spans: &spans, wanted, adapted: &adapted };
         let (forward, pool) = (&mut self.forward, &mut self.pool.borrow_mut());
-        forward.run(&self.weights, &mut self.cache, pool, &rows).map_err(RunnerError)
+        // Rows that were written into pages count only once the step is complete.
+        forward.run(&self.weights, &mut self.cache, pool, &rows, interrupt).map_err(RunnerError)
     }
 
     fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
@@ -241,36 +245,37 @@ impl ModelRunner for Native {
         Ok(Box::new(loaded.map_err(|error| RunnerError(error.to_string()))?))
     }
 
-    fn pooled(
+    fn pool(
         &mut self,
-        tokens: &[Token],
+        input: &[Token],
+        rows: Range<usize>,
         adapter: Option<AdapterId>,
-    ) -> Result<Vec<f32>, RunnerError> {
-        if tokens.is_empty() || tokens.len() > MAX_EMBED_TOKENS {
-            let length = tokens.len();
-            return Err(RunnerError(format!(
-                "{length} tokens; 1 to {MAX_EMBED_TOKENS} can be embedded or scored"
-            )));
-        }
+    ) -> Result<Option<Vec<f32>>, RunnerError> {
+        let part = input.get(rows.clone()).filter(|part| !part.is_empty());
+        let part = part.ok_or_else(|| RunnerError("there is nothing to pool".into()))?;
         let adapter = adapter.map(|id| installed(&self.adapters, id)).transpose()?;
-        let shape = &self.weights.shape;
-        let pages = MAX_EMBED_TOKENS / PAGE_TOKENS;
-        let cache = self.embedding_cache.get_or_insert_with(|| {
-            Cache::new(KvType::F16, shape.layers, pages, shape.kv_heads, shape.head_dim)
-        });
-        let pages: Vec<u32> = (0..pages as u32).collect();
-        self.wanted.clear();
-        for (chunk, part) in tokens.chunks(self.batch_tokens).enumerate() {
-            let position = chunk * self.batch_tokens;
-            let span = Span { rows: 0..part.len(), position, pages: pages.clone() };
-            let wanted = &[part.len() - 1];
-            let adapted: Vec<_> = adapter.iter().map(|&adapter| (0..part.len(), adapter)).collect();
-            let rows = Rows { tokens: part, spans: &[span], wanted, adapted: &adapted };
-            let pool = &mut self.pool.borrow_mut();
-            let ran = self.forward.run(&self.weights, cache, pool, &rows);
-            ran.map_err(RunnerError)?;
+        let wanted_pages = input.len().div_ceil(PAGE_TOKENS).next_multiple_of(POOLING_PAGES);
+        // What the cache holds of an input is lost when it grows: only its first part may ask for more.
+        if rows.start == 0 && self.pooling_cache.as_ref().is_none_or(|(_, had)| *had < wanted_pages)
+        {
+            let shape = &self.weights.shape;
+            let (layers, heads, width) = (shape.layers, shape.kv_heads, shape.head_dim);
+            let cache = Cache::new(KvType::F16, layers, wanted_pages, heads, width);
+            self.pooling_cache = Some((cache, wanted_pages));
         }
-        Ok(self.forward.hidden(0).to_vec())
+        let Some((cache, pages)) = &mut self.pooling_cache else {
+            return Err(RunnerError("an input is pooled from its middle on".into()));
+        };
+        self.wanted.clear();
+        let pages: Vec<u32> = (0..*pages as u32).collect();
+        let span = Span { rows: 0..part.len(), position: rows.start, pages };
+        let adapted: Vec<_> = adapter.iter().map(|&adapter| (0..part.len(), adapter)).collect();
+        let wanted = &[part.len() - 1];
+        let batch = Rows { tokens: part, spans: &[span], wanted, adapted: &adapted };
+        let (forward, pool) = (&mut self.forward, &mut self.pool.borrow_mut());
+        let ran = forward.run(&self.weights, cache, pool, &batch, &mut || false);
+        ran.map_err(RunnerError)?;
+        Ok((rows.end == input.len()).then(|| self.forward.hidden(0).to_vec()))
     }
 }
 

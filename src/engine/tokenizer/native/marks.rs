@@ -6,12 +6,14 @@
 //! length that occurs in the text, not per token. Which of two overlapping marks of one length wins
 //! is undefined in llama.cpp; here it is the first.
 
+use super::super::spans_barrier;
 use super::NativeError;
 use super::lexicon::{Kind, Lexicon, not_covered};
 use crate::gguf::Gguf;
 use crate::ipc::Token;
-use aho_corasick::AhoCorasick;
+use aho_corasick::{AhoCorasick, Match};
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// A stretch of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +36,23 @@ struct Strip {
     right: bool,
 }
 
+/// Which marks are looked for in a text.
+struct Wanted<'b> {
+    all: bool,
+    barriers: &'b [usize],
+    /// The address of the whole text: where its parts lie in it.
+    start: usize,
+}
+
+impl Wanted<'_> {
+    /// `part` is a part of the whole text, in which the mark was found at `range`.
+    fn takes(&self, mark: &Mark, part: &str, range: Range<usize>) -> bool {
+        let offset = part.as_ptr() as usize - self.start;
+        let range = range.start + offset..range.end + offset;
+        mark.always || (self.all && !spans_barrier(self.barriers, range))
+    }
+}
+
 pub struct Marks {
     /// Patterns are the texts of `marks`, in their order.
     finder: AhoCorasick,
@@ -53,15 +72,17 @@ impl Marks {
         Ok(Self { finder, marks })
     }
 
-    /// `text` in order; `all` finds control tokens too, not only those that users may type.
-    pub fn cut<'t>(&self, text: &'t str, all: bool) -> Vec<Fragment<'t>> {
+    /// `text` in order; `all` finds control tokens too, not only those that users may type, unless they
+    /// span one of the ascending byte offsets `barriers`.
+    pub fn cut<'t>(&self, text: &'t str, all: bool, barriers: &[usize]) -> Vec<Fragment<'t>> {
         let mut fragments = Vec::new();
         push_text(text, &mut fragments);
-        for length in self.lengths(text, all).into_iter().rev() {
+        let wanted = Wanted { all, barriers, start: text.as_ptr() as usize };
+        for length in self.lengths(text, &wanted).into_iter().rev() {
             let mut finer = Vec::with_capacity(fragments.len() + 2);
             for fragment in fragments {
                 match fragment {
-                    Fragment::Text(text) => self.cut_one(text, length, all, &mut finer),
+                    Fragment::Text(text) => self.cut_one(text, length, &wanted, &mut finer),
                     Fragment::Mark(_) => finer.push(fragment),
                 }
             }
@@ -71,18 +92,26 @@ impl Marks {
     }
 
     /// The lengths of the marks in `text`, in bytes.
-    fn lengths(&self, text: &str, all: bool) -> BTreeSet<usize> {
+    fn lengths(&self, text: &str, wanted: &Wanted) -> BTreeSet<usize> {
         let found = self.finder.find_overlapping_iter(text);
-        found.filter(|m| all || self.marks[m.pattern()].always).map(|m| m.len()).collect()
+        let wanted = |m: &Match| wanted.takes(&self.marks[m.pattern()], text, m.range());
+        found.filter(wanted).map(|m| m.len()).collect()
     }
 
     /// Cuts out the marks of one length.
-    fn cut_one<'t>(&self, text: &'t str, length: usize, all: bool, out: &mut Vec<Fragment<'t>>) {
+    fn cut_one<'t>(
+        &self,
+        text: &'t str,
+        length: usize,
+        wanted: &Wanted,
+        out: &mut Vec<Fragment<'t>>,
+    ) {
         // From here on nothing is cut yet.
         let mut rest = 0;
         for found in self.finder.find_overlapping_iter(text) {
             let mark = &self.marks[found.pattern()];
-            if found.len() != length || found.start() < rest || !(all || mark.always) {
+            let elsewhere = found.len() != length || found.start() < rest;
+            if elsewhere || !wanted.takes(mark, text, found.range()) {
                 continue;
             }
             let before = &text[rest..found.start()];

@@ -95,13 +95,23 @@ impl Tokenizer for NativeTokenizer {
     }
 
     fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token> {
+        self.encode_fragments(self.marks.cut(text, parse_special, &[]), add_special)
+    }
+
+    fn encode_rendered(&self, text: &str, barriers: &[usize], add_special: bool) -> Vec<Token> {
+        self.encode_fragments(self.marks.cut(text, true, barriers), add_special)
+    }
+}
+
+impl NativeTokenizer {
+    fn encode_fragments(&self, fragments: Vec<Fragment>, add_special: bool) -> Vec<Token> {
         let mut tokens = Vec::new();
         if add_special && self.add_bos {
             tokens.extend(self.vocab.bos);
         }
         // SentencePiece puts a space in front of a text, also after a mark.
         let mut starts = true;
-        for fragment in self.marks.cut(text, parse_special) {
+        for fragment in fragments {
             match (fragment, &self.model) {
                 (Fragment::Mark(token), _) => tokens.push(token),
                 (Fragment::Text(text), Model::Bpe(bpe)) => bpe.encode(text, &mut tokens),

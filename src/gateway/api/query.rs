@@ -1,0 +1,152 @@
+//! Query parameters: those that a route does not know are refused, not ignored.
+
+use crate::gateway::error::ApiError;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{MatchedPath, Query, Request};
+use axum::middleware::Next;
+use axum::response::Response;
+use http::Method;
+use serde_json::{Map, Value};
+
+/// The pairs of a query, in order.
+pub type Pairs = Result<Query<Vec<(String, String)>>, QueryRejection>;
+
+/// Azure's clients add it to every request.
+const ALWAYS: &str = "api-version";
+
+/// The parameters that a route of lists takes.
+fn known(method: &Method, path: &str) -> &'static [&'static str] {
+    match (method, path) {
+        (&Method::GET, "/v1/files") => &["after", "limit", "order", "purpose"],
+        (&Method::GET, "/v1/fine_tuning/jobs") => &["after", "limit", "metadata"],
+        (
+            &Method::GET,
+            "/v1/fine_tuning/jobs/{id}/events"
+            | "/v1/fine_tuning/jobs/{id}/checkpoints"
+            | "/admin/jobs",
+        ) => &["after", "limit"],
+        (&Method::GET, "/admin/jobs/{id}/events") => &["stream"],
+        _ => &[],
+    }
+}
+
+/// Middleware: a 400 for parameters that the route does not know.
+///
+/// # Errors
+/// 400, naming the parameter.
+pub async fn known_only(
+    path: MatchedPath,
+    pairs: Pairs,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let Query(pairs) = pairs.map_err(|error| ApiError::bad_request(error.body_text()))?;
+    let known = known(request.method(), path.as_str());
+    for (key, _) in &pairs {
+        // `metadata[key]` is how clients write objects.
+        let name = key.split('[').next().unwrap_or_default();
+        if name != ALWAYS && !known.contains(&name) {
+            let key: String = key.chars().take(100).collect();
+            let takes = match known {
+                [] => "this route takes none".to_owned(),
+                known => format!("this route takes {}", known.join(", ")),
+            };
+            let message = format!("Unknown query parameter: '{key}'; {takes}.");
+            return Err(ApiError::invalid(key, message).with_code("unknown_parameter"));
+        }
+    }
+    Ok(next.run(request).await)
+}
+
+/// A filter by metadata: `metadata[key]=value` for each pair that an entry must have, `metadata=null`
+/// for entries without metadata.
+#[derive(Debug, PartialEq)]
+pub enum MetadataFilter {
+    Pairs(Vec<(String, String)>),
+    Without,
+}
+
+impl MetadataFilter {
+    /// The filter of a query.
+    ///
+    /// # Errors
+    /// 400 for a form that is none of these.
+    pub fn of(pairs: &[(String, String)]) -> Result<Self, ApiError> {
+        let (mut wanted, mut without) = (Vec::new(), false);
+        for (key, value) in pairs {
+            let Some(rest) = key.strip_prefix("metadata") else { continue };
+            match rest.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+                Some(key) if !key.is_empty() => wanted.push((key.to_owned(), value.clone())),
+                None if rest.is_empty() && value == "null" => without = true,
+                _ => {
+                    let message =
+                        "write metadata[KEY]=VALUE, or metadata=null for jobs without metadata";
+                    return Err(ApiError::invalid("metadata", message));
+                }
+            }
+        }
+        match (without, wanted.is_empty()) {
+            (true, false) => {
+                let message = "metadata=null cannot be combined with metadata[KEY]=VALUE";
+                Err(ApiError::invalid("metadata", message))
+            }
+            (true, true) => Ok(Self::Without),
+            (false, _) => Ok(Self::Pairs(wanted)),
+        }
+    }
+
+    /// Whether an entry with this metadata is wanted.
+    pub fn takes(&self, metadata: Option<&Map<String, Value>>) -> bool {
+        match self {
+            Self::Without => metadata.is_none_or(Map::is_empty),
+            Self::Pairs(wanted) => wanted.iter().all(|(key, value)| {
+                metadata.and_then(|map| map.get(key)).is_some_and(|found| found == value)
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn filter(pairs: &[(&str, &str)]) -> Result<MetadataFilter, ApiError> {
+        let owned = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        MetadataFilter::of(&owned.collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn metadata_filters() {
+        let has = json!({"team": "a", "run": "1"});
+        let has = has.as_object();
+        for (pairs, with, without) in [
+            (&[][..], true, true),
+            (&[("limit", "3")], true, true),
+            (&[("metadata[team]", "a")], true, false),
+            (&[("metadata[team]", "a"), ("metadata[run]", "1")], true, false),
+            (&[("metadata[team]", "a"), ("metadata[run]", "2")], false, false),
+            (&[("metadata[Team]", "a")], false, false),
+            (&[("metadata", "null")], false, true),
+        ] {
+            let filter = filter(pairs).unwrap();
+            assert_eq!((filter.takes(has), filter.takes(None)), (with, without), "{pairs:?}");
+        }
+        for pairs in [
+            &[("metadata", "x")][..],
+            &[("metadata[]", "x")],
+            &[("metadata[a", "x")],
+            &[("metadata", "null"), ("metadata[a]", "x")],
+        ] {
+            assert_eq!(filter(pairs).unwrap_err().param.as_deref(), Some("metadata"), "{pairs:?}");
+        }
+    }
+
+    #[test]
+    fn routes_know_their_parameters() {
+        assert_eq!(known(&Method::GET, "/v1/models"), [""; 0]);
+        assert!(known(&Method::GET, "/v1/fine_tuning/jobs").contains(&"metadata"));
+        assert!(!known(&Method::GET, "/v1/files").contains(&"metadata"));
+        assert!(known(&Method::POST, "/v1/files").is_empty());
+    }
+}
