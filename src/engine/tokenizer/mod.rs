@@ -13,6 +13,86 @@ pub trait Tokenizer: Send + Sync {
     /// `add_special` puts BOS in front where the vocabulary asks for one; `parse_special`
     /// recognises control tokens in the text.
     fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token>;
+
+    /// Whether [`encode`](Self::encode) appends EOS when `add_special` is set.
+    fn adds_eos(&self) -> bool {
+        false
+    }
+
+    /// The tokens of a prompt that a model continues: as [`encode`](Self::encode), without the EOS
+    /// that some vocabularies ask for, since a model does not continue a text that has ended.
+    fn encode_prompt(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token> {
+        let mut tokens = self.encode(text, add_special, parse_special);
+        if add_special && self.adds_eos() {
+            tokens.pop();
+        }
+        tokens
+    }
+
+    /// The tokens of a text that continues other tokens: no BOS, no EOS, and none of the spaces
+    /// that SentencePiece adds in front of a text and behind special tokens. The pieces of the
+    /// tokens, joined, are the text, as the output of a model is.
+    fn encode_continuation(&self, text: &str, parse_special: bool) -> Vec<Token> {
+        without_added_spaces(text, &|text| self.encode(text, false, parse_special), self.vocab())
+    }
+}
+
+/// A character that merges with no other: vocabularies have it as a byte, or not at all.
+const MARKER: &str = "\u{1}";
+
+/// Tokenizes `text` with an `encode` that may add spaces in front of it and behind special tokens,
+/// and tokenizes again, behind a marker, each stretch that got a space.
+fn without_added_spaces(
+    text: &str,
+    encode: &dyn Fn(&str) -> Vec<Token>,
+    vocab: &Vocab,
+) -> Vec<Token> {
+    let (mut tokens, mut found, mut rest) = (Vec::new(), encode(text), text);
+    let mut marked = false;
+    while let Some(added) = added_space(&found, rest, vocab) {
+        // The whole stretch again, unless the marker stands before it already.
+        let (count, bytes) = match added.stretch {
+            (0, _) if marked => added.at,
+            stretch => stretch,
+        };
+        if marked && count == 0 {
+            break;
+        }
+        let marker = encode(MARKER);
+        let behind = encode(&format!("{MARKER}{}", &rest[bytes..]));
+        // Where the marker is no token of its own, there is nothing to cut at.
+        let Some(behind) = behind.strip_prefix(&marker[..]) else { break };
+        tokens.extend_from_slice(&found[..count]);
+        rest = &rest[bytes..];
+        (found, marked) = (behind.to_vec(), true);
+    }
+    tokens.extend(found);
+    tokens
+}
+
+/// A token that begins with a space which the text does not have there.
+struct AddedSpace {
+    /// The tokens, and the bytes of the text, before it.
+    at: (usize, usize),
+    /// The same before the stretch between special tokens that it is in.
+    stretch: (usize, usize),
+}
+
+fn added_space(tokens: &[Token], text: &str, vocab: &Vocab) -> Option<AddedSpace> {
+    let (mut at, mut stretch) = (0, (0, 0));
+    for (count, &token) in tokens.iter().enumerate() {
+        let (piece, rest) = (vocab.piece(token), &text.as_bytes()[at..]);
+        if !rest.starts_with(piece) {
+            let added = piece.first() == Some(&b' ') && rest.starts_with(&piece[1..]);
+            let added = added && text.is_char_boundary(at);
+            return added.then_some(AddedSpace { at: (count, at), stretch });
+        }
+        at += piece.len();
+        if vocab.is_control(token) {
+            stretch = (count + 1, at);
+        }
+    }
+    None
 }
 
 /// The vocabulary's fixed facts, read once.
