@@ -28,6 +28,15 @@ pub enum Job {
     Call { call: u64, what: Call },
 }
 
+/// What becomes of a prompt's tokens.
+#[derive(Clone, Copy)]
+enum Use {
+    /// The model continues them.
+    Continue,
+    /// They are embedded or scored as a whole, with the EOS that the vocabulary may ask for.
+    Pool,
+}
+
 /// The model's facts that requests are checked against.
 pub struct Desk {
     tokenizer: Arc<dyn Tokenizer>,
@@ -183,7 +192,7 @@ impl Desk {
             EngineErrorKind::ContextLength => EngineError { param: Some(param.into()), ..error },
             _ => error,
         };
-        let tokens = self.prompt_tokens(&request.prompt).map_err(at)?;
+        let tokens = self.prompt_tokens(&request.prompt, Use::Continue).map_err(at)?;
         let max_tokens = self.room(tokens.len(), request.stop.max_tokens).map_err(at)?;
         let choice = |choice: u32| {
             let grammar = match &request.grammar {
@@ -229,7 +238,7 @@ impl Desk {
         made.as_ref().map_err(Clone::clone)
     }
 
-    fn prompt_tokens(&self, prompt: &Prompt) -> Result<Vec<Token>, EngineError> {
+    fn prompt_tokens(&self, prompt: &Prompt, usage: Use) -> Result<Vec<Token>, EngineError> {
         let vocab = self.tokenizer.vocab();
         let mut tokens = match prompt {
             Prompt::Tokens(tokens) => {
@@ -238,7 +247,12 @@ impl Desk {
             }
             Prompt::Text { text, add_special, parse_special } => {
                 self.check_length(text)?;
-                self.tokenizer.encode(text, *add_special, *parse_special)
+                match usage {
+                    Use::Continue => {
+                        self.tokenizer.encode_prompt(text, *add_special, *parse_special)
+                    }
+                    Use::Pool => self.tokenizer.encode(text, *add_special, *parse_special),
+                }
             }
             Prompt::Rendered { text, barriers, add_special } => {
                 self.check_length(text)?;
@@ -248,8 +262,11 @@ impl Desk {
                 let mut tokens = Vec::new();
                 for (number, piece) in pieces.iter().enumerate() {
                     self.check_length(piece)?;
-                    let add_special = *add_special && number == 0;
-                    tokens.extend(self.tokenizer.encode(piece, add_special, *parse_special));
+                    // As training does: a prompt, and what the model writes behind it.
+                    tokens.extend(match number {
+                        0 => self.tokenizer.encode_prompt(piece, *add_special, *parse_special),
+                        _ => self.tokenizer.encode_continuation(piece, *parse_special, &[]),
+                    });
                 }
                 tokens.extend(vocab.eos.filter(|_| *ends));
                 tokens
@@ -285,7 +302,7 @@ impl Desk {
     /// Tokens of an input to be embedded or scored.
     fn pooled_tokens(&self, input: &Prompt) -> Result<Vec<Token>, EngineError> {
         let tokens = self
-            .prompt_tokens(input)
+            .prompt_tokens(input, Use::Pool)
             .map_err(|error| EngineError { param: error.param.map(|_| "input".into()), ..error })?;
         let limit = self.info.pooled_length as usize;
         if tokens.len() > limit {

@@ -15,39 +15,156 @@ pub trait Tokenizer: Send + Sync {
     /// `add_special` puts BOS in front where the vocabulary asks for one; `parse_special`
     /// recognises control tokens in the text.
     fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token>;
-    /// As [`encode`](Self::encode) with control tokens recognised, but for those that span one of the
-    /// ascending byte offsets `barriers`: they are text.
-    fn encode_rendered(&self, text: &str, barriers: &[usize], add_special: bool) -> Vec<Token> {
-        if barriers.is_empty() {
-            return self.encode(text, add_special, true);
-        }
-        let control = self.vocab().control_tokens();
-        let texts = control.iter().map(|(text, _)| text.as_str());
-        let finder = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts);
-        let Ok(finder) = finder else { return self.encode(text, add_special, false) };
-        let (mut tokens, mut done) = (Vec::new(), 0);
-        for found in finder.find_iter(text) {
-            if found.is_empty() || spans_barrier(barriers, found.range()) {
-                continue;
-            }
-            let before = &text[done..found.start()];
-            if !before.is_empty() || done == 0 {
-                tokens.extend(self.encode(before, add_special && done == 0, false));
-            }
-            tokens.push(control[found.pattern().as_usize()].1);
-            done = found.end();
-        }
-        if done < text.len() {
-            tokens.extend(self.encode(&text[done..], add_special && done == 0, false));
+    /// Whether [`encode`](Self::encode) appends EOS when `add_special` is set.
+    fn adds_eos(&self) -> bool {
+        false
+    }
+
+    /// The tokens of a prompt that a model continues: as [`encode`](Self::encode), without the EOS
+    /// that some vocabularies ask for, since a model does not continue a text that has ended.
+    fn encode_prompt(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token> {
+        let mut tokens = self.encode(text, add_special, parse_special);
+        if add_special && self.adds_eos() {
+            tokens.pop();
         }
         tokens
     }
+
+    /// The tokens of a text that continues other tokens: no BOS, no EOS, and none of the spaces
+    /// that SentencePiece adds in front of a text and behind special tokens. The pieces of the
+    /// tokens, joined, are the text, as the output of a model is. No control token that spans one of the
+    /// ascending byte offsets `barriers` is recognised.
+    fn encode_continuation(
+        &self,
+        text: &str,
+        parse_special: bool,
+        barriers: &[usize],
+    ) -> Vec<Token> {
+        if barriers.is_empty() || !parse_special {
+            let encode = |text: &str| self.encode(text, false, parse_special);
+            return without_added_spaces(text, &encode, self.vocab());
+        }
+        let encode = |text: &str| self.encode(text, false, false);
+        let mut tokens = Vec::new();
+        for fragment in fragments(self.vocab(), text, barriers) {
+            match fragment {
+                Fragment::Control(token) => tokens.push(token),
+                Fragment::Text(text) => {
+                    tokens.extend(without_added_spaces(text, &encode, self.vocab()));
+                }
+            }
+        }
+        tokens
+    }
+
+    /// The tokens of a rendered prompt: as [`encode_prompt`](Self::encode_prompt) with control tokens
+    /// recognised, but for those that span one of the ascending byte offsets `barriers`: they are text.
+    fn encode_rendered(&self, text: &str, barriers: &[usize], add_special: bool) -> Vec<Token> {
+        if barriers.is_empty() {
+            return self.encode_prompt(text, add_special, true);
+        }
+        let mut tokens = if add_special { self.encode_prompt("", true, false) } else { Vec::new() };
+        for fragment in fragments(self.vocab(), text, barriers) {
+            match fragment {
+                Fragment::Control(token) => tokens.push(token),
+                Fragment::Text(text) => tokens.extend(self.encode(text, false, false)),
+            }
+        }
+        tokens
+    }
+}
+
+/// A part of a text, cut at its control tokens.
+enum Fragment<'t> {
+    Control(Token),
+    Text(&'t str),
+}
+
+/// Cuts a text at the control tokens that span no barrier, the first and longest ones; for tokenizers
+/// that know no barriers.
+fn fragments<'t>(vocab: &Vocab, text: &'t str, barriers: &[usize]) -> Vec<Fragment<'t>> {
+    let control = vocab.control_tokens();
+    let texts = control.iter().map(|(text, _)| text.as_str());
+    let finder = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts);
+    let (mut fragments, mut done) = (Vec::new(), 0);
+    for found in finder.iter().flat_map(|finder| finder.find_iter(text)) {
+        if found.is_empty() || spans_barrier(barriers, found.range()) {
+            continue;
+        }
+        if found.start() > done {
+            fragments.push(Fragment::Text(&text[done..found.start()]));
+        }
+        fragments.push(Fragment::Control(control[found.pattern().as_usize()].1));
+        done = found.end();
+    }
+    if done < text.len() {
+        fragments.push(Fragment::Text(&text[done..]));
+    }
+    fragments
 }
 
 /// Whether one of the ascending offsets lies inside the range.
 fn spans_barrier(barriers: &[usize], range: Range<usize>) -> bool {
     let next = barriers.partition_point(|&at| at <= range.start);
     barriers.get(next).is_some_and(|&at| at < range.end)
+}
+
+/// A character that merges with no other: vocabularies have it as a byte, or not at all.
+const MARKER: &str = "\u{1}";
+
+/// Tokenizes `text` with an `encode` that may add spaces in front of it and behind special tokens,
+/// and tokenizes again, behind a marker, each stretch that got a space.
+fn without_added_spaces(
+    text: &str,
+    encode: &dyn Fn(&str) -> Vec<Token>,
+    vocab: &Vocab,
+) -> Vec<Token> {
+    let (mut tokens, mut found, mut rest) = (Vec::new(), encode(text), text);
+    let mut marked = false;
+    while let Some(added) = added_space(&found, rest, vocab) {
+        // The whole stretch again, unless the marker stands before it already.
+        let (count, bytes) = match added.stretch {
+            (0, _) if marked => added.at,
+            stretch => stretch,
+        };
+        if marked && count == 0 {
+            break;
+        }
+        let marker = encode(MARKER);
+        let behind = encode(&format!("{MARKER}{}", &rest[bytes..]));
+        // Where the marker is no token of its own, there is nothing to cut at.
+        let Some(behind) = behind.strip_prefix(&marker[..]) else { break };
+        tokens.extend_from_slice(&found[..count]);
+        rest = &rest[bytes..];
+        (found, marked) = (behind.to_vec(), true);
+    }
+    tokens.extend(found);
+    tokens
+}
+
+/// A token that begins with a space which the text does not have there.
+struct AddedSpace {
+    /// The tokens, and the bytes of the text, before it.
+    at: (usize, usize),
+    /// The same before the stretch between special tokens that it is in.
+    stretch: (usize, usize),
+}
+
+fn added_space(tokens: &[Token], text: &str, vocab: &Vocab) -> Option<AddedSpace> {
+    let (mut at, mut stretch) = (0, (0, 0));
+    for (count, &token) in tokens.iter().enumerate() {
+        let (piece, rest) = (vocab.piece(token), &text.as_bytes()[at..]);
+        if !rest.starts_with(piece) {
+            let added = piece.first() == Some(&b' ') && rest.starts_with(&piece[1..]);
+            let added = added && text.is_char_boundary(at);
+            return added.then_some(AddedSpace { at: (count, at), stretch });
+        }
+        at += piece.len();
+        if vocab.is_control(token) {
+            stretch = (count + 1, at);
+        }
+    }
+    None
 }
 
 /// The vocabulary's fixed facts, read once.

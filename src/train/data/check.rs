@@ -1,7 +1,8 @@
 //! A look at a whole file before anything is computed from it.
 
-use super::format::{Format, Purpose, parse};
-use super::prepare::{DataError, Lines, NAMED};
+use super::format::{Purpose, parse};
+use super::lines::{BadLines, Lines, OneFormat};
+use super::prepare::DataError;
 use std::path::Path;
 
 /// Reads every line of `source` as an example, and gives their number; fewer than `least` are too few.
@@ -11,30 +12,23 @@ use std::path::Path;
 /// can say.
 pub fn check(source: &Path, purpose: Purpose, least: u64) -> Result<u64, DataError> {
     let mut lines = Lines::open(source)?;
-    let (mut found, mut format) = (0, None::<Format>);
-    let (mut bad, mut more) = (Vec::new(), 0);
+    let (mut found, mut bad, mut one_format) = (0, BadLines::default(), OneFormat::default());
     loop {
         let chunk = lines.next_chunk()?;
         if chunk.is_empty() {
             break;
         }
         // On one core: the gateway does this beside its requests.
-        for (line, text) in chunk {
+        for (number, line) in chunk {
             found += 1;
-            match parse(&text, purpose) {
-                Ok((then, _)) => {
-                    let before = *format.get_or_insert(then);
-                    if before != then {
-                        return Err(DataError::Mixed { line, before, then });
-                    }
-                }
-                Err(why) if bad.len() < NAMED => bad.push((line, why)),
-                Err(_) => more += 1,
+            let parsed = line.and_then(|line| parse(&line, purpose));
+            if let Err(why) = parsed.and_then(|(format, _)| one_format.check(number, format)) {
+                bad.add(number, why);
             }
         }
     }
+    bad.refuse()?;
     match found {
-        _ if !bad.is_empty() => Err(DataError::Lines { bad, more }),
         0 => Err(DataError::Empty),
         _ if found < least => Err(DataError::TooFew { found, least }),
         _ => Ok(found),

@@ -1,7 +1,7 @@
 //! Pieces of text to tokens.
 
 use super::format::{Chat, Example};
-use super::turns::{prompt, render};
+use super::turns::{Rendered, prompt, render, render_all};
 use crate::engine::tokenizer::Tokenizer;
 use crate::template::ChatTemplate;
 use std::sync::Arc;
@@ -34,30 +34,100 @@ pub struct Encoder {
     pub template: Arc<ChatTemplate>,
 }
 
+/// The sequences of an example, and what is to be said of them.
+#[derive(Debug, Default)]
+pub(super) struct EncodedExample {
+    pub(super) sequences: Vec<Encoded>,
+    /// Answers of conversations.
+    pub(super) answers: u64,
+    /// Those of them behind which the template puts no token that ends a turn.
+    pub(super) without_end: u64,
+}
+
 impl Encoder {
-    /// Tokenizes an example piece by piece: an answer's tokens are those that follow a prompt when the
-    /// model is served, never one that reaches over the seam.
+    /// Tokenizes an example: all its sequences.
     ///
     /// # Errors
     /// What the template does not render, in words.
-    pub fn encode(&self, example: &Example) -> Result<Encoded, String> {
+    pub(super) fn encode(&self, example: &Example) -> Result<EncodedExample, String> {
+        let rendered = render_all(example, &self.template, self.bos().as_deref())?;
+        Ok(self.tokens(rendered))
+    }
+
+    /// Tokenizes an example that has to be one sequence.
+    ///
+    /// # Errors
+    /// What the template does not render, in words.
+    pub(super) fn encode_one(&self, example: &Example) -> Result<EncodedExample, String> {
+        let rendered = render(example, &self.template, self.bos().as_deref())?;
+        Ok(self.tokens(vec![rendered]))
+    }
+
+    fn bos(&self) -> Option<String> {
         let vocab = self.tokenizer.vocab();
-        let bos = vocab.bos.map(|bos| String::from_utf8_lossy(vocab.piece(bos)).into_owned());
-        let rendered = render(example, &self.template, bos.as_deref())?;
+        vocab.bos.map(|bos| String::from_utf8_lossy(vocab.piece(bos)).into_owned())
+    }
+
+    fn tokens(&self, rendered: Vec<Rendered>) -> EncodedExample {
+        let vocab = self.tokenizer.vocab();
+        let mut found = EncodedExample::default();
+        for rendered in rendered {
+            let sequence = self.sequence(&rendered);
+            if !rendered.ends {
+                // The last token of each answer.
+                let trained = sequence.trained.iter().chain([&false]);
+                let pairs = trained.clone().zip(trained.skip(1));
+                let ends = pairs.enumerate().filter(|(_, pair)| *pair == (&true, &false));
+                for (at, _) in ends {
+                    let token = sequence.tokens[at];
+                    let ends_turn = vocab.ends_generation(token) || vocab.eos == Some(token);
+                    found.answers += 1;
+                    found.without_end += u64::from(!ends_turn);
+                }
+            }
+            found.sequences.push(sequence);
+        }
+        found
+    }
+
+    /// Tokenizes piece by piece: an answer's tokens are those that follow a prompt when the model is
+    /// served, never one that reaches over the seam.
+    fn sequence(&self, rendered: &Rendered) -> Encoded {
         let mut encoded = Encoded::default();
-        let mut push = |tokens: &[u32], trained: bool| {
-            encoded.tokens.extend_from_slice(tokens);
-            encoded.trained.resize(encoded.tokens.len(), trained);
-        };
+        let parse = rendered.parse_special;
         for (number, piece) in rendered.pieces.iter().enumerate() {
-            let add_special = rendered.add_special && number == 0;
-            let parse = rendered.parse_special;
-            push(&self.tokenizer.encode(&piece.text, add_special, parse), piece.trained);
+            let tokens = match number {
+                0 => self.tokenizer.encode_prompt(&piece.text, rendered.add_special, parse),
+                // What a model writes has no spaces but its own.
+                _ if piece.trained => self.tokenizer.encode_continuation(&piece.text, parse, &[]),
+                _ => self.context(&piece.text, encoded.tokens.last().copied(), parse),
+            };
+            encoded.tokens.extend_from_slice(&tokens);
+            encoded.trained.resize(encoded.tokens.len(), piece.trained);
         }
         if rendered.ends {
-            push(vocab.eos.as_slice(), true);
+            encoded.tokens.extend(self.tokenizer.vocab().eos);
+            encoded.trained.resize(encoded.tokens.len(), true);
         }
-        Ok(encoded)
+        encoded
+    }
+
+    /// What stands between two answers, as in the prompt of the second one when it is served: there
+    /// SentencePiece puts a space behind special tokens, but not behind text.
+    fn context(&self, text: &str, before: Option<u32>, parse_special: bool) -> Vec<u32> {
+        let vocab = self.tokenizer.vocab();
+        let tokens = self.tokenizer.encode(text, false, parse_special);
+        let special = |token: u32| vocab.is_control(token) || vocab.ends_generation(token);
+        if before.is_none_or(special) {
+            return tokens;
+        }
+        let exact = self.tokenizer.encode_continuation(text, parse_special, &[]);
+        // Up to the first special token, which is the same in both.
+        let first = |tokens: &[u32]| {
+            tokens.iter().position(|&token| special(token)).unwrap_or(tokens.len())
+        };
+        let (in_exact, in_tokens) = (first(&exact), first(&tokens));
+        exact[..in_exact].iter().chain(&tokens[in_tokens..]).copied().collect()
     }
 
     /// The tokens of a conversation up to where the assistant's turn begins: as the served model is
@@ -70,6 +140,6 @@ impl Encoder {
         let text = prompt(chat, &self.template)?;
         let bos = vocab.bos.map(|bos| vocab.piece(bos)).filter(|bos| !bos.is_empty());
         let wrote_bos = bos.is_some_and(|bos| text.as_bytes().starts_with(bos));
-        Ok(self.tokenizer.encode(&text, !wrote_bos, true))
+        Ok(self.tokenizer.encode_prompt(&text, !wrote_bos, true))
     }
 }

@@ -1,18 +1,31 @@
 //! Lines of JSONL files, in the formats that people have.
+//!
+//! Each format has a closed set of keys (see `keys.rs`); a key whose value is null counts as absent.
+//! What a file says and the model would not see is an error, never left out silently:
+//!
+//! | format | decision |
+//! |---|---|
+//! | prompt and completion | messages or texts; `label: true` (KTO) trains, `label: false` is refused |
+//! | Alpaca | `system` is the system message; the answers in `history` are trained, as LLaMA-Factory trains them; `text` may repeat the example |
+//! | ShareGPT | `system` and `tools` stand for the conversation; a turn may have a `weight` |
+//! | messages | `prompt` may repeat the first user message (HF's ultrachat_200k) |
 
+use super::keys::{METADATA, check_keys, nearest, without_nulls};
+use super::messages::{Turn, answer, asked, chat, text, tools, turns, weighted, with_prompt};
 use super::prompts::Prompt;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 /// What a file's lines are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// `{"messages": [{"role", "content", "weight"?}], "tools"?}` (OpenAI).
     Messages,
-    /// `{"prompt", "completion"}`: plain text that goes on.
+    /// `{"prompt", "completion", "label"?, "tools"?}`: texts, where the completion continues the
+    /// prompt, or lists of messages (TRL).
     Completion,
-    /// `{"instruction", "input"?, "output"}` (Alpaca).
+    /// `{"instruction", "input"?, "output", "system"?, "history"?}` (Alpaca).
     Alpaca,
-    /// `{"conversations": [{"from", "value"}]}` (ShareGPT).
+    /// `{"conversations": [{"from", "value", "weight"?}], "system"?, "tools"?}` (ShareGPT).
     ShareGpt,
     /// `{"text"}`.
     Text,
@@ -83,20 +96,44 @@ const PROMPTS: &str =
     "messages that end with the user's; prompt (beside them any keys for graders)";
 const PREFERENCES: &str = "input, preferred_output and non_preferred_output; prompt, chosen and \
                            rejected; chosen and rejected";
+/// The keys that formats are recognised by.
+const RECOGNISED: &[&str] = &[
+    "messages",
+    "prompt",
+    "completion",
+    "instruction",
+    "output",
+    "conversations",
+    "text",
+    "input",
+    "preferred_output",
+    "non_preferred_output",
+    "chosen",
+    "rejected",
+];
 
 impl Format {
-    /// What a line looks like.
-    pub fn of(line: &Map<String, Value>) -> Option<Self> {
+    /// What a line looks like. Of several formats, the first that fits the purpose.
+    fn of(line: &Map<String, Value>, purpose: Purpose) -> Option<Self> {
         let has = |key: &str| line.contains_key(key);
-        match () {
+        let answers = || match () {
             () if has("messages") => Some(Self::Messages),
             () if has("conversations") => Some(Self::ShareGpt),
             () if has("instruction") && has("output") => Some(Self::Alpaca),
+            () if has("prompt") && has("completion") => Some(Self::Completion),
+            () => None,
+        };
+        let pairs = || match () {
             () if has("chosen") && has("rejected") => Some(Self::Chosen),
             () if has("preferred_output") => Some(Self::Preferred),
-            () if has("prompt") && has("completion") => Some(Self::Completion),
-            () if has("text") => Some(Self::Text),
             () => None,
+        };
+        let text = || has("text").then_some(Self::Text);
+        match purpose {
+            Purpose::Answers => answers().or_else(pairs).or_else(text),
+            Purpose::Preferences => pairs().or_else(answers).or_else(text),
+            // Lines of other formats too: all other keys are for the graders.
+            Purpose::Prompts => (has("messages") || has("prompt")).then_some(Self::Asked),
         }
     }
 
@@ -105,6 +142,38 @@ impl Format {
             Self::Preferred | Self::Chosen => Purpose::Preferences,
             Self::Asked => Purpose::Prompts,
             _ => Purpose::Answers,
+        }
+    }
+
+    /// Its keys; `None` if any are allowed.
+    fn keys(self) -> Option<&'static [&'static str]> {
+        Some(match self {
+            Self::Messages => &["messages", "tools", "parallel_tool_calls", "prompt"],
+            Self::Completion => &["prompt", "completion", "label", "tools"],
+            Self::Alpaca => &["instruction", "input", "output", "system", "history", "text"],
+            Self::ShareGpt => &["conversations", "system", "tools"],
+            Self::Text => &["text"],
+            Self::Preferred => {
+                &["input", "preferred_output", "non_preferred_output", "margin", "label"]
+            }
+            Self::Chosen => {
+                &["prompt", "chosen", "rejected", "margin", "label", "tools", "messages"]
+            }
+            Self::Asked => return None,
+        })
+    }
+
+    /// As an error names it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Messages => "`messages`",
+            Self::Completion => "`prompt` and `completion`",
+            Self::Alpaca => "`instruction` and `output`",
+            Self::ShareGpt => "`conversations`",
+            Self::Text => "`text`",
+            Self::Preferred => "`preferred_output` and `non_preferred_output`",
+            Self::Chosen => "`chosen` and `rejected`",
+            Self::Asked => "prompts",
         }
     }
 }
@@ -126,19 +195,10 @@ impl Purpose {
 pub fn parse(line: &str, purpose: Purpose) -> Result<(Format, Line), String> {
     let value: Value =
         serde_json::from_str(line).map_err(|error| format!("it is not JSON: {error}"))?;
-    let Value::Object(line) = value else { return Err("it is no JSON object".into()) };
-    let format = match purpose {
-        // Of other formats too: what else stands in a line is the graders'.
-        Purpose::Prompts => {
-            let asks = line.contains_key("messages") || line.contains_key("prompt");
-            asks.then_some(Format::Asked)
-        }
-        Purpose::Answers | Purpose::Preferences => Format::of(&line),
-    };
-    let Some(format) = format else {
-        let keys: Vec<_> = line.keys().map(|key| format!("`{key}`")).take(8).collect();
-        let found = if keys.is_empty() { "none".into() } else { keys.join(", ") };
-        return Err(format!("its keys ({found}) are of no known format: {}", purpose.known()));
+    let Value::Object(whole) = value else { return Err("it is no JSON object".into()) };
+    let line = without_nulls(whole.clone());
+    let Some(format) = Format::of(&line, purpose) else {
+        return Err(unrecognised(&line, purpose));
     };
     if format.purpose() != purpose {
         let (is, wanted) = match purpose {
@@ -147,28 +207,30 @@ pub fn parse(line: &str, purpose: Purpose) -> Result<(Format, Line), String> {
         };
         return Err(format!("it is {is}, where {wanted} is wanted: {}", purpose.known()));
     }
+    if let Some(keys) = format.keys() {
+        check_keys(&line, keys, METADATA)?;
+    }
     let line = match format {
         Format::Messages => Line::One(Example::Chat(messages(&line)?)),
         Format::ShareGpt => Line::One(Example::Chat(share_gpt(&line)?)),
         Format::Alpaca => Line::One(Example::Chat(alpaca(&line)?)),
-        Format::Completion => Line::One(Example::Completion {
-            prompt: text(&line, "prompt")?.into(),
-            completion: filled(&line, "completion")?.into(),
-        }),
+        Format::Completion => Line::One(completion(&line)?),
         Format::Text => Line::One(Example::Text(filled(&line, "text")?.into())),
         Format::Preferred => Line::Pair(Box::new(super::pairs::preferred(&line)?)),
         Format::Chosen => Line::Pair(Box::new(super::pairs::chosen(&line)?)),
-        Format::Asked => Line::Prompt(Box::new(super::prompts::prompt(&line)?)),
+        Format::Asked => Line::Prompt(Box::new(super::prompts::prompt(&line, whole)?)),
     };
     Ok((format, line))
 }
 
-pub(super) fn text<'a>(object: &'a Map<String, Value>, key: &str) -> Result<&'a str, String> {
-    match object.get(key) {
-        Some(Value::String(text)) => Ok(text),
-        Some(_) => Err(format!("`{key}` is no string")),
-        None => Err(format!("`{key}` is missing")),
-    }
+fn unrecognised(line: &Map<String, Value>, purpose: Purpose) -> String {
+    let name = |key: &String| match nearest(key, RECOGNISED).filter(|meant| key != meant) {
+        Some(meant) => format!("`{key}`, did you mean `{meant}`?"),
+        None => format!("`{key}`"),
+    };
+    let keys: Vec<_> = line.keys().map(name).take(8).collect();
+    let found = if keys.is_empty() { "none".into() } else { keys.join(", ") };
+    format!("its keys ({found}) are of no known format: {}", purpose.known())
 }
 
 fn filled<'a>(object: &'a Map<String, Value>, key: &str) -> Result<&'a str, String> {
@@ -180,93 +242,93 @@ fn messages(line: &Map<String, Value>) -> Result<Chat, String> {
     let Some(Value::Array(list)) = line.get("messages") else {
         return Err("`messages` is no list".into());
     };
-    let (messages, trained) = turns(list, "messages")?;
-    if !trained.contains(&true) {
+    let turns = turns(list, "messages")?;
+    if line.contains_key("prompt") {
+        let repeated = with_prompt(&asked(line, "prompt")?, &turns);
+        if repeated.is_none() {
+            return Err(
+                "`prompt` stands beside `messages` and is not their beginning: remove it, \
+                        or make it the first message"
+                    .into(),
+            );
+        }
+    }
+    if !turns.iter().any(|turn| turn.trained) {
         return Err("no message of the assistant is trained".into());
     }
-    Ok(Chat { messages, trained, tools: tools(line)? })
+    Ok(chat(turns, tools(line)?))
 }
 
-pub(super) fn tools(line: &Map<String, Value>) -> Result<Option<Vec<Value>>, String> {
-    match line.get("tools") {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::Array(tools)) => Ok(Some(tools.clone())),
-        Some(_) => Err("`tools` is no list".into()),
-    }
-}
-
-/// Messages as a template takes them, and which of them are trained. `key` is where they stand.
-pub(super) fn turns(list: &[Value], key: &str) -> Result<(Vec<Value>, Vec<bool>), String> {
-    let (mut messages, mut trained) = (Vec::new(), Vec::new());
-    for (number, message) in list.iter().enumerate() {
-        let at = |what: String| format!("{key}[{number}]: {what}");
-        let Value::Object(message) = message else { return Err(at("it is no object".into())) };
-        let mut message = message.clone();
-        let weight = message.remove("weight");
-        let role = text(&message, "role").map_err(at)?;
-        let role = match role {
-            // OpenAI's newer name.
-            "developer" => "system",
-            "system" | "user" | "assistant" | "tool" => role,
-            other => return Err(at(format!("the role `{other}` is unknown"))),
-        };
-        let assistant = role == "assistant";
-        message["role"] = json!(role);
-        let weight = match weight.as_ref() {
-            None | Some(Value::Null) => assistant,
-            Some(_) if !assistant => {
-                return Err(at("only the assistant's messages have a `weight`".into()));
-            }
-            Some(weight) => match weight.as_f64() {
-                Some(0.0) => false,
-                Some(1.0) => true,
-                _ => return Err(at("`weight` is neither 0 nor 1".into())),
-            },
-        };
-        let calls = message.get("tool_calls").is_some_and(|calls| !calls.is_null());
-        match message.get("content") {
-            Some(Value::String(_)) => {}
-            Some(Value::Array(parts)) => {
-                let text = joined(parts).map_err(at)?;
-                message["content"] = json!(text);
-            }
-            None | Some(Value::Null) if assistant && calls => {
-                message.insert("content".into(), Value::Null);
-            }
-            None => return Err(at("`content` is missing".into())),
-            Some(_) => return Err(at("`content` is neither a string nor a list of parts".into())),
+/// Texts, or messages as TRL has them.
+fn completion(line: &Map<String, Value>) -> Result<Example, String> {
+    match line.get("label") {
+        None | Some(Value::Bool(true)) => {}
+        Some(Value::Bool(false)) => {
+            return Err("`label` is false: `sft` would train a completion that is not wanted; \
+                        remove the line, or train pairs of answers with `dpo`"
+                .into());
         }
-        messages.push(Value::Object(message));
-        trained.push(weight);
+        Some(_) => return Err("`label` is neither true nor false".into()),
     }
-    Ok((messages, trained))
+    let is_text = |key: &str| line.get(key).is_some_and(Value::is_string);
+    if is_text("prompt") && is_text("completion") {
+        if line.contains_key("tools") {
+            return Err("`tools` need messages: `prompt` and `completion` are texts".into());
+        }
+        return Ok(Example::Completion {
+            prompt: text(line, "prompt")?.into(),
+            completion: filled(line, "completion")?.into(),
+        });
+    }
+    let (asked, answer) = (asked(line, "prompt")?, answer(line, "completion")?);
+    let turns = match with_prompt(&asked, &answer) {
+        Some((mut whole, prompt)) => {
+            whole[..prompt].iter_mut().for_each(|turn| turn.trained = false);
+            whole
+        }
+        None => asked.into_iter().chain(answer).collect(),
+    };
+    if !turns.iter().any(|turn| turn.trained) {
+        return Err("`completion` has no message of the assistant that is trained".into());
+    }
+    Ok(Example::Chat(chat(turns, tools(line)?)))
 }
 
-fn joined(parts: &[Value]) -> Result<String, String> {
-    let each = parts.iter().map(|part| match (part["type"].as_str(), part["text"].as_str()) {
-        (Some("text"), Some(text)) => Ok(text),
-        (kind, _) => Err(format!("a part of type `{}` is no text", kind.unwrap_or("?"))),
-    });
-    each.collect()
-}
-
-fn plain_chat(turns: Vec<(&str, String)>) -> Chat {
-    let trained = turns.iter().map(|(role, _)| *role == "assistant").collect();
-    let message = |(role, content)| json!({"role": role, "content": content});
-    Chat { messages: turns.into_iter().map(message).collect(), trained, tools: None }
+/// A text that may be missing.
+fn optional<'a>(line: &'a Map<String, Value>, key: &str) -> Result<&'a str, String> {
+    line.get(key).map_or(Ok(""), |_| text(line, key))
 }
 
 fn alpaca(line: &Map<String, Value>) -> Result<Chat, String> {
     let (instruction, output) = (filled(line, "instruction")?, filled(line, "output")?);
-    let input = match line.get("input") {
-        None | Some(Value::Null) => "",
-        Some(_) => text(line, "input")?,
-    };
-    let asked = match input {
+    let question = match optional(line, "input")? {
         "" => instruction.to_owned(),
         input => format!("{instruction}\n\n{input}"),
     };
-    Ok(plain_chat(vec![("user", asked), ("assistant", output.to_owned())]))
+    // Stanford's file has the whole example as a text too.
+    let repeated = optional(line, "text")?;
+    if !repeated.is_empty() && !(repeated.contains(instruction) && repeated.contains(output)) {
+        return Err("`text` stands beside `output` and does not repeat it: remove one".into());
+    }
+    let mut turns = Vec::new();
+    match optional(line, "system")? {
+        "" => {}
+        system => turns.push(Turn::new("system", system)),
+    }
+    let rounds = match line.get("history") {
+        None => &[][..],
+        Some(Value::Array(rounds)) => rounds,
+        Some(_) => return Err("`history` is no list of pairs [question, answer]".into()),
+    };
+    for (number, round) in rounds.iter().enumerate() {
+        let texts = round.as_array().map(|pair| pair.iter().map(Value::as_str).collect::<Vec<_>>());
+        let Some([Some(asked), Some(answered)]) = texts.as_deref() else {
+            return Err(format!("history[{number}] is no pair of texts [question, answer]"));
+        };
+        turns.extend([Turn::new("user", asked), Turn::new("assistant", answered)]);
+    }
+    turns.extend([Turn::new("user", &question), Turn::new("assistant", output)]);
+    Ok(chat(turns, None))
 }
 
 fn share_gpt(line: &Map<String, Value>) -> Result<Chat, String> {
@@ -275,19 +337,42 @@ fn share_gpt(line: &Map<String, Value>) -> Result<Chat, String> {
     };
     let mut turns = Vec::new();
     for (number, turn) in list.iter().enumerate() {
-        let at = |what: String| format!("conversations[{number}]: {what}");
-        let Value::Object(turn) = turn else { return Err(at("it is no object".into())) };
-        let role = match text(turn, "from").map_err(at)? {
-            "human" | "user" => "user",
-            "gpt" | "assistant" | "chatgpt" | "bing" | "bard" => "assistant",
-            "system" => "system",
-            "tool" | "observation" => "tool",
-            other => return Err(at(format!("`from` is `{other}`, which is unknown"))),
-        };
-        turns.push((role, text(turn, "value").map_err(at)?.to_owned()));
+        let turn = share_gpt_turn(turn);
+        turns.push(turn.map_err(|what| format!("conversations[{number}]: {what}"))?);
     }
-    if !turns.iter().any(|(role, _)| *role == "assistant") {
+    if !turns.iter().any(|turn| turn.role() == "assistant") {
         return Err("nothing is from the assistant (`gpt`)".into());
     }
-    Ok(plain_chat(turns))
+    if !turns.iter().any(|turn| turn.trained) {
+        return Err("no message of the assistant is trained".into());
+    }
+    let system = optional(line, "system")?;
+    if !system.is_empty() {
+        let system = Turn::new("system", system);
+        match turns.first().filter(|first| first.role() == "system") {
+            Some(first) if *first == system => {}
+            Some(_) => {
+                return Err("`system` differs from the system message in `conversations`: remove \
+                            one"
+                .into());
+            }
+            None => turns.insert(0, system),
+        }
+    }
+    Ok(chat(turns, tools(line)?))
+}
+
+fn share_gpt_turn(turn: &Value) -> Result<Turn, String> {
+    let Value::Object(turn) = turn else { return Err("it is no object".into()) };
+    let turn = without_nulls(turn.clone());
+    check_keys(&turn, &["from", "value", "weight"], &["id"])?;
+    let role = match text(&turn, "from")? {
+        "human" | "user" => "user",
+        "gpt" | "assistant" | "chatgpt" | "bing" | "bard" => "assistant",
+        "system" => "system",
+        "tool" | "observation" => "tool",
+        other => return Err(format!("`from` is `{other}`, which is unknown")),
+    };
+    let trained = weighted(turn.get("weight"), role == "assistant")?;
+    Ok(Turn { trained, ..Turn::new(role, text(&turn, "value")?) })
 }

@@ -7,6 +7,9 @@
 //! | file | what |
 //! |---|---|
 //! | `format.rs` | a line to an [`Example`]: OpenAI's chats, prompts and completions, Alpaca, ShareGPT, text |
+//! | `messages.rs` | lists of messages to a [`Chat`] |
+//! | `keys.rs` | the keys that a line may have |
+//! | `lines.rs` | a file to its lines, and which of them are bad |
 //! | `pairs.rs` | the same of pairs of answers: OpenAI's, TRL's, hh-rlhf's transcripts |
 //! | `prompts.rs` | what is to be answered: OpenAI's lines for reinforcement |
 //! | `turns.rs` | an example to pieces of text, and which of them are trained |
@@ -22,6 +25,9 @@
 mod check;
 mod encode;
 mod format;
+mod keys;
+mod lines;
+mod messages;
 mod order;
 mod pack;
 mod pairs;

@@ -1,7 +1,9 @@
 //! Lines that hold two answers to one prompt.
 
-use super::format::{Chat, Example, Pair, PairFacts, text, tools, turns};
-use serde_json::{Map, Value, json};
+use super::format::{Example, Pair, PairFacts};
+use super::keys::{METADATA, check_keys, without_nulls};
+use super::messages::{Turn, answer, asked, chat, text, tools, turns, with_prompt};
+use serde_json::{Map, Value};
 
 /// What hh-rlhf's transcripts put before a turn, and whose turn it is.
 const TURNS: [(&str, &str); 2] = [("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant")];
@@ -14,86 +16,125 @@ pub(super) fn preferred(line: &Map<String, Value>) -> Result<Pair, String> {
     let Some(Value::Object(input)) = line.get("input") else {
         return Err("`input` is no object with `messages`".into());
     };
+    let input = without_nulls(input.clone());
+    check_keys(&input, &["messages", "tools", "parallel_tool_calls"], METADATA)
+        .map_err(|what| format!("input: {what}"))?;
     let Some(Value::Array(asked)) = input.get("messages") else {
         return Err("`input.messages` is no list".into());
     };
-    let prompt = turns(asked, "input.messages")?.0;
-    let tools = tools(input)?;
-    let answer = |key: &str| match line.get(key) {
-        Some(Value::Array(list)) => continued(&prompt, list, key, tools.clone()),
+    let prompt = turns(asked, "input.messages")?;
+    let output = |key: &str| match line.get(key) {
+        Some(Value::Array(list)) => turns(list, key),
         _ => Err(format!("`{key}` is no list of messages")),
     };
-    let (chosen, rejected) = (answer("preferred_output")?, answer("non_preferred_output")?);
+    let keys = ["preferred_output", "non_preferred_output"];
+    let answers = [output(keys[0])?, output(keys[1])?];
+    let [chosen, rejected] = answered(&prompt, answers, keys, &tools(&input)?)?;
     Ok(Pair { chosen, rejected, facts: facts(line)? })
 }
 
 /// `chosen` and `rejected`, with or without a `prompt`.
 ///
+/// Texts beside a text continue it as they are, as in TRL. Conversations that begin with the prompt
+/// (HF's ultrafeedback_binarized) hold it once; a prompt that is only a part of their first message
+/// stands before them.
+///
 /// # Errors
 /// What is wrong with it, in words.
 pub(super) fn chosen(line: &Map<String, Value>) -> Result<Pair, String> {
     let facts = facts(line)?;
-    let pair = |chosen, rejected| Ok(Pair { chosen, rejected, facts });
-    match line.get("prompt") {
+    // HF's ultrafeedback_binarized has the chosen conversation twice.
+    if line.get("messages").is_some_and(|messages| *messages != line["chosen"]) {
+        return Err("`messages` stands beside `chosen` and is not the same: remove it".into());
+    }
+    let keys = ["chosen", "rejected"];
+    let [chosen, rejected] = match line.get("prompt") {
         Some(Value::String(prompt)) if line["chosen"].is_string() => {
             let plain = |key: &str| {
                 let completion = text(line, key)?.to_owned();
                 Ok::<_, String>(Example::Completion { prompt: prompt.clone(), completion })
             };
-            pair(plain("chosen")?, plain("rejected")?)
+            if line.contains_key("tools") {
+                return Err("`tools` need messages: `prompt` and `chosen` are texts".into());
+            }
+            [plain("chosen")?, plain("rejected")?]
         }
-        Some(prompt) => {
-            let asked = match prompt {
-                Value::String(prompt) => vec![json!({"role": "user", "content": prompt})],
-                Value::Array(list) => turns(list, "prompt")?.0,
-                _ => return Err("`prompt` is neither a string nor a list of messages".into()),
-            };
-            let tools = tools(line)?;
-            let answer = |key: &str| match &line[key] {
-                Value::String(answer) => {
-                    let answer = json!({"role": "assistant", "content": answer});
-                    continued(&asked, &[answer], key, tools.clone())
-                }
-                Value::Array(list) => continued(&asked, list, key, tools.clone()),
-                _ => Err(format!("`{key}` is neither a string nor a list of messages")),
-            };
-            pair(answer("chosen")?, answer("rejected")?)
+        Some(_) => {
+            let prompt = asked(line, "prompt")?;
+            let answers = [answer(line, keys[0])?, answer(line, keys[1])?];
+            answered(&prompt, answers, keys, &tools(line)?)?
         }
         None => {
             let whole = |key: &str| match &line[key] {
                 Value::String(transcript) => spoken(transcript, key),
-                Value::Array(list) => Ok(turns(list, key)?.0),
+                Value::Array(list) => turns(list, key),
                 _ => Err(format!("`{key}` is neither a transcript nor a list of messages")),
             };
-            let (chosen, rejected) = (whole("chosen")?, whole("rejected")?);
-            let same = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
-            // Of two that are the same something has to be the answer.
-            let same = same.min(chosen.len() - 1).min(rejected.len() - 1);
-            let (asked, tools) = (&chosen[..same], tools(line)?);
-            let chosen = continued(asked, &chosen[same..], "chosen", tools.clone())?;
-            pair(chosen, continued(asked, &rejected[same..], "rejected", tools)?)
+            parted([whole(keys[0])?, whole(keys[1])?], keys, &tools(line)?)?
+        }
+    };
+    Ok(Pair { chosen, rejected, facts })
+}
+
+/// A prompt, and answers to it that may repeat it.
+fn answered(
+    prompt: &[Turn],
+    answers: [Vec<Turn>; 2],
+    keys: [&str; 2],
+    tools: &Option<Vec<Value>>,
+) -> Result<[Example; 2], String> {
+    let [chosen, rejected] = &answers;
+    match (with_prompt(prompt, chosen), with_prompt(prompt, rejected)) {
+        (Some((chosen, _)), Some((rejected, _))) => parted([chosen, rejected], keys, tools),
+        (None, None) => {
+            let each = |answer, key| continued(prompt, answer, key, tools);
+            Ok([each(chosen, keys[0])?, each(rejected, keys[1])?])
+        }
+        (found, _) => {
+            let (with, without) =
+                if found.is_some() { (keys[0], keys[1]) } else { (keys[1], keys[0]) };
+            Err(format!(
+                "`{with}` begins with the messages of the prompt and `{without}` does not: remove \
+                 them from `{with}`"
+            ))
         }
     }
 }
 
+/// Two conversations: what both begin with is the prompt.
+fn parted(
+    [chosen, rejected]: [Vec<Turn>; 2],
+    keys: [&str; 2],
+    tools: &Option<Vec<Value>>,
+) -> Result<[Example; 2], String> {
+    let both = chosen.iter().zip(&rejected);
+    let same = both.take_while(|(a, b)| a.message == b.message).count();
+    // Of two that are the same something has to be the answer.
+    let same = same.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
+    let prompt = &chosen[..same];
+    Ok([
+        continued(prompt, &chosen[same..], keys[0], tools)?,
+        continued(prompt, &rejected[same..], keys[1], tools)?,
+    ])
+}
+
 /// A prompt and an answer to it: what the assistant says there is trained.
 fn continued(
-    asked: &[Value],
-    answer: &[Value],
+    prompt: &[Turn],
+    answer: &[Turn],
     key: &str,
-    tools: Option<Vec<Value>>,
+    tools: &Option<Vec<Value>>,
 ) -> Result<Example, String> {
-    let (answer, said) = turns(answer, key)?;
-    if said.last() != Some(&true) {
+    if !answer.last().is_some_and(|last| last.trained) {
         return Err(format!("`{key}` does not end with a message of the assistant"));
     }
-    let trained = asked.iter().map(|_| false).chain(said).collect();
-    let messages = asked.iter().cloned().chain(answer).collect();
-    Ok(Example::Chat(Chat { messages, trained, tools }))
+    let prompt = prompt.iter().map(|turn| Turn { trained: false, ..turn.clone() });
+    let turns = prompt.chain(answer.iter().cloned()).collect();
+    Ok(Example::Chat(chat(turns, tools.clone())))
 }
 
 /// The turns of a transcript.
-fn spoken(transcript: &str, key: &str) -> Result<Vec<Value>, String> {
+fn spoken(transcript: &str, key: &str) -> Result<Vec<Turn>, String> {
     let next = |text: &str| {
         let found = TURNS.iter().filter_map(|(mark, role)| Some((text.find(mark)?, *mark, *role)));
         found.min()
@@ -109,7 +150,7 @@ fn spoken(transcript: &str, key: &str) -> Result<Vec<Value>, String> {
     while let Some((0, mark, role)) = next(rest) {
         rest = &rest[mark.len()..];
         let end = next(rest).map_or(rest.len(), |(at, ..)| at);
-        messages.push(json!({"role": role, "content": rest[..end].trim()}));
+        messages.push(Turn::new(role, rest[..end].trim()));
         rest = &rest[end..];
     }
     Ok(messages)

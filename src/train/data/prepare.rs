@@ -1,22 +1,16 @@
 //! Files to a cache of tokens on disk.
 
 use super::encode::{Encoded, Encoder};
-use super::format::{Format, Line, PairFacts, Purpose, parse};
+use super::format::{Line, PairFacts, Purpose, parse};
+use super::lines::{BadLines, Lines, OneFormat, hex};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Lines that are read before all cores tokenize them.
-const LINES: usize = 1024;
-/// Bytes of a line at most: a document of some million words.
-pub(super) const LONGEST: u64 = 64 << 20;
-/// Bad lines that are named.
-pub(super) const NAMED: usize = 5;
 /// The bit of a stored token that says that it is trained; vocabularies are far smaller.
 const TRAINED: u32 = 1 << 31;
 
@@ -32,8 +26,6 @@ pub enum DataError {
     Empty,
     #[error("the file has {found} examples; at least {least} are needed")]
     TooFew { found: u64, least: u64 },
-    #[error("line {line} is of another format than those before it ({before:?}, then {then:?})")]
-    Mixed { line: u64, before: Format, then: Format },
     #[error(
         "no example has a trained token within {max_length} tokens: nothing would be trained; raise \
          `max_length`"
@@ -74,6 +66,42 @@ pub struct Report {
     pub bytes: u64,
     /// SHA-256 of the file.
     pub digest: String,
+    /// What may surprise: sentences for people.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// What becomes the notes of a [`Report`].
+#[derive(Debug, Default)]
+struct Counts {
+    /// Answers of conversations, and those that do not end with a token that ends a turn.
+    answers: u64,
+    without_end: u64,
+    /// Conversations of several sequences, and those sequences.
+    split: u64,
+    sequences: u64,
+}
+
+impl Counts {
+    fn notes(&self) -> Vec<String> {
+        let Self { answers, without_end, split, sequences } = self;
+        let mut notes = Vec::new();
+        if *without_end > 0 {
+            notes.push(format!(
+                "The chat template puts no end-of-turn token behind {without_end} of {answers} \
+                 trained answers: the model does not learn from them where to stop. Use a chat \
+                 template that writes the end-of-turn token behind the assistant's message."
+            ));
+        }
+        if *split > 0 {
+            notes.push(format!(
+                "The chat template shows earlier answers otherwise than it prompts for them, so \
+                 {split} conversations are trained as {sequences} sequences, each answer behind the \
+                 prompt that it has when the model is served."
+            ));
+        }
+        notes
+    }
 }
 
 /// A file's examples, tokenized.
@@ -243,32 +271,44 @@ struct Read {
 }
 
 /// A line's answers, or its prompt, as tokens.
+#[derive(Default)]
 struct Tokens {
+    /// The sequences of an example, or the chosen and the rejected answer of a pair.
     answers: Vec<Encoded>,
     facts: Option<PairFacts>,
     /// A prompt's line.
     item: Option<String>,
+    counts: Counts,
 }
 
 impl Tokens {
     fn of(line: Line, encoder: &Encoder) -> Result<Self, String> {
         match line {
             Line::One(example) => {
-                Ok(Self { answers: vec![encoder.encode(&example)?], facts: None, item: None })
+                let found = encoder.encode(&example)?;
+                let count = found.sequences.len() as u64;
+                let (split, sequences) = if count > 1 { (1, count) } else { (0, 0) };
+                let (answers, without_end) = (found.answers, found.without_end);
+                let counts = Counts { answers, without_end, split, sequences };
+                Ok(Self { answers: found.sequences, counts, ..Self::default() })
             }
             Line::Pair(pair) => {
-                let mut answers = [&pair.chosen, &pair.rejected]
-                    .map(|example| encoder.encode(example))
-                    .into_iter()
-                    .collect::<Result<Vec<_>, _>>()?;
+                let (mut answers, mut counts) = (Vec::new(), Counts::default());
+                for (example, name) in [(&pair.chosen, "chosen"), (&pair.rejected, "rejected")] {
+                    let found = encoder.encode_one(example);
+                    let found = found.map_err(|why| format!("the {name} answer: {why}"))?;
+                    counts.answers += found.answers;
+                    counts.without_end += found.without_end;
+                    answers.extend(found.sequences);
+                }
                 answers.iter_mut().for_each(Encoded::end_at_the_answer);
-                Ok(Self { answers, facts: Some(pair.facts), item: None })
+                Ok(Self { answers, facts: Some(pair.facts), counts, ..Self::default() })
             }
             Line::Prompt(prompt) => {
                 let tokens = encoder.prompt(&prompt.chat)?;
                 let trained = vec![false; tokens.len()];
                 let item = Some(Value::Object(prompt.item).to_string());
-                Ok(Self { answers: vec![Encoded { tokens, trained }], facts: None, item })
+                Ok(Self { answers: vec![Encoded { tokens, trained }], item, ..Self::default() })
             }
         }
     }
@@ -278,25 +318,27 @@ impl Tokens {
         let longest = self.answers.iter().map(|answer| answer.tokens.len()).max().unwrap_or(0);
         report.examples += 1;
         report.longest = report.longest.max(longest as u64);
-        let asks = self.item.is_some();
-        let fits = match (self.facts, &mut self.answers[..]) {
-            (None, _) if asks => longest <= max_length,
-            (None, answers) => {
-                for answer in answers.iter_mut().filter(|answer| answer.tokens.len() > max_length) {
-                    report.truncated += 1;
+        let trains = |answer: &Encoded| answer.targets() > 0;
+        let fits = match (&self.item, self.facts) {
+            (Some(_), _) => longest <= max_length,
+            (None, Some(_)) => {
+                longest <= max_length
+                    && self.answers[0] != self.answers[1]
+                    && self.answers.iter().all(trains)
+            }
+            (None, None) => {
+                report.truncated += u64::from(longest > max_length);
+                for answer in &mut self.answers {
                     answer.tokens.truncate(max_length);
                     answer.trained.truncate(max_length);
                 }
-                true
+                // Of several sequences, those that are left.
+                self.answers.retain(trains);
+                !self.answers.is_empty()
             }
-            (Some(_), answers) => longest <= max_length && answers[0] != answers[1],
         };
-        let untrained = |answer: &Encoded| answer.targets() == 0 && !asks;
-        if !fits || self.answers.iter().any(untrained) {
-            report.dropped += 1;
-            return None;
-        }
-        Some(self)
+        report.dropped += u64::from(!fits);
+        fits.then_some(self)
     }
 }
 
@@ -313,9 +355,9 @@ fn read(
         Purpose::Prompts => Some(BufWriter::new(File::create(items_of(cache))?)),
         Purpose::Answers | Purpose::Preferences => None,
     };
-    let mut items = vec![0];
-    let (mut report, mut offsets, mut format) = (Report::default(), vec![0], None);
-    let (mut facts, mut bad, mut more) = (Vec::new(), Vec::new(), 0);
+    let (mut items, mut offsets, mut facts) = (vec![0], vec![0], Vec::new());
+    let (mut report, mut counts) = (Report::default(), Counts::default());
+    let (mut bad, mut one_format) = (BadLines::default(), OneFormat::default());
     loop {
         let chunk = lines.next_chunk()?;
         if chunk.is_empty() {
@@ -324,27 +366,26 @@ fn read(
         let encoded: Vec<_> = chunk
             .par_iter()
             .map(|(number, line)| {
-                let (format, line) = parse(line, purpose).map_err(|why| (*number, why))?;
-                let tokens = Tokens::of(line, encoder).map_err(|why| (*number, why))?;
-                Ok((*number, format, tokens))
+                let parsed = line.as_ref().map_err(Clone::clone);
+                let parsed = parsed.and_then(|line| parse(line, purpose));
+                let format = parsed.as_ref().ok().map(|(format, _)| *format);
+                (*number, format, parsed.and_then(|(_, line)| Tokens::of(line, encoder)))
             })
             .collect();
-        for line in encoded {
-            let (number, then, tokens) = match line {
-                Ok(line) => line,
-                Err(line) if bad.len() < NAMED => {
-                    bad.push(line);
-                    continue;
-                }
-                Err(_) => {
-                    more += 1;
+        for (number, format, tokens) in encoded {
+            // Also that of a line which the template refuses.
+            let same = format.map_or(Ok(()), |format| one_format.check(number, format));
+            let tokens = match same.and(tokens) {
+                Ok(tokens) => tokens,
+                Err(why) => {
+                    bad.add(number, why);
                     continue;
                 }
             };
-            let before = *format.get_or_insert(then);
-            if before != then {
-                return Err(DataError::Mixed { line: number, before, then });
-            }
+            counts.answers += tokens.counts.answers;
+            counts.without_end += tokens.counts.without_end;
+            counts.split += tokens.counts.split;
+            counts.sequences += tokens.counts.sequences;
             let Some(tokens) = tokens.within(max_length, &mut report) else { continue };
             for answer in tokens.answers {
                 report.tokens += answer.tokens.len() as u64;
@@ -359,9 +400,7 @@ fn read(
             }
         }
     }
-    if !bad.is_empty() {
-        return Err(DataError::Lines { bad, more });
-    }
+    bad.refuse()?;
     match (report.examples, offsets.len(), purpose) {
         (0, ..) => return Err(DataError::Empty),
         (_, 1, Purpose::Answers) => return Err(DataError::Untrained { max_length }),
@@ -373,6 +412,7 @@ fn read(
         out.into_inner().map_err(|error| error.into_error())?.sync_all()?;
     }
     report.digest = hex(lines.hash);
+    report.notes = counts.notes();
     let tokens = Prepared { file: File::open(cache)?, offsets };
     Ok(Read { tokens, facts, items, report })
 }
@@ -401,54 +441,4 @@ fn put(out: &mut impl Write, tokens: impl Iterator<Item = (u32, bool)>) -> io::R
         out.write_all(&word.to_le_bytes())?;
     }
     Ok(())
-}
-
-/// A digest as it is written.
-pub(super) fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Lines of a file, some at a time.
-pub(super) struct Lines {
-    reader: BufReader<File>,
-    number: u64,
-    pub(super) bytes: u64,
-    pub(super) hash: Sha256,
-}
-
-impl Lines {
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let reader = BufReader::with_capacity(1 << 20, File::open(path)?);
-        Ok(Self { reader, number: 0, bytes: 0, hash: Sha256::new() })
-    }
-
-    /// The next lines that are not blank, with their numbers.
-    pub(super) fn next_chunk(&mut self) -> io::Result<Vec<(u64, String)>> {
-        let mut chunk = Vec::new();
-        let mut size = 0;
-        while chunk.len() < LINES && size < LONGEST {
-            let mut line = Vec::new();
-            let read =
-                io::Read::take(&mut self.reader, LONGEST).read_until(b'\n', &mut line)? as u64;
-            if read == 0 {
-                break;
-            }
-            self.hash.update(&line);
-            self.bytes += read;
-            self.number += 1;
-            size += read;
-            let wrong = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-            if read == LONGEST && !line.ends_with(b"\n") {
-                return Err(wrong(format!("line {} is longer than 64 MiB", self.number)));
-            }
-            let line = String::from_utf8(line)
-                .map_err(|_| wrong(format!("line {} is not UTF-8", self.number)))?;
-            // A byte order mark is no part of the first line.
-            let line = line.trim_start_matches('\u{feff}').trim();
-            if !line.is_empty() {
-                chunk.push((self.number, line.to_owned()));
-            }
-        }
-        Ok(chunk)
-    }
 }

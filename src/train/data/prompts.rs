@@ -1,6 +1,7 @@
 //! Lines that ask for an answer: what reinforcement learning samples and grades.
 
-use super::format::{Chat, text, tools, turns};
+use super::format::Chat;
+use super::messages::{asked, tools};
 use serde_json::{Map, Value, json};
 
 /// A prompt, and what a grader may want to know of it.
@@ -13,32 +14,28 @@ pub struct Prompt {
 }
 
 /// `{"messages": [… ends with the user's], "tools"?, …}` (OpenAI), or `{"prompt", …}` with a text or
-/// messages.
-pub(super) fn prompt(line: &Map<String, Value>) -> Result<Prompt, String> {
-    let (list, key) = match (line.get("messages"), line.get("prompt")) {
-        (Some(Value::Array(list)), _) => (list.clone(), "messages"),
-        (Some(_), _) => return Err("`messages` is no list".into()),
-        (None, Some(Value::Array(list))) => (list.clone(), "prompt"),
-        (None, _) => {
-            let prompt = text(line, "prompt")?;
-            (vec![json!({"role": "user", "content": prompt})], "prompt")
-        }
-    };
-    let (messages, _) = turns(&list, key)?;
-    match messages.last().map(|last| &last["role"]) {
+/// messages. `item` is the line with its nulls.
+pub(super) fn prompt(
+    line: &Map<String, Value>,
+    mut item: Map<String, Value>,
+) -> Result<Prompt, String> {
+    let key = if line.contains_key("messages") { "messages" } else { "prompt" };
+    if key == "messages" && !line["messages"].is_array() {
+        return Err("`messages` is no list".into());
+    }
+    let turns = asked(line, key)?;
+    match turns.last().map(|last| last.role()) {
         None => return Err(format!("`{key}` is empty")),
-        Some(role) if role == "assistant" || role == "system" => {
+        Some(role @ ("assistant" | "system")) => {
             return Err(format!(
-                "{key}[{}]: the last message is the {}'s: an answer is sampled to the user's",
-                messages.len() - 1,
-                role.as_str().unwrap_or_default()
+                "{key}[{}]: the last message is the {role}'s: an answer is sampled to the user's",
+                turns.len() - 1,
             ));
         }
         Some(_) => {}
     }
-    let trained = vec![false; messages.len()];
-    let mut item = line.clone();
+    let chat = super::messages::chat(turns, tools(line)?);
     // As graders that show a conversation take it.
-    item.insert("messages".into(), json!(messages));
-    Ok(Prompt { chat: Chat { messages, trained, tools: tools(line)? }, item })
+    item.insert("messages".into(), json!(chat.messages));
+    Ok(Prompt { chat, item })
 }

@@ -1,3 +1,7 @@
+mod formats;
+mod seams;
+mod sequences;
+
 use super::format::{Chat, Line};
 use super::turns::render;
 use super::*;
@@ -47,6 +51,13 @@ impl Tokenizer for Bytes {
 fn encoder() -> Encoder {
     let template = ChatTemplate::compile(CHATML, None, "", "<|im_end|>").unwrap();
     Encoder { tokenizer: Arc::new(Bytes::new()), template: Arc::new(template) }
+}
+
+/// An example that is one sequence.
+fn encode(example: &Example) -> Encoded {
+    let mut found = encoder().encode(example).unwrap().sequences;
+    assert_eq!(found.len(), 1);
+    found.remove(0)
 }
 
 fn parse(line: &str) -> Result<(Format, Example), String> {
@@ -103,6 +114,7 @@ fn bad_lines_say_why() {
         (r#"{"conversations": [{"from": "x", "value": "a"}]}"#, "`x`"),
         (r#"{"instruction": "a", "output": ""}"#, "`output` is empty"),
         (r#"{"text": 1}"#, "no string"),
+        (r#"{"mesages": []}"#, "did you mean `messages`?"),
     ] {
         let error = parse(line).unwrap_err();
         assert!(error.contains(why), "{line}: {error}");
@@ -132,11 +144,11 @@ fn only_answers_are_trained_with_their_end() {
 #[test]
 fn masks_fit_tokens() {
     let example = parse(r#"{"prompt": "ab", "completion": "cd"}"#).unwrap().1;
-    let encoded = encoder().encode(&example).unwrap();
+    let encoded = encode(&example);
     assert_eq!(encoded.tokens, [97, 98, 99, 100, 257]);
     assert_eq!(encoded.trained, [false, false, true, true, true]);
     assert_eq!(encoded.targets(), 3);
-    let text = encoder().encode(&Example::Text("<|im_end|>".into())).unwrap();
+    let text = encode(&Example::Text("<|im_end|>".into()));
     assert_eq!((text.tokens.len(), text.targets()), (11, 10), "plain text spells no special token");
 }
 
@@ -189,7 +201,7 @@ fn a_file_is_read_back_as_it_was_encoded() {
     assert_eq!((prepared.len(), report.examples, report.dropped), (3000, 3000, 0));
     let mut tokens = 0;
     for (i, line) in lines.iter().enumerate() {
-        let encoded = encoder().encode(&parse(line).unwrap().1).unwrap();
+        let encoded = encode(&parse(line).unwrap().1);
         assert_eq!(prepared.get(i).unwrap(), encoded);
         tokens += encoded.tokens.len();
     }
@@ -217,10 +229,10 @@ fn bad_files_are_refused_with_their_lines() {
     let error = |text: &str| prepared(text, 8).err().expect("it is refused").to_string();
     let found = error(&format!("{good}\n\n{{\n{good}\n[]\n"));
     assert!(found.contains("line 3: it is not JSON") && found.contains("line 5: "), "{found}");
-    assert!(error(&"x\n".repeat(9)).ends_with("and 4 more bad lines"));
+    assert!(error(&"x\n".repeat(29)).ends_with("and 9 more bad lines"));
     assert_eq!(error("\n \n"), "the file has no examples");
     let found = error(&format!("{good}\n{{\"text\": \"a\"}}"));
-    assert!(found.contains("line 2 is of another format"), "{found}");
+    assert!(found.contains("line 2: it is of another format (`text`) than line 1"), "{found}");
     let long = json!({"prompt": "p".repeat(20), "completion": "c"}).to_string();
     assert!(error(&long).contains("max_length"));
 }

@@ -3,7 +3,8 @@
 //! Plain text is one document. It is read in pieces, cut where no pre-tokenizer joins what is left
 //! and right, so that its tokens are those of the whole text.
 
-use super::prepare::{DataError, LONGEST, Lines, NAMED, hex};
+use super::lines::{BadLines, LONGEST, Lines, hex};
+use super::prepare::DataError;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -30,8 +31,7 @@ pub struct Texts {
     format: Format,
     /// Documents without any text, which are left out.
     pub empty: u64,
-    bad: Vec<(u64, String)>,
-    more: u64,
+    bad: BadLines,
 }
 
 enum Format {
@@ -70,7 +70,7 @@ impl Texts {
             true => Format::Lines(Lines::open(path)?),
             false => Format::Plain(Plain::open(path)?),
         };
-        Ok(Self { format, empty: 0, bad: Vec::new(), more: 0 })
+        Ok(Self { format, empty: 0, bad: BadLines::default() })
     }
 
     /// Bytes of the file that have been read.
@@ -102,18 +102,17 @@ impl Texts {
                         break;
                     }
                     for (number, line) in chunk {
-                        match text_of(&line) {
+                        match line.and_then(|line| text_of(&line)) {
                             Ok(text) if text.is_empty() => self.empty += 1,
                             Ok(text) => pieces.push(Piece { text, ends: true }),
-                            Err(why) if self.bad.len() < NAMED => self.bad.push((number, why)),
-                            Err(_) => self.more += 1,
+                            Err(why) => self.bad.add(number, why),
                         }
                     }
                 }
             }
         }
-        if pieces.is_empty() && !self.bad.is_empty() {
-            return Err(DataError::Lines { bad: std::mem::take(&mut self.bad), more: self.more });
+        if pieces.is_empty() {
+            self.bad.refuse()?;
         }
         Ok(pieces)
     }

@@ -1,11 +1,17 @@
 //! Examples as text, and which parts of it are trained.
 //!
-//! A template says nothing of who wrote what, so a conversation is rendered turn by turn: what
-//! follows the prompt that the template makes for an answer is the answer. Marks around it
+//! A template does not say who wrote what, so a conversation is rendered turn by turn: what follows
+//! the prompt that the template makes for an answer is the answer. Marks around it
 //! (`{% generation %}`) need not be there.
+//!
+//! Each answer is trained behind the prompt that a served model would be given for it. Templates of
+//! reasoning models show an answer otherwise once another question follows it (without its reasoning
+//! block), so that a later prompt does not contain what was trained before. Such a conversation
+//! becomes several sequences: an answer goes into the one that its prompt continues, or into a new
+//! one.
 
 use super::format::{Chat, Example};
-use crate::template::{ChatTemplate, RenderInput};
+use crate::template::{ChatTemplate, ReasoningFormat, RenderInput};
 use serde_json::Value;
 
 /// A piece of text.
@@ -15,7 +21,7 @@ pub struct Piece {
     pub trained: bool,
 }
 
-/// An example as text.
+/// An example, or a part of a conversation, as text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendered {
     pub pieces: Vec<Piece>,
@@ -27,16 +33,39 @@ pub struct Rendered {
     pub ends: bool,
 }
 
-/// Renders an example. `bos` is the text of the token that texts begin with.
+/// Renders an example to one sequence. `bos` is the text of the token that texts begin with.
 ///
 /// # Errors
-/// What the template does not render, in words.
+/// What the template does not render, in words; a conversation that needs several sequences.
 pub fn render(
     example: &Example,
     template: &ChatTemplate,
     bos: Option<&str>,
 ) -> Result<Rendered, String> {
-    let plain = |pieces| Rendered { pieces, add_special: true, parse_special: false, ends: true };
+    let mut sequences = render_all(example, template, bos)?;
+    match (sequences.pop(), sequences.len()) {
+        (Some(rendered), 0) => Ok(rendered),
+        _ => {
+            Err("the chat template shows an answer otherwise when another message follows it, so \
+                  that its answers are not one text: keep the last answer only as the answer, and \
+                  the messages before it as the prompt"
+                .into())
+        }
+    }
+}
+
+/// Renders an example to the sequences that train all its answers: one, but for conversations whose
+/// answers the template shows otherwise later.
+///
+/// # Errors
+/// What the template does not render, in words.
+pub(super) fn render_all(
+    example: &Example,
+    template: &ChatTemplate,
+    bos: Option<&str>,
+) -> Result<Vec<Rendered>, String> {
+    let plain =
+        |pieces| vec![Rendered { pieces, add_special: true, parse_special: false, ends: true }];
     let piece = |text: &str, trained| Piece { text: text.to_owned(), trained };
     match example {
         Example::Text(text) => Ok(plain(vec![piece(text, true)])),
@@ -44,10 +73,15 @@ pub fn render(
             Ok(plain(vec![piece(prompt, false), piece(completion, true)]))
         }
         Example::Chat(chat) => {
-            let pieces = turns(chat, template)?;
-            let begins = |bos: &&str| !bos.is_empty() && pieces[0].text.starts_with(*bos);
-            let add_special = bos.filter(begins).is_none();
-            Ok(Rendered { pieces, add_special, parse_special: true, ends: false })
+            let rendered = |pieces: Vec<Piece>| {
+                let begins = |bos: &&str| {
+                    !bos.is_empty()
+                        && pieces.first().is_some_and(|first| first.text.starts_with(*bos))
+                };
+                let add_special = bos.filter(begins).is_none();
+                Rendered { pieces, add_special, parse_special: true, ends: false }
+            };
+            Ok(turns(chat, template)?.into_iter().map(rendered).collect())
         }
     }
 }
@@ -57,55 +91,149 @@ pub fn render(
 /// # Errors
 /// What the template does not render, in words.
 pub fn prompt(chat: &Chat, template: &ChatTemplate) -> Result<String, String> {
+    rendered(chat, &chat.messages, true, template)
+}
+
+fn rendered(
+    chat: &Chat,
+    messages: &[Value],
+    add_generation_prompt: bool,
+    template: &ChatTemplate,
+) -> Result<String, String> {
     let input = RenderInput {
-        messages: chat.messages.clone(),
+        messages: messages.to_vec(),
         tools: chat.tools.clone(),
-        add_generation_prompt: true,
+        add_generation_prompt,
+        // One clock for all renderings of a conversation.
         now: Some(0),
         ..RenderInput::default()
     };
     template.render(&input).map_err(|error| error.to_string())
 }
 
-fn turns(chat: &Chat, template: &ChatTemplate) -> Result<Vec<Piece>, String> {
-    // One clock for all renderings of a conversation.
-    let now = Some(0);
-    let rendered = |messages: &[Value], add_generation_prompt: bool| {
-        let input = RenderInput {
-            messages: messages.to_vec(),
-            tools: chat.tools.clone(),
-            add_generation_prompt,
-            now,
-            ..RenderInput::default()
-        };
-        template.render(&input).map_err(|error| error.to_string())
-    };
-    let whole = rendered(&chat.messages, false)?;
-    let (mut pieces, mut done) = (Vec::new(), 0);
-    for (number, _) in chat.trained.iter().enumerate().filter(|(_, trained)| **trained) {
-        let prompt = rendered(&chat.messages[..number], true)?;
-        // Later turns may hide what an answer once held (its reasoning): then all that comes before
-        // them, and only that, is as the model would have seen it.
-        let answered = match number + 1 == chat.messages.len() {
-            true => whole.clone(),
-            false => rendered(&chat.messages[..=number], false)?,
-        };
-        let fits =
-            answered.starts_with(&prompt) && whole.starts_with(&answered) && prompt.len() >= done;
-        if !fits {
-            return Err(format!(
-                "messages[{number}]: the chat template renders this answer otherwise than it prompts \
-                 for it, or than it shows it later; train on the last answer only (`weight` 0 for the \
-                 others)"
-            ));
-        }
-        let trained = answered[prompt.len()..].trim_end_matches(['\n', ' ']);
-        let end = prompt.len() + trained.len();
-        pieces.push(Piece { text: whole[done..prompt.len()].to_owned(), trained: false });
-        pieces.push(Piece { text: whole[prompt.len()..end].to_owned(), trained: true });
-        done = end;
+/// The pieces of each sequence.
+fn turns(chat: &Chat, template: &ChatTemplate) -> Result<Vec<Vec<Piece>>, String> {
+    struct Sequence {
+        pieces: Vec<Piece>,
+        /// All pieces so far.
+        text: String,
     }
-    pieces.retain(|piece| !piece.text.is_empty());
-    // What follows the last answer predicts nothing.
-    Ok(pieces)
+    let mut sequences: Vec<Sequence> = Vec::new();
+    for (number, _) in chat.trained.iter().enumerate().filter(|(_, trained)| **trained) {
+        let at = |what: String| format!("messages[{number}]: {what}");
+        let message = &chat.messages[number];
+        let prompt = rendered(chat, &chat.messages[..number], true, template)?;
+        let whole = rendered(chat, &chat.messages[..=number], false, template)?;
+        let format = template.reasoning(&prompt);
+        let answer = answer(&prompt, &whole, message, format.as_ref()).ok_or_else(|| {
+            at("the chat template renders this answer otherwise than it prompts for it: set its \
+                `weight` to 0, or use another chat template"
+                .into())
+        })?;
+        // What follows the end of the turn belongs to the template, not to the answer.
+        let answer = answer.trim_end_matches(['\n', ' ']).to_owned();
+        all_is_trained(message, &answer, format.as_ref()).map_err(at)?;
+        let open = sequences.iter().rposition(|sequence| prompt.starts_with(&sequence.text));
+        let at = open.unwrap_or_else(|| {
+            sequences.push(Sequence { pieces: Vec::new(), text: String::new() });
+            sequences.len() - 1
+        });
+        let sequence = &mut sequences[at];
+        let context = prompt[sequence.text.len()..].to_owned();
+        sequence.text = prompt + &answer;
+        sequence.pieces.push(Piece { text: context, trained: false });
+        sequence.pieces.push(Piece { text: answer, trained: true });
+    }
+    let pieces = sequences.into_iter().map(|mut sequence| {
+        // The first piece is where a text begins, even an empty one.
+        let mut first = true;
+        sequence.pieces.retain(|piece| std::mem::take(&mut first) || !piece.text.is_empty());
+        sequence.pieces
+    });
+    Ok(pieces.collect())
+}
+
+/// What a model should write behind `prompt`, of a conversation that is rendered as `whole` with the
+/// answer. `None` if the template's two renderings contradict each other.
+///
+/// Prompts may end with a reasoning block, or with the beginning of one, that `whole` does not have.
+/// An empty block belongs to the prompt, and the rest is the answer. A block that the prompt leaves
+/// open has to be closed by the answer.
+fn answer(
+    prompt: &str,
+    whole: &str,
+    message: &Value,
+    format: Option<&ReasoningFormat>,
+) -> Option<String> {
+    if let Some(answer) = whole.strip_prefix(prompt) {
+        return Some(answer.to_owned());
+    }
+    let ReasoningFormat { open, close, .. } = format?;
+    let at = prompt.rfind(open.as_str())?;
+    let answer = whole.strip_prefix(&prompt[..at])?;
+    let block = prompt[at + open.len()..].trim();
+    let (reasoning, rest) = match answer.trim_start().strip_prefix(open.as_str()) {
+        Some(inside) => inside.split_once(close.as_str())?,
+        None => ("", answer),
+    };
+    match (block, reasoning.trim()) {
+        ("", reasoning) => {
+            let reasoning = match reasoning {
+                "" => given_reasoning(message, open, close),
+                reasoning => reasoning,
+            };
+            let line = if prompt.ends_with('\n') { "" } else { "\n" };
+            Some(format!("{line}{reasoning}\n{close}\n\n{}", rest.trim_start()))
+        }
+        (block, "") if block == close => Some(rest.trim_start().to_owned()),
+        _ => None,
+    }
+}
+
+/// The reasoning of a message: beside its content, or in a block at its beginning.
+fn given_reasoning<'m>(message: &'m Value, open: &str, close: &str) -> &'m str {
+    let beside = message["reasoning_content"].as_str();
+    let content = || {
+        let (before, _) = message["content"].as_str()?.split_once(close)?;
+        Some(before.trim_start().strip_prefix(open).unwrap_or(before))
+    };
+    beside.or_else(content).unwrap_or_default().trim()
+}
+
+/// Refuses a message of which the template leaves something out.
+fn all_is_trained(
+    message: &Value,
+    answer: &str,
+    format: Option<&ReasoningFormat>,
+) -> Result<(), String> {
+    let missing = |text: &str| !text.trim().is_empty() && !answer.contains(text.trim());
+    if message["reasoning_content"].as_str().is_some_and(missing) {
+        return Err("the chat template does not render `reasoning_content`, which would not be \
+                    trained: remove it, or write it into `content` as the model should write it"
+            .into());
+    }
+    let content = message["content"].as_str().unwrap_or_default();
+    // Templates take reasoning blocks apart, and put their own lines around them.
+    let parts: Vec<&str> = match format {
+        Some(ReasoningFormat { open, close, .. }) => {
+            content.split(open.as_str()).flat_map(|part| part.split(close.as_str())).collect()
+        }
+        None => vec![content],
+    };
+    if let Some(part) = parts.into_iter().find(|part| missing(part)) {
+        let part: String = part.trim().chars().take(40).collect();
+        return Err(format!(
+            "the chat template does not render all of `content`, which would not be trained (\
+             {part:?} is missing): remove it, or use another chat template"
+        ));
+    }
+    let calls = message["tool_calls"].as_array().into_iter().flatten();
+    let mut names = calls.filter_map(|call| call["function"]["name"].as_str());
+    match names.find(|name| missing(name)) {
+        Some(name) => Err(format!(
+            "the chat template does not render the call of `{name}`, which would not be trained: \
+             remove it, or use another chat template"
+        )),
+        None => Ok(()),
+    }
 }

@@ -87,7 +87,16 @@ pub(super) fn read(
     if let Some(report) = &validation {
         message += &format!(" {}", describe("Validation file", report, order.spec.kind));
     }
+    let notes: Vec<_> = [("Training file", Some(&train)), ("Validation file", validation.as_ref())]
+        .into_iter()
+        .flat_map(|(what, report)| report.map(|report| (what, report.notes.clone())))
+        .collect();
     log.add(JobEvent::Data { train, validation }, message)?;
+    for (what, notes) in notes {
+        for note in notes {
+            log.say(Level::Warn, format!("{what}: {note}"))?;
+        }
+    }
     Ok(data)
 }
 

@@ -188,6 +188,13 @@ impl Tokenizer for Model {
             tokens.resize(count.unsigned_abs() as usize, 0);
         }
     }
+
+    fn adds_eos(&self) -> bool {
+        // SAFETY: the model is live.
+        let adds =
+            unsafe { sys::llama_vocab_get_add_eos(sys::llama_model_get_vocab(self.as_ptr())) };
+        adds && self.vocab.eos.is_some()
+    }
 }
 
 /// # Safety

@@ -95,33 +95,54 @@ impl Tokenizer for NativeTokenizer {
     }
 
     fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token> {
-        self.encode_fragments(self.marks.cut(text, parse_special, &[]), add_special)
-    }
-
-    fn encode_rendered(&self, text: &str, barriers: &[usize], add_special: bool) -> Vec<Token> {
-        self.encode_fragments(self.marks.cut(text, true, barriers), add_special)
-    }
-}
-
-impl NativeTokenizer {
-    fn encode_fragments(&self, fragments: Vec<Fragment>, add_special: bool) -> Vec<Token> {
         let mut tokens = Vec::new();
         if add_special && self.add_bos {
             tokens.extend(self.vocab.bos);
         }
-        // SentencePiece puts a space in front of a text, also after a mark.
-        let mut starts = true;
-        for fragment in fragments {
-            match (fragment, &self.model) {
-                (Fragment::Mark(token), _) => tokens.push(token),
-                (Fragment::Text(text), Model::Bpe(bpe)) => bpe.encode(text, &mut tokens),
-                (Fragment::Text(text), Model::Spm(spm)) => spm.encode(text, starts, &mut tokens),
-            }
-            starts = matches!(fragment, Fragment::Mark(_));
-        }
+        self.append(self.marks.cut(text, parse_special, &[]), true, &mut tokens);
         if add_special && self.add_eos {
             tokens.extend(self.vocab.eos);
         }
         tokens
+    }
+
+    fn encode_rendered(&self, text: &str, barriers: &[usize], add_special: bool) -> Vec<Token> {
+        let mut tokens = Vec::new();
+        if add_special && self.add_bos {
+            tokens.extend(self.vocab.bos);
+        }
+        self.append(self.marks.cut(text, true, barriers), true, &mut tokens);
+        tokens
+    }
+
+    fn adds_eos(&self) -> bool {
+        self.add_eos && self.vocab.eos.is_some()
+    }
+
+    fn encode_continuation(
+        &self,
+        text: &str,
+        parse_special: bool,
+        barriers: &[usize],
+    ) -> Vec<Token> {
+        let mut tokens = Vec::new();
+        self.append(self.marks.cut(text, parse_special, barriers), false, &mut tokens);
+        tokens
+    }
+}
+
+impl NativeTokenizer {
+    /// Appends the tokens of a text's fragments. With `add_spaces` SentencePiece puts a space in front of
+    /// it, and behind each special token.
+    fn append(&self, fragments: Vec<Fragment>, add_spaces: bool, tokens: &mut Vec<Token>) {
+        let mut starts = add_spaces;
+        for fragment in fragments {
+            match (fragment, &self.model) {
+                (Fragment::Mark(token), _) => tokens.push(token),
+                (Fragment::Text(text), Model::Bpe(bpe)) => bpe.encode(text, tokens),
+                (Fragment::Text(text), Model::Spm(spm)) => spm.encode(text, starts, tokens),
+            }
+            starts = add_spaces && matches!(fragment, Fragment::Mark(_));
+        }
     }
 }

@@ -98,6 +98,22 @@ fn compare_pairs(what: &str, native: &NativeTokenizer, path: &Path) -> usize {
     expected.len()
 }
 
+/// Texts that continue other tokens: llama.cpp's tokenizers leave no space out by themselves.
+fn compare_continuations(what: &str, native: &NativeTokenizer, oracle: &dyn Tokenizer) {
+    assert_eq!(native.adds_eos(), oracle.adds_eos(), "{what}");
+    let eos = native.vocab().eos.map(|eos| native.vocab().piece(eos)).unwrap_or_default();
+    let eos = String::from_utf8_lossy(eos);
+    for text in ["4", " 4", "  4", "four, 4", "\n4", "<s", "é 4", &format!("4{eos}4{eos}")] {
+        let found = native.encode_continuation(text, true, &[]);
+        assert_eq!(found, oracle.encode_continuation(text, true, &[]), "{what}: {text:?}");
+        let bytes: Vec<u8> =
+            found.iter().flat_map(|&token| native.vocab().piece(token)).copied().collect();
+        assert_eq!(String::from_utf8_lossy(&bytes), text, "{what}");
+        let prompt = native.encode_prompt(text, true, true);
+        assert_eq!(prompt, oracle.encode_prompt(text, true, true), "{what}: {text:?}");
+    }
+}
+
 #[test]
 fn every_vocabulary_agrees_with_llama_cpp() {
     let Some(folder) = folder() else { return };
@@ -118,6 +134,7 @@ fn every_vocabulary_agrees_with_llama_cpp() {
             compare_facts(&name, native.vocab(), oracle.vocab());
             compare(&name, &native, &*oracle, &texts, &FLAGS);
             compare(&name, &native, &*oracle, &planes, &FLAGS[..1]);
+            compare_continuations(&name, &native, &*oracle);
             pairs += compare_pairs(&name, &native, &path);
         }
         assert_eq!(skipped, ["bert-bge", "nomic-bert-moe"], "no BPE of either kind");

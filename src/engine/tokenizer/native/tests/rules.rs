@@ -157,6 +157,51 @@ fn sentencepiece_merges_across_a_space_where_a_token_does() {
 }
 
 #[test]
+fn continuations_get_no_spaces_and_prompts_no_eos() {
+    let tokens = [
+        ("<unk>", UNKNOWN),
+        ("<s>", CONTROL),
+        ("</s>", CONTROL),
+        ("▁", NORMAL),
+        ("a", NORMAL),
+        ("▁a", NORMAL),
+        ("<0x01>", BYTE),
+        ("▁▁", NORMAL),
+    ];
+    let scores = vec![0.0f32, 0.0, 0.0, -9.0, -9.0, -1.0, 0.0, -2.0];
+    for (space_prefix, add_eos) in [(true, false), (true, true), (false, true)] {
+        let t = made(|w| {
+            list(w, "llama", &tokens);
+            w.set("tokenizer.ggml.scores", scores.clone());
+            w.set("tokenizer.ggml.bos_token_id", 1u32).set("tokenizer.ggml.eos_token_id", 2u32);
+            w.set("tokenizer.ggml.add_space_prefix", space_prefix);
+            w.set("tokenizer.ggml.add_eos_token", add_eos);
+        });
+        let first = if space_prefix { 5 } else { 4 };
+        let eos: &[u32] = if add_eos { &[2] } else { &[] };
+        assert_eq!(t.encode("a", true, true), [&[1, first], eos].concat());
+        assert_eq!(t.encode_prompt("a", true, true), [1, first]);
+        assert_eq!(t.encode_prompt("a</s>", true, true), [1, first, 2], "the text's own EOS stays");
+        assert_eq!(t.encode_prompt("a", false, true), [first]);
+        for (text, expected) in [
+            ("a", &[4][..]),
+            (" a", &[5]),
+            ("  a", &[3, 5]),
+            ("a a", &[4, 5]),
+            ("a</s>a", &[4, 2, 4]),
+            ("</s> a</s>a", &[2, 5, 2, 4]),
+            ("", &[]),
+        ] {
+            assert_eq!(t.encode_continuation(text, true, &[]), expected, "{text:?}");
+            // As tokenizers do it that cannot leave the spaces out.
+            let encode = |text: &str| t.encode(text, false, true);
+            let found = crate::engine::tokenizer::without_added_spaces(text, &encode, t.vocab());
+            assert_eq!(found, expected, "{text:?}");
+        }
+    }
+}
+
+#[test]
 fn what_is_not_covered_says_so() {
     let tokens = [("a", NORMAL), ("b", NORMAL)];
     let refused = |set: &dyn Fn(&mut GgufWriter<'static>)| match try_made(|w| set(w)) {
