@@ -9,7 +9,8 @@ use super::sampler::{Sampler, overlapping_sequences};
 use super::sequence::{Admissible, Choice};
 use super::tokenizer::Tokenizer;
 use crate::ipc::{
-    Call, EngineError, EngineErrorKind, FromEngine, Generate, ModelInfo, Prompt, Reply, Token,
+    Call, EngineError, EngineErrorKind, FromEngine, Generate, ModelInfo, Prompt, PromptPiece,
+    Reply, Token,
 };
 use crossbeam_channel::{Receiver, Sender};
 use serde_bytes::ByteBuf;
@@ -261,11 +262,15 @@ impl Desk {
             Prompt::Pieces { pieces, add_special, parse_special, ends } => {
                 let mut tokens = Vec::new();
                 for (number, piece) in pieces.iter().enumerate() {
-                    self.check_length(piece)?;
+                    let PromptPiece { text, barriers } = piece;
+                    self.check_length(text)?;
                     // As training does: a prompt, and what the model writes behind it.
                     tokens.extend(match number {
-                        0 => self.tokenizer.encode_prompt(piece, *add_special, *parse_special),
-                        _ => self.tokenizer.encode_continuation(piece, *parse_special, &[]),
+                        0 if *parse_special => {
+                            self.tokenizer.encode_rendered(text, barriers, *add_special)
+                        }
+                        0 => self.tokenizer.encode_prompt(text, *add_special, false),
+                        _ => self.tokenizer.encode_continuation(text, *parse_special, barriers),
                     });
                 }
                 tokens.extend(vocab.eos.filter(|_| *ends));

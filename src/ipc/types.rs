@@ -214,7 +214,7 @@ pub enum Prompt {
     Tokens(Vec<Token>),
     /// Texts that are tokenized apart, as training sees a conversation.
     Pieces {
-        pieces: Vec<String>,
+        pieces: Vec<PromptPiece>,
         add_special: bool,
         parse_special: bool,
         /// An end-of-text token follows.
@@ -225,6 +225,14 @@ pub enum Prompt {
         prefix: String,
         suffix: String,
     },
+}
+
+/// A text of [`Prompt::Pieces`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PromptPiece {
+    pub text: String,
+    /// As those of [`Prompt::Rendered`].
+    pub barriers: Vec<usize>,
 }
 
 /// How the next token is drawn. Neutral values switch a stage off.

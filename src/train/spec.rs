@@ -210,6 +210,9 @@ pub struct Data {
     pub validation: Option<String>,
     #[serde(default = "yes")]
     pub shuffle: bool,
+    /// Control tokens that are spelled in users' and tools' messages are control tokens, not text.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub parse_control_tokens: bool,
 }
 
 /// Low-rank matrices beside frozen weights.

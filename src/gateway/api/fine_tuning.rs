@@ -239,7 +239,12 @@ pub async fn create(
         name: None,
         suffix,
         seed,
-        data: Data { train: training_file, validation: validation_file, shuffle: true },
+        data: Data {
+            train: training_file,
+            validation: validation_file,
+            shuffle: true,
+            parse_control_tokens: app.config.limits.parse_control_tokens,
+        },
         adapter: Adapter::usual(),
         pretrain: None,
         dpo: (kind == MethodKind::Dpo).then(|| Dpo { beta, ..Dpo::default() }),

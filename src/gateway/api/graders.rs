@@ -107,7 +107,9 @@ pub async fn answer(
         Ask::Score { messages } => {
             let served = app.registry.find(&question.model).await.map_err(failed)?;
             let input = Input::Messages(messages.iter().map(plain).collect());
-            let (scores, tokens) = score(served, vec![input]).await.map_err(failed)?;
+            let parse_control = app.config.limits.parse_control_tokens;
+            let scored = score(served, vec![input], parse_control).await;
+            let (scores, tokens) = scored.map_err(failed)?;
             Ok(Answer {
                 number: scores.first().map(|score| f64::from(*score)),
                 prompt_tokens: u64::from(tokens),

@@ -7,8 +7,8 @@ use super::template;
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{AdapterVersion, Model, Served};
-use crate::ipc::{Call, Prompt, Reply, Token};
-use crate::train::data::{Chat, Example, Rendered, render};
+use crate::ipc::{Call, Prompt, PromptPiece, Reply, Token};
+use crate::train::data::{Chat, Example, Rendered, RenderedPiece, Rendering, render};
 use axum::Json;
 use axum::extract::State;
 use serde_json::{Value, json};
@@ -42,7 +42,7 @@ pub async fn handle(
 ) -> Result<Json<Value>, ApiError> {
     let ScoreRequest { model, inputs } = ScoreRequest::read(fields)?;
     let served = app.registry.find(&model).await?;
-    let scoring = score(served, inputs);
+    let scoring = score(served, inputs, app.config.limits.parse_control_tokens);
     let limit = app.config.limits.request_timeout;
     let (scores, prompt_tokens) = tokio::time::timeout(limit, scoring).await.map_err(|_| {
         ApiError::timeout(format!(
@@ -61,7 +61,11 @@ pub async fn handle(
 }
 
 /// Scores, and the tokens that were read for them.
-pub(super) async fn score(served: Served, inputs: Vec<Input>) -> Result<(Vec<f32>, u32), ApiError> {
+pub(super) async fn score(
+    served: Served,
+    inputs: Vec<Input>,
+    parse_control: bool,
+) -> Result<(Vec<f32>, u32), ApiError> {
     let adapter = reward_model(&served)?.id;
     let info = served.model.engine.info()?;
     for input in &inputs {
@@ -72,7 +76,11 @@ pub(super) async fn score(served: Served, inputs: Vec<Input>) -> Result<(Vec<f32
     let model = served.model.clone();
     // Away from the threads that serve sockets: templates are programs.
     let prompts = move || -> Result<Vec<Prompt>, ApiError> {
-        inputs.into_iter().enumerate().map(|(at, input)| prompt(&model, at, input)).collect()
+        inputs
+            .into_iter()
+            .enumerate()
+            .map(|(at, input)| prompt(&model, at, input, parse_control))
+            .collect()
     };
     let prompts = tokio::task::spawn_blocking(prompts).await.map_err(ApiError::internal)??;
     match served.model.engine.call(Call::Score { adapter, inputs: prompts }).await? {
@@ -96,7 +104,7 @@ fn reward_model(served: &Served) -> Result<&AdapterVersion, ApiError> {
 }
 
 /// An input as training would have seen it.
-fn prompt(model: &Model, at: usize, input: Input) -> Result<Prompt, ApiError> {
+fn prompt(model: &Model, at: usize, input: Input, parse_control: bool) -> Result<Prompt, ApiError> {
     let example = match input {
         Input::Tokens(tokens) => return Ok(Prompt::Tokens(tokens)),
         Input::Text(text) => Example::Text(text),
@@ -107,10 +115,17 @@ fn prompt(model: &Model, at: usize, input: Input) -> Result<Prompt, ApiError> {
         }
     };
     let bos = model.facts.tokenizer.bos.as_ref().map(|bos| bos.text.as_str());
-    let Rendered { pieces, add_special, parse_special, ends } =
-        render(&example, template(model)?, bos)
-            .map_err(|why| ApiError::invalid(format!("input[{at}]"), format!("{why}.")))?;
-    let pieces = pieces.into_iter().map(|piece| piece.text).collect();
+    let control = model.control_tokens()?;
+    let rendering = Rendering {
+        template: template(model)?,
+        bos,
+        control: (!parse_control).then_some(control),
+        now: None,
+    };
+    let Rendered { pieces, add_special, parse_special, ends } = render(&example, rendering)
+        .map_err(|why| ApiError::invalid(format!("input[{at}]"), format!("{why}.")))?;
+    let piece = |RenderedPiece { text, barriers, .. }| PromptPiece { text, barriers };
+    let pieces = pieces.into_iter().map(piece).collect();
     Ok(Prompt::Pieces { pieces, add_special, parse_special, ends })
 }
 

@@ -1,9 +1,9 @@
 //! Pieces of text to tokens.
 
 use super::format::{Chat, Example};
-use super::turns::{Rendered, prompt, render, render_all};
+use super::turns::{Piece, Rendered, Rendering, prompt, render, render_all};
 use crate::engine::tokenizer::Tokenizer;
-use crate::template::ChatTemplate;
+use crate::template::{ChatTemplate, ControlTokens};
 use std::sync::Arc;
 
 /// The tokens of an example, and which of them are trained: predicted from those before.
@@ -32,6 +32,11 @@ impl Encoded {
 pub struct Encoder {
     pub tokenizer: Arc<dyn Tokenizer>,
     pub template: Arc<ChatTemplate>,
+    /// Control tokens that are text where users' and tools' messages spell them.
+    control: Option<Arc<ControlTokens>>,
+    bos: Option<String>,
+    /// The clock of the template: the same for all of a job's data.
+    now: i64,
 }
 
 /// The sequences of an example, and what is to be said of them.
@@ -45,12 +50,38 @@ pub(super) struct EncodedExample {
 }
 
 impl Encoder {
+    /// An encoder whose templates see the time `now`, in seconds since 1970. With `parse_control`
+    /// users and tools can spell control tokens.
+    pub fn new(
+        tokenizer: Arc<dyn Tokenizer>,
+        template: Arc<ChatTemplate>,
+        now: i64,
+        parse_control: bool,
+    ) -> Self {
+        let vocab = tokenizer.vocab();
+        let bos = vocab.bos.map(|bos| String::from_utf8_lossy(vocab.piece(bos)).into_owned());
+        let control = (!parse_control).then(|| {
+            let tokens = vocab.control_tokens();
+            Arc::new(ControlTokens::new(tokens.iter().map(|(text, _)| text.as_str())))
+        });
+        Self { tokenizer, template, control, bos, now }
+    }
+
+    fn rendering(&self) -> Rendering<'_> {
+        Rendering {
+            template: &self.template,
+            bos: self.bos.as_deref(),
+            control: self.control.as_deref(),
+            now: Some(self.now),
+        }
+    }
+
     /// Tokenizes an example: all its sequences.
     ///
     /// # Errors
     /// What the template does not render, in words.
     pub(super) fn encode(&self, example: &Example) -> Result<EncodedExample, String> {
-        let rendered = render_all(example, &self.template, self.bos().as_deref())?;
+        let rendered = render_all(example, self.rendering())?;
         Ok(self.tokens(rendered))
     }
 
@@ -59,13 +90,8 @@ impl Encoder {
     /// # Errors
     /// What the template does not render, in words.
     pub(super) fn encode_one(&self, example: &Example) -> Result<EncodedExample, String> {
-        let rendered = render(example, &self.template, self.bos().as_deref())?;
+        let rendered = render(example, self.rendering())?;
         Ok(self.tokens(vec![rendered]))
-    }
-
-    fn bos(&self) -> Option<String> {
-        let vocab = self.tokenizer.vocab();
-        vocab.bos.map(|bos| String::from_utf8_lossy(vocab.piece(bos)).into_owned())
     }
 
     fn tokens(&self, rendered: Vec<Rendered>) -> EncodedExample {
@@ -97,10 +123,14 @@ impl Encoder {
         let parse = rendered.parse_special;
         for (number, piece) in rendered.pieces.iter().enumerate() {
             let tokens = match number {
-                0 => self.tokenizer.encode_prompt(&piece.text, rendered.add_special, parse),
+                0 if parse => {
+                    let add_special = rendered.add_special;
+                    self.tokenizer.encode_rendered(&piece.text, &piece.barriers, add_special)
+                }
+                0 => self.tokenizer.encode_prompt(&piece.text, rendered.add_special, false),
                 // What a model writes has no spaces but its own.
                 _ if piece.trained => self.tokenizer.encode_continuation(&piece.text, parse, &[]),
-                _ => self.context(&piece.text, encoded.tokens.last().copied(), parse),
+                _ => self.context(piece, encoded.tokens.last().copied(), parse),
             };
             encoded.tokens.extend_from_slice(&tokens);
             encoded.trained.resize(encoded.tokens.len(), piece.trained);
@@ -114,14 +144,18 @@ impl Encoder {
 
     /// What stands between two answers, as in the prompt of the second one when it is served: there
     /// SentencePiece puts a space behind special tokens, but not behind text.
-    fn context(&self, text: &str, before: Option<u32>, parse_special: bool) -> Vec<u32> {
+    fn context(&self, piece: &Piece, before: Option<u32>, parse_special: bool) -> Vec<u32> {
         let vocab = self.tokenizer.vocab();
-        let tokens = self.tokenizer.encode(text, false, parse_special);
+        let Piece { text, barriers, .. } = piece;
+        let tokens = match parse_special {
+            true => self.tokenizer.encode_rendered(text, barriers, false),
+            false => self.tokenizer.encode(text, false, false),
+        };
         let special = |token: u32| vocab.is_control(token) || vocab.ends_generation(token);
         if before.is_none_or(special) {
             return tokens;
         }
-        let exact = self.tokenizer.encode_continuation(text, parse_special, &[]);
+        let exact = self.tokenizer.encode_continuation(text, parse_special, barriers);
         // Up to the first special token, which is the same in both.
         let first = |tokens: &[u32]| {
             tokens.iter().position(|&token| special(token)).unwrap_or(tokens.len())
@@ -136,10 +170,9 @@ impl Encoder {
     /// # Errors
     /// What the template does not render, in words.
     pub fn prompt(&self, chat: &Chat) -> Result<Vec<u32>, String> {
-        let vocab = self.tokenizer.vocab();
-        let text = prompt(chat, &self.template)?;
-        let bos = vocab.bos.map(|bos| vocab.piece(bos)).filter(|bos| !bos.is_empty());
-        let wrote_bos = bos.is_some_and(|bos| text.as_bytes().starts_with(bos));
-        Ok(self.tokenizer.encode_prompt(&text, !wrote_bos, true))
+        let prompt = prompt(chat, self.rendering())?;
+        let bos = self.bos.as_deref().filter(|bos| !bos.is_empty());
+        let wrote_bos = bos.is_some_and(|bos| prompt.text.starts_with(bos));
+        Ok(self.tokenizer.encode_rendered(&prompt.text, &prompt.barriers, !wrote_bos))
     }
 }

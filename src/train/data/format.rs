@@ -307,7 +307,8 @@ fn alpaca(line: &Map<String, Value>) -> Result<Chat, String> {
     };
     // Stanford's file has the whole example as a text too.
     let repeated = optional(line, "text")?;
-    if !repeated.is_empty() && !(repeated.contains(instruction) && repeated.contains(output)) {
+    let repeats = repeated.contains(instruction) && repeated.contains(output);
+    if !repeated.is_empty() && !repeats {
         return Err("`text` stands beside `output` and does not repeat it: remove one".into());
     }
     let mut turns = Vec::new();

@@ -51,5 +51,5 @@ pub use prepare::{
 };
 pub use stream::{Stream, prepare_stream};
 pub use text::{Piece, Texts};
-pub use turns::{Rendered, render};
+pub use turns::{Piece as RenderedPiece, Rendered, Rendering, render};
 pub use windows::Windows;

@@ -3,7 +3,7 @@ mod seams;
 mod sequences;
 
 use super::format::{Chat, Line};
-use super::turns::render;
+use super::turns::{Rendering, render};
 use super::*;
 use crate::engine::tokenizer::{Tokenizer, Vocab};
 use crate::template::{CHATML, ChatTemplate};
@@ -50,7 +50,7 @@ impl Tokenizer for Bytes {
 
 fn encoder() -> Encoder {
     let template = ChatTemplate::compile(CHATML, None, "", "<|im_end|>").unwrap();
-    Encoder { tokenizer: Arc::new(Bytes::new()), template: Arc::new(template) }
+    Encoder::new(Arc::new(Bytes::new()), Arc::new(template), 0, false)
 }
 
 /// An example that is one sequence.
@@ -132,7 +132,7 @@ fn only_answers_are_trained_with_their_end() {
         {"role": "user", "content": "W"},
         {"role": "assistant", "content": "C"}
     ]}));
-    let rendered = render(&Example::Chat(chat), &encoder().template, None).unwrap();
+    let rendered = render(&Example::Chat(chat), Rendering::plain(&encoder().template)).unwrap();
     let trained: Vec<_> =
         rendered.pieces.iter().filter(|piece| piece.trained).map(|piece| &piece.text[..]).collect();
     assert_eq!(trained, ["A<|im_end|>", "C<|im_end|>"]);

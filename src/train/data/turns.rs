@@ -11,14 +11,35 @@
 //! one.
 
 use super::format::{Chat, Example};
-use crate::template::{ChatTemplate, ReasoningFormat, RenderInput};
+use crate::template::{ChatTemplate, ControlTokens, ReasoningFormat, RenderInput, RenderedPrompt};
 use serde_json::Value;
 
 /// A piece of text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
     pub text: String,
+    /// Ascending byte offsets that no control token spans (see [`RenderedPrompt`]).
+    pub barriers: Vec<usize>,
     pub trained: bool,
+}
+
+/// How a model's conversations become text.
+#[derive(Clone, Copy)]
+pub struct Rendering<'a> {
+    pub template: &'a ChatTemplate,
+    /// The text of the token that texts begin with.
+    pub bos: Option<&'a str>,
+    /// Control tokens that are text where users' and tools' messages spell them.
+    pub control: Option<&'a ControlTokens>,
+    /// The clock of the template, in seconds since 1970; `None` reads the system's.
+    pub now: Option<i64>,
+}
+
+impl<'a> Rendering<'a> {
+    /// By a template alone.
+    pub fn plain(template: &'a ChatTemplate) -> Self {
+        Self { template, bos: None, control: None, now: Some(0) }
+    }
 }
 
 /// An example, or a part of a conversation, as text.
@@ -33,16 +54,12 @@ pub struct Rendered {
     pub ends: bool,
 }
 
-/// Renders an example to one sequence. `bos` is the text of the token that texts begin with.
+/// Renders an example to one sequence.
 ///
 /// # Errors
 /// What the template does not render, in words; a conversation that needs several sequences.
-pub fn render(
-    example: &Example,
-    template: &ChatTemplate,
-    bos: Option<&str>,
-) -> Result<Rendered, String> {
-    let mut sequences = render_all(example, template, bos)?;
+pub fn render(example: &Example, rendering: Rendering<'_>) -> Result<Rendered, String> {
+    let mut sequences = render_all(example, rendering)?;
     match (sequences.pop(), sequences.len()) {
         (Some(rendered), 0) => Ok(rendered),
         _ => {
@@ -61,12 +78,12 @@ pub fn render(
 /// What the template does not render, in words.
 pub(super) fn render_all(
     example: &Example,
-    template: &ChatTemplate,
-    bos: Option<&str>,
+    rendering: Rendering<'_>,
 ) -> Result<Vec<Rendered>, String> {
     let plain =
         |pieces| vec![Rendered { pieces, add_special: true, parse_special: false, ends: true }];
-    let piece = |text: &str, trained| Piece { text: text.to_owned(), trained };
+    let piece =
+        |text: &str, trained| Piece { text: text.to_owned(), barriers: Vec::new(), trained };
     match example {
         Example::Text(text) => Ok(plain(vec![piece(text, true)])),
         Example::Completion { prompt, completion } => {
@@ -78,10 +95,10 @@ pub(super) fn render_all(
                     !bos.is_empty()
                         && pieces.first().is_some_and(|first| first.text.starts_with(*bos))
                 };
-                let add_special = bos.filter(begins).is_none();
+                let add_special = rendering.bos.filter(begins).is_none();
                 Rendered { pieces, add_special, parse_special: true, ends: false }
             };
-            Ok(turns(chat, template)?.into_iter().map(rendered).collect())
+            Ok(turns(chat, rendering)?.into_iter().map(rendered).collect())
         }
     }
 }
@@ -90,29 +107,29 @@ pub(super) fn render_all(
 ///
 /// # Errors
 /// What the template does not render, in words.
-pub fn prompt(chat: &Chat, template: &ChatTemplate) -> Result<String, String> {
-    rendered(chat, &chat.messages, true, template)
+pub fn prompt(chat: &Chat, rendering: Rendering<'_>) -> Result<RenderedPrompt, String> {
+    rendered(chat, &chat.messages, true, rendering)
 }
 
 fn rendered(
     chat: &Chat,
     messages: &[Value],
     add_generation_prompt: bool,
-    template: &ChatTemplate,
-) -> Result<String, String> {
+    rendering: Rendering<'_>,
+) -> Result<RenderedPrompt, String> {
     let input = RenderInput {
         messages: messages.to_vec(),
         tools: chat.tools.clone(),
         add_generation_prompt,
-        // One clock for all renderings of a conversation.
-        now: Some(0),
+        now: rendering.now,
         ..RenderInput::default()
     };
-    template.render(&input).map_err(|error| error.to_string())
+    let prompt = rendering.template.render_guarded(&input, rendering.control);
+    prompt.map_err(|error| error.to_string())
 }
 
 /// The pieces of each sequence.
-fn turns(chat: &Chat, template: &ChatTemplate) -> Result<Vec<Vec<Piece>>, String> {
+fn turns(chat: &Chat, rendering: Rendering<'_>) -> Result<Vec<Vec<Piece>>, String> {
     struct Sequence {
         pieces: Vec<Piece>,
         /// All pieces so far.
@@ -122,9 +139,10 @@ fn turns(chat: &Chat, template: &ChatTemplate) -> Result<Vec<Vec<Piece>>, String
     for (number, _) in chat.trained.iter().enumerate().filter(|(_, trained)| **trained) {
         let at = |what: String| format!("messages[{number}]: {what}");
         let message = &chat.messages[number];
-        let prompt = rendered(chat, &chat.messages[..number], true, template)?;
-        let whole = rendered(chat, &chat.messages[..=number], false, template)?;
-        let format = template.reasoning(&prompt);
+        let RenderedPrompt { text: prompt, barriers } =
+            rendered(chat, &chat.messages[..number], true, rendering)?;
+        let whole = rendered(chat, &chat.messages[..=number], false, rendering)?.text;
+        let format = rendering.template.reasoning(&prompt);
         let answer = answer(&prompt, &whole, message, format.as_ref()).ok_or_else(|| {
             at("the chat template renders this answer otherwise than it prompts for it: set its \
                 `weight` to 0, or use another chat template"
@@ -139,10 +157,12 @@ fn turns(chat: &Chat, template: &ChatTemplate) -> Result<Vec<Vec<Piece>>, String
             sequences.len() - 1
         });
         let sequence = &mut sequences[at];
-        let context = prompt[sequence.text.len()..].to_owned();
+        let done = sequence.text.len();
+        let context = prompt[done..].to_owned();
+        let barriers = barriers.into_iter().filter(|at| *at > done).map(|at| at - done).collect();
         sequence.text = prompt + &answer;
-        sequence.pieces.push(Piece { text: context, trained: false });
-        sequence.pieces.push(Piece { text: answer, trained: true });
+        sequence.pieces.push(Piece { text: context, barriers, trained: false });
+        sequence.pieces.push(Piece { text: answer, barriers: Vec::new(), trained: true });
     }
     let pieces = sequences.into_iter().map(|mut sequence| {
         // The first piece is where a text begins, even an empty one.

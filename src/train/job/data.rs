@@ -36,7 +36,8 @@ pub(super) fn read(
         let facts = ModelFacts::read(model)?;
         let template =
             ChatTemplate::of(&facts.tokenizer).map_err(|why| failed("invalid_model", None, why))?;
-        Ok(Encoder { tokenizer: tokenizer.clone(), template: Arc::new(template) })
+        let (now, parse_control) = (order.created_at, order.spec.data.parse_control_tokens);
+        Ok(Encoder::new(tokenizer.clone(), Arc::new(template), now, parse_control))
     };
     let (data, train, validation) = match order.spec.kind.purpose() {
         Some(Purpose::Answers) => {

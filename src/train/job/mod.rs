@@ -50,6 +50,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Of [`Order`] and [`Outcome`].
 const VERSION: u32 = 1;
@@ -81,6 +82,10 @@ pub struct Order {
     /// The model whose tokenizer a fresh model takes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
+    /// When the job was created, in seconds since 1970: the date that chat templates write, however
+    /// often and whenever the job goes on.
+    #[serde(default)]
+    pub created_at: i64,
 }
 
 impl Order {
@@ -98,6 +103,9 @@ impl Order {
             validation: None,
             init: None,
             tokenizer: None,
+            created_at: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |now| now.as_secs() as i64),
         }
     }
 }

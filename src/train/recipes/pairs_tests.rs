@@ -72,7 +72,7 @@ fn encoder() -> Encoder {
     let mut vocab = Vocab::new((0..60u8).map(|byte| (vec![byte], false, false)));
     vocab.eos = Some(59);
     let template = ChatTemplate::compile(CHATML, None, "", "<|im_end|>").unwrap();
-    Encoder { tokenizer: Arc::new(Letters(vocab)), template: Arc::new(template) }
+    Encoder::new(Arc::new(Letters(vocab)), Arc::new(template), 0, false)
 }
 
 struct Ran {

@@ -71,10 +71,12 @@ fn pairs(folder: &Path, vocab: u32) -> PreparedPairs {
     let source = folder.join("pairs.jsonl");
     std::fs::write(&source, lines.join("\n")).unwrap();
     let pieces = (0..vocab).map(|token| (token.to_le_bytes().to_vec(), false, false));
-    let encoder = Encoder {
-        tokenizer: Arc::new(Characters(Vocab::new(pieces))),
-        template: Arc::new(ChatTemplate::compile(CHATML, None, "", "").unwrap()),
-    };
+    let encoder = Encoder::new(
+        Arc::new(Characters(Vocab::new(pieces))),
+        Arc::new(ChatTemplate::compile(CHATML, None, "", "").unwrap()),
+        0,
+        false,
+    );
     prepare_pairs(&source, &encoder, 64, &folder.join("cache")).unwrap().0
 }
 

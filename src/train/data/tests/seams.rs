@@ -41,10 +41,12 @@ fn encoder(space_prefix: bool, add_eos: bool, bos: &str) -> Encoder {
         "{bos}{{%- for m in messages -%}}{{{{- m.role[0] | upper + ':' + m.content + '<e>' -}}}}\
          {{%- endfor -%}}{{%- if add_generation_prompt -%}}{{{{- 'A:' -}}}}{{%- endif -%}}"
     );
-    Encoder {
-        tokenizer: Arc::new(tokenizer(space_prefix, add_eos)),
-        template: Arc::new(ChatTemplate::compile(&source, None, "<s>", "</s>").unwrap()),
-    }
+    Encoder::new(
+        Arc::new(tokenizer(space_prefix, add_eos)),
+        Arc::new(ChatTemplate::compile(&source, None, "<s>", "</s>").unwrap()),
+        0,
+        false,
+    )
 }
 
 fn encode(encoder: &Encoder, line: Value) -> Encoded {

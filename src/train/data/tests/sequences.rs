@@ -2,7 +2,7 @@
 
 use super::{Bytes, chat};
 use crate::template::{CHATML, ChatTemplate};
-use crate::train::data::turns::render_all;
+use crate::train::data::turns::{Rendering, render_all};
 use crate::train::data::{Encoder, Example, Prepared, Report, prepare, prepare_pairs, render};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -49,7 +49,7 @@ fn sequences(
     template: &ChatTemplate,
 ) -> Result<Vec<(String, Vec<String>)>, String> {
     let example = Example::Chat(chat(json!({"messages": messages})));
-    let rendered = render_all(&example, template, None)?;
+    let rendered = render_all(&example, Rendering::plain(template))?;
     let each = rendered.into_iter().map(|rendered| {
         let trained = rendered.pieces.iter().filter(|piece| piece.trained);
         let trained = trained.map(|piece| piece.text.clone()).collect();
@@ -149,7 +149,7 @@ fn prepared(lines: &[Value], template: ChatTemplate, max: usize) -> (Prepared, R
     let (source, cache) = (folder.path().join("data.jsonl"), folder.path().join("data.bin"));
     let lines: Vec<_> = lines.iter().map(Value::to_string).collect();
     std::fs::write(&source, lines.join("\n")).unwrap();
-    let encoder = Encoder { tokenizer: Arc::new(Bytes::new()), template: Arc::new(template) };
+    let encoder = Encoder::new(Arc::new(Bytes::new()), Arc::new(template), 0, false);
     prepare(&source, &encoder, max, &cache).unwrap()
 }
 
@@ -164,7 +164,7 @@ fn split_conversations_are_one_example_in_reports() {
     assert!(report.notes[0].contains("1 conversations are trained as 2 sequences"), "{report:?}");
     // The longer sequence does not fit, and is cut before its answer.
     let short = data.length(2);
-    let (data, report) = prepared(&[two.clone()], qwen3(""), short);
+    let (data, report) = prepared(std::slice::from_ref(&two), qwen3(""), short);
     assert_eq!((data.len(), report.truncated, report.dropped), (1, 1, 0));
     let chatml = ChatTemplate::compile(CHATML, None, "", "").unwrap();
     let (data, report) = prepared(&[two, one], chatml, 999);
@@ -196,7 +196,7 @@ fn pairs_and_scores_are_one_sequence() {
     let folder = tempfile::tempdir().unwrap();
     let (source, cache) = (folder.path().join("data.jsonl"), folder.path().join("data.bin"));
     let template = Arc::new(qwen3(""));
-    let encoder = Encoder { tokenizer: Arc::new(Bytes::new()), template: template.clone() };
+    let encoder = Encoder::new(Arc::new(Bytes::new()), template.clone(), 0, false);
     let (user, answer) = (message("user", "U"), message("assistant", "A"));
     let pair = |chosen: &[&Value]| {
         json!({"prompt": [user], "chosen": chosen, "rejected": "B"}).to_string()
@@ -211,7 +211,7 @@ fn pairs_and_scores_are_one_sequence() {
     );
     let mut last = chat(json!({"messages": [user, answer, user, answer]}));
     last.trained[1] = false;
-    assert_eq!(render(&Example::Chat(last), &template, None).unwrap().pieces.len(), 2);
+    assert_eq!(render(&Example::Chat(last), Rendering::plain(&template)).unwrap().pieces.len(), 2);
 }
 
 /// The templates that llama.cpp ships, from `scripts/templates.sh`.
