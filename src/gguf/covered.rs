@@ -152,29 +152,47 @@ impl Covered {
     }
 
     fn check_shape(&self, value_length: usize) -> Result<(), Uncovered> {
+        let Self { width, ff, heads, kv_heads, head_dim, .. } = *self;
         let blocks = |n: usize| n > 0 && n.is_multiple_of(BLOCK);
-        let fits = self.kv_heads > 0
-            && self.heads.is_multiple_of(self.kv_heads)
-            && blocks(self.width)
-            && blocks(self.ff)
-            && blocks(self.heads / self.kv_heads * self.head_dim)
-            && self.head_dim.is_multiple_of(8)
-            && self.heads.saturating_mul(self.head_dim) <= MAX_QUERY
-            && value_length == self.head_dim;
-        match fits {
-            true => Ok(()),
-            false => other(format!("no kernel fits its dimensions: {self:?}")),
-        }
+        let problem = match () {
+            () if kv_heads == 0 || !heads.is_multiple_of(kv_heads) => {
+                format!("its {heads} heads are no multiple of its {kv_heads} KV heads")
+            }
+            () if !blocks(width) => format!("its width of {width} is no multiple of {BLOCK}"),
+            () if !blocks(ff) => {
+                format!("its feed-forward width of {ff} is no multiple of {BLOCK}")
+            }
+            () if !head_dim.is_multiple_of(8) || !blocks(heads / kv_heads * head_dim) => format!(
+                "the queries of one of its KV heads ({} heads of {head_dim}) are no multiple of \
+                 {BLOCK}",
+                heads / kv_heads
+            ),
+            () if heads.saturating_mul(head_dim) > MAX_QUERY => {
+                format!("its {heads} heads of {head_dim} are more than {MAX_QUERY} wide")
+            }
+            () if value_length != head_dim => {
+                format!("its values are {value_length} wide, its keys {head_dim}")
+            }
+            () => return Ok(()),
+        };
+        other(format!("no kernel fits its dimensions: {problem}"))
     }
 
     /// Nothing may be announced that the file's tensors do not bear out: room is made by these
     /// numbers.
     fn check_sizes(&self, file: &Gguf) -> Result<(), Uncovered> {
         let largest = file.tensors().iter().map(TensorInfo::elements).max().unwrap_or(0);
-        let sizes = [self.width, self.ff, self.heads.saturating_mul(self.head_dim)];
-        match sizes.iter().all(|&size| size as u64 <= largest) {
-            true => Ok(()),
-            false => other(format!("its tensors do not bear out its dimensions: {self:?}")),
+        let sizes = [
+            ("width", self.width),
+            ("feed-forward width", self.ff),
+            ("heads' width", self.heads.saturating_mul(self.head_dim)),
+        ];
+        match sizes.iter().find(|(_, size)| *size as u64 > largest) {
+            None => Ok(()),
+            Some((what, size)) => other(format!(
+                "its {what} is {size}, but its largest tensor has {largest} elements: the file's \
+                 header is wrong"
+            )),
         }
     }
 }

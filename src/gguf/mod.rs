@@ -52,7 +52,7 @@ pub use dequantized::{dequantized_bytes, write_dequantized};
 pub use error::GgufError;
 pub use facts::{KvType, ModelFacts, PoolingType, SplitFacts};
 pub use hugging_face::{
-    ConvertError, convert, fingerprint, hugging_face_name, is_hugging_face, pre_tokenizer,
+    ConvertError, LACKING, convert, fingerprint, hugging_face_name, is_hugging_face, pre_tokenizer,
 };
 pub use lora::{LoraError, LoraInfo, peft_to_gguf};
 pub use lora_check::{SCORE_HEAD, check_lora_gguf, score_head};

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Caps, RenderInput};
+use super::{Caps, RenderInput, integers};
 
 /// Introduces the tools to a model whose template ignores them; Hermes' words.
 const TOOL_INSTRUCTION: &str = "# Tools\n\n\
@@ -48,7 +48,7 @@ pub(super) fn adapt(caps: &Caps, native_tools: bool, input: &RenderInput) -> Ren
         for message in &mut input.messages {
             each_arguments(message, |arguments| {
                 if !arguments.is_string() {
-                    *arguments = Value::String(arguments.to_string());
+                    *arguments = Value::String(integers::to_text(arguments));
                 }
             });
         }
@@ -154,7 +154,7 @@ fn join_parts(message: &mut Value) {
 }
 
 fn parse_arguments(arguments: &mut Value) {
-    let parsed = arguments.as_str().and_then(|text| serde_json::from_str(text).ok());
+    let parsed = arguments.as_str().and_then(|text| integers::parse(text).ok());
     if let Some(parsed @ Value::Object(_)) = parsed {
         *arguments = parsed;
     }
@@ -246,7 +246,7 @@ fn call_text(call: &Value) -> String {
     let mut text = Map::new();
     text.insert("name".into(), call["function"]["name"].clone());
     text.insert("arguments".into(), call["function"]["arguments"].clone());
-    format!("<tool_call>\n{}\n</tool_call>", Value::Object(text))
+    format!("<tool_call>\n{}\n</tool_call>", integers::to_text(&Value::Object(text)))
 }
 
 /// Moves system text to the front of the user message that follows it.

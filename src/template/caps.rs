@@ -28,6 +28,9 @@ pub struct Caps {
     pub null_content: bool,
     /// The template knows reasoning: it mentions `enable_thinking` or a marker.
     pub thinking: bool,
+    /// Something stands behind an answer, which ends the turn. Without it a model that is trained with
+    /// the template does not learn to stop.
+    pub ends_turns: bool,
     /// The generation prompt ends inside an open reasoning block when nothing else is asked for.
     pub opens_reasoning: bool,
 }
@@ -45,6 +48,7 @@ impl Default for Caps {
             content_parts: true,
             null_content: true,
             thinking: false,
+            ends_turns: true,
             opens_reasoning: false,
         }
     }
@@ -161,6 +165,20 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
     let nones = |prompt: &Option<String>| prompt.as_ref().map(|p| p.matches("None").count());
     let null_content = with_null.is_some() && nones(&with_null) <= nones(&tool_calls);
     let thinking = reasoning_markers(source).is_some() || source.contains("reasoning_content");
+    let answer = json!({"role": "assistant", "content": content(RESULT)});
+    let ends_turns = {
+        let mut input = RenderInput {
+            messages: vec![user.clone(), answer],
+            now: Some(0),
+            ..RenderInput::default()
+        };
+        template.add_variables(&mut input);
+        let prompt = template.render_raw(&input);
+        // A template that refuses the conversation says nothing about this.
+        prompt.map_or(true, |prompt| {
+            prompt.rsplit_once(RESULT).is_none_or(|(_, behind)| !behind.trim().is_empty())
+        })
+    };
     let opens_reasoning = render(vec![user], None)
         .is_ok_and(|prompt| template.reasoning(&prompt).is_some_and(|format| format.starts_open));
     Caps {
@@ -174,6 +192,7 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
         content_parts,
         null_content,
         thinking,
+        ends_turns,
         opens_reasoning,
     }
 }

@@ -16,6 +16,7 @@ mod engine;
 mod family;
 mod grammar;
 mod guard;
+mod integers;
 mod json_scan;
 mod message;
 mod methods;
@@ -82,6 +83,11 @@ pub struct RenderInput {
     pub chat_template_kwargs: Map<String, Value>,
     /// The clock of `strftime_now`, in seconds since 1970 (UTC); `None` reads the system's.
     pub now: Option<i64>,
+}
+
+/// A day as `2026-01-31`, of seconds since 1970 (UTC).
+pub fn date(now: i64) -> String {
+    clock::strftime("%Y-%m-%d", now)
 }
 
 impl RenderInput {
@@ -172,6 +178,17 @@ impl ChatTemplate {
     /// in the system prompt, in Hermes' form.
     pub fn native_tools(&self) -> bool {
         self.family.is_some()
+    }
+
+    /// Whether prompts depend on the day.
+    pub fn writes_date(&self) -> bool {
+        let on = |now| {
+            let messages = vec![json!({"role": "user", "content": "Hi."})];
+            let input = RenderInput { messages, now: Some(now), ..RenderInput::default() };
+            self.render_adapted(&input).ok()
+        };
+        // Another day, month and year, and another day of the week.
+        on(0) != on(86_400 * 400)
     }
 
     /// The markers around reasoning in the output that follows `prompt`, if the model reasons.

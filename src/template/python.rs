@@ -4,6 +4,7 @@
 //! prints it. Every writer here is bounded: a value that shares parts (`[x, x]` forty times) is
 //! small in memory and astronomically large in text.
 
+use super::integers;
 use std::fmt;
 
 use minijinja::value::{Value, ValueKind};
@@ -52,7 +53,10 @@ pub(super) fn from_json(value: &serde_json::Value) -> Value {
     match value {
         Json::Null => Value::from(()),
         Json::Bool(value) => Value::from(*value),
-        Json::String(text) => Value::from(text.as_str()),
+        Json::String(text) => match integers::integer(text) {
+            Some(integer) => Value::from(integer),
+            None => Value::from(text.as_str()),
+        },
         Json::Array(items) => items.iter().map(from_json).collect::<Vec<Value>>().into(),
         Json::Object(map) => {
             Value::from_pairs(map.iter().map(|(key, item)| (key.clone(), from_json(item))))

@@ -470,3 +470,50 @@ fn mistral_gets_short_call_ids() {
     let short = &id[id.len() - 9..];
     assert!(template.render(&input).unwrap().ends_with(&format!("{{}}{short}={short}20")));
 }
+
+#[test]
+fn templates_that_write_the_date_are_found() {
+    for (source, writes) in [
+        ("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}", true),
+        ("{{ date_string }}{{ messages[0].content }}", true),
+        ("{{ messages[0].content }}", false),
+        (CHATML, false),
+    ] {
+        assert_eq!(compile(source).writes_date(), writes, "{source}");
+    }
+    assert_eq!((date(0), date(951_782_400)), ("1970-01-01".into(), "2000-02-29".into()));
+}
+
+#[test]
+fn templates_that_do_not_end_turns_are_found() {
+    for (source, ends) in [
+        (CHATML, true),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", false),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}", true),
+        ("{{ raise_exception('no') }}", true),
+    ] {
+        assert_eq!(compile(source).caps().ends_turns, ends, "{source}");
+    }
+}
+
+#[test]
+fn long_integers_in_arguments_keep_their_digits() {
+    let arguments = "{\"id\": 12345678901234567890123, \"n\": [1, -5, 2.5]}";
+    let call = json!({"id": "c", "type": "function",
+        "function": {"name": "get_weather", "arguments": arguments}});
+    let messages = json!([
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": null, "tool_calls": [call]},
+    ]);
+    let native = "<tool_call>{{ tools }}{% for m in messages %}{{ m.content or '' }}\
+                  {% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments|tojson }}\
+                  {% endfor %}{% endfor %}";
+    for (source, digits) in [
+        (native, "{\"id\": 12345678901234567890123, \"n\": [1, -5, 2.5]}"),
+        (CHATML, "{\"id\":12345678901234567890123,\"n\":[1,-5,2.5]}"),
+    ] {
+        let input = RenderInput { tools: Some(weather()), ..chat(messages.clone()) };
+        let prompt = compile(source).render(&input).unwrap();
+        assert!(prompt.contains(digits), "{prompt}");
+    }
+}

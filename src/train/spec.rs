@@ -59,7 +59,9 @@ impl Kind {
         match self {
             Self::Sft => [2e-4, 2e-5],
             Self::Pretrain => [1e-3; 2],
-            Self::Dpo | Self::Grpo => [1e-5, 1e-6],
+            Self::Dpo => [1e-5, 1e-6],
+            // At TRL's 1e-6 to 1e-5 small tasks take thousands of steps.
+            Self::Grpo => [2e-4, 1e-6],
             Self::Reward => [1e-4, 1e-5],
         }
     }
@@ -236,29 +238,54 @@ pub struct Adapter {
 }
 
 /// `"all-linear"`, or a list of PEFT's names.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
-#[serde(untagged)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub enum Targets {
     #[default]
-    #[serde(with = "all_linear")]
     All,
     Some(Vec<String>),
 }
 
-mod all_linear {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+const ALL_LINEAR: &str = "all-linear";
 
-    const NAME: &str = "all-linear";
-
-    pub fn serialize<S: Serializer>(to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(NAME)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<(), D::Error> {
-        match String::deserialize(from)?.as_str() {
-            NAME => Ok(()),
-            other => Err(D::Error::custom(format!("`{other}` is not `{NAME}`"))),
+impl Serialize for Targets {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::All => to.serialize_str(ALL_LINEAR),
+            Self::Some(names) => names.serialize(to),
         }
+    }
+}
+
+impl<'de> Deserialize<'de> for Targets {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Names;
+        impl<'de> serde::de::Visitor<'de> for Names {
+            type Value = Targets;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "\"{ALL_LINEAR}\", or a list of names such as [\"q_proj\", \"v_proj\"]")
+            }
+
+            fn visit_str<E>(self, name: &str) -> Result<Targets, E> {
+                Ok(match name {
+                    ALL_LINEAR => Targets::All,
+                    // One name stands for a list of one, as in PEFT.
+                    name => Targets::Some(vec![name.to_owned()]),
+                })
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(
+                self,
+                mut seq: A,
+            ) -> Result<Targets, A::Error> {
+                let mut names = Vec::new();
+                while let Some(name) = seq.next_element()? {
+                    names.push(name);
+                }
+                Ok(Targets::Some(names))
+            }
+        }
+        from.deserialize_any(Names)
     }
 }
 
@@ -563,6 +590,8 @@ mod tests {
         )
         .unwrap();
         assert_eq!(toml.adapter.unwrap().lora(0).unwrap().targets, [Target::Q]);
+        let one: Adapter = serde_json::from_str(r#"{"targets": "q_proj"}"#).unwrap();
+        assert_eq!(one.lora(0).unwrap().targets, [Target::Q]);
     }
 
     #[test]
@@ -579,6 +608,9 @@ mod tests {
             (r#""adapter": {"dropout": 1.0}"#, "adapter.dropout"),
             (r#""version": 2"#, "version"),
             (r#""adapter": {"targets": []}"#, "adapter.targets"),
+            (r#""adapter": {"targets": "all"}"#, "`all` is none of"),
+            (r#""adapter": {"targets": 3}"#, "all-linear"),
+            (r#""adapter": {"targets": [3]}"#, "a string"),
             (r#""train": {"learning_rate": 0}"#, "train.learning_rate"),
             (r#""train": {"batch_size": 0}"#, "train.batch_size"),
             (r#""train": {"warmup": 2}"#, "train.warmup"),

@@ -17,6 +17,8 @@ use tokenizers::{
     OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Result as Outcome, Trainer,
 };
 
+/// Letters of a word, at most, that the trainer looks at together.
+const LONGEST_WORD: usize = 128;
 /// Bytes of text that merges are learned from, at most: spread over the whole file.
 const SAMPLE: u64 = 100 << 20;
 const BYTES: usize = 256;
@@ -156,7 +158,17 @@ fn words(text: &str) -> Outcome<Vec<String>> {
     Digits::new(true).pre_tokenize(&mut pieces)?;
     ByteLevel::new(false, true, true).pre_tokenize(&mut pieces)?;
     let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
-    Ok(splits.into_iter().map(|(word, _, _)| word.to_owned()).collect())
+    Ok(splits.into_iter().flat_map(|(word, _, _)| parts(word)).collect())
+}
+
+/// A word in parts of bounded length: a merge looks at all pairs of every word that it is in, so that one
+/// word as long as the text would take the square of its length.
+fn parts(word: &str) -> impl Iterator<Item = String> + '_ {
+    let mut rest = word.chars();
+    std::iter::from_fn(move || {
+        let part: String = rest.by_ref().take(LONGEST_WORD).collect();
+        (!part.is_empty()).then_some(part)
+    })
 }
 
 /// Texts of a file that are [`SAMPLE`] bytes together, evenly spread over it.
@@ -229,6 +241,18 @@ mod tests {
         }
         writer.write(&path).unwrap();
         NativeTokenizer::from_gguf(&Gguf::open_header(&path).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn words_are_bounded() {
+        for (length, parts) in [(0, 0), (1, 1), (128, 1), (129, 2), (300, 3)] {
+            let word = "é".repeat(length);
+            let found: Vec<String> = super::parts(&word).collect();
+            assert_eq!((found.len(), found.concat()), (parts, word), "{length}");
+        }
+        // Minutes, were it one word of two million letters.
+        let one = trained(&"a".repeat(2_000_000), 300);
+        assert!(one.len() > BYTES + 1);
     }
 
     fn trained(text: &str, size: usize) -> Vocabulary {

@@ -141,9 +141,8 @@ impl Hyperparameters {
     fn decided(self, kind: MethodKind, examples: u64) -> (u64, u64, f64) {
         let (batch, least, multiplier) = match kind {
             MethodKind::Supervised | MethodKind::Dpo => ((examples / 250).clamp(1, 8), 3, 1.0),
-            // A batch is of prompts, each with its group; and what is learned of a few hundred steps
-            // at the rate that is usual for a thousand is little.
-            MethodKind::Reinforcement => (examples.clamp(1, 8), 1, 10.0),
+            // A batch is of prompts, each with its group.
+            MethodKind::Reinforcement => (examples.clamp(1, 8), 1, 1.0),
         };
         let batch = self.batch_size.unwrap_or(batch);
         let enough = (FEW_STEPS * batch).div_ceil(examples.max(1));
@@ -592,7 +591,8 @@ fn checkpoint(
     })
 }
 
-/// `DELETE /v1/models/{id}`: a model that a job made. Requests that use it end with it.
+/// `DELETE /v1/models/{id}`: a model that a job made, with the models of the job's checkpoints; or one of
+/// these alone. Requests that use it end with it.
 ///
 /// # Errors
 /// 404 if there is none, 403 for what no job of this key made.
@@ -609,7 +609,7 @@ pub async fn delete_model(
         job.name == name
             || name.strip_prefix(&*job.name).is_some_and(|n| n.starts_with(":ckpt-step-"))
     };
-    if !jobs.iter().any(made) {
+    let Some(job) = jobs.iter().find(|job| made(job)) else {
         app.registry.card(&name)?;
         return Err(ApiError::new(
             http::StatusCode::FORBIDDEN,
@@ -617,9 +617,12 @@ pub async fn delete_model(
             "Only models that your fine-tuning jobs made can be deleted.",
         )
         .with_param("model"));
-    }
+    };
     if !app.jobs.forget(&name)? {
         return Err(ApiError::model_not_found(&name));
+    }
+    if name == job.name {
+        app.jobs.forget_checkpoints(job)?;
     }
     Ok(Json(json!({"id": name, "object": "model", "deleted": true})))
 }
@@ -725,8 +728,8 @@ mod tests {
             (found.compute_multiplier, found.eval_interval, found.eval_samples),
             (Some(2.0), None, Some(3))
         );
-        assert_eq!(found.decided(MethodKind::Reinforcement, 100), (8, 8, 10.0));
-        assert_eq!(found.decided(MethodKind::Reinforcement, 10_000), (1, 8, 10.0));
+        assert_eq!(found.decided(MethodKind::Reinforcement, 100), (8, 8, 1.0));
+        assert_eq!(found.decided(MethodKind::Reinforcement, 10_000), (1, 8, 1.0));
     }
 
     #[test]

@@ -121,6 +121,19 @@ impl Jobs {
         Ok(adapter || model || unloaded)
     }
 
+    /// Takes the adapters of a job's checkpoints out of service and out of the store.
+    ///
+    /// # Errors
+    /// Of the database, or of the job's events.
+    pub fn forget_checkpoints(&self, job: &StoredJob) -> Result<(), ApiError> {
+        for entry in self.events(&job.id)? {
+            if let JobEvent::Checkpoint { step } = entry.event {
+                self.forget(&checkpoint_name(&job.name, step))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Lists the adapters of the checkpoints that a job has now, as `NAME:ckpt-step-N`, and forgets
     /// those that are gone.
     pub(super) fn list_checkpoints(&self, id: &str) {

@@ -105,6 +105,12 @@ impl Registry {
         let created = seconds_since_1970();
         let make = move || Ok(Arc::new(Model::new(name, header, plan, engine, created)));
         let model = blocking(make).await?;
+        if model.chat.as_ref().is_ok_and(|template| !template.caps().ends_turns) {
+            tracing::warn!(
+                model = model.name,
+                "the chat template puts nothing behind an answer: the model may not know where to stop"
+            );
+        }
         let mut state = self.lock();
         model.touch(self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
         state.models.insert(model.name.clone(), model.clone());

@@ -63,6 +63,9 @@ impl ConvertError {
     }
 }
 
+/// The key under which a converted file keeps what it lacks of its folder, for those who use it later.
+pub const LACKING: &str = "ingot.lacking";
+
 /// Makes a GGUF of a folder, at `out`, with further keys, `facts`. F32, F16 and BF16 stay what they
 /// are; vectors become F32. One tensor is held at a time. Returns what the file lacks of what the
 /// folder has, in words.
@@ -89,6 +92,9 @@ pub fn convert(
     tokenizer::write(folder, &config, plan.vocab, &mut writer, &mut lacking)?;
     for (key, value) in facts {
         writer.set(key, value.as_str());
+    }
+    if !lacking.is_empty() {
+        writer.set(LACKING, lacking.clone());
     }
     for (name, values) in plan.computed {
         let dims = [values.len() as u64];

@@ -227,6 +227,51 @@ fn roles_and_templates_come_along() {
 }
 
 #[test]
+fn all_ends_are_kept_or_named() {
+    let made = made(&TinyDecoder::new("llama"), TensorType::F32);
+    for (ends, eot, eom, named) in [
+        (json!(2), None, None, false),
+        (json!([2, 0]), Some(0), None, false),
+        (json!([2, 5, 0, 5]), Some(0), Some(5), false),
+        (json!([7, 2, 5, 6]), Some(5), Some(6), true),
+    ] {
+        made.put("generation_config.json", &json!({ "eos_token_id": ends }));
+        let (file, lacking) = made.convert().unwrap();
+        let id = |key: &str| file.u32(&format!("tokenizer.ggml.{key}_token_id")).unwrap();
+        assert_eq!((id("eos"), id("eot"), id("eom")), (Some(2), eot, eom), "{ends}");
+        let said =
+            lacking.iter().any(|what| what.contains("[7]") && what.contains("stop_token_ids"));
+        assert_eq!(said, named, "{ends}: {lacking:?}");
+    }
+}
+
+#[test]
+fn what_is_not_looked_at_is_said() {
+    let tiny = TinyDecoder { tied: true, ..TinyDecoder::new("qwen2") };
+    let made = made(&tiny, TensorType::F32);
+    assert_eq!(made.convert().unwrap().1, [""; 0]);
+    // A file of the older kind is no news, a newer one is.
+    let pickled = made.hf.join("pytorch_model.bin");
+    fs::write(&pickled, "x").unwrap();
+    let time = |path: &Path, seconds: u64| {
+        let file = fs::File::options().append(true).open(path).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds)).unwrap();
+    };
+    time(&made.hf.join("model.safetensors"), 2_000_000_000);
+    for (at, newer) in [(1_900_000_000, false), (2_000_000_000, false), (2_100_000_000, true)] {
+        time(&pickled, at);
+        let (_, lacking) = made.convert().unwrap();
+        assert_eq!(lacking.iter().any(|what| what.contains("pytorch_model.bin is newer")), newer);
+    }
+    let hidden = |special: bool| json!({"9999": {"content": "<|hidden|>", "special": special}});
+    for (special, named) in [(true, true), (false, false)] {
+        let change = |json: &mut Json| json["added_tokens_decoder"] = hidden(special);
+        let (_, lacking) = made.with("tokenizer_config.json", change, || made.convert()).unwrap();
+        assert_eq!(lacking.iter().any(|what| what.contains("<|hidden|>")), named, "{lacking:?}");
+    }
+}
+
+#[test]
 fn shards_are_one_model() {
     let tiny = TinyDecoder::new("qwen2");
     let files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];

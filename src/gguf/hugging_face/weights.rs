@@ -17,6 +17,8 @@ use std::path::Path;
 
 const WHOLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Weights in PyTorch's own form.
+const PICKLED: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 
 /// Tensors that follow from the configuration, or that no forward pass reads.
 const IDLE: &[&str] =
@@ -32,6 +34,8 @@ pub struct Weights {
     places: BTreeMap<String, Place>,
     /// Those left out, by what they begin with.
     left: BTreeSet<&'static str>,
+    /// Files with weights in another form that were written later.
+    newer: Vec<&'static str>,
 }
 
 struct Place {
@@ -47,8 +51,17 @@ impl Weights {
     /// Opens the files and checks their headers.
     pub fn open(folder: &Path) -> Result<Self, ConvertError> {
         let names = names(folder)?;
-        let mut weights =
-            Self { files: Vec::new(), places: BTreeMap::new(), left: BTreeSet::new() };
+        let mut weights = Self {
+            files: Vec::new(),
+            places: BTreeMap::new(),
+            left: BTreeSet::new(),
+            newer: vec![],
+        };
+        let changed = |name: &str| fs::metadata(folder.join(name)).ok()?.modified().ok();
+        let read = names.files.iter().filter_map(|name| changed(name)).max();
+        let later =
+            |name: &&str| changed(name).is_some_and(|at| read.is_some_and(|read| at > read));
+        weights.newer = PICKLED.into_iter().filter(later).collect();
         for name in names.files {
             weights.add(folder, &name)?;
         }
@@ -130,6 +143,12 @@ impl Weights {
             })?;
         }
         self.check_rest(wanted)?;
+        self.note_unused_head(wanted, lacking);
+        lacking.extend(self.newer.iter().map(|file| {
+            format!(
+                "{file} is newer than the weights that are read, which are those in safetensors"
+            )
+        }));
         // `general.file_type` as llama.cpp numbers it, by what most of the weights are.
         let most = types.into_iter().max_by_key(|(_, bytes)| *bytes);
         let file_type = match most {
@@ -178,6 +197,23 @@ impl Weights {
         Ok((place, ty))
     }
 
+    /// A tied model has one matrix: what its file holds as the other is not looked at, as transformers
+    /// does.
+    fn note_unused_head(&self, wanted: &[Wanted], lacking: &mut Vec<String>) {
+        const HEAD: &str = "lm_head.weight";
+        let bytes = |place: &Place| &self.files[place.file].1[place.bytes.clone()];
+        let embedding = self.places.get("model.embed_tokens.weight");
+        let (Some(head), Some(embedding)) = (self.places.get(HEAD), embedding) else { return };
+        let used = wanted.iter().any(|wanted| wanted.from == HEAD);
+        if !used && (head.dtype != embedding.dtype || bytes(head) != bytes(embedding)) {
+            lacking.push(
+                "`lm_head.weight` differs from the embedding, and is not used: config.json ties the \
+                 two (tie_word_embeddings), as transformers reads it"
+                    .to_owned(),
+            );
+        }
+    }
+
     /// Nothing may be there that would be left out.
     fn check_rest(&self, wanted: &[Wanted]) -> Result<(), ConvertError> {
         let taken: BTreeSet<&str> = wanted.iter().map(|wanted| &wanted.from[..]).collect();
@@ -191,7 +227,8 @@ impl Weights {
                 let (file, name) = (&self.files[place.file].0, &place.name);
                 let reason = format!(
                     "`{name}` is not a tensor of the model that config.json describes, and would be \
-                     left out"
+                     left out: remove it from the file (load the model with transformers, and \
+                     `save_pretrained(folder)`), or correct config.json"
                 );
                 Err(ConvertError::new(file, reason))
             }
@@ -229,8 +266,7 @@ struct Names {
 fn names(folder: &Path) -> Result<Names, ConvertError> {
     if folder.join(WHOLE).exists() || !folder.join(INDEX).exists() {
         let there = folder.join(WHOLE).exists();
-        let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
-        return match pickled.into_iter().find(|name| folder.join(name).exists()) {
+        return match PICKLED.into_iter().find(|name| folder.join(name).exists()) {
             _ if there => Ok(Names { files: [WHOLE.to_owned()].into(), tensors: Vec::new() }),
             Some(pickled) => Err(ConvertError::new(
                 pickled,

@@ -3,13 +3,14 @@
 use super::run::{Ended, failed, sort};
 use super::{EventLog, Folder, JobEvent, Level, Order};
 use crate::engine::tokenizer::native::NativeTokenizer;
-use crate::gguf::{Gguf, ModelFacts};
-use crate::template::ChatTemplate;
+use crate::gguf::{Array, Gguf, LACKING, ModelFacts, Value};
+use crate::template::{ChatTemplate, date};
 use crate::train::data::{
     DataError, Encoder, Prepared, PreparedPairs, PreparedPrompts, Purpose, Report, Stream, prepare,
     prepare_pairs, prepare_prompts, prepare_stream,
 };
 use crate::train::spec::{Kind, Resolved};
+use std::cell::Cell;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,11 +33,21 @@ pub(super) fn read(
     log: &mut EventLog,
 ) -> Result<Data, Ended> {
     fs::create_dir_all(folder.cache())?;
+    if let Some(Value::Array(Array::String(lacking))) = model.get(LACKING) {
+        for what in lacking {
+            log.say(
+                Level::Warn,
+                format!("The model's folder has more than is used of it: {what}."),
+            )?;
+        }
+    }
+    let dated = Cell::new(false);
     let encoder = || -> Result<Encoder, Ended> {
         let facts = ModelFacts::read(model)?;
         let template =
             ChatTemplate::of(&facts.tokenizer).map_err(|why| failed("invalid_model", None, why))?;
         let (now, parse_control) = (order.created_at, order.spec.data.parse_control_tokens);
+        dated.set(template.writes_date());
         Ok(Encoder::new(tokenizer.clone(), Arc::new(template), now, parse_control))
     };
     let (data, train, validation) = match order.spec.kind.purpose() {
@@ -93,6 +104,13 @@ pub(super) fn read(
         .flat_map(|(what, report)| report.map(|report| (what, report.notes.clone())))
         .collect();
     log.add(JobEvent::Data { train, validation }, message)?;
+    if dated.get() {
+        let date = date(order.created_at);
+        let message = format!(
+            "The chat template writes the date: all data are rendered with the day of the job, {date}."
+        );
+        log.say(Level::Info, message)?;
+    }
     for (what, notes) in notes {
         for note in notes {
             log.say(Level::Warn, format!("{what}: {note}"))?;

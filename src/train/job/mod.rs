@@ -50,7 +50,6 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Of [`Order`] and [`Outcome`].
 const VERSION: u32 = 1;
@@ -103,9 +102,7 @@ impl Order {
             validation: None,
             init: None,
             tokenizer: None,
-            created_at: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |now| now.as_secs() as i64),
+            created_at: now() as i64,
         }
     }
 }
