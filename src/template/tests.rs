@@ -455,7 +455,7 @@ fn mistral_gets_short_call_ids() {
     let template = compile(
         "{# [TOOL_CALLS] #}{{ tools }}{% for m in messages %}{% for c in m.tool_calls or [] %}\
          {% if c.id|length != 9 %}{{ raise_exception('length 9!') }}{% endif %}\
-         {{ c.function.arguments }}{{ c.id }}{% endfor %}\
+         {{ c.function.name }}{{ c.function.arguments }}{{ c.id }}{% endfor %}\
          {% if m.tool_call_id %}={{ m.tool_call_id }}{% endif %}{{ m.content or '' }}{% endfor %}",
     );
     let id = CallIds::new(1).next_id();

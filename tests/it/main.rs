@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `support.rs`, `http.rs`, `models_made.rs` | servers, requests, tiny models |
 //! | `reliability.rs`, `drain.rs`, `loading.rs` | death of engines and gateways, draining, slow clients, broken models |
+//! | `requests.rs` | requests as clients in use send them |
 //! | `lora.rs` | adapters: right, and swapped under load |
 //! | `models.rs` | several models, embeddings, keys and limits |
 //! | `oracle.rs` | greedy text against a plain llama.cpp loop |
@@ -30,6 +31,7 @@ mod models;
 mod models_made;
 mod oracle;
 mod reliability;
+mod requests;
 mod support;
 mod templates;
 mod verify;

@@ -83,7 +83,8 @@ fn reasoning_comes_before_a_format() {
     let closed = spec(THINKS, "<|assistant|><think>\n\n</think>\n\n", format()).unwrap();
     assert!(closed.trigger.is_none() && matches!(closed.grammar, Grammar::JsonSchema(_)));
     let free = spec(THINKS, "<|assistant|>", format()).unwrap();
-    let Grammar::Lark(lark) = free.grammar else { panic!("{:?}", free.grammar) };
+    let Grammar::JsonLark { lark, reasoning } = free.grammar else { panic!("{:?}", free.grammar) };
+    assert_eq!(reasoning, Some(("<think>".to_owned(), "</think>".to_owned())));
     assert!(free.trigger.is_none());
     assert!(lark.starts_with("start: think answer | answer\n"), "{lark}");
     assert!(lark.contains("thought[suffix=\"</think>\"]"), "{lark}");
@@ -95,7 +96,9 @@ fn special_tokens_stand_for_their_markers() {
     let template = ChatTemplate::compile(THINKS, None, "", "").unwrap();
     let info = info(vec![("<think>".into(), 7), ("</think>".into(), 8)]);
     let built = build(&template, &info, "<|assistant|>", &request(format())).unwrap();
-    let Some(Grammar::Lark(lark)) = built.grammar.map(|spec| spec.grammar) else { panic!() };
+    let Some(Grammar::JsonLark { lark, .. }) = built.grammar.map(|spec| spec.grammar) else {
+        panic!()
+    };
     assert!(lark.contains("think: <[7]> THOUGHT <[8]>"), "{lark}");
 }
 
@@ -107,7 +110,7 @@ fn tools_by_choice() {
         Some((vec!["<tool_call>".to_owned()], true))
     );
     let required = spec("", "", tools("required")).unwrap();
-    assert!(required.trigger.is_none() && matches!(required.grammar, Grammar::Lark(_)));
+    assert!(required.trigger.is_none() && matches!(required.grammar, Grammar::JsonLark { .. }));
     assert!(spec("", "", tools("none")).is_none());
 }
 
@@ -140,7 +143,7 @@ fn accepts(lark: &str, text: &str) -> bool {
 
 fn lark(source: &str, prompt: &str, more: Value) -> String {
     match spec(source, prompt, more).map(|spec| spec.grammar) {
-        Some(Grammar::Lark(lark)) => lark,
+        Some(Grammar::Lark(lark) | Grammar::JsonLark { lark, .. }) => lark,
         other => panic!("{other:?}"),
     }
 }
@@ -190,4 +193,46 @@ fn an_answer_is_a_call_or_has_the_format() {
     let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
     assert!(accepts(&grammar, call) && accepts(&grammar, "{\"any\": 1}"), "{grammar}");
     assert!(!accepts(&grammar, "hello"));
+}
+
+#[test]
+fn a_complete_call_may_end_the_answer() {
+    let grammar = lark("", "", tools("required"));
+    let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+    // White space behind a call leads nowhere else.
+    for text in [call.to_owned(), format!("{call}\n"), format!("{call}\n{call}")] {
+        assert!(accepts(&grammar, &text), "{text}");
+    }
+    assert!(!accepts(&grammar, &format!("{call}\n<tool_call>")));
+    // A function without parameters has none.
+    for parameters in [json!(null), json!({}), json!({"type": "object", "properties": {}})] {
+        let tool = json!({"type": "function", "function": {"name": "f", "parameters": parameters}});
+        let grammar = lark("", "", json!({"tools": [tool], "tool_choice": "required"}));
+        assert!(accepts(&grammar, call), "{parameters}");
+        assert!(!accepts(&grammar, &call.replace("{}", "{\"a\": 1}")), "{parameters}");
+    }
+}
+
+#[test]
+fn the_parts_of_a_grammar_are_named() {
+    let tool = |name: &str, strict: bool, parameters: Value| {
+        json!({"type": "function",
+            "function": {"name": name, "strict": strict, "parameters": parameters}})
+    };
+    let object = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
+    let mut body =
+        json!({"tools": [tool("one", false, object.clone()), tool("two", true, object)]});
+    body["response_format"] = format()["response_format"].clone();
+    let template = ChatTemplate::compile("", None, "", "").unwrap();
+    let built = build(&template, &info(vec![]), "", &request(body)).unwrap();
+    let params: Vec<&str> = built.parts.iter().map(|part| &part.param[..]).collect();
+    assert_eq!(
+        params,
+        ["response_format", "tools[0].function.parameters", "tools[1].function.parameters"]
+    );
+    let closed = "{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"integer\"}},\
+                  \"additionalProperties\":false}";
+    assert_eq!(built.parts[1].grammar, Grammar::LenientJsonSchema(closed.into()));
+    assert_eq!(built.parts[2].grammar, Grammar::JsonSchema(closed.into()));
+    assert_eq!(built.parts[2].what.as_deref(), Some("the parameters of the tool `two`"));
 }

@@ -717,7 +717,7 @@ mod tests {
     #[test]
     fn reinforcement_has_a_grader() {
         let body = r#"{"method": {"type": "reinforcement", "reinforcement": {
-            "grader": {"type": "length", "name": "l", "max": 9},
+            "grader": {"type": "length", "name": "l", "unit": "characters", "max": 9},
             "hyperparameters": {"compute_multiplier": 2, "eval_interval": "auto",
                 "eval_samples": 3, "reasoning_effort": "default"}}}}"#;
         let mut fields = Fields::parse(body.as_bytes()).unwrap();
@@ -755,18 +755,18 @@ mod tests {
             ),
             (
                 r#"{"method": {"type": "reinforcement", "reinforcement": {"grader":
-                    {"type": "length", "name": "l", "max": 9}, "hyperparameters": {"beta": 1}}}}"#,
+                    {"type": "length", "name": "l", "unit": "characters", "max": 9}, "hyperparameters": {"beta": 1}}}}"#,
                 "method.reinforcement.hyperparameters.beta",
             ),
             (
                 r#"{"method": {"type": "reinforcement", "reinforcement": {"grader":
-                    {"type": "length", "name": "l", "max": 9},
+                    {"type": "length", "name": "l", "unit": "characters", "max": 9},
                     "hyperparameters": {"reasoning_effort": "high"}}}}"#,
                 "method.reinforcement.hyperparameters.reasoning_effort",
             ),
             (
                 r#"{"method": {"type": "reinforcement", "reinforcement": {"grader":
-                    {"type": "length", "name": "l", "max": 9},
+                    {"type": "length", "name": "l", "unit": "characters", "max": 9},
                     "response_format": {"type": "json_schema"}}}}"#,
                 "method.reinforcement.response_format",
             ),

@@ -35,7 +35,11 @@ fn a_request_is_counted_once_along_its_way() {
     assert_eq!(counted(r#"ingot_e2e_request_latency_seconds_count{model="m"}"#), 1.0);
     assert_eq!(counted(r#"ingot_request_success_total{finish_reason="length",model="m"}"#), 1.0);
     assert_eq!(counted(r#"ingot_request_success_total{finish_reason="stop",model="m"}"#), 1.0);
-    assert!(!text.contains("finish_reason=\"abort\""));
+    // Counters begin at 0, also those of what has not happened.
+    let aborted = r#"ingot_request_success_total{finish_reason="abort",model="m"}"#;
+    assert_eq!(value(&text, aborted), Some(0.0));
+    assert_eq!(value(&text, r#"ingot_request_errors_total{kind="internal",model="m"}"#), Some(0.0));
+    assert_eq!(value(&text, r#"ingot_requests_rejected_total{reason="draining"}"#), Some(0.0));
 }
 
 #[test]
