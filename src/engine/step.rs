@@ -126,6 +126,8 @@ impl StepLoop {
             return false;
         }
         self.submit_masks(&plan);
+        // Clients hear that they were accepted before a long step, not after it.
+        self.outbox.flush();
         self.outbox.expect(self.scheduler.expected(&plan));
         let started = Instant::now();
         let ran = self.run_batch(&plan);

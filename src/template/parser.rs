@@ -83,6 +83,8 @@ pub struct OutputParser {
     repeats: bool,
     /// The beginning of a call was cut off and dropped.
     dropped: bool,
+    /// The answer is held to calls: it has no other text.
+    must_call: bool,
     out: Vec<Delta>,
 }
 
@@ -157,8 +159,16 @@ impl OutputParser {
             current: None,
             repeats: false,
             dropped: false,
+            must_call: false,
             out: Vec::new(),
         }
+    }
+
+    /// The answer is held to calls, so that whatever begins is a call.
+    #[must_use]
+    pub fn must_call(mut self, must_call: bool) -> Self {
+        self.must_call = must_call;
+        self
     }
 
     /// Reads the next piece of text.
@@ -205,7 +215,9 @@ impl OutputParser {
     fn drop_unfinished(&mut self) {
         self.run(false);
         match &self.mode {
-            Mode::Call(call) if !call.started() && call.certain_call(self.family) => {
+            Mode::Call(call)
+                if !call.started() && (self.must_call || call.certain_call(self.family)) =>
+            {
                 self.pending.clear();
                 self.spaces.clear();
                 self.dropped = true;
@@ -214,8 +226,8 @@ impl OutputParser {
             Mode::Content(_) => {
                 let marker = self.family.and_then(ToolFamily::marker);
                 let half = marker.map_or(0, |marker| partial_suffix(&self.pending, marker));
-                // One character may be anything.
-                if half > 1 {
+                // One character may be anything, where there may be anything.
+                if half > usize::from(!self.must_call) {
                     self.pending.truncate(self.pending.len() - half);
                     self.spaces.clear();
                     self.dropped = true;

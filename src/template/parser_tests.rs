@@ -157,6 +157,15 @@ fn a_call_that_is_cut_off_is_no_content() {
         );
         assert_eq!(parser.calls_are_complete(), names > 0, "{text}");
     }
+    // Where nothing but calls may come, everything is the beginning of one.
+    for (family, text) in [(Hermes, "<"), (Llama3, "{"), (Json, "["), (Mistral, "[T")] {
+        let mut parser = OutputParser::new(Some(family), None, true, true, CallIds::new(1));
+        parser = parser.must_call(true);
+        let mut deltas = parser.push(text);
+        deltas.extend(parser.finish(true));
+        assert_eq!(deltas, [], "{text}");
+        assert!(parser.saw_a_call());
+    }
     let (message, parser) = cut(Hermes, "<tool_call>{\"name\": \"f\", \"arguments\": {\"a");
     assert_eq!(calls(&message), [("f", "{\"a")]);
     assert!(!parser.calls_are_complete() && parser.saw_a_call());

@@ -393,7 +393,8 @@ impl Adapter {
 /// How training goes, decided.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolved {
-    pub epochs: f64,
+    /// Passes over the data; `None`: as many as `max_steps` take.
+    pub epochs: Option<f64>,
     pub max_steps: Option<u64>,
     pub max_minutes: Option<f64>,
     pub batch_size: usize,
@@ -415,7 +416,7 @@ impl Spec {
     pub fn filled(&self, settings: &Resolved) -> Self {
         let settings = settings.clone();
         let train = Train {
-            epochs: Some(settings.epochs),
+            epochs: settings.epochs,
             max_steps: settings.max_steps,
             max_minutes: settings.max_minutes,
             batch_size: Some(settings.batch_size),
@@ -496,8 +497,7 @@ impl Spec {
         let rate = if self.adapter.is_none() { of_all } else { of_adapter };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Resolved {
-            // One pass, unless the steps are counted.
-            epochs: train.epochs.unwrap_or(if train.max_steps.is_some() { 1e4 } else { 1.0 }),
+            epochs: train.epochs.or(train.max_steps.is_none().then_some(1.0)),
             max_steps: train.max_steps,
             max_minutes: train.max_minutes,
             batch_size: train.batch_size.unwrap_or(8),
@@ -518,7 +518,7 @@ impl Spec {
 
 impl Resolved {
     fn check(&self) -> Result<(), String> {
-        within("train.epochs", self.epochs, f64::MIN_POSITIVE, 1e4)?;
+        within("train.epochs", self.epochs.unwrap_or(1.0), f64::MIN_POSITIVE, 1e4)?;
         within("train.max_steps", self.max_steps.unwrap_or(1) as f64, 1.0, 1e9)?;
         let minutes = self.max_minutes.unwrap_or(1.0);
         within("train.max_minutes", minutes, f64::MIN_POSITIVE, 1e6)?;

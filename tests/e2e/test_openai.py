@@ -332,6 +332,52 @@ def test_bad_formats():
     raises(openai.BadRequestError, with_format({"type": "xml"}), param="response_format.type")
 
 
+def unique(pairs):
+    """An object of JSON whose keys must differ."""
+    keys = [key for key, _ in pairs]
+    assert len(keys) == len(set(keys)), f"a key repeats: {keys}"
+    return dict(pairs)
+
+
+ABOUT = ["a cat", "Paris", "the sea", "tea", "a train", "Mozart", "rain", "the moon", "bread", "chess"]
+
+
+def test_objects_are_closed():
+    """Properties without additionalProperties are all that an object has."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "facts": {
+                "type": "array",
+                "maxItems": 2,
+                "items": {"type": "object", "properties": {"fact": {"type": "string", "maxLength": 30}}},
+            },
+        },
+        "required": ["name"],
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for subject in ABOUT:
+        ask = [{"role": "user", "content": f"Describe {subject} as JSON."}]
+        choice = chat(ask, response_format=form, max_tokens=200).choices[0]
+        assert choice.finish_reason == "stop", choice
+        found = json.loads(choice.message.content, object_pairs_hook=unique)
+        assert set(found) <= {"name", "facts"} and "name" in found, found
+        assert all(set(fact) <= {"fact"} for fact in found.get("facts", [])), found
+
+
+def test_open_objects_have_different_keys():
+    schema = {"type": "object", "additionalProperties": {"type": "integer", "maximum": 9, "minimum": 0},
+              "minProperties": 4, "maxProperties": 6}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for seed in range(4):
+        ask = [{"role": "user", "content": "Count the words: a b a c a d."}]
+        choice = chat(ask, response_format=form, max_tokens=300, temperature=1, seed=seed).choices[0]
+        if choice.finish_reason == "stop":
+            found = json.loads(choice.message.content, object_pairs_hook=unique)
+            assert 4 <= len(found) <= 6, found
+
+
 # --- tools ---------------------------------------------------------------------------------------
 
 
@@ -407,7 +453,76 @@ def test_tools_round_trip():
     assert answer.choices[0].message.content is not None or answer.choices[0].message.tool_calls
 
 
+def gathered(stream):
+    """Content, tool calls and finish reason of a stream."""
+    content, calls, reason = "", {}, None
+    for chunk in stream:
+        for choice in chunk.choices:
+            reason = choice.finish_reason or reason
+            content += choice.delta.content or ""
+            for call in choice.delta.tool_calls or []:
+                name, arguments = calls.get(call.index, ("", ""))
+                calls[call.index] = (name + (call.function.name or ""),
+                                     arguments + (call.function.arguments or ""))
+    return content, list(calls.values()), reason
+
+
+def test_a_call_that_is_cut_off_is_no_content():
+    cuts = [dict(max_tokens=tokens) for tokens in (1, 4, 6, 12, 20)]
+    cuts += [dict(max_tokens=200, stop=stop) for stop in ('"name"', "arguments", '"city"')]
+    for cut in cuts:
+        more = dict(tools=[WEATHER], tool_choice="required", **cut)
+        choice = chat(ASK, **more).choices[0]
+        message = choice.message
+        assert not message.content, (cut, message)
+        assert choice.finish_reason == ("stop" if "stop" in cut else "length"), (cut, choice)
+        calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
+        assert gathered(chat(ASK, stream=True, **more)) == ("", calls, choice.finish_reason), cut
+
+
+def test_calls_do_not_repeat():
+    for seed in range(3):
+        more = dict(tools=[WEATHER, TIME], tool_choice="required", max_tokens=250, temperature=0.7,
+                    seed=seed)
+        choice = chat(ASK, **more).choices[0]
+        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+        told = [(name, json.dumps(json.loads(text))) for name, text in calls[: 1 if
+                choice.finish_reason == "length" else None]]
+        assert calls and len(set(told)) == len(told), calls
+        assert not choice.message.content, choice
+        assert gathered(chat(ASK, stream=True, **more)) == ("", calls, choice.finish_reason)
+
+
+def test_a_function_without_parameters_has_no_arguments():
+    for function in ({"name": "now"}, {"name": "now", "parameters": {}},
+                     {"name": "now", "parameters": {"type": "object", "properties": {}}}):
+        tool = {"type": "function", "function": function}
+        answer = chat(ASK, tools=[tool], tool_choice="required", max_tokens=60)
+        for call in answer.choices[0].message.tool_calls:
+            assert json.loads(call.function.arguments) == {}, answer
+        assert answer.choices[0].finish_reason == "tool_calls", answer
+
+
+def test_replayed_messages_of_other_clients():
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "content": "Hello!", "tool_calls": None, "function_call": None,
+         "provider_specific_fields": {"refusal": None}, "reasoning_details": [], "phase": "final"},
+        {"role": "user", "content": "Bye"},
+    ]
+    plain = [{"role": m["role"], "content": m["content"] if i else "Hi"} for i, m in enumerate(messages)]
+    assert chat(messages).usage.prompt_tokens == chat(plain).usage.prompt_tokens
+
+
 def test_bad_tools():
+    bad = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {
+        "type": "object", "properties": {"a": {"type": "object", "propertyNames": {"maxLength": 2}}}}}}
+    error = raises(
+        openai.BadRequestError,
+        lambda: chat(tools=[WEATHER, bad], tool_choice="required"),
+        param="tools[1].function.parameters",
+    )
+    assert "`f`" in error.message and "propertyNames" in error.message, error
     raises(
         openai.BadRequestError,
         lambda: chat(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "x"}}),
@@ -583,7 +698,10 @@ def test_context_overflow():
         openai.BadRequestError,
         lambda: chat([{"role": "user", "content": "cat " * 200_000}]),
         code="context_length_exceeded",
+        param="messages",
     )
+    raises(openai.BadRequestError, lambda: complete("cat " * 200_000),
+           code="context_length_exceeded", param="prompt")
     assert any(letter.isdigit() for letter in error.message), error
 
 

@@ -267,7 +267,7 @@ fn tokens_as_other_servers_count_them() {
     let text = post("/detokenize", json!({"tokens": plain["tokens"]})).good();
     assert_eq!((&text["prompt"], &text["content"]), (&json!("a b"), &json!("a b")));
     for (body, name) in [
-        (json!({}), "prompt"),
+        (json!({}), "content"),
         (json!({"prompt": 1}), "prompt"),
         (json!({"prompt": "x", "add_special": true}), "add_special"),
         (json!({"content": "x", "add_special_tokens": true}), "add_special_tokens"),

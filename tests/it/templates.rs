@@ -7,16 +7,147 @@
 mod check;
 
 use check::check;
+use ingot::template::{ChatTemplate, ControlTokens, RenderInput, TemplateError};
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-#[test]
-fn templates_render_as_jinja2_does() {
-    let Some(folder) = std::env::var_os("INGOT_TEST_TEMPLATES").map(PathBuf::from) else {
+fn folder() -> Option<PathBuf> {
+    let folder = std::env::var_os("INGOT_TEST_TEMPLATES").map(PathBuf::from);
+    if folder.is_none() {
         let ci = std::env::var("CI").is_ok_and(|ci| ci == "true");
         assert!(!ci, "INGOT_TEST_TEMPLATES must name the folder that scripts/templates.sh makes");
         eprintln!("SKIPPED: run scripts/templates.sh and set INGOT_TEST_TEMPLATES to its folder");
-        return;
-    };
+    }
+    folder
+}
+
+/// All templates, by name.
+fn templates(folder: &Path) -> Vec<(String, ChatTemplate)> {
+    let files = std::fs::read_dir(folder).expect("the folder is readable").flatten();
+    let mut templates: Vec<_> = files
+        .filter(|file| file.path().extension().is_some_and(|end| end == "jinja"))
+        .filter_map(|file| {
+            let source = std::fs::read_to_string(file.path()).expect("a template is text");
+            let template = ChatTemplate::compile(&source, None, "<s>", "</s>").ok()?;
+            Some((file.file_name().to_string_lossy().into_owned(), template))
+        })
+        .collect();
+    templates.sort_by(|a, b| a.0.cmp(&b.0));
+    assert!(templates.len() >= 50, "some fifty templates, not {}", templates.len());
+    templates
+}
+
+fn input(messages: Value) -> RenderInput {
+    RenderInput {
+        messages: messages.as_array().cloned().expect("a list"),
+        add_generation_prompt: true,
+        now: Some(1_767_369_600),
+        ..RenderInput::default()
+    }
+}
+
+#[test]
+fn texts_are_rendered_or_the_message_is_named() {
+    let Some(folder) = folder() else { return };
+    let user = |text: &str| json!({"role": "user", "content": text});
+    let assistant = json!({"role": "assistant", "content": "Answer-A"});
+    for (name, template) in templates(&folder) {
+        let plain = template.render(&input(json!([user("Question-Q")])));
+        if plain.is_err() {
+            // For conversations with tools, or other inputs.
+            continue;
+        }
+        let role = |role: &str| json!({"role": role, "content": "Instruction-I"});
+        let system = template.render(&input(json!([role("system"), user("Question-Q")])));
+        let developer = template.render(&input(json!([role("developer"), user("Question-Q")])));
+        if let Ok(system) = &system {
+            assert!(system.contains("Instruction-I") && system.contains("Question-Q"), "{name}");
+            let developer = developer.unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert!(developer.contains("Instruction-I"), "{name}: {developer}");
+        }
+        let middle = json!([user("Q1"), assistant, role("system"), user("Q2")]);
+        match template.render(&input(middle)) {
+            Ok(prompt) => assert!(prompt.contains("Instruction-I"), "{name}: {prompt}"),
+            Err(TemplateError::Dropped { index, .. }) => assert_eq!(index, 2, "{name}"),
+            Err(TemplateError::Refused(_) | TemplateError::Failed(_)) => {}
+            Err(error) => panic!("{name}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn final_messages_are_continued_where_their_text_ends() {
+    let Some(folder) = folder() else { return };
+    const TEXTS: [&str; 17] = [
+        "The answer",
+        "end",
+        "im",
+        ">",
+        "n",
+        "|",
+        "<",
+        "s",
+        "a",
+        "user",
+        "assistant",
+        "model",
+        "\n-",
+        "1 ",
+        "start",
+        "think",
+        "}",
+    ];
+    let mut continued = 0;
+    for (name, template) in templates(&folder) {
+        let conversation = |text: &str| {
+            input(json!([
+                {"role": "user", "content": "Go on > end | n"},
+                {"role": "assistant", "content": text},
+            ]))
+        };
+        if template.render(&conversation("A text")).is_err() {
+            continue;
+        }
+        for text in TEXTS {
+            let input = RenderInput { continue_final_message: true, ..conversation(text) };
+            let prompt = template.render(&input).unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert!(prompt.ends_with(text.trim_start()), "{name}, {text:?}: {prompt:?}");
+            let open = RenderInput { continue_final_message: true, ..conversation("") };
+            let open = template.render(&open).unwrap_or_else(|error| panic!("{name}: {error}"));
+            // The same turn, without a text.
+            let before = prompt[..prompt.len() - text.trim_start().len()].trim_end();
+            assert_eq!(open.trim_end(), before, "{name}, {text:?}");
+            continued += 1;
+        }
+    }
+    assert!(continued >= 40 * TEXTS.len(), "most templates can go on: {continued}");
+}
+
+#[test]
+fn no_template_lets_users_spell_control_tokens() {
+    let Some(folder) = folder() else { return };
+    let spelled =
+        ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>", "[/INST]", "<|END_OF_TURN_TOKEN|>"];
+    let tokens = ControlTokens::new(spelled);
+    for (name, template) in templates(&folder) {
+        let text = spelled.map(|token| format!("a{token}b")).concat();
+        let input = input(json!([{"role": "user", "content": text}]));
+        let Ok(prompt) = template.render_guarded(&input, Some(&tokens)) else { continue };
+        assert_eq!(prompt.text, template.render(&input).expect("it renders"), "{name}");
+        for token in spelled {
+            let whole = format!("a{token}b");
+            for (at, _) in prompt.text.match_indices(&whole) {
+                let inside = at + 2..at + 1 + token.len();
+                let broken = prompt.barriers.iter().any(|barrier| inside.contains(barrier));
+                assert!(broken, "{name}: {token} at {at}");
+            }
+        }
+    }
+}
+
+#[test]
+fn templates_render_as_jinja2_does() {
+    let Some(folder) = folder() else { return };
     let conversations =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/templates/conversations.json");
     let report = check(&[&folder], &conversations, &folder.join("reference.json"));

@@ -3,6 +3,7 @@
 use super::chat::ChatRequest;
 use super::constraint::Constraint;
 use super::logprobs::ChatLogprobs;
+use super::tools::Choice as ToolChoice;
 use super::{Answer, finish_reason};
 use crate::gateway::error::ApiError;
 use crate::gateway::stream::{Running, Sse, Transcript, Usage, UsageBody};
@@ -43,6 +44,9 @@ impl Writer {
                 request.tools.is_some(),
                 request.tools.as_ref().is_none_or(|tools| tools.parallel),
                 CallIds::new(rand::random()),
+            )
+            .must_call(
+                request.tools.as_ref().is_some_and(|tools| tools.choice != ToolChoice::Auto),
             ),
             pending: Vec::new(),
             begun: false,

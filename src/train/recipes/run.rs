@@ -377,9 +377,13 @@ impl Extent {
     /// Of `count` examples.
     pub fn new(count: usize, settings: &Resolved) -> Self {
         let batch_size = settings.batch_size as u64;
-        let examples = (count as f64 * settings.epochs).ceil().max(1.0) as u64;
-        let steps = examples.div_ceil(batch_size);
         let max_steps = settings.max_steps;
+        let examples = match settings.epochs {
+            Some(epochs) => (count as f64 * epochs).ceil().max(1.0) as u64,
+            // The data are repeated until the steps are done.
+            None => max_steps.unwrap_or(1).saturating_mul(batch_size),
+        };
+        let steps = examples.div_ceil(batch_size);
         Self { count: count as u64, batch_size, max_steps, examples, steps }.capped()
     }
 
@@ -461,5 +465,33 @@ impl Sums {
     fn metrics(&self) -> Metrics {
         let mean = |(name, (sum, count)): (&Cow<str>, &(f64, f64))| (name.to_string(), sum / count);
         self.measured.iter().map(mean).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::spec::Spec;
+
+    #[test]
+    fn counted_steps_repeat_the_data() {
+        for (train, count, steps) in [
+            (r#""max_steps": 20, "batch_size": 2"#, 4, 20),
+            (r#""max_steps": 1000, "batch_size": 32"#, 1, 1000),
+            (r#""max_steps": 1, "batch_size": 2"#, 4, 1),
+            (r#""batch_size": 2"#, 4, 2),
+            (r#""max_steps": 20, "epochs": 1, "batch_size": 2"#, 4, 2),
+            (r#""max_steps": 3, "epochs": 5, "batch_size": 2"#, 4, 3),
+        ] {
+            let text = format!(
+                r#"{{"kind": "sft", "model": "m", "data": {{"train": "f"}}, "train": {{{train}}}}}"#
+            );
+            let spec: Spec = serde_json::from_str(&text).unwrap();
+            let settings = spec.resolve().unwrap();
+            assert_eq!(Extent::new(count, &settings).steps, steps, "{train}");
+            // The same when the stored specification is read again.
+            let again = spec.filled(&settings).resolve().unwrap();
+            assert_eq!(Extent::new(count, &again).steps, steps, "{train}");
+        }
     }
 }

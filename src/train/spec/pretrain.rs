@@ -219,8 +219,7 @@ impl Spec {
         let rate = if fresh { rate * (512.0 / shape.width as f64).sqrt() } else { 5e-5 };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Resolved {
-            // One pass, unless the steps are counted.
-            epochs: train.epochs.unwrap_or(if train.max_steps.is_some() { 1e4 } else { 1.0 }),
+            epochs: train.epochs.or(train.max_steps.is_none().then_some(1.0)),
             max_steps: train.max_steps,
             max_minutes: train.max_minutes,
             batch_size,
