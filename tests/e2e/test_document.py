@@ -175,7 +175,7 @@ def narrowed():
                     node[key] = min(node[key], most)
 
     for name, schema in schemas.items():
-        if name.endswith(("Request", "Message", "Grader", "Spec", "Choice", "Format", "Tool", "ToolCall")):
+        if name not in ("CreateFileRequest", "UploadAdapterRequest"):
             smaller(schema)
 
     def tokens(node):
@@ -320,6 +320,13 @@ def filter_failure(_context, failure, case, response):
         # OpenAPI 3.1 describes the data of an event; schemathesis holds the event as a whole to it.
         # test_answers_of_models looks at the data.
         return kind != "JsonSchemaError"
+    if kind == "JsonSchemaError":
+        # Answers are not narrowed.
+        described = case.operation.definition.raw["responses"][str(response.status_code)]
+        if "$ref" in described:
+            described = DOCUMENT["components"]["responses"][described["$ref"].rsplit("/", 1)[1]]
+        schema = described["content"]["application/json"]["schema"]
+        return not validator(DOCUMENT, schema).is_valid(response.json())
     if kind == "RejectedPositiveData":
         return case.operation.definition.raw["operationId"] not in NEVER_ACCEPTED
     if kind == "AcceptedNegativeData":
@@ -359,6 +366,7 @@ def test_made_up_requests():
             continue
         recorder = event.recorder
         requests += len(recorder.interactions)
+        if os.environ.get("H2"): print(event.phase, recorder.label, len(recorder.interactions), round(event.elapsed_time or 0, 2))
         operations.add(recorder.label)
         for case_id, checks in recorder.checks.items():
             for check in checks:

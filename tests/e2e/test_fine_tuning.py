@@ -212,6 +212,7 @@ def test_upload_train_chat_delete():
     [result] = found.result_files
     rows = list(csv.DictReader(io.StringIO(client.files.content(result).text)))
     assert len(rows) == 18 and rows[-1]["valid_loss"], rows[-1]
+    assert rows[-1]["valid_mean_token_accuracy"], rows[-1]
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
     assert checkpoints and checkpoints[0].step_number == 18, checkpoints
     assert checkpoints[0].metrics.full_valid_loss > 0
@@ -224,6 +225,8 @@ def test_upload_train_chat_delete():
     whole["job"], whole["file"] = job, file
     assert client.models.delete(name).deleted
     raises(openai.NotFoundError, lambda: ask(name), code="model_not_found")
+    left = [model.id for model in client.models.list() if model.id.startswith(name)]
+    assert not left, f"checkpoints go with their model: {left}"
     assert client.files.delete(validation.id).deleted
     raises(openai.NotFoundError, lambda: client.files.retrieve(validation.id))
 

@@ -1,3 +1,4 @@
+use super::super::finish_reason;
 use super::*;
 use crate::gateway::stream::fake::{accepted, delta, delta_with, done, finish, recorded};
 use crate::ipc::{Event, FinishReason};
@@ -218,4 +219,67 @@ async fn choices_keep_apart() {
     assert_eq!((content(0), content(1)), (&json!("a"), &json!("b")));
     assert_eq!(body["choices"][0]["finish_reason"], "length");
     assert_eq!(body["choices"][1]["finish_reason"], "stop");
+}
+
+#[tokio::test]
+async fn streams_have_no_line_ends_but_their_own() {
+    let text = "a\u{2028}b\u{2029}c\u{85}d\ne";
+    let stream = answer(
+        json!({"stream": true}),
+        vec![delta(0, text), finish(0, FinishReason::Stop, 2), done()],
+    )
+    .await;
+    assert!(!stream.contains(['\u{2028}', '\u{2029}', '\u{85}']), "{stream:?}");
+    assert!(stream.contains("\\u2028b\\u2029c\\u0085d\\ne"), "{stream}");
+    let told: String = events(&stream)
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["content"].as_str())
+        .collect();
+    assert_eq!(told, text);
+}
+
+#[tokio::test]
+async fn a_call_made_twice_is_told_once() {
+    let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>\n";
+    let made = || {
+        vec![
+            delta(0, call),
+            delta(0, call),
+            delta(0, "<tool_call>\n{\"name"),
+            finish(0, FinishReason::Length, 30),
+            done(),
+        ]
+    };
+    let whole = answer(json!({"tools": tools()}), made()).await;
+    let whole: Value = serde_json::from_str(&whole).unwrap();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["message"]["tool_calls"].as_array().unwrap().len(), 1);
+    assert_eq!(
+        (&choice["message"]["content"], &choice["finish_reason"]),
+        (&json!(null), &json!("tool_calls"))
+    );
+    let stream = answer(json!({"tools": tools(), "stream": true}), made()).await;
+    let list = events(&stream);
+    assert_eq!(list.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+    let starts =
+        list.iter().filter(|event| event["choices"][0]["delta"]["tool_calls"][0]["id"].is_string());
+    assert_eq!(starts.count(), 1);
+}
+
+#[tokio::test]
+async fn a_call_that_is_cut_off_says_so() {
+    for (text, reason, content) in [
+        ("<tool_call>\n{\"na", FinishReason::Length, json!(null)),
+        ("<tool_call>\n{\"na", FinishReason::StopString("x".into()), json!(null)),
+        ("Let me see. <tool_call>\n{\"na", FinishReason::Length, json!("Let me see.")),
+        ("<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a", FinishReason::Length, json!(null)),
+    ] {
+        let expected = finish_reason(&reason);
+        let made = vec![delta(0, text), finish(0, reason, 3), done()];
+        let whole = answer(json!({"tools": tools()}), made).await;
+        let whole: Value = serde_json::from_str(&whole).unwrap();
+        let choice = &whole["choices"][0];
+        assert_eq!(choice["finish_reason"], expected, "{text}");
+        assert_eq!(choice["message"]["content"], content, "{text}");
+    }
 }

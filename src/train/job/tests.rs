@@ -72,6 +72,9 @@ fn an_order_becomes_an_adapter() {
     assert_eq!(steps(&entries), 12);
     let svg = plot(&entries, "a job").unwrap();
     assert!(svg.contains("validation") && svg.contains("learning rate"), "{svg}");
+    assert!(!svg.contains("reward") && !svg.contains("accuracy"), "{svg}");
+    let head = csv.lines().next().unwrap();
+    assert_eq!(head, "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy");
     assert!(job.checkpoint_adapter(12).exists());
     // Started again, it has nothing to do.
     assert!(go(&job));
@@ -198,4 +201,52 @@ fn followers_see_every_line_once() {
     let all = Follower::new(path, 0).read().unwrap();
     let steps: Vec<_> = all.iter().filter_map(|entry| entry.event.step()).collect();
     assert_eq!(steps, [1, 2, 3]);
+}
+
+/// Steps of a policy with these rewards, or of pairs.
+fn entries(steps: u64, metrics: &[(&str, f64)], accuracy: Option<f64>) -> Vec<Entry> {
+    let step = |number: u64| Step {
+        step: number,
+        total_steps: steps,
+        epoch: 1.0,
+        loss: -0.5,
+        accuracy,
+        learning_rate: 1e-4,
+        grad_norm: 1.0,
+        tokens: number,
+        tokens_per_second: 1.0,
+        eta_seconds: 0.0,
+        memory_bytes: 0,
+        metrics: metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
+    };
+    let entry = |number| Entry {
+        seq: number,
+        at: 0.0,
+        message: String::new(),
+        event: JobEvent::Step(step(number)),
+    };
+    (1..=steps).map(entry).collect()
+}
+
+#[test]
+fn plots_show_what_the_kind_of_job_measures() {
+    for (metrics, accuracy, shown, hidden) in [
+        (&[("reward_mean", 0.5), ("kl", 0.1)][..], None, &["reward", "KL"][..], &["accuracy"][..]),
+        (&[("reward_mean", -0.5)], None, &["reward"], &["KL", "accuracy"]),
+        (&[("reward_margin", 0.2)], Some(0.7), &["loss", "accuracy", "reward margin"], &["KL"]),
+        (&[], Some(0.7), &["loss"], &["accuracy", "reward"]),
+    ] {
+        let svg = plot(&entries(4, metrics, accuracy), "a job").unwrap();
+        for word in shown {
+            assert!(svg.contains(word), "{metrics:?}: {word}\n{svg}");
+        }
+        for word in hidden {
+            assert!(!svg.contains(word), "{metrics:?}: {word}\n{svg}");
+        }
+        if metrics.is_empty() {
+            assert!(svg.contains("-0.5"), "losses may be below 0: {svg}");
+        }
+    }
+    plot(&[], "nothing yet").unwrap();
+    plot(&entries(1, &[], None), "one step").unwrap();
 }

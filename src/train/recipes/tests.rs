@@ -1,10 +1,10 @@
-use super::run::Extent;
+use super::run::{Extent, Run, Source, Sums};
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
 use crate::gguf::{Gguf, Target};
 use crate::train::checkpoint::Checkpoints;
-use crate::train::data::{Prepared, prepare_tokens};
-use crate::train::model::{Lora, Model, Training};
+use crate::train::data::{Cursor, Prepared, prepare_tokens};
+use crate::train::model::{Batch, Lora, Model, Training};
 use crate::train::spec::{Resolved, Spec};
 use candle_core::Device;
 use std::path::Path;
@@ -233,4 +233,53 @@ fn time_ends_a_run_over_interruptions_too() {
     let done = sft.run(&AtomicBool::new(false), |event| again.push(event)).unwrap();
     assert!(matches!(done, Outcome::Done { tokens: 1.. }), "those of before count: {done:?}");
     assert_eq!(again.len(), 1, "the time is up: {again:?}");
+}
+
+/// Steps of which every second one has nothing to compute, as those of a policy whose answers were all
+/// cut.
+struct Gaps {
+    batch: Batch,
+    step: u64,
+}
+
+impl Source for Gaps {
+    type Part = Batch;
+
+    fn extent(&self) -> Extent {
+        Extent::new(8, &settings(r#", "epochs": 2"#))
+    }
+
+    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Batch>, TrainError> {
+        cursor.taken += count as u64;
+        self.step += 1;
+        Ok(if self.step.is_multiple_of(2) { Vec::new() } else { vec![self.batch.clone()] })
+    }
+
+    fn besides(&self) -> Sums {
+        let mut sums = Sums::default();
+        sums.measure_all("masked_answers", 3.0, 4.0);
+        sums
+    }
+}
+
+#[test]
+fn a_step_without_anything_to_compute_has_no_loss_and_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::load(tiny(folder.path()), &lora(), 64, &Device::Cpu).unwrap();
+    let encoded = data(folder.path(), "t", 1).get(0).unwrap();
+    let mut gaps = Gaps { batch: Batch::of([&encoded]), step: 0 };
+    let checkpoints = Checkpoints::new(&folder.path().join("c"), 2).unwrap();
+    let settings = settings(r#", "epochs": 2"#);
+    let run = Run { model: &model, settings: &settings, checkpoints: &checkpoints };
+    let mut steps = Vec::new();
+    let outcome = run.run(&mut gaps, &AtomicBool::new(false), &mut |event| {
+        if let Event::Step(step) = event {
+            steps.push(step);
+        }
+    });
+    assert!(matches!(outcome.unwrap(), Outcome::Done { .. }));
+    let losses: Vec<bool> = steps.iter().map(|step| step.loss == 0.0).collect();
+    assert_eq!(losses, [false, true, false, true]);
+    assert!(steps.iter().all(|step| step.grad_norm.is_finite()), "{steps:?}");
+    assert!(steps.iter().all(|step| step.metrics["masked_answers"] == 0.75), "{steps:?}");
 }
