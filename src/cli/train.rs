@@ -55,9 +55,10 @@ fn read(path: &Path) -> Result<Spec, CliError> {
     let shown = path.display();
     let text = std::fs::read_to_string(path)
         .map_err(|error| CliError::message(format!("{shown} cannot be read: {error}.")))?;
+    let text = text.trim_start_matches('\u{feff}');
     let spec = match path.extension().and_then(|extension| extension.to_str()) {
-        Some("json") => serde_json::from_str(&text).map_err(|error| error.to_string()),
-        Some("toml") => toml::from_str(&text).map_err(|error| error.to_string()),
+        Some("json") => serde_json::from_str(text).map_err(|error| error.to_string()),
+        Some("toml") => toml::from_str(text).map_err(|error| error.to_string()),
         _ => Err("its name must end in .toml or .json".to_owned()),
     };
     let invalid = |why: String| CliError::message(format!("{shown}: {}.", why.trim_end()));

@@ -1,6 +1,6 @@
 //! `/admin/jobs`: every kind of job, for the operator.
 
-use super::fields::Fields;
+use super::fields::{Fields, without_mark};
 use super::files::{self, Page, page};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
@@ -43,7 +43,7 @@ pub async fn create(
 ) -> Result<Response, ApiError> {
     // Says what is no JSON, and no object.
     Fields::parse(&body)?;
-    let spec: Spec = serde_json::from_slice(&body).map_err(|error| {
+    let spec: Spec = serde_json::from_slice(without_mark(&body)).map_err(|error| {
         ApiError::bad_request(format!("The job's specification is not valid: {error}."))
     })?;
     let owner = app.auth.owner(identity);
