@@ -531,7 +531,21 @@ impl Resolved {
         within("train.checkpoint_every", self.checkpoint_every as f64, 1.0, 1e9)?;
         within("train.keep_checkpoints", self.keep_checkpoints as f64, 1.0, 1000.0)?;
         within("train.threads", self.threads as f64, 1.0, 1024.0)?;
-        Ok(())
+        let key = |name: &str| format!("train.optimizer.{name}");
+        let (betas, eps, weight_decay, clip) = match &self.optimizer {
+            Optimizer::AdamW { betas, eps, weight_decay, clip } => (betas, eps, weight_decay, clip),
+            Optimizer::Muon { learning_rate, momentum, betas, eps, weight_decay, clip } => {
+                within(&key("learning_rate"), *learning_rate, f64::MIN_POSITIVE, 10.0)?;
+                within(&key("momentum"), *momentum, 0.0, 0.9999)?;
+                (betas, eps, weight_decay, clip)
+            }
+        };
+        for beta in betas {
+            within(&key("betas"), *beta, 0.0, 0.999_999)?;
+        }
+        within(&key("eps"), *eps, f64::MIN_POSITIVE, 1.0)?;
+        within(&key("weight_decay"), *weight_decay, 0.0, 10.0)?;
+        within(&key("clip"), *clip, 0.0, 1e9)
     }
 }
 
@@ -610,6 +624,14 @@ mod tests {
             (r#""adapter": {"targets": []}"#, "adapter.targets"),
             (r#""adapter": {"targets": "all"}"#, "`all` is none of"),
             (r#""adapter": {"targets": 3}"#, "all-linear"),
+            (r#""train": {"optimizer": {"name": "adamw", "eps": 0}}"#, "train.optimizer.eps"),
+            (
+                r#""train": {"optimizer": {"name": "adamw", "betas": [0.9, 1]}}"#,
+                "train.optimizer.betas",
+            ),
+            (r#""train": {"optimizer": {"name": "adamw", "clip": -1}}"#, "train.optimizer.clip"),
+            (r#""train": {"optimizer": {"name": "muon", "momentum": 1}}"#, "optimizer.momentum"),
+            (r#""train": {"optimizer": {"name": "muon", "weight_decay": -1}}"#, "weight_decay"),
             (r#""adapter": {"targets": [3]}"#, "a string"),
             (r#""train": {"learning_rate": 0}"#, "train.learning_rate"),
             (r#""train": {"batch_size": 0}"#, "train.batch_size"),

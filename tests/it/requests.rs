@@ -202,6 +202,7 @@ fn query_parameters_are_known_or_refused() {
         ("/v1/files?Limit=3", "Limit"),
         ("/v1/fine_tuning/jobs?status=running", "status"),
         ("/v1/fine_tuning/jobs?metadata=x", "metadata"),
+        ("/v1/files?limit[a]=5", "limit[a]"),
         ("/v1/models?limit=3", "limit"),
         ("/v1/models/mock?verbose=1", "verbose"),
         ("/admin/jobs?order=asc", "order"),
@@ -209,6 +210,11 @@ fn query_parameters_are_known_or_refused() {
     ] {
         assert_eq!(param(&admin.get(path), 400), name, "{path}");
     }
+    for path in ["/v1/files/%FF", "/v1/fine_tuning/jobs/%ff/events", "/admin/jobs/a%C3"] {
+        assert!(admin.get(path).error(400).contains("UTF-8"), "{path}");
+    }
+    admin.get("/v1/files/%C3%A9").error(404);
+    admin.get("/v1/files/%").error(404);
     let body = completion("mock", "x", 1);
     admin.post("/v1/completions?api-version=1", &body).good();
     assert_eq!(param(&admin.post("/v1/completions?stream=true", &body), 400), "stream");

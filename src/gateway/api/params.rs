@@ -241,7 +241,8 @@ fn take_logit_bias(fields: &mut Fields) -> Result<Vec<(Token, f32)>, ApiError> {
         return Err(ApiError::invalid("logit_bias", message));
     }
     let entries = bias.into_iter().map(|(key, value)| {
-        let token = key.parse::<u32>().ok().filter(|token| *token <= MAX_TOKENS);
+        let digits = key.bytes().all(|byte| byte.is_ascii_digit());
+        let token = key.parse::<u32>().ok().filter(|_| digits).filter(|token| *token <= MAX_TOKENS);
         let token = token.ok_or_else(|| wrong("logit_bias", "keyed by token ids", &json!(key)))?;
         match value.as_f64() {
             Some(number) if (-100.0..=100.0).contains(&number) => Ok((token, number as f32)),

@@ -43,8 +43,8 @@ pub async fn known_only(
     let Query(pairs) = pairs.map_err(|error| ApiError::bad_request(error.body_text()))?;
     let known = known(request.method(), path.as_str());
     for (key, _) in &pairs {
-        // `metadata[key]` is how clients write objects.
-        let name = key.split('[').next().unwrap_or_default();
+        // `metadata[key]` is how clients write an object.
+        let name = if key.starts_with("metadata[") { "metadata" } else { key };
         if name != ALWAYS && !known.contains(&name) {
             let key: String = key.chars().take(100).collect();
             let takes = match known {

@@ -70,7 +70,7 @@ pub async fn tokenize(
             let message = "Missing required parameter: give 'content' (llama-server's form), \
                            'prompt' or 'messages' (vLLM's).";
             return Err(
-                ApiError::invalid("prompt", message).with_code("missing_required_parameter")
+                ApiError::invalid("content", message).with_code("missing_required_parameter")
             );
         }
     };

@@ -134,8 +134,32 @@ async fn absolute_path(
     request: axum::extract::Request,
     next: axum::middleware::Next,
 ) -> Result<Response, ApiError> {
-    match request.uri().path().starts_with('/') {
-        true => Ok(next.run(request).await),
-        false => Err(wrong_method(request.method().clone(), request.uri().clone()).await),
+    let path = request.uri().path();
+    if !path.starts_with('/') {
+        return Err(wrong_method(request.method().clone(), request.uri().clone()).await);
     }
+    if !decodes(path) {
+        let message = "The path is not UTF-8: check its percent-encoded bytes.";
+        return Err(ApiError::bad_request(message));
+    }
+    Ok(next.run(request).await)
+}
+
+/// Whether a path is text once its percent-encoded bytes are decoded.
+fn decodes(path: &str) -> bool {
+    let (mut bytes, mut rest) = (Vec::with_capacity(path.len()), path.as_bytes());
+    while let [first, behind @ ..] = rest {
+        let hex = |at: usize| behind.get(at).and_then(|byte| char::from(*byte).to_digit(16));
+        match (first, hex(0), hex(1)) {
+            (b'%', Some(high), Some(low)) => {
+                bytes.push((high * 16 + low) as u8);
+                rest = &behind[2..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = behind;
+            }
+        }
+    }
+    std::str::from_utf8(&bytes).is_ok()
 }
