@@ -84,7 +84,7 @@ say "Python packages for the tests, in .cache/venv"
 venv=$root/.cache/venv
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    openai jinja2 prometheus_client schemathesis jsonschema
+    openai jinja2 prometheus_client 'schemathesis>=4,<5' jsonschema
 export INGOT_TEST_PYTHON=$venv/bin/python
 
 say "chat templates and what jinja2 makes of them, in .cache/templates"

@@ -184,6 +184,9 @@ def test_upload_train_chat_delete():
     file = upload(examples())
     assert (file.object, file.purpose, file.filename) == ("file", "fine-tune", "train.jsonl")
     assert file.id in [found.id for found in client.files.list()]
+    # OpenAI's documents know no null there.
+    raw = client.files.with_raw_response.retrieve(file.id).http_response.json()
+    assert "expires_at" not in raw, raw
     assert len(client.files.content(file.id).text.splitlines()) == 12
     validation = upload(examples(4), "valid.jsonl")
     before = ask(server.model).choices[0].message.content
