@@ -89,7 +89,12 @@ impl UniqueKeys {
 
     /// Reads on; false if a key has come a second time.
     pub fn push_all(&mut self, bytes: &[u8]) -> bool {
-        bytes.iter().fold(true, |fine, byte| self.push(*byte) && fine)
+        let mut fine = true;
+        for byte in bytes {
+            // Read on in any case: the text stands where it stands.
+            fine &= self.push(*byte);
+        }
+        fine
     }
 
     /// The tokens that would repeat a key here, among those that `allowed` says may come.

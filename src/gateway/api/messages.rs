@@ -240,7 +240,7 @@ mod tests {
         ] {
             let mut message = plain.clone();
             message[key] = value;
-            assert_eq!(take(json!([message])).unwrap(), [plain.clone()], "{key}");
+            assert_eq!(take(json!([message])).unwrap(), std::slice::from_ref(&plain), "{key}");
         }
         let part = json!({"type": "text", "text": "u", "cache_control": {"type": "ephemeral"}});
         let call = json!({"id": "c", "type": "function", "extra_content": {"google": {}},
