@@ -127,7 +127,7 @@ pub struct ServeOptions {
     pub body_limit: Option<ByteSize>,
 
     /// Control tokens that are spelled in users' and tools' messages act as control tokens, not as text:
-    /// whoever supplies such a text can then forge turns [default: false]
+    /// anyone who supplies such a text can then forge turns [default: false]
     #[arg(
         long,
         value_name = "BOOL",

@@ -98,15 +98,20 @@ impl Engine {
         outcomes
     }
 
-    /// Waits for a step that is announced before it runs; answers the seconds that it may take.
-    fn announced(&self) -> f32 {
+    /// Waits for a step that is announced before it runs; answers the seconds that it may take. Takes in the
+    /// events that come before it.
+    fn announced(&self, outcomes: &mut BTreeMap<u64, Outcome>) -> f32 {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let frame = self.frames.recv_deadline(deadline).expect("a step is announced");
-            match frame {
+            match self.frames.recv_deadline(deadline).expect("a step is announced") {
                 FromEngine::Progress(progress) if progress.step_seconds > 1.0 => {
                     assert_eq!(progress.steps, 0, "it is announced before it runs");
                     return progress.step_seconds;
+                }
+                FromEngine::Events(events) => {
+                    for (request, event) in events {
+                        outcomes.entry(request.0).or_default().take(event);
+                    }
                 }
                 _ => {}
             }
@@ -512,7 +517,9 @@ fn a_step_ends_when_its_clients_are_gone() {
     let spec = LoadSpec { mock_step_us: 15_000_000, ..load_spec(64, 4, 512) };
     let engine = Engine::start(spec);
     engine.ask(request(0, vec![1; 300]));
-    engine.announced();
+    let mut outcomes = BTreeMap::new();
+    engine.announced(&mut outcomes);
+    assert!(outcomes[&0].accepted && outcomes[&0].started, "a client hears of it before the step");
     engine.order(Order::Cancel(RequestId(0)));
     // No step was made to its end: the one of 15 s was given up.
     assert_eq!(engine.settle().steps, 0);
@@ -525,9 +532,9 @@ fn a_step_goes_on_for_the_clients_that_stay() {
     let stop = StopParams { max_tokens: Some(1), ..StopParams::default() };
     engine.ask(Generate { stop: stop.clone(), ..request(0, vec![1; 20]) });
     engine.ask(Generate { stop, ..request(1, vec![2; 300]) });
-    engine.announced();
-    engine.order(Order::Cancel(RequestId(0)));
     let mut outcomes = BTreeMap::new();
+    engine.announced(&mut outcomes);
+    engine.order(Order::Cancel(RequestId(0)));
     engine.listen(&mut outcomes, &[1]);
     assert_eq!(outcomes[&1].failed, None);
     engine.settle();
@@ -539,7 +546,7 @@ fn a_slow_step_is_announced_to_the_watchdog() {
     let engine = Engine::start(spec);
     let stop = StopParams { max_tokens: Some(1), ..StopParams::default() };
     engine.ask(Generate { stop, ..request(0, vec![1; 30]) });
-    let announced = engine.announced();
+    let announced = engine.announced(&mut BTreeMap::new());
     // Thirty rows, each no slower than the step of one row at load.
     assert!((36.0 - announced).abs() < 0.1, "{announced}");
     engine.settle();

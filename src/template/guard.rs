@@ -5,8 +5,8 @@
 //! * `continue_final_message` cuts the prompt behind the final message's text, wherever a template
 //!   puts it and whatever stands in it.
 //! * A control token that is spelled inside a user's or a tool's text is broken by a mark. The mark
-//!   becomes a *barrier*: the tokenizer recognises no control token that spans it, so that whoever
-//!   supplies text cannot forge turns.
+//!   becomes a *barrier*: the tokenizer recognizes no control token that spans it, so that a supplier
+//!   of text cannot forge turns.
 //! * A text that a template leaves out is noticed: the mark behind it is not in the prompt.
 
 use super::{RenderInput, TemplateError};

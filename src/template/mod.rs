@@ -256,8 +256,8 @@ impl ChatTemplate {
 
     /// The first message of which a text is not in the prompt.
     fn dropped(&self, input: &RenderInput, marks: &Marks) -> Option<usize> {
-        // A template may look called functions up by their names; what it refuses altogether is told
-        // when the conversation itself is rendered.
+        // A template may look up called functions by their names. An error of the template itself is
+        // reported when the unmarked conversation is rendered.
         [true, false].into_iter().find_map(|names| {
             let mut marked = input.clone();
             let wanted = marks.mark_messages(&mut marked, names);

@@ -4,7 +4,7 @@ use super::*;
 use crate::engine::tokenizer::Tokenizer as _;
 use crate::engine::tokenizer::native::NativeTokenizer;
 use crate::gguf::fixture::{CHATML, TinyDecoder};
-use crate::gguf::{Covered, Gguf, ModelFacts, TensorType};
+use crate::gguf::{Array, Covered, Gguf, ModelFacts, TensorType, Value};
 use crate::train::export::hf_folder;
 use crate::train::model::{Model, Training};
 use candle_core::Device;
@@ -263,12 +263,17 @@ fn what_is_not_looked_at_is_said() {
         let (_, lacking) = made.convert().unwrap();
         assert_eq!(lacking.iter().any(|what| what.contains("pytorch_model.bin is newer")), newer);
     }
-    let hidden = |special: bool| json!({"9999": {"content": "<|hidden|>", "special": special}});
-    for (special, named) in [(true, true), (false, false)] {
-        let change = |json: &mut Json| json["added_tokens_decoder"] = hidden(special);
-        let (_, lacking) = made.with("tokenizer_config.json", change, || made.convert()).unwrap();
-        assert_eq!(lacking.iter().any(|what| what.contains("<|hidden|>")), named, "{lacking:?}");
-    }
+    // A head of its own, in a model whose configuration says that it has none.
+    let untied = self::made(&TinyDecoder::new("llama"), TensorType::F32);
+    let names_head =
+        |lacking: &[String]| lacking.iter().any(|what| what.contains("`lm_head.weight`"));
+    assert!(!names_head(&untied.convert().unwrap().1));
+    let tie = |json: &mut Json| json["tie_word_embeddings"] = json!(true);
+    let (file, lacking) = untied.with("config.json", tie, || untied.convert()).unwrap();
+    assert!(names_head(&lacking) && file.tensor("output.weight").is_none(), "{lacking:?}");
+    // Those who load the file later hear of it too.
+    let kept = file.get(LACKING).and_then(Value::as_array);
+    assert!(matches!(kept, Some(Array::String(kept)) if *kept == lacking), "{kept:?}");
 }
 
 #[test]

@@ -249,7 +249,6 @@ impl Files<'_> {
                  send them as stop_token_ids"
             ));
         }
-        self.note_hidden(ids, lacking);
         let (starts, stops) = self.template();
         let said = |key: &str| self.settings.get(key).and_then(Json::as_bool);
         let class = self.settings.get("tokenizer_class").and_then(Json::as_str).unwrap_or("");
@@ -265,27 +264,6 @@ impl Files<'_> {
         let add_eos = around(said("add_eos_token"), stops).unwrap_or(false);
         writer.set("tokenizer.ggml.add_eos_token", add_eos && eos.is_some());
         Ok(())
-    }
-
-    /// Special tokens that only `tokenizer_config.json` names: texts do not become these tokens.
-    fn note_hidden(&self, ids: &HashMap<String, u64>, lacking: &mut Vec<String>) {
-        let listed = self.settings.get("added_tokens_decoder").and_then(Json::as_object);
-        let hidden: Vec<&str> = listed
-            .into_iter()
-            .flatten()
-            .filter_map(|(id, token)| {
-                let text = token["content"].as_str().filter(|_| token["special"] == true)?;
-                let known = ids.get(text).is_some_and(|known| known.to_string() == *id);
-                (!known).then_some(text)
-            })
-            .collect();
-        if let Some(first) = hidden.first() {
-            lacking.push(format!(
-                "special tokens that tokenizer_config.json names and the vocabulary does not have: \
-                 `{first}` ({} in all)",
-                hidden.len()
-            ));
-        }
     }
 
     /// Whether `tokenizer.json` puts a token before a text, and behind it; `None` if it does not say.

@@ -45,9 +45,12 @@ pub fn hf_folder(
     let lacking = write_tokenizer(base, &config, parent, folder)?;
     put(folder, "config.json", &config)?;
     let tokens = ModelFacts::read(base)?.tokenizer;
-    let mut ends: Vec<u32> =
-        [tokens.eos, tokens.eot].into_iter().flatten().map(|end| end.id).collect();
-    ends.dedup();
+    let mut ends: Vec<u32> = Vec::new();
+    for end in [tokens.eos, tokens.eot, tokens.eom].into_iter().flatten() {
+        if !ends.contains(&end.id) {
+            ends.push(end.id);
+        }
+    }
     let generation = json!({"bos_token_id": config["bos_token_id"], "eos_token_id": ends});
     put(folder, "generation_config.json", &generation)?;
     write_weights(&Weights::new(model, lora, base)?, base, shape, ty, folder)?;

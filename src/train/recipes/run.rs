@@ -76,8 +76,8 @@ pub struct Progress {
     pub epoch: f64,
     /// Nats a trained token; or a pair's.
     pub loss: f64,
-    /// The share of trained tokens that are the most likely ones; or of pairs that are told apart;
-    /// nothing of policies.
+    /// Share of trained tokens that are the most likely ones, or of pairs whose chosen answer has the
+    /// higher reward; `None` for policies.
     pub accuracy: Option<f64>,
     pub learning_rate: f64,
     pub grad_norm: f64,
