@@ -64,15 +64,17 @@ fn a_long_input_leaves_streams_and_the_engine_alone() {
         let model = server.client.get("/v1/models").good()["data"][0]["id"].clone();
         let model = model.as_str().expect("text");
         let engine = server.engine();
-        // About 4,000 tokens.
-        let input = "The quick brown fox jumps over the lazy dog. ".repeat(400);
+        // About ten tokens a sentence; llama.cpp takes longer for each.
+        let sentences = if runner == "native" { 400 } else { 150 };
+        let input = "The quick brown fox jumps over the lazy dog. ".repeat(sentences);
         let embed = |client: &Client| {
             let body = json!({"model": model, "input": input});
             client.post("/v1/embeddings", &body).good()
         };
         let stream = server.client.stream("/v1/completions", &streamed(model, "Once", 60)).events();
         let beside = embed(&server.client);
-        assert!(beside["usage"]["prompt_tokens"].as_u64().is_some_and(|n| n > 3500), "{runner}");
+        let tokens = beside["usage"]["prompt_tokens"].as_u64().expect("a number");
+        assert!(tokens > 8 * sentences as u64, "{runner}: {tokens}");
         let transcript = stream.transcript();
         assert!(transcript.done && transcript.error.is_none(), "{runner}: {transcript:?}");
         assert_eq!(server.engine(), engine, "{runner}: the watchdog waits");
