@@ -444,7 +444,7 @@ def test_mistakes():
     assert failed.error.param == "training_file" and "line 12" in failed.error.message, failed.error
     file = upload(examples())
     bad_request = openai.BadRequestError
-    raises(bad_request, lambda: create(file, method={"type": "reinforcement"}), code="not_implemented")
+    raises(bad_request, lambda: create(file, method={"type": "reinforcement"}), code="missing_required_parameter")
     raises(bad_request, lambda: create(file, suffix="no spaces"), param="suffix")
     raises(bad_request, lambda: create(file, batch=0))
     raises(bad_request, lambda: create(file, validation_file="file-0"), param="validation_file")
