@@ -5,7 +5,9 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
+import traceback
 import urllib.error
 import urllib.request
 
@@ -58,3 +60,23 @@ def first_model(url, key, process):
         except (OSError, urllib.error.URLError, IndexError):
             time.sleep(0.1)
     raise SystemExit("the server is not ready")
+
+
+def run(names, finish=lambda: None):
+    """Runs the functions `test_*` of a module's `globals()`, or those that the command line names, calls
+    `finish`, and exits: 1 if a test failed or none was chosen."""
+    tests = {name: test for name, test in names.items() if name.startswith("test_")}
+    chosen = [name for name in tests if not sys.argv[1:] or name in sys.argv[1:]]
+    failed = 0
+    for name in chosen:
+        started = time.monotonic()
+        try:
+            tests[name]()
+            print(f"ok     {name} ({time.monotonic() - started:.2f} s)", flush=True)
+        except Exception:
+            failed += 1
+            print(f"FAILED {name}", flush=True)
+            traceback.print_exc()
+    finish()
+    print(f"{len(chosen) - failed} passed, {failed} failed")
+    sys.exit(1 if failed or not chosen else 0)

@@ -16,8 +16,6 @@ import json
 import os
 import sys
 import tempfile
-import time
-import traceback
 import urllib.error
 import urllib.request
 import uuid
@@ -769,22 +767,5 @@ def test_what_is_accepted():
         check_answer("POST", path, body)
 
 
-def main():
-    tests = {name: test for name, test in globals().items() if name.startswith("test_")}
-    chosen = [name for name in tests if not sys.argv[1:] or name in sys.argv[1:]]
-    failed = 0
-    for name in chosen:
-        started = time.monotonic()
-        try:
-            tests[name]()
-            print(f"ok     {name} ({time.monotonic() - started:.2f} s)", flush=True)
-        except Exception:
-            failed += 1
-            print(f"FAILED {name}", flush=True)
-            traceback.print_exc()
-    print(f"{len(chosen) - failed} passed, {failed} failed")
-    sys.exit(1 if failed or not chosen else 0)
-
-
 if __name__ == "__main__":
-    main()
+    _server.run(globals())

@@ -11,18 +11,16 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
-import traceback
 import urllib.error
 import urllib.request
 
 import openai
 from openai import OpenAI
 
-from _server import first_model, start, stop
+from _server import first_model, run, start, stop
 
 KEY, OTHER, ADMIN = "sk-end-to-end", "sk-somebody-else", "sk-operator"
 DATA = tempfile.mkdtemp(prefix="ingot-tuning-")
@@ -539,24 +537,10 @@ def test_a_job_leaves_before_memory_runs_out():
     assert adapter_digest(job) == whole["digest"]
 
 
-def main():
-    tests = {name: test for name, test in globals().items() if name.startswith("test_")}
-    chosen = [name for name in tests if not sys.argv[1:] or name in sys.argv[1:]]
-    failed = 0
-    for name in chosen:
-        started = time.monotonic()
-        try:
-            tests[name]()
-            print(f"ok     {name} ({time.monotonic() - started:.2f} s)", flush=True)
-        except Exception:
-            failed += 1
-            print(f"FAILED {name}", flush=True)
-            traceback.print_exc()
+def finish():
     stop(server.process)
     shutil.rmtree(DATA, ignore_errors=True)
-    print(f"{len(chosen) - failed} passed, {failed} failed")
-    sys.exit(1 if failed or not chosen else 0)
 
 
 if __name__ == "__main__":
-    main()
+    run(globals(), finish)

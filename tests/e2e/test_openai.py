@@ -11,16 +11,14 @@ tests. The model may be small and dumb: structure is asserted, not wit.
 import asyncio
 import json
 import os
-import sys
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
-from _server import find_or_start
+from _server import find_or_start, run
 
 URL, MODEL, KEY = find_or_start()
 EMBED_MODEL = os.environ.get("INGOT_EMBED_MODEL")
@@ -767,22 +765,5 @@ def test_cancellation():
     assert time.monotonic() - started < 30
 
 
-def main():
-    tests = {name: test for name, test in globals().items() if name.startswith("test_")}
-    chosen = [name for name in tests if not sys.argv[1:] or name in sys.argv[1:]]
-    failed = 0
-    for name in chosen:
-        started = time.monotonic()
-        try:
-            tests[name]()
-            print(f"ok     {name} ({time.monotonic() - started:.2f} s)", flush=True)
-        except Exception:
-            failed += 1
-            print(f"FAILED {name}", flush=True)
-            traceback.print_exc()
-    print(f"{len(chosen) - failed} passed, {failed} failed")
-    sys.exit(1 if failed or not chosen else 0)
-
-
 if __name__ == "__main__":
-    main()
+    run(globals())
