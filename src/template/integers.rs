@@ -6,8 +6,8 @@
 use serde_json::Value;
 use std::borrow::Cow;
 
-/// Begins the string that stands for an integer. A private-use character: a text of a client that begins
-/// with it, and goes on as an integer, loses only this character.
+/// First character of a string that stands for an integer. It is a private-use character. A client's text
+/// that consists of this character and an integer is rendered without the character.
 const MARK: char = '\u{f8f3}';
 
 /// Parses JSON without rounding its integers.

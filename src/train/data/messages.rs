@@ -147,7 +147,7 @@ fn reasoning(message: &mut Map<String, Value>, assistant: bool) -> Result<(), St
                 }
                 _ => found = Some(text),
             },
-            Some(_) => return Err(format!("`{key}` is no string")),
+            Some(_) => return Err(format!("`{key}` is not a string")),
         }
     }
     if let Some(text) = found {
@@ -183,7 +183,7 @@ fn calls(message: &mut Map<String, Value>, assistant: bool) -> Result<bool, Stri
 fn joined(parts: &[Value]) -> Result<String, String> {
     let each = parts.iter().map(|part| match (part["type"].as_str(), part["text"].as_str()) {
         (Some("text"), Some(text)) => Ok(text),
-        (kind, _) => Err(format!("a part of type `{}` is no text", kind.unwrap_or("?"))),
+        (kind, _) => Err(format!("a part of type `{}` is not text", kind.unwrap_or("?"))),
     });
     each.collect()
 }
@@ -191,7 +191,7 @@ fn joined(parts: &[Value]) -> Result<String, String> {
 pub(super) fn text<'a>(object: &'a Map<String, Value>, key: &str) -> Result<&'a str, String> {
     match object.get(key) {
         Some(Value::String(text)) => Ok(text),
-        Some(_) => Err(format!("`{key}` is no string")),
+        Some(_) => Err(format!("`{key}` is not a string")),
         None => Err(format!("`{key}` is missing")),
     }
 }

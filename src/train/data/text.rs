@@ -132,7 +132,7 @@ fn text_of(line: &str) -> Result<String, String> {
     match value {
         Value::Object(mut line) => match line.remove("text") {
             Some(Value::String(text)) => Ok(text),
-            Some(_) => Err("`text` is no string".into()),
+            Some(_) => Err("`text` is not a string".into()),
             None => Err("`text` is missing: pretraining takes lines of {\"text\"}".into()),
         },
         _ => Err("it is no JSON object".into()),

@@ -116,7 +116,7 @@ fn unknown_keys_are_refused_and_metadata_is_not() {
     };
     refused(message("wieght", json!(0)), &["messages[1]", "did you mean `weight`?"]);
     refused(message("refusal", json!("no")), &["messages[1]", "`refusal`"]);
-    refused(message("reasoning", json!(1)), &["messages[1]", "`reasoning` is no string"]);
+    refused(message("reasoning", json!(1)), &["messages[1]", "`reasoning` is not a string"]);
     for (key, value) in [
         ("refusal", Value::Null),
         ("annotations", json!([])),
