@@ -113,7 +113,7 @@ fn bad_lines_say_why() {
         (r#"{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#, "image_url"),
         (r#"{"conversations": [{"from": "x", "value": "a"}]}"#, "`x`"),
         (r#"{"instruction": "a", "output": ""}"#, "`output` is empty"),
-        (r#"{"text": 1}"#, "no string"),
+        (r#"{"text": 1}"#, "`text` is not a string"),
         (r#"{"mesages": []}"#, "did you mean `messages`?"),
     ] {
         let error = parse(line).unwrap_err();
