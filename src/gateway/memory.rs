@@ -10,7 +10,7 @@ pub use machine::available;
 use crate::config::{ByteSize, DEFAULT_CONTEXT_LENGTH, DEFAULT_SEQUENCES, EngineConfig};
 use crate::gateway::header::ModelHeader;
 use crate::gguf::KvType;
-use crate::ipc::{KvCacheType, KvLayout, LoadSpec, RunnerKind, Speculate};
+use crate::ipc::{KvCacheType, KvLayout, LoadSpec, MAX_POOLED_TOKENS, RunnerKind, Speculate};
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
@@ -42,6 +42,9 @@ pub struct MemoryPlan {
     pub kv_cache: u64,
     pub compute_buffers: u64,
     pub overhead: u64,
+    /// Cache of an input that is pooled or scored (`/v1/embeddings`, `/v1/score`). It is allocated
+    /// with the first such input.
+    pub pooled_input: u64,
     /// Weights, cache and buffers of the model that drafts.
     pub draft_model: u64,
     /// Weights and cache on a GPU, which this plan cannot check.
@@ -96,7 +99,8 @@ impl MemoryPlan {
     /// Bytes that the system cannot take back while the engine runs.
     pub fn private(&self) -> u64 {
         // Headers are untrusted: their numbers may add up to anything.
-        let parts = [self.private_weights, self.kv_cache, self.compute_buffers, self.overhead];
+        let cache = self.kv_cache.saturating_add(self.pooled_input);
+        let parts = [self.private_weights, cache, self.compute_buffers, self.overhead];
         parts.into_iter().fold(self.draft_model, u64::saturating_add)
     }
 
@@ -158,6 +162,11 @@ impl fmt::Display for MemoryPlan {
         row("KV cache", self.kv_cache, &each)?;
         let batch = format!("for {} tokens a step, an estimate", self.spec.batch_tokens);
         row("compute buffers", self.compute_buffers, &batch)?;
+        if self.pooled_input > 0 {
+            let tokens = self.context_length.min(MAX_POOLED_TOKENS);
+            let note = format!("cache of one embedded input of {tokens} tokens of f16");
+            row("pooled input", self.pooled_input, &note)?;
+        }
         row("process", self.overhead, "")?;
         if self.draft_model > 0 {
             row("draft model", self.draft_model, "its weights, cache and buffers")?;
@@ -315,6 +324,7 @@ impl<'a> Sketch<'a> {
         self.host(self.header.weights_bytes)
             .saturating_add(self.compute_bytes(0))
             .saturating_add(self.overhead())
+            .saturating_add(self.pooled_bytes())
             .saturating_add(self.draft_bytes(0))
     }
 
@@ -390,6 +400,12 @@ impl<'a> Sketch<'a> {
         logits.saturating_add(activations).saturating_add(mask)
     }
 
+    /// The f16 cache of the longest input that is pooled.
+    fn pooled_bytes(&self) -> u64 {
+        let tokens = self.context.min(u64::from(MAX_POOLED_TOKENS));
+        self.host(self.header.facts.kv_bytes_per_token(KvType::F16).saturating_mul(tokens))
+    }
+
     fn overhead(&self) -> u64 {
         PROCESS_BYTES + u64::from(self.header.facts.n_vocab) * BYTES_PER_VOCABULARY_TOKEN
     }
@@ -439,6 +455,7 @@ impl<'a> Sketch<'a> {
             kv_cache: self.host(cache),
             compute_buffers: self.compute_bytes(self.kv_tokens),
             overhead: self.overhead(),
+            pooled_input: self.pooled_bytes(),
             draft_model: self.draft_bytes(self.kv_tokens),
             on_gpu: (self.header.weights_bytes - weights).saturating_add(cache - self.host(cache)),
             available: self.available,

@@ -43,6 +43,10 @@ pub enum ToEngine {
     Shutdown,
 }
 
+/// Longest input that is embedded or scored, in tokens, where the model's context is longer. Such an
+/// input has a cache of its own.
+pub const MAX_POOLED_TOKENS: u32 = 8192;
+
 /// Everything an engine needs to load a model; resolved by the gateway, immutable afterwards.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoadSpec {

@@ -4,7 +4,8 @@
 //!
 //! * `continue_final_message` cuts the prompt behind the final message's text, wherever a template
 //!   puts it and whatever stands in it.
-//! * A control token that is spelled inside a user's or a tool's text is broken by a mark. The mark
+//! * A control token that is spelled inside a user's or a tool's text, a name, a call or the definition
+//!   of a tool is broken by a mark. The mark
 //!   becomes a *barrier*: the tokenizer recognizes no control token that spans it, so that a supplier
 //!   of text cannot forge turns.
 //! * A text that a template leaves out is noticed: the mark behind it is not in the prompt.
@@ -76,10 +77,19 @@ impl Marks {
     }
 
     /// Breaks every control token that is spelled in a user's or a tool's text, also across the parts
-    /// of a text.
+    /// of a text; in names of participants; in calls, whose arguments repeat what users wrote; and in
+    /// definitions of tools, which come from other servers.
     pub fn guard(&self, input: &mut RenderInput, tokens: &ControlTokens) {
         let barrier = self.barrier();
+        for tool in input.tools.iter_mut().flatten() {
+            break_all(tool, tokens, &barrier);
+        }
         for message in &mut input.messages {
+            for key in ["name", "tool_calls"] {
+                if let Some(value) = message.get_mut(key) {
+                    break_all(value, tokens, &barrier);
+                }
+            }
             if !matches!(message["role"].as_str(), Some("user" | "tool")) {
                 continue;
             }
@@ -189,6 +199,32 @@ impl Marks {
         }
         rendered.barriers.dedup();
         rendered
+    }
+}
+
+/// Breaks the control tokens in all keys and texts of a value.
+fn break_all(value: &mut Value, tokens: &ControlTokens, barrier: &str) {
+    let broken = |text: &mut String| {
+        for at in tokens.breaks(text).into_iter().rev() {
+            text.insert_str(at, barrier);
+        }
+    };
+    match value {
+        Value::String(text) => broken(text),
+        Value::Array(items) => {
+            items.iter_mut().for_each(|item| break_all(item, tokens, barrier));
+        }
+        Value::Object(map) => {
+            *map = std::mem::take(map)
+                .into_iter()
+                .map(|(mut key, mut item)| {
+                    broken(&mut key);
+                    break_all(&mut item, tokens, barrier);
+                    (key, item)
+                })
+                .collect();
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
     }
 }
 

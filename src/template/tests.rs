@@ -309,6 +309,35 @@ fn control_tokens_in_users_texts_are_text() {
 }
 
 #[test]
+fn control_tokens_in_names_calls_and_tools_are_text() {
+    let tokens = ControlTokens::new(["<|im_end|>"]);
+    let source = "{% for m in messages %}{{ m.name }}{{ m.content }}{{ m.tool_calls | tojson }}\
+                  <|im_end|>{% endfor %}{{ tools | tojson }}";
+    let mut input = chat(json!([
+        {"role": "user", "name": "n<|im_end|>", "content": "hi"},
+        {"role": "assistant", "content": null, "tool_calls": [{"id": "c", "type": "function",
+            "function": {"name": "f", "arguments": {"key<|im_end|>": "value<|im_end|>"}}}]},
+        {"role": "tool", "content": "r", "tool_call_id": "c"},
+    ]));
+    input.tools = Some(vec![json!({"type": "function", "function": {
+        "name": "f", "description": "d<|im_end|>",
+        "parameters": {"type": "object", "properties": {"p": {"enum": ["e<|im_end|>"]}}},
+    }})]);
+    let template = compile(source);
+    let prompt = template.render_guarded(&input, Some(&tokens)).unwrap();
+    assert_eq!(prompt.text, template.render(&input).unwrap());
+    for (at, before) in prompt.text.match_indices("<|im_end|>").map(|(at, _)| {
+        let before = prompt.text[..at].chars().next_back();
+        (at, before)
+    }) {
+        // The template's own stand behind a call or the word null.
+        let supplied = before.is_some_and(|letter| "nyede".contains(letter));
+        assert_eq!(prompt.barriers.contains(&(at + 1)), supplied, "{at}: {prompt:?}");
+    }
+    assert_eq!(prompt.barriers.len(), 5);
+}
+
+#[test]
 fn a_text_that_is_left_out_is_an_error() {
     let only_first_system = compile(
         "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}\

@@ -131,7 +131,12 @@ fn no_template_lets_users_spell_control_tokens() {
     let tokens = ControlTokens::new(spelled);
     for (name, template) in templates(&folder) {
         let text = spelled.map(|token| format!("a{token}b")).concat();
-        let input = input(json!([{"role": "user", "content": text}]));
+        let mut input = input(json!([{"role": "user", "content": text}]));
+        input.tools = Some(vec![json!({"type": "function", "function": {
+            "name": "f", "description": text, "parameters": {"type": "object", "properties": {
+                "p": {"type": "string", "description": text, "enum": [text]},
+            }},
+        }})]);
         let Ok(prompt) = template.render_guarded(&input, Some(&tokens)) else { continue };
         assert_eq!(prompt.text, template.render(&input).expect("it renders"), "{name}");
         for token in spelled {

@@ -16,10 +16,6 @@ use std::sync::Arc;
 /// Tokens per page of the cache.
 pub const PAGE_TOKENS: usize = 32;
 
-/// Longest input that is embedded or scored, in tokens, where the model's context is longer: such an
-/// input has a cache of its own beside the planned one.
-pub const MAX_POOLED_TOKENS: u32 = 8192;
-
 /// Rows of [`Wants::AllLogits`] in one step, at most: each is a whole row of the vocabulary.
 pub const MAX_PROMPT_LOGITS: usize = 64;
 

@@ -3,6 +3,7 @@
 //! Source: OpenAI's API reference, "Files". A key sees its own files; the admin key sees all.
 
 use super::form::{self, next_chunk, next_field, skip, text};
+use super::query;
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -41,11 +42,6 @@ pub struct Page {
     pub limit: Option<usize>,
     purpose: Option<String>,
     order: Option<String>,
-}
-
-/// The query of a list, or a 400 that says what is wrong with it.
-pub(super) fn page(query: Result<Query<Page>, QueryRejection>) -> Result<Page, ApiError> {
-    query.map(|Query(page)| page).map_err(|error| ApiError::bad_request(error.body_text()))
 }
 
 impl Page {
@@ -214,7 +210,7 @@ pub async fn list(
     Extension(identity): Extension<Identity>,
     query: Result<Query<Page>, QueryRejection>,
 ) -> Answer {
-    let page = page(query)?;
+    let page = query::read(query)?;
     let owner = seen_by(&app, identity);
     let mut files = app.registry.store().files(owner.as_deref()).map_err(ApiError::internal)?;
     files.retain(|file| page.purpose.as_ref().is_none_or(|purpose| file.purpose == *purpose));

@@ -4,9 +4,9 @@
 //! own jobs; the admin key sees all.
 
 use super::fields::{Fields, JsonBody};
-use super::files::{Page, listed, page, seen_by};
+use super::files::{Page, listed, seen_by};
 use super::jobs::parsed;
-use super::query::{MetadataFilter, Pairs};
+use super::query::{self, MetadataFilter, Pairs};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -374,9 +374,8 @@ pub async fn list(
     query: Result<Query<Page>, QueryRejection>,
     pairs: Pairs,
 ) -> Answer {
-    let page = page(query)?;
-    let Query(pairs) = pairs.map_err(|error| ApiError::bad_request(error.body_text()))?;
-    let filter = MetadataFilter::of(&pairs)?;
+    let page = query::read(query)?;
+    let filter = MetadataFilter::of(&query::read(pairs)?)?;
     let owner = seen_by(&app, identity);
     let mut jobs = app.jobs.store().jobs(owner.as_deref()).map_err(ApiError::internal)?;
     jobs.retain(|job| is_fine_tuning(job) && filter.takes(metadata(job).as_ref()));
@@ -465,7 +464,7 @@ pub async fn events(
     Path(id): Path<String>,
     query: Result<Query<Page>, QueryRejection>,
 ) -> Answer {
-    let page = page(query)?;
+    let page = query::read(query)?;
     let job = find(&app, identity, &id)?;
     let entries = app.jobs.events(&job.id)?;
     let shown = entries.iter().rev().map(|entry| event(&job.id, entry)).collect();
@@ -537,7 +536,7 @@ pub async fn checkpoints(
     Path(id): Path<String>,
     query: Result<Query<Page>, QueryRejection>,
 ) -> Answer {
-    let page = page(query)?;
+    let page = query::read(query)?;
     let job = find(&app, identity, &id)?;
     let folder = app.jobs.folder(&job.id);
     let (mut step, mut validation) = (None::<Step>, None::<Validation>);

@@ -1,7 +1,8 @@
 //! `/admin/jobs`: every kind of job, for the operator.
 
 use super::fields::{Fields, without_mark};
-use super::files::{self, Page, page};
+use super::files::{self, Page};
+use super::query;
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -59,7 +60,7 @@ pub async fn list(
     State(app): State<Arc<App>>,
     query: Result<Query<Page>, QueryRejection>,
 ) -> Answer {
-    let page = page(query)?;
+    let page = query::read(query)?;
     let jobs = app.jobs.store().jobs(None).map_err(ApiError::internal)?;
     let (jobs, more) = page.cut(jobs, |job| &job.id, MAX_PAGE)?;
     let shown = jobs.iter().map(|job| show(&app.jobs, job)).collect::<Result<_, _>>()?;
@@ -113,7 +114,7 @@ pub async fn events(
     Path(id): Path<String>,
     query: Result<Query<HowEvents>, QueryRejection>,
 ) -> Result<Response, ApiError> {
-    let how = query.map_err(|error| ApiError::bad_request(error.body_text()))?;
+    let how = query::read(query)?;
     let job = app.jobs.get(&id, None)?;
     if how.stream == Some(false) {
         let entries = app.jobs.events(&job.id)?;

@@ -11,6 +11,32 @@ use serde_json::{Map, Value};
 /// The pairs of a query, in order.
 pub type Pairs = Result<Query<Vec<(String, String)>>, QueryRejection>;
 
+/// A query's parameters as a type, or a 400 that names the parameter that is wrong.
+///
+/// # Errors
+/// 400 for a query that does not parse.
+pub fn read<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiError> {
+    query.map(|Query(read)| read).map_err(|rejection| refused(&rejection))
+}
+
+fn refused(rejection: &QueryRejection) -> ApiError {
+    let text = rejection.body_text();
+    let why = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
+    // serde writes `limit: invalid digit found in string` or "duplicate field `limit`".
+    let names =
+        |name: &&&str| why.starts_with(&format!("{name}: ")) || why.contains(&format!("`{name}`"));
+    match KNOWN.iter().find(names) {
+        Some(name) => {
+            let why = why.strip_prefix(&format!("{name}: ")).unwrap_or(why);
+            ApiError::invalid(*name, format!("The query parameter '{name}' is wrong: {why}."))
+        }
+        None => ApiError::bad_request(text),
+    }
+}
+
+/// All parameters that any route takes.
+const KNOWN: [&str; 6] = ["after", "limit", "order", "purpose", "metadata", "stream"];
+
 /// Azure's clients add it to every request.
 const ALWAYS: &str = "api-version";
 
@@ -40,7 +66,7 @@ pub async fn known_only(
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let Query(pairs) = pairs.map_err(|error| ApiError::bad_request(error.body_text()))?;
+    let pairs = read(pairs)?;
     let known = known(request.method(), path.as_str());
     for (key, _) in &pairs {
         // `metadata[key]` is how clients write an object.
@@ -139,6 +165,31 @@ mod tests {
             &[("metadata", "null"), ("metadata[a]", "x")],
         ] {
             assert_eq!(filter(pairs).unwrap_err().param.as_deref(), Some("metadata"), "{pairs:?}");
+        }
+    }
+
+    #[test]
+    fn errors_name_the_parameter() {
+        #[derive(Debug, serde::Deserialize)]
+        struct Page {
+            limit: Option<u32>,
+            after: Option<String>,
+        }
+        let page = |query: &str| {
+            let uri = format!("/v1/files?{query}").parse().unwrap();
+            read(Query::<Page>::try_from_uri(&uri))
+        };
+        let page_2 = page("limit=2&after=a").unwrap();
+        assert_eq!((page_2.limit, page_2.after.as_deref()), (Some(2), Some("a")));
+        for (query, name) in [
+            ("limit=x", "limit"),
+            ("limit=-1", "limit"),
+            ("limit=", "limit"),
+            ("after=a&limit=1.5", "limit"),
+            ("after=a&after=b", "after"),
+        ] {
+            let error = page(query).unwrap_err();
+            assert_eq!(error.param.as_deref(), Some(name), "{query}: {error:?}");
         }
     }
 

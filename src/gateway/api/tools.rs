@@ -4,6 +4,7 @@ use super::fields::{Fields, wrong};
 use super::messages::NOTES;
 use crate::gateway::error::ApiError;
 use serde_json::{Value, json};
+use std::collections::HashSet;
 
 const MAX_TOOLS: usize = 128;
 const MAX_NAME: usize = 64;
@@ -52,6 +53,12 @@ pub fn take_tools(fields: &mut Fields) -> Result<Option<Tools>, ApiError> {
         return Ok(None);
     }
     let names = definitions.iter().map(|tool| tool["function"]["name"].as_str());
+    let mut seen = HashSet::new();
+    if let Some(index) = names.clone().position(|name| !seen.insert(name)) {
+        let name = names.clone().nth(index).flatten().unwrap_or_default();
+        let message = format!("tools[{index}] is the second tool named `{name}`: rename one.");
+        return Err(ApiError::invalid(format!("tools[{index}].function.name"), message));
+    }
     if let Choice::Named(name) = &choice
         && !names.clone().any(|known| known == Some(name))
     {
@@ -166,6 +173,7 @@ mod tests {
             (json!({"tools": [{"type": "function"}]}), "tools[0].function"),
             (json!({"tools": [tool("")]}), "tools[0].function.name"),
             (json!({"tools": [tool("f"), tool("a b")]}), "tools[1].function.name"),
+            (json!({"tools": [tool("f"), tool("g"), tool("f")]}), "tools[2].function.name"),
             (json!({"tool_choice": "required"}), "tool_choice"),
             (json!({"tools": [tool("f")], "tool_choice": "maybe"}), "tool_choice"),
             (json!({"tools": [tool("f")], "tool_choice": {"type": "x"}}), "tool_choice.type"),

@@ -52,7 +52,7 @@ pub(super) async fn outer(
         response.headers_mut().insert(REQUEST_ID, id);
     }
     let status = response.status().as_u16();
-    let milliseconds = started.elapsed().as_secs_f64() * 1e3;
+    let milliseconds = started.elapsed().as_micros() as f64 / 1e3;
     let _entered = span.enter();
     if is_open {
         tracing::debug!(%method, path, status, milliseconds, "answered");

@@ -1,11 +1,9 @@
 //! A llama.cpp context: cache, compute buffers, and the batch on its way in.
 
-use super::super::{
-    Batch, BatchSequence, MAX_POOLED_TOKENS, MAX_PROMPT_LOGITS, Ran, RunnerError, SeqSlot, Wants,
-};
+use super::super::{Batch, BatchSequence, MAX_PROMPT_LOGITS, Ran, RunnerError, SeqSlot, Wants};
 use super::adapter::Adapter;
 use super::model::Model;
-use crate::ipc::{AdapterId, KvCacheType, KvLayout, LoadSpec, Token};
+use crate::ipc::{AdapterId, KvCacheType, KvLayout, LoadSpec, MAX_POOLED_TOKENS, Token};
 use llama_cpp_sys_2 as sys;
 use std::collections::HashMap;
 use std::ffi::c_void;

@@ -21,11 +21,10 @@ pub use adapter::Adapter;
 pub use watch::Watched;
 
 use super::{
-    AdapterHandle, AdapterLoader, Batch, MAX_POOLED_TOKENS, ModelRunner, PAGE_TOKENS, Ran,
-    RunnerError, SeqSlot,
+    AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, Ran, RunnerError, SeqSlot,
 };
 use crate::engine::tokenizer::Tokenizer;
-use crate::ipc::{AdapterId, KvLayout, LoadSpec, ModelInfo, Token};
+use crate::ipc::{AdapterId, KvLayout, LoadSpec, MAX_POOLED_TOKENS, ModelInfo, Token};
 use adapter::Loader;
 use context::{Context, ContextKind};
 use model::Model;

@@ -14,12 +14,14 @@ pub use adapter::Adapter;
 pub use weights::Unsupported;
 
 use super::{
-    AdapterHandle, AdapterLoader, Batch, BatchSequence, MAX_POOLED_TOKENS, ModelRunner,
-    PAGE_TOKENS, Ran, RunnerError, SeqSlot, Wants, llama_cpp,
+    AdapterHandle, AdapterLoader, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, Ran, RunnerError,
+    SeqSlot, Wants, llama_cpp,
 };
 use crate::engine::tokenizer::{Tokenizer, native::NativeTokenizer};
 use crate::gguf::{Gguf, KvType};
-use crate::ipc::{AdapterId, KvCacheType, LoadSpec, ModelInfo, Speculate, Token};
+use crate::ipc::{
+    AdapterId, KvCacheType, LoadSpec, MAX_POOLED_TOKENS, ModelInfo, Speculate, Token,
+};
 use crate::kernels::ops::Span;
 use crate::kernels::{Cache, Pool};
 use forward::{Forward, Rows};
