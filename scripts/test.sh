@@ -4,7 +4,7 @@
 #
 # What the tests read: INGOT_BIN (the binary), INGOT_TEST_MODEL (the default model's file),
 # INGOT_TEST_DATA (a data folder that holds it), INGOT_TEST_PYTHON (a Python with openai, jinja2,
-# prometheus_client, schemathesis and jsonschema), INGOT_TEST_TEMPLATES (see templates.sh), INGOT_TEST_VOCABS (see vocabs.sh).
+# prometheus_client, schemathesis, jsonschema and litellm), INGOT_TEST_TEMPLATES (see templates.sh), INGOT_TEST_VOCABS (see vocabs.sh).
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -84,7 +84,7 @@ say "Python packages for the tests, in .cache/venv"
 venv=$root/.cache/venv
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    openai jinja2 prometheus_client 'schemathesis>=4,<5' jsonschema
+    openai jinja2 prometheus_client 'schemathesis>=4,<5' jsonschema litellm
 export INGOT_TEST_PYTHON=$venv/bin/python
 
 say "chat templates and what jinja2 makes of them, in .cache/templates"

@@ -311,7 +311,7 @@ fn control_tokens_in_users_texts_are_text() {
 #[test]
 fn control_tokens_in_names_calls_and_tools_are_text() {
     let tokens = ControlTokens::new(["<|im_end|>"]);
-    let source = "{% for m in messages %}{{ m.name }}{{ m.content }}{{ m.tool_calls | tojson }}\
+    let source = "{% for m in messages %}{{ m.name }}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}\
                   <|im_end|>{% endfor %}{{ tools | tojson }}";
     let mut input = chat(json!([
         {"role": "user", "name": "n<|im_end|>", "content": "hi"},

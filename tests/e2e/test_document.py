@@ -28,6 +28,7 @@ from jsonschema import Draft202012Validator
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 
+import _openai_types
 import _server
 
 MODEL = "mock"
@@ -468,11 +469,15 @@ def check_answer(method, path, body=None, *, template=None, status=200, form=Non
     schema = response["content"][kind]["schema"]
     if kind == "application/json":
         validator(DOCUMENT, schema).validate(answer)
+        if status == 200:
+            _openai_types.validate(method, path, answer)
     if kind == "text/event-stream":
         lines = [line[6:] for line in answer.split("\n") if line.startswith("data: ")]
         assert lines.pop() == "[DONE]"
-        for line in lines:
-            validator(DOCUMENT, schema).validate(json.loads(line))
+        chunks = [json.loads(line) for line in lines]
+        for chunk in chunks:
+            validator(DOCUMENT, schema).validate(chunk)
+        _openai_types.validate(method, path, chunks, streamed=True)
     return answer
 
 

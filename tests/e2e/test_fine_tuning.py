@@ -20,6 +20,7 @@ import urllib.request
 import openai
 from openai import OpenAI
 
+from _openai_types import http_client
 from _server import first_model, run, start, stop
 
 KEY, OTHER, ADMIN = "sk-end-to-end", "sk-somebody-else", "sk-operator"
@@ -36,7 +37,8 @@ class Server:
         self.model = first_model(self.url, KEY, self.process)
 
     def client(self, key=KEY):
-        return OpenAI(base_url=self.url + "/v1", api_key=key, timeout=120, max_retries=0)
+        options = {"base_url": self.url + "/v1", "api_key": key, "http_client": http_client()}
+        return OpenAI(**options, timeout=120, max_retries=0)
 
     def admin(self, path, body=None, method=None):
         data = None if body is None else json.dumps(body).encode()

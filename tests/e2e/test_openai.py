@@ -18,13 +18,14 @@ import openai
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
+from _openai_types import http_client
 from _server import find_or_start, run
 
 URL, MODEL, KEY = find_or_start()
 EMBED_MODEL = os.environ.get("INGOT_EMBED_MODEL")
 OPTIONS = dict(base_url=URL + "/v1", api_key=KEY or "none", timeout=120, max_retries=0)
 
-client = OpenAI(**OPTIONS)
+client = OpenAI(**OPTIONS, http_client=http_client())
 HELLO = [{"role": "user", "content": "Say hello to my cat."}]
 WEATHER = {
     "type": "function",
