@@ -7,9 +7,10 @@
 
 use ingot::gguf::fixture::TinyDecoder;
 use ingot::gguf::{Gguf, Target};
+use ingot::job::spec::{Lora, Optimizer};
 use ingot::train::data::Encoded;
-use ingot::train::model::{Batch, Gradients, Lora, Model, Pass, Training};
-use ingot::train::optim::{Optimization, Optimizer};
+use ingot::train::model::{Batch, Gradients, Model, Pass, Training};
+use ingot::train::optim::Optimization;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;

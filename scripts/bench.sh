@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures Ingot beside llama.cpp, ik_llama.cpp and mistral.rs on this machine, and prints the tables
-# of NOTES.md: kernels (bench_kernels.py), then servers (bench_peers.py). Everything is kept as JSON in
+# of docs/performance.md: kernels (bench_kernels.py), then servers (bench_peers.py). Everything is kept as JSON in
 # .cache/bench, and so are 5 GB of models. The machine should do nothing else for some two hours.
 #
 #   scripts/bench.sh [REPETITIONS, 5 unless given] [kernels] [servers]

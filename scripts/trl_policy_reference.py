@@ -8,13 +8,13 @@ GRPO: the loss and its gradient by the log-probabilities are those of GRPOTraine
 of a trainer of a tiny model whose _get_per_token_logps_and_entropies answers with given numbers. The
 engine's correction and the advantages are computed in the middle of _generate_and_score_completions,
 which cannot be called without an engine: those statements are cut out of TRL's source and executed. As
-METHODS.md has it, the KL is not weighted: use_bias_correction_kl is off (1.16 turns it on).
+docs/training.md has it, the KL is not weighted: use_bias_correction_kl is off (1.16 turns it on).
 
 PPO: TRL's trainer is one loop that cannot be called in parts, and left TRL after 1.12. PPO_TRAINER.py is
 trl/experimental/ppo/ppo_trainer.py of the wheel of 1.12.0 (pip download --no-deps trl==1.12.0); the
 loop's statements and masked_whiten are cut out of it and executed as they stand. Where a completion ends
 before the longest one, TRL puts the score on the place after its last token and keeps a value there;
-METHODS.md says the last token. So rewards and advantages are taken of each completion alone, which ends
+Ingot puts it on the last token. So rewards and advantages are taken of each completion alone, which ends
 where its row does, and the values' mask is the tokens' mask.
 
 Needs trl 1.16, torch and transformers.

@@ -134,7 +134,7 @@ pub struct LogConfig {
     pub format: LogFormat,
     /// A level, or `tracing` filter directives such as `info,ingot::engine=debug`.
     pub level: String,
-    /// Prompt text may appear in logs; off unless asked for.
+    /// Log the prompts of chat and completion requests.
     pub prompts: bool,
 }
 

@@ -15,14 +15,14 @@
 //!
 //! An engine may die at any time: its requests fail with a clear error, it is restarted, and the
 //! gateway stays. Frames of [`ipc`] over a socket pair are all that crosses. A job shares nothing but
-//! its folder ([`train::job`]): whoever dies, and whenever, the other finds everything there, and the
-//! job goes on from its last checkpoint with the same bits.
+//! its folder ([`job`]): if either process dies, the other finds the whole state there, and the job
+//! resumes from its last checkpoint with a bit-identical result.
 //!
 //! # A request walks
 //!
 //! [`gateway::api`] (validated once) → [`template`] (rendered) → [`gateway::registry`]
 //! (model and adapter by name) → [`gateway::supervisor`] → [`ipc`] → [`engine`]: intake
-//! (tokenized by [`engine::tokenizer`], found to fit) → scheduler → [`engine::kv`] → [`engine::runner`] → [`kernels`] →
+//! (tokenized by [`tokenizer`], found to fit) → scheduler → [`engine::kv`] → [`engine::runner`] → [`kernels`] →
 //! [`engine::sampler`] → outbox → [`ipc`] → [`gateway::stream`].
 //!
 //! Types narrow on the way: JSON → `ChatRequest` → [`ipc::Generate`] → `Admissible` → `Sequence` →
@@ -32,12 +32,12 @@
 //! # A job walks
 //!
 //! [`gateway::api`] or [`cli`] → [`gateway::jobs`] (admitted, queued) → [`gateway::store`] → a process:
-//! [`train::job`] → [`train::recipes`] → [`train::data`] → [`train::model`] ([`train::ops`]) →
+//! [`train::process`] → [`train::recipes`] → [`train::data`] → [`train::model`] ([`train::ops`]) →
 //! [`train::loss`] → [`train::optim`] → [`train::checkpoint`] → [`train::export`] → [`gateway::jobs`] (tried) →
 //! [`gateway::registry`] (served).
 //!
-//! Types narrow here too: `Spec` → `Resolved` → [`train::job::Order`] → `Batch` → gradients →
-//! checkpoint → [`train::job::Outcome`].
+//! Types narrow here too: `Spec` → `Resolved` → [`job::Order`] → `Batch` → gradients →
+//! checkpoint → [`job::Outcome`].
 //!
 //! # Invariants
 //!
@@ -61,18 +61,24 @@
 //! | [`engine`] | the model side; [`engine::verify`] measures its rounding against F32 arithmetic |
 //! | [`kernels`] | SIMD arithmetic of the native runner and of training, the thread pool |
 //! | [`template`] | chat templates, and what models write back |
-//! | [`train`] | jobs, data, trainable models, optimizers, checkpoints, exports |
+//! | [`job`] | what a job is: specification, order, folder, events, outcome; no tensors |
+//! | [`dataset`] | formats of training files |
+//! | [`tokenizer`] | text to tokens and back |
+//! | [`train`] | the process of a job: data, trainable models, optimizers, checkpoints, exports |
 //! | [`grade`] | graders: what an answer is worth |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters; Hugging Face's folders made into GGUF |
 
 pub mod build_info;
 pub mod cli;
 pub mod config;
+pub mod dataset;
 pub mod engine;
 pub mod gateway;
 pub mod gguf;
 pub mod grade;
 pub mod ipc;
+pub mod job;
 pub mod kernels;
 pub mod template;
+pub mod tokenizer;
 pub mod train;

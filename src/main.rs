@@ -10,7 +10,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Engine => return ingot::engine::main(),
-        Command::Job { folder } => return ingot::train::job::main(&folder),
+        Command::Job { folder } => return ingot::train::process::main(&folder),
         Command::Version => return cli::version::main(),
         Command::Serve(options) => serve(*options),
         Command::Run(options) => cli::run::main(options),

@@ -255,7 +255,7 @@ pub struct ServeOptions {
     #[arg(long, value_name = "LEVEL", env = "INGOT_LOG_LEVEL", help_heading = "Log")]
     pub log_level: Option<String>,
 
-    /// Let prompt text appear in the log [default: false]
+    /// Log the prompts of chat and completion requests, as the model gets them [default: false]
     #[arg(
         long,
         value_name = "BOOL",

@@ -7,11 +7,11 @@ use super::grammar::{GrammarEngine, VocabSource, VocabToken};
 use super::orders::Order;
 use super::sampler::{Sampler, overlapping_sequences};
 use super::sequence::{Admissible, Choice};
-use super::tokenizer::Tokenizer;
 use crate::ipc::{
     Call, EngineError, EngineErrorKind, FromEngine, Generate, ModelInfo, Prompt, PromptPiece,
     Reply, Token,
 };
+use crate::tokenizer::Tokenizer;
 use crossbeam_channel::{Receiver, Sender};
 use serde_bytes::ByteBuf;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -27,7 +27,6 @@ mod step;
 #[cfg(test)]
 mod tests;
 mod text;
-pub mod tokenizer;
 pub mod verify;
 
 use crate::gguf::{Gguf, score_head};

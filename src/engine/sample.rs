@@ -6,8 +6,8 @@ use super::sampler::logprobs;
 use super::sequence::{RequestFacts, SeqKey, Sequence};
 use super::step::StepLoop;
 use super::text::Progressed;
-use super::tokenizer::Vocab;
 use crate::ipc::{EngineError, FinishReason, RequestId, Token, TokenLogprob};
+use crate::tokenizer::Vocab;
 use serde_bytes::ByteBuf;
 use std::ops::Range;
 

@@ -122,7 +122,7 @@ pub enum KvCacheType {
     Q8_0,
 }
 
-/// How the llama_cpp runner lays out its cache (see NOTES.md for the measurements).
+/// How the llama_cpp runner lays out its cache (measurements: docs/log/serving.md).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum KvLayout {
@@ -229,6 +229,18 @@ pub enum Prompt {
         prefix: String,
         suffix: String,
     },
+}
+
+impl Prompt {
+    /// The prompt as people read it: its text, or its token ids.
+    pub fn shown(&self) -> String {
+        match self {
+            Self::Text { text, .. } | Self::Rendered { text, .. } => text.clone(),
+            Self::Tokens(tokens) => format!("{tokens:?}"),
+            Self::Pieces { pieces, .. } => pieces.iter().map(|piece| &*piece.text).collect(),
+            Self::Infill { prefix, suffix } => format!("{prefix}[…]{suffix}"),
+        }
+    }
 }
 
 /// A text of [`Prompt::Pieces`].

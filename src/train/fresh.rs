@@ -1,9 +1,9 @@
 //! Models with random weights: what pretraining begins with. Llama's layers (Touvron et al. 2023,
 //! arXiv:2302.13971), in F32.
 
-use super::spec::Shape;
 use super::vocabulary::Vocabulary;
 use crate::gguf::{GgufError, GgufWriter, TensorType};
+use crate::job::spec::Shape;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use sha2::{Digest, Sha256};
@@ -130,7 +130,7 @@ fn normals(out: &mut dyn Write, rng: &mut StdRng, count: usize, deviation: f64) 
 mod tests {
     use super::*;
     use crate::gguf::{Covered, Gguf};
-    use crate::train::spec::Pretrain;
+    use crate::job::spec::Pretrain;
 
     fn made(text: &str, seed: u64, path: &Path) -> (Shape, Gguf) {
         let vocabulary = Vocabulary::bytes();

@@ -1,37 +1,33 @@
-//! Training: jobs and what they are made of.
+//! Training: the process of a job, and the arithmetic. What a job is, without tensors, is [`crate::job`].
 //!
-//! A job walks `job` → `recipes` → `data` → `model` (`ops`) → `loss` → `optim` → `checkpoint` → `export`.
+//! A job walks `process` → `recipes` → `data` → `model` (`ops`) → `loss` → `optim` → `checkpoint` → `export`.
 //!
 //! | folder | what |
 //! |---|---|
-//! | `spec.rs` | what a job is asked to do, with every default |
-//! | `job/` | the folder and the process of a job |
-//! | `recipes/` | what jobs do, a file each |
-//! | `actor.rs` | who answers prompts while a policy is trained |
+//! | `process/` | the process of a job (`ingot job FOLDER`): from its order to its outcome |
+//! | `recipes/` | one file per kind of job |
+//! | `rollout.rs` | the interface through which a policy's completions are sampled |
 //! | `fresh.rs` | models with random weights |
 //! | `vocabulary.rs` | tokenizers trained on data, or taken from a model |
-//! | `data/` | formats, masks, tokens, packing, order |
+//! | `data/` | tokens, packing, order; the formats of files are [`crate::dataset`] |
 //! | `model/` | the decoders of `gguf::Covered`, trainable; LoRA |
-//! | `loss/` | losses of preferences and policies, as numbers and their slopes |
+//! | `loss/` | losses of preferences and policies, as numbers and their gradients |
 //! | `ops/` | candle operations with backward passes by hand |
 //! | `optim.rs` | AdamW and Muon |
-//! | `schedule.rs` | learning rates |
-//! | `checkpoint.rs` | folders that are there whole or not at all |
-//! | `export/` | PEFT folders, LoRA GGUF, models as GGUF and as Hugging Face's folders |
+//! | `checkpoint.rs` | checkpoint folders, written whole or not at all |
+//! | `export/` | PEFT folders, LoRA GGUF, models as GGUF and as Hugging Face folders |
 
-pub mod actor;
 pub mod checkpoint;
 pub mod data;
 pub mod export;
 pub mod fresh;
-pub mod job;
 pub mod loss;
 pub mod model;
 pub mod ops;
 pub mod optim;
+pub mod process;
 pub mod recipes;
-pub mod schedule;
-pub mod spec;
+pub mod rollout;
 #[cfg(test)]
 mod torch_tests;
 pub mod vocabulary;

@@ -1,9 +1,9 @@
 //! AdamW and Muon, in place and on all cores. Their state can be saved and put back, bit for bit.
 
+use crate::job::spec::Optimizer;
 use crate::kernels::gemm::{Mat, product};
 use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor, Var, bail};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::Mutex;
 
@@ -12,65 +12,6 @@ const CHUNK: usize = 1 << 14;
 /// Steps of Muon's iteration, and its polynomial (Jordan 2024, kellerjordan.github.io/posts/muon).
 const ITERATIONS: usize = 5;
 const POLYNOMIAL: [f32; 3] = [3.4445, -4.7750, 2.0315];
-
-/// The settings of an optimizer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Optimizer {
-    /// Loshchilov and Hutter 2017, arXiv:1711.05101.
-    #[serde(rename = "adamw")]
-    AdamW {
-        #[serde(default = "betas")]
-        betas: [f64; 2],
-        #[serde(default = "eps")]
-        eps: f64,
-        #[serde(default = "weight_decay")]
-        weight_decay: f64,
-        /// The gradients' norm at most; 0 for any.
-        #[serde(default = "clip")]
-        clip: f64,
-    },
-    /// Muon for the hidden matrices, AdamW for the rest.
-    Muon {
-        #[serde(default = "muon_rate")]
-        learning_rate: f64,
-        #[serde(default = "momentum")]
-        momentum: f64,
-        #[serde(default = "betas")]
-        betas: [f64; 2],
-        #[serde(default = "eps")]
-        eps: f64,
-        #[serde(default = "weight_decay")]
-        weight_decay: f64,
-        #[serde(default = "clip")]
-        clip: f64,
-    },
-}
-
-fn betas() -> [f64; 2] {
-    [0.9, 0.999]
-}
-fn eps() -> f64 {
-    1e-8
-}
-fn weight_decay() -> f64 {
-    0.01
-}
-fn clip() -> f64 {
-    1.0
-}
-fn muon_rate() -> f64 {
-    0.02
-}
-fn momentum() -> f64 {
-    0.95
-}
-
-impl Default for Optimizer {
-    fn default() -> Self {
-        Self::AdamW { betas: betas(), eps: eps(), weight_decay: weight_decay(), clip: clip() }
-    }
-}
 
 /// What is trained.
 #[derive(Clone)]

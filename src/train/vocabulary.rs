@@ -5,9 +5,9 @@
 //! made. Tokens 0 to 255 are the bytes; 256 ends a text; merges follow in their order. Words are cut
 //! as SmolLM's are, which llama.cpp knows by the name `smollm`: digit by digit, then as GPT-2's.
 
-use crate::engine::tokenizer::native::byte_chars;
+use crate::dataset::{DataError, Texts};
 use crate::gguf::{Array, Gguf, Value};
-use crate::train::data::{DataError, Texts};
+use crate::tokenizer::native::byte_chars;
 use std::collections::HashSet;
 use std::path::Path;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -222,10 +222,10 @@ impl Iterator for Sample {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::tokenizer::Tokenizer;
-    use crate::engine::tokenizer::native::NativeTokenizer;
     use crate::gguf::GgufWriter;
     use crate::template::{ChatTemplate, RenderInput};
+    use crate::tokenizer::Tokenizer;
+    use crate::tokenizer::native::NativeTokenizer;
     use serde_json::{Value as Json, json};
 
     const TEXT: &str = "ROMEO:\nBut, soft! what light through yonder window breaks?\n\nIt is the \

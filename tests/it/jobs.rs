@@ -1,8 +1,8 @@
 //! Jobs that are killed, and jobs on a disk that is full: what they end with.
 
 use ingot::gguf::fixture::TinyDecoder;
-use ingot::train::job::{DISK_FULL, DONE, Folder, Follower, JobEvent, Order, Outcome, STOPPED};
-use ingot::train::spec::Spec;
+use ingot::job::spec::Spec;
+use ingot::job::{DISK_FULL, DONE, Folder, Follower, JobEvent, Order, Outcome, STOPPED};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

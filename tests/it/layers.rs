@@ -13,13 +13,17 @@ type Table = &'static [(&'static str, &'static [&'static str])];
 /// Rooms of the crate. Gateway and engine meet in `ipc` and nowhere else.
 const ROOMS: Table = &[
     ("main", &["cli", "train", "engine", "gateway", "config"]),
-    ("cli", &["train", "engine", "gateway", "config", "gguf", "ipc", "build_info"]),
-    ("gateway", &["train", "config", "template", "grade", "gguf", "ipc", "build_info"]),
-    ("train", &["engine", "template", "grade", "kernels", "gguf"]),
-    ("engine", &["ipc", "kernels", "gguf"]),
+    // `ingot verify` runs models in its own process.
+    ("cli", &["engine", "gateway", "config", "job", "dataset", "gguf", "ipc", "build_info"]),
+    ("gateway", &["config", "job", "dataset", "template", "grade", "gguf", "ipc", "build_info"]),
+    ("train", &["job", "dataset", "tokenizer", "template", "grade", "kernels", "gguf"]),
+    ("engine", &["tokenizer", "ipc", "kernels", "gguf"]),
+    ("job", &["dataset", "grade", "gguf"]),
+    ("dataset", &["template"]),
     ("config", &["ipc"]),
     ("build_info", &[]),
     ("template", &["gguf"]),
+    ("tokenizer", &["gguf", "ipc"]),
     ("grade", &[]),
     ("kernels", &["gguf"]),
     ("gguf", &[]),
@@ -62,54 +66,38 @@ const ENGINE: Table = &[
             "grammar",
             "sampler",
             "text",
-            "tokenizer",
         ],
     ),
-    ("intake", &["orders", "sequence", "grammar", "sampler", "text", "tokenizer"]),
+    ("intake", &["orders", "sequence", "grammar", "sampler", "text"]),
     ("outbox", &["scheduler", "sequence", "kv"]),
     ("scheduler", &["sequence", "speculate", "kv", "runner", "grammar", "sampler", "cost"]),
     ("orders", &["sequence", "runner"]),
     ("sequence", &["speculate", "kv", "grammar", "sampler", "text"]),
-    ("speculate", &["kv", "runner", "sampler", "tokenizer", "cost"]),
+    ("speculate", &["kv", "runner", "sampler", "cost"]),
     ("kv", &["runner"]),
-    ("runner", &["tokenizer"]),
-    ("grammar", &["sampler", "tokenizer"]),
-    ("text", &["tokenizer"]),
+    ("runner", &[]),
+    ("grammar", &["sampler"]),
+    ("text", &[]),
     ("sampler", &[]),
-    ("tokenizer", &[]),
     ("cost", &[]),
 ];
 
 /// Rooms of training.
 const TRAIN: Table = &[
-    ("job", &["recipes", "export", "checkpoint", "fresh", "data", "spec", "model", "actor"]),
+    ("process", &["recipes", "export", "checkpoint", "fresh", "data", "model", "rollout"]),
     (
         "recipes",
-        &[
-            "checkpoint",
-            "fresh",
-            "vocabulary",
-            "data",
-            "spec",
-            "model",
-            "optim",
-            "schedule",
-            "ops",
-            "loss",
-            "actor",
-        ],
+        &["checkpoint", "fresh", "vocabulary", "data", "model", "optim", "ops", "loss", "rollout"],
     ),
     ("export", &["data", "model", "optim"]),
     ("checkpoint", &["optim"]),
-    ("fresh", &["vocabulary", "spec"]),
+    ("fresh", &["vocabulary"]),
     ("vocabulary", &["data"]),
-    ("spec", &["data", "loss", "model", "optim", "schedule"]),
     ("data", &["model"]),
     ("model", &["ops", "optim"]),
     ("optim", &[]),
-    ("schedule", &[]),
     ("loss", &[]),
-    ("actor", &[]),
+    ("rollout", &[]),
     ("ops", &[]),
 ];
 
@@ -150,7 +138,7 @@ fn module(file: &str) -> Vec<&str> {
     path.split('/').filter(|part| *part != "lib").collect()
 }
 
-/// Full paths of what a file imports from this crate at its top level, without `crate`.
+/// Full paths of what a file uses of this crate, without `crate`.
 fn imports(file: &str, text: &str) -> BTreeSet<Vec<String>> {
     let mut found = BTreeSet::new();
     // Everything from the tests' module on is theirs.
@@ -177,7 +165,25 @@ fn imports(file: &str, text: &str) -> BTreeSet<Vec<String>> {
             found.insert(full.into_iter().map(str::to_owned).collect());
         }
     }
+    found.extend(inline_paths(text));
     found
+}
+
+/// Paths from the crate's root that stand in the code itself, such as `crate::job::now()`.
+fn inline_paths(text: &str) -> impl Iterator<Item = Vec<String>> {
+    let code = text.lines().map(|line| line.split("//").next().unwrap_or_default());
+    // Those are read as trees of imports.
+    let code = code.filter(|line| !line.starts_with("use ") && !line.starts_with("pub use "));
+    let paths = code.flat_map(|line| {
+        let roots = line.match_indices("crate::").chain(line.match_indices("ingot::"));
+        let used = roots.filter(|(at, _)| !line[..*at].ends_with("(in "));
+        used.map(|(at, root)| &line[at + root.len()..])
+    });
+    paths.filter_map(|rest| {
+        let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_' && c != ':');
+        let path = rest[..end.unwrap_or(rest.len())].trim_end_matches(':');
+        (!path.is_empty()).then(|| path.split("::").map(str::to_owned).collect())
+    })
 }
 
 /// `a::{b, c::{d, e}}` as `a::b`, `a::c::d`, `a::c::e`.
@@ -278,7 +284,9 @@ fn rooms_import_only_what_stands_below_them() {
 #[test]
 fn the_scanner_sees_imports() {
     let text = "//! x\nuse std::fs;\nuse crate::gateway::{app::App, error::{self, ApiError}};\n\
-                use super::super::kv::Page as P;\npub use super::x;\n    use crate::inner;\n";
+                use super::super::kv::Page as P;\npub use super::x;\n    use crate::inner;\n\
+                // crate::comment::f()\npub(in crate::gateway) fn f() { crate::job::now(); }\n\
+                let x = crate::ipc::Token::default();\n";
     let found = imports("engine/runner/mock.rs", text);
     let found: Vec<String> = found.into_iter().map(|path| path.join("::")).collect();
     let expected = [
@@ -287,6 +295,9 @@ fn the_scanner_sees_imports() {
         "gateway::app::App",
         "gateway::error::ApiError",
         "gateway::error::self",
+        "inner",
+        "ipc::Token::default",
+        "job::now",
     ];
     assert_eq!(found, expected);
 }

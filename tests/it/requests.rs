@@ -2,8 +2,11 @@
 
 use crate::http::{Answer, Client};
 use crate::models_made::llama;
-use crate::support::{Options, completion, one_at_a_time, real_model, streamed, text_of};
+use crate::support::{
+    Options, completion, eventually, one_at_a_time, real_model, streamed, text_of,
+};
 use serde_json::{Value, json};
+use std::time::Duration;
 
 const RUNNERS: [&str; 2] = ["native", "llama-cpp"];
 
@@ -320,4 +323,24 @@ fn a_prompt_that_nobody_waits_for_is_given_up() {
             && server.metric("ingot_requests_running", &[]) == 0.0
     });
     assert_eq!(server.metric("ingot_engine_steps_total", &[]), 0.0);
+}
+
+#[test]
+fn prompts_are_logged_when_asked_for_and_only_then() {
+    for (set, wanted) in [(None, false), (Some("false"), false), (Some("true"), true)] {
+        let mut options = Options::mock(0);
+        if let Some(value) = set {
+            options = options.flag("--log-prompts", value);
+        }
+        let server = options.start();
+        server.client.post("/v1/chat/completions", &chat("mock", "a marked question")).good();
+        server.client.post("/v1/completions", &completion("mock", "a marked text", 4)).good();
+        // The line of the answer follows those of the prompt.
+        eventually(Duration::from_secs(5), "both answers are logged", || {
+            server.log().matches("answered").count() >= 2
+        });
+        for text in ["a marked question", "a marked text"] {
+            assert_eq!(server.log().contains(text), wanted, "{set:?}: {}", server.log());
+        }
+    }
 }

@@ -3,13 +3,15 @@
 use super::{Screen, located};
 use crate::cli::{CliError, PullBar};
 use crate::config::{ByteSize, HubAccess};
+use crate::dataset::check;
 use crate::gateway::jobs::rows;
 use crate::gateway::memory::available;
 use crate::gateway::store::{ModelRef, PulledModel, Store, ensure, hex};
 use crate::gguf::{Gguf, is_hugging_face};
-use crate::train::data::check;
-use crate::train::job::{self, Artifact, ArtifactKind, Folder, Follower, Needs, Order, Outcome};
-use crate::train::spec::{Kind, Resolved, Spec};
+use crate::job::spec::{Kind, Resolved, Spec};
+use crate::job::{
+    self, Artifact, ArtifactKind, Folder, Follower, Order, Outcome, ResourceEstimate,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -73,9 +75,9 @@ fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError
     }
     let train = located(beside, &spec.data.train)?;
     let validation = spec.data.validation.as_ref().map(|path| located(beside, path)).transpose()?;
-    if let Some(purpose) = spec.kind.purpose() {
+    if let Some(dataset) = spec.kind.dataset() {
         for path in validation.iter().chain([&train]) {
-            check(path, purpose, 1).map_err(|error| {
+            check(path, dataset, 1).map_err(|error| {
                 CliError::message(format!("{} cannot be trained on: {error}.", path.display()))
             })?;
         }
@@ -156,7 +158,7 @@ fn check_needs(model: Option<&Path>, spec: &Spec, settings: &Resolved) -> Result
     let refused = |why: String| CliError::message(format!("The model cannot be trained: {why}."));
     let header = model.map(Gguf::open_header).transpose();
     let header = header.map_err(|error| refused(error.to_string()))?;
-    let needs = Needs::of(header.as_ref(), spec, settings).map_err(refused)?;
+    let needs = ResourceEstimate::of(header.as_ref(), spec, settings).map_err(refused)?;
     let available = available();
     match needs.memory <= available {
         true => Ok(()),

@@ -6,8 +6,8 @@
 use super::{
     AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, Ran, RunnerError, SeqSlot, Wants,
 };
-use crate::engine::tokenizer::{Tokenizer, Vocab};
 use crate::ipc::{AdapterId, LoadSpec, ModelInfo, Speculate, Token};
+use crate::tokenizer::{Tokenizer, Vocab};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;

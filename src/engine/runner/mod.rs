@@ -7,8 +7,8 @@ pub mod llama_cpp;
 pub mod mock;
 pub mod native;
 
-use crate::engine::tokenizer::Tokenizer;
 use crate::ipc::{AdapterId, LoadSpec, ModelInfo, RunnerKind, Token};
+use crate::tokenizer::Tokenizer;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;

@@ -7,8 +7,8 @@ use crate::engine::runner::{
     AdapterHandle, AdapterLoader, Batch, ModelRunner, Ran, RunnerError, SeqSlot,
 };
 use crate::engine::sampler::Sampler;
-use crate::engine::tokenizer::Tokenizer;
 use crate::ipc::{AdapterId, LoadSpec, ModelInfo, RunnerKind, SamplingParams};
+use crate::tokenizer::Tokenizer;
 use std::ops::Range;
 use std::sync::Arc;
 

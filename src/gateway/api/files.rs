@@ -194,7 +194,7 @@ impl Upload {
             bytes: self.bytes,
             sha256: hex(&self.digest.clone().finalize()),
             owner,
-            created_at: crate::train::job::now() as i64,
+            created_at: crate::job::now() as i64,
         };
         store.put_file(&file).map_err(ApiError::internal)?;
         Ok(file)

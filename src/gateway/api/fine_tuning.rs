@@ -13,9 +13,8 @@ use crate::gateway::error::ApiError;
 use crate::gateway::jobs::{NewJob, checkpoint_name};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::grade::Grader;
-use crate::train::job::{Entry, JobEvent, Level, Step, Validation};
-use crate::train::loss::Dpo;
-use crate::train::spec::{Adapter, Data, Export, Grpo, Kind, Spec, Train, VERSION};
+use crate::job::spec::{Adapter, Data, Dpo, Export, Grpo, Kind, Spec, Train, VERSION};
+use crate::job::{Entry, JobEvent, Level, StepMetrics, Validation};
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Extension, Path, Query, State};
@@ -500,8 +499,8 @@ fn event(job: &str, entry: &Entry) -> Value {
             "metrics",
             json!({
                 "step": found.step,
-                "full_valid_loss": found.validation_loss,
-                "full_valid_mean_token_accuracy": found.validation_accuracy,
+                "full_valid_loss": found.loss,
+                "full_valid_mean_token_accuracy": found.accuracy,
                 "full_valid_mean_reward": found.reward(),
                 "metrics": found.metrics,
             }),
@@ -539,7 +538,7 @@ pub async fn checkpoints(
     let page = query::read(query)?;
     let job = find(&app, identity, &id)?;
     let folder = app.jobs.folder(&job.id);
-    let (mut step, mut validation) = (None::<Step>, None::<Validation>);
+    let (mut step, mut validation) = (None::<StepMetrics>, None::<Validation>);
     let mut found: Vec<(String, Value)> = Vec::new();
     for entry in app.jobs.events(&job.id)? {
         match entry.event {
@@ -563,7 +562,7 @@ fn checkpoint(
     job: &StoredJob,
     at: u64,
     created_at: i64,
-    step: Option<Step>,
+    step: Option<StepMetrics>,
     validation: Option<Validation>,
 ) -> Value {
     let mut metrics = Map::new();
@@ -574,8 +573,8 @@ fn checkpoint(
         metrics.insert("train_mean_reward".into(), step.reward().into());
     }
     if let Some(found) = validation {
-        metrics.insert("full_valid_loss".into(), found.validation_loss.into());
-        metrics.insert("full_valid_mean_token_accuracy".into(), found.validation_accuracy.into());
+        metrics.insert("full_valid_loss".into(), found.loss.into());
+        metrics.insert("full_valid_mean_token_accuracy".into(), found.accuracy.into());
         metrics.insert("full_valid_mean_reward".into(), found.reward().into());
     }
     metrics.retain(|_, value| !value.is_null());
@@ -635,7 +634,7 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
         JobStatus::Running => app.jobs.progress(&job.id)?.step.map(|step| step.eta_seconds),
         _ => None,
     };
-    let now = crate::train::job::now();
+    let now = crate::job::now();
     let error = match job.status {
         JobStatus::Failed => parsed(job.error.as_deref()),
         _ => Value::Null,

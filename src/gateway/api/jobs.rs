@@ -9,8 +9,8 @@ use crate::gateway::error::ApiError;
 use crate::gateway::jobs::{Jobs, NewJob};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::gateway::stream::json_line;
-use crate::train::job::{Entry, Follower, plot};
-use crate::train::spec::Spec;
+use crate::job::spec::Spec;
+use crate::job::{Entry, Follower, plot};
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
@@ -33,7 +33,7 @@ const MAX_PAGE: usize = 1_000;
 
 type Answer = Result<Json<Value>, ApiError>;
 
-/// `POST /admin/jobs`: a specification, as `train::spec` reads it.
+/// `POST /admin/jobs`: a specification, as [`crate::job::spec`] reads it.
 ///
 /// # Errors
 /// As [`Jobs::create`].
@@ -247,8 +247,8 @@ fn show(jobs: &Jobs, job: &StoredJob) -> Result<Value, ApiError> {
         progress.step.map_or(Ok(json!({})), serde_json::to_value).map_err(ApiError::internal)?;
     if let Some(found) = progress.validation {
         for (name, value) in [
-            ("validation_loss", found.validation_loss),
-            ("validation_accuracy", found.validation_accuracy),
+            ("validation_loss", found.loss),
+            ("validation_accuracy", found.accuracy),
             ("validation_reward", found.reward()),
             ("bits_per_byte", found.bits_per_byte),
         ] {

@@ -1,5 +1,5 @@
 //! What a job asks for over its own connection: answers of the policy that it trains, and what graders
-//! want to know. The requests are those of [`crate::train::actor`].
+//! want to know. The requests are those of [`crate::job::rollout`].
 
 use super::graders::answer;
 use crate::gateway::app::App;
@@ -9,7 +9,7 @@ use crate::gateway::jobs::Link;
 use crate::gateway::stream::Running;
 use crate::grade::Question;
 use crate::ipc::{Event, FinishReason, Generate, Prompt, SamplingParams, StopParams};
-use crate::train::actor::{Rollout, Rollouts};
+use crate::job::rollout::{Rollout, RolloutRequest};
 use axum::extract::State;
 use bytes::Bytes;
 use serde::Serialize;
@@ -40,7 +40,7 @@ pub async fn adopt(State((_, link)): At, body: Bytes) -> Result<Bytes, ApiError>
 /// # Errors
 /// 404 if the model is gone, 503 for the state of the engine.
 pub async fn rollouts(State((app, link)): At, body: Bytes) -> Result<Bytes, ApiError> {
-    let asked: Rollouts = read(&body)?;
+    let asked: RolloutRequest = read(&body)?;
     let served = link.policy().await?;
     let adapter = served.adapter.as_ref().map(|adapter| adapter.id);
     let request = |(prompt, seed): (&Vec<u32>, &u64)| Generate {

@@ -3,14 +3,14 @@
 
 use super::{Jobs, now};
 use crate::config::ByteSize;
+use crate::dataset::{DataError, check};
 use crate::gateway::error::ApiError;
 use crate::gateway::memory::available;
 use crate::gateway::registry::Trainable;
 use crate::gateway::store::{JobStatus, StoredFile, StoredJob};
 use crate::gguf::Gguf;
-use crate::train::data::{DataError, check};
-use crate::train::job::{Failure, Level, Needs, Order, name_of};
-use crate::train::spec::{Resolved, Spec};
+use crate::job::spec::{Resolved, Spec};
+use crate::job::{Failure, Level, Order, ResourceEstimate, name_of};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -225,7 +225,7 @@ impl Jobs {
         };
         let header = model.map(Gguf::open_header).transpose();
         let header = header.map_err(|error| refused(error.to_string()))?;
-        let needs = Needs::of(header.as_ref(), spec, settings).map_err(refused)?;
+        let needs = ResourceEstimate::of(header.as_ref(), spec, settings).map_err(refused)?;
         // Jobs that run now will be gone one day.
         let running: u64 = self.running().iter().map(|sample| sample.memory_bytes).sum();
         let memory = available().saturating_add(running);
@@ -295,12 +295,12 @@ impl Jobs {
             param: Some(param.to_owned()),
         };
         let order = self.folder(id).order().map_err(|error| failure("training_file", &error))?;
-        let Some(purpose) = order.spec.kind.purpose() else { return Ok(()) };
+        let Some(dataset) = order.spec.kind.dataset() else { return Ok(()) };
         let stored = self.store().job(id).ok().flatten();
         let openai = stored.is_some_and(|job| job.request.is_some());
         let least = if openai { super::LEAST_EXAMPLES } else { 1 };
         let look = |path: &Path, param: &str, least: u64| -> Result<(), Failure> {
-            check(path, purpose, least).map(drop).map_err(|error: DataError| failure(param, &error))
+            check(path, dataset, least).map(drop).map_err(|error: DataError| failure(param, &error))
         };
         look(&order.train, OPENAI.train, least)?;
         order.validation.map_or(Ok(()), |path| look(&path, OPENAI.validation, 1))
@@ -308,7 +308,7 @@ impl Jobs {
 }
 
 /// Whether this machine has, or will have, what a job takes.
-pub(super) fn fits(needs: &Needs, memory: u64, disk: u64) -> Result<(), ApiError> {
+pub(super) fn fits(needs: &ResourceEstimate, memory: u64, disk: u64) -> Result<(), ApiError> {
     if needs.memory > memory {
         return Err(ApiError::unprocessable(format!(
             "The job needs about {} of memory, but {} is available: use a smaller max_length or \

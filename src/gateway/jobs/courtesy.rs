@@ -3,7 +3,7 @@
 //! A job's process has the lowest priority, but two cores are two cores: what it does between two
 //! tokens of a request costs that request its cache and its place. So it is halted (SIGSTOP) while
 //! requests run, and gets a tenth of the time in slices, so that it still moves under lasting load.
-//! (Priority alone: p99 between tokens 1.2 to 1.6 times as long; see NOTES.md.)
+//! (Priority alone: p99 between tokens 1.2 to 1.6 times as long; see docs/log/training.md, "Jobs".)
 
 use std::time::{Duration, Instant};
 

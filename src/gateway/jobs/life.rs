@@ -4,7 +4,7 @@ use super::courtesy::Courtesy;
 use super::{Jobs, LEAVE_PATIENCE, Live, lock};
 use crate::config::ByteSize;
 use crate::gateway::memory::available;
-use crate::train::job::{self, Entry, Folder, Follower, JobEvent};
+use crate::job::{self, Entry, Folder, Follower, JobEvent};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{Read, Seek, SeekFrom};
 use std::process::ExitStatus;

@@ -1,7 +1,7 @@
 //! Jobs: taken, queued, run in processes of their own, published.
 //!
 //! What a job is, and where it stands, is in the store; what it does is in its folder
-//! ([`crate::train::job`]). Here is only what both need while they meet, so a gateway that is killed
+//! ([`crate::job`]). Here is only what both need while they meet, so a gateway that is killed
 //! finds every job as it was: what ran is queued again, and goes on from its last checkpoint.
 //!
 //! | file | what |
@@ -32,7 +32,7 @@ use crate::gateway::error::ApiError;
 use crate::gateway::metrics::{JobSample, JobSamples};
 use crate::gateway::registry::Registry;
 use crate::gateway::store::{JobStatus, Store, StoredJob};
-use crate::train::job::{Entry, EventLog, Folder, Follower, JobEvent, Level, Step, Validation};
+use crate::job::{Entry, EventLog, Folder, Follower, JobEvent, Level, StepMetrics, Validation};
 use life::Wish;
 use std::collections::HashMap;
 use std::fmt;
@@ -75,7 +75,7 @@ struct Live {
 /// The newest of what a job said of itself.
 #[derive(Debug, Clone, Default)]
 pub struct Progress {
-    pub step: Option<Step>,
+    pub step: Option<StepMetrics>,
     pub validation: Option<Validation>,
 }
 
@@ -158,7 +158,7 @@ impl Jobs {
     fn running(&self) -> Vec<JobSample> {
         let sample = |(id, live): (&String, &Arc<Live>)| {
             let Progress { step, validation } = lock(&live.progress).clone();
-            let validation_loss = validation.as_ref().and_then(|found| found.validation_loss);
+            let validation_loss = validation.as_ref().and_then(|found| found.loss);
             let validation_reward = validation.as_ref().and_then(Validation::reward);
             let names = JobSample { id: id.clone(), kind: live.kind.clone(), ..Default::default() };
             step.map_or(names.clone(), |step| JobSample {
@@ -275,7 +275,7 @@ impl Jobs {
 
 /// Seconds since 1970.
 fn now() -> i64 {
-    crate::train::job::now() as i64
+    crate::job::now() as i64
 }
 
 /// A poisoned lock only means that another thread panicked between two plain assignments.

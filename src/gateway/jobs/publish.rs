@@ -7,7 +7,7 @@ use crate::gateway::registry::AdapterSpec;
 use crate::gateway::store::{
     Products, StoredAdapter, StoredArtifact, StoredFile, StoredJob, StoredModel,
 };
-use crate::train::job::{Artifact, ArtifactKind, JobEvent, Level, Order, Outcome};
+use crate::job::{Artifact, ArtifactKind, JobEvent, Level, Order, Outcome};
 use std::path::Path;
 use std::sync::Arc;
 

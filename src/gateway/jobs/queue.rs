@@ -7,7 +7,7 @@ use crate::config::ByteSize;
 use crate::gateway::memory::available;
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::gguf::Gguf;
-use crate::train::job::{Failure, Level, Needs, Order};
+use crate::job::{Failure, Level, Order, ResourceEstimate};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -221,8 +221,8 @@ impl Jobs {
 }
 
 /// What an order takes; `None` if its model cannot be read.
-pub(super) fn needs(order: &Order) -> Option<Needs> {
+pub(super) fn needs(order: &Order) -> Option<ResourceEstimate> {
     let model = order.model.as_ref().map(Gguf::open_header).transpose().ok()?;
     let settings = order.spec.resolve().ok()?;
-    Needs::of(model.as_ref(), &order.spec, &settings).ok()
+    ResourceEstimate::of(model.as_ref(), &order.spec, &settings).ok()
 }

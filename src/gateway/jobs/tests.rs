@@ -2,7 +2,7 @@ use super::admit::fits;
 use crate::gateway::store::{
     JobStatus, Products, Store, StoredAdapter, StoredArtifact, StoredFile, StoredJob,
 };
-use crate::train::job::Needs;
+use crate::job::ResourceEstimate;
 
 fn store() -> (Store, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
@@ -108,7 +108,7 @@ fn what_a_job_made_comes_with_its_status() {
 #[test]
 fn what_does_not_fit_the_machine_is_refused_with_the_numbers() {
     const GIB: u64 = 1 << 30;
-    let needs = Needs { memory: 3 * GIB, disk: 2 * GIB, trained: 1234 };
+    let needs = ResourceEstimate { memory: 3 * GIB, disk: 2 * GIB, trained: 1234 };
     assert!(fits(&needs, 3 * GIB, 2 * GIB).is_ok());
     let refused = |memory, disk| {
         let error = fits(&needs, memory, disk).unwrap_err();

@@ -10,7 +10,7 @@ use crate::gateway::app::App;
 use crate::gateway::auth::{require_admin, require_key};
 use crate::gateway::error::ApiError;
 use crate::gateway::jobs::Routes;
-use crate::train::actor;
+use crate::job::rollout;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::{from_fn, from_fn_with_state};
@@ -105,9 +105,9 @@ pub fn router(app: Arc<App>) -> Router {
 pub fn of_jobs(app: Arc<App>) -> Routes {
     Arc::new(move |link| {
         Router::new()
-            .route(actor::ROLLOUTS, post(policy::rollouts))
-            .route(actor::POLICY, post(policy::adopt))
-            .route(actor::ANSWERS, post(policy::answers))
+            .route(rollout::ROLLOUTS, post(policy::rollouts))
+            .route(rollout::POLICY, post(policy::adopt))
+            .route(rollout::ANSWERS, post(policy::answers))
             .layer(DefaultBodyLimit::disable())
             .with_state((app.clone(), link))
     })

@@ -1,8 +1,9 @@
 //! Hugging Face folders: converted once, and then a model of the data folder like any other.
 
 use super::database::Store;
-use super::pull::folder_name;
-use super::pull::{PullError, PullEvent, PulledModel, check_space, find, io_error, lock, publish};
+use super::pull::{
+    PullError, PullEvent, PulledModel, check_space, find, folder_name, io_error, lock, publish,
+};
 use super::reference::ModelRef;
 use crate::gguf::{Gguf, convert, fingerprint};
 use sha2::{Digest, Sha256};

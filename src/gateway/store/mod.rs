@@ -5,7 +5,7 @@
 //! <data>/models/<folder>/x.gguf    whole, checked models only
 //! <data>/adapters/<name>/…         adapters, written by the registry
 //! <data>/files/<id>                uploads, and results of jobs
-//! <data>/jobs/<id>/…               see `train::job`
+//! <data>/jobs/<id>/…               see [`crate::job`]
 //! <data>/downloads/*.part, *.lock  what is still on its way
 //! ```
 //!

@@ -92,6 +92,9 @@ impl Running {
         let name = served.name.clone();
         let mut running = Self::new(app.config.limits.request_timeout, Some(served));
         for prompt in prompts {
+            if app.config.log.prompts {
+                tracing::info!(model = %name, prompt = prompt.prompt.shown(), "prompt");
+            }
             let mut observer = app.metrics.observe(&name);
             let generation = engine.generate(prompt).inspect_err(|error| observer.failed(error))?;
             running.push(Events::Engine(generation), Some(observer));

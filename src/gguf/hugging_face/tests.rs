@@ -1,10 +1,10 @@
 //! Folders that our own export wrote, whole, sharded and spoiled.
 
 use super::*;
-use crate::engine::tokenizer::Tokenizer as _;
-use crate::engine::tokenizer::native::NativeTokenizer;
 use crate::gguf::fixture::{CHATML, TinyDecoder};
 use crate::gguf::{Array, Covered, Gguf, ModelFacts, TensorType, Value};
+use crate::tokenizer::Tokenizer as _;
+use crate::tokenizer::native::NativeTokenizer;
 use crate::train::export::hf_folder;
 use crate::train::model::{Model, Training};
 use candle_core::Device;

@@ -1,9 +1,10 @@
 //! Pieces of text to tokens.
 
-use super::format::{Chat, Example};
-use super::turns::{Piece, Rendered, Rendering, prompt, render, render_all};
-use crate::engine::tokenizer::Tokenizer;
+use crate::dataset::{
+    Chat, Example, Rendered, RenderedPiece, Rendering, prompt, render, render_all,
+};
 use crate::template::{ChatTemplate, ControlTokens};
+use crate::tokenizer::Tokenizer;
 use std::sync::Arc;
 
 /// The tokens of an example, and which of them are trained: predicted from those before.
@@ -144,9 +145,9 @@ impl Encoder {
 
     /// What stands between two answers, as in the prompt of the second one when it is served: there
     /// SentencePiece puts a space behind special tokens, but not behind text.
-    fn context(&self, piece: &Piece, before: Option<u32>, parse_special: bool) -> Vec<u32> {
+    fn context(&self, piece: &RenderedPiece, before: Option<u32>, parse_special: bool) -> Vec<u32> {
         let vocab = self.tokenizer.vocab();
-        let Piece { text, barriers, .. } = piece;
+        let RenderedPiece { text, barriers, .. } = piece;
         let tokens = match parse_special {
             true => self.tokenizer.encode_rendered(text, barriers, false),
             false => self.tokenizer.encode(text, false, false),

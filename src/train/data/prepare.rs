@@ -1,10 +1,11 @@
 //! Files to a cache of tokens on disk.
 
 use super::encode::{Encoded, Encoder};
-use super::format::{Line, PairFacts, Purpose, parse};
-use super::lines::{BadLines, Lines, OneFormat, hex};
+use crate::dataset::{
+    BadLines, DataError, DatasetKind, Line, Lines, OneFormat, PairFacts, hex, parse,
+};
+use crate::job::DataReport;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -14,64 +15,7 @@ use std::path::{Path, PathBuf};
 /// The bit of a stored token that says that it is trained; vocabularies are far smaller.
 const TRAINED: u32 = 1 << 31;
 
-/// Why a file cannot be trained on.
-#[derive(Debug, thiserror::Error)]
-pub enum DataError {
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    /// With the first bad lines, by number from 1.
-    #[error("{}", named(.bad, *.more))]
-    Lines { bad: Vec<(u64, String)>, more: u64 },
-    #[error("the file has no examples")]
-    Empty,
-    #[error("the file has {found} examples; at least {least} are needed")]
-    TooFew { found: u64, least: u64 },
-    #[error(
-        "no example has a trained token within {max_length} tokens: nothing would be trained; raise \
-         `max_length`"
-    )]
-    Untrained { max_length: usize },
-    #[error(
-        "no pair has two different answers within {max_length} tokens: nothing would be trained; \
-         raise `max_length`"
-    )]
-    NoPair { max_length: usize },
-    #[error("no prompt has at most {max_length} tokens: raise `max_length`, or lower `max_tokens`")]
-    NoPrompt { max_length: usize },
-    #[error("the text is of {tokens} tokens: too short to predict one from another")]
-    Short { tokens: u64 },
-}
-
-fn named(bad: &[(u64, String)], more: u64) -> String {
-    let lines: Vec<_> = bad.iter().map(|(line, why)| format!("line {line}: {why}")).collect();
-    let more = if more > 0 { format!("; and {more} more bad lines") } else { String::new() };
-    format!("{}{more}", lines.join("; "))
-}
-
-/// What a file holds.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Report {
-    pub examples: u64,
-    pub tokens: u64,
-    /// Tokens that have a loss.
-    pub trained_tokens: u64,
-    pub longest: u64,
-    /// Examples that were cut at `max_length`.
-    pub truncated: u64,
-    /// Examples left out: nothing trained is left within `max_length`, or, of pairs, an answer is
-    /// longer, or both are the same, or a prompt is longer.
-    pub dropped: u64,
-    /// Bytes of text (pretraining).
-    #[serde(default)]
-    pub bytes: u64,
-    /// SHA-256 of the file.
-    pub digest: String,
-    /// What may surprise: sentences for people.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub notes: Vec<String>,
-}
-
-/// What becomes the notes of a [`Report`].
+/// What becomes the notes of a [`DataReport`].
 #[derive(Debug, Default)]
 struct Counts {
     /// Answers of conversations, and those that do not end with a token that ends a turn.
@@ -221,8 +165,8 @@ pub fn prepare(
     encoder: &Encoder,
     max_length: usize,
     cache: &Path,
-) -> Result<(Prepared, Report), DataError> {
-    let read = read(source, encoder, Purpose::Answers, max_length, cache)?;
+) -> Result<(Prepared, DataReport), DataError> {
+    let read = read(source, encoder, DatasetKind::PromptCompletion, max_length, cache)?;
     Ok((read.tokens, read.report))
 }
 
@@ -236,8 +180,8 @@ pub fn prepare_pairs(
     encoder: &Encoder,
     max_length: usize,
     cache: &Path,
-) -> Result<(PreparedPairs, Report), DataError> {
-    let read = read(source, encoder, Purpose::Preferences, max_length, cache)?;
+) -> Result<(PreparedPairs, DataReport), DataError> {
+    let read = read(source, encoder, DatasetKind::Preference, max_length, cache)?;
     Ok((PreparedPairs { answers: read.tokens, facts: read.facts }, read.report))
 }
 
@@ -251,8 +195,8 @@ pub fn prepare_prompts(
     encoder: &Encoder,
     max_length: usize,
     cache: &Path,
-) -> Result<(PreparedPrompts, Report), DataError> {
-    let read = read(source, encoder, Purpose::Prompts, max_length, cache)?;
+) -> Result<(PreparedPrompts, DataReport), DataError> {
+    let read = read(source, encoder, DatasetKind::PromptOnly, max_length, cache)?;
     let items = File::open(items_of(cache))?;
     Ok((PreparedPrompts { prompts: read.tokens, items, offsets: read.items }, read.report))
 }
@@ -267,7 +211,7 @@ struct Read {
     facts: Vec<PairFacts>,
     /// Where the lines of prompts begin in their file, and where the last one ends.
     items: Vec<u64>,
-    report: Report,
+    report: DataReport,
 }
 
 /// A line's answers, or its prompt, as tokens.
@@ -314,7 +258,7 @@ impl Tokens {
     }
 
     /// What of it can be trained on; `None` if nothing.
-    fn within(mut self, max_length: usize, report: &mut Report) -> Option<Self> {
+    fn within(mut self, max_length: usize, report: &mut DataReport) -> Option<Self> {
         let longest = self.answers.iter().map(|answer| answer.tokens.len()).max().unwrap_or(0);
         report.examples += 1;
         report.longest = report.longest.max(longest as u64);
@@ -345,18 +289,18 @@ impl Tokens {
 fn read(
     source: &Path,
     encoder: &Encoder,
-    purpose: Purpose,
+    dataset: DatasetKind,
     max_length: usize,
     cache: &Path,
 ) -> Result<Read, DataError> {
     let mut lines = Lines::open(source)?;
     let mut out = BufWriter::new(File::create(cache)?);
-    let mut items_out = match purpose {
-        Purpose::Prompts => Some(BufWriter::new(File::create(items_of(cache))?)),
-        Purpose::Answers | Purpose::Preferences => None,
+    let mut items_out = match dataset {
+        DatasetKind::PromptOnly => Some(BufWriter::new(File::create(items_of(cache))?)),
+        DatasetKind::PromptCompletion | DatasetKind::Preference => None,
     };
     let (mut items, mut offsets, mut facts) = (vec![0], vec![0], Vec::new());
-    let (mut report, mut counts) = (Report::default(), Counts::default());
+    let (mut report, mut counts) = (DataReport::default(), Counts::default());
     let (mut bad, mut one_format) = (BadLines::default(), OneFormat::default());
     loop {
         let chunk = lines.next_chunk()?;
@@ -367,7 +311,7 @@ fn read(
             .par_iter()
             .map(|(number, line)| {
                 let parsed = line.as_ref().map_err(Clone::clone);
-                let parsed = parsed.and_then(|line| parse(line, purpose));
+                let parsed = parsed.and_then(|line| parse(line, dataset));
                 let format = parsed.as_ref().ok().map(|(format, _)| *format);
                 (*number, format, parsed.and_then(|(_, line)| Tokens::of(line, encoder)))
             })
@@ -401,11 +345,11 @@ fn read(
         }
     }
     bad.refuse()?;
-    match (report.examples, offsets.len(), purpose) {
+    match (report.examples, offsets.len(), dataset) {
         (0, ..) => return Err(DataError::Empty),
-        (_, 1, Purpose::Answers) => return Err(DataError::Untrained { max_length }),
-        (_, 1, Purpose::Preferences) => return Err(DataError::NoPair { max_length }),
-        (_, 1, Purpose::Prompts) => return Err(DataError::NoPrompt { max_length }),
+        (_, 1, DatasetKind::PromptCompletion) => return Err(DataError::Untrained { max_length }),
+        (_, 1, DatasetKind::Preference) => return Err(DataError::NoPair { max_length }),
+        (_, 1, DatasetKind::PromptOnly) => return Err(DataError::NoPrompt { max_length }),
         _ => {}
     }
     for out in items_out.into_iter().chain([out]) {

@@ -1,8 +1,8 @@
 //! A file's documents as one stream of tokens on disk.
 
-use super::prepare::{DataError, Report};
-use super::text::Texts;
-use crate::engine::tokenizer::Tokenizer;
+use crate::dataset::{DataError, Texts};
+use crate::job::DataReport;
+use crate::tokenizer::Tokenizer;
 use rayon::prelude::*;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -62,10 +62,10 @@ pub fn prepare_stream(
     tokenizer: &dyn Tokenizer,
     cache: &Path,
     mut progress: impl FnMut(u64),
-) -> Result<(Stream, Report), DataError> {
+) -> Result<(Stream, DataReport), DataError> {
     let mut texts = Texts::open(source)?;
     let mut out = BufWriter::with_capacity(1 << 20, File::create(cache)?);
-    let (mut report, mut begun, mut document) = (Report::default(), false, 0);
+    let (mut report, mut begun, mut document) = (DataReport::default(), false, 0);
     let end = tokenizer.vocab().eos;
     loop {
         let chunk = texts.next_chunk()?;

@@ -2,11 +2,13 @@ mod formats;
 mod seams;
 mod sequences;
 
-use super::format::{Chat, Line};
-use super::turns::{Rendering, render};
 use super::*;
-use crate::engine::tokenizer::{Tokenizer, Vocab};
+use crate::dataset::{
+    Chat, DataError, DatasetKind, Example, Format, Line, PairFacts, Rendering, check, render,
+};
+use crate::job::DataReport;
 use crate::template::{CHATML, ChatTemplate};
+use crate::tokenizer::{Tokenizer, Vocab};
 use serde_json::json;
 use std::sync::Arc;
 
@@ -61,7 +63,7 @@ fn encode(example: &Example) -> Encoded {
 }
 
 fn parse(line: &str) -> Result<(Format, Example), String> {
-    match super::format::parse(line, Purpose::Answers)? {
+    match crate::dataset::parse(line, DatasetKind::PromptCompletion)? {
         (format, Line::One(example)) => Ok((format, example)),
         (_, other) => panic!("{other:?} is no answer"),
     }
@@ -155,7 +157,7 @@ fn masks_fit_tokens() {
 #[test]
 fn the_longest_come_first_and_go_where_they_fit_best() {
     let members = |rows: Vec<Row>| rows.into_iter().map(|row| row.members).collect::<Vec<_>>();
-    // METHODS.md: [1,2,3] [4,5,6,7] [8] to rows of 4.
+    // Best fit decreasing: [1,2,3] [4,5,6,7] [8] to rows of 4.
     assert_eq!(members(pack(&[3, 4, 1], 4)), [vec![1], vec![0, 2]]);
     assert_eq!(members(pack(&[5, 6, 3, 4], 10)), [vec![1, 3], vec![0, 2]]);
     assert_eq!(members(pack(&[], 4)), Vec::<Vec<usize>>::new());
@@ -185,7 +187,7 @@ fn an_order_is_its_seeds_and_goes_on_from_a_cursor() {
     assert_eq!(cursor, Cursor { epoch: 1, taken: 1 });
 }
 
-fn prepared(text: &str, max_length: usize) -> Result<(Prepared, Report), DataError> {
+fn prepared(text: &str, max_length: usize) -> Result<(Prepared, DataReport), DataError> {
     let folder = tempfile::tempdir().unwrap();
     let (source, cache) = (folder.path().join("data.jsonl"), folder.path().join("data.bin"));
     std::fs::write(&source, text).unwrap();
@@ -260,6 +262,6 @@ fn pairs_are_whole_or_left_out() {
     assert!(error.contains("max_length"), "{error}");
     let error = prepare(&source, &encoder(), 99, &cache).err().unwrap().to_string();
     assert!(error.contains("line 1") && error.contains("pair of answers"), "{error}");
-    assert_eq!(check(&source, Purpose::Preferences, 3).unwrap(), 3);
-    assert!(check(&source, Purpose::Answers, 1).is_err());
+    assert_eq!(check(&source, DatasetKind::Preference, 3).unwrap(), 3);
+    assert!(check(&source, DatasetKind::PromptCompletion, 1).is_err());
 }

@@ -2,7 +2,8 @@
 
 use super::{ExportError, at};
 use crate::gguf::{Covered, GgufWriter, SCORE_HEAD, TensorType, is_interleaved, layer_module};
-use crate::train::model::{Lora, Model, SCORE};
+use crate::job::spec::Lora;
+use crate::train::model::{Model, SCORE};
 use crate::train::optim::Param;
 use candle_core::{Device, Tensor};
 use serde_json::json;

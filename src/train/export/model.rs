@@ -3,7 +3,8 @@
 use super::ExportError;
 use super::weights::Weights;
 use crate::gguf::{Gguf, GgufWriter, TensorInfo, TensorType, quantize_q8_0, write_f32};
-use crate::train::model::{Lora, Model};
+use crate::job::spec::Lora;
+use crate::train::model::Model;
 use std::io;
 use std::path::Path;
 

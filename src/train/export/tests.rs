@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
-use crate::gguf::{Gguf, TensorType};
-use crate::gguf::{ModelFacts, Target, peft_to_gguf};
-use crate::train::model::{Batch, Lora, Model, Training};
+use crate::gguf::{Gguf, ModelFacts, Target, TensorType, peft_to_gguf};
+use crate::job::spec::Lora;
+use crate::train::model::{Batch, Model, Training};
 use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -237,8 +237,8 @@ fn matrices_that_share_a_tensor_are_written_as_they_were_trained() {
 
 #[test]
 fn tokenizer_json_gives_the_same_ids() {
-    use crate::engine::tokenizer::Tokenizer as _;
-    use crate::engine::tokenizer::native::NativeTokenizer;
+    use crate::tokenizer::Tokenizer as _;
+    use crate::tokenizer::native::NativeTokenizer;
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let text = "ROMEO:\nBut, soft! what light through yonder window breaks?  It's 1597, isn't it? \
@@ -246,7 +246,7 @@ fn tokenizer_json_gives_the_same_ids() {
     std::fs::write(path("data"), text.repeat(40)).unwrap();
     let block = r#"{"depth": 1, "tokenizer": {"vocab_size": 400}}"#;
     let vocabulary = crate::train::vocabulary::Vocabulary::train(&path("data"), 400).unwrap();
-    let shape = serde_json::from_str::<crate::train::spec::Pretrain>(block).unwrap();
+    let shape = serde_json::from_str::<crate::job::spec::Pretrain>(block).unwrap();
     let shape = shape.shape(vocabulary.len()).unwrap();
     crate::train::fresh::write(&shape, &vocabulary, "x", 1, &path("trained.gguf")).unwrap();
     let mut files = vec![path("trained.gguf")];

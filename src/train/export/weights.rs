@@ -3,8 +3,9 @@
 use super::ExportError;
 use super::adapter::{Pair, pairs};
 use crate::gguf::{Gguf, can_dequantize};
+use crate::job::spec::Lora;
 use crate::kernels::gemm::{Mat, product};
-use crate::train::model::{Lora, Model};
+use crate::train::model::Model;
 use crate::train::optim::Param;
 use candle_core::Device;
 use std::collections::HashMap;

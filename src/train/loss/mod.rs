@@ -9,10 +9,8 @@
 mod policy;
 mod preference;
 
-pub use policy::{
-    Completion, Correction, Found, Grpo, PolicyLoss, Ppo, PpoCompletion, PpoFound, advantages,
-};
-pub use preference::{Dpo, DpoLoss, PairLoss, Reward};
+pub use policy::{Completion, Found, PpoCompletion, PpoFound, advantages};
+pub use preference::PairLoss;
 
 /// ln σ(x), without overflow.
 fn log_sigmoid(x: f64) -> f64 {

@@ -3,51 +3,10 @@
 //! A completion's loss and slopes are sums over its tokens, or already their mean; a batch's are their
 //! sums over its completions, divided by the sum of their weights.
 
-use serde::{Deserialize, Serialize};
+use crate::job::spec::{Correction, GrpoLoss, PolicyLoss, Ppo};
 
 /// How far apart two log-probabilities are taken to be at most, so that no ratio overflows.
 const FARTHEST: f64 = 20.0;
-
-/// Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) with the engine's
-/// correction: a part of the block `grpo` of a specification.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Grpo {
-    /// How far below 1 a ratio still counts.
-    pub epsilon: f64,
-    /// How far above 1 (Yu et al. 2025, arXiv:2503.14476); as far as below without it.
-    pub epsilon_high: Option<f64>,
-    /// What the distance to the reference counts.
-    pub beta: f64,
-    pub loss: PolicyLoss,
-    pub correction: Correction,
-    /// The greatest weight that a correction gives.
-    pub cap: f64,
-}
-
-/// What a batch's loss is the mean of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PolicyLoss {
-    /// All tokens (Yu et al. 2025, arXiv:2503.14476)
-    Dapo,
-    /// The completions' own means: a token of a long one counts less.
-    Grpo,
-}
-
-/// What is done about sampler and trainer not computing the same numbers: a weight w =
-/// exp(ln π_old − ln π_engine), of a token or of a whole completion (Yao et al. 2025,
-/// fengyao.notion.site/off-policy-rl).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Correction {
-    /// min(w, cap)
-    TokenTruncate,
-    /// w, and 0 above the cap
-    TokenMask,
-    SequenceTruncate,
-    SequenceMask,
-}
 
 /// A completion and what is known of its tokens since it was sampled; one number a token.
 #[derive(Debug, Clone, Copy)]
@@ -80,19 +39,6 @@ pub struct Found {
     pub correction: f64,
 }
 
-impl Default for Grpo {
-    fn default() -> Self {
-        Self {
-            epsilon: 0.2,
-            epsilon_high: None,
-            beta: 0.0,
-            loss: PolicyLoss::Dapo,
-            correction: Correction::TokenTruncate,
-            cap: 3.0,
-        }
-    }
-}
-
 /// What each of a group's completions was worth next to the others: (r − mean) / (std + 1e-4), with
 /// n − 1 in std. One that could not be graded is NaN: it counts for nothing and gets 0.
 pub fn advantages(rewards: &[f64]) -> Vec<f64> {
@@ -109,7 +55,7 @@ pub fn advantages(rewards: &[f64]) -> Vec<f64> {
     rewards.iter().map(of).collect()
 }
 
-impl Grpo {
+impl GrpoLoss {
     /// The loss of a completion by its tokens' log-probabilities. One without tokens is worth nothing,
     /// but counts among the completions of a mean over them.
     ///
@@ -207,29 +153,6 @@ fn k3(policy: f64, reference: f64) -> Step {
     Step { loss: log.exp_m1() - log, slope: -log.exp_m1(), clipped: false }
 }
 
-/// Proximal policy optimization with a value head (Schulman et al. 2017, arXiv:1707.06347), for
-/// language models (Ziegler et al. 2019, arXiv:1909.08593): the block `ppo` of a specification.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Ppo {
-    /// What a token's reward counts one token earlier.
-    pub gamma: f64,
-    /// How far advantages look past the values' own errors (Schulman et al. 2015, arXiv:1506.02438).
-    pub lambda: f64,
-    /// How far from 1 a ratio still counts.
-    pub clip: f64,
-    /// How far a value may move from what it was.
-    pub value_clip: f64,
-    /// What the values' loss counts.
-    pub value_weight: f64,
-    /// What a nat away from the reference costs.
-    pub kl: f64,
-    /// How often each batch of completions is gone through.
-    pub updates: usize,
-    /// Whether a batch's advantages are brought to mean 0 and variance 1.
-    pub whiten: bool,
-}
-
 /// A completion before the first update; one number a token.
 #[derive(Debug, Clone, Copy)]
 pub struct PpoCompletion<'a> {
@@ -256,21 +179,6 @@ pub struct PpoFound {
     /// Tokens whose ratio was cut off, and whose value was.
     pub clipped: f64,
     pub value_clipped: f64,
-}
-
-impl Default for Ppo {
-    fn default() -> Self {
-        Self {
-            gamma: 1.0,
-            lambda: 0.95,
-            clip: 0.2,
-            value_clip: 0.2,
-            value_weight: 0.1,
-            kl: 0.05,
-            updates: 4,
-            whiten: true,
-        }
-    }
 }
 
 impl Ppo {
@@ -368,6 +276,7 @@ impl Ppo {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde::Deserialize;
 
     #[derive(Deserialize)]
     struct Fixture {
@@ -395,7 +304,7 @@ mod tests {
 
     #[derive(Deserialize)]
     struct GrpoCase {
-        settings: Grpo,
+        settings: GrpoLoss,
         old: bool,
         loss: f64,
         slopes: Vec<Vec<f64>>,
@@ -531,7 +440,8 @@ mod tests {
         for loss in [PolicyLoss::Dapo, PolicyLoss::Grpo] {
             for correction in CORRECTIONS {
                 for (epsilon_high, beta) in [(None, 0.0), (Some(0.8), 0.0), (None, 0.3)] {
-                    let grpo = Grpo { loss, correction, epsilon_high, beta, ..Grpo::default() };
+                    let grpo =
+                        GrpoLoss { loss, correction, epsilon_high, beta, ..GrpoLoss::default() };
                     for (advantage, old) in [(1.3, &OLD), (-0.7, &OLD), (-0.7, &POLICY)] {
                         let completion = Completion {
                             advantage,
@@ -556,13 +466,13 @@ mod tests {
     #[test]
     fn limits_cut_the_ratio_off() {
         // Ratios 1.11, 0.45, 1.65, 0.95, 0.78.
-        let of = |grpo: Grpo, advantage| {
+        let of = |grpo: GrpoLoss, advantage| {
             let completion =
                 Completion { advantage, old: Some(&OLD), engine: &OLD, reference: None };
             grpo.completion(&POLICY, &completion)
         };
-        let up = of(Grpo::default(), 2.0);
-        let down = of(Grpo::default(), -2.0);
+        let up = of(GrpoLoss::default(), 2.0);
+        let down = of(GrpoLoss::default(), -2.0);
         assert_eq!((up.clipped, down.clipped), (1.0, 2.0));
         let cut = |found: &Found| found.slopes.iter().map(|x| *x == 0.0).collect::<Vec<_>>();
         assert_eq!(cut(&up), [false, false, true, false, false]);
@@ -570,7 +480,7 @@ mod tests {
         let ratio = |token: usize| (POLICY[token] - OLD[token]).exp();
         same(up.loss, -2.0 * (ratio(0) + ratio(1) + 1.2 + ratio(3) + ratio(4)));
         same(down.loss, 2.0 * (ratio(0) + 0.8 + ratio(2) + ratio(3) + 0.8));
-        let higher = of(Grpo { epsilon_high: Some(0.7), ..Grpo::default() }, 2.0);
+        let higher = of(GrpoLoss { epsilon_high: Some(0.7), ..GrpoLoss::default() }, 2.0);
         assert_eq!(higher.clipped, 0.0);
         same(higher.slopes[2], -2.0 * ratio(2));
     }
@@ -580,7 +490,7 @@ mod tests {
         // w: 1, 2.46, 1.35, 1, 0.74; together 2.46.
         let w = |token: usize| (POLICY[token] - ENGINE[token]).exp();
         for correction in CORRECTIONS {
-            let grpo = Grpo { correction, cap: 2.0, ..Grpo::default() };
+            let grpo = GrpoLoss { correction, cap: 2.0, ..GrpoLoss::default() };
             let of = |engine: &[f64]| {
                 let completion = Completion { advantage: 1.5, old: None, engine, reference: None };
                 grpo.completion(&POLICY, &completion)
@@ -598,19 +508,19 @@ mod tests {
             same(found.slopes.iter().sum(), found.loss);
             same(found.gap, 0.0 + 0.9 + 0.3 + 0.0 + 0.3);
             assert_eq!((found.clipped, found.kl, found.weight), (0.0, 0.0, 5.0));
-            let under = Grpo { cap: 3.0, ..grpo }.weights(&POLICY, &ENGINE);
+            let under = GrpoLoss { cap: 3.0, ..grpo }.weights(&POLICY, &ENGINE);
             if matches!(correction, Correction::SequenceTruncate | Correction::SequenceMask) {
                 all_same(&under, &[0.9f64.exp(); 5]);
             } else {
                 all_same(&under, &[0, 1, 2, 3, 4].map(w));
             }
             // Only what is above the cap is cut off.
-            assert_eq!(Grpo { cap: 1.0, ..grpo }.weights(&POLICY, &POLICY), [1.0; 5]);
+            assert_eq!(GrpoLoss { cap: 1.0, ..grpo }.weights(&POLICY, &POLICY), [1.0; 5]);
             // The trainer's own numbers need no correction: -A a token.
             assert_eq!(of(&POLICY).loss, -7.5);
             assert_eq!(of(&[f64::NAN; 5]), of(&POLICY));
         }
-        let mean = Grpo { loss: PolicyLoss::Grpo, ..Grpo::default() };
+        let mean = GrpoLoss { loss: PolicyLoss::Grpo, ..GrpoLoss::default() };
         let completion =
             Completion { advantage: 1.5, old: None, engine: &POLICY, reference: Some(&POLICY) };
         let found = mean.completion(&POLICY, &completion);
@@ -622,7 +532,7 @@ mod tests {
     fn nothing_and_far_apart_are_no_trouble() {
         for loss in [PolicyLoss::Dapo, PolicyLoss::Grpo] {
             for correction in CORRECTIONS {
-                let grpo = Grpo { loss, correction, beta: 0.1, ..Grpo::default() };
+                let grpo = GrpoLoss { loss, correction, beta: 0.1, ..GrpoLoss::default() };
                 let completion =
                     Completion { advantage: 1.0, old: None, engine: &[], reference: Some(&[]) };
                 let found = grpo.completion(&[], &completion);
@@ -763,13 +673,13 @@ mod tests {
 
     #[test]
     fn settings_are_read() {
-        assert_eq!(serde_json::from_str::<Grpo>("{}").unwrap(), Grpo::default());
+        assert_eq!(serde_json::from_str::<GrpoLoss>("{}").unwrap(), GrpoLoss::default());
         assert_eq!(serde_json::from_str::<Ppo>("{}").unwrap(), Ppo::default());
         let text = r#"{"loss": "grpo", "correction": "sequence_mask", "epsilon_high": 0.28}"#;
-        let grpo: Grpo = serde_json::from_str(text).unwrap();
+        let grpo: GrpoLoss = serde_json::from_str(text).unwrap();
         assert_eq!((grpo.loss, grpo.epsilon_high), (PolicyLoss::Grpo, Some(0.28)));
         assert_eq!(grpo.correction, Correction::SequenceMask);
-        assert!(serde_json::from_str::<Grpo>(r#"{"delta": 1}"#).is_err());
+        assert!(serde_json::from_str::<GrpoLoss>(r#"{"delta": 1}"#).is_err());
         assert!(serde_json::from_str::<Ppo>(r#"{"epochs": 1}"#).is_err());
     }
 }

@@ -20,7 +20,7 @@ mod weight;
 
 pub use gradients::Gradients;
 pub use outputs::{Outputs, SCORE, Slopes, Wanted};
-pub use weight::{Lora, Training};
+pub use weight::Training;
 
 use crate::gguf::{Covered, Gguf};
 use crate::kernels::rope::rope;

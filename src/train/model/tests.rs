@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
+use crate::job::spec::Lora;
 use crate::train::ops::Frozen;
 use tempfile::TempDir;
 

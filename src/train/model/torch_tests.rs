@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::gguf::{GgufWriter, Target, TensorType};
-use crate::train::optim::{Optimization, Optimizer};
+use crate::job::spec::Lora;
+use crate::job::spec::Optimizer;
+use crate::train::optim::Optimization;
 use crate::train::torch_tests::{Reference, Trained, hashed, reference, weight};
 use std::path::Path;
 

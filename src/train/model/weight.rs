@@ -1,6 +1,7 @@
 //! Matrices: frozen, frozen with LoRA, or trained.
 
 use crate::gguf::{Gguf, Target};
+use crate::job::spec::Lora;
 use crate::train::ops::{self, Draw, Frozen};
 use crate::train::optim::Param;
 use candle_core::{Device, Result, Tensor, Var, bail};
@@ -17,26 +18,6 @@ pub enum Training {
     Full,
     /// Low-rank matrices beside frozen ones.
     Lora(Lora),
-}
-
-/// LoRA (Hu et al. 2021, arXiv:2106.09685).
-#[derive(Debug, Clone)]
-pub struct Lora {
-    pub rank: usize,
-    pub alpha: f64,
-    pub targets: Vec<Target>,
-    /// Scales by alpha/√rank instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732).
-    pub rank_stabilized: bool,
-    /// The share of a matrix's inputs that its adapter does not see in a step.
-    pub dropout: f64,
-    pub seed: u64,
-}
-
-impl Lora {
-    pub fn scale(&self) -> f64 {
-        let rank = self.rank as f64;
-        self.alpha / if self.rank_stabilized { rank.sqrt() } else { rank }
-    }
 }
 
 /// A matrix (outputs, inputs).

@@ -27,5 +27,5 @@ mod trl_tests;
 pub use pairs::{Objective, Pairs};
 pub use policy::Policy;
 pub use pretrain::{Pretrain, start};
-pub use run::{Evaluated, Event, Metrics, Outcome, Progress, TrainError};
+pub use run::{Event, Outcome, TrainError};
 pub use sft::Sft;

@@ -2,11 +2,12 @@
 //! which they are (a reward model).
 
 use super::run::{Each, Event, Extent, Outcome, Part, Run, Source, Sums, TrainError};
-use crate::train::checkpoint::{Checkpoints, write_whole};
-use crate::train::data::{Cursor, Encoded, EncodedPair, Order, PairFacts, PreparedPairs, pack};
-use crate::train::loss::{Dpo, Reward};
+use crate::dataset::PairFacts;
+use crate::job::spec::{Dpo, Resolved, Reward};
+use crate::job::write_whole;
+use crate::train::checkpoint::Checkpoints;
+use crate::train::data::{Cursor, Encoded, EncodedPair, Order, PreparedPairs, pack};
 use crate::train::model::{Batch, Gradients, Model, Outputs, Pass, Slopes, Wanted};
-use crate::train::spec::Resolved;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;

@@ -1,15 +1,15 @@
 //! Pairs of answers: what is known beforehand, and what has to be learned.
 
-use super::{Event, Objective, Outcome, Pairs, Progress};
-use crate::engine::tokenizer::{Tokenizer, Vocab};
+use super::{Event, Objective, Outcome, Pairs};
 use crate::gguf::Gguf;
 use crate::gguf::fixture::TinyDecoder;
+use crate::job::StepMetrics;
+use crate::job::spec::{Dpo, DpoLoss, Lora, Resolved, Reward, Spec};
 use crate::template::{CHATML, ChatTemplate};
+use crate::tokenizer::{Tokenizer, Vocab};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Encoder, PreparedPairs, prepare_pairs};
-use crate::train::loss::{Dpo, DpoLoss, Reward};
-use crate::train::model::{Lora, Model, Training};
-use crate::train::spec::{Resolved, Spec};
+use crate::train::model::{Model, Training};
 use candle_core::Device;
 use std::path::Path;
 use std::sync::Arc;
@@ -76,7 +76,7 @@ fn encoder() -> Encoder {
 }
 
 struct Ran {
-    steps: Vec<Progress>,
+    steps: Vec<StepMetrics>,
     accuracy: Option<f64>,
     params: Vec<Vec<f32>>,
 }
@@ -148,7 +148,7 @@ fn preferences_are_learned() {
         let settings = settings("dpo", r#", "epochs": 6"#);
         let ran = run(folder.path(), objective, &settings, &[]);
         assert_eq!(ran.steps.len(), 60);
-        let loss = |steps: &[Progress]| {
+        let loss = |steps: &[StepMetrics]| {
             steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64
         };
         let (first, last) = (loss(&ran.steps[..5]), loss(&ran.steps[55..]));

@@ -1,14 +1,16 @@
 //! Policy gradient: answers are sampled from what is served, graded, and made more or less likely
 //! (GRPO; Shao et al. 2024, arXiv:2402.03300; Yu et al. 2025, DAPO, arXiv:2503.14476).
 
-use super::run::{Event, Extent, Metrics, Outcome, Part, Run, Source, Sums, TrainError};
+use super::run::{Event, Extent, Outcome, Part, Run, Source, Sums, TrainError};
 use crate::grade::{Context, Grader};
-use crate::train::actor::{Actor, ActorError, Rollout, Rollouts};
+use crate::job::Metrics;
+use crate::job::rollout::{Rollout, RolloutRequest};
+use crate::job::spec::{self, PolicyLoss, Resolved};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, EncodedPrompt, Order, PreparedPrompts, pack};
-use crate::train::loss::{Completion, Grpo, PolicyLoss, advantages};
+use crate::train::loss::{Completion, advantages};
 use crate::train::model::{Batch, Gradients, Model, Outputs, Pass, Slopes, Wanted};
-use crate::train::spec::{self, Resolved};
+use crate::train::rollout::{RolloutClient, RolloutError};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -36,7 +38,7 @@ pub struct Policy<'a> {
     pub shuffle: Option<u64>,
     /// Of samples.
     pub seed: u64,
-    pub actor: &'a RefCell<dyn Actor + 'a>,
+    pub client: &'a RefCell<dyn RolloutClient + 'a>,
     /// Writes the adapter as the engine reads it.
     pub export: &'a dyn Fn(&Path) -> Result<(), TrainError>,
     /// Where to: in memory, best of all.
@@ -142,7 +144,7 @@ impl Policy<'_> {
         let block = self.block;
         let prompts: Vec<_> =
             prompts.iter().map(|&number| from.get(number)).collect::<Result<_, _>>()?;
-        let asked = Rollouts {
+        let asked = RolloutRequest {
             prompts: prompts.iter().map(|prompt| prompt.tokens.clone()).collect(),
             seeds,
             answers: answers as u32,
@@ -151,9 +153,9 @@ impl Policy<'_> {
         };
         let started = Instant::now();
         // An engine that was started again has lost the adapter.
-        let sampled = self.patiently(|actor| {
-            actor.adopt(self.adapter)?;
-            actor.sample(&asked)
+        let sampled = self.patiently(|client| {
+            client.load_policy(self.adapter)?;
+            client.generate(&asked)
         })?;
         measure(measured, "rollout_seconds", started.elapsed().as_secs_f64());
         let samples: Vec<(&serde_json::Value, &Rollout)> = prompts
@@ -187,7 +189,7 @@ impl Policy<'_> {
             samples.iter().map(|(item, answer)| Context::new(item, &answer.text)).collect();
         let questions: Vec<_> = contexts.iter().map(|context| grader.questions(context)).collect();
         let all: Vec<_> = questions.iter().flatten().cloned().collect();
-        let answers = self.patiently(|actor| actor.ask(&all))?;
+        let answers = self.patiently(|client| client.query_graders(&all))?;
         let mut left = &answers[..];
         let mut rewards = Vec::with_capacity(samples.len());
         for (context, questions) in contexts.iter().zip(&questions) {
@@ -216,11 +218,11 @@ impl Policy<'_> {
     /// Asks until there is an answer: an engine that dies is started again.
     fn patiently<T>(
         &self,
-        mut ask: impl FnMut(&mut dyn Actor) -> Result<T, ActorError>,
+        mut ask: impl FnMut(&mut dyn RolloutClient) -> Result<T, RolloutError>,
     ) -> Result<T, TrainError> {
         let mut pause = Duration::from_millis(200);
         for _ in 1..TRIES {
-            match ask(&mut *self.actor.borrow_mut()) {
+            match ask(&mut *self.client.borrow_mut()) {
                 Ok(answer) => return Ok(answer),
                 Err(error) if error.passing => {
                     tracing::warn!("the engine is asked again: {error}");
@@ -230,7 +232,7 @@ impl Policy<'_> {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(ask(&mut *self.actor.borrow_mut())?)
+        Ok(ask(&mut *self.client.borrow_mut())?)
     }
 }
 
@@ -423,7 +425,7 @@ struct Row {
 struct Loss {
     /// Which, and which of the rows that count are theirs.
     answers: Vec<(usize, Range<usize>)>,
-    objective: Grpo,
+    objective: spec::GrpoLoss,
 }
 
 impl Loss {

@@ -1,14 +1,15 @@
 //! Pretraining: predict the next token of any text, with all weights. From nothing, or further.
 
-use super::run::{Each, Evaluated, Event, Extent, Outcome, Run, Source, TrainError};
+use super::run::{Each, Event, Extent, Outcome, Run, Source, TrainError};
 use super::sample::sample;
-use crate::engine::tokenizer::Tokenizer;
 use crate::gguf::Gguf;
+use crate::job::Validation;
+use crate::job::spec::{self, Resolved, TokenizerPlan};
+use crate::tokenizer::Tokenizer;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Stream, Windows};
 use crate::train::fresh;
 use crate::train::model::{Batch, Model};
-use crate::train::spec::{self, Resolved, TokenizerPlan};
 use crate::train::vocabulary::Vocabulary;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -78,7 +79,7 @@ impl Pretrain<'_> {
     ///
     /// # Errors
     /// If it cannot be read.
-    pub fn evaluate(&self, step: u64) -> Result<Option<Evaluated>, TrainError> {
+    pub fn evaluate(&self, step: u64) -> Result<Option<Validation>, TrainError> {
         self.loops().evaluate(&self.source(), step)
     }
 

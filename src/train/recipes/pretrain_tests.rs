@@ -1,11 +1,11 @@
 use super::*;
-use crate::engine::tokenizer::native::NativeTokenizer;
 use crate::gguf::{Gguf, TensorType};
+use crate::job::spec::{Resolved, Spec};
+use crate::tokenizer::native::NativeTokenizer;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Stream, prepare_stream};
 use crate::train::export::model_gguf;
 use crate::train::model::{Model, Training};
-use crate::train::spec::{Resolved, Spec};
 use candle_core::Device;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -188,7 +188,7 @@ fn a_tokenizer_can_be_taken_from_a_model() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     std::fs::write(path("data"), "some text, some more text".repeat(20)).unwrap();
-    let block = |text: &str| serde_json::from_str::<crate::train::spec::Pretrain>(text).unwrap();
+    let block = |text: &str| serde_json::from_str::<crate::job::spec::Pretrain>(text).unwrap();
     let trained = block(r#"{"depth": 1, "tokenizer": {"vocab_size": 270}}"#);
     start(&trained, None, &path("data"), "a", 1, &path("a.gguf")).unwrap();
     let parent = Gguf::open(path("a.gguf")).unwrap();

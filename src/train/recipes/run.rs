@@ -1,13 +1,15 @@
 //! The loop that recipes share: take a batch, step, evaluate, save.
 
+use crate::dataset::DataError;
 use crate::gguf::GgufError;
-use crate::train::actor::ActorError;
+use crate::job::spec::Resolved;
+use crate::job::{Metrics, StepMetrics, Validation};
 use crate::train::checkpoint::{CheckpointError, Checkpoints};
-use crate::train::data::{Cursor, DataError};
+use crate::train::data::Cursor;
 use crate::train::model::{Batch, Gradients, Model, Pass};
 use crate::train::ops::Losses;
 use crate::train::optim::Optimization;
-use crate::train::spec::Resolved;
+use crate::train::rollout::RolloutError;
 use crate::train::vocabulary::VocabularyError;
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -29,7 +31,7 @@ pub enum TrainError {
     #[error("step {step}: the loss is {loss}: lower the learning rate, or look at the data")]
     NotFinite { step: u64, loss: f64 },
     #[error("the served model does not answer: {0}")]
-    Actor(#[from] ActorError),
+    Rollout(#[from] RolloutError),
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
     #[error(transparent)]
@@ -42,15 +44,15 @@ pub enum TrainError {
     Update { step: u64, source: candle_core::Error },
 }
 
-/// What happens on the way.
+/// What a recipe reports while it runs. The reporter fills in `eta_seconds` and `memory_bytes` of a step.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Event {
     Resumed {
         step: u64,
     },
-    Step(Progress),
-    Evaluated(Evaluated),
+    Step(StepMetrics),
+    Evaluated(Validation),
     /// What the model writes by now (pretraining).
     Sample {
         step: u64,
@@ -63,43 +65,6 @@ pub enum Event {
     Note {
         text: String,
     },
-}
-
-/// What a recipe measures besides the loss, by name.
-pub type Metrics = BTreeMap<String, f64>;
-
-/// One step.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Progress {
-    pub step: u64,
-    pub total_steps: u64,
-    pub epoch: f64,
-    /// Nats a trained token; or a pair's.
-    pub loss: f64,
-    /// Share of trained tokens that are the most likely ones, or of pairs whose chosen answer has the
-    /// higher reward; `None` for policies.
-    pub accuracy: Option<f64>,
-    pub learning_rate: f64,
-    pub grad_norm: f64,
-    /// Tokens so far, whether trained or context.
-    pub tokens: u64,
-    pub tokens_per_second: f64,
-    /// Nothing comes after it.
-    pub last: bool,
-    pub metrics: Metrics,
-}
-
-/// What examples that are not trained on say.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Evaluated {
-    pub step: u64,
-    /// Nats a token; nothing of policies, as is the accuracy.
-    pub loss: Option<f64>,
-    pub accuracy: Option<f64>,
-    /// What a byte of the text costs, whatever the tokens are (pretraining).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bits_per_byte: Option<f64>,
-    pub metrics: Metrics,
 }
 
 /// How it ended.
@@ -259,7 +224,7 @@ impl Run<'_> {
             state.tokens += tokens as u64;
             let due = state.seconds + started.elapsed().as_secs_f64() >= limit;
             let last = step == total || due;
-            event(Event::Step(Progress {
+            event(Event::Step(StepMetrics {
                 step,
                 total_steps: total,
                 epoch: extent.epochs(&state.cursor),
@@ -269,6 +234,8 @@ impl Run<'_> {
                 grad_norm: stepped.grad_norm,
                 tokens: state.tokens,
                 tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+                eta_seconds: 0.0,
+                memory_bytes: 0,
                 last,
                 metrics: sums.metrics(),
             }));
@@ -340,10 +307,10 @@ impl Run<'_> {
         &self,
         source: &impl Source,
         step: u64,
-    ) -> Result<Option<Evaluated>, TrainError> {
+    ) -> Result<Option<Validation>, TrainError> {
         if let Some(metrics) = source.examine()? {
             let (loss, accuracy, bits_per_byte) = (None, None, None);
-            return Ok(Some(Evaluated { step, loss, accuracy, bits_per_byte, metrics }));
+            return Ok(Some(Validation { step, loss, accuracy, bits_per_byte, metrics }));
         }
         let (mut sums, mut bytes) = (Sums::default(), 0);
         let there = source.held_out(&mut |part| {
@@ -357,7 +324,7 @@ impl Run<'_> {
         let loss = Some(sums.loss / sums.weight);
         let accuracy = sums.correct.map(|correct| correct / sums.weight);
         let bits_per_byte = (bytes > 0).then(|| sums.loss / std::f64::consts::LN_2 / bytes as f64);
-        Ok(Some(Evaluated { step, loss, accuracy, bits_per_byte, metrics: sums.metrics() }))
+        Ok(Some(Validation { step, loss, accuracy, bits_per_byte, metrics: sums.metrics() }))
     }
 }
 
@@ -471,7 +438,7 @@ impl Sums {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::spec::Spec;
+    use crate::job::spec::Spec;
 
     #[test]
     fn counted_steps_repeat_the_data() {

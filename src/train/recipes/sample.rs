@@ -1,7 +1,7 @@
 //! Text of a model in training, so that people see what it has learned.
 
 use super::run::TrainError;
-use crate::engine::tokenizer::Vocab;
+use crate::tokenizer::Vocab;
 use crate::train::model::Model;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};

@@ -1,10 +1,11 @@
 //! Supervised fine-tuning: predict the answers of examples, with LoRA or with all weights.
 
-use super::run::{Each, Evaluated, Event, Extent, Outcome, Run, Source, TrainError};
+use super::run::{Each, Event, Extent, Outcome, Run, Source, TrainError};
+use crate::job::Validation;
+use crate::job::spec::Resolved;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, Order, Prepared, Row, pack};
 use crate::train::model::{Batch, Model};
-use crate::train::spec::Resolved;
 use std::sync::atomic::AtomicBool;
 
 /// A run.
@@ -35,7 +36,7 @@ impl Sft<'_> {
     ///
     /// # Errors
     /// If they cannot be read.
-    pub fn evaluate(&self, step: u64) -> Result<Option<Evaluated>, TrainError> {
+    pub fn evaluate(&self, step: u64) -> Result<Option<Validation>, TrainError> {
         self.loops().evaluate(&self.source(), step)
     }
 

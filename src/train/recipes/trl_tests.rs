@@ -2,15 +2,14 @@
 //! `scripts/trl_reference.py`.
 
 use super::{Event, Objective, Pairs};
-use crate::engine::tokenizer::{Tokenizer, Vocab};
 use crate::gguf::Gguf;
+use crate::job::spec::{Dpo, DpoLoss, Lora, Reward, Spec};
 use crate::template::{CHATML, ChatTemplate};
+use crate::tokenizer::{Tokenizer, Vocab};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Encoder, PreparedPairs, prepare_pairs};
-use crate::train::loss::{Dpo, DpoLoss, Reward};
 use crate::train::model::torch_tests::{start, values, write};
-use crate::train::model::{Lora, Model, Training};
-use crate::train::spec::Spec;
+use crate::train::model::{Model, Training};
 use crate::train::torch_tests::{Numbers, hashed, reference, weight};
 use candle_core::Device;
 use serde::Deserialize;

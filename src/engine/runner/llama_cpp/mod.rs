@@ -23,8 +23,8 @@ pub use watch::Watched;
 use super::{
     AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, Ran, RunnerError, SeqSlot,
 };
-use crate::engine::tokenizer::Tokenizer;
 use crate::ipc::{AdapterId, KvLayout, LoadSpec, MAX_POOLED_TOKENS, ModelInfo, Token};
+use crate::tokenizer::Tokenizer;
 use adapter::Loader;
 use context::{Context, ContextKind};
 use model::Model;

@@ -1,8 +1,8 @@
 //! A loaded model: weights, vocabulary, metadata.
 
 use super::super::RunnerError;
-use crate::engine::tokenizer::{Tokenizer, Vocab};
 use crate::ipc::{LoadSpec, Token};
+use crate::tokenizer::{Tokenizer, Vocab};
 use llama_cpp_sys_2 as sys;
 use std::ffi::{CString, c_char};
 use std::os::unix::ffi::OsStrExt;

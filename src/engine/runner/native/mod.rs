@@ -17,13 +17,13 @@ use super::{
     AdapterHandle, AdapterLoader, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, Ran, RunnerError,
     SeqSlot, Wants, llama_cpp,
 };
-use crate::engine::tokenizer::{Tokenizer, native::NativeTokenizer};
 use crate::gguf::{Gguf, KvType};
 use crate::ipc::{
     AdapterId, KvCacheType, LoadSpec, MAX_POOLED_TOKENS, ModelInfo, Speculate, Token,
 };
 use crate::kernels::ops::Span;
 use crate::kernels::{Cache, Pool};
+use crate::tokenizer::{Tokenizer, native::NativeTokenizer};
 use forward::{Forward, Rows};
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -5,10 +5,10 @@ mod layers;
 
 use super::*;
 use crate::engine::runner::MAX_PROMPT_LOGITS;
-use crate::engine::tokenizer::native::NativeError;
 use crate::engine::verify::SAMPLE;
 use crate::gguf::{KvType, ModelFacts};
 use crate::ipc::{KvCacheType, KvLayout, RunnerKind};
+use crate::tokenizer::native::NativeError;
 use std::path::PathBuf;
 
 /// The default model's file; CI has it.
@@ -136,7 +136,7 @@ fn a_q8_0_cache_moves_predictions_little() {
     let (mut f16, mut q8) = (llama_cpp(KvCacheType::F16), llama_cpp(KvCacheType::Q8_0));
     let theirs = apart(&mut f16, &mut q8, tokens);
     println!("mean KL and same best tokens of 384: {ours:?}, llama.cpp {theirs:?}");
-    // The distance is that of any two roundings of activations (NOTES.md, "Rounding"): whatever moves
+    // The distance is that of any two roundings of activations (docs/log/rounding.md): whatever moves
     // a number a little tips some of the next ones over.
     assert!(ours.0 < 0.008 && ours.0 < 1.5 * theirs.0, "{ours:?}, llama.cpp {theirs:?}");
     assert!(ours.1 * 100 >= tokens.len() * 94, "{ours:?}");

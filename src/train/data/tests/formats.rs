@@ -1,8 +1,8 @@
 //! Keys of each format: read, or refused by name.
 
 use super::{chat, encoder, parse, prepared};
-use crate::train::data::format::{Line, parse as parse_for};
-use crate::train::data::{Example, Purpose, prepare_pairs};
+use crate::dataset::{DatasetKind, Example, Line, parse as parse_for};
+use crate::train::data::prepare_pairs;
 use serde_json::{Value, json};
 
 /// The roles and texts of a conversation.
@@ -131,10 +131,12 @@ fn unknown_keys_are_refused_and_metadata_is_not() {
         assert_eq!(found.messages[1]["reasoning_content"], "R", "{key}");
     }
     let asks = r#"{"prompt": "p", "answer": 4, "labl": null}"#;
-    let (_, Line::Prompt(prompt)) = parse_for(asks, Purpose::Prompts).unwrap() else { panic!() };
+    let (_, Line::Prompt(prompt)) = parse_for(asks, DatasetKind::PromptOnly).unwrap() else {
+        panic!()
+    };
     assert_eq!((&prompt.item["answer"], &prompt.item["labl"]), (&json!(4), &Value::Null));
     let pair = r#"{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 9, "margn": 1}"#;
-    let error = parse_for(pair, Purpose::Preferences).unwrap_err();
+    let error = parse_for(pair, DatasetKind::Preference).unwrap_err();
     assert!(error.contains("did you mean `margin`?") && !error.contains("score_chosen"), "{error}");
 }
 
@@ -160,7 +162,9 @@ fn prompts_and_completions_may_be_messages() {
     refused(json!({"prompt": 1, "completion": "c"}), &["`prompt` is neither"]);
     refused(json!({"prompt": [{"role": "user"}], "completion": "c"}), &["prompt[0]"]);
     let asks = json!({"prompt": [user], "answer": 4}).to_string();
-    let (_, Line::Prompt(prompt)) = parse_for(&asks, Purpose::Prompts).unwrap() else { panic!() };
+    let (_, Line::Prompt(prompt)) = parse_for(&asks, DatasetKind::PromptOnly).unwrap() else {
+        panic!()
+    };
     assert_eq!((prompt.chat.messages, prompt.chat.trained), (vec![user], vec![false]));
 }
 

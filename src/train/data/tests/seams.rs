@@ -1,9 +1,9 @@
 //! Tokens on both sides of the place where an answer begins, under SentencePiece.
 
-use crate::engine::tokenizer::native::NativeTokenizer;
+use crate::dataset::{DatasetKind, Line, parse};
 use crate::gguf::{Gguf, GgufWriter};
 use crate::template::ChatTemplate;
-use crate::train::data::format::{Line, Purpose, parse};
+use crate::tokenizer::native::NativeTokenizer;
 use crate::train::data::{Encoded, Encoder, prepare_pairs};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -50,7 +50,8 @@ fn encoder(space_prefix: bool, add_eos: bool, bos: &str) -> Encoder {
 }
 
 fn encode(encoder: &Encoder, line: Value) -> Encoded {
-    let (_, Line::One(example)) = parse(&line.to_string(), Purpose::Answers).unwrap() else {
+    let (_, Line::One(example)) = parse(&line.to_string(), DatasetKind::PromptCompletion).unwrap()
+    else {
         panic!("{line}")
     };
     encoder.encode(&example).unwrap().sequences.remove(0)
@@ -115,7 +116,9 @@ fn chats_and_pairs_are_as_they_are_served() {
         // The first prompt, and that of the second answer, of which the first is a part: there the
         // answer has the tokens that the model wrote.
         let asks = json!({"prompt": [message("user", "1+1")]}).to_string();
-        let (_, Line::Prompt(prompt)) = parse(&asks, Purpose::Prompts).unwrap() else { panic!() };
+        let (_, Line::Prompt(prompt)) = parse(&asks, DatasetKind::PromptOnly).unwrap() else {
+            panic!()
+        };
         let served = encoder.prompt(&prompt.chat).unwrap();
         let begins = if bos.is_empty() { " U:1+1" } else { "U:1+1" };
         let shown = text(&encoder, &found, false);

@@ -1,9 +1,10 @@
 //! Conversations whose template shows an answer otherwise once another question follows.
 
 use super::{Bytes, chat};
+use crate::dataset::{Example, Rendering, render, render_all};
+use crate::job::DataReport;
 use crate::template::{CHATML, ChatTemplate};
-use crate::train::data::turns::{Rendering, render_all};
-use crate::train::data::{Encoder, Example, Prepared, Report, prepare, prepare_pairs, render};
+use crate::train::data::{Encoder, Prepared, prepare, prepare_pairs};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -144,7 +145,7 @@ fn reasoning_is_trained_or_refused() {
     assert_eq!(trained(&with("A", None), &template).unwrap(), "A;");
 }
 
-fn prepared(lines: &[Value], template: ChatTemplate, max: usize) -> (Prepared, Report) {
+fn prepared(lines: &[Value], template: ChatTemplate, max: usize) -> (Prepared, DataReport) {
     let folder = tempfile::tempdir().unwrap();
     let (source, cache) = (folder.path().join("data.jsonl"), folder.path().join("data.bin"));
     let lines: Vec<_> = lines.iter().map(Value::to_string).collect();

@@ -1,0 +1,113 @@
+//! What a job will take, from the model's header and the settings.
+
+use super::spec::{Resolved, Shape, Spec, TokenizerPlan};
+use crate::dataset::DatasetKind;
+use crate::gguf::{Covered, Gguf};
+
+/// Code, thread stacks, tokenizer and buffers of the process.
+const PROCESS: u64 = 160 << 20;
+/// An f32 weight, its gradient and both moments.
+const TRAINED_BYTES: u64 = 16;
+/// A weight and both moments.
+const CHECKPOINT_BYTES: u64 = 12;
+/// Rows of logits that are held at once, forth and back (`ops::linear_cross_entropy`).
+const LOGIT_ROWS: u64 = 2 * 128;
+/// Tokens of a vocabulary that is taken from another model, for the estimate.
+const TAKEN_VOCABULARY: usize = 65_536;
+
+/// Bytes of memory and disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResourceEstimate {
+    pub memory: u64,
+    /// Two checkpoints and what is made of them at the end.
+    pub disk: u64,
+    /// Numbers that are trained.
+    pub trained: u64,
+}
+
+/// The numbers of a model that count here.
+struct Dimensions {
+    layers: u64,
+    width: u64,
+    query: u64,
+    kv: u64,
+    ff: u64,
+    vocab: u64,
+}
+
+impl ResourceEstimate {
+    /// An estimate, rather too high than too low. `model` is the one that is trained further.
+    ///
+    /// # Errors
+    /// If the model's family cannot be trained, or the adapter's targets are unknown.
+    pub fn of(model: Option<&Gguf>, spec: &Spec, settings: &Resolved) -> Result<Self, String> {
+        let Some(model) = model else { return Self::of_fresh(spec, settings) };
+        let shape = Covered::read(model).map_err(|error| error.to_string())?;
+        let all: u64 = model.tensors().iter().map(|tensor| tensor.elements()).sum();
+        let trained = match &spec.adapter {
+            None => all,
+            Some(adapter) => {
+                let lora = adapter.lora(spec.seed)?;
+                let sides = lora.targets.iter().map(|target| target.shape(&shape));
+                let sum: usize = sides.map(|(rows, cols)| rows + cols).sum();
+                (shape.layers * lora.rank * sum) as u64
+            }
+        };
+        let dimensions = Dimensions {
+            layers: shape.layers as u64,
+            width: shape.width as u64,
+            query: (shape.heads * shape.head_dim) as u64,
+            kv: (shape.kv_heads * shape.head_dim) as u64,
+            ff: shape.ff as u64,
+            vocab: shape.vocab as u64,
+        };
+        Ok(dimensions.needs(model.file_size(), all, trained, spec, settings))
+    }
+
+    fn of_fresh(spec: &Spec, settings: &Resolved) -> Result<Self, String> {
+        let block = spec.pretrain.clone().unwrap_or_default();
+        let vocab = match block.tokenizer()? {
+            TokenizerPlan::Train { vocab_size } => vocab_size,
+            TokenizerPlan::From(_) => TAKEN_VOCABULARY,
+        };
+        let shape: Shape = block.shape(vocab)?;
+        let all = shape.parameters() as u64;
+        let head = shape.width / shape.heads;
+        let dimensions = Dimensions {
+            layers: shape.layers as u64,
+            width: shape.width as u64,
+            query: shape.width as u64,
+            kv: (shape.kv_heads * head) as u64,
+            ff: shape.ffn as u64,
+            vocab: vocab as u64,
+        };
+        Ok(dimensions.needs(4 * all, all, all, spec, settings))
+    }
+}
+
+impl Dimensions {
+    fn needs(
+        &self,
+        file: u64,
+        all: u64,
+        trained: u64,
+        spec: &Spec,
+        settings: &Resolved,
+    ) -> ResourceEstimate {
+        // What a layer keeps of a token for the way back, as `block.rs` computes it.
+        let layer = 5 * self.width + 3 * self.query + 4 * self.kv + 4 * self.ff;
+        let kept = match settings.activation_checkpointing {
+            true => self.layers * self.width + 2 * layer,
+            false => (self.layers + 1) * layer,
+        };
+        // Both answers of a pair stand in one row.
+        let answers = if spec.kind.dataset() == Some(DatasetKind::Preference) { 2 } else { 1 };
+        let tokens = answers * settings.micro_batch as u64 * settings.max_length as u64;
+        let logits = LOGIT_ROWS * self.vocab;
+        let memory = PROCESS + file + trained * TRAINED_BYTES + 4 * (tokens * kept + logits);
+        let whole = if spec.adapter.is_none() || spec.export.merged { 4 * all } else { 0 };
+        let folder = if spec.export.hugging_face { 4 * all } else { 0 };
+        let disk = 2 * trained * CHECKPOINT_BYTES + trained * 8 + whole + folder;
+        ResourceEstimate { memory, disk, trained }
+    }
+}

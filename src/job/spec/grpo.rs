@@ -1,0 +1,116 @@
+//! The block `grpo`.
+
+use super::{Correction, GrpoLoss, PolicyLoss, within};
+use crate::grade::Grader;
+use serde::{Deserialize, Serialize};
+
+/// Group relative policy optimization: what is sampled, how it is graded, and the loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Grpo {
+    pub grader: Grader,
+    /// Answers to a prompt.
+    #[serde(default = "group")]
+    pub group: usize,
+    /// Tokens of an answer, at most.
+    #[serde(default = "max_tokens")]
+    pub max_tokens: usize,
+    #[serde(default = "one")]
+    pub temperature: f64,
+    /// Steps on every batch of answers.
+    #[serde(default = "updates")]
+    pub updates: usize,
+    /// Answers that were cut off are not trained on.
+    #[serde(default)]
+    pub mask_overlong: bool,
+    #[serde(default)]
+    pub beta: f64,
+    #[serde(default = "epsilon")]
+    pub epsilon: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epsilon_high: Option<f64>,
+    #[serde(default = "loss")]
+    pub loss: PolicyLoss,
+    #[serde(default = "correction")]
+    pub correction: Correction,
+    #[serde(default = "cap")]
+    pub cap: f64,
+    /// Answers to each held-out prompt.
+    #[serde(default = "eval_samples")]
+    pub eval_samples: usize,
+}
+
+fn group() -> usize {
+    8
+}
+fn max_tokens() -> usize {
+    128
+}
+fn one() -> f64 {
+    1.0
+}
+fn updates() -> usize {
+    1
+}
+fn epsilon() -> f64 {
+    GrpoLoss::default().epsilon
+}
+fn loss() -> PolicyLoss {
+    GrpoLoss::default().loss
+}
+fn correction() -> Correction {
+    GrpoLoss::default().correction
+}
+fn cap() -> f64 {
+    GrpoLoss::default().cap
+}
+fn eval_samples() -> usize {
+    1
+}
+
+impl Grpo {
+    /// The usual, with a grader.
+    pub fn with(grader: Grader) -> Self {
+        Self {
+            grader,
+            group: group(),
+            max_tokens: max_tokens(),
+            temperature: one(),
+            updates: updates(),
+            mask_overlong: false,
+            beta: 0.0,
+            epsilon: epsilon(),
+            epsilon_high: None,
+            loss: loss(),
+            correction: correction(),
+            cap: cap(),
+            eval_samples: eval_samples(),
+        }
+    }
+
+    /// The loss of its answers.
+    pub fn objective(&self) -> GrpoLoss {
+        GrpoLoss {
+            epsilon: self.epsilon,
+            epsilon_high: self.epsilon_high,
+            beta: self.beta,
+            loss: self.loss,
+            correction: self.correction,
+            cap: self.cap,
+        }
+    }
+
+    /// # Errors
+    /// The key at fault and what it may be.
+    pub(super) fn check(&self, max_length: usize) -> Result<(), String> {
+        within("grpo.group", self.group as f64, 2.0, 256.0)?;
+        within("grpo.max_tokens", self.max_tokens as f64, 1.0, max_length as f64 - 1.0)?;
+        within("grpo.temperature", self.temperature, 0.01, 10.0)?;
+        within("grpo.updates", self.updates as f64, 1.0, 64.0)?;
+        within("grpo.eval_samples", self.eval_samples as f64, 1.0, 256.0)?;
+        within("grpo.beta", self.beta, 0.0, 100.0)?;
+        within("grpo.epsilon", self.epsilon, f64::MIN_POSITIVE, 100.0)?;
+        within("grpo.epsilon_high", self.epsilon_high.unwrap_or(1.0), f64::MIN_POSITIVE, 100.0)?;
+        within("grpo.cap", self.cap, f64::MIN_POSITIVE, 1e6)
+    }
+}

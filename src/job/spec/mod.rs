@@ -1,0 +1,536 @@
+//! What a job is asked to do: as people write it, and as it is stored, with every default filled in.
+
+mod adapter;
+mod grpo;
+mod optimizer;
+mod policy_loss;
+mod preference;
+mod pretrain;
+mod schedule;
+
+pub use adapter::{Adapter, Lora, Targets};
+pub use grpo::Grpo;
+pub use optimizer::Optimizer;
+pub use policy_loss::{Correction, GrpoLoss, PolicyLoss, Ppo};
+pub use preference::{Dpo, DpoLoss, Reward};
+pub use pretrain::{BYTES, Pretrain, Shape, Tokenizer, TokenizerPlan};
+pub use schedule::Schedule;
+
+use crate::dataset::DatasetKind;
+use serde::{Deserialize, Serialize};
+
+/// Of the form that [`Spec`] is written in. A later one reads this one's, or says that it does not.
+pub const VERSION: u32 = 1;
+
+/// Kinds of jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    Sft,
+    Pretrain,
+    /// Direct preference optimization.
+    Dpo,
+    /// A reward model.
+    Reward,
+    /// Group relative policy optimization.
+    Grpo,
+}
+
+impl Kind {
+    /// As specifications have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sft => "sft",
+            Self::Pretrain => "pretrain",
+            Self::Dpo => "dpo",
+            Self::Reward => "reward",
+            Self::Grpo => "grpo",
+        }
+    }
+
+    /// What the files of its data hold; `None`: any text.
+    pub fn dataset(self) -> Option<DatasetKind> {
+        match self {
+            Self::Sft => Some(DatasetKind::PromptCompletion),
+            Self::Dpo | Self::Reward => Some(DatasetKind::Preference),
+            Self::Grpo => Some(DatasetKind::PromptOnly),
+            Self::Pretrain => None,
+        }
+    }
+
+    /// Learning rates if nothing is said: of an adapter, and of all weights (of pretraining: where the
+    /// model is 512 wide).
+    pub fn learning_rates(self) -> [f64; 2] {
+        match self {
+            Self::Sft => [2e-4, 2e-5],
+            Self::Pretrain => [1e-3; 2],
+            Self::Dpo => [1e-5, 1e-6],
+            // At TRL's 1e-6 to 1e-5 small tasks take thousands of steps.
+            Self::Grpo => [2e-4, 1e-6],
+            Self::Reward => [1e-4, 1e-5],
+        }
+    }
+}
+
+/// A job, in JSON or TOML. Unknown keys are errors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Written")]
+pub struct Spec {
+    /// Of this form of specifications.
+    pub version: u32,
+    pub kind: Kind,
+    /// The model that is trained further.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// The name of a model that is trained from nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// A part of the new model's name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub suffix: Option<String>,
+    pub seed: u64,
+    pub data: Data,
+    /// `null` trains all weights, as pretraining always does.
+    pub adapter: Option<Adapter>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pretrain: Option<Pretrain>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dpo: Option<Dpo>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward: Option<Reward>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grpo: Option<Grpo>,
+    pub train: Train,
+    #[serde(default)]
+    pub export: Export,
+}
+
+/// What is written at the end, besides an adapter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Export {
+    /// How the model's matrices are stored; F16 if nothing is said.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub ty: Option<WeightType>,
+    /// Also the base with an adapter added to it, as a model of its own.
+    pub merged: bool,
+    /// Also a folder that transformers loads; pretraining always writes one.
+    pub hugging_face: bool,
+}
+
+/// How matrices are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WeightType {
+    F32,
+    F16,
+    BF16,
+    /// Blocks of 32 that share a scale, as llama.cpp quantizes them. Transformers knows nothing of
+    /// it: a folder is then F16.
+    #[serde(rename = "Q8_0")]
+    Q8,
+}
+
+/// A spec before its kind has decided what is there if it is not written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    #[serde(default = "version")]
+    version: u32,
+    kind: Kind,
+    model: Option<String>,
+    name: Option<String>,
+    suffix: Option<String>,
+    #[serde(default)]
+    seed: u64,
+    data: Data,
+    /// `Some(None)` is a `null`.
+    #[serde(default, deserialize_with = "some")]
+    adapter: Option<Option<Adapter>>,
+    pretrain: Option<Pretrain>,
+    dpo: Option<Dpo>,
+    reward: Option<Reward>,
+    grpo: Option<Grpo>,
+    #[serde(default)]
+    train: Train,
+    #[serde(default)]
+    export: Export,
+}
+
+fn some<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Option<Adapter>>, D::Error> {
+    Option::deserialize(from).map(Some)
+}
+
+impl TryFrom<Written> for Spec {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Self, String> {
+        let Written { kind, model, name, suffix, seed, data, train, export, .. } = written;
+        let Written { version, adapter, pretrain, dpo, reward, grpo, .. } = written;
+        if version != VERSION {
+            return Err(format!("version: this is {version}, and this Ingot knows {VERSION}"));
+        }
+        let adapter = match (kind, adapter) {
+            (Kind::Pretrain, Some(Some(_))) => {
+                return Err("adapter: pretraining trains all weights; leave it out".into());
+            }
+            (Kind::Pretrain, _) => None,
+            (Kind::Reward, Some(None)) => {
+                return Err(
+                    "adapter: a reward model is an adapter with a head; leave it out".into()
+                );
+            }
+            (Kind::Grpo, Some(None)) => {
+                return Err(
+                    "adapter: answers are sampled from the served model with an adapter that is \
+                     swapped at every step; all of its weights cannot be: leave it out"
+                        .into(),
+                );
+            }
+            (_, None) => Adapter::usual(),
+            (_, Some(adapter)) => adapter,
+        };
+        Ok(Self {
+            version,
+            kind,
+            model,
+            name,
+            suffix,
+            seed,
+            data,
+            adapter,
+            pretrain,
+            dpo,
+            reward,
+            grpo,
+            train,
+            export,
+        })
+    }
+}
+
+/// Where examples come from: ids of uploaded files, or paths on the command line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    pub train: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<String>,
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+    /// Control tokens that are spelled in users' and tools' messages are control tokens, not text.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub parse_control_tokens: bool,
+}
+
+/// How training goes. What is not given depends on the rest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Train {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u64>,
+    /// Ends training after this time, wherever the steps stand. The schedule is not shortened.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_minutes: Option<f64>,
+    /// Examples of a step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_size: Option<usize>,
+    /// Packed rows that are computed at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch: Option<usize>,
+    /// Tokens of a row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_length: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learning_rate: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
+    /// The share of the steps in which the learning rate climbs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_every: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_every: Option<u64>,
+    /// Checkpoints that are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_checkpoints: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// Computes a layer's inner values again on the way back instead of keeping them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub activation_checkpointing: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optimizer: Option<Optimizer>,
+}
+
+fn version() -> u32 {
+    VERSION
+}
+fn yes() -> bool {
+    true
+}
+/// How training goes, decided.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resolved {
+    /// Passes over the data; `None`: as many as `max_steps` take.
+    pub epochs: Option<f64>,
+    pub max_steps: Option<u64>,
+    pub max_minutes: Option<f64>,
+    pub batch_size: usize,
+    pub micro_batch: usize,
+    pub max_length: usize,
+    pub learning_rate: f64,
+    pub schedule: Schedule,
+    pub warmup: f64,
+    pub eval_every: u64,
+    pub checkpoint_every: u64,
+    pub keep_checkpoints: usize,
+    pub threads: usize,
+    pub activation_checkpointing: bool,
+    pub optimizer: Optimizer,
+}
+
+impl Spec {
+    /// The same with nothing left open, for those who want to know how a job was done.
+    pub fn filled(&self, settings: &Resolved) -> Self {
+        let settings = settings.clone();
+        let train = Train {
+            epochs: settings.epochs,
+            max_steps: settings.max_steps,
+            max_minutes: settings.max_minutes,
+            batch_size: Some(settings.batch_size),
+            micro_batch: Some(settings.micro_batch),
+            max_length: Some(settings.max_length),
+            learning_rate: Some(settings.learning_rate),
+            schedule: Some(settings.schedule),
+            warmup: Some(settings.warmup),
+            eval_every: Some(settings.eval_every),
+            checkpoint_every: Some(settings.checkpoint_every),
+            keep_checkpoints: Some(settings.keep_checkpoints),
+            threads: Some(settings.threads),
+            activation_checkpointing: Some(settings.activation_checkpointing),
+            optimizer: Some(settings.optimizer),
+        };
+        Self { train, ..self.clone() }
+    }
+
+    /// Fills in what is not given, and checks everything that needs neither model nor data.
+    ///
+    /// # Errors
+    /// The key at fault and what it may be.
+    pub fn resolve(&self) -> Result<Resolved, String> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        let fits = |text: &str| (1..=64).contains(&text.len()) && text.chars().all(plain);
+        if self.suffix.as_ref().is_some_and(|suffix| !fits(suffix)) {
+            return Err(
+                "suffix: it has 1 to 64 letters, digits, dots, dashes or underscores".into()
+            );
+        }
+        if let Some(adapter) = &self.adapter {
+            within("adapter.r", adapter.r as f64, 1.0, 8192.0)?;
+            within("adapter.alpha", adapter.alpha, f64::MIN_POSITIVE, 1e6)?;
+            within("adapter.dropout", adapter.dropout, 0.0, 0.95)?;
+            adapter.lora(self.seed)?;
+        }
+        let resolved = match self.kind {
+            Kind::Pretrain => self.resolve_pretrain()?,
+            Kind::Sft | Kind::Dpo | Kind::Reward | Kind::Grpo => self.resolve_tuning()?,
+        };
+        for (kind, there) in [
+            (Kind::Pretrain, self.pretrain.is_some()),
+            (Kind::Dpo, self.dpo.is_some()),
+            (Kind::Reward, self.reward.is_some()),
+            (Kind::Grpo, self.grpo.is_some()),
+        ] {
+            if there && kind != self.kind {
+                return Err(format!("{0}: it is for jobs of kind `{0}`", kind.name()));
+            }
+        }
+        let (dpo, reward) = (self.dpo.unwrap_or_default(), self.reward.unwrap_or_default());
+        within("dpo.beta", dpo.beta, f64::MIN_POSITIVE, 100.0)?;
+        within("dpo.label_smoothing", dpo.label_smoothing, 0.0, 0.5)?;
+        within("dpo.sft", dpo.sft, 0.0, 100.0)?;
+        within("reward.margin", reward.margin, -1e3, 1e3)?;
+        within("reward.centering", reward.centering, 0.0, 100.0)?;
+        resolved.check()?;
+        match (&self.grpo, self.kind) {
+            (Some(block), _) => block.check(resolved.max_length)?,
+            (None, Kind::Grpo) => {
+                return Err("grpo: a job of this kind needs the block, with a `grader`".into());
+            }
+            (None, _) => {}
+        }
+        Ok(resolved)
+    }
+
+    /// Of a model that there is.
+    fn resolve_tuning(&self) -> Result<Resolved, String> {
+        if self.model.is_none() {
+            return Err(format!("model: a job of kind `{}` needs one", self.kind.name()));
+        }
+        if self.name.is_some() {
+            return Err("name: it is for `pretrain`; use `suffix`".into());
+        }
+        let train = &self.train;
+        let [of_adapter, of_all] = self.kind.learning_rates();
+        let rate = if self.adapter.is_none() { of_all } else { of_adapter };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Resolved {
+            epochs: train.epochs.or(train.max_steps.is_none().then_some(1.0)),
+            max_steps: train.max_steps,
+            max_minutes: train.max_minutes,
+            batch_size: train.batch_size.unwrap_or(8),
+            micro_batch: train.micro_batch.unwrap_or(1),
+            max_length: train.max_length.unwrap_or(1024),
+            learning_rate: train.learning_rate.unwrap_or(rate),
+            schedule: train.schedule.unwrap_or(Schedule::Cosine),
+            warmup: train.warmup.unwrap_or(0.03),
+            eval_every: train.eval_every.unwrap_or(50),
+            checkpoint_every: train.checkpoint_every.unwrap_or(100),
+            keep_checkpoints: train.keep_checkpoints.unwrap_or(3),
+            threads: train.threads.unwrap_or(cores),
+            activation_checkpointing: train.activation_checkpointing.unwrap_or(false),
+            optimizer: train.optimizer.clone().unwrap_or_default(),
+        })
+    }
+}
+
+impl Resolved {
+    fn check(&self) -> Result<(), String> {
+        within("train.epochs", self.epochs.unwrap_or(1.0), f64::MIN_POSITIVE, 1e4)?;
+        within("train.max_steps", self.max_steps.unwrap_or(1) as f64, 1.0, 1e9)?;
+        let minutes = self.max_minutes.unwrap_or(1.0);
+        within("train.max_minutes", minutes, f64::MIN_POSITIVE, 1e6)?;
+        within("train.batch_size", self.batch_size as f64, 1.0, 65_536.0)?;
+        within("train.micro_batch", self.micro_batch as f64, 1.0, 65_536.0)?;
+        within("train.max_length", self.max_length as f64, 2.0, f64::from(1 << 20))?;
+        within("train.learning_rate", self.learning_rate, f64::MIN_POSITIVE, 10.0)?;
+        within("train.warmup", self.warmup, 0.0, 1.0)?;
+        within("train.eval_every", self.eval_every as f64, 1.0, 1e9)?;
+        within("train.checkpoint_every", self.checkpoint_every as f64, 1.0, 1e9)?;
+        within("train.keep_checkpoints", self.keep_checkpoints as f64, 1.0, 1000.0)?;
+        within("train.threads", self.threads as f64, 1.0, 1024.0)?;
+        let key = |name: &str| format!("train.optimizer.{name}");
+        let (betas, eps, weight_decay, clip) = match &self.optimizer {
+            Optimizer::AdamW { betas, eps, weight_decay, clip } => (betas, eps, weight_decay, clip),
+            Optimizer::Muon { learning_rate, momentum, betas, eps, weight_decay, clip } => {
+                within(&key("learning_rate"), *learning_rate, f64::MIN_POSITIVE, 10.0)?;
+                within(&key("momentum"), *momentum, 0.0, 0.9999)?;
+                (betas, eps, weight_decay, clip)
+            }
+        };
+        for beta in betas {
+            within(&key("betas"), *beta, 0.0, 0.999_999)?;
+        }
+        within(&key("eps"), *eps, f64::MIN_POSITIVE, 1.0)?;
+        within(&key("weight_decay"), *weight_decay, 0.0, 10.0)?;
+        within(&key("clip"), *clip, 0.0, 1e9)
+    }
+}
+
+fn within(key: &str, value: f64, least: f64, most: f64) -> Result<(), String> {
+    match (least..=most).contains(&value) {
+        true => Ok(()),
+        false if least == f64::MIN_POSITIVE => {
+            Err(format!("{key}: {value} is not above 0, or above {most}"))
+        }
+        false => Err(format!("{key}: {value} is not between {least} and {most}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::Target;
+
+    fn spec(text: &str) -> Result<(Spec, Resolved), String> {
+        let spec: Spec = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let resolved = spec.resolve()?;
+        Ok((spec, resolved))
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_method() {
+        let (spec, resolved) =
+            spec(r#"{"kind": "sft", "model": "m", "data": {"train": "file-1"}}"#).unwrap();
+        let lora = spec.adapter.unwrap().lora(0).unwrap();
+        assert_eq!((lora.rank, lora.alpha, lora.targets.len()), (16, 32.0, 7));
+        assert_eq!(
+            (resolved.learning_rate, resolved.warmup, resolved.max_length),
+            (2e-4, 0.03, 1024)
+        );
+        let (_, full) = self::spec(
+            r#"{"kind": "sft", "model": "m", "data": {"train": "file-1"}, "adapter": null}"#,
+        )
+        .unwrap();
+        assert_eq!(full.learning_rate, 2e-5);
+    }
+
+    #[test]
+    fn the_example_of_the_documents_is_read() {
+        let text = r#"{"kind": "sft", "model": "smollm2:135m", "suffix": "maths", "seed": 1,
+            "data": {"train": "file-a", "validation": "file-b"},
+            "adapter": {"r": 16, "alpha": 32, "targets": "all-linear"},
+            "train": {"epochs": 1, "max_steps": 200, "batch_size": 8, "micro_batch": 1,
+                "max_length": 512, "learning_rate": 2e-4, "schedule": "cosine", "warmup": 0.03,
+                "eval_every": 50, "checkpoint_every": 100, "threads": 2}}"#;
+        let (read, resolved) = spec(text).unwrap();
+        assert_eq!((resolved.max_steps, resolved.threads), (Some(200), 2));
+        assert_eq!(read.filled(&resolved).resolve().unwrap(), resolved);
+        let again: Spec = serde_json::from_str(&serde_json::to_string(&read).unwrap()).unwrap();
+        assert_eq!(read, again);
+        let toml: Spec = toml::from_str(
+            "kind = \"sft\"\nmodel = \"m\"\n[data]\ntrain = \"a.jsonl\"\n[adapter]\ntargets = [\"q_proj\"]",
+        )
+        .unwrap();
+        assert_eq!(toml.adapter.unwrap().lora(0).unwrap().targets, [Target::Q]);
+        let one: Adapter = serde_json::from_str(r#"{"targets": "q_proj"}"#).unwrap();
+        assert_eq!(one.lora(0).unwrap().targets, [Target::Q]);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let with = |more: &str| {
+            spec(&format!(r#"{{"kind": "sft", "model": "m", "data": {{"train": "f"}}, {more}}}"#))
+                .unwrap_err()
+        };
+        for (more, why) in [
+            (r#""adaptor": {}"#, "adaptor"),
+            (r#""adapter": {"rank": 4}"#, "rank"),
+            (r#""adapter": {"r": 0}"#, "adapter.r"),
+            (r#""adapter": {"targets": ["w"]}"#, "q_proj"),
+            (r#""adapter": {"dropout": 1.0}"#, "adapter.dropout"),
+            (r#""version": 2"#, "version"),
+            (r#""adapter": {"targets": []}"#, "adapter.targets"),
+            (r#""adapter": {"targets": "all"}"#, "`all` is none of"),
+            (r#""adapter": {"targets": 3}"#, "all-linear"),
+            (r#""train": {"optimizer": {"name": "adamw", "eps": 0}}"#, "train.optimizer.eps"),
+            (
+                r#""train": {"optimizer": {"name": "adamw", "betas": [0.9, 1]}}"#,
+                "train.optimizer.betas",
+            ),
+            (r#""train": {"optimizer": {"name": "adamw", "clip": -1}}"#, "train.optimizer.clip"),
+            (r#""train": {"optimizer": {"name": "muon", "momentum": 1}}"#, "optimizer.momentum"),
+            (r#""train": {"optimizer": {"name": "muon", "weight_decay": -1}}"#, "weight_decay"),
+            (r#""adapter": {"targets": [3]}"#, "a string"),
+            (r#""train": {"learning_rate": 0}"#, "train.learning_rate"),
+            (r#""train": {"batch_size": 0}"#, "train.batch_size"),
+            (r#""train": {"warmup": 2}"#, "train.warmup"),
+            (r#""train": {"schedule": "up"}"#, "up"),
+            (r#""train": {"optimizer": {"name": "sgd"}}"#, "sgd"),
+            (r#""name": "x""#, "name"),
+            (r#""suffix": """#, "suffix"),
+            (r#""suffix": "a b""#, "suffix"),
+            (r#""dpo": {}"#, "dpo: it is for jobs of kind `dpo`"),
+            (r#""pretrain": {}"#, "pretrain"),
+            (r#""reward": {"centring": 1}"#, "centering"),
+        ] {
+            let error = with(more);
+            assert!(error.contains(why), "{more}: {error}");
+        }
+        let error = spec(r#"{"kind": "sft", "data": {"train": "f"}}"#).unwrap_err();
+        assert!(error.contains("model"), "{error}");
+    }
+}

@@ -1,0 +1,342 @@
+//! The block `pretrain`: what a fresh model is, and what it is told and shown on the way.
+
+use super::{Optimizer, Resolved, Schedule, Spec, within};
+use serde::{Deserialize, Serialize};
+
+/// Width of a head, unless heads are counted.
+const HEAD: usize = 64;
+/// Parameters below which the embedding serves as output too.
+const TIED: usize = 100_000_000;
+/// Bytes alone, no merges.
+pub const BYTES: usize = 256;
+const MOST_TOKENS: usize = 1 << 18;
+/// Tokens of a row that are computed at once, unless `micro_batch` says otherwise.
+const ROW: usize = 4096;
+
+/// `{"depth": 4}` or dimensions; what is not given follows from the rest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Pretrain {
+    /// The dial: so many layers, 64 times as wide.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub depth: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub width: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heads: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_heads: Option<usize>,
+    /// Width of the feed-forward layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ffn: Option<usize>,
+    /// Tokens that the model sees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_theta: Option<f64>,
+    /// Whether the embedding is the output matrix too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tied: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<Tokenizer>,
+    /// The share at the end of the data that is not trained on, where no validation data is given:
+    /// 0.05 unless told otherwise, and 131,072 tokens at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<f64>,
+    /// What samples begin with; else the first words that are held out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<String>,
+}
+
+/// A tokenizer to train, or a model to take it from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tokenizer {
+    /// Tokens in all; 256 for bytes alone, beside which the end of text is one more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vocab_size: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+}
+
+/// The dimensions of a fresh model, decided.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shape {
+    pub width: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub ffn: usize,
+    pub context: usize,
+    pub rope_theta: f64,
+    pub tied: bool,
+    /// Tokens.
+    pub vocab: usize,
+}
+
+/// Where the tokenizer comes from, decided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenizerPlan {
+    /// Trained on the data, with so many tokens.
+    Train { vocab_size: usize },
+    /// That of a model.
+    From(String),
+}
+
+impl Shape {
+    /// Numbers that are trained.
+    pub fn parameters(&self) -> usize {
+        let (d, head) = (self.width, self.width / self.heads);
+        let attention = 2 * d * d + 2 * d * self.kv_heads * head;
+        let layer = attention + 3 * d * self.ffn + 2 * d;
+        let tables = if self.tied { 1 } else { 2 };
+        self.layers * layer + tables * self.vocab * d + d
+    }
+}
+
+impl Pretrain {
+    /// The model's dimensions over a vocabulary of so many tokens.
+    ///
+    /// # Errors
+    /// The key at fault and what it may be.
+    pub fn shape(&self, vocab: usize) -> Result<Shape, String> {
+        let from_width = self.width.map(|width| (width / HEAD).max(1));
+        let depth = self.depth.or(self.layers).or(from_width).unwrap_or(4);
+        let layers = self.layers.unwrap_or(depth);
+        within("pretrain.depth", depth as f64, 1.0, 256.0)?;
+        within("pretrain.layers", layers as f64, 1.0, 256.0)?;
+        let width = self.width.unwrap_or(HEAD * depth);
+        multiple("pretrain.width", width, 32, 1 << 16)?;
+        let heads = self.heads.unwrap_or((width / HEAD).max(1));
+        within("pretrain.heads", heads as f64, 1.0, 1024.0)?;
+        if !width.is_multiple_of(heads) || !(width / heads).is_multiple_of(8) {
+            return Err(format!(
+                "pretrain.heads: {heads} heads do not share a width of {width}, each a multiple of 8"
+            ));
+        }
+        let fewer = if heads <= 8 { heads } else { (heads / 4).max(1) };
+        let kv_heads = self.kv_heads.unwrap_or_else(|| divisor(heads, fewer));
+        let group = heads.checked_div(kv_heads).unwrap_or(0) * (width / heads);
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) || !group.is_multiple_of(32) {
+            return Err(format!(
+                "pretrain.kv_heads: {kv_heads} does not divide {heads} heads, or leaves those that \
+                 share one no multiple of 32 wide"
+            ));
+        }
+        let ffn = self.ffn.unwrap_or((8 * width).div_ceil(3).next_multiple_of(64));
+        multiple("pretrain.ffn", ffn, 32, 1 << 18)?;
+        let context = self.context.unwrap_or(512);
+        within("pretrain.context", context as f64, 8.0, f64::from(1 << 20))?;
+        let rope_theta = self.rope_theta.unwrap_or(10_000.0);
+        within("pretrain.rope_theta", rope_theta, 2.0, 1e9)?;
+        let tied = self.tied.unwrap_or(true);
+        let mut shape =
+            Shape { width, layers, heads, kv_heads, ffn, context, rope_theta, tied, vocab };
+        shape.tied = self.tied.unwrap_or(shape.parameters() < TIED);
+        Ok(shape)
+    }
+
+    /// Where the tokenizer comes from.
+    ///
+    /// # Errors
+    /// The key at fault and what it may be.
+    pub fn tokenizer(&self) -> Result<TokenizerPlan, String> {
+        let key = "pretrain.tokenizer";
+        match self.tokenizer.clone().unwrap_or_default() {
+            Tokenizer { vocab_size: Some(_), from: Some(_) } => {
+                Err(format!("{key}: it is trained (`vocab_size`) or taken (`from`), not both"))
+            }
+            Tokenizer { from: Some(from), .. } => Ok(TokenizerPlan::From(from)),
+            Tokenizer { vocab_size, .. } => {
+                let vocab_size = vocab_size.unwrap_or(32_768);
+                within(&format!("{key}.vocab_size"), vocab_size as f64, 256.0, MOST_TOKENS as f64)?;
+                Ok(TokenizerPlan::Train { vocab_size })
+            }
+        }
+    }
+
+    /// The share that is held out at the end of the data.
+    pub fn held_out(&self) -> f64 {
+        self.held_out.unwrap_or(0.05)
+    }
+
+    fn has_shape(&self) -> bool {
+        let Self { width, layers, heads, kv_heads, ffn, context, .. } = self;
+        let counted = [self.depth, *width, *layers, *heads, *kv_heads, *ffn, *context];
+        counted.iter().any(Option::is_some) || self.rope_theta.is_some() || self.tied.is_some()
+    }
+}
+
+impl Spec {
+    /// [`Spec::resolve`] of pretraining.
+    pub(super) fn resolve_pretrain(&self) -> Result<Resolved, String> {
+        let pretrain = self.pretrain.clone().unwrap_or_default();
+        match (&self.model, &self.name) {
+            (None, None) => {
+                return Err("name: a job of kind `pretrain` needs one, or a `model`".into());
+            }
+            (Some(_), Some(_)) => {
+                let why =
+                    "name: it is for a fresh model; a `model` trained further takes a `suffix`";
+                return Err(why.into());
+            }
+            (Some(_), None) if pretrain.has_shape() || pretrain.tokenizer.is_some() => {
+                return Err("pretrain: a `model` that is trained further has its dimensions and \
+                            its tokenizer already"
+                    .into());
+            }
+            _ => {}
+        }
+        within("pretrain.held_out", pretrain.held_out(), 0.0, 0.5)?;
+        if pretrain.held_out.is_some() && self.data.validation.is_some() {
+            return Err("pretrain.held_out: `data.validation` is given already".into());
+        }
+        let TokenizerPlan::Train { vocab_size } = pretrain.tokenizer()? else {
+            return self.with_shape(&pretrain.shape(BYTES)?);
+        };
+        self.with_shape(&pretrain.shape(vocab_size)?)
+    }
+
+    fn with_shape(&self, shape: &Shape) -> Result<Resolved, String> {
+        let train = &self.train;
+        let fresh = self.model.is_none();
+        let max_length = train.max_length.unwrap_or(shape.context);
+        if fresh && max_length > shape.context {
+            return Err(format!(
+                "train.max_length: {max_length} is more than the model sees; raise \
+                 `pretrain.context` ({})",
+                shape.context
+            ));
+        }
+        let batch_size = train.batch_size.unwrap_or(32);
+        let (betas, eps, weight_decay, clip) = ([0.9, 0.95], 1e-8, 0.1, 1.0);
+        let adamw = Optimizer::AdamW { betas, eps, weight_decay, clip };
+        // What a model knows already is lost at the rate of a fresh one.
+        let [_, rate] = self.kind.learning_rates();
+        let rate = if fresh { rate * (512.0 / shape.width as f64).sqrt() } else { 5e-5 };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Resolved {
+            epochs: train.epochs.or(train.max_steps.is_none().then_some(1.0)),
+            max_steps: train.max_steps,
+            max_minutes: train.max_minutes,
+            batch_size,
+            micro_batch: train.micro_batch.unwrap_or((ROW / max_length).clamp(1, batch_size)),
+            max_length,
+            learning_rate: train.learning_rate.unwrap_or(rate),
+            schedule: train.schedule.unwrap_or(Schedule::WarmupStableDecay),
+            warmup: train.warmup.unwrap_or(0.01),
+            eval_every: train.eval_every.unwrap_or(250),
+            checkpoint_every: train.checkpoint_every.unwrap_or(250),
+            keep_checkpoints: train.keep_checkpoints.unwrap_or(3),
+            threads: train.threads.unwrap_or(cores),
+            activation_checkpointing: train.activation_checkpointing.unwrap_or(false),
+            optimizer: train.optimizer.clone().unwrap_or(adamw),
+        })
+    }
+}
+
+/// The largest divisor of `whole` that is not above `most`.
+fn divisor(whole: usize, most: usize) -> usize {
+    (1..=most).rev().find(|part| whole.is_multiple_of(*part)).unwrap_or(1)
+}
+
+fn multiple(key: &str, value: usize, of: usize, most: usize) -> Result<(), String> {
+    match value > 0 && value.is_multiple_of(of) && value <= most {
+        true => Ok(()),
+        false => Err(format!("{key}: {value} is no multiple of {of} up to {most}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(more: &str) -> Result<(Spec, Resolved), String> {
+        let text = format!(r#"{{"kind": "pretrain", "data": {{"train": "f"}}, {more}}}"#);
+        let spec: Spec = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        let resolved = spec.resolve()?;
+        Ok((spec, resolved))
+    }
+
+    fn shape(text: &str, vocab: usize) -> Result<Shape, String> {
+        serde_json::from_str::<Pretrain>(text).unwrap().shape(vocab)
+    }
+
+    #[test]
+    fn one_dial_gives_the_methods_shape() {
+        let four = shape(r#"{"depth": 4}"#, 4096).unwrap();
+        assert_eq!((four.width, four.layers, four.heads, four.kv_heads), (256, 4, 4, 4));
+        assert_eq!((four.ffn, four.context, four.rope_theta, four.tied), (704, 512, 1e4, true));
+        // 8/3 of 768 is 2,048; 12 heads share 3.
+        let twelve = shape(r#"{"depth": 12}"#, 32_768).unwrap();
+        assert_eq!((twelve.ffn, twelve.heads, twelve.kv_heads), (2048, 12, 3));
+        let ten = shape(r#"{"depth": 10}"#, 32_768).unwrap();
+        assert_eq!((ten.heads, ten.kv_heads), (10, 2));
+        let twenty = shape(r#"{"depth": 20}"#, 32_768).unwrap();
+        assert!(!twenty.tied && twenty.parameters() > TIED);
+        // nanoGPT's, by dimensions.
+        let text = r#"{"width": 128, "layers": 4, "heads": 4, "context": 64, "tied": false}"#;
+        let own = shape(text, 65).unwrap();
+        assert_eq!((own.width, own.kv_heads, own.ffn, own.tied), (128, 4, 384, false));
+        assert_eq!(
+            own.parameters(),
+            4 * (4 * 128 * 128 + 3 * 128 * 384 + 2 * 128) + 2 * 65 * 128 + 128
+        );
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_method() {
+        let (spec, resolved) = spec(r#""name": "m""#).unwrap();
+        assert_eq!(spec.adapter, None);
+        assert_eq!(resolved.learning_rate, 1e-3 * 2f64.sqrt());
+        assert_eq!((resolved.schedule, resolved.warmup), (Schedule::WarmupStableDecay, 0.01));
+        let Optimizer::AdamW { betas, weight_decay, clip, .. } = resolved.optimizer else {
+            panic!("{:?}", resolved.optimizer)
+        };
+        assert_eq!((betas, weight_decay, clip), ([0.9, 0.95], 0.1, 1.0));
+        assert_eq!((resolved.max_length, resolved.micro_batch), (512, 8));
+        let plan = spec.pretrain.unwrap_or_default().tokenizer().unwrap();
+        assert_eq!(plan, TokenizerPlan::Train { vocab_size: 32_768 });
+        let again: Spec = serde_json::from_str(
+            r#"{"kind": "pretrain", "data": {"train": "f"}, "name": "m", "adapter": null}"#,
+        )
+        .unwrap();
+        let text = serde_json::to_string(&again).unwrap();
+        assert_eq!(serde_json::from_str::<Spec>(&text).unwrap(), again);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (more, why) in [
+            (r#""suffix": "x""#, "name: "),
+            (r#""name": "m", "model": "n""#, "`suffix`"),
+            (r#""name": "m", "adapter": {"r": 16}"#, "adapter: "),
+            (r#""model": "m", "adapter": {}"#, "adapter: "),
+            (r#""model": "m", "pretrain": {"depth": 4}"#, "already"),
+            (r#""name": "m", "pretrain": {"deep": 4}"#, "deep"),
+            (r#""name": "m", "pretrain": {"width": 100}"#, "pretrain.width"),
+            (r#""name": "m", "pretrain": {"heads": 7}"#, "pretrain.heads"),
+            (r#""name": "m", "pretrain": {"heads": 0}"#, "pretrain.heads"),
+            (r#""name": "m", "pretrain": {"kv_heads": 3}"#, "pretrain.kv_heads"),
+            (r#""name": "m", "pretrain": {"kv_heads": 0}"#, "pretrain.kv_heads"),
+            (r#""name": "m", "pretrain": {"layers": 0}"#, "pretrain.depth"),
+            (r#""name": "m", "pretrain": {"held_out": 0.9}"#, "pretrain.held_out"),
+            (r#""name": "m", "pretrain": {"tokenizer": {"vocab_size": 100}}"#, "vocab_size"),
+            (r#""name": "m", "pretrain": {"tokenizer": {"size": 300}}"#, "size"),
+            (
+                r#""name": "m", "pretrain": {"tokenizer": {"vocab_size": 300, "from": "m"}}"#,
+                "not both",
+            ),
+            (r#""name": "m", "train": {"max_length": 1024}"#, "pretrain.context"),
+            (r#""name": "m", "train": {"max_minutes": 0}"#, "train.max_minutes"),
+        ] {
+            let error = spec(more).unwrap_err();
+            assert!(error.contains(why), "{more}: {error}");
+        }
+        let sft = r#"{"kind": "sft", "model": "m", "data": {"train": "f"}, "pretrain": {}}"#;
+        let error = serde_json::from_str::<Spec>(sft).unwrap().resolve().unwrap_err();
+        assert!(error.contains("pretrain: "), "{error}");
+    }
+}

@@ -1,0 +1,95 @@
+//! What is trained, and what an adapter begins with.
+
+use super::run::{JobFailure, failed};
+use crate::gguf::{Gguf, LoraInfo, ModelFacts, Target, check_lora_gguf, peft_to_gguf, score_head};
+use crate::job::spec::Lora;
+use crate::job::{Folder, Order};
+use crate::train::fresh::normal;
+use crate::train::model::{Model, SCORE, Training};
+use candle_core::Tensor;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use std::path::{Path, PathBuf};
+
+/// What tells the head's numbers from others that the seed gives.
+const HEAD: u64 = 0x7363_6f72_6500;
+
+/// The adapter to begin with, as GGUF.
+pub(super) fn adapter_file(folder: &Folder, order: &Order) -> Option<PathBuf> {
+    let init = order.init.as_ref()?;
+    Some(if init.is_dir() { folder.cache().join("init.gguf") } else { init.clone() })
+}
+
+pub(super) fn training(
+    folder: &Folder,
+    order: &Order,
+    base: &Gguf,
+) -> Result<Training, JobFailure> {
+    let spec = &order.spec;
+    let Some(adapter) = &spec.adapter else { return Ok(Training::Full) };
+    let invalid = |why: &dyn std::fmt::Display| {
+        failed("invalid_spec", None, format!("adapter.init cannot be used: {why}"))
+    };
+    let Some(file) = adapter_file(folder, order) else {
+        let lora = adapter.lora(spec.seed);
+        return lora.map(Training::Lora).map_err(|why| failed("invalid_spec", None, why));
+    };
+    let info = match &order.init {
+        Some(init) if init.is_dir() => {
+            std::fs::create_dir_all(folder.cache())?;
+            let facts = ModelFacts::read(base)?;
+            peft_to_gguf(init, &facts, base, &file).map_err(|why| invalid(&why))?
+        }
+        _ => check_lora_gguf(&file, base).map_err(|why| invalid(&why))?,
+    };
+    let lora = lora_of(&info, spec.seed).map_err(|why| invalid(&why))?;
+    Ok(Training::Lora(Lora { dropout: adapter.dropout, ..lora }))
+}
+
+/// What an adapter in llama.cpp's form was made with.
+fn lora_of(info: &LoraInfo, seed: u64) -> Result<Lora, String> {
+    let target = |name: &String| match name.as_str() {
+        "attn_q" => Ok(Target::Q),
+        "attn_k" => Ok(Target::K),
+        "attn_v" => Ok(Target::V),
+        "attn_output" => Ok(Target::Output),
+        "ffn_gate" => Ok(Target::Gate),
+        "ffn_up" => Ok(Target::Up),
+        "ffn_down" => Ok(Target::Down),
+        other => Err(format!("it changes `{other}`, which is not trained here")),
+    };
+    let targets = info.targets.iter().map(target).collect::<Result<_, _>>()?;
+    let (rank, alpha) = (info.rank as usize, f64::from(info.alpha));
+    // No alpha means no scale.
+    let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
+    Ok(Lora { rank, alpha, targets, rank_stabilized: false, dropout: 0.0, seed })
+}
+
+/// What a reward model's head begins with: that of the adapter that it goes on from, or small numbers
+/// from the seed (Stiennon et al. 2020, arXiv:2009.01325: normal with variance 1/(width + 1)).
+pub(super) fn score(folder: &Folder, order: &Order, width: usize) -> Result<Vec<f32>, JobFailure> {
+    if let Some(file) = adapter_file(folder, order)
+        && let Some(head) = score_head(&Gguf::open(&file)?)
+    {
+        return match head.len() == width {
+            true => Ok(head),
+            false => {
+                Err(failed("invalid_spec", None, "adapter.init: its head is of another width"))
+            }
+        };
+    }
+    let mut rng = StdRng::seed_from_u64(order.spec.seed ^ HEAD);
+    let deviation = 1.0 / (width as f64 + 1.0).sqrt();
+    Ok((0..width).map(|_| (deviation * normal(&mut rng)) as f32).collect())
+}
+
+/// Puts an adapter's matrices in place of the drawn ones.
+pub(super) fn begin_with(model: &Model, adapter: &Path) -> Result<(), JobFailure> {
+    let file = Gguf::open(adapter)?;
+    for param in model.params().iter().filter(|param| param.name != SCORE) {
+        let values = file.to_f32(&param.name)?;
+        let values = Tensor::from_vec(values, param.var.shape(), param.var.device())?;
+        param.var.set(&values)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,80 @@
+//! The process of a job: `ingot job FOLDER`.
+//!
+//! | file | what |
+//! |---|---|
+//! | `run.rs` | from the order to the outcome |
+//! | `data.rs`, `init.rs` | the training data, and the weights that training starts from |
+//! | `gateway_client.rs` | the connection to the gateway, which samples completions and asks graders' models |
+//! | `reporter.rs`, `artifacts.rs` | events while the job runs, files at its end |
+
+mod artifacts;
+mod data;
+mod gateway_client;
+mod init;
+mod reporter;
+mod run;
+#[cfg(test)]
+mod tests;
+
+pub use run::{JobError, run};
+
+use crate::job::{DISK_FULL, DONE, Folder, STOPPED};
+use rustix::process::{getpid, setpriority_process};
+use std::io::{self, Read};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Behind everybody else in line for a core.
+const NICE: i32 = 19;
+/// First in line when the system runs out of memory.
+const OOM_SCORE: &str = "1000";
+
+/// The role.
+pub fn main(folder: &Path) -> ExitCode {
+    tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).with_ansi(false).init();
+    // Neither is vital: a container may forbid them.
+    let _ = setpriority_process(Some(getpid()), NICE);
+    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+    let stop = Arc::new(AtomicBool::new(false));
+    if let Err(error) = listen(&stop) {
+        tracing::error!("signals cannot be received: {error}");
+        return ExitCode::FAILURE;
+    }
+    let folder = Folder::new(folder);
+    match run(&folder, &stop) {
+        Ok(true) => ExitCode::from(DONE),
+        Ok(false) => ExitCode::from(STOPPED),
+        Err(error @ JobError::DiskFull(_)) => {
+            tracing::error!("{error}");
+            ExitCode::from(DISK_FULL)
+        }
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Sets `stop` at SIGTERM, and when standard input ends.
+fn listen(stop: &Arc<AtomicBool>) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let mut terminate = {
+        let _inside = runtime.enter();
+        signal(SignalKind::terminate())?
+    };
+    let told = stop.clone();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        runtime.block_on(terminate.recv());
+        told.store(true, Ordering::Relaxed);
+    })?;
+    let alone = stop.clone();
+    std::thread::Builder::new().name("starter".into()).spawn(move || {
+        let mut input = io::stdin().lock();
+        while matches!(input.read(&mut [0; 64]), Ok(1..)) {}
+        alone.store(true, Ordering::Relaxed);
+    })?;
+    Ok(())
+}
