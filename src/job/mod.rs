@@ -19,6 +19,7 @@
 //! | file | what |
 //! |---|---|
 //! | `spec/` | [`Spec`](spec::Spec): the specification, its defaults and checks |
+//! | `resolve.rs` | [`ResolvedJob`]: from a specification and the files that it names to an order |
 //! | `order.rs` | [`Order`]: a specification with every name looked up |
 //! | `folder.rs` | [`Folder`]: the paths above, read and written |
 //! | `events.rs` | [`EventLog`], [`Follower`]: the lines of `events.jsonl` |
@@ -35,6 +36,7 @@ mod order;
 mod outcome;
 mod plot;
 mod process;
+mod resolve;
 pub mod rollout;
 pub mod spec;
 
@@ -48,3 +50,4 @@ pub use order::{Order, name_of};
 pub use outcome::{Artifact, ArtifactKind, Failure, Outcome};
 pub use plot::plot;
 pub use process::{DISK_FULL, DONE, Process, STOPPED, spawn};
+pub use resolve::{BaseModel, InitAdapter, ResolveError, ResolvedJob, Sources};

@@ -4,17 +4,18 @@ use super::{Screen, located};
 use crate::cli::{CliError, PullBar};
 use crate::config::{ByteSize, HubAccess};
 use crate::dataset::check;
-use crate::gateway::jobs::rows;
+use crate::gateway::jobs::{fits, rows};
 use crate::gateway::memory::available;
 use crate::gateway::store::{ModelRef, PulledModel, Store, ensure, hex};
-use crate::gguf::{Gguf, is_hugging_face};
+use crate::gguf::is_hugging_face;
 use crate::job::spec::{Kind, Resolved, Spec};
 use crate::job::{
-    self, Artifact, ArtifactKind, Folder, Follower, Order, Outcome, ResourceEstimate,
+    self, Artifact, ArtifactKind, BaseModel, Folder, Follower, InitAdapter, Order, Outcome,
+    ResolveError, ResolvedJob, Sources,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -63,10 +64,10 @@ pub(super) async fn run(
     }
 }
 
-/// Looks everything up. The id is that of the specification and its files, so that the same ones find
-/// the same folder.
-fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError> {
-    let settings = spec.resolve().map_err(CliError::Message)?;
+/// Finds the files that the specification names. The id is a digest of the specification and its files,
+/// so that the same command finds the same folder.
+fn order(store: &Store, spec: Spec, beside: &Path) -> Result<Order, CliError> {
+    spec.resolve().map_err(CliError::Message)?;
     if spec.kind == Kind::Grpo {
         return Err(CliError::message(
             "A job of kind `grpo` samples from a served model: start `ingot serve MODEL \
@@ -82,63 +83,69 @@ fn order(store: &Store, mut spec: Spec, beside: &Path) -> Result<Order, CliError
             })?;
         }
     }
-    let model = match &spec.model {
-        Some(model) => {
-            // A folder may be named as the data are: from where the specification is.
-            let near = beside.join(model);
-            let pulled = match is_hugging_face(&near) {
-                true => pull(store, &near.to_string_lossy())?,
-                false => pull(store, model)?,
-            };
-            spec.model = Some(pulled.name.clone());
-            Some(pulled)
-        }
-        None => None,
-    };
-    check_needs(model.as_ref().map(|model| model.path.as_path()), &spec, &settings)?;
-    let from = spec.pretrain.as_ref().and_then(|block| block.tokenizer.as_ref());
-    let from = from.and_then(|tokenizer| tokenizer.from.as_ref());
-    let tokenizer = from.map(|name| pull(store, name)).transpose()?;
-    let mut init = None;
+    let sources = sources(store, &spec, beside)?;
+    let cannot = |error: ResolveError| CliError::message(format!("{error}."));
+    let job = ResolvedJob::new(spec, sources).map_err(cannot)?;
+    let disk = rustix::fs::statvfs(store.folder())
+        .map_err(|error| CliError::message(format!("The data folder cannot be read: {error}.")))?;
+    fits(&job.estimate, available(), disk.f_bavail.saturating_mul(disk.f_frsize))
+        .map_err(|error| CliError::message(error.message))?;
+    let id = id(&job, validation.iter().chain([&train]));
+    Ok(job.order(id, absolute(train)?, validation.map(absolute).transpose()?))
+}
+
+/// Finds the models that a specification names, and gets those that are not here yet.
+fn sources(store: &Store, spec: &Spec, beside: &Path) -> Result<Sources, CliError> {
+    let mut sources = Sources::default();
+    if let Some(model) = &spec.model {
+        // A folder may be named as the data are: from where the specification is.
+        let near = beside.join(model);
+        let found = match is_hugging_face(&near) {
+            true => pull(store, &near.to_string_lossy())?,
+            false => pull(store, model)?,
+        };
+        let PulledModel { name, path, sha256, source, .. } = found;
+        let parent = Some(PathBuf::from(source)).filter(|folder| is_hugging_face(folder));
+        sources.base = Some(BaseModel { name, path, sha256, parent, adapter: None });
+    }
     if let Some(name) = spec.adapter.as_ref().and_then(|adapter| adapter.init.as_ref()) {
-        let stored = store.adapter(name)?.map(|stored| store.folder().join(stored.file));
-        init = Some(match stored {
-            Some(path) => path,
-            None if beside.join(name).exists() => beside.join(name),
+        let (path, base) = match store.adapter(name)? {
+            Some(stored) => (store.folder().join(stored.file), Some(stored.base_model)),
+            None if beside.join(name).exists() => (beside.join(name), None),
             None => {
                 return Err(CliError::message(format!(
                     "adapter.init: there is no adapter `{name}` in the data folder, and no such \
                      file or folder."
                 )));
             }
-        });
+        };
+        sources.init = Some(InitAdapter { path: absolute(path)?, base });
     }
+    let from = spec.pretrain.as_ref().and_then(|block| block.tokenizer.as_ref());
+    if let Some(name) = from.and_then(|tokenizer| tokenizer.from.as_ref()) {
+        sources.tokenizer = Some(pull(store, name)?.path);
+    }
+    Ok(sources)
+}
+
+/// The id of a job: a digest of its specification, its data files and its model.
+fn id<'a>(job: &ResolvedJob, data: impl Iterator<Item = &'a PathBuf>) -> String {
     let mut hash = Sha256::new();
-    hash.update(serde_json::to_vec(&spec).unwrap_or_default());
-    for path in validation.iter().chain([&train]) {
+    hash.update(serde_json::to_vec(&job.spec).unwrap_or_default());
+    for path in data {
         let absolute = path.canonicalize().unwrap_or_else(|_| path.clone());
         hash.update(absolute.as_os_str().as_encoded_bytes());
-        // Another text is another job.
+        // A file that was written again makes another job.
         if let Ok(file) = std::fs::metadata(&absolute) {
             hash.update(file.len().to_le_bytes());
             hash.update(format!("{:?}", file.modified().ok()));
         }
     }
-    let parent = model.as_ref().map(|model| Path::new(&model.source).to_owned());
-    let parent = parent.filter(|folder| is_hugging_face(folder));
-    if let (Some(_), Some(model)) = (&parent, &model) {
-        // The folder may hold another model than the last time.
-        hash.update(model.sha256.as_deref().unwrap_or_default());
+    if let Some(digest) = job.digest_of_folder() {
+        // A Hugging Face folder may hold another model than the last time.
+        hash.update(digest);
     }
-    let id = format!("ftjob-{}", &hex(&hash.finalize())[..24]);
-    let name = job::name_of(&spec, &id);
-    let mut order = Order::new(id, spec.filled(&settings), name, absolute(train)?);
-    order.validation = validation.map(absolute).transpose()?;
-    order.init = init.map(absolute).transpose()?;
-    order.parent = parent;
-    order.model = model.map(|model| model.path);
-    order.tokenizer = tokenizer.map(|model| model.path);
-    Ok(order)
+    format!("ftjob-{}", &hex(&hash.finalize())[..24])
 }
 
 fn pull(store: &Store, model: &str) -> Result<PulledModel, CliError> {
@@ -149,26 +156,9 @@ fn pull(store: &Store, model: &str) -> Result<PulledModel, CliError> {
     Ok(pulled?)
 }
 
-fn absolute(path: std::path::PathBuf) -> Result<std::path::PathBuf, CliError> {
+fn absolute(path: PathBuf) -> Result<PathBuf, CliError> {
     path.canonicalize()
         .map_err(|error| CliError::message(format!("{} cannot be used: {error}.", path.display())))
-}
-
-fn check_needs(model: Option<&Path>, spec: &Spec, settings: &Resolved) -> Result<(), CliError> {
-    let refused = |why: String| CliError::message(format!("The model cannot be trained: {why}."));
-    let header = model.map(Gguf::open_header).transpose();
-    let header = header.map_err(|error| refused(error.to_string()))?;
-    let needs = ResourceEstimate::of(header.as_ref(), spec, settings).map_err(refused)?;
-    let available = available();
-    match needs.memory <= available {
-        true => Ok(()),
-        false => Err(CliError::message(format!(
-            "The job needs about {} of memory, but {} is available: use a smaller max_length or \
-             micro_batch, activation_checkpointing, a smaller model, or an adapter.",
-            ByteSize(needs.memory),
-            ByteSize(available)
-        ))),
-    }
 }
 
 /// Runs the process and shows what it says. `false`: it was stopped by a signal.

@@ -8,9 +8,11 @@ use crate::gateway::error::ApiError;
 use crate::gateway::memory::available;
 use crate::gateway::registry::Trainable;
 use crate::gateway::store::{JobStatus, StoredFile, StoredJob};
-use crate::gguf::Gguf;
-use crate::job::spec::{Resolved, Spec};
-use crate::job::{Failure, Level, Order, ResourceEstimate, name_of};
+use crate::job::spec::Spec;
+use crate::job::{
+    BaseModel, Failure, InitAdapter, Level, Order, ResolveError, ResolvedJob, ResourceEstimate,
+    Sources,
+};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -65,26 +67,35 @@ impl Jobs {
         let jobs = self.clone();
         // A task of its own: a client that goes away leaves no half a job behind.
         let task = tokio::spawn(async move {
-            let base = match &new.spec.model {
-                Some(name) => Some(jobs.registry.trainable(name).await?),
-                None => None,
-            };
-            let init = match new.spec.adapter.as_ref().and_then(|adapter| adapter.init.as_ref()) {
-                Some(name) => Some(jobs.registry.trainable(name).await?),
-                None => None,
-            };
-            let from = new.spec.pretrain.as_ref().and_then(|block| block.tokenizer.as_ref());
-            let tokenizer = match from.and_then(|tokenizer| tokenizer.from.as_ref()) {
-                Some(name) => Some(jobs.registry.trainable(name).await?.path),
-                None => None,
-            };
+            let sources = jobs.sources(&new.spec).await?;
             jobs.check_policy(&new).await?;
-            let admit = move || jobs.admit(new, base, init, tokenizer);
+            let admit = move || jobs.admit(new, sources);
             tokio::task::spawn_blocking(admit).await.map_err(ApiError::internal)?
         });
         let job = task.await.map_err(ApiError::internal)??;
         self.validate(&job.id);
         Ok(job)
+    }
+
+    /// Finds the models that a specification names.
+    async fn sources(&self, spec: &Spec) -> Result<Sources, ApiError> {
+        let mut sources = Sources::default();
+        if let Some(name) = &spec.model {
+            let Trainable { name, model, path, sha256, parent, adapter } =
+                self.registry.trainable(name).await?;
+            let adapter = adapter.map(|file| (name, file));
+            sources.base = Some(BaseModel { name: model, path, sha256, parent, adapter });
+        }
+        if let Some(name) = spec.adapter.as_ref().and_then(|adapter| adapter.init.as_ref()) {
+            let found = self.registry.trainable(name).await?;
+            let path = found.adapter.ok_or_else(|| refused(&ResolveError::Init))?;
+            sources.init = Some(InitAdapter { path, base: Some(found.model) });
+        }
+        let from = spec.pretrain.as_ref().and_then(|block| block.tokenizer.as_ref());
+        if let Some(name) = from.and_then(|tokenizer| tokenizer.from.as_ref()) {
+            sources.tokenizer = Some(self.registry.trainable(name).await?.path);
+        }
+        Ok(sources)
     }
 
     /// Models that are asked while a policy is trained are there now.
@@ -108,70 +119,33 @@ impl Jobs {
         Ok(())
     }
 
-    fn admit(
-        &self,
-        new: NewJob,
-        base: Option<Trainable>,
-        init: Option<Trainable>,
-        tokenizer: Option<PathBuf>,
-    ) -> Result<StoredJob, ApiError> {
+    fn admit(&self, new: NewJob, sources: Sources) -> Result<StoredJob, ApiError> {
         let params = new.params();
-        let NewJob { mut spec, owner, admin, request } = new;
+        let NewJob { spec, owner, admin, request } = new;
         let waiting = self.store().jobs_in(JobStatus::Queued).map_err(ApiError::internal)?.len();
         if waiting >= MAX_WAITING {
             let message = format!("{waiting} jobs wait already; try again when some have run.");
             return Err(ApiError::too_many(message, RETRY_AFTER, "queue_full"));
         }
-        let settings = spec.resolve().map_err(|why| invalid(&why))?;
+        spec.resolve().map_err(|why| refused(&ResolveError::Spec(why)))?;
         let file = |id: &str, param: &str| self.training_file(id, param, &owner, admin);
         let train = file(&spec.data.train, params.train)?;
         let validation =
             spec.data.validation.as_ref().map(|id| file(id, params.validation)).transpose()?;
-        // Training an adapter further means its base, and it to begin with.
-        let mut adapter_file = None;
-        if let Some(base) = &base {
-            spec.model = Some(base.model.clone());
-            adapter_file.clone_from(&base.adapter);
-        }
-        if let Some(init) = init {
-            let same = base.as_ref().is_some_and(|base| base.model == init.model);
-            match init.adapter {
-                Some(file) if same => adapter_file = Some(file),
-                _ => {
-                    let message = "adapter.init must name an adapter of the model.";
-                    return Err(ApiError::invalid("adapter.init", message));
-                }
-            }
-        }
-        match &mut spec.adapter {
-            None if adapter_file.is_some() => {
-                let message = "adapter is null, which trains all weights, but the model named is \
-                               an adapter: name its base.";
-                return Err(ApiError::invalid("adapter", message));
-            }
-            Some(adapter) if adapter_file.is_some() && adapter.init.is_none() => {
-                adapter.init.clone_from(&base.as_ref().map(|base| base.name.clone()));
-            }
-            _ => {}
-        }
-        if let Some(name) = &spec.name
+        let job = ResolvedJob::new(spec, sources).map_err(|error| refused(&error))?;
+        if let Some(name) = &job.spec.name
             && self.registry.card(name).is_ok()
         {
             let message = format!("`{name}` is the name of another model; choose a new one.");
             return Err(ApiError::invalid("name", message));
         }
-        self.check_needs(base.as_ref().map(|base| base.path.as_path()), &spec, &settings)?;
+        self.check_room(&job.estimate)?;
         let id = new_id("ftjob-");
-        let name = name_of(&spec, &id);
-        let mut order = Order::new(id.clone(), spec.filled(&settings), name, PathBuf::new());
-        order.model_sha256 = base.as_ref().and_then(|base| base.sha256.clone());
-        order.parent = base.as_ref().and_then(|base| base.parent.clone());
-        order.model = base.map(|base| base.path);
-        order.tokenizer = tokenizer;
-        self.lay_out(&mut order, &train, validation.as_ref(), adapter_file.as_deref())?;
+        let mut order = job.order(id.clone(), PathBuf::new(), None);
+        self.lay_out(&mut order, &train, validation.as_ref())?;
         let job = StoredJob {
             id: id.clone(),
-            kind: spec.kind.name().to_owned(),
+            kind: order.spec.kind.name().to_owned(),
             status: JobStatus::Validating,
             spec: serde_json::to_string(&order.spec).map_err(ApiError::internal)?,
             request,
@@ -213,24 +187,12 @@ impl Jobs {
         }
     }
 
-    fn check_needs(
-        &self,
-        model: Option<&Path>,
-        spec: &Spec,
-        settings: &Resolved,
-    ) -> Result<(), ApiError> {
-        let refused = |why: String| {
-            ApiError::unprocessable(format!("The model cannot be trained: {why}."))
-                .with_param("model")
-        };
-        let header = model.map(Gguf::open_header).transpose();
-        let header = header.map_err(|error| refused(error.to_string()))?;
-        let needs = ResourceEstimate::of(header.as_ref(), spec, settings).map_err(refused)?;
+    fn check_room(&self, estimate: &ResourceEstimate) -> Result<(), ApiError> {
         // Jobs that run now will be gone one day.
         let running: u64 = self.running().iter().map(|sample| sample.memory_bytes).sum();
         let memory = available().saturating_add(running);
         let disk = rustix::fs::statvfs(self.store().folder()).map_err(ApiError::internal)?;
-        fits(&needs, memory, disk.f_bavail.saturating_mul(disk.f_frsize))
+        fits(estimate, memory, disk.f_bavail.saturating_mul(disk.f_frsize))
     }
 
     /// Makes the folder. Files are linked into it: who deletes them later disturbs nothing.
@@ -239,7 +201,6 @@ impl Jobs {
         order: &mut Order,
         train: &StoredFile,
         validation: Option<&StoredFile>,
-        adapter: Option<&Path>,
     ) -> Result<(), ApiError> {
         let folder = self.folder(&order.id);
         std::fs::create_dir_all(folder.path()).map_err(ApiError::disk)?;
@@ -252,7 +213,7 @@ impl Jobs {
         order.train = keep(files.join(&train.id), TRAIN)?;
         order.validation =
             validation.map(|file| keep(files.join(&file.id), VALIDATION)).transpose()?;
-        order.init = match adapter {
+        order.init = match order.init.take() {
             Some(path) if path.is_dir() => {
                 let folder = folder.path().join("init");
                 std::fs::create_dir_all(&folder).map_err(ApiError::disk)?;
@@ -261,7 +222,7 @@ impl Jobs {
                 }
                 Some(folder)
             }
-            Some(path) => Some(keep(path.to_owned(), "init.gguf")?),
+            Some(path) => Some(keep(path, "init.gguf")?),
             None => None,
         };
         folder.create(order).map_err(ApiError::disk)?;
@@ -308,7 +269,7 @@ impl Jobs {
 }
 
 /// Whether this machine has, or will have, what a job takes.
-pub(super) fn fits(needs: &ResourceEstimate, memory: u64, disk: u64) -> Result<(), ApiError> {
+pub fn fits(needs: &ResourceEstimate, memory: u64, disk: u64) -> Result<(), ApiError> {
     if needs.memory > memory {
         return Err(ApiError::unprocessable(format!(
             "The job needs about {} of memory, but {} is available: use a smaller max_length or \
@@ -339,15 +300,17 @@ fn keep(from: &Path, to: &Path) -> std::io::Result<()> {
     std::fs::hard_link(from, to).or_else(|_| std::fs::copy(from, to).map(drop))
 }
 
-/// The key that a specification's error begins with is the parameter at fault.
-fn invalid(why: &str) -> ApiError {
-    let mut error = ApiError::bad_request(format!("{why}."));
-    if let Some((key, _)) = why.split_once(": ")
-        && !key.contains(' ')
-    {
-        error.param = Some(key.to_owned());
+/// 422 for a model that cannot be trained, else 400, naming the key at fault.
+fn refused(error: &ResolveError) -> ApiError {
+    let message = format!("{error}.");
+    let refused = match error {
+        ResolveError::Model(_) => ApiError::unprocessable(message),
+        _ => ApiError::bad_request(message),
+    };
+    match error.param() {
+        Some(param) => refused.with_param(param),
+        None => refused,
     }
-    error
 }
 
 /// A name that nobody guesses and nobody else has.

@@ -22,8 +22,8 @@ mod queue;
 #[cfg(test)]
 mod tests;
 
-pub use admit::NewJob;
 pub(in crate::gateway) use admit::new_id;
+pub use admit::{NewJob, fits};
 pub use link::{Link, Routes};
 pub use publish::{checkpoint_name, rows};
 

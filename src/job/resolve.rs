@@ -1,0 +1,205 @@
+//! From a specification to an order. The server and the command line find models in different places;
+//! everything after that is the same for both.
+
+use super::estimate::ResourceEstimate;
+use super::order::{Order, name_of};
+use super::spec::{Resolved, Spec};
+use crate::gguf::Gguf;
+use std::path::PathBuf;
+
+/// The files of the models that a specification names.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// `model`
+    pub base: Option<BaseModel>,
+    /// `adapter.init`
+    pub init: Option<InitAdapter>,
+    /// `pretrain.tokenizer.from`: the GGUF whose tokenizer the new model takes.
+    pub tokenizer: Option<PathBuf>,
+}
+
+/// The model that is trained further.
+#[derive(Debug, Clone)]
+pub struct BaseModel {
+    /// The name by which it is served.
+    pub name: String,
+    /// GGUF.
+    pub path: PathBuf,
+    /// SHA-256 of the file, where it is known.
+    pub sha256: Option<String>,
+    /// The Hugging Face folder that the file was converted from.
+    pub parent: Option<PathBuf>,
+    /// Where the specification's `model` names an adapter: its name and file. Training goes on from it.
+    pub adapter: Option<(String, PathBuf)>,
+}
+
+/// An adapter that is trained further.
+#[derive(Debug, Clone)]
+pub struct InitAdapter {
+    /// A PEFT folder or a GGUF.
+    pub path: PathBuf,
+    /// The name of its base model, where it is known.
+    pub base: Option<String>,
+}
+
+/// Why a specification cannot become a job.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ResolveError {
+    /// `key: what it may be`
+    #[error("{0}")]
+    Spec(String),
+    #[error("adapter.init must name an adapter of the model")]
+    Init,
+    #[error(
+        "adapter is null, which trains all weights, but the model named is an adapter: name its base"
+    )]
+    AllWeightsOfAdapter,
+    #[error("The model cannot be trained: {0}")]
+    Model(String),
+}
+
+impl ResolveError {
+    /// The key of the specification at fault.
+    pub fn param(&self) -> Option<&str> {
+        match self {
+            Self::Spec(why) => {
+                why.split_once(": ").map(|(key, _)| key).filter(|key| !key.contains(' '))
+            }
+            Self::Init => Some("adapter.init"),
+            Self::AllWeightsOfAdapter => Some("adapter"),
+            Self::Model(_) => Some("model"),
+        }
+    }
+}
+
+/// A specification that can be run: its models are found, its settings decided.
+#[derive(Debug)]
+pub struct ResolvedJob {
+    /// With the name of the base model in place of an adapter's, and that adapter as `adapter.init`.
+    pub spec: Spec,
+    pub settings: Resolved,
+    pub estimate: ResourceEstimate,
+    base: Option<BaseModel>,
+    init: Option<PathBuf>,
+    tokenizer: Option<PathBuf>,
+}
+
+impl ResolvedJob {
+    /// Decides the settings, and reads the header of the base model.
+    ///
+    /// # Errors
+    /// [`ResolveError`]: what the specification says, or the model's family, is not supported.
+    pub fn new(mut spec: Spec, sources: Sources) -> Result<Self, ResolveError> {
+        let settings = spec.resolve().map_err(ResolveError::Spec)?;
+        let Sources { base, init, tokenizer } = sources;
+        let mut path = None;
+        if let Some(base) = &base {
+            spec.model = Some(base.name.clone());
+            if let Some((name, file)) = &base.adapter {
+                let adapter = spec.adapter.as_mut().ok_or(ResolveError::AllWeightsOfAdapter)?;
+                adapter.init.get_or_insert_with(|| name.clone());
+                path = Some(file.clone());
+            }
+        }
+        if let Some(init) = init {
+            let base = base.as_ref().map(|base| &base.name);
+            if init.base.is_some() && init.base.as_ref() != base {
+                return Err(ResolveError::Init);
+            }
+            path = Some(init.path);
+        }
+        let header = base.as_ref().map(|base| Gguf::open_header(&base.path)).transpose();
+        let header = header.map_err(|error| ResolveError::Model(error.to_string()))?;
+        let estimate = ResourceEstimate::of(header.as_ref(), &spec, &settings);
+        let estimate = estimate.map_err(ResolveError::Model)?;
+        Ok(Self { spec, settings, estimate, base, init: path, tokenizer })
+    }
+
+    /// SHA-256 of the base model, if it was converted from a Hugging Face folder.
+    pub fn digest_of_folder(&self) -> Option<&str> {
+        let converted = self.base.as_ref().filter(|base| base.parent.is_some());
+        converted.and_then(|base| base.sha256.as_deref())
+    }
+
+    /// The order of this job, whose data are the files `train` and `validation`.
+    pub fn order(self, id: String, train: PathBuf, validation: Option<PathBuf>) -> Order {
+        let name = name_of(&self.spec, &id);
+        let mut order = Order::new(id, self.spec.filled(&self.settings), name, train);
+        order.validation = validation;
+        order.init = self.init;
+        order.tokenizer = self.tokenizer;
+        if let Some(base) = self.base {
+            order.model = Some(base.path);
+            order.model_sha256 = base.sha256;
+            order.parent = base.parent;
+        }
+        order
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::fixture::TinyDecoder;
+
+    fn spec(more: &str) -> Spec {
+        let text = format!(r#"{{"kind": "sft", "model": "m", "data": {{"train": "f"}}{more}}}"#);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn base(folder: &std::path::Path, adapter: Option<(&str, &str)>) -> Option<BaseModel> {
+        let path = folder.join("base.gguf");
+        TinyDecoder::new("llama").write(&path).unwrap();
+        let adapter = adapter.map(|(name, file)| (name.to_owned(), PathBuf::from(file)));
+        let (sha256, parent) = (Some("00".into()), None);
+        Some(BaseModel { name: "base".into(), path, sha256, parent, adapter })
+    }
+
+    #[test]
+    fn orders_name_the_base_and_the_adapter() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |adapter: Option<(&str, &str)>, init: Option<(&str, Option<&str>)>, more: &str| {
+            let init = init.map(|(path, base)| InitAdapter {
+                path: path.into(),
+                base: base.map(str::to_owned),
+            });
+            let sources = Sources { base: base(folder.path(), adapter), init, tokenizer: None };
+            ResolvedJob::new(spec(more), sources)
+                .map(|job| job.order("ftjob-12345678".into(), "train".into(), None))
+        };
+        let order = of(None, None, "").unwrap();
+        assert_eq!(order.spec.model.as_deref(), Some("base"));
+        assert_eq!(order.name, "ft:base:ingot::12345678");
+        assert_eq!((order.init, order.model_sha256.as_deref()), (None, Some("00")));
+        assert!(order.spec.train.learning_rate.is_some());
+        // The model named is an adapter: training goes on from it.
+        let order = of(Some(("mine", "mine.gguf")), None, "").unwrap();
+        assert_eq!(order.init, Some("mine.gguf".into()));
+        assert_eq!(order.spec.adapter.unwrap().init.as_deref(), Some("mine"));
+        let error = of(Some(("mine", "mine.gguf")), None, r#", "adapter": null"#).unwrap_err();
+        assert_eq!((error.param(), &error), (Some("adapter"), &ResolveError::AllWeightsOfAdapter));
+        // adapter.init goes before it, and is of the same base.
+        for known in [Some("base"), None] {
+            let order = of(Some(("mine", "mine.gguf")), Some(("other.gguf", known)), "").unwrap();
+            assert_eq!(order.init, Some("other.gguf".into()));
+        }
+        let error = of(None, Some(("other.gguf", Some("another"))), "").unwrap_err();
+        assert_eq!(error.param(), Some("adapter.init"));
+    }
+
+    #[test]
+    fn errors_name_the_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |more: &str, base: Option<BaseModel>| {
+            let sources = Sources { base, ..Sources::default() };
+            ResolvedJob::new(spec(more), sources).unwrap_err()
+        };
+        let error = of(r#", "train": {"warmup": 2}"#, base(folder.path(), None));
+        assert_eq!(error.param(), Some("train.warmup"), "{error}");
+        let error = of(r#", "adapter": {"targets": ["w"]}"#, base(folder.path(), None));
+        assert_eq!(error.param(), Some("adapter.targets"), "{error}");
+        let mut missing = base(folder.path(), None).unwrap();
+        missing.path = folder.path().join("none.gguf");
+        assert_eq!(of("", Some(missing)).param(), Some("model"));
+    }
+}
