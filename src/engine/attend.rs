@@ -1,4 +1,4 @@
-//! Between two steps: requests come and go, adapters are swapped, inputs are embedded.
+//! Work between two steps: admits and cancels requests, swaps adapters, embeds inputs.
 
 use super::kv::CacheKey;
 use super::orders::{AdapterFacts, Order};
@@ -12,15 +12,17 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long to sleep when there is nothing at all to do.
+/// How long to wait for a command when there are no requests.
 const IDLE: Duration = Duration::from_secs(1);
-/// How long when there are requests, but none can run (their clients read slowly).
+/// How long to wait when there are requests but none can run (their clients read slowly).
 const BLOCKED: Duration = Duration::from_millis(10);
-/// More cancellations than intake can hold requests: the oldest were for finished ones.
+/// Larger than the number of requests that intake can hold: at this count, the oldest entries
+/// belong to finished requests.
 const MAX_EARLY_CANCELS: usize = 4096;
 
 impl StepLoop {
-    /// Does what it is told; sleeps first if there is nothing to do. False to leave.
+    /// Handles the pending commands; waits for one first if the engine is idle. Returns false on
+    /// shutdown.
     pub(super) fn take_orders(&mut self, idle: bool) -> bool {
         if idle && self.early.is_empty() {
             let patience = if self.scheduler.is_empty() { IDLE } else { BLOCKED };
@@ -121,11 +123,11 @@ impl StepLoop {
         self.scheduler.push(Sequence::new(facts, admissible.tokens, first, choices.collect()));
     }
 
-    /// The client went away: its pages are free before the next step.
+    /// Cancels a request: its pages are free before the next step.
     fn cancel(&mut self, request: RequestId) {
         self.outbox.forget(request);
         if !self.drop_sequences(request) {
-            // Still in intake, or just finished.
+            // The request is still in intake, or has just finished.
             if self.cancelled.len() >= MAX_EARLY_CANCELS {
                 self.cancelled.clear();
             }
@@ -171,8 +173,8 @@ impl StepLoop {
         });
     }
 
-    /// Computes the next rows of an input that is embedded or scored: as many as take a step's time
-    /// while others decode. False when there is none.
+    /// Computes the next rows of an input to be embedded or scored: as many as fit into the time of
+    /// one step while others decode. Returns false if no input is waiting.
     pub(super) fn pool_chunk(&mut self) -> bool {
         let Some(pooling) = self.poolings.front_mut() else { return false };
         let result = match pooling.inputs.front() {
@@ -211,7 +213,7 @@ impl StepLoop {
 }
 
 impl Pooling {
-    /// Makes of the first input's pooled row what was asked for.
+    /// Turns the pooled row of the first input into the requested embedding or score.
     fn take(&mut self, row: Vec<f32>) -> Result<(), RunnerError> {
         self.inputs.pop_front();
         self.done = 0;
@@ -236,7 +238,7 @@ impl Pooling {
     }
 }
 
-/// The queue is full.
+/// The error for a full queue.
 pub fn overloaded() -> EngineError {
     EngineError {
         kind: EngineErrorKind::Overloaded,

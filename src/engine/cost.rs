@@ -1,33 +1,35 @@
-//! What a step costs, learned from the steps so far.
+//! Predicts the duration of a step from the durations of earlier steps.
 //!
-//! A step takes about `decode + prefill_tokens × per_token` seconds. Both are decaying means, so
-//! they follow longer contexts and a busier machine; the chunk of prefill that a step may carry
-//! follows from them and the time a step should take.
+//! A step takes about `decode + prefill_tokens × per_token` seconds. Both coefficients are
+//! exponentially decaying means, so they follow longer contexts and changes in machine load. These
+//! coefficients and the target step time give the chunk of prefill tokens that a step may carry.
 //!
-//! A step that only decodes takes about `fixed + rows × row` seconds, a line fitted to the recent
-//! ones: what a drafted row costs follows from it. The passes of a draft model are measured alike.
+//! A step that only decodes takes about `fixed + rows × row` seconds, a line fitted to recent
+//! steps; its slope is the cost of a drafted row. The passes of a draft model are measured the same
+//! way.
 
 use std::time::Duration;
 
-/// Weight of the newest step.
+/// Weight of the newest step in the decaying means.
 const ALPHA: f32 = 0.2;
-/// Smaller chunks waste the fixed part of a step.
+/// Smaller prefill chunks waste the fixed cost of a step.
 const MIN_CHUNK: usize = 8;
-/// What earlier steps still count when the next one is seen.
+/// Forgetting factor of the line fit, per step.
 const MEMORY: f32 = 0.97;
-/// Variance of the rows of recent steps from which on their slope is believed.
+/// The slope is updated only if the variance of the rows of recent steps is at least this.
 const MIN_SPREAD: f32 = 0.5;
-/// Until then: rows whose cost the fixed part of a step is taken to be.
+/// Until a slope is known, the fixed cost of a step is taken to equal the cost of this many rows.
 const FIXED_ROWS: f32 = 8.0;
-/// At most so many: a machine that seems to compute rows for nothing was measured badly.
+/// Upper limit of the fixed cost, in rows: a slope near zero is a measurement error.
 const CHEAP_ROWS: f32 = 64.0;
-/// A step that takes so many times the most it should was disturbed: it counts as this much.
+/// Outlier limit: a step that takes longer than this many times its expected maximum counts as that
+/// product.
 const DISTURBED: f32 = 2.0;
 
-/// A step in the making: what it takes, and the tokens that it is expected to give.
+/// Time and expected tokens of a step that is being built.
 ///
-/// Anything is worth adding while it raises the tokens per second: while `its tokens / its seconds`
-/// is more than the step's.
+/// An addition is worthwhile while it raises the tokens per second: while its `tokens / seconds`
+/// exceeds that of the step.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
     pub seconds: f32,
@@ -51,34 +53,34 @@ impl Pace {
 pub struct CostModel {
     target: f32,
     max_tokens: usize,
-    /// Seconds of a step of one row, before anything else is known.
+    /// Seconds of a step of one row, used until a step has been measured.
     first: f32,
     /// Seconds of a step that only decodes.
     decode: Option<f32>,
     /// Seconds per token of prefill.
     per_token: Option<f32>,
-    /// Longest recent step, decayed.
+    /// Duration of the longest recent step in seconds, decayed.
     longest: f32,
     line: Line,
 }
 
-/// Seconds of a step over its rows: least squares with exponential forgetting.
+/// Seconds of a step as a linear function of its rows: least squares with exponential forgetting.
 #[derive(Debug, Default)]
 struct Line {
     weight: f32,
-    /// Means.
+    /// Weighted means.
     rows: f32,
     seconds: f32,
-    /// Variance of the rows, and their covariance with the seconds.
+    /// Variance of the rows, and covariance of rows and seconds.
     spread: f32,
     together: f32,
-    /// The last slope that was believed.
+    /// The last slope that passed the variance check.
     slope: Option<f32>,
 }
 
 impl Line {
     fn observe(&mut self, rows: f32, seconds: f32) {
-        // Rows never cost more than steps of their own.
+        // Rows never cost more than separate steps of one row would.
         let most = match self.weight > 1.0 {
             true => DISTURBED * self.seconds * (rows / self.rows).max(1.0),
             false => f32::INFINITY,
@@ -107,8 +109,8 @@ impl Line {
 }
 
 impl CostModel {
-    /// `target` is the time a step should take while anyone decodes; `max_tokens` the most tokens
-    /// in a step; `first` what a step of one row took.
+    /// `target` is the duration that a step should have while any sequence decodes; `max_tokens`
+    /// the most tokens in a step; `first` the measured duration of a step of one row.
     pub fn new(target: Duration, max_tokens: usize, first: Duration) -> Self {
         Self {
             target: target.as_secs_f32(),
@@ -121,7 +123,7 @@ impl CostModel {
         }
     }
 
-    /// Tokens that the next step may hold, its `decoding` rows included.
+    /// Most tokens that the next step may hold, including its `decoding` rows.
     pub fn budget(&self, decoding: usize) -> usize {
         if decoding == 0 {
             return self.max_tokens;
@@ -131,26 +133,26 @@ impl CostModel {
                 let spare = self.target - self.decode.unwrap_or(0.0);
                 (spare / per_token).max(0.0) as usize
             }
-            // Nothing known yet: a cautious first chunk.
+            // Nothing has been measured yet: start with a cautious chunk.
             _ => 8 * MIN_CHUNK,
         };
         (decoding + chunk.max(MIN_CHUNK)).min(self.max_tokens)
     }
 
-    /// Seconds that a step of so many rows may take: before a prompt has been seen, its rows count as
-    /// steps of their own, which is more than they take.
+    /// Expected seconds of a step with these rows. Until a prompt has been measured, each of its
+    /// rows counts as a step of one row, which is an upper bound.
     pub fn expected(&self, decoding: usize, prefill: usize) -> f32 {
         let decode = self.decode.unwrap_or(self.first);
         let per_token = self.per_token.unwrap_or(decode);
         decode * f32::from(u8::from(decoding > 0)) + per_token * prefill as f32
     }
 
-    /// Longest recent step in seconds, decayed.
+    /// Duration of the longest recent step in seconds, decayed.
     pub fn longest(&self) -> f32 {
         self.longest
     }
 
-    /// A step that only decodes, with so many rows.
+    /// The pace of a step that only decodes `rows` rows.
     pub fn decoding(&self, rows: usize) -> Pace {
         let rows = rows as f32;
         Pace { seconds: self.line.at(rows), tokens: rows, row: self.line.slope() }
@@ -161,8 +163,8 @@ impl CostModel {
         self.per_token.unwrap_or(self.line.slope())
     }
 
-    /// A step has taken so long: with `decoding` rows that sequences must have to go on, `drafted`
-    /// ones beside them, and `prefill` rows of prompts.
+    /// Records the duration of a step: with `decoding` rows of sequences' next tokens, `drafted`
+    /// speculative rows beside them, and `prefill` rows of prompts.
     pub fn observe(&mut self, decoding: usize, drafted: usize, prefill: usize, took: Duration) {
         let took = took.as_secs_f32();
         self.longest = took.max(self.longest * 0.98);
@@ -171,7 +173,7 @@ impl CostModel {
             self.line.observe((decoding + drafted).max(1) as f32, took);
         } else if prefill >= MIN_CHUNK / 2 {
             let base = if decoding > 0 { self.decode.unwrap_or(0.0) } else { 0.0 };
-            // A step that went faster than decoding alone still cost something.
+            // Even a step that was faster than decoding alone has a positive cost per token.
             blend(&mut self.per_token, (took - base).max(took * 0.1) / prefill as f32);
         }
     }
@@ -206,7 +208,7 @@ mod tests {
         let mut cost = CostModel::new(Duration::from_millis(100), 512, Duration::ZERO);
         let seconds = |rows: usize| 0.008 + 0.001 * rows as f32;
         let step = |drafted: usize, cost: &mut CostModel| {
-            // One in ten is disturbed.
+            // One step in ten is an outlier.
             let slow = if drafted == 7 { 5.0 } else { 1.0 };
             let took = Duration::from_secs_f32(seconds(1 + drafted) * slow);
             cost.observe(1, drafted, 0, took);
@@ -217,7 +219,7 @@ mod tests {
         let Pace { seconds: alone, row, .. } = cost.decoding(1);
         assert!((0.007..0.013).contains(&alone), "{alone}");
         assert!((0.0005..0.002).contains(&row), "{row}");
-        // Steps that are all alike do not teach, and do not unteach.
+        // Steps with equal row counts neither improve nor degrade the slope.
         (0..300).for_each(|_| step(0, &mut cost));
         let Pace { seconds: alone, row, .. } = cost.decoding(1);
         assert!((alone - seconds(1)).abs() < 1e-4, "{alone}");

@@ -1,7 +1,8 @@
-//! From a [`Generate`] frame to a request that fits: tokenizing, checking, compiling grammars.
+//! Turns a [`Generate`] frame into a validated request: tokenizes it, checks it and compiles
+//! grammars.
 //!
-//! Runs on its own threads, with a big stack and bounded work, so that neither a huge prompt nor a
-//! slow grammar holds up the step loop.
+//! Intake runs on its own threads, with a large stack and bounded work, so that neither a huge
+//! prompt nor a slow grammar delays the step loop.
 
 use super::grammar::{GrammarEngine, VocabSource, VocabToken};
 use super::orders::Order;
@@ -19,7 +20,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// llama.cpp's pre-tokenizers recurse on long inputs.
+/// Stack size in bytes: llama.cpp's pre-tokenizers recurse on long inputs.
 const STACK: usize = 64 << 20;
 const THREADS: usize = 2;
 
@@ -29,16 +30,17 @@ pub enum Job {
     Call { call: u64, what: Call },
 }
 
-/// What becomes of a prompt's tokens.
+/// How a prompt's tokens are used.
 #[derive(Clone, Copy)]
 enum Use {
     /// The model continues them.
     Continue,
-    /// They are embedded or scored as a whole, with the EOS that the vocabulary may ask for.
+    /// The tokens are embedded or scored as a whole, with EOS appended if the vocabulary asks for
+    /// it.
     Pool,
 }
 
-/// The model's facts that requests are checked against.
+/// Validates requests against the model's properties.
 pub struct Desk {
     tokenizer: Arc<dyn Tokenizer>,
     info: ModelInfo,
@@ -54,7 +56,7 @@ impl Desk {
         Self { tokenizer, info, longest_piece: longest_piece.max(4), grammars: OnceLock::new() }
     }
 
-    /// Starts the threads; they end when `jobs` is disconnected.
+    /// Starts the intake threads; they end when `jobs` is disconnected.
     pub fn open(
         self,
         jobs: &Receiver<Job>,
@@ -76,7 +78,8 @@ impl Desk {
         (0..THREADS).map(work).collect()
     }
 
-    /// A panic is a bug, but it must not leave anyone waiting.
+    /// Answers the request with an error if handling it panics. A panic is a bug, but the client
+    /// must get a reply.
     fn handle_safely(&self, job: Job, orders: &Sender<Order>, replies: &Sender<FromEngine>) {
         let who = match &job {
             Job::Generate(request, _) => Ok(request.id),
@@ -151,7 +154,7 @@ impl Desk {
                 self.grammars()?.compile(&grammar)?;
                 Ok(Reply::Done)
             }
-            // The others are answered by the step loop or the loader.
+            // The step loop or the loader answers the other calls.
             _ => Err(EngineError::internal("this call does not belong to intake")),
         }
     }
@@ -184,7 +187,7 @@ impl Desk {
         self.check_ids(&request.stop.token_ids, "stop_token_ids")?;
         let biased: Vec<_> = request.sampling.logit_bias.iter().map(|&(token, _)| token).collect();
         self.check_ids(&biased, "logit_bias")?;
-        // What clients call the prompt.
+        // The name of the prompt in the client's API.
         let param = match &request.prompt {
             Prompt::Rendered { .. } | Prompt::Pieces { .. } => "messages",
             Prompt::Text { .. } | Prompt::Tokens(_) | Prompt::Infill { .. } => "prompt",
@@ -264,7 +267,7 @@ impl Desk {
                 for (number, piece) in pieces.iter().enumerate() {
                     let PromptPiece { text, barriers } = piece;
                     self.check_length(text)?;
-                    // As training does: a prompt, and what the model writes behind it.
+                    // As in training: a prompt, followed by the text that the model writes.
                     tokens.extend(match number {
                         0 if *parse_special => {
                             self.tokenizer.encode_rendered(text, barriers, *add_special)
@@ -295,7 +298,7 @@ impl Desk {
             }
         };
         if tokens.is_empty() {
-            // A model cannot continue nothing: its own beginning-of-text mark stands for it.
+            // A model cannot continue an empty prompt: use the BOS token instead.
             tokens.extend(vocab.bos.or(vocab.eos));
         }
         if tokens.is_empty() {
@@ -304,7 +307,7 @@ impl Desk {
         Ok(tokens)
     }
 
-    /// Tokens of an input to be embedded or scored.
+    /// Tokenizes an input to be embedded or scored.
     fn pooled_tokens(&self, input: &Prompt) -> Result<Vec<Token>, EngineError> {
         let tokens = self
             .prompt_tokens(input, Use::Pool)
@@ -320,7 +323,7 @@ impl Desk {
         Ok(tokens)
     }
 
-    /// A text so long that it cannot fit whatever its tokens are is not worth tokenizing.
+    /// Rejects a text that cannot fit even if every token were the longest, before tokenizing it.
     fn check_length(&self, text: &str) -> Result<(), EngineError> {
         let limit = self.info.context_length as usize;
         let least = text.len() / self.longest_piece;
@@ -334,7 +337,7 @@ impl Desk {
         Ok(())
     }
 
-    /// Tokens that may be generated after a prompt of `prompt` tokens.
+    /// Most tokens that may be generated after a prompt of `prompt` tokens.
     fn room(&self, prompt: usize, wanted: Option<u32>) -> Result<usize, EngineError> {
         let limit = self.info.context_length as usize;
         let room = limit.saturating_sub(prompt);

@@ -1,14 +1,14 @@
-//! The engine process: one loaded model, its scheduler, its cache.
+//! The engine process: one loaded model, its scheduler and its KV cache.
 //!
-//! Threads: the *reader* takes frames off the socket; *intake* threads tokenize and check; the
-//! *step loop* (this process's main thread) owns model, scheduler and cache; the *loader* reads
-//! adapter files; the *writer* encodes frames. They meet in channels; nothing is shared but the
-//! vocabulary.
+//! Threads: the *reader* reads frames from the socket; *intake* threads tokenize and validate
+//! requests; the *step loop* (the main thread of this process) owns the model, the scheduler and
+//! the cache; the *loader* reads adapter files; the *writer* encodes frames. The threads
+//! communicate through channels; they share only the vocabulary.
 //!
-//! A request walks `intake` → `scheduler` → `kv` → `runner` → `sampler` → `text` → `outbox`.
-//! What a sequence may go on with is drafted and checked in the same step (`speculate`).
-//! Text is assembled on the step loop, not on a thread of its own: it costs microseconds, and a
-//! stop string ends its sequence in the very step that completes it.
+//! A request passes through `intake` → `scheduler` → `kv` → `runner` → `sampler` → `text` →
+//! `outbox`. Speculative tokens are drafted and verified in the same step (`speculate`). Text is
+//! assembled on the step loop, not on a separate thread: it costs microseconds, and a stop string
+//! then ends its sequence in the same step that completes the string.
 
 mod attend;
 mod cost;
@@ -43,7 +43,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 use tracing::level_filters::LevelFilter;
 
-/// Requests and calls that may wait to be tokenized.
+/// Most requests and calls that may wait to be tokenized.
 const INTAKE_QUEUE: usize = 1024;
 
 fn log_level() -> LevelFilter {
@@ -51,7 +51,7 @@ fn log_level() -> LevelFilter {
     named.unwrap_or(LevelFilter::INFO)
 }
 
-/// The `engine` role: serves the gateway at the other end of standard input until that closes.
+/// Runs the `engine` role: serves the gateway over standard input until the gateway closes it.
 pub fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -80,21 +80,21 @@ fn run() -> Result<(), FrameError> {
         tracing::error!("the first frame must name a model");
         return Ok(());
     };
-    // Reads from now on, so that the gateway's death is noticed while the model loads.
+    // Start reading before the model loads, so that the gateway's death is noticed during loading.
     std::thread::Builder::new().name("reader".into()).spawn(move || reception.receive(reader))?;
     host(&spec, work)?;
     Ok(())
 }
 
-/// An engine on threads of this process, without the socket: what the process boundary is
-/// measured against.
+/// An engine on threads of this process, without the socket. The baseline for measuring the cost of
+/// the process boundary.
 pub struct Local {
     reception: Reception,
     frames: Receiver<FromEngine>,
 }
 
 impl Local {
-    /// Starts to load; the first frame tells how that went.
+    /// Starts to load the model; the first frame reports success or failure.
     pub fn start(spec: LoadSpec) -> std::io::Result<Self> {
         let (reception, work, frames) = wire();
         std::thread::Builder::new().name("engine".into()).spawn(move || host(&spec, work))?;
@@ -110,7 +110,7 @@ impl Local {
     }
 }
 
-/// The ends of the channels that the engine's own threads hold.
+/// The channel ends that the engine's own threads hold.
 struct Work {
     orders: Sender<Order>,
     to_do: Receiver<Order>,
@@ -128,7 +128,7 @@ fn wire() -> (Reception, Work, Receiver<FromEngine>) {
     (reception, Work { orders, to_do, to_check, to_load, frames }, to_write)
 }
 
-/// Loads the model and serves it on this thread until told to leave.
+/// Loads the model and runs its step loop on this thread until shutdown.
 fn host(spec: &LoadSpec, work: Work) -> std::io::Result<()> {
     let frames = work.frames.clone();
     let loaded = runner::load(spec);
@@ -141,7 +141,7 @@ fn host(spec: &LoadSpec, work: Work) -> std::io::Result<()> {
         Err(error) => error.to_string(),
     };
     let _ = frames.send(FromEngine::LoadFailed(failed));
-    // The gateway ends this process when it has read that.
+    // The gateway ends this process when it has read the failure.
     loop {
         std::thread::park();
     }
@@ -155,7 +155,7 @@ fn serve(
 ) -> std::io::Result<Result<(), EngineError>> {
     let Work { orders, to_do, to_check, to_load, frames } = work;
     let mut info = runner.info().clone();
-    // What does not fit into the cache as a whole could never be run.
+    // A sequence longer than the whole cache could never run.
     info.context_length = info.context_length.min(info.kv_pages * info.page_tokens);
     Desk::new(runner.tokenizer(), info.clone()).open(&to_check, &orders, &frames)?;
     let loader = runner.adapter_loader();
@@ -177,7 +177,7 @@ struct AdapterJob {
     scale: f32,
 }
 
-/// Sends frames where they belong.
+/// Routes incoming frames to the threads that handle them.
 struct Reception {
     orders: Sender<Order>,
     jobs: Sender<Job>,
@@ -186,8 +186,8 @@ struct Reception {
 }
 
 impl Reception {
-    /// Reads until the gateway is gone, and then ends the process at once: nobody is left to
-    /// finish anything for, and the model's memory is wanted back.
+    /// Reads frames until the gateway closes the socket, then ends the process at once: no client
+    /// is left to serve, and the model's memory should be freed.
     fn receive(self, mut from: BufReader<UnixStream>) {
         loop {
             match ipc::read_frame(&mut from) {
@@ -232,7 +232,7 @@ impl Reception {
         let _ = self.orders.send(order);
     }
 
-    /// Hands a job to intake, or refuses it when intake is full.
+    /// Hands a job to intake, or refuses the job if the intake queue is full.
     fn check(&self, job: Job, answer: impl FnOnce(EngineError) -> Answer) {
         if let Err(TrySendError::Full(_)) = self.jobs.try_send(job) {
             match answer(attend::overloaded()) {

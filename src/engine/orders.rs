@@ -1,29 +1,29 @@
-//! What the step loop is told between two steps.
+//! Commands that the step loop handles between two steps.
 
 use super::runner::AdapterHandle;
 use super::sequence::{Admissible, SeqKey};
 use crate::ipc::{AdapterId, EngineError, RequestId, Token};
 use std::sync::Arc;
 
-/// What the step loop knows of an adapter.
+/// The properties of an installed adapter that the step loop needs.
 #[derive(Debug, Clone)]
 pub struct AdapterFacts {
     pub digest: [u8; 32],
-    /// (width) a reward model's.
+    /// Head of a reward model, shape (width).
     pub head: Option<Arc<[f32]>>,
 }
 
 pub enum Order {
-    /// A request that has been tokenized and fits.
+    /// Admits a request that has been tokenized and validated.
     Admit(Box<Admissible>),
-    /// A request that did not get through intake.
+    /// Reports a request that intake rejected.
     Refuse(RequestId, EngineError),
     Cancel(RequestId),
-    /// Ends a choice as if the model had.
+    /// Finishes a choice as if the model had produced EOS.
     Finish(SeqKey),
-    /// The client reads slowly (true) or has caught up.
+    /// Pauses a request whose client reads slowly (true), or resumes it (false).
     Pause(RequestId, bool),
-    /// To be embedded, or scored by a reward model.
+    /// Embeds inputs, or scores them with a reward model.
     Pool {
         call: u64,
         inputs: Vec<Vec<Token>>,

@@ -1,4 +1,4 @@
-//! What goes back to the gateway: one frame of events a step, and a report now and then.
+//! Sends events to the gateway: one frame per step, and a periodic progress report.
 
 use super::kv::KvCache;
 use super::scheduler::Scheduler;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const REPORT_EVERY: Duration = Duration::from_millis(50);
-/// The watchdog waits longer than this many seconds for any step.
+/// In seconds. The watchdog tolerates any step up to this long without an announcement.
 const ANNOUNCED: f32 = 1.0;
 
 pub struct Outbox {
@@ -21,12 +21,12 @@ pub struct Outbox {
     requests: HashMap<RequestId, InFlight>,
     reported: Instant,
     was_idle: bool,
-    /// Running, waiting, held pages and adapters, as last reported.
+    /// Running sequences, waiting sequences, held pages and adapters in the last report.
     shown: [usize; 4],
     progress: Progress,
 }
 
-/// One request's way so far.
+/// The progress of one request.
 struct InFlight {
     facts: Arc<RequestFacts>,
     live: u32,
@@ -64,8 +64,8 @@ impl Outbox {
         self.push(facts.id, Event::Accepted { prompt_tokens: facts.prompt_len as u32 });
     }
 
-    /// The request has its pages; `cached` prompt tokens need not be computed. Only the first time
-    /// counts: a preempted request comes by again.
+    /// Records that the request has its pages; `cached` prompt tokens need not be computed. Only
+    /// the first call counts: a preempted request is admitted again.
     pub fn started(&mut self, request: RequestId, cached: usize) {
         let Some(in_flight) = self.requests.get_mut(&request) else { return };
         if in_flight.started.is_some() {
@@ -82,8 +82,8 @@ impl Outbox {
         self.push(request, Event::Prompt { text, logprobs });
     }
 
-    /// A token of a choice; its text may be held back still. What a choice gets in one step goes
-    /// out as one.
+    /// Queues a token of a choice; `text` may be empty while text is held back. All tokens of a
+    /// choice in one step are merged into one event.
     pub fn delta(&mut self, key: SeqKey, text: String, logprobs: Vec<TokenLogprob>) {
         let now = Instant::now();
         if let Some(in_flight) = self.requests.get_mut(&key.request) {
@@ -102,12 +102,12 @@ impl Outbox {
         self.push(key.request, Event::Delta { choice: key.choice, text, tokens: 1, logprobs });
     }
 
-    /// Text that had been held back when the output ended; no token of its own.
+    /// Queues text that was held back until the output ended; it carries no token of its own.
     pub fn tail(&mut self, key: SeqKey, text: String, logprobs: Vec<TokenLogprob>) {
         self.push(key.request, Event::Delta { choice: key.choice, text, tokens: 0, logprobs });
     }
 
-    /// A choice is over; with the last one the request is done.
+    /// Finishes a choice. When its last choice finishes, the request is done.
     pub fn finish(&mut self, key: SeqKey, reason: FinishReason, completion_tokens: usize) {
         self.push(
             key.request,
@@ -132,7 +132,7 @@ impl Outbox {
         self.push(request, Event::Failed(error));
     }
 
-    /// Nobody listens any more.
+    /// Drops a request whose client has disconnected.
     pub fn forget(&mut self, request: RequestId) {
         self.requests.remove(&request);
     }
@@ -141,7 +141,7 @@ impl Outbox {
         self.send(FromEngine::Reply { call, result });
     }
 
-    /// Hands the step's events to the writer thread.
+    /// Sends the events of this step to the writer thread.
     pub fn flush(&mut self) {
         if !self.events.is_empty() {
             let events = std::mem::take(&mut self.events);
@@ -156,8 +156,8 @@ impl Outbox {
         self.progress.prefill_tokens += prefill as u64;
     }
 
-    /// Sends a snapshot every 50 ms, when the engine falls idle, and when something goes while it is
-    /// (a paused request whose client leaves).
+    /// Sends a snapshot every 50 ms, when the engine becomes idle, and when the reported counts
+    /// change while it is idle (a paused request whose client leaves).
     pub fn report(&mut self, scheduler: &Scheduler, kv: &KvCache, adapters: usize, idle: bool) {
         self.flush();
         let shown = [scheduler.running.len(), scheduler.waiting.len(), kv.held_pages(), adapters];
@@ -195,7 +195,7 @@ impl Outbox {
         self.send(FromEngine::Progress(snapshot));
     }
 
-    /// Tells the gateway's watchdog of a step that may take longer than any before.
+    /// Announces to the gateway's watchdog a step that may take longer than any before.
     pub fn expect(&mut self, seconds: f32) {
         if seconds > self.progress.step_seconds.max(ANNOUNCED) {
             self.progress.step_seconds = seconds;
@@ -210,7 +210,7 @@ impl Outbox {
     }
 
     fn send(&self, frame: FromEngine) {
-        // The writer is gone only when the gateway is, and then the process is about to end.
+        // The writer ends only after the gateway has closed; then this process is about to end.
         let _ = self.frames.send(frame);
     }
 }

@@ -12,8 +12,9 @@ use serde_bytes::ByteBuf;
 use std::ops::Range;
 
 impl StepLoop {
-    /// Gives a sequence its next token, from the logits after the first of `rows`; from those after
-    /// the others, its drafted tokens', further ones while what is drawn is what was drafted.
+    /// Samples the next token of a sequence from the logits of the first of `rows`. The other rows
+    /// are those of drafted tokens: sampling continues with each of them while the sampled token
+    /// equals the drafted one.
     pub(super) fn sample(&mut self, key: SeqKey, rows: Range<usize>) {
         let drafted = rows.len() > 1;
         for (given, row) in rows.enumerate() {
@@ -27,8 +28,8 @@ impl StepLoop {
         }
     }
 
-    /// Gives a sequence its next token. At the end of a prompt the other choices split off, and
-    /// draw from the same logits.
+    /// Samples one token of a sequence. At the end of a prompt the request's other choices are
+    /// forked and sample from the same logits.
     fn sample_row(&mut self, key: SeqKey, row: usize) {
         let Some(index) = self.scheduler.running.iter().position(|s| s.key == key) else { return };
         let mut keys = vec![key];
@@ -52,7 +53,7 @@ impl StepLoop {
         Ok(())
     }
 
-    /// Makes the other choices of a request whose prompt has just been computed.
+    /// Forks the other choices of a request whose prompt has just been computed.
     fn split(&mut self, index: usize) -> Vec<SeqKey> {
         let siblings = std::mem::take(&mut self.scheduler.running[index].siblings);
         let mut keys = Vec::new();
@@ -69,14 +70,14 @@ impl StepLoop {
                 sequence.computed = leader.computed;
                 self.scheduler.running.push(sequence);
             } else {
-                // No pages left: it computes the prompt again when there are.
+                // No pages are left: the choice waits and computes the prompt again.
                 self.scheduler.waiting.push(sequence);
             }
         }
         keys
     }
 
-    /// Sends the prompt back, where it is to be echoed.
+    /// Sends the prompt to the client if the request asks for `echo`.
     fn announce_prompt(&mut self, key: SeqKey) {
         let Some(sequence) = self.scheduler.sequence_mut(key) else { return };
         if !sequence.facts.echo || sequence.output_len() > 0 || key.choice > 0 {
@@ -105,7 +106,7 @@ impl StepLoop {
         }
         let mask = match &mut sequence.grammar {
             Some(grammar) => {
-                // Ready, but for the rows of a draft.
+                // The mask is ready, except for rows of drafted tokens.
                 grammar::ready(grammar)?;
                 grammar.mask()?
             }
@@ -131,7 +132,7 @@ impl StepLoop {
         self.accept(key, token, logprob)
     }
 
-    /// Appends a token and emits what it completes.
+    /// Appends a token to its sequence and emits the text that it completes.
     fn accept(
         &mut self,
         key: SeqKey,
@@ -176,7 +177,7 @@ impl StepLoop {
         Ok(())
     }
 
-    /// The output is over: text that was held back is text after all.
+    /// Ends the text of an output: text that was held back is emitted.
     fn end_text(&mut self, key: SeqKey, reason: FinishReason) {
         let Some(sequence) = self.scheduler.sequence_mut(key) else { return };
         let (text, reason) = match sequence.text.finish() {
@@ -190,7 +191,7 @@ impl StepLoop {
         self.finish(key, reason);
     }
 
-    /// A choice is over; its pages are free or cached from now on.
+    /// Finishes a choice; its pages become free or cached.
     pub(super) fn finish(&mut self, key: SeqKey, reason: FinishReason) {
         let Some(sequence) = self.scheduler.take(key) else { return };
         self.outbox.finish(key, reason, sequence.output_len());
@@ -199,14 +200,14 @@ impl StepLoop {
         }
     }
 
-    /// A request is over, with an error.
+    /// Fails a request with an error.
     pub(super) fn fail(&mut self, request: RequestId, error: EngineError) {
         if self.drop_sequences(request) {
             self.outbox.failed(request, error);
         }
     }
 
-    /// Frees everything a request holds. False if it holds nothing.
+    /// Frees all resources of a request. Returns false if it has none.
     pub(super) fn drop_sequences(&mut self, request: RequestId) -> bool {
         let removed = self.scheduler.remove(request);
         let any = !removed.is_empty();
@@ -218,7 +219,7 @@ impl StepLoop {
         any
     }
 
-    /// Logprobs of the prompt's own tokens, from a chunk of rows that starts at `position`.
+    /// Computes logprobs of the prompt's own tokens from a chunk of rows that starts at `position`.
     pub(super) fn score_prompt(&mut self, key: SeqKey, rows: Range<usize>, position: usize) {
         let vocab = self.tokenizer.vocab();
         let Some(sequence) = self.scheduler.sequence_mut(key) else { return };
@@ -260,7 +261,7 @@ fn describe(
     }
 }
 
-/// The logprobs of tokens whose text has gone out to its last byte.
+/// Removes and returns the logprobs of tokens whose text has been emitted completely.
 fn release_logprobs(sequence: &mut Sequence, vocab: &Vocab) -> Vec<TokenLogprob> {
     let (mut end, mut held) = (sequence.held_logprobs.len(), sequence.text.held_len());
     while held > 0 && end > 0 {

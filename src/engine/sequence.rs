@@ -1,4 +1,4 @@
-//! One choice of one request, from its prompt to its last token.
+//! A sequence: one choice of one request, from its prompt to its last token.
 
 use super::grammar::TriggeredGrammar;
 use super::kv::{CacheKey, SequencePages};
@@ -9,7 +9,7 @@ use crate::ipc::{AdapterId, EngineError, Generate, RequestId, StopParams, Token,
 use std::sync::Arc;
 use std::time::Instant;
 
-/// What all choices of a request have in common; never changes.
+/// The immutable properties that all choices of a request share.
 #[derive(Debug)]
 pub struct RequestFacts {
     pub id: RequestId,
@@ -19,20 +19,20 @@ pub struct RequestFacts {
     pub priority: i32,
     pub fair_key: u64,
     pub stop: StopParams,
-    /// Tokens that may be generated, the context's end considered.
+    /// Most tokens that may be generated, limited by the context length.
     pub max_tokens: usize,
     pub logprobs: Option<u32>,
     pub echo: bool,
-    /// Of a rollout: the temperature that log-probabilities are of.
+    /// For a rollout: the temperature at which logprobs are reported.
     pub rollout: Option<f32>,
     pub render_special: bool,
-    /// Tokens drafted for one step, at most; 0 where nothing is.
+    /// Most tokens drafted for one step; 0 if speculation is off.
     pub max_drafted: usize,
     pub choices: u32,
     pub arrived: Instant,
 }
 
-/// A request that has been tokenized and found to fit; what intake hands to the step loop.
+/// A request that has been tokenized and validated; intake sends it to the step loop.
 pub struct Admissible {
     pub request: Generate,
     pub tokens: Vec<Token>,
@@ -42,14 +42,14 @@ pub struct Admissible {
     pub arrived: Instant,
 }
 
-/// What one of a request's choices has to itself.
+/// The state of one choice that the request's other choices do not share.
 pub struct Choice {
     pub choice: u32,
     pub sampler: Sampler,
     pub grammar: Option<TriggeredGrammar>,
 }
 
-/// Names a sequence among all.
+/// Identifies a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SeqKey {
     pub request: RequestId,
@@ -63,22 +63,22 @@ pub struct Sequence {
     pub tokens: Vec<Token>,
     /// Tokens whose keys and values are in the cache.
     pub computed: usize,
-    /// `None` while waiting.
+    /// `None` while the sequence waits.
     pub pages: Option<SequencePages>,
     pub sampler: Sampler,
     pub grammar: Option<TriggeredGrammar>,
-    /// `None` where nothing is drafted.
+    /// `None` if nothing is drafted for this sequence.
     pub speculation: Option<Speculation>,
     pub text: TextAssembler,
     /// Logprobs of tokens whose text is held back.
     pub held_logprobs: Vec<TokenLogprob>,
-    /// Logprobs of the prompt so far, where echoed.
+    /// Logprobs of the prompt tokens computed so far, if the prompt is echoed.
     pub prompt_logprobs: Vec<TokenLogprob>,
-    /// Choices that will split off when the prompt is computed; the first choice's only.
+    /// Choices to fork when the prompt has been computed; only the first choice has any.
     pub siblings: Vec<Choice>,
-    /// The client reads slowly: no more rows.
+    /// The client reads slowly: the sequence gets no more rows.
     pub paused: bool,
-    /// Why it cannot be given another token.
+    /// The error because of which no further token can be sampled.
     pub failed: Option<EngineError>,
 }
 
@@ -87,28 +87,29 @@ impl Sequence {
         self.tokens.len() - self.facts.prompt_len
     }
 
-    /// Rows until the next token can be sampled.
+    /// Rows to compute before the next token can be sampled.
     pub fn todo(&self) -> usize {
         self.tokens.len() - self.computed
     }
 
-    /// The first tokens of the draft of this step.
+    /// The first `count` tokens of this step's draft.
     pub fn draft(&self, count: usize) -> &[Token] {
         self.speculation.as_ref().map_or(&[], |speculation| &speculation.draft()[..count])
     }
 
-    /// How many of those a draft model came up with.
+    /// Number of those tokens that a draft model proposed.
     pub fn modelled(&self, count: usize) -> usize {
         self.speculation.as_ref().map_or(0, |speculation| speculation.modelled(count))
     }
 
-    /// Tokens that a draft may have: one more comes from the row after it.
+    /// Most tokens of a draft: the row after the draft yields one more token.
     pub fn draft_limit(&self) -> usize {
         let left = self.facts.max_tokens.saturating_sub(self.output_len());
         self.facts.max_drafted.min(left.saturating_sub(1))
     }
 
-    /// For a draft model, which may draft `most` tokens. `None` where nothing is drafted.
+    /// The view of this sequence for a draft model that may draft `most` tokens. `None` if nothing
+    /// is drafted.
     pub fn draftee(&mut self, most: usize) -> Option<Draftee<'_>> {
         let most = most.min(self.draft_limit());
         let left = self.facts.max_tokens.saturating_sub(self.output_len());
@@ -117,7 +118,7 @@ impl Sequence {
             tenant: self.facts.cache_key.tenant,
             sampler: &self.sampler,
             most,
-            // What has come is the best guess of what is to come.
+            // The output so far is the best estimate of the output still to come.
             horizon: left.min(self.tokens.len() - self.facts.prompt_len),
             ignores_eos: self.facts.stop.ignore_eos,
             speculation: self.speculation.as_mut()?,
@@ -128,28 +129,30 @@ impl Sequence {
         self.todo() == 1 && self.output_len() > 0
     }
 
-    /// Whether the logits of all rows of the prompt are wanted: none may come from the cache.
+    /// Whether the logits of all prompt rows are needed; then no prompt row may come from the
+    /// cache.
     pub fn wants_prompt_logits(&self) -> bool {
         self.facts.echo && self.facts.logprobs.is_some() && self.output_len() == 0
     }
 
-    /// Whether it has to wait for its client. What has been begun is computed to the next token,
-    /// for others may be waiting for those pages.
+    /// Whether the sequence waits for its client. A prefill that has begun is completed up to the
+    /// next token, because other sequences may be waiting for those pages.
     pub fn is_stalled(&self) -> bool {
         self.paused && self.output_len() > 0 && (self.pages.is_none() || self.is_decoding())
     }
 
-    /// Whether the scheduler may give it rows now.
+    /// Whether the scheduler may give this sequence rows now.
     pub fn is_runnable(&self) -> bool {
         self.pages.is_some() && !self.is_stalled()
     }
 
-    /// Slots that it and the choices to come need.
+    /// Slots that the sequence and its choices to be forked need.
     pub fn slots(&self) -> usize {
         1 + self.siblings.len()
     }
 
-    /// Before its first token. `tokens` are the prompt's; further choices split off later.
+    /// Creates a sequence before its first token. `tokens` are the prompt; `siblings` are forked
+    /// later.
     pub fn new(
         facts: Arc<RequestFacts>,
         tokens: Vec<Token>,

@@ -17,19 +17,19 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// One is enough: a mask takes a fraction of a step.
+/// One thread is enough: a mask takes a fraction of a step.
 const MASK_THREADS: usize = 1;
 
-/// Inputs that are embedded or scored: a chunk of rows per turn, so that nobody waits for a long input
-/// or a long list.
+/// Inputs to be embedded or scored. They are computed in chunks of rows between steps, so that a
+/// long input or a long list does not block other requests.
 pub(super) struct Pooling {
     pub call: u64,
     pub inputs: VecDeque<Vec<Token>>,
-    /// Rows of the first input that are computed.
+    /// Rows of the first input that have been computed.
     pub done: usize,
     pub tokens: u32,
     pub adapter: Option<AdapterId>,
-    /// (width) what makes scores of pooled rows.
+    /// Head of the reward model, shape (width); it turns pooled rows into scores.
     pub head: Option<Arc<[f32]>>,
     pub vectors: Vec<Vec<f32>>,
     pub scores: Vec<f32>,
@@ -42,19 +42,19 @@ pub struct StepLoop {
     pub(super) kv: KvCache,
     pub(super) outbox: Outbox,
     pub(super) orders: Receiver<Order>,
-    /// Orders that came while a step was running.
+    /// Commands that arrived while a step was running.
     pub(super) early: VecDeque<Order>,
-    /// Requests that were cancelled before they came out of intake.
+    /// Requests that were cancelled before they left intake.
     pub(super) cancelled: HashSet<RequestId>,
     pub(super) poolings: VecDeque<Pooling>,
-    /// The installed ones.
+    /// The installed adapters.
     pub(super) adapters: HashMap<AdapterId, AdapterFacts>,
-    /// Removed as soon as nobody uses them.
+    /// Adapters to remove as soon as no sequence uses them.
     pub(super) retiring: Vec<AdapterId>,
     pub(super) scratch: Scratch,
-    /// A copy of the model's own logits, where they are needed after sampling.
+    /// A copy of the model's own logits, if they are needed after sampling.
     pub(super) row: Vec<f32>,
-    /// The same divided by a temperature.
+    /// The logits of `row` divided by a temperature.
     pub(super) tempered: Vec<f32>,
     draft_model: Option<DraftModel>,
     masks: MaskWorker<SeqKey>,
@@ -106,7 +106,7 @@ impl StepLoop {
         })
     }
 
-    /// Runs until it is told to leave.
+    /// Runs until shutdown.
     pub fn run(mut self) {
         let mut idle = true;
         while self.take_orders(idle) {
@@ -117,7 +117,7 @@ impl StepLoop {
         }
     }
 
-    /// One step. False when nobody could run.
+    /// Runs one step. Returns false if no sequence could run.
     fn step(&mut self) -> bool {
         let mut plan = self.scheduler.schedule(&mut self.kv);
         self.scheduler.draft(&mut plan, &mut self.kv, self.draft_model.as_mut());
@@ -126,7 +126,7 @@ impl StepLoop {
             return false;
         }
         self.submit_masks(&plan);
-        // Clients hear that they were accepted before a long step, not after it.
+        // Clients learn that they were admitted before a long step, not after it.
         self.outbox.flush();
         self.outbox.expect(self.scheduler.expected(&plan));
         let started = Instant::now();
@@ -134,7 +134,7 @@ impl StepLoop {
         let took = started.elapsed();
         self.collect_masks();
         match ran {
-            // As if it had not been scheduled; the orders that interrupted it come first.
+            // The step counts as not scheduled; the commands that interrupted it are handled first.
             Ok(Ran::Interrupted) => {}
             Ok(Ran::Complete) => {
                 tracing::trace!(decoding = plan.decoding, prefill = plan.prefill, ?took, "step");
@@ -150,8 +150,8 @@ impl StepLoop {
         true
     }
 
-    /// Runs the batch. A step of prompts alone may take long: it is given up when the engine is to leave,
-    /// or when the clients of half its rows are gone.
+    /// Runs the batch. A step of prompts alone may take long: it is abandoned on shutdown, or when
+    /// the clients of half its rows have disconnected.
     fn run_batch(&mut self, plan: &Plan) -> Result<Ran, RunnerError> {
         if plan.decoding > 0 {
             return self.runner.step(&self.batch).map(|()| Ran::Complete);
@@ -176,7 +176,7 @@ impl StepLoop {
         self.runner.run(&self.batch, &mut interrupt)
     }
 
-    /// Brings the runner's cache in line with the plan and fills the batch.
+    /// Applies the plan's cache changes to the runner and fills the batch.
     fn prepare(&mut self, plan: &Plan) {
         self.kv.apply_changes(&mut *self.runner);
         for &(request, cached) in &plan.admitted {
@@ -201,7 +201,8 @@ impl StepLoop {
         }
     }
 
-    /// Masks depend only on what has been sampled: they are computed while the model runs.
+    /// Starts to compute grammar masks. They depend only on tokens already sampled, so they are
+    /// computed while the model runs.
     fn submit_masks(&mut self, plan: &Plan) {
         for work in plan.work.iter().filter(|work| work.samples) {
             let sequence = &mut self.scheduler.running[work.index];
@@ -220,8 +221,9 @@ impl StepLoop {
         }
     }
 
-    /// The rows are computed. Answers which sequences can be given their next token, and from
-    /// which row's logits; the rows of a draft follow it.
+    /// Marks the plan's rows as computed. Returns the sequences whose next token can be sampled,
+    /// each with the rows of its logits: the first row is the next token's, the rows of a draft
+    /// follow.
     fn commit(&mut self, plan: &Plan) -> Vec<(SeqKey, Range<usize>)> {
         let (mut complete, mut echoed) = (Vec::new(), Vec::new());
         for (work, rows) in plan.work.iter().zip(&self.batch.sequences) {
@@ -240,12 +242,12 @@ impl StepLoop {
         for (key, rows, position) in echoed {
             self.score_prompt(key, rows, position);
         }
-        // Drafts give pages back, which the further choices of a prompt may need.
+        // Drafts release pages that forking a prompt's other choices may need.
         complete.sort_by_key(|(_, rows)| rows.len() == 1);
         complete
     }
 
-    /// The runner could not do the step: everyone in it fails, everyone else goes on.
+    /// Handles a failed runner step: every request in the batch fails, all others continue.
     fn fail_batch(&mut self, plan: &Plan, error: &RunnerError) {
         tracing::error!("a step of {} rows failed: {error}", self.batch.tokens.len());
         let requests: Vec<_> =

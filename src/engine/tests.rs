@@ -1,5 +1,5 @@
-//! The whole step loop over the mock runner, whose logits depend on nothing but what a slot holds:
-//! a request must give what it gives alone, whatever else goes on.
+//! Tests of the whole step loop over the mock runner. The mock's logits depend only on the contents
+//! of a slot: a request must produce the same output as it does alone, whatever other requests run.
 
 use super::intake::{Desk, Job};
 use super::orders::{AdapterFacts, Order};
@@ -20,10 +20,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const EOS: Token = 257;
-/// Begins prompts after which the mock repeats itself.
+/// First token of prompts after which the mock repeats itself.
 const FORGETS: Token = b'~' as Token;
 const ADAPTERS: u64 = 2;
-/// Long enough for anything here to end.
+/// Timeout: long enough for every request in these tests to end.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn load_spec(kv_pages: u32, max_sequences: u32, batch_tokens: u32) -> LoadSpec {
@@ -38,7 +38,7 @@ fn load_spec(kv_pages: u32, max_sequences: u32, batch_tokens: u32) -> LoadSpec {
     }
 }
 
-/// An engine without its process.
+/// An engine without its own process.
 struct Engine {
     jobs: Sender<Job>,
     orders: Sender<Order>,
@@ -76,7 +76,7 @@ impl Engine {
         let _ = self.orders.send(order);
     }
 
-    /// Takes in events until the requests `ids` have ended.
+    /// Receives events until the requests `ids` have ended.
     fn listen(&self, outcomes: &mut BTreeMap<u64, Outcome>, ids: &[u64]) {
         let deadline = Instant::now() + PATIENCE;
         let ended = |outcomes: &BTreeMap<u64, Outcome>, id| {
@@ -91,15 +91,15 @@ impl Engine {
         }
     }
 
-    /// What became of the requests 0 to `count`.
+    /// The outcomes of the requests 0 to `count`.
     fn outcomes(&self, count: usize) -> BTreeMap<u64, Outcome> {
         let mut outcomes = BTreeMap::new();
         self.listen(&mut outcomes, &(0..count as u64).collect::<Vec<_>>());
         outcomes
     }
 
-    /// Waits for a step that is announced before it runs; answers the seconds that it may take. Takes in the
-    /// events that come before it.
+    /// Waits for a step that is announced before it runs; returns the announced seconds. Receives
+    /// the events that come before the announcement.
     fn announced(&self, outcomes: &mut BTreeMap<u64, Outcome>) -> f32 {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -118,7 +118,7 @@ impl Engine {
         }
     }
 
-    /// The last snapshot, taken when the engine is idle.
+    /// The last progress snapshot, taken when the engine is idle.
     fn settle(self) -> Progress {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -135,7 +135,7 @@ impl Engine {
     }
 }
 
-/// What came back for one request.
+/// The events received for one request.
 #[derive(Debug, Default, PartialEq)]
 struct Outcome {
     choices: BTreeMap<u32, Choice>,
@@ -203,7 +203,7 @@ fn request(id: u64, prompt: Vec<Token>) -> Generate {
     }
 }
 
-/// What greedy decoding gives, without an engine.
+/// The expected greedy output, computed without an engine.
 fn greedy(prompt: &[Token], adapter: Option<AdapterId>, stop: &StopParams) -> (String, usize) {
     let mut tokens = prompt.to_vec();
     let mut text = String::new();
@@ -222,7 +222,7 @@ fn greedy(prompt: &[Token], adapter: Option<AdapterId>, stop: &StopParams) -> (S
     (text, tokens.len() - prompt.len())
 }
 
-/// Prompts of two families that share prefixes; everything fits into seven pages.
+/// Prompts of two families that share prefixes; every request fits into seven pages.
 fn any_request() -> impl Strategy<Value = Generate> {
     let own = prop::collection::vec(97..100 as Token, 1..40);
     let prompt = (0..2 as Token, 0..90usize, own, any::<bool>());
@@ -268,7 +268,7 @@ fn any_request() -> impl Strategy<Value = Generate> {
     )
 }
 
-/// What is done to one request while it runs.
+/// The action applied to one request while it runs.
 #[derive(Debug, Clone, Copy)]
 enum Fate {
     Peace,
@@ -280,7 +280,7 @@ fn fate() -> impl Strategy<Value = Fate> {
     prop_oneof![6 => Just(Fate::Peace), 1 => Just(Fate::Cancel), 1 => Just(Fate::Pause)]
 }
 
-/// Seeded: a run that passes passes again.
+/// Fixed seed: a run that passes once passes again.
 fn config(cases: u32) -> ProptestConfig {
     let rng_seed = RngSeed::Fixed(1);
     ProptestConfig { cases, rng_seed, failure_persistence: None, ..Default::default() }
@@ -326,7 +326,7 @@ proptest! {
             let fated = requests.iter().zip(0..).filter(|((_, fate, _), _)| wanted(fate));
             fated.map(|(_, id)| id).collect()
         };
-        // Slow readers hold up nobody.
+        // Slow readers do not delay other requests.
         let mut together = BTreeMap::new();
         engine.listen(&mut together, &ids(|fate| matches!(fate, Fate::Peace)));
         for id in ids(|fate| matches!(fate, Fate::Pause)) {
@@ -377,13 +377,14 @@ proptest! {
     }
 }
 
-/// A text that repeats itself takes fewer steps, and is the same.
+/// A text that repeats itself takes fewer steps, and its output is unchanged.
 #[test]
 fn drafts_that_stand_save_steps() {
     let mut steps = Vec::new();
     let mut texts = Vec::new();
     for speculate in [Speculate::Off, Speculate::Always, Speculate::Auto] {
-        // Long enough that what else runs here does not look like the cost of a row.
+        // Long steps, so that interference from other processes does not look like the cost of a
+        // row.
         let spec = LoadSpec { speculate, mock_step_us: 2000, ..load_spec(64, 4, 64) };
         let engine = Engine::start(spec);
         for id in 0..12 {
@@ -404,8 +405,8 @@ fn drafts_that_stand_save_steps() {
     assert!(steps[1] * 4 < steps[0] * 3 && steps[2] < steps[0], "{steps:?}");
 }
 
-/// A draft model that is the model itself is right about everything: greedy, sampled, penalized, for
-/// several choices. About an adapter it is not, and the text is the same.
+/// A draft model that equals the model predicts every token: greedy, sampled, penalized, for
+/// several choices. With an adapter the predictions differ, and the output is still unchanged.
 #[test]
 fn what_a_draft_model_foresees_saves_steps() {
     let mut texts = Vec::new();
@@ -461,7 +462,7 @@ fn a_prompt_past_the_context_is_refused() {
     engine.settle();
 }
 
-/// Text that goes out has its logprobs, whatever a stop string holds back.
+/// Emitted text has its logprobs, even if a stop string holds text back.
 #[test]
 fn logprobs_go_with_their_text() {
     let engine = Engine::start(load_spec(16, 4, 64));
@@ -469,7 +470,7 @@ fn logprobs_go_with_their_text() {
         let prompt = vec![97 + id as Token % 26, 97 + id as Token / 26];
         let stop = StopParams { max_tokens: Some(40), ..Default::default() };
         let (text, _) = greedy(&prompt, None, &stop);
-        // A stop string that its own beginning precedes: "aab" in "aaab".
+        // A stop string that is preceded by its own first character: "aab" in "aaab".
         let doubled = text.as_bytes().windows(2).position(|pair| pair[0] == pair[1]);
         let strings = doubled.map(|at| text[at..(at + 4).min(text.len())].to_owned());
         let strings = strings.into_iter().chain(["zq".to_owned()]).collect();
@@ -501,7 +502,7 @@ fn a_long_input_is_pooled_between_other_steps() {
                 let Ok(Reply::Embeddings { vectors, prompt_tokens: 20_000 }) = result else {
                     panic!("{result:?}");
                 };
-                // All 20,000 tokens went into one element.
+                // All 20,000 tokens contributed to one element.
                 assert_eq!(vectors, [[0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]]);
                 break;
             }
@@ -521,7 +522,7 @@ fn a_step_ends_when_its_clients_are_gone() {
     engine.announced(&mut outcomes);
     assert!(outcomes[&0].accepted && outcomes[&0].started, "a client hears of it before the step");
     engine.order(Order::Cancel(RequestId(0)));
-    // No step was made to its end: the one of 15 s was given up.
+    // No step completed: the step of 15 s was abandoned.
     assert_eq!(engine.settle().steps, 0);
 }
 
@@ -547,7 +548,7 @@ fn a_slow_step_is_announced_to_the_watchdog() {
     let stop = StopParams { max_tokens: Some(1), ..StopParams::default() };
     engine.ask(Generate { stop, ..request(0, vec![1; 30]) });
     let announced = engine.announced(&mut BTreeMap::new());
-    // Thirty rows, each no slower than the step of one row at load.
+    // Thirty rows, each at most as slow as the one-row step at load.
     assert!((36.0 - announced).abs() < 0.1, "{announced}");
     engine.settle();
 }
@@ -569,7 +570,7 @@ fn a_choice_can_be_ended_from_outside() {
     for choice in [1, 0] {
         engine.order(Order::Finish(SeqKey { request: RequestId(0), choice }));
     }
-    // One that is not there, or no more, makes no difference.
+    // Finishing an unknown or already finished sequence has no effect.
     engine.order(Order::Finish(SeqKey { request: RequestId(0), choice: 1 }));
     engine.order(Order::Finish(SeqKey { request: RequestId(9), choice: 0 }));
     let mut outcomes = BTreeMap::from([(0, outcome)]);

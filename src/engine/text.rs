@@ -1,11 +1,11 @@
-//! From token pieces to text: UTF-8 is never split, stop strings never leak.
+//! Turns token pieces into text: UTF-8 characters are never split, stop strings are never emitted.
 
-/// What a piece led to.
+/// The result of adding a piece.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Progressed {
-    /// This text may go out; it can be empty.
+    /// Text to emit; it can be empty.
     Text(String),
-    /// A stop string was completed; the text before it may go out, nothing after it.
+    /// A stop string was completed; only the text before it is emitted.
     Stopped { text: String, stop: String },
 }
 
@@ -15,12 +15,12 @@ pub struct TextAssembler {
     stops: Vec<String>,
     /// Bytes of an incomplete character.
     partial: Vec<u8>,
-    /// Text that could be the beginning of a stop string.
+    /// Text that may be the beginning of a stop string.
     held: String,
 }
 
 impl TextAssembler {
-    /// Empty stop strings are ignored: they would stop everything.
+    /// Empty stop strings are ignored: they would match everywhere.
     pub fn new(stops: &[String]) -> Self {
         Self {
             stops: stops.iter().filter(|stop| !stop.is_empty()).cloned().collect(),
@@ -29,7 +29,7 @@ impl TextAssembler {
         }
     }
 
-    /// Takes a token's bytes.
+    /// Adds a token's bytes.
     pub fn push(&mut self, piece: &[u8]) -> Progressed {
         let text = self.decode(piece);
         if self.stops.is_empty() {
@@ -39,7 +39,7 @@ impl TextAssembler {
         self.scan()
     }
 
-    /// The output is over: what was held back is text after all. An unfinished character becomes
+    /// Ends the output and returns the text that was held back. An incomplete character becomes
     /// U+FFFD.
     pub fn finish(&mut self) -> Progressed {
         if !self.partial.is_empty() {
@@ -55,12 +55,12 @@ impl TextAssembler {
         }
     }
 
-    /// Bytes that have not gone out; after a stop string, those from its beginning on.
+    /// Bytes that have not been emitted; after a stop string, the bytes from its beginning.
     pub fn held_len(&self) -> usize {
         self.partial.len() + self.held.len()
     }
 
-    /// Whole characters only; invalid bytes become U+FFFD.
+    /// Decodes whole characters only; invalid bytes become U+FFFD.
     fn decode(&mut self, piece: &[u8]) -> String {
         if self.partial.is_empty()
             && let Ok(text) = std::str::from_utf8(piece)
@@ -90,7 +90,7 @@ impl TextAssembler {
         }
     }
 
-    /// Looks for the stop string that begins first, and keeps back what may still become one.
+    /// Searches for the stop string that begins first; holds back text that may become one.
     fn scan(&mut self) -> Progressed {
         let first = self
             .stops
@@ -107,7 +107,7 @@ impl TextAssembler {
     }
 }
 
-/// Bytes at the end of `text` that are a proper beginning of `stop`.
+/// Length of the longest proper prefix of `stop` that `text` ends with, in bytes.
 fn overlap(text: &str, stop: &str) -> usize {
     let (text, stop) = (text.as_bytes(), stop.as_bytes());
     let longest = text.len().min(stop.len() - 1);
@@ -156,7 +156,7 @@ mod tests {
     }
 
     proptest! {
-        /// Cutting the same bytes differently never changes the outcome.
+        /// The result does not depend on how the bytes are split into pieces.
         #[test]
         fn chunking_does_not_matter(
             text in "[ab\u{e9}\u{1f600}]{0,24}",

@@ -1,4 +1,4 @@
-//! What every handler shares.
+//! State that all request handlers share.
 
 use crate::config::ServeConfig;
 use crate::gateway::auth::Auth;
@@ -8,7 +8,7 @@ use crate::gateway::metrics::Metrics;
 use crate::gateway::registry::Registry;
 use std::sync::Arc;
 
-/// The state behind the routes: `axum::extract::State<Arc<App>>`.
+/// Shared state of the routes, extracted as `axum::extract::State<Arc<App>>`.
 #[derive(Debug)]
 pub struct App {
     pub config: Arc<ServeConfig>,
@@ -20,7 +20,7 @@ pub struct App {
 }
 
 impl App {
-    /// Everything but the listener and the models.
+    /// Creates everything except the listener and the models.
     pub fn new(config: Arc<ServeConfig>, registry: Arc<Registry>) -> Arc<Self> {
         Arc::new(Self {
             auth: Auth::new(&config.keys),
@@ -33,6 +33,6 @@ impl App {
     }
 }
 
-/// The id of a request, as returned in `x-request-id`; in the extensions of every request.
+/// Request ID, as returned in `x-request-id`. Every request carries it in its extensions.
 #[derive(Debug, Clone)]
 pub struct RequestTag(pub Arc<str>);

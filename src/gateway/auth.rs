@@ -1,5 +1,5 @@
-//! Who asks. Keys are compared as SHA-256 digests in constant time; a route that is not listed in
-//! [`crate::gateway::server`] as open is denied without one.
+//! Authentication by API key. Keys are compared as SHA-256 digests in constant time. A request
+//! without a key is denied unless [`crate::gateway::server`] lists its route as open.
 
 use crate::config::{KeyConfig, ShareScope};
 use crate::gateway::app::App;
@@ -14,26 +14,26 @@ use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-/// Key number of everyone where no API keys are set.
+/// Key number of every client when no API keys are set.
 const ANYONE: u64 = 0;
-/// Key number of the admin key; API keys are counted from the one after it.
+/// Key number of the admin key.
 const ADMIN: u64 = 1;
 const FIRST_KEY: u64 = 2;
-/// Longest `Authorization` header worth hashing.
+/// Length limit of the `Authorization` header, in bytes; a longer header is not hashed.
 const MAX_KEY: usize = 4096;
 
-/// Who sent a request; put into its extensions.
+/// Identity of the client that sent a request, stored in the request's extensions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
-    /// Requests of one key share a fair queue and its limits.
+    /// Key number. Requests with the same key share a fair queue and its limits.
     pub key: u64,
     /// Prefix pages are shared only within one tenant.
     pub tenant: u64,
-    /// Whether the admin key was shown.
+    /// Whether the request carried the admin key.
     pub admin: bool,
 }
 
-/// The keys, as digests.
+/// Digests of the configured keys.
 #[derive(Debug)]
 pub struct Auth {
     keys: Vec<[u8; 32]>,
@@ -43,7 +43,7 @@ pub struct Auth {
 }
 
 impl Auth {
-    /// The keys and limits of the configuration.
+    /// Reads the keys and limits from the configuration.
     pub fn new(config: &KeyConfig) -> Self {
         Self {
             keys: config.api_keys.iter().map(|key| key.digest()).collect(),
@@ -53,15 +53,15 @@ impl Auth {
         }
     }
 
-    /// The identity behind a request to the API.
+    /// Identifies the client of a request to the API.
     ///
     /// # Errors
-    /// 401 if keys are set and none of them was sent.
+    /// 401 if keys are set and the request carries none of them.
     pub fn identify(&self, headers: &HeaderMap) -> Result<Identity, ApiError> {
         let sent = sent_key(headers);
         match sent.and_then(|sent| self.find(sent)) {
             Some(key) => Ok(self.identity(key)),
-            // Official clients insist on sending some key, so an unknown one is fine here.
+            // Official clients always send some key, so an unknown key is accepted here.
             None if self.keys.is_empty() => Ok(self.identity(ANYONE)),
             None if sent.is_none() => Err(ApiError::unauthorized(
                 "This server needs an API key: send it as `Authorization: Bearer KEY` or `X-Api-Key: \
@@ -71,10 +71,10 @@ impl Auth {
         }
     }
 
-    /// The identity behind a request to an admin route.
+    /// Identifies the client of a request to an admin route.
     ///
     /// # Errors
-    /// 404 while no admin key is set, so that nobody learns the routes; 401 without it.
+    /// 404 if no admin key is set, so that the routes are not disclosed; 401 if the key is wrong.
     pub fn identify_admin(&self, headers: &HeaderMap) -> Result<Identity, ApiError> {
         if self.admin.is_none() {
             return Err(ApiError::not_found("There is no such route."));
@@ -87,7 +87,7 @@ impl Auth {
         }
     }
 
-    /// Whose files and jobs these are: the same after a restart and in another order of keys.
+    /// Owner name of files and jobs. It survives a restart and a reordering of the keys.
     pub fn owner(&self, identity: Identity) -> String {
         let at = identity.key.checked_sub(FIRST_KEY).and_then(|at| usize::try_from(at).ok());
         match at.and_then(|at| self.keys.get(at)) {
@@ -97,7 +97,8 @@ impl Auth {
         }
     }
 
-    /// Looks at every key, whatever it finds: the time taken says nothing about them.
+    /// Compares `sent` with every key, even after a match, so that the time is the same for all
+    /// keys.
     fn find(&self, sent: &str) -> Option<u64> {
         let sent: [u8; 32] = Sha256::digest(sent.as_bytes()).into();
         let mut found = ANYONE;
@@ -114,7 +115,7 @@ impl Auth {
     }
 }
 
-/// The key of `Authorization: Bearer KEY`, or of `X-Api-Key: KEY`, which Anthropic's clients send.
+/// The key in `Authorization: Bearer KEY`, or in `X-Api-Key: KEY`, which Anthropic's clients send.
 fn sent_key(headers: &HeaderMap) -> Option<&str> {
     let key = match headers.get(header::AUTHORIZATION) {
         Some(value) => {
@@ -129,8 +130,9 @@ fn sent_key(headers: &HeaderMap) -> Option<&str> {
     (!key.is_empty() && key.len() <= MAX_KEY).then_some(key)
 }
 
-/// Middleware of the API routes: identifies, counts against the key's limits until the response
-/// body has ended, and hands [`Identity`] on. The operator (admin key) is not limited.
+/// Middleware of the API routes: it identifies the client, counts the request against the limits
+/// of the key until the response body has ended, and adds the [`Identity`] to the request. The
+/// operator (admin key) is not limited.
 pub async fn require_key(
     State(app): State<Arc<App>>,
     mut request: Request,
@@ -227,7 +229,8 @@ mod tests {
         for wrong in ["", "b", "Bearer a"] {
             assert_eq!(auth.identify(&header(wrong)).unwrap_err().status, 401, "{wrong}");
         }
-        // Both: the bearer token counts, so that a key cannot be tried beside another.
+        // If both are sent, the bearer token counts, so that a second key cannot be tried beside
+        // it.
         let mut both = sent("Bearer b");
         both.insert("x-api-key", "a".parse().unwrap());
         assert_eq!(auth.identify(&both).unwrap_err().status, 401);

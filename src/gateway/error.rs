@@ -1,4 +1,4 @@
-//! The one error of the HTTP side: every refusal and failure becomes OpenAI's error body here.
+//! Error type of the HTTP layer. Every refusal and failure becomes OpenAI's error body here.
 
 use crate::ipc::{EngineError, EngineErrorKind};
 use axum::Json;
@@ -10,27 +10,27 @@ use serde_json::{Value, json};
 const RETRY_AFTER_OVERLOAD: u32 = 1;
 /// Seconds that a client is asked to wait while an engine loads or restarts.
 const RETRY_AFTER_UNAVAILABLE: u32 = 2;
-/// Messages quote what the client sent; no message is longer than this, in bytes.
+/// Maximum length of a message in bytes. Messages quote client input, which may be long.
 const MAX_MESSAGE: usize = 4000;
 
-/// An error as the client sees it: `{"error": {"message", "type", "param", "code"}}`.
+/// An error as the client receives it: `{"error": {"message", "type", "param", "code"}}`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
     pub status: StatusCode,
-    /// OpenAI's `type`.
+    /// Field `type` of OpenAI's error body.
     pub kind: &'static str,
     pub code: Option<String>,
-    /// A sentence for the person who sent the request.
+    /// Message for the person who sent the request.
     pub message: String,
-    /// The request's field at fault.
+    /// Name of the invalid request field.
     pub param: Option<String>,
-    /// Seconds, for the `Retry-After` header.
+    /// Value of the `Retry-After` header, in seconds.
     pub retry_after: Option<u32>,
 }
 
 impl ApiError {
-    /// An error with neither code nor parameter.
+    /// An error without code and parameter.
     pub fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
         let mut message = message.into();
         if message.len() > MAX_MESSAGE {
@@ -52,12 +52,12 @@ impl ApiError {
         self
     }
 
-    /// 400: the value of one parameter is not acceptable.
+    /// 400: the value of one parameter is invalid.
     pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self::bad_request(message).with_param(param)
     }
 
-    /// 400: the request as a whole is not acceptable.
+    /// 400: the request as a whole is invalid.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
     }
@@ -67,7 +67,7 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }
 
-    /// 404 with OpenAI's code for it.
+    /// 404 with OpenAI's code for an unknown model.
     pub fn model_not_found(name: &str) -> Self {
         let shown: String = name.chars().take(200).collect();
         Self::not_found(format!("The model `{shown}` does not exist or is not loaded."))
@@ -81,7 +81,7 @@ impl ApiError {
             .with_code("invalid_api_key")
     }
 
-    /// 429; `code` says which limit was met (`rate_limit_exceeded`, `queue_full`, …).
+    /// 429; `code` names the limit that was reached (`rate_limit_exceeded`, `queue_full`, …).
     pub fn too_many(message: impl Into<String>, retry_after: u32, code: &str) -> Self {
         let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded", message)
             .with_code(code);
@@ -89,7 +89,7 @@ impl ApiError {
         error
     }
 
-    /// 503: worth another try soon.
+    /// 503: the client may retry soon.
     pub fn unavailable(message: impl Into<String>) -> Self {
         let mut error =
             Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", message);
@@ -97,7 +97,7 @@ impl ApiError {
         error
     }
 
-    /// 422: understood, but it cannot be done (a model that does not load).
+    /// 422: the request is valid but cannot be carried out (for example, a model does not load).
     pub fn unprocessable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_request_error", message)
     }
@@ -112,7 +112,7 @@ impl ApiError {
         Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message).with_code("timeout")
     }
 
-    /// 500. The reason goes to the log; the client is told nothing of the server's inside.
+    /// 500. The reason is logged; the client receives no internal details.
     pub fn internal(reason: impl std::fmt::Display) -> Self {
         tracing::error!("internal error: {reason}");
         Self::new(
@@ -122,7 +122,7 @@ impl ApiError {
         )
     }
 
-    /// 507 where the disk is full, else as [`ApiError::internal`].
+    /// 507 if the disk is full, otherwise the same as [`ApiError::internal`].
     pub fn disk(error: std::io::Error) -> Self {
         match error.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::new(
@@ -136,7 +136,7 @@ impl ApiError {
         }
     }
 
-    /// The body, also used as the error event of a stream.
+    /// The JSON error body, also used as the error event of a stream.
     pub fn body(&self) -> Value {
         json!({"error": {
             "message": self.message,

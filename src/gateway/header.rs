@@ -1,19 +1,19 @@
-//! What a model's header tells before the model is loaded.
+//! Model properties that are read from the file header before the model is loaded.
 
 use crate::gateway::error::ApiError;
 use crate::gguf::{Covered, Gguf, ModelFacts, TensorType, TokenizerFacts};
 use crate::ipc::RunnerKind;
 use std::path::Path;
 
-/// What a model's header tells of it and of the memory it takes.
+/// Properties of a model and its memory needs, from the file header.
 #[derive(Debug, Clone)]
 pub struct ModelHeader {
     pub facts: ModelFacts,
-    /// Bytes of weights over all files of the model.
+    /// Bytes of weights in all files of the model.
     pub weights_bytes: u64,
-    /// Those of types that llama.cpp's CPU backend copies into another layout.
+    /// Bytes of those weights whose type llama.cpp's CPU backend copies into another layout.
     pub repackable_bytes: u64,
-    /// Why the native runner does not cover it.
+    /// Reason why the native runner does not support the model.
     pub uncovered: Option<String>,
     pub(in crate::gateway) fileless: bool,
 }
@@ -71,7 +71,7 @@ impl ModelHeader {
         })
     }
 
-    /// The mock runner's model: bytes as tokens.
+    /// Header of the mock runner's model, whose tokens are bytes.
     pub(in crate::gateway) fn mock() -> Self {
         let facts = ModelFacts {
             general_type: "model".into(),
@@ -108,8 +108,8 @@ impl ModelHeader {
     }
 }
 
-/// Sizes of the files `…-00002-of-00005.gguf` beside the first; a missing one counts nothing here
-/// and fails the load.
+/// Total size of the files `…-00002-of-00005.gguf` beside the first. A missing file counts as 0
+/// here; loading the model then fails.
 fn other_parts_bytes(first: &Path, count: u32) -> u64 {
     let Some(name) = first.file_name().and_then(|name| name.to_str()) else { return 0 };
     let Some(stem) = name.strip_suffix(&format!("-00001-of-{count:05}.gguf")) else { return 0 };

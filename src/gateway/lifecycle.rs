@@ -1,9 +1,9 @@
-//! Starting, running, draining.
+//! Lifecycle of the server: starting, running, draining.
 
 use std::sync::Arc;
 use tokio::sync::watch;
 
-/// Where the server stands, and how many requests are under way.
+/// State of the server and number of running requests.
 #[derive(Debug, Clone)]
 pub struct Lifecycle {
     state: Arc<watch::Sender<State>>,
@@ -23,17 +23,17 @@ impl Default for Lifecycle {
 }
 
 impl Lifecycle {
-    /// The models of the command line are loaded.
+    /// Records that the models of the command line are loaded.
     pub fn started(&self) {
         self.state.send_modify(|state| state.started = true);
     }
 
-    /// Whether they are.
+    /// Whether [`Lifecycle::started`] was called.
     pub fn is_started(&self) -> bool {
         self.state.borrow().started
     }
 
-    /// No new requests from here on.
+    /// Stops accepting requests.
     pub fn drain(&self) {
         self.state.send_modify(|state| state.draining = true);
     }
@@ -43,7 +43,7 @@ impl Lifecycle {
         self.state.borrow().draining
     }
 
-    /// Requests under way.
+    /// Number of running requests.
     pub fn running(&self) -> usize {
         self.state.borrow().running
     }
@@ -59,7 +59,7 @@ impl Lifecycle {
         entered.then(|| RunningRequest(self.clone()))
     }
 
-    /// Waits until no request is under way.
+    /// Waits until no request is running.
     pub async fn idle(&self) {
         let mut state = self.state.subscribe();
         // The sender lives in `self`, so the wait cannot fail.
@@ -67,7 +67,7 @@ impl Lifecycle {
     }
 }
 
-/// One request under way.
+/// Guard of one running request.
 #[derive(Debug)]
 pub struct RunningRequest(Lifecycle);
 

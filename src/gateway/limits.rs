@@ -1,4 +1,4 @@
-//! How much one key may ask: requests per minute, and requests at the same time.
+//! Limits per API key: requests per minute, and concurrent requests.
 
 use crate::config::KeyConfig;
 use crate::gateway::error::ApiError;
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-/// The limits of every key. Keys come from the configuration, so the map stays small.
+/// State of the limits of every key. Keys come from the configuration, so the map stays small.
 #[derive(Debug)]
 pub struct KeyLimits {
     /// Requests per minute.
@@ -21,14 +21,14 @@ pub struct KeyLimits {
 
 #[derive(Debug)]
 struct Usage {
-    /// A token bucket: one token is one request; a minute's worth at most.
+    /// Token bucket: one token is one request; it holds at most the requests of one minute.
     tokens: f64,
     filled: Instant,
     running: u32,
 }
 
 impl KeyLimits {
-    /// The limits that the configuration asks for; none by default.
+    /// Reads the limits from the configuration; by default there are none.
     pub fn new(config: &KeyConfig) -> Arc<Self> {
         Arc::new(Self {
             rate: config.rate_limit.map(|rate| f64::from(rate.get())),
@@ -40,7 +40,7 @@ impl KeyLimits {
     /// Counts a request of `key`.
     ///
     /// # Errors
-    /// 429 with `Retry-After` where a limit is met; the request is then not counted.
+    /// 429 with `Retry-After` if a limit is reached; the request is then not counted.
     pub fn admit(self: &Arc<Self>, key: u64) -> Result<Permit, ApiError> {
         self.admit_at(key, Instant::now())
     }
@@ -81,7 +81,7 @@ impl KeyLimits {
     }
 }
 
-/// One running request of a key; dropping it makes room for the next.
+/// One running request of a key. Dropping it frees one concurrent request.
 #[derive(Debug)]
 pub struct Permit {
     limits: Arc<KeyLimits>,
@@ -96,14 +96,14 @@ impl Drop for Permit {
     }
 }
 
-/// A response body that keeps `guard` until it has ended or its client has gone.
+/// A response body that holds `guard` until the body has ended or the client has disconnected.
 pub struct GuardedBody<G> {
     inner: Body,
     guard: Option<G>,
 }
 
 impl<G: Send + Unpin + 'static> GuardedBody<G> {
-    /// `inner`, guarded.
+    /// Wraps `inner` with `guard`.
     pub fn wrap(inner: Body, guard: G) -> Body {
         Body::new(Self { inner, guard: Some(guard) })
     }
@@ -158,7 +158,7 @@ mod tests {
         }
         let error = limits.admit_at(1, start).unwrap_err();
         assert_eq!((error.status.as_u16(), error.retry_after), (429, Some(1)));
-        // Another key has its own bucket, and a second brings one request back.
+        // Another key has its own bucket, and one second refills one request.
         limits.admit_at(2, start).unwrap();
         limits.admit_at(1, start + Duration::from_secs(1)).unwrap();
         assert!(limits.admit_at(1, start + Duration::from_secs(1)).is_err());

@@ -1,7 +1,8 @@
-//! What a model will take, planned from its header before anything is loaded.
+//! Memory plan of a model, made from its header before anything is loaded.
 //!
-//! The plan also decides what the configuration leaves open: context length and size of the KV
-//! cache. What does not fit is refused with the numbers and what to change; nothing is tried first.
+//! The plan also sets what the configuration leaves open: context length and KV cache size. A model
+//! that does not fit is refused without an attempt to load it; the error states the numbers and
+//! what to change.
 
 mod machine;
 
@@ -15,27 +16,28 @@ use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
 
-/// llama.cpp rounds contexts up to a multiple of this.
+/// llama.cpp rounds context lengths up to a multiple of this.
 const CONTEXT_STEP: u64 = 256;
-/// Below this a context is of no use; it is refused rather than shrunk further.
+/// Smallest useful context; a plan that would need a smaller one is refused.
 const SMALLEST_CONTEXT: u64 = 512;
-/// The default cache holds this many requests of [`TYPICAL_REQUEST`] tokens. It is not larger, even
-/// where memory would allow: the buffer is written at load, so all of it is resident.
+/// The default cache holds this many requests of [`TYPICAL_REQUEST`] tokens. It is not larger even
+/// if memory would allow it: the buffer is written at load, so all of it is resident.
 const TYPICAL_REQUESTS: u64 = 16;
 const TYPICAL_REQUEST: u64 = 2_048;
-/// Requests that run at once where each has a stream of its own: two cores gain nothing from more.
+/// Default number of concurrent requests if each has its own stream: two cores do not gain from
+/// more.
 const DEFAULT_STREAMS: u32 = 8;
 /// Code, allocator, thread stacks and queues of an engine.
 const PROCESS_BYTES: u64 = 96 << 20;
-/// Tokenizer, token trie and candidate arrays, by token of the vocabulary.
+/// Tokenizer, token trie and candidate arrays, per token of the vocabulary.
 const BYTES_PER_VOCABULARY_TOKEN: u64 = 400;
 
-/// What a model will take, in bytes, and how its engine is to be set up.
+/// Memory needs of a model, in bytes, and the settings of its engine.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MemoryPlan {
     #[serde(skip)]
     pub spec: LoadSpec,
-    /// Used where they lie in the file's mapping: the system may drop and read them again.
+    /// Weights used in place in the file's mapping: the system may drop and reread their pages.
     pub mapped_weights: u64,
     /// Private copies: repacked for the CPU's instructions, or read without mmap.
     pub private_weights: u64,
@@ -45,35 +47,35 @@ pub struct MemoryPlan {
     /// Cache of an input that is pooled or scored (`/v1/embeddings`, `/v1/score`). It is allocated
     /// with the first such input.
     pub pooled_input: u64,
-    /// Weights, cache and buffers of the model that drafts.
+    /// Weights, cache and buffers of the draft model.
     pub draft_model: u64,
-    /// Weights and cache on a GPU, which this plan cannot check.
+    /// Weights and cache on a GPU, whose memory this plan cannot check.
     pub on_gpu: u64,
-    /// What was free when the plan was made.
+    /// Bytes that were free when the plan was made.
     pub available: u64,
     pub context_length: u32,
     pub kv_tokens: u32,
-    /// What was decided against the configuration or the model's own limits.
+    /// Decisions that deviate from the configuration or from the model's own limits.
     pub notes: Vec<String>,
 }
 
-/// A model that is to be planned for.
+/// Header and path of a model to plan for.
 #[derive(Debug, Clone)]
 pub struct ModelFile {
     pub header: ModelHeader,
     pub path: PathBuf,
 }
 
-/// Why a model is not loaded: the numbers, and what to change.
+/// Reason why a model is not loaded: the numbers, and what to change.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct DoesNotFit(pub String);
 
 impl MemoryPlan {
-    /// Plans for a model, and the one that drafts for it, with `available` bytes free.
+    /// Plans for a model and its draft model, with `available` bytes free.
     ///
     /// # Errors
-    /// [`DoesNotFit`] if it cannot run with what the configuration asks for.
+    /// [`DoesNotFit`] if the model cannot run with the configured settings.
     pub fn make(
         model: &ModelFile,
         draft: Option<&ModelFile>,
@@ -91,7 +93,7 @@ impl MemoryPlan {
         Ok(plan)
     }
 
-    /// Bytes of memory, all parts together.
+    /// Total bytes of memory.
     pub fn total(&self) -> u64 {
         self.mapped_weights.saturating_add(self.private())
     }
@@ -179,7 +181,7 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// A plan in the making.
+/// A memory plan under construction.
 struct Sketch<'a> {
     header: &'a ModelHeader,
     draft: Option<&'a ModelFile>,
@@ -219,7 +221,7 @@ impl<'a> Sketch<'a> {
         }
     }
 
-    /// The configured context, at most the model's own.
+    /// The configured context, limited to the model's own.
     fn choose_context(&mut self) {
         let asked = self.config.context_length;
         let wanted = u64::from(asked.unwrap_or(DEFAULT_CONTEXT_LENGTH));
@@ -232,8 +234,8 @@ impl<'a> Sketch<'a> {
         }
     }
 
-    /// The configured layout; or else streams, the faster one, where memory allows a whole context
-    /// for every request.
+    /// The configured layout. Without one: streams, which are faster, if memory allows a whole
+    /// context for every request.
     fn choose_layout(&mut self) {
         let sequences = u64::from(self.config.max_sequences.unwrap_or(DEFAULT_STREAMS));
         let config = self.config;
@@ -247,7 +249,8 @@ impl<'a> Sketch<'a> {
         }
     }
 
-    /// The native runner where it covers the model and its options, unless another was asked for.
+    /// The native runner if it supports the model and its options, unless another runner is
+    /// configured.
     fn runner(&self) -> RunnerKind {
         match (self.config.runner, self.uncovered()) {
             (Some(runner @ (RunnerKind::LlamaCpp | RunnerKind::Mock)), _) => runner,
@@ -269,12 +272,12 @@ impl<'a> Sketch<'a> {
         }
     }
 
-    /// Tokens of cache that fit into what is available.
+    /// Number of cache tokens that fit into the available memory.
     fn fits(&self) -> u64 {
         self.available.saturating_sub(self.fixed_bytes()) / self.bytes_per_token().max(1)
     }
 
-    /// The configured cache, or the default one; a default context shrinks until it fits.
+    /// The configured cache size, or the default one; a default context shrinks until it fits.
     fn choose_cache(&mut self) -> Result<(), DoesNotFit> {
         if let Some(asked) = self.config.kv_tokens {
             self.kv_tokens = u64::from(asked);
@@ -328,8 +331,8 @@ impl<'a> Sketch<'a> {
             .saturating_add(self.draft_bytes(0))
     }
 
-    /// The draft model with its own cache of as many tokens. Its logits are those of one row a
-    /// sequence.
+    /// Bytes of the draft model with its own cache of `kv_tokens` tokens. Its logits are one row
+    /// per sequence.
     fn draft_bytes(&self, kv_tokens: u64) -> u64 {
         let Some(ModelFile { header, .. }) = self.draft else { return 0 };
         let facts = &header.facts;
@@ -344,7 +347,7 @@ impl<'a> Sketch<'a> {
             .fold(vocabulary, u64::saturating_add)
     }
 
-    /// Host bytes that one more token of cache takes, its column of the attention mask included.
+    /// Host bytes per token of cache, including its column of the attention mask.
     fn bytes_per_token(&self) -> u64 {
         let of =
             |header: &ModelHeader| header.facts.kv_bytes_per_token(kv_type(self.config.kv_type));
@@ -354,8 +357,8 @@ impl<'a> Sketch<'a> {
             .saturating_add(drafts)
     }
 
-    /// An f32 mask and its f16 copy for llama.cpp's flash attention; without it the scores of a
-    /// layer. The native runner has neither.
+    /// Mask bytes per token: for llama.cpp's flash attention an f32 mask and its f16 copy; without
+    /// flash attention the scores of a layer. The native runner has neither.
     fn mask_bytes_per_token(&self) -> u64 {
         let row = match self.runner() {
             RunnerKind::Native => 0,
@@ -365,9 +368,9 @@ impl<'a> Sketch<'a> {
         self.batch_tokens().saturating_mul(row)
     }
 
-    /// As configured; or else where it is the faster one. On the CPU the plain operations win as
-    /// soon as there is some context (1,000 tokens: a third), but they compute the masked cells of
-    /// a unified cache too, and cannot read a quantized one.
+    /// Whether to use flash attention: as configured, otherwise if it is faster. On the CPU the
+    /// plain operations are faster as soon as there is some context (by a third at 1,000 tokens),
+    /// but they also compute the masked cells of a unified cache, and cannot read a quantized one.
     fn flash_attention(&self) -> bool {
         let config = self.config;
         config.flash_attention.unwrap_or(
@@ -385,9 +388,10 @@ impl<'a> Sketch<'a> {
         }
     }
 
-    /// The worst-case graph that llama.cpp reserves: logits for every row (and once more for every
-    /// sequence, where they are read), and the widest activations (attention and feed-forward of
-    /// one layer; its width is taken as four times the hidden size).
+    /// Bytes of the worst-case graph that llama.cpp reserves: logits for every row (and a second
+    /// copy for every sequence whose logits are read), and the widest activations (attention and
+    /// feed-forward of one layer; the feed-forward width is assumed to be four times the hidden
+    /// size).
     fn compute_bytes(&self, kv_tokens: u64) -> u64 {
         let facts = &self.header.facts;
         let rows = self.batch_tokens();
@@ -400,7 +404,7 @@ impl<'a> Sketch<'a> {
         logits.saturating_add(activations).saturating_add(mask)
     }
 
-    /// The f16 cache of the longest input that is pooled.
+    /// Bytes of the f16 cache for the longest pooled input.
     fn pooled_bytes(&self) -> u64 {
         let tokens = self.context.min(u64::from(MAX_POOLED_TOKENS));
         self.host(self.header.facts.kv_bytes_per_token(KvType::F16).saturating_mul(tokens))
@@ -410,14 +414,14 @@ impl<'a> Sketch<'a> {
         PROCESS_BYTES + u64::from(self.header.facts.n_vocab) * BYTES_PER_VOCABULARY_TOKEN
     }
 
-    /// The part of `bytes` that stays off the GPU.
+    /// The part of `bytes` that is not on the GPU.
     fn host(&self, bytes: u64) -> u64 {
         let layers = u64::from(self.header.facts.n_layer) + 1;
         let on_gpu = u64::from(self.config.gpu_layers).min(layers);
         bytes - bytes / layers * on_gpu
     }
 
-    /// Inputs of models that look both ways go through in one piece.
+    /// Tokens per batch. A model with bidirectional attention needs its whole input in one batch.
     fn batch_tokens(&self) -> u64 {
         let configured = u64::from(self.config.batch_tokens);
         if self.header.facts.causal { configured } else { configured.max(self.context) }
@@ -443,7 +447,7 @@ impl<'a> Sketch<'a> {
         let cache = self.kv_tokens.saturating_mul(per_token);
         let repacks = self.config.gpu_layers == 0;
         let private_weights = match self.config.mmap {
-            // All that it reads while it runs.
+            // The native runner copies all weights that it reads while it runs.
             _ if runner == RunnerKind::Native => weights,
             true if repacks => self.header.repackable_bytes.min(weights),
             true => 0,
@@ -485,7 +489,7 @@ impl<'a> Sketch<'a> {
     }
 }
 
-/// Whether the native runner would be faster than llama.cpp here.
+/// Whether this CPU has native kernels, so that the native runner is faster than llama.cpp.
 fn cpu_has_kernels() -> bool {
     #[cfg(target_arch = "x86_64")]
     let has = is_x86_feature_detected!("avx2")

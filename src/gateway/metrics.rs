@@ -1,9 +1,10 @@
-//! Prometheus series, prefix `ingot_`. Names carry units; semantics and buckets are those of vLLM's
-//! series of the same name (`vllm/v1/metrics/loggers.py`), so that its dashboards translate.
+//! Prometheus series with the prefix `ingot_`. Names carry units. Semantics and buckets are those
+//! of vLLM's series of the same name (`vllm/v1/metrics/loggers.py`), so that vLLM dashboards can be
+//! translated.
 //!
-//! What a request does is counted as it happens, by a [`RequestObserver`]; what an engine holds is
-//! collected at the scrape ([`Metrics::render`]). The set of label values is bounded: model names
-//! past [`MAX_MODELS`] are counted as `other`.
+//! A [`RequestObserver`] counts request events as they happen; engine state is collected at the
+//! scrape ([`Metrics::render`]). The set of label values is bounded: model names past
+//! [`MAX_MODELS`] are counted as `other`.
 
 mod collect;
 mod jobs;
@@ -22,12 +23,12 @@ use prometheus::{
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 
-/// Distinct values of the label `model`.
+/// Maximum number of distinct values of the label `model`.
 const MAX_MODELS: usize = 256;
-/// The value that the rest share.
+/// Label value that all further models share.
 const OTHER: &str = "other";
 
-/// From a millisecond to three quarters of an hour.
+/// From 1 ms to 45 min, in seconds.
 const TTFT_BUCKETS: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
     20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
@@ -52,12 +53,12 @@ pub struct Metrics {
     jobs: JobSeries,
     rejected: IntCounterVec,
     models: Mutex<HashSet<String>>,
-    /// Held by a scrape: it sets gauges anew before it reads them.
+    /// Held during a scrape, which sets gauges before it reads them.
     scrape: Mutex<()>,
 }
 
-/// What requests do; every series has the label `model`.
-/// Why the gateway refuses requests: the label `reason` of `ingot_requests_rejected_total`.
+/// Reasons why the gateway refuses requests: values of the label `reason` of
+/// `ingot_requests_rejected_total`.
 const REASONS: [&str; 9] = [
     "concurrency_limit_exceeded",
     "context_length",
@@ -70,6 +71,7 @@ const REASONS: [&str; 9] = [
     "unauthorized",
 ];
 
+/// Series of requests; every series has the label `model`.
 #[derive(Debug)]
 struct RequestSeries {
     queue: HistogramVec,
@@ -86,7 +88,7 @@ struct RequestSeries {
 }
 
 impl Metrics {
-    /// Registers every series. A name that is refused here is a bug.
+    /// Registers every series. A name that the registry refuses is a bug.
     pub fn new() -> Self {
         let make = Maker(Registry::new());
         let requests = RequestSeries::new(&make);
@@ -113,20 +115,20 @@ impl Metrics {
         }
     }
 
-    /// Starts the clock of one request for the loaded model `model`.
+    /// Starts the observation of one request for the loaded model `model`.
     pub fn observe(&self, model: &str) -> RequestObserver {
         let model = self.bounded(model);
         self.requests.start(model);
         RequestObserver::new(&self.requests, &self.rejected, model)
     }
 
-    /// Counts a refusal. Reasons are a closed set of ours ([`REASONS`]), never client text.
+    /// Counts a refusal. Reasons are the closed set [`REASONS`], never client text.
     pub fn rejected(&self, reason: &str) {
         debug_assert!(REASONS.contains(&reason), "{reason} is not among the known reasons");
         self.rejected.with_label_values(&[reason]).inc();
     }
 
-    /// The text that Prometheus scrapes, with what engines and jobs report now.
+    /// Renders the Prometheus text, with the present state of engines and jobs.
     pub fn render(&self, engines: &[EngineSample], jobs: &JobSamples) -> String {
         let _turn = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         let names = engines.iter().map(|engine| self.bounded(&engine.model).to_owned());
@@ -160,7 +162,7 @@ impl Default for Metrics {
 }
 
 impl RequestSeries {
-    /// Has a model's counters begin at 0, so that `increase()` sees the first event.
+    /// Initializes a model's counters to 0, so that `increase()` sees the first event.
     fn start(&self, model: &str) {
         for kind in observer::ERROR_KINDS {
             self.errors.with_label_values(&[model, kind]);
@@ -193,7 +195,7 @@ impl RequestSeries {
     }
 }
 
-/// Makes series and registers them. Names are constants: what is refused here is a bug.
+/// Creates and registers series. Names are constants, so a refused name is a bug.
 struct Maker(Registry);
 
 impl Maker {

@@ -1,22 +1,22 @@
-//! The gateway process: HTTP, keys, the registry of models, metrics, supervision of
-//! engines. No model code runs here, and no more of a model file is read than its header.
+//! The gateway process: HTTP, keys, the registry of models, metrics, supervision of engines. No
+//! model code runs here, and of a model file only the header is read.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `server.rs`, `server/` | accept loop, limits, time-outs, drain |
 //! | `api/` | one file per family of endpoints, wire types beside their handler |
-//! | `app.rs` | what every handler shares |
-//! | `auth.rs`, `limits.rs` | who asks, and how much of it is allowed |
+//! | `app.rs` | state shared by all handlers |
+//! | `auth.rs`, `limits.rs` | authentication and limits per key |
 //! | `registry.rs`, `registry/` | loaded models and adapters by name |
-//! | `jobs/` | training jobs: the queue, their processes, what they made |
+//! | `jobs/` | training jobs: queue, processes, results |
 //! | `lifecycle.rs` | starting, running, draining |
-//! | `header.rs` | what a model's header tells before it is loaded |
-//! | `memory.rs` | what a model will take, planned before it is loaded |
-//! | `supervisor.rs` | one engine process, kept alive |
+//! | `header.rs` | model properties read from the file header before loading |
+//! | `memory.rs` | memory plan of a model, made before loading |
+//! | `supervisor.rs` | supervisor of one engine process |
 //! | `stream.rs` | engine events to server-sent events |
 //! | `metrics.rs`, `metrics/` | Prometheus |
 //! | `store/` | files and their digests in the data folder |
-//! | `error.rs` | the one mapping to OpenAI's error body |
+//! | `error.rs` | mapping of all errors to OpenAI's error body |
 
 pub mod api;
 pub mod app;

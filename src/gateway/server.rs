@@ -1,14 +1,14 @@
-//! The server: starts everything, serves until told to stop, then drains.
+//! HTTP server: starts all parts, serves until a signal arrives, then drains.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `startup.rs` | models and adapters of the command line, and what is printed about them |
+//! | `startup.rs` | models and adapters of the command line, and the output about them |
 //! | `accept.rs` | connections |
-//! | `socket.rs` | one connection's socket: write time-out, OpenAI-shaped protocol errors |
-//! | `guard.rs` | what every request passes: id, panic net, host, drain |
-//! | `body.rs` | bodies: JSON within limits, and bytes that nobody read |
-//! | `routes.rs` | the table of routes, each with who may use it |
-//! | `log.rs` | where the log goes |
+//! | `socket.rs` | socket of one connection: write time-out, OpenAI-shaped protocol errors |
+//! | `guard.rs` | checks of every request: id, caught panics, host, drain |
+//! | `body.rs` | request bodies: JSON within limits, and draining of unread bytes |
+//! | `routes.rs` | table of routes, each with its access rule |
+//! | `log.rs` | log output |
 
 mod accept;
 mod body;
@@ -30,14 +30,14 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// The gateway only moves bytes: engines have the cores.
+/// Worker threads of the runtime. The gateway only moves bytes; the cores are for the engines.
 const WORKERS: usize = 2;
-/// Threads that may wait for disks: headers, templates, downloads, the database.
+/// Threads for blocking disk access: headers, templates, downloads, the database.
 const BLOCKING_THREADS: usize = 8;
-/// How long the last bytes may take to leave once every request is done.
+/// Time limit for sending the last bytes after every request has ended.
 const FLUSH_TIME: Duration = Duration::from_secs(2);
 
-/// Why the server did not start; each a sentence that names what to do.
+/// Reason why the server did not start; each message names what to change.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     #[error("The runtime cannot be started: {0}.")]
@@ -72,7 +72,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
         .build()
         .map_err(ServeError::Runtime)?;
     let served = runtime.block_on(run(Arc::new(config)));
-    // A download that is under way keeps its thread; the part it has written is resumed later.
+    // A download in progress keeps its thread; the part that it has written is resumed later.
     runtime.shutdown_background();
     served
 }
@@ -106,13 +106,13 @@ async fn run(config: Arc<ServeConfig>) -> Result<(), ServeError> {
         None => Ok(()),
     };
     app.jobs.stop().await;
-    // Requests that outlived the grace time end with a clear error, which then still leaves.
+    // Requests that outlived the grace time end with an error, which is then still sent.
     app.registry.stop().await;
     connections.stop(FLUSH_TIME).await;
     result
 }
 
-/// Refuses new requests and waits for the running ones, at most the grace time.
+/// Refuses new requests and waits for the running ones, at most for the grace time.
 async fn drain(app: &App, signals: &mut Signals) {
     app.life.drain();
     let grace = app.config.listen.grace_time;

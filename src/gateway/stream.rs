@@ -1,15 +1,16 @@
-//! Engine events to server-sent events.
+//! Conversion of engine events to server-sent events.
 //!
-//! A response body polls the engine's events itself: there is no task and no queue between them.
-//! All events that are ready at once leave in one chunk. Dropping the body (the client went away)
-//! cancels the request; a client that takes nothing for too long loses it.
+//! A response body polls the engine's events itself: no task and no queue lie between them. All
+//! events that are ready at the same time are sent in one chunk. Dropping the body (the client has
+//! disconnected) cancels the request. A request is also cancelled if its client reads nothing for
+//! too long.
 
 #[cfg(test)]
 pub(crate) use running::fake;
 
 mod running;
 
-pub use running::{Running, Usage, UsageBody};
+pub use running::{GenerationStream, Usage, UsageBody};
 
 use crate::gateway::error::ApiError;
 use crate::ipc::Event;
@@ -31,33 +32,33 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, Sleep, sleep};
 
-/// Silence that is filled with a comment, so that proxies keep the connection.
+/// After this much silence a comment is sent, so that proxies keep the connection open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// A chunk is handed on when it has grown to this many bytes.
+/// A chunk is sent when it has grown to this many bytes.
 const CHUNK: usize = 64 << 10;
 
-/// How an endpoint writes the events of a request.
-pub trait Transcript: Send + 'static {
-    /// Writes what one event of one prompt means to the client; often nothing.
+/// Format in which an endpoint writes the events of a request.
+pub trait EventWriter: Send + 'static {
+    /// Writes the output for one event of one prompt; many events have no output.
     fn event(&mut self, prompt: usize, event: Event, out: &mut Sse);
 
-    /// A choice of the prompt of the last event that is to end now, told once.
+    /// Takes the choice, of the prompt of the last event, that must end now. Returned once.
     fn to_finish(&mut self) -> Option<u32> {
         None
     }
 
-    /// All prompts have ended well; `[DONE]` follows by itself.
+    /// Called when all prompts have ended without error. The caller appends `[DONE]`.
     fn end(&mut self, usage: Usage, out: &mut Sse);
 }
 
-/// Frames of server-sent events under construction.
+/// Buffer of server-sent event frames.
 #[derive(Debug, Default)]
 pub struct Sse {
     bytes: BytesMut,
 }
 
 impl Sse {
-    /// One event whose data is a JSON text (which has no line breaks).
+    /// Writes one event whose data is JSON text (which has no line breaks).
     pub fn json(&mut self, value: &impl Serialize) {
         self.bytes.extend_from_slice(b"data: ");
         let written = value.serialize(&mut Serializer::with_formatter(&mut *self, OneLine));
@@ -70,8 +71,8 @@ impl Sse {
     }
 }
 
-/// JSON without the characters that some clients take for line ends although JSON and server-sent events
-/// do not (Python's `splitlines`): they are escaped.
+/// JSON formatter that escapes the characters which some clients (Python's `splitlines`) treat as
+/// line ends although JSON and server-sent events do not.
 struct OneLine;
 
 impl Formatter for OneLine {
@@ -94,7 +95,7 @@ impl Formatter for OneLine {
     }
 }
 
-/// A value as JSON on one line, by the rules of every client (see [`Sse::json`]).
+/// Serializes a value as JSON on one line for every client (see [`Sse::json`]).
 ///
 /// # Errors
 /// If the value does not serialize.
@@ -115,17 +116,21 @@ impl Write for Sse {
     }
 }
 
-/// A streamed answer: status 200 and the events of `running`, written by `transcript`.
+/// A streamed response: status 200 and the events of `running`, written by `transcript`.
 ///
-/// `patience` is how long the client may leave a chunk untaken before its request is dropped.
-pub fn respond<T: Transcript>(running: Running, transcript: T, patience: Duration) -> Response {
+/// `patience` is the time that a client may leave a chunk unread before its request is dropped.
+pub fn respond<T: EventWriter>(
+    running: GenerationStream,
+    transcript: T,
+    patience: Duration,
+) -> Response {
     let body = AxumBody::new(EventStream::new(running, transcript, patience, KEEP_ALIVE));
     let mut response = (StatusCode::OK, body).into_response();
     let headers = response.headers_mut();
     let set = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
         (header::CACHE_CONTROL, "no-cache"),
-        // nginx would otherwise collect the events.
+        // Without this header nginx buffers the events.
         (http::HeaderName::from_static("x-accel-buffering"), "no"),
     ];
     for (name, value) in set {
@@ -134,27 +139,27 @@ pub fn respond<T: Transcript>(running: Running, transcript: T, patience: Duratio
     response
 }
 
-/// The body of a streamed answer.
+/// Body of a streamed response.
 struct EventStream<T> {
     state: Arc<Mutex<State<T>>>,
-    /// Silence that is filled with a comment.
+    /// Silence after which a comment is sent.
     quiet: Duration,
     keep_alive: Pin<Box<Sleep>>,
-    /// Watches for a client that takes nothing.
+    /// Task that detects a client that reads nothing.
     watcher: AbortHandle,
 }
 
 struct State<T> {
-    /// `None` once the stream has ended, in whatever way.
-    running: Option<Running>,
+    /// `None` once the stream has ended, for any reason.
+    running: Option<GenerationStream>,
     transcript: T,
     out: Sse,
-    /// When a chunk was handed to the connection, until it asks for the next one.
+    /// Time at which a chunk was given to the connection; `None` once it asks for the next chunk.
     untaken_since: Option<Instant>,
 }
 
-impl<T: Transcript> EventStream<T> {
-    fn new(running: Running, transcript: T, patience: Duration, quiet: Duration) -> Self {
+impl<T: EventWriter> EventStream<T> {
+    fn new(running: GenerationStream, transcript: T, patience: Duration, quiet: Duration) -> Self {
         let state = Arc::new(Mutex::new(State {
             running: Some(running),
             transcript,
@@ -172,8 +177,8 @@ impl<T> Drop for EventStream<T> {
     }
 }
 
-impl<T: Transcript> State<T> {
-    /// Writes all that is ready into `out`.
+impl<T: EventWriter> State<T> {
+    /// Writes all events that are ready into `out`.
     fn fill(&mut self, context: &mut Context<'_>) {
         while self.out.bytes.len() < CHUNK {
             let Some(running) = &mut self.running else { return };
@@ -201,7 +206,7 @@ impl<T: Transcript> State<T> {
     }
 }
 
-impl<T: Transcript> Body for EventStream<T> {
+impl<T: EventWriter> Body for EventStream<T> {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -231,8 +236,8 @@ impl<T: Transcript> Body for EventStream<T> {
     }
 }
 
-/// Ends the request of a client that leaves a chunk untaken for longer than `patience`.
-async fn watch<T: Transcript>(state: Weak<Mutex<State<T>>>, patience: Duration) {
+/// Ends the request of a client that leaves a chunk unread for longer than `patience`.
+async fn watch<T: EventWriter>(state: Weak<Mutex<State<T>>>, patience: Duration) {
     let mut wait = patience;
     loop {
         sleep(wait).await;
@@ -254,7 +259,7 @@ async fn watch<T: Transcript>(state: Weak<Mutex<State<T>>>, patience: Duration) 
     }
 }
 
-/// A poisoned lock means that a transcript panicked; the stream has ended then.
+/// Locks the state. A poisoned lock means that a transcript panicked; the stream has then ended.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -270,7 +275,7 @@ mod tests {
     /// Writes texts and the completion tokens.
     struct Plain;
 
-    impl Transcript for Plain {
+    impl EventWriter for Plain {
         fn event(&mut self, prompt: usize, event: Event, out: &mut Sse) {
             if let Event::Delta { text, .. } = event {
                 out.json(&json!({"prompt": prompt, "text": text}));
@@ -335,7 +340,7 @@ mod tests {
     async fn a_client_that_takes_nothing_is_dropped() {
         let (running, senders) = fake::running(1, HOUR);
         let mut body = respond(running, Plain, Duration::from_millis(40)).into_body();
-        // Waiting for us is not slowness.
+        // Waiting for the engine does not count as a slow client.
         tokio::time::sleep(Duration::from_millis(120)).await;
         assert!(!senders[0].is_closed());
         senders[0].send(fake::delta(0, "a")).unwrap();

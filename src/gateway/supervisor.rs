@@ -1,9 +1,10 @@
-//! One supervised engine: starts the process, speaks frames with it, restarts it when it dies.
+//! Supervisor of one engine process: it starts the process, exchanges frames with it, and restarts
+//! it when it dies.
 //!
-//! The [`Engine`] outlives the processes it runs. When one dies, every request it had in flight
-//! ends with a clear error at once, and a new process is started with back-off, with the same
-//! model and the same adapters. A process counts as alive only while its step loop answers pings:
-//! a stopped or hung process is killed by the watchdog and restarted like a dead one.
+//! An [`Engine`] outlives its processes. When a process dies, every request in flight fails at once
+//! with an error, and a new process is started after a back-off, with the same model and the same
+//! adapters. A process counts as alive only while its step loop answers pings: the watchdog kills a
+//! stopped or hung process, which is then restarted like a dead one.
 
 use crate::ipc::{
     self, AdapterId, Call, EngineError, EngineErrorKind, Event, FrameError, FromEngine, Generate,
@@ -24,20 +25,21 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::level_filters::LevelFilter;
 
-/// Events that may wait for one client before the engine is told to pause its request.
+/// The engine is told to pause a request when more than this many of its events wait for the
+/// client.
 const PAUSE_ABOVE: usize = 256;
 const RESUME_BELOW: usize = 32;
-/// The last lines of an engine's log, shown when it fails to load a model.
+/// Number of log lines of the engine that are shown when it fails to load a model.
 const LOG_LINES: usize = 40;
-/// The watchdog waits for at least this many of the longest recent steps.
+/// The watchdog waits for at least the duration of this many of the longest recent steps.
 const STEPS_OF_PATIENCE: u32 = 4;
 const PING_EVERY: Duration = Duration::from_millis(500);
-/// How long the pause before a restart may grow.
+/// Upper bound of the pause before a restart.
 const MAX_BACK_OFF: Duration = Duration::from_secs(30);
-/// A process that lived this long earns a fresh back-off.
+/// A process that lived at least this long resets the back-off.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 
-/// Where an engine stands. `Ready` is the only state in which requests are taken.
+/// State of an engine. Requests are accepted only in state `Ready`.
 #[derive(Debug, Clone)]
 pub enum EngineState {
     Loading,
@@ -45,7 +47,7 @@ pub enum EngineState {
     Restarting {
         reason: String,
     },
-    /// The model cannot be loaded; the reason ends with the last lines of the engine's log.
+    /// The model cannot be loaded; `reason` ends with the last lines of the engine's log.
     Failed {
         reason: String,
     },
@@ -76,7 +78,7 @@ pub struct Engine {
     stop: watch::Sender<bool>,
 }
 
-/// One life of an engine process.
+/// Connection to one engine process.
 struct Connection {
     send: mpsc::UnboundedSender<ToEngine>,
     requests: Mutex<HashMap<RequestId, Arc<Sink>>>,
@@ -84,7 +86,7 @@ struct Connection {
     dead: AtomicBool,
 }
 
-/// The gateway's end of one request's events.
+/// The gateway's sender of one request's events.
 struct Sink {
     send: mpsc::UnboundedSender<Event>,
     waiting: AtomicUsize,
@@ -92,8 +94,9 @@ struct Sink {
 }
 
 impl Sink {
-    /// Counts anew under the lock: a client that has caught up in between finds itself unpaused,
-    /// one that catches up afterwards finds itself paused and says so.
+    /// Recounts the waiting events while it holds the lock. A client that has caught up in the
+    /// meantime is not paused; a client that catches up later finds the request paused and resumes
+    /// it.
     fn pause_if_behind(&self, pause: impl FnOnce()) {
         if self.waiting.load(Ordering::Acquire) <= PAUSE_ABOVE {
             return;
@@ -116,7 +119,7 @@ pub struct Generation {
 }
 
 impl Engine {
-    /// Starts the first process; [`Engine::ready`] tells how that went.
+    /// Starts the first process; [`Engine::ready`] returns the result.
     pub fn start(name: String, spec: LoadSpec, watchdog: Duration) -> Arc<Self> {
         let engine = Arc::new(Self {
             name,
@@ -149,7 +152,7 @@ impl Engine {
         self.state.borrow().clone()
     }
 
-    /// The loaded model, or why there is none, as the error a request would get.
+    /// The loaded model, or the error that a request would get if there is none.
     pub fn info(&self) -> Result<Arc<ModelInfo>, EngineError> {
         match &*self.state.borrow() {
             EngineState::Ready(info) => Ok(info.clone()),
@@ -184,7 +187,7 @@ impl Engine {
         lock(&self.progress).clone()
     }
 
-    /// Requests that have been sent to it and have not ended.
+    /// Number of requests that were sent to the engine and have not ended.
     pub fn in_flight(&self) -> usize {
         lock(&self.connection).as_ref().map_or(0, |connection| lock(&connection.requests).len())
     }
@@ -206,7 +209,7 @@ impl Engine {
         }
     }
 
-    /// Sends a request; its `id` is set here. Fails at once while the engine is not ready.
+    /// Sends a request and sets its `id`. Returns an error at once if the engine is not ready.
     pub fn generate(&self, mut request: Generate) -> Result<Generation, EngineError> {
         self.info()?;
         let connection = self.connection()?;
@@ -217,7 +220,8 @@ impl Engine {
         lock(&connection.requests).insert(id, sink.clone());
         let generation =
             Generation { id, events, sink, connection: connection.clone(), over: false };
-        // Whoever buries the connection marks it first: seen alive here, our sink is buried with it.
+        // The reader sets `dead` before it fails all sinks of the connection. If `dead` is not set
+        // here, the sink inserted below is failed with the others.
         if connection.dead.load(Ordering::Acquire) {
             return Err(unavailable("the engine process ended; it is being restarted"));
         }
@@ -225,7 +229,7 @@ impl Engine {
         Ok(generation)
     }
 
-    /// Asks the engine something and waits for its reply.
+    /// Sends a call to the engine and waits for its reply.
     pub async fn call(&self, what: Call) -> Result<Reply, EngineError> {
         self.info()?;
         self.connection()?.call(self.next_id.fetch_add(1, Ordering::Relaxed), what).await
@@ -237,7 +241,8 @@ impl Engine {
         adapter: AdapterId,
         what: EngineAdapter,
     ) -> Result<(), EngineError> {
-        // Listed first, so that a process that starts meanwhile loads it too.
+        // Listed before the call, so that a process that starts in the meantime loads the adapter
+        // too.
         let call = load_adapter_call(adapter, &what);
         lock(&self.adapters).insert(adapter, what);
         let loaded = self.call(call).await;
@@ -247,7 +252,8 @@ impl Engine {
         loaded.map(|_| ())
     }
 
-    /// Requests that use it finish first; nobody may start new ones.
+    /// Unloads an adapter after the running requests that use it have ended. New requests must not
+    /// use it.
     pub fn unload_adapter(self: &Arc<Self>, adapter: AdapterId) {
         lock(&self.adapters).remove(&adapter);
         let engine = self.clone();
@@ -259,7 +265,7 @@ impl Engine {
         }
     }
 
-    /// Ends the process for good: running requests fail, the state becomes `Stopped`.
+    /// Stops the process for good: running requests fail, and the state becomes `Stopped`.
     pub async fn stop(&self) {
         self.stop.send_replace(true);
         let mut state = self.state.subscribe();
@@ -272,7 +278,7 @@ impl Engine {
         lock(&self.connection).clone().ok_or_else(|| unavailable("the engine is not running"))
     }
 
-    /// Runs one process after another until told to stop or the model proves unloadable.
+    /// Runs one process after another until the engine is stopped or its first load fails.
     async fn supervise(self: Arc<Self>) {
         let mut stop = self.stop.subscribe();
         let mut back_off = Duration::from_millis(100);
@@ -283,9 +289,9 @@ impl Engine {
                 reason = self.run_process(&mut was_ready) => reason,
                 _ = stop.wait_for(|stop| *stop) => break,
             };
-            self.bury("the engine process ended while the request was running");
+            self.fail_all("the engine process ended while the request was running");
             if !was_ready {
-                // The very first load: nobody waits for a model that cannot be loaded.
+                // The first load failed: the model cannot be loaded, so it is not retried.
                 tracing::error!(model = self.name, "{reason}");
                 self.state.send_replace(EngineState::Failed { reason });
                 return;
@@ -302,11 +308,12 @@ impl Engine {
             }
             back_off = (back_off * 2).min(MAX_BACK_OFF);
         }
-        self.bury("the model was unloaded while the request was running");
+        self.fail_all("the model was unloaded while the request was running");
         self.state.send_replace(EngineState::Stopped);
     }
 
-    /// One life: spawn, load, serve until the process is gone. Returns why it ended.
+    /// Spawns one process, loads the model and serves until the process is gone. Returns the reason
+    /// of its end.
     async fn run_process(self: &Arc<Self>, was_ready: &mut bool) -> String {
         lock(&self.log).clear();
         let (mut child, socket) = match self.spawn() {
@@ -331,11 +338,11 @@ impl Engine {
             ended = self.watch(&connection) => ended,
         };
         if *was_ready {
-            // Before anything is waited for: nobody may take the engine for ready any more.
+            // The state is set before the first await, so that no request sees the engine as ready.
             let reason = "the engine process ended".to_owned();
             self.state.send_replace(EngineState::Restarting { reason });
         }
-        connection.bury(&unavailable(
+        connection.fail_all(&unavailable(
             "the engine process ended while the request was running; it is being restarted",
         ));
         writer.abort();
@@ -343,7 +350,7 @@ impl Engine {
         let status = child.wait().await;
         self.pid.store(0, Ordering::Relaxed);
         if let Some(logs) = logs {
-            // The pipe is at its end once the process is gone.
+            // The log pipe reaches its end once the process is gone.
             let _ = tokio::time::timeout(Duration::from_secs(1), logs).await;
         }
         match (ended, *was_ready) {
@@ -360,8 +367,8 @@ impl Engine {
     fn spawn(&self) -> std::io::Result<(Child, UnixStream)> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        // The engine's end of the pair is its standard input: no descriptor numbers to agree on,
-        // and it sees the end of the stream when we die, however we die.
+        // The engine's end of the socket pair is its standard input: no descriptor number has to be
+        // agreed on, and the engine sees the end of the stream however the gateway dies.
         let child = Command::new("/proc/self/exe")
             .arg0("ingot")
             .arg("engine")
@@ -369,8 +376,8 @@ impl Engine {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
-            // Ctrl-C in a terminal goes to the whole group: the gateway drains, the engine must not
-            // die before that.
+            // Ctrl-C in a terminal signals the whole process group. The engine must outlive the
+            // gateway's drain, so it gets a group of its own.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
@@ -402,7 +409,7 @@ impl Engine {
                 Ok(FromEngine::Progress(mut progress)) => {
                     let mut sizes = lock(&self.batch_sizes);
                     sizes.append(&mut progress.batch_sizes);
-                    // Nobody scraped for a long time: the newest steps are the interesting ones.
+                    // Without a scrape for a long time, only the newest steps are kept.
                     let surplus = sizes.len().saturating_sub(100_000);
                     sizes.drain(..surplus);
                     drop(sizes);
@@ -414,7 +421,7 @@ impl Engine {
         }
     }
 
-    /// Adapters first, then requests.
+    /// Loads the adapters, then accepts requests.
     async fn become_ready(&self, info: ModelInfo, connection: &Connection) {
         let adapters: Vec<_> =
             lock(&self.adapters).iter().map(|(id, adapter)| (*id, adapter.clone())).collect();
@@ -429,8 +436,8 @@ impl Engine {
         }
     }
 
-    /// Pings the step loop; returns when it stops answering. Patience follows the cost of a step,
-    /// so that a long prefill is not mistaken for a hang.
+    /// Pings the step loop; returns when it stops answering. The time limit follows the duration of
+    /// a step, so that a long prefill is not mistaken for a hang.
     async fn watch(&self, connection: &Connection) -> End {
         let mut state = self.state.subscribe();
         if state.wait_for(|state| matches!(state, EngineState::Ready(_))).await.is_err() {
@@ -441,7 +448,7 @@ impl Engine {
             let call = self.next_id.fetch_add(1, Ordering::Relaxed);
             let (asked, mut answer) = (Instant::now(), pin!(connection.call(call, Call::Ping)));
             loop {
-                // A step that was announced meanwhile counts.
+                // The limit includes a step that was announced in the meantime.
                 let Some(left) = self.patience().checked_sub(asked.elapsed()) else {
                     return End::Hung;
                 };
@@ -454,7 +461,7 @@ impl Engine {
         }
     }
 
-    /// How long the step loop may be silent: some of its longest recent or announced steps.
+    /// How long the step loop may be silent: a multiple of its longest recent or announced step.
     fn patience(&self) -> Duration {
         let step = Duration::from_secs_f32(lock(&self.progress).step_seconds.clamp(0.0, 600.0));
         self.watchdog.max(step * STEPS_OF_PATIENCE)
@@ -497,9 +504,9 @@ impl Engine {
         }
     }
 
-    fn bury(&self, reason: &str) {
+    fn fail_all(&self, reason: &str) {
         if let Some(connection) = lock(&self.connection).take() {
-            connection.bury(&unavailable(reason));
+            connection.fail_all(&unavailable(reason));
         }
         let mut progress = lock(&self.progress);
         progress.running = 0;
@@ -511,7 +518,7 @@ impl Engine {
 }
 
 enum End {
-    /// The engine told the reason.
+    /// The engine reported the reason.
     Said(String),
     Gone,
     Hung,
@@ -551,8 +558,8 @@ impl Connection {
         }
     }
 
-    /// Everything in flight ends with `error`.
-    fn bury(&self, error: &EngineError) {
+    /// Fails every request in flight with `error`.
+    fn fail_all(&self, error: &EngineError) {
         self.dead.store(true, Ordering::Release);
         for (_, sink) in lock(&self.requests).drain() {
             let _ = sink.send.send(Event::Failed(error.clone()));
@@ -566,7 +573,7 @@ impl Generation {
         self.id
     }
 
-    /// Has a choice end as if the model had ended it.
+    /// Ends a choice as if the model had ended it.
     pub fn finish(&self, choice: u32) {
         if !self.over {
             let _ = self.connection.send(ToEngine::Finish { request: self.id, choice });

@@ -1,8 +1,8 @@
-//! [`Covered`]: what a header must say for our own kernels to run the model.
+//! [`Covered`]: the configuration of a model that the native runner supports, read from the header.
 //!
-//! The gateway plans by it and the engine loads by it, so both take the same side. Every family is a
-//! decoder of RMS norms, rotary positions and gated feed-forward layers; a file each says what is
-//! its own.
+//! The gateway plans with it and the engine loads with it, so both choose the same runner. Every
+//! family is a decoder with RMS norms, rotary positions and gated feed-forward layers; each
+//! family's own file states the differences.
 
 mod gemma;
 mod layout;
@@ -16,7 +16,7 @@ pub use rope::{RopeFactors, RopeFacts, Yarn};
 
 use super::{Gguf, GgufError, TensorInfo, TensorType};
 
-/// Types of matrices that there are kernels for.
+/// Types of matrices that have kernels.
 pub const KERNEL_TYPES: [TensorType; 15] = [
     TensorType::F32,
     TensorType::F16,
@@ -35,12 +35,12 @@ pub const KERNEL_TYPES: [TensorType; 15] = [
     TensorType::IQ4_XS,
 ];
 
-/// An architecture by its GGUF name.
+/// An architecture, identified by its GGUF name.
 struct Family {
     name: &'static str,
-    /// Weights of a layer that it needs besides those of all families.
+    /// Weights of a layer that the family needs in addition to those of all families.
     needs: &'static [&'static str],
-    /// Tensors outside the layers that it may have.
+    /// Optional tensors outside the layers.
     takes: &'static [&'static str],
     read: fn(&Keys) -> Result<Covered, Uncovered>,
 }
@@ -48,12 +48,13 @@ struct Family {
 const FAMILIES: [Family; 6] =
     [llama::LLAMA, qwen::QWEN2, qwen::QWEN3, phi::PHI3, gemma::GEMMA2, gemma::GEMMA3];
 
-/// Columns of a quantized block, and a multiple of every kernel's width.
+/// Columns of a quantized block; a multiple of the vector width of every kernel.
 const BLOCK: usize = 32;
-/// Query elements of a token, at most: far beyond any model, and no sum of rows overflows.
+/// Maximum number of query elements per token: far above any model, and sums of rows cannot
+/// overflow.
 const MAX_QUERY: usize = 1 << 24;
 
-/// Why llama.cpp has to run a file.
+/// Reason why llama.cpp has to run a file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Uncovered {
     #[error("{0}")]
@@ -72,7 +73,7 @@ impl From<GgufError> for Uncovered {
     }
 }
 
-/// The numbers of a model that the native runner covers.
+/// Dimensions and constants of a model that the native runner supports.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Covered {
     pub architecture: String,
@@ -86,31 +87,31 @@ pub struct Covered {
     pub ff: usize,
     /// Rows of the embedding.
     pub vocab: usize,
-    /// Of the norms.
+    /// Epsilon of the norms.
     pub epsilon: f32,
-    /// Token embeddings are multiplied by it.
+    /// Factor on token embeddings.
     pub embedding_scale: f32,
-    /// Scores are multiplied by it.
+    /// Factor on attention scores.
     pub attention_scale: f32,
     /// Scores `s` become `cap * tanh(s / cap)`.
     pub attention_cap: Option<f32>,
-    /// The same for logits.
+    /// The same cap for logits.
     pub logit_cap: Option<f32>,
     pub gating: Gating,
-    /// `ffn_up` holds the gate's rows, and then its own.
+    /// Whether `ffn_up` holds the gate's rows, followed by its own.
     pub gate_in_up: bool,
     /// (layers)
     pub kinds: Vec<LayerKind>,
-    /// As [`LayerKind::rope`] counts them.
+    /// RoPE variants, indexed by [`LayerKind::rope`].
     pub ropes: Vec<RopeFacts>,
 }
 
-/// What may differ from layer to layer.
+/// Properties that may differ from layer to layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LayerKind {
-    /// Tokens that a query sees, its own the last of them; `None`: all.
+    /// Number of tokens that a query sees, including its own as the last; `None`: all.
     pub window: Option<usize>,
-    /// Index of [`Covered::ropes`].
+    /// Index into [`Covered::ropes`].
     pub rope: usize,
 }
 
@@ -118,7 +119,7 @@ pub struct LayerKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gating {
     Silu,
-    /// By tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    /// In the tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415).
     Gelu,
 }
 
@@ -126,7 +127,7 @@ impl Covered {
     /// Reads the header.
     ///
     /// # Errors
-    /// [`Uncovered`] with the reason.
+    /// [`Uncovered`] with the reason why the model is not supported.
     pub fn read(file: &Gguf) -> Result<Self, Uncovered> {
         let architecture = file.str("general.architecture")?.unwrap_or_default();
         let Some(family) = FAMILIES.iter().find(|family| family.name == architecture) else {
@@ -139,7 +140,7 @@ impl Covered {
         if file.bool(&keys.key("attention.causal"))? == Some(false) {
             return other("attention to later tokens is not covered");
         }
-        // `enum llama_pooling_type`: unnamed, none, or the last token's.
+        // `enum llama_pooling_type`: unspecified, none, or the last token's.
         if !matches!(keys.optional("pooling_type")?, None | Some(0 | 3)) {
             return other("embeddings other than the last token's are not covered");
         }
@@ -178,8 +179,8 @@ impl Covered {
         other(format!("no kernel fits its dimensions: {problem}"))
     }
 
-    /// Nothing may be announced that the file's tensors do not bear out: room is made by these
-    /// numbers.
+    /// Checks the sizes in the header against the file's tensors, because memory is allocated by
+    /// these sizes.
     fn check_sizes(&self, file: &Gguf) -> Result<(), Uncovered> {
         let largest = file.tensors().iter().map(TensorInfo::elements).max().unwrap_or(0);
         let sizes = [
@@ -197,7 +198,7 @@ impl Covered {
     }
 }
 
-/// Every matrix must have a kernel, and nothing may be there that would be left out.
+/// Checks that every matrix has a kernel and that no tensor would be ignored.
 fn check_tensors(file: &Gguf, family: &Family, layers: usize) -> Result<(), Uncovered> {
     for tensor in file.tensors() {
         let name = tensor.name();
@@ -241,7 +242,7 @@ fn other<T>(why: impl Into<String>) -> Result<T, Uncovered> {
     Err(Uncovered::Other(why.into()))
 }
 
-/// Values under the architecture's own keys.
+/// Reader of the keys with the architecture's prefix.
 struct Keys<'a> {
     file: &'a Gguf,
     architecture: &'a str,
@@ -267,7 +268,7 @@ impl Keys<'_> {
         Ok(self.file.f32(&self.key(name))?)
     }
 
-    /// A cap as it is stored: 0 for none.
+    /// Reads a cap; 0 in the file means none.
     fn cap(&self, name: &str, default: f32) -> Result<Option<f32>, Uncovered> {
         let cap = self.float(name)?.unwrap_or(default);
         match cap.is_finite() && cap >= 0.0 {
@@ -276,7 +277,7 @@ impl Keys<'_> {
         }
     }
 
-    /// What all families have in common: full attention, SiLU, one rope, nothing scaled.
+    /// The configuration that families share: full attention, SiLU, one RoPE, no scaling.
     fn decoder(&self, adjacent: bool) -> Result<Covered, Uncovered> {
         let (width, heads) =
             (self.needed("embedding_length")?, self.needed("attention.head_count")?);

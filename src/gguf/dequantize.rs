@@ -1,10 +1,10 @@
-//! [`dequantize`]: stored tensors as `f32`, bit for bit what ggml's `to_float` gives.
+//! [`dequantize`]: decodes stored tensors to `f32`, bit for bit as ggml's `to_float`.
 //!
-//! This is the slow and plain decoder that faster ones answer to. Layouts: the `block_*` comments of
-//! `ggml/src/ggml-common.h` and the OCP Microscaling formats 1.0 (E2M1, E8M0). All numbers are
-//! little-endian, `d` and `m` are f16, and a code is a small unsigned integer:
+//! This is the slow, simple decoder that tests compare faster ones with. Layouts: the `block_*`
+//! comments of `ggml/src/ggml-common.h` and the OCP Microscaling formats 1.0 (E2M1, E8M0). All
+//! numbers are little-endian, `d` and `m` are f16, and a code is a small unsigned integer:
 //!
-//! | type | a block holds, in this order | a value is |
+//! | type | content of a block, in this order | value |
 //! |---|---|---|
 //! | `Q1_0` | d, 128 × 1 bit | ±d |
 //! | `Q2_0` | d, 64 × 2 bits | d (code − 1) |
@@ -25,23 +25,23 @@
 //! | `TQ1_0` | 240 base-3 digits, 5 in a byte, then 16, 4 in a byte, d | d (code − 1) |
 //! | `TQ2_0` | 256 × 2 bits, d | d (code − 1) |
 //!
-//! `F32`, `F16` and `BF16` are plain numbers. Of the types that ggml can decode, seven are refused:
-//! `IQ1_S`, `IQ1_M`, `IQ2_XXS`, `IQ2_XS`, `IQ2_S`, `IQ3_XXS` and `IQ3_S`. Their codes index tables of
-//! 256 to 2048 lattice points that were picked by trial, so no formula gives them. `Q8_1` and `Q8_K`
-//! exist only inside ggml's products; `I8` to `I64` and `F64` are no weights, and ggml decodes
-//! neither.
+//! `F32`, `F16` and `BF16` are plain numbers. Seven of the types that ggml can decode are refused:
+//! `IQ1_S`, `IQ1_M`, `IQ2_XXS`, `IQ2_XS`, `IQ2_S`, `IQ3_XXS` and `IQ3_S`. Their codes index tables
+//! of 256 to 2048 lattice points that were chosen by trial, so no formula gives them. `Q8_1` and
+//! `Q8_K` exist only inside ggml's products; `I8` to `I64` and `F64` are not weight types, and ggml
+//! has no decoder for them.
 //!
-//! Each product and sum is rounded by itself. Where ggml's compiler fuses them the bits are the same:
-//! an f16 times a scale of 6 bits times a code of 5 bits fits the 24 bits of an f32 exactly.
+//! Each product and sum is rounded separately. Where ggml's compiler fuses them the bits are the
+//! same: an f16 times a scale of 6 bits times a code of 5 bits fits the 24 bits of an f32 exactly.
 
 use half::{bf16, f16};
 
 use super::types::TensorType;
 
-/// Why bytes could not become numbers.
+/// Reason why bytes could not be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DequantizeError {
-    /// The type has no decoder here.
+    /// The type has no decoder in this module.
     #[error("type {0} cannot be converted to f32")]
     Unsupported(TensorType),
     /// Input and output do not describe the same number of whole blocks.
@@ -56,12 +56,12 @@ pub enum DequantizeError {
     },
 }
 
-/// Decodes `bytes`, whole blocks of `ty`, into `out`, as many elements in the same order.
+/// Decodes `bytes`, whole blocks of `ty`, into `out`, in the same order of elements.
 ///
-/// The scale that NVFP4 models keep in a second tensor is the caller's to apply, as in ggml.
+/// The scale that NVFP4 models store in a second tensor must be applied by the caller, as in ggml.
 ///
 /// # Errors
-/// [`DequantizeError`]; `out` is then untouched.
+/// [`DequantizeError`]; `out` is then unchanged.
 pub fn dequantize(ty: TensorType, bytes: &[u8], out: &mut [f32]) -> Result<(), DequantizeError> {
     let decode = decoder(ty).ok_or(DequantizeError::Unsupported(ty))?;
     if ty.bytes_for(out.len() as u64) != Some(bytes.len() as u64) {
@@ -71,12 +71,12 @@ pub fn dequantize(ty: TensorType, bytes: &[u8], out: &mut [f32]) -> Result<(), D
     Ok(())
 }
 
-/// Whether [`dequantize`] knows `ty`.
+/// Whether [`dequantize`] supports `ty`.
 pub fn can_dequantize(ty: TensorType) -> bool {
     decoder(ty).is_some()
 }
 
-/// Decodes whole blocks into as many elements.
+/// Decodes whole blocks.
 type Decoder = fn(&[u8], &mut [f32]);
 
 fn decoder(ty: TensorType) -> Option<Decoder> {
@@ -109,7 +109,7 @@ fn decoder(ty: TensorType) -> Option<Decoder> {
     Some(decode)
 }
 
-/// Decodes blocks of `BYTES` bytes and `N` elements one after the other.
+/// Decodes consecutive blocks of `BYTES` bytes and `N` elements.
 fn each<const BYTES: usize, const N: usize>(
     bytes: &[u8],
     out: &mut [f32],
@@ -203,7 +203,7 @@ fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     }
 }
 
-/// The levels of `IQ4_NL` and `IQ4_XS`: dense where weights are, around zero.
+/// The levels of `IQ4_NL` and `IQ4_XS`: dense around zero, where most weights are.
 pub const IQ4_LEVELS: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
@@ -222,8 +222,8 @@ fn iq4_xs(block: &[u8; 136], out: &mut [f32; 256]) {
     }
 }
 
-/// Twice the values of E2M1 (sign, two bits of exponent, one of mantissa), which makes them whole.
-/// The scales beside them are halved. Minus zero counts as zero, as in ggml.
+/// Twice the values of E2M1 (sign, two bits of exponent, one of mantissa), so that they are
+/// integers. The scales are halved accordingly. Minus zero counts as zero, as in ggml.
 const E2M1_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 fn mxfp4(block: &[u8; 17], out: &mut [f32; 32]) {
@@ -251,7 +251,7 @@ fn tq2_0(block: &[u8; 66], out: &mut [f32; 256]) {
     scaled(&codes, 1, f16_at(block, 64), out);
 }
 
-/// What `Q4_K` and `Q5_K` share: `head` holds d, m and the packed scales of eight groups of 32.
+/// Common part of `Q4_K` and `Q5_K`: `head` holds d, m and the packed scales of eight groups of 32.
 fn shifted_groups(head: &[u8; 16], codes: &[u8; 256], out: &mut [f32; 256]) {
     let (scale, min) = (f16_at(head, 0), f16_at(head, 2));
     for ((s, t), (codes, out)) in scales_and_mins(head).into_iter().zip(groups::<32>(codes, out)) {
@@ -262,7 +262,7 @@ fn shifted_groups(head: &[u8; 16], codes: &[u8; 256], out: &mut [f32; 256]) {
 /// Eight 6-bit scales and eight 6-bit minima from three words of four bytes, which follow d and m.
 /// The low six bits of the first word are scales 0 to 3, those of the second are minima 0 to 3. The
 /// third word holds the low four bits of scales (low nibble) and minima (high nibble) 4 to 7; their
-/// high two bits are what the first and the second word had left.
+/// high two bits are the remaining bits of the first and the second word.
 fn scales_and_mins(head: &[u8; 16]) -> [(u8, u8); 8] {
     std::array::from_fn(|i| {
         let (first, second, third) = (head[4 + i % 4], head[8 + i % 4], head[12 + i % 4]);
@@ -274,9 +274,9 @@ fn scales_and_mins(head: &[u8; 16]) -> [(u8, u8); 8] {
     })
 }
 
-/// `N` codes of `BITS` bits. Of each run of `run` bytes the lowest bits are the first `run` codes,
-/// the next higher bits the `run` codes after these, and so on: with runs of one byte, codes follow
-/// each other bit by bit.
+/// Unpacks `N` codes of `BITS` bits. In each run of `run` bytes the lowest bits are the first `run`
+/// codes, the next higher bits the following `run` codes, and so on. With runs of one byte, the
+/// codes are consecutive bits.
 #[inline(always)] // with `run` known the loops become vectors
 fn unpack<const BITS: usize, const N: usize>(packed: &[u8], run: usize) -> [u8; N] {
     assert_eq!(packed.len() * 8, N * BITS, "every code is there, and no more");
@@ -293,8 +293,9 @@ fn unpack<const BITS: usize, const N: usize>(packed: &[u8], run: usize) -> [u8; 
     codes
 }
 
-/// Base-3 digits, the most significant first: those of all bytes, then the next of all bytes. A byte
-/// is a fraction of 256, so the digit is what three times the byte carries beyond it.
+/// Unpacks base-3 digits, the most significant first: the first digit of all bytes, then the second
+/// of all bytes, and so on. A byte is a fraction of 256, so its next digit is the integer part of
+/// three times that fraction.
 fn unpack_base_3(packed: &[u8], codes: &mut [u8]) {
     let mut power = 1u8;
     for codes in codes.chunks_exact_mut(packed.len()) {
@@ -305,7 +306,7 @@ fn unpack_base_3(packed: &[u8], codes: &mut [u8]) {
     }
 }
 
-/// Codes whose low `bits` bits and remaining bits are stored apart.
+/// Codes whose low `bits` bits and high bits are stored separately.
 #[inline(always)]
 fn with_high_bits<const N: usize>(mut low: [u8; N], bits: u32, high: [u8; N]) -> [u8; N] {
     for (low, high) in low.iter_mut().zip(high) {
@@ -314,7 +315,7 @@ fn with_high_bits<const N: usize>(mut low: [u8; N], bits: u32, high: [u8; N]) ->
     low
 }
 
-/// Codes and places in groups of `G`, which share a scale.
+/// Codes and their outputs in groups of `G`, which share a scale.
 fn groups<'a, const G: usize>(
     codes: &'a [u8],
     out: &'a mut [f32],
@@ -348,8 +349,8 @@ fn f16_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-/// 2^(e - 128), half of an E8M0 scale. The two smallest are subnormal; 255, a NaN in the standard, is
-/// a number in ggml.
+/// 2^(e - 128), half of an E8M0 scale. The two smallest are subnormal; 255, a NaN in the standard,
+/// is a number in ggml.
 fn half_of_e8m0(e: u8) -> f32 {
     f32::from_bits(match e {
         0 | 1 => 1 << (21 + e),
@@ -364,7 +365,7 @@ fn half_of_e4m3(scale: u8) -> f32 {
         return 0.0;
     }
     let (exponent, mantissa) = ((scale >> 3) & 15, u32::from(scale & 7));
-    // In units of 2^-11 every value is whole and fits 24 bits; exponent 0 has no hidden one.
+    // In units of 2^-11 every value is an integer of at most 24 bits; exponent 0 has no hidden bit.
     let units = match exponent {
         0 => mantissa << 1,
         _ => (8 | mantissa) << exponent,

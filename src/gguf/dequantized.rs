@@ -1,7 +1,7 @@
-//! [`write_dequantized`]: a copy of a model with every matrix in F32.
+//! [`write_dequantized`]: writes a copy of a model with every matrix in F32.
 //!
-//! What it computes is the model as its file means it, before any kernel rounds: kernels of
-//! quantized types are measured against it.
+//! The copy computes what the quantized file represents exactly, without the rounding of kernels.
+//! It is the reference by which kernels of quantized types are measured.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -11,10 +11,10 @@ use super::error::malformed;
 use super::writer::write_f32;
 use crate::gguf::{Gguf, GgufError, GgufWriter, TensorInfo, TensorType};
 
-/// Elements decoded at a time, more or less: whole blocks.
+/// Approximate number of elements decoded at a time, in whole blocks.
 const CHUNK: usize = 1 << 16;
 
-/// Bytes of the copy's tensor data, padding apart.
+/// Bytes of the copy's tensor data, without padding.
 pub fn dequantized_bytes(from: &Gguf) -> u64 {
     let bytes = |tensor: &TensorInfo| match can_dequantize(tensor.ty()) {
         true => tensor.elements().saturating_mul(4),
@@ -23,8 +23,8 @@ pub fn dequantized_bytes(from: &Gguf) -> u64 {
     from.tensors().iter().map(bytes).fold(0, u64::saturating_add)
 }
 
-/// Writes the copy to `to`, whole or not at all, and returns its size in bytes. Metadata is copied;
-/// tensors of whole numbers stay as they are.
+/// Writes the copy to `to` atomically and returns its size in bytes. Metadata is copied; integer
+/// tensors are copied unchanged.
 ///
 /// # Errors
 /// [`GgufError`] if a tensor's type has no decoder in [`dequantize()`], if the model is split over

@@ -1,36 +1,36 @@
-//! What can be wrong with a GGUF file.
+//! Errors of GGUF files.
 
 use std::io;
 
-/// Why a GGUF file could not be read or written. The text is one sentence that names the key or
-/// tensor at fault; it never holds a path of this machine, so it may be shown to clients.
+/// Reason why a GGUF file could not be read or written. The message is one sentence that names the
+/// key or tensor at fault; it never contains a path of this machine, so it may be shown to clients.
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
-    /// The operating system refused.
+    /// An operation of the operating system failed.
     #[error("cannot {action}: {source}")]
     Io {
-        /// What was tried, such as "open the GGUF file".
+        /// The operation, such as "open the GGUF file".
         action: &'static str,
-        /// The system's reason.
+        /// The system's error.
         source: io::Error,
     },
-    /// The bytes contradict the format, or pass one of its limits.
+    /// The bytes violate the format, or exceed one of its limits.
     #[error("{0}")]
     Malformed(String),
-    /// A key that is needed is absent.
+    /// A required key is missing.
     #[error("key '{0}' is missing")]
     MissingKey(String),
-    /// A key holds another type than the one asked for.
+    /// A key holds another type than the one requested.
     #[error("key '{key}' holds {found} where {wanted} was expected")]
     WrongType {
         /// The key.
         key: String,
-        /// What was asked for.
+        /// The requested type.
         wanted: &'static str,
-        /// What is there.
+        /// The type in the file.
         found: &'static str,
     },
-    /// A tensor that is needed is absent.
+    /// A required tensor is missing.
     #[error("tensor '{0}' is missing")]
     MissingTensor(String),
 }

@@ -1,4 +1,4 @@
-//! [`ModelFacts`]: what serving needs to know of a model, from its header alone.
+//! [`ModelFacts`]: properties of a model that serving needs, from its header alone.
 //!
 //! Source: `llama_model_base::load_hparams` (`src/llama-model.cpp`), `src/llama-arch.cpp`,
 //! `src/llama-hparams.cpp` and `enum llama_ftype` (`include/llama.h`) of llama.cpp.
@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 use super::error::malformed;
 use crate::gguf::{Gguf, GgufError, TensorType, TokenizerFacts, Value};
 
-/// Layers at most (`LLAMA_MAX_LAYERS`): llama.cpp aborts the process past it.
+/// Maximum number of layers (`LLAMA_MAX_LAYERS`): llama.cpp aborts the process beyond it.
 const MAX_LAYERS: u32 = 512;
-/// Widths past this are nonsense, and below it no product of two overflows `u64`.
+/// Maximum width. Larger values are invalid, and below it no product of two overflows `u64`.
 const MAX_WIDTH: u32 = 1 << 24;
 
-/// How per-token outputs become one embedding (`enum llama_pooling_type`).
+/// How per-token outputs are combined into one embedding (`enum llama_pooling_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PoolingType {
@@ -29,7 +29,7 @@ pub enum PoolingType {
     Rank,
 }
 
-/// How keys and values are cached.
+/// Element type of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KvType {
@@ -40,8 +40,8 @@ pub enum KvType {
 }
 
 impl KvType {
-    /// Bytes of a row of `elements` in heads of `head`: blocks end with their head, the last one
-    /// perhaps short.
+    /// Bytes of a row of `elements` in heads of `head`: blocks do not cross heads, so the
+    /// last block of a head may be shorter.
     pub fn row_bytes(self, elements: u64, head: u64) -> u64 {
         match self {
             KvType::F16 => elements * 2,
@@ -50,7 +50,7 @@ impl KvType {
     }
 }
 
-/// Which part of a split model a file is.
+/// Position of a file in a split model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SplitFacts {
     /// Index of this file, from 0.
@@ -59,10 +59,10 @@ pub struct SplitFacts {
     pub count: u32,
 }
 
-/// What the header of a model file tells.
+/// Properties of a model file, read from its header.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelFacts {
-    /// `general.type`: `model` where absent; `adapter`, `mmproj`, `imatrix`, … are no models.
+    /// `general.type`: `model` if absent; `adapter`, `mmproj`, `imatrix`, … are not models.
     pub general_type: String,
     /// `general.architecture`, such as `llama`.
     pub architecture: String,
@@ -78,11 +78,12 @@ pub struct ModelFacts {
     pub parameters: u64,
     /// Bytes of tensor data in this file, without padding.
     pub weights_bytes: u64,
-    /// Blocks, those for multi-token prediction included; 0 only if the file has no tensors.
+    /// Number of layers, including those for multi-token prediction; 0 only if the file has no
+    /// tensors.
     pub n_layer: u32,
     /// Width of the hidden state.
     pub n_embd: u32,
-    /// Query heads; the largest of all layers.
+    /// Query heads; the maximum over all layers.
     pub n_head: u32,
     /// Key and value heads per layer; 0 for layers without attention.
     pub n_head_kv: Vec<u32>,
@@ -100,19 +101,19 @@ pub struct ModelFacts {
     pub n_expert: u32,
     /// Pooling, if the file names one.
     pub pooling_type: Option<PoolingType>,
-    /// Whether a token sees only what came before it.
+    /// Whether a token sees only the tokens before it.
     pub causal: bool,
-    /// Tokens that sliding-window layers look back, if there are such layers.
+    /// Window of sliding-window layers in tokens, if there are such layers.
     pub sliding_window: Option<u32>,
-    /// State of fixed size in place of a KV cache (Mamba, RWKV): no partial rollback.
+    /// Whether a state of fixed size replaces the KV cache (Mamba, RWKV): no partial rollback.
     pub is_recurrent: bool,
-    /// Some layers recurrent, some attention (Jamba, LFM2, Qwen3-Next).
+    /// Whether some layers are recurrent and some have attention (Jamba, LFM2, Qwen3-Next).
     pub is_hybrid: bool,
-    /// Text diffusion: not generated left to right.
+    /// Whether it is a text diffusion model, which does not generate from left to right.
     pub is_diffusion: bool,
-    /// Only makes embeddings; there is no next token.
+    /// Whether the model only makes embeddings and does not predict a next token.
     pub is_encoder_only: bool,
-    /// An encoder runs before the decoder (T5).
+    /// Whether an encoder runs before the decoder (T5).
     pub is_encoder_decoder: bool,
     /// Set for one file of a split model. Counts and bytes are then those of this file only.
     pub split: Option<SplitFacts>,
@@ -154,15 +155,16 @@ const ENCODER_ONLY: &[&str] = &[
     "gemma-embedding",
     "t5encoder",
 ];
-/// Every n-th layer has attention, the others are recurrent.
+/// Architectures in which every n-th layer has attention and the others are recurrent.
 const INTERVAL: &[&str] = &["qwen3next", "qwen35", "qwen35moe", "qwen4exp", "minimax-01"];
 
 impl ModelFacts {
-    /// Reads the facts. Works on [`Gguf::open_header`], touching no tensor data.
+    /// Reads the facts. Also works with [`Gguf::open_header`]; no tensor data is read.
     ///
     /// # Errors
     /// [`GgufError`] if a key that every model has is missing, has the wrong type, or has a value
-    /// that llama.cpp would abort on. A file without tensors (a vocabulary) may lack the shapes.
+    /// on which llama.cpp would abort. A file without tensors (a vocabulary) may lack the
+    /// dimensions.
     pub fn read(gguf: &Gguf) -> Result<ModelFacts, GgufError> {
         let text = |key: &str| Ok::<_, GgufError>(gguf.str(key)?.map(str::to_owned));
         let arch = text("general.architecture")?
@@ -209,7 +211,7 @@ impl ModelFacts {
 
     /// Bytes of keys and values that one token adds to the cache, over all layers, if every layer
     /// keeps the whole context: an upper bound for models with sliding windows, and 0 for recurrent
-    /// ones.
+    /// models.
     pub fn kv_bytes_per_token(&self, ty: KvType) -> u64 {
         let (key, value) = (u64::from(self.key_length), u64::from(self.value_length));
         let row = |&(k, v): &(u64, u64)| ty.row_bytes(k, key) + ty.row_bytes(v, value);
@@ -226,7 +228,7 @@ impl ModelFacts {
     }
 }
 
-/// The numbers that shape a transformer.
+/// Dimensions of a transformer.
 struct Shape {
     n_layer: u32,
     n_embd: u32,
@@ -238,7 +240,7 @@ struct Shape {
 }
 
 impl Shape {
-    /// `strict`: whether this is a model, which must have the shapes if it has tensors.
+    /// `strict`: whether the file is a model, whose dimensions are required if it has tensors.
     fn read(gguf: &Gguf, arch: &str, strict: bool) -> Result<Shape, GgufError> {
         let needed = strict && arch != "clip" && !gguf.tensors().is_empty();
         let get = |name: &str| {
@@ -282,7 +284,7 @@ impl Shape {
         let caches = !RECURRENT.contains(&arch)
             && !DIFFUSION.contains(&arch)
             && !ENCODER_ONLY.contains(&arch);
-        // Latent attention (DeepSeek) caches one vector, from which both K and V are made.
+        // Latent attention (DeepSeek) caches one vector, from which K and V are computed.
         let latent = gguf.u32(&format!("{arch}.attention.key_length_mla"))?.is_some();
         let interval = match gguf.u32(&format!("{arch}.full_attention_interval"))? {
             Some(n) => n.max(1),
@@ -292,7 +294,7 @@ impl Shape {
         };
         let recurrent =
             per_layer(gguf, &format!("{arch}.attention.recurrent_layers"), self.n_layer)?;
-        // The last layers of some models read the cache of earlier ones (Gemma 4).
+        // In some models (Gemma 4) the last layers use the cache of earlier layers.
         let shared = gguf.get(&format!("{arch}.attention.shared_kv_layers"));
         let shared = shared.and_then(Value::as_u64).unwrap_or(0);
         let predicting = gguf.u32(&format!("{arch}.nextn_predict_layers"))?.unwrap_or(0);
@@ -318,7 +320,7 @@ impl Shape {
     }
 }
 
-/// A key that holds one number for all layers or an array with one for each.
+/// A key that holds either one number for all layers or an array with one per layer.
 fn per_layer(gguf: &Gguf, key: &str, n_layer: u32) -> Result<Option<Vec<u32>>, GgufError> {
     let values = match gguf.get(key) {
         None => return Ok(None),
@@ -335,7 +337,7 @@ fn per_layer(gguf: &Gguf, key: &str, n_layer: u32) -> Result<Option<Vec<u32>>, G
     Ok(Some(values.into_iter().map(|v| v as u32).collect()))
 }
 
-/// The listed tokens, else the key, else the rows of the embedding.
+/// Vocabulary size: the number of listed tokens, else the key, else the rows of the embedding.
 fn n_vocab(gguf: &Gguf, arch: &str, listed: u32) -> Result<u32, GgufError> {
     if listed > 0 {
         return Ok(listed);
@@ -367,7 +369,7 @@ fn split(gguf: &Gguf) -> Result<Option<SplitFacts>, GgufError> {
     Ok((count > 1).then_some(SplitFacts { no, count }))
 }
 
-/// Numbers of `enum llama_ftype` that are not on the list were withdrawn.
+/// Name of an `enum llama_ftype` value. Missing numbers were withdrawn.
 fn file_type_name(id: u32) -> Option<&'static str> {
     Some(match id {
         0 => "F32",
@@ -410,9 +412,9 @@ fn file_type_name(id: u32) -> Option<&'static str> {
     })
 }
 
-/// The name by `general.file_type`, else by the type that holds most elements.
+/// Quantization name by `general.file_type`, else by the type with the most elements.
 fn quantization(gguf: &Gguf) -> Result<String, GgufError> {
-    /// Set by llama.cpp when it had to guess (`LLAMA_FTYPE_GUESSED`).
+    /// Flag that llama.cpp sets if it had to guess (`LLAMA_FTYPE_GUESSED`).
     const GUESSED: u32 = 1024;
     let id = gguf.u32("general.file_type")?.map(|id| id & !GUESSED);
     if let Some(name) = id.and_then(file_type_name) {

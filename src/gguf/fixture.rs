@@ -1,7 +1,7 @@
 //! Tiny models with seeded random weights, for tests of the whole binary. Not part of the API.
 //!
-//! They are complete for llama.cpp: keys and tensors as `src/models/{llama,bert}.cpp` and
-//! `src/llama-vocab.cpp` demand them.
+//! The models are complete for llama.cpp: they have the keys and tensors that
+//! `src/models/{llama,bert}.cpp` and `src/llama-vocab.cpp` require.
 
 mod decoder;
 mod layers;
@@ -23,12 +23,12 @@ pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + messa
 + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
-/// What [`tiny_llama`] makes.
+/// Options of [`tiny_llama`].
 #[derive(Clone, Debug)]
 pub struct TinyLlama {
-    /// Same seed, same file.
+    /// Seed of the weights; the same seed gives the same file.
     pub seed: u64,
-    /// Blocks.
+    /// Number of layers.
     pub n_layer: u32,
     /// Width of the hidden state.
     pub n_embd: u32,
@@ -40,13 +40,13 @@ pub struct TinyLlama {
     pub n_ff: u32,
     /// Context length in tokens.
     pub n_ctx: u32,
-    /// `tokenizer.chat_template`; `None` leaves the key out.
+    /// `tokenizer.chat_template`; `None` omits the key.
     pub chat_template: Option<String>,
     /// Further templates by name, such as `tool_use`.
     pub named_templates: Vec<(String, String)>,
-    /// Whether the output matrix is the embedding itself. Such a model mostly repeats its last token.
+    /// Whether the output matrix is the embedding. Such a model mostly repeats its last token.
     pub tied: bool,
-    /// How matrices are stored: F32, F16 or BF16. Norms are always F32.
+    /// Type of the matrices: F32, F16 or BF16. Norms are always F32.
     pub ty: TensorType,
 }
 
@@ -69,7 +69,7 @@ impl Default for TinyLlama {
 }
 
 /// Special tokens of [`tiny_llama`], which have the first ids, and their types
-/// (`enum llama_token_type`: 3 control, 4 user-defined, which is text for the reader as in Qwen 3).
+/// (`enum llama_token_type`: 3 control; 4 user-defined, which is visible text as in Qwen 3).
 pub const SPECIALS: &[(&str, i32)] = &[
     ("<|endoftext|>", 3),
     ("<|im_start|>", 3),
@@ -84,8 +84,8 @@ pub const SPECIALS: &[(&str, i32)] = &[
 const MERGES: &[(&str, &str)] =
     &[("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("e", "r"), ("l", "l"), ("Ġ", "a")];
 
-/// The character by which byte-level BPE writes a byte (`bytes_to_unicode` of GPT-2): printable
-/// Latin-1 stands for itself, the others get characters from U+0100 on.
+/// The character that represents a byte in byte-level BPE (`bytes_to_unicode` of GPT-2): printable
+/// Latin-1 represents itself, the other bytes use characters from U+0100 on.
 fn byte_char(byte: u8) -> char {
     let plain = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     if plain(byte) {
@@ -107,8 +107,9 @@ fn bpe_vocabulary() -> (Vec<String>, Vec<i32>) {
 
 /// Writes a llama with a byte-level BPE vocabulary to `path`.
 ///
-/// Greedy decoding answers printable ASCII and does not end by itself: the output rows of all other
-/// tokens are zero (unless `tied`). A test that wants an end can bias the id of `<|im_end|>`, 2.
+/// Greedy decoding generates printable ASCII and does not end by itself: the output rows of all
+/// other tokens are zero (unless `tied`). A test that needs an end can bias the id of `<|im_end|>`,
+/// 2.
 ///
 /// # Errors
 /// [`GgufError`], if the file cannot be written.
@@ -154,7 +155,7 @@ pub fn tiny_llama(path: &Path, options: &TinyLlama) -> Result<(), GgufError> {
     Ok(())
 }
 
-/// Shapes, tokenizer and templates.
+/// Sets the keys of dimensions, tokenizer and templates.
 fn llama_metadata(w: &mut GgufWriter, o: &TinyLlama, tokens: &[String], types: Vec<i32>) {
     let head = o.n_embd / o.n_head;
     let file_type = match o.ty {
@@ -196,7 +197,7 @@ fn llama_metadata(w: &mut GgufWriter, o: &TinyLlama, tokens: &[String], types: V
     }
 }
 
-/// Whether a BPE token stands for printable ASCII (`Ġ` is a space).
+/// Whether a BPE token represents printable ASCII (`Ġ` is a space).
 fn printable(token: &str) -> bool {
     token.chars().all(|c| c == 'Ġ' || c.is_ascii_graphic())
 }
@@ -248,7 +249,7 @@ pub fn tiny_bert(path: &Path) -> Result<(), GgufError> {
     Ok(())
 }
 
-/// Shapes and tokenizer.
+/// Sets the keys of dimensions and tokenizer.
 fn bert_metadata(w: &mut GgufWriter, tokens: &[String], types: Vec<i32>) {
     w.set("general.architecture", "bert")
         .set("general.type", "model")
@@ -275,7 +276,7 @@ fn bert_metadata(w: &mut GgufWriter, tokens: &[String], types: Vec<i32>) {
         .set("tokenizer.ggml.mask_token_id", 4u32);
 }
 
-/// WordPiece tokens as llama.cpp keeps them: `▁` starts a word, continuations lose their `##`.
+/// WordPiece tokens as llama.cpp stores them: `▁` starts a word, continuations lose their `##`.
 fn word_pieces() -> (Vec<String>, Vec<i32>) {
     const WORDS: &[&str] = &["the", "a", "is", "cat", "dog", "sat", "on", "mat", "hello", "world"];
     const CONTROL: &[&str] = &["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
@@ -285,14 +286,14 @@ fn word_pieces() -> (Vec<String>, Vec<i32>) {
     tokens.extend(alphabet().map(|c| format!("▁{c}")));
     tokens.extend(alphabet().map(String::from));
     tokens.extend(".,!?;:'\"()-/".chars().map(|c| format!("▁{c}")));
-    // The single letter is in the alphabet already; llama.cpp aborts on duplicates.
+    // Single letters are in the alphabet already; llama.cpp aborts on duplicates.
     tokens.extend(WORDS.iter().filter(|word| word.len() > 1).map(|word| format!("▁{word}")));
     types.resize(tokens.len(), 1);
     (tokens, types)
 }
 
-/// Writes a PEFT folder with random factors for the attention matrices of every layer, strong enough
-/// to change greedy output. Needs a base whose q, k, v are separate (all but Phi-3).
+/// Writes a PEFT folder with random factors for the attention matrices of every layer, large enough
+/// to change greedy output. The base must have separate q, k and v (all families but Phi-3).
 ///
 /// # Errors
 /// [`LoraError`], if the folder cannot be written.
@@ -351,7 +352,7 @@ fn ones(n: u64) -> Vec<f32> {
     vec![1.0; n as usize]
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): enough for weights, and no dependency.
+/// SplitMix64 (Steele, Lea, Flood 2014): sufficient for random weights, without a dependency.
 pub(crate) struct Rng(pub u64);
 
 impl Rng {
@@ -363,7 +364,7 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// Uniform in (0, 1].
+    /// A uniformly distributed number in (0, 1].
     fn unit(&mut self) -> f32 {
         ((self.next() >> 40) + 1) as f32 / (1u64 << 24) as f32
     }
@@ -373,7 +374,7 @@ impl Rng {
         (0..n).map(|_| std * (-2.0 * self.unit().ln()).sqrt() * (TAU * self.unit()).cos()).collect()
     }
 
-    /// A matrix that keeps the size of its input: variance `1 / input`.
+    /// A matrix that preserves the scale of its input: variance `1 / input`.
     fn matrix(&mut self, input: u64, output: u64) -> Vec<f32> {
         self.normal(input * output, 1.0 / (input as f32).sqrt())
     }

@@ -1,7 +1,7 @@
-//! [`peft_to_gguf`]: a PEFT folder becomes a llama.cpp LoRA GGUF.
+//! [`peft_to_gguf`]: converts a PEFT folder to a llama.cpp LoRA GGUF.
 //!
 //! Source: `convert_lora_to_gguf.py` and `conversion/llama.py` for the layout, `build_lora_mm` in
-//! `src/llama-graph.cpp` for how it is scaled.
+//! `src/llama-graph.cpp` for the scaling.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,14 +18,14 @@ use super::peft::{self, Half, Layout, MAX_RANK, PeftConfig, Target};
 use super::writer::write_f32;
 use crate::gguf::{Gguf, GgufError, GgufWriter, ModelFacts, TensorInfo, TensorType};
 
-/// Bytes of `adapter_model.safetensors`, at most: it is read into memory.
+/// Maximum size of `adapter_model.safetensors` in bytes: the file is read into memory.
 const MAX_ADAPTER: u64 = 4 << 30;
 
-/// Why an adapter was refused. The text is one sentence that names the key or tensor at fault and
-/// holds no path of this machine.
+/// Reason why an adapter was refused. The message is one sentence that names the key or tensor at
+/// fault and contains no path of this machine.
 #[derive(Debug, thiserror::Error)]
 pub enum LoraError {
-    /// A GGUF file (base, adapter or output) is at fault.
+    /// A GGUF file (base, adapter or output) is invalid.
     #[error(transparent)]
     Gguf(#[from] GgufError),
     /// A file of the adapter folder cannot be read.
@@ -33,26 +33,26 @@ pub enum LoraError {
     Io {
         /// Name within the folder.
         file: &'static str,
-        /// The system's reason.
+        /// The system's error.
         source: io::Error,
     },
     /// The folder does not hold a PEFT adapter.
     #[error("{0}")]
     Folder(String),
-    /// A key of `adapter_config.json` or of the GGUF's metadata asks for what is not supported.
+    /// A key of `adapter_config.json` or of the GGUF's metadata has an unsupported value.
     #[error("key '{key}' of the adapter is refused: {reason}")]
     Config {
         /// The key.
         key: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// A tensor of the adapter does not fit.
+    /// A tensor of the adapter does not fit the base.
     #[error("tensor '{name}' of the adapter is refused: {reason}")]
     Tensor {
         /// The tensor's name in the adapter.
         name: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
 }
@@ -67,30 +67,31 @@ impl LoraError {
     }
 }
 
-/// What a checked adapter is.
+/// Properties of a checked adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoraInfo {
     /// Rank; the largest if modules differ.
     pub rank: u32,
     /// Alpha as llama.cpp uses it: each module is scaled by `alpha / rank`. 0 means unscaled.
     pub alpha: f32,
-    /// Base tensors that are changed.
+    /// Number of base tensors that the adapter changes.
     pub tensors: usize,
     /// Size of the GGUF file.
     pub bytes: u64,
-    /// Kinds of base tensors that are changed, such as `attn_q`, sorted.
+    /// Kinds of base tensors that the adapter changes, such as `attn_q`, sorted.
     pub targets: Vec<String>,
-    /// It has a head, and gives scores instead of text.
+    /// Whether the adapter has a score head and returns scores instead of text.
     pub reward_model: bool,
 }
 
-/// Turns a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) into a LoRA GGUF at
+/// Converts a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) to a LoRA GGUF at
 /// `out`, for a base of the llama (Mistral, SmolLM), Qwen 2 and 3, Gemma 1 to 3 or Phi-3 family.
 ///
-/// F16 tensors stay F16 where that is exact, everything else is written as F32.
+/// F16 tensors stay F16 if that is exact; all others are written as F32.
 ///
 /// # Errors
-/// [`LoraError`], naming the key or tensor that cannot be expressed or does not fit the base.
+/// [`LoraError`], which names the key or tensor that cannot be represented or does not fit the
+/// base.
 pub fn peft_to_gguf(
     folder: &Path,
     facts: &ModelFacts,
@@ -137,7 +138,7 @@ pub fn peft_to_gguf(
     })
 }
 
-/// (width) a reward model's head.
+/// Reads the head of a reward model, of shape (width).
 fn score(tensors: &SafeTensors, facts: &ModelFacts) -> Result<Vec<f32>, LoraError> {
     let view = tensors.tensor(peft::SCORE);
     let view = view.map_err(|error| LoraError::tensor(peft::SCORE, error.to_string()))?;
@@ -165,12 +166,13 @@ fn read_tensors(folder: &Path) -> Result<Vec<u8>, LoraError> {
 
 type Views<'d> = (TensorView<'d>, TensorView<'d>);
 
-/// Sorts tensors into (A, B) by module path.
+/// Groups tensors into pairs (A, B) by module path.
 fn pair_up<'t>(tensors: &'t SafeTensors<'t>) -> Result<BTreeMap<&'t str, Views<'t>>, LoraError> {
     let mut halves: BTreeMap<&str, [Option<TensorView>; 2]> = BTreeMap::new();
     for (name, view) in tensors.iter() {
         let Some((path, half)) = peft::split_name(name) else {
-            // PEFT may store a copy of a frozen embedding beside its adapter; a head is no LoRA.
+            // PEFT may store a copy of a frozen embedding beside its adapter; a score head is no
+            // LoRA.
             if name.ends_with(".base_layer.weight") || name == peft::SCORE {
                 continue;
             }
@@ -197,7 +199,7 @@ fn pair_up<'t>(tensors: &'t SafeTensors<'t>) -> Result<BTreeMap<&'t str, Views<'
     Ok(pairs)
 }
 
-/// A module's factors, checked against the base: A is `[rank, in]`, B `[out, rank]`, row-major.
+/// Factors of a module, checked against the base: A is `[rank, in]`, B `[out, rank]`, row-major.
 struct Pair<'d> {
     a: Matrix<'d>,
     b: Matrix<'d>,
@@ -286,18 +288,18 @@ impl<'d> Pair<'d> {
     }
 }
 
-/// The Hugging Face row that belongs at `row` of a GGUF q or k matrix with `rows` rows.
+/// The Hugging Face row for `row` of a GGUF q or k matrix with `rows` rows.
 ///
-/// Rotary embedding turns pairs of rows. Hugging Face pairs row `i` of a head's first half with row
-/// `i` of its second half; llama.cpp pairs neighbours. So `[first half, second half]` of each head
-/// becomes `[first 0, second 0, first 1, second 1, …]`.
+/// Rotary embedding rotates pairs of rows. Hugging Face pairs row `i` of a head's first half with
+/// row `i` of its second half; llama.cpp pairs adjacent rows. So `[first half, second half]` of
+/// each head becomes `[first 0, second 0, first 1, second 1, …]`.
 fn interleaved(row: usize, rows: usize, heads: usize) -> usize {
     let width = rows / heads;
     let (head, within) = (row / width, row % width);
     head * width + (within % 2) * (width / 2) + within / 2
 }
 
-/// A 2-D tensor of a safetensors file, row-major, every element finite.
+/// A 2-D tensor of a safetensors file, row-major; every element is finite.
 #[derive(Clone, Copy)]
 struct Matrix<'d> {
     data: &'d [u8],
@@ -350,13 +352,13 @@ impl<'d> Matrix<'d> {
         (0..self.rows * self.cols).map(move |index| self.at(index))
     }
 
-    /// F16 where nothing is lost by it.
+    /// F16 if that loses nothing, otherwise F32.
     fn output_type(&self, factor: f32) -> TensorType {
         if self.dtype == Dtype::F16 && factor == 1.0 { TensorType::F16 } else { TensorType::F32 }
     }
 }
 
-/// The base tensor that an adapter wants to change.
+/// Finds the base tensor that an adapter changes.
 pub(super) fn base_tensor<'b>(
     base: &'b Gguf,
     name: &str,
@@ -368,7 +370,7 @@ pub(super) fn base_tensor<'b>(
         return Err(LoraError::tensor(adapter, reason));
     }
     if tied && name == "token_embd.weight" {
-        // llama.cpp would find the same adapter for the output matrix, where its shapes are flipped,
+        // llama.cpp would use the same adapter for the output matrix, whose shapes are transposed,
         // and abort the process.
         let reason = "the base ties its embedding to lm_head, and then neither can be adapted";
         return Err(LoraError::tensor(adapter, reason));

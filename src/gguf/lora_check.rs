@@ -1,6 +1,6 @@
-//! [`check_lora_gguf`]: a LoRA GGUF is checked against its base before llama.cpp sees it.
+//! [`check_lora_gguf`]: checks a LoRA GGUF against its base before llama.cpp loads it.
 //!
-//! Source: `src/llama-adapter.cpp` for what llama.cpp refuses, and what it aborts on.
+//! Source: `src/llama-adapter.cpp` for what llama.cpp refuses, and on what it aborts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -11,11 +11,11 @@ use super::lora::base_tensor;
 use super::peft::MAX_RANK;
 use crate::gguf::{Gguf, GgufError, LoraError, LoraInfo, TensorInfo, TensorType, Value};
 
-/// Checks that the LoRA GGUF at `path` fits `base`, so that llama.cpp will load it: kind and
-/// architecture, pairs, shapes, ranks, types, and finite numbers (also the scales of Q8_0).
+/// Checks that the LoRA GGUF at `path` fits `base`, so that llama.cpp can load it: kind and
+/// architecture, pairs, shapes, ranks, types, and finite numbers (including the scales of Q8_0).
 ///
 /// # Errors
-/// [`LoraError`], naming the key or tensor at fault.
+/// [`LoraError`], which names the key or tensor at fault.
 pub fn check_lora_gguf(path: &Path, base: &Gguf) -> Result<LoraInfo, LoraError> {
     let adapter = Gguf::open(path)?;
     let alpha = check_metadata(&adapter, base)?;
@@ -27,7 +27,7 @@ pub fn check_lora_gguf(path: &Path, base: &Gguf) -> Result<LoraInfo, LoraError> 
         } else if let Some(base_name) = name.strip_suffix(".lora_b") {
             pairs.entry(base_name).or_default()[1] = Some(info);
         } else if !name.ends_with("_norm.weight") {
-            // llama.cpp ignores norms and refuses the rest.
+            // llama.cpp ignores norms and refuses all other tensors.
             return Err(LoraError::tensor(name, "its name ends in neither .lora_a nor .lora_b"));
         }
     }
@@ -58,7 +58,7 @@ pub fn check_lora_gguf(path: &Path, base: &Gguf) -> Result<LoraInfo, LoraError> 
     Ok(info)
 }
 
-/// Checks that this is a LoRA for the base's architecture, and returns its alpha.
+/// Checks that the file is a LoRA for the base's architecture, and returns its alpha.
 fn check_metadata(adapter: &Gguf, base: &Gguf) -> Result<f32, LoraError> {
     let expect = |key: &str, wanted: &str| match adapter.get(key) {
         Some(Value::String(found)) if found == wanted => Ok(()),
@@ -77,7 +77,7 @@ fn check_metadata(adapter: &Gguf, base: &Gguf) -> Result<f32, LoraError> {
         let reason = "activated LoRA is not supported";
         return Err(LoraError::config("adapter.alora.invocation_tokens", reason));
     }
-    // llama.cpp reads alpha as f32 without asking for its type.
+    // llama.cpp reads alpha as f32 without checking its type.
     match adapter.get("adapter.lora.alpha") {
         None => Ok(0.0),
         Some(&Value::F32(alpha)) if alpha.is_finite() => Ok(alpha),
@@ -85,7 +85,7 @@ fn check_metadata(adapter: &Gguf, base: &Gguf) -> Result<f32, LoraError> {
     }
 }
 
-/// Whether it is a reward model; its head has a number for each of the base's dimensions.
+/// Whether the adapter is a reward model, whose head must have as many numbers as the base's width.
 fn check_head(adapter: &Gguf, base: &Gguf) -> Result<bool, LoraError> {
     if adapter.get(SCORE_HEAD).is_none() {
         return Ok(false);
@@ -102,10 +102,10 @@ fn check_head(adapter: &Gguf, base: &Gguf) -> Result<bool, LoraError> {
     }
 }
 
-/// Checks shapes, in ggml's order, and returns the rank.
+/// Checks the shapes, which are in ggml's order, and returns the rank.
 fn check_pair(a: &TensorInfo, b: &TensorInfo, base: &TensorInfo) -> Result<u64, LoraError> {
     let (ne, ne_a, ne_b) = (base.ne(), a.ne(), b.ne());
-    // A and B of an embedding are flipped, see `build_inp_embd` in llama.cpp.
+    // A and B of an embedding are transposed, see `build_inp_embd` in llama.cpp.
     let (rank, fits) = if base.name() == "token_embd.weight" {
         (ne_a[0], ne[0] == ne_b[1] && ne[1] == ne_a[1])
     } else {
@@ -154,11 +154,11 @@ fn short_name(tensor: &str) -> String {
     inner.map_or(name, |(_, short)| short).to_owned()
 }
 
-/// The key of a reward model's head in its adapter: (width) what a row behind the output norm is worth.
-/// llama.cpp passes over it.
+/// Key of a reward model's head in its adapter: a vector of shape (width), whose product with a row
+/// after the output norm is the score. llama.cpp ignores the key.
 pub const SCORE_HEAD: &str = "ingot.score";
 
-/// The head of a reward model's adapter, if it is one.
+/// The head of a reward model's adapter; `None` for other adapters.
 pub fn score_head(adapter: &Gguf) -> Option<Vec<f32>> {
     match adapter.get(SCORE_HEAD) {
         Some(Value::Array(crate::gguf::Array::F32(head))) if head.iter().all(|x| x.is_finite()) => {

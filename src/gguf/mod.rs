@@ -1,6 +1,6 @@
-//! GGUF files: reading them without trust, writing them atomically, and LoRA adapters in between.
+//! GGUF files: reading of untrusted files, atomic writing, and conversion of LoRA adapters.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `types.rs` | tensor types, metadata values |
 //! | `error.rs` | [`GgufError`], one sentence each |
@@ -8,16 +8,16 @@
 //! | `reader.rs` | [`Gguf`]: checked header, memory-mapped tensors |
 //! | `dequantize.rs` | [`dequantize()`]: stored tensors as `f32`, bit for bit as in ggml |
 //! | `dequantized.rs` | [`write_dequantized`]: a model's copy in F32, to measure rounding against |
-//! | `covered.rs` | [`Covered`]: what a header must say for our own kernels to run the model |
-//! | `covered/` | one file per family of models, what they say of rope, and where matrices stand |
-//! | `facts.rs` | [`ModelFacts`]: what serving needs to know of a model, from its header alone |
+//! | `covered.rs` | [`Covered`]: configuration of a model that the native runner supports |
+//! | `covered/` | one file per family of models, their RoPE settings, and the layout of matrices |
+//! | `facts.rs` | [`ModelFacts`]: properties of a model that serving needs, from its header alone |
 //! | `tokens.rs` | [`TokenizerFacts`]: the special tokens and templates within those facts |
 //! | `writer.rs` | [`GgufWriter`] |
 //! | `peft.rs` | PEFT folders: configuration, tensor names |
 //! | `lora.rs` | [`peft_to_gguf`] |
 //! | `lora_check.rs` | [`check_lora_gguf`], [`score_head`] |
-//! | `quantize.rs` | [`quantize_q8_0`]: numbers as ggml quantizes them |
-//! | `hugging_face/` | [`convert`]: Hugging Face folders as GGUF |
+//! | `quantize.rs` | [`quantize_q8_0`]: quantization as in ggml |
+//! | `hugging_face/` | [`convert`]: conversion of Hugging Face folders to GGUF |
 //! | `fixture.rs` | tiny models for tests |
 //!
 //! Every file is untrusted input: no length, offset, count or shape is used before it was compared

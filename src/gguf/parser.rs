@@ -1,5 +1,5 @@
-//! The parser below [`Gguf`](crate::gguf::Gguf): numbers, strings and values, each bounded before it is
-//! read.
+//! The parser used by [`Gguf`](crate::gguf::Gguf): numbers, strings and values, each bounded before
+//! it is read.
 
 use std::io::Read;
 
@@ -7,22 +7,22 @@ use super::error::malformed;
 use super::types::{ARRAY_TYPE, Array, Value};
 use crate::gguf::GgufError;
 
-/// Everything before the tensor data. The largest real ones (a 260k vocabulary with merges and the
-/// Hugging Face tokenizer embedded) stay below 40 MiB; the rest is room for bigger vocabularies.
+/// Maximum size of everything before the tensor data, in bytes. The largest real headers (a 260k
+/// vocabulary with merges and the Hugging Face tokenizer embedded) are below 40 MiB.
 const MAX_HEADER: u64 = 256 << 20;
 
-/// `data` in arrays of `N` bytes.
+/// Splits `data` into arrays of `N` bytes; a shorter rest is ignored.
 pub(super) fn chunks<const N: usize>(data: &[u8]) -> impl Iterator<Item = [u8; N]> {
     data.as_chunks::<N>().0.iter().copied()
 }
 
-/// Reads little-endian values; nothing is allocated before the bytes for it are known to exist.
+/// Reads little-endian values; memory is allocated only for bytes that are known to exist.
 pub(super) struct Parser<R> {
     input: R,
     /// Bytes read so far.
     pub at: u64,
     end: u64,
-    /// Set when a string had to be decoded with replacement characters.
+    /// Whether a string had to be decoded with replacement characters.
     pub lossy: bool,
 }
 
@@ -32,7 +32,7 @@ impl<R: Read> Parser<R> {
         Parser { input, at: 0, end: file_size.min(MAX_HEADER), lossy: false }
     }
 
-    /// Bytes that may still be read.
+    /// Number of bytes that may still be read.
     pub fn left(&self) -> u64 {
         self.end - self.at
     }
@@ -76,7 +76,7 @@ impl<R: Read> Parser<R> {
         Ok(out)
     }
 
-    /// A key or tensor name: UTF-8, or it could not be found again.
+    /// Reads a key or tensor name. It must be UTF-8, because it could not be looked up otherwise.
     pub fn name(&mut self, what: &str, max: u64) -> Result<String, GgufError> {
         match String::from_utf8(self.bytes(what, max)?) {
             Ok(name) => Ok(name),
@@ -84,7 +84,8 @@ impl<R: Read> Parser<R> {
         }
     }
 
-    /// A string value. Some vocabularies hold stray bytes, and the model still works: replace them.
+    /// Reads a string value. Some vocabularies contain invalid bytes but still work: they are
+    /// replaced.
     fn string(&mut self, what: &str) -> Result<String, GgufError> {
         let bytes = self.bytes(what, MAX_HEADER)?;
         Ok(String::from_utf8(bytes).unwrap_or_else(|e| {

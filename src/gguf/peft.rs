@@ -1,4 +1,4 @@
-//! PEFT adapter folders: what `adapter_config.json` asks for, and which GGUF tensor each module is.
+//! PEFT adapter folders: the settings in `adapter_config.json`, and the GGUF tensor of each module.
 //!
 //! Source: `peft/tuners/lora/config.py` for the configuration; `conversion/*.py` and
 //! `gguf-py/gguf/tensor_mapping.py` of llama.cpp for names.
@@ -10,28 +10,28 @@ use serde_json::{Map, Value as Json};
 
 use crate::gguf::LoraError;
 
-/// Bytes of `adapter_config.json`, at most.
+/// Maximum size of `adapter_config.json`, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
-/// Ranks past this are no low-rank adapters.
+/// Maximum rank; a larger rank is not a low-rank adapter.
 pub(crate) const MAX_RANK: u64 = 8192;
 
-/// The parts of `adapter_config.json` that change what an adapter computes.
+/// The settings of `adapter_config.json` that change what an adapter computes.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct PeftConfig {
     pub rank: u64,
     pub alpha: f64,
-    /// Scale by `alpha / sqrt(rank)` rather than `alpha / rank`.
+    /// Whether the scale is `alpha / sqrt(rank)` rather than `alpha / rank`.
     pub rslora: bool,
     /// Whether single modules may have another rank (`rank_pattern`).
     pub mixed_ranks: bool,
-    /// A reward model's: [`SCORE`] is saved with it.
+    /// Whether the adapter is a reward model, with which [`SCORE`] is saved.
     pub head: bool,
 }
 
 /// The head of a model for sequence classification, as PEFT and TRL save it.
 pub(crate) const SCORE: &str = "base_model.model.score.weight";
 
-/// Keys that must be absent, null, false or empty, and why.
+/// Keys that must be absent, null, false or empty, each with the reason.
 const REFUSED: &[(&str, &str)] = &[
     ("use_dora", "DoRA adds a magnitude vector, which a LoRA GGUF cannot hold"),
     (
@@ -111,7 +111,8 @@ impl PeftConfig {
                 return Err(fail("bias", reason.into()));
             }
         }
-        // These subtract what A and B hold from the base weights, which are saved nowhere in the folder.
+        // These methods subtract the initial product of A and B from the base weights. The changed
+        // weights are not saved in the folder.
         if let Some(init) = config.get("init_lora_weights").and_then(Json::as_str)
             && CHANGE_THE_BASE.iter().any(|name| init.to_ascii_lowercase().starts_with(name))
         {
@@ -127,7 +128,7 @@ impl PeftConfig {
         let Some(rank) = rank.filter(|r| (1..=MAX_RANK).contains(r)) else {
             return Err(fail("r", format!("it must be a whole number from 1 to {MAX_RANK}")));
         };
-        // Zero would switch the adapter off in PEFT, but means "unscaled" to llama.cpp.
+        // Zero would disable the adapter in PEFT, but means "unscaled" in llama.cpp.
         let alpha = config.get("lora_alpha").and_then(Json::as_f64);
         let Some(alpha) = alpha.filter(|&a| a != 0.0 && (a as f32).is_normal()) else {
             return Err(fail("lora_alpha", "it must be a number other than 0".into()));
@@ -145,14 +146,14 @@ impl PeftConfig {
         Ok(PeftConfig { rank, alpha, rslora, mixed_ranks, head })
     }
 
-    /// The alpha to write. llama.cpp scales each module by `alpha / its rank`.
+    /// The alpha to write. llama.cpp scales each module by `alpha / rank of the module`.
     pub fn gguf_alpha(&self) -> f32 {
         let boost = if self.rslora { (self.rank as f64).sqrt() } else { 1.0 };
         (self.alpha * boost) as f32
     }
 
-    /// What B of a module with `rank` must be multiplied with, so that llama.cpp's scale becomes
-    /// PEFT's. 1 except for rsLoRA with a rank pattern.
+    /// The factor on B of a module with `rank` that turns llama.cpp's scale into PEFT's. It is 1
+    /// except for rsLoRA with a rank pattern.
     pub fn correction(&self, rank: u64) -> f32 {
         if !self.rslora || rank == self.rank {
             return 1.0;
@@ -162,21 +163,21 @@ impl PeftConfig {
     }
 }
 
-/// Which half of a pair a tensor is.
+/// Factor of a LoRA pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Half {
     A,
     B,
 }
 
-/// How PEFT's factor relates to the one in the GGUF.
+/// How PEFT's factors relate to the factors in the GGUF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// The same rows.
     Plain,
-    /// Rows of B are reordered within each of these many heads.
+    /// Rows of B are reordered within each of this many heads.
     Heads(u64),
-    /// A is transposed: it is a table of rows by token.
+    /// A is transposed, because it is a table with one row per token.
     Embedding,
 }
 
@@ -190,10 +191,10 @@ pub(crate) struct Target {
     pub layout: Layout,
 }
 
-/// Splits `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight` into the module's path and the
-/// half. `None` if it is not a LoRA tensor.
+/// Splits `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight` into the module's path and
+/// the factor. `None` if it is not a LoRA tensor.
 pub(crate) fn split_name(name: &str) -> Option<(&str, Half)> {
-    // Saved state dicts drop the adapter's name, in-memory ones say "default".
+    // Saved state dicts omit the adapter's name; in-memory ones contain "default".
     const ENDINGS: &[(&str, Half)] = &[
         (".lora_A.weight", Half::A),
         (".lora_B.weight", Half::B),
@@ -210,8 +211,8 @@ pub(crate) fn split_name(name: &str) -> Option<(&str, Half)> {
     })
 }
 
-/// Linear modules of a layer by their Hugging Face path. Phi-3 packs q, k, v and gate, up; llama.cpp
-/// keeps both packed in the same order, and the rows need no change.
+/// Linear modules of a layer by their Hugging Face path. Phi-3 packs q, k, v and gate, up;
+/// llama.cpp keeps both packed in the same order, so the rows need no reordering.
 const LAYER_MODULES: &[(&str, &str)] = &[
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
@@ -227,22 +228,22 @@ const LAYER_MODULES: &[(&str, &str)] = &[
 /// Architectures whose GGUF holds q and k in the order of interleaved rotary embedding, while
 /// Hugging Face holds them in halves (`undo_permute` in `conversion/llama.py`).
 const INTERLEAVED: &[&str] = &["llama", "mistral3", "smollm3", "granite", "arcee"];
-/// Architectures with the same order on both sides.
+/// Architectures with the same row order in both formats.
 const SAME_ORDER: &[&str] = &["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"];
 
-/// Hugging Face's path, within its layer, of what GGUF calls `short`.
+/// Hugging Face's module path, within its layer, for the GGUF name `short`.
 pub fn layer_module(short: &str) -> Option<&'static str> {
     LAYER_MODULES.iter().find(|(_, gguf)| *gguf == short).map(|(module, _)| *module)
 }
 
-/// Whether the rows of queries and keys stand in another order than in Hugging Face's files.
+/// Whether the rows of queries and keys are in another order than in Hugging Face's files.
 pub fn is_interleaved(arch: &str) -> bool {
     INTERLEAVED.contains(&arch)
 }
 
 /// Finds the base tensor for a module's path.
 ///
-/// `heads(layer)` gives query heads and key heads of a layer. `Err` holds the reason.
+/// `heads(layer)` returns the query heads and key heads of a layer. `Err` holds the reason.
 pub(crate) fn target(
     path: &str,
     arch: &str,
@@ -254,7 +255,7 @@ pub(crate) fn target(
     let whole = |short: &'static str, layout| {
         Ok(Target { tensor: format!("{short}.weight"), short, layout })
     };
-    // Multimodal wrappers put the text model under further names, in either order.
+    // Multimodal wrappers add further prefixes to the text model's names, in either order.
     let mut inner = path;
     while let Some(rest) =
         inner.strip_prefix("model.").or_else(|| inner.strip_prefix("language_model."))

@@ -1,17 +1,17 @@
-//! [`quantize_q8_0`]: numbers as ggml quantizes them, bit for bit.
+//! [`quantize_q8_0`]: quantizes numbers bit for bit as ggml does.
 
 use half::f16;
 
-/// Numbers that share a scale.
+/// Number of values that share a scale.
 const BLOCK: usize = 32;
 const BLOCK_BYTES: usize = 34;
 
-/// `Q8_0` of whole blocks of numbers: of each an f16 scale `d`, and 32 × i8. As in
-/// `quantize_row_q8_0_ref` of `ggml/src/ggml-quants.c`, numbers are divided by the scale before it
-/// was rounded.
+/// Quantizes whole blocks to `Q8_0`: each block is an f16 scale `d` and 32 × i8. As in
+/// `quantize_row_q8_0_ref` of `ggml/src/ggml-quants.c`, values are divided by the scale before the
+/// scale is rounded.
 ///
 /// # Panics
-/// If the numbers are not whole blocks.
+/// If `values` is not a whole number of blocks.
 pub fn quantize_q8_0(values: &[f32]) -> Vec<u8> {
     let (blocks, rest) = values.as_chunks::<BLOCK>();
     assert!(rest.is_empty(), "rows are whole blocks");
@@ -21,7 +21,7 @@ pub fn quantize_q8_0(values: &[f32]) -> Vec<u8> {
         let scale = largest / 127.0;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
         out.extend(f16::from_f32(scale).to_le_bytes());
-        // `roundf`: halves go away from zero.
+        // As `roundf`: halves are rounded away from zero.
         out.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
     }
     out

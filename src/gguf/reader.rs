@@ -1,4 +1,4 @@
-//! [`Gguf`]: the header of a file, checked before anything in it is believed, and its tensor data.
+//! [`Gguf`]: the checked header of a file, and its tensor data.
 //!
 //! Format: `docs/gguf.md` of ggml, versions 2 and 3, little-endian. Checks mirror (and where noted
 //! exceed) `ggml/src/gguf.cpp`, so that llama.cpp does not fail on a file accepted here.
@@ -16,25 +16,25 @@ use super::parser::Parser;
 use super::types::{TensorType, Value};
 use crate::gguf::GgufError;
 
-/// Dimensions of a tensor, at most (`GGML_MAX_DIMS`).
+/// Maximum number of dimensions of a tensor (`GGML_MAX_DIMS`).
 pub const MAX_DIMS: usize = 4;
-/// Bytes of a tensor name, at most (`GGML_MAX_NAME` less the closing zero).
+/// Maximum length of a tensor name in bytes (`GGML_MAX_NAME` without the terminating zero).
 pub const MAX_NAME: usize = 63;
-/// Alignment where `general.alignment` says nothing (`GGUF_DEFAULT_ALIGNMENT`).
+/// Alignment if `general.alignment` is absent (`GGUF_DEFAULT_ALIGNMENT`).
 pub const DEFAULT_ALIGNMENT: u64 = 32;
 /// First four bytes of every file.
 pub(crate) const MAGIC: [u8; 4] = *b"GGUF";
 
-/// The format's own limit on keys.
+/// The format's limit on the length of a key.
 const MAX_KEY: u64 = 65_535;
 /// Smallest encodings: a key (length, one byte, type, one byte) and a tensor (length, no
-/// dimensions, type, offset). They bound the counts by the bytes that are really there.
+/// dimensions, type, offset). They bound the counts by the bytes that the file really has.
 const MIN_KEY_BYTES: u64 = 8 + 1 + 4 + 1;
 const MIN_TENSOR_BYTES: u64 = 8 + 4 + 4 + 8;
-/// An alignment past this only exists to break arithmetic.
+/// Maximum alignment, which keeps arithmetic from overflowing.
 const MAX_ALIGNMENT: u64 = 1 << 20;
 
-/// Name, shape, type and place of one tensor. Every field was checked against the file.
+/// Name, shape, type and position of one tensor. Every field was checked against the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     name: String,
@@ -62,7 +62,7 @@ impl TensorInfo {
         self.ne
     }
 
-    /// How elements are stored.
+    /// The storage type of the elements.
     pub fn ty(&self) -> TensorType {
         self.ty
     }
@@ -77,7 +77,7 @@ impl TensorInfo {
         self.bytes
     }
 
-    /// Where the data starts, in bytes from the start of the file.
+    /// Start of the data, in bytes from the start of the file.
     pub fn file_offset(&self) -> u64 {
         self.offset
     }
@@ -107,10 +107,10 @@ impl Gguf {
     #[allow(unsafe_code)]
     pub fn open(path: impl AsRef<Path>) -> Result<Gguf, GgufError> {
         let (file, size) = open_regular(path.as_ref())?;
-        // SAFETY: the mapping is read-only and private to this value. It is sound as long as nobody
-        // shrinks or rewrites the file meanwhile; Ingot's own writers replace files by rename, which
-        // leaves the mapped inode alone. Processes that must survive a hostile owner of the file
-        // (the gateway) use `open_header`, which does not map.
+        // SAFETY: the mapping is read-only and private to this value. It is sound as long as no
+        // process shrinks or rewrites the file meanwhile; Ingot's own writers replace files by
+        // rename, which does not change the mapped inode. Processes that must survive a hostile
+        // owner of the file (the gateway) use `open_header`, which does not map.
         let map = unsafe { Mmap::map(&file) }.map_err(GgufError::io("map the GGUF file"))?;
         if map.len() as u64 != size {
             malformed!("the file changed its size while it was being opened");
@@ -120,8 +120,8 @@ impl Gguf {
         Ok(gguf)
     }
 
-    /// Opens and checks the header with plain reads: no mapping, no page of tensor data touched, and
-    /// no SIGBUS if the file shrinks meanwhile. [`Gguf::data`] then answers with an error.
+    /// Opens and checks the header with plain reads: nothing is mapped, no tensor data is read, and
+    /// there is no SIGBUS if the file shrinks meanwhile. [`Gguf::data`] then returns an error.
     ///
     /// # Errors
     /// As [`Gguf::open`].
@@ -243,8 +243,8 @@ impl Gguf {
         Ok(())
     }
 
-    /// Turns offsets into places in the file. Like llama.cpp, demands that tensors follow each other
-    /// in order, each padded to the alignment: that also rules out overlaps.
+    /// Converts offsets to positions in the file. Like llama.cpp, requires that tensors follow each
+    /// other in order, each padded to the alignment, which also rules out overlaps.
     fn place_tensors(&mut self, header_end: u64) -> Result<(), GgufError> {
         self.data_offset = header_end.next_multiple_of(self.alignment);
         let mut expected = 0u64;
@@ -279,7 +279,7 @@ impl Gguf {
         self.file_size
     }
 
-    /// Where tensor data starts, in bytes from the start of the file.
+    /// Start of the tensor data, in bytes from the start of the file.
     pub fn data_offset(&self) -> u64 {
         self.data_offset
     }
@@ -322,7 +322,7 @@ impl Gguf {
         }
     }
 
-    /// A non-negative integer of any width that fits `u32`; `None` if the key is absent.
+    /// An integer of any width, not negative, that fits `u32`; `None` if the key is absent.
     ///
     /// # Errors
     /// [`GgufError::WrongType`], as for all typed getters.
@@ -379,7 +379,7 @@ impl Gguf {
         let Some(map) = &self.map else {
             malformed!("tensor '{name}' has no data here: only the header was opened");
         };
-        // Place and size were checked against the length of this very mapping.
+        // Position and size were checked against the length of this mapping.
         Ok(&map[info.offset as usize..][..info.bytes as usize])
     }
 
@@ -387,7 +387,7 @@ impl Gguf {
     ///
     /// # Errors
     /// As [`Gguf::data`], and [`GgufError::Malformed`] for a type that
-    /// [`can_dequantize`](crate::gguf::can_dequantize) denies.
+    /// [`can_dequantize`](crate::gguf::can_dequantize) does not support.
     pub fn to_f32(&self, name: &str) -> Result<Vec<f32>, GgufError> {
         let data = self.data(name)?;
         let info = self.tensor(name).expect("its data was found");
@@ -399,7 +399,8 @@ impl Gguf {
     }
 }
 
-/// Opens a regular file: a FIFO would block for ever, a directory gives a confusing error.
+/// Opens a regular file: opening a FIFO would block forever, and a directory gives an unclear
+/// error.
 fn open_regular(path: &Path) -> Result<(File, u64), GgufError> {
     let about = fs::metadata(path).map_err(GgufError::io("open the GGUF file"))?;
     if !about.is_file() {

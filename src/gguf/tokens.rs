@@ -6,21 +6,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::gguf::{Gguf, GgufError};
 
-/// A token with a role.
+/// A special token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpecialToken {
     /// Index into the vocabulary.
     pub id: u32,
-    /// Its text as the file spells it.
+    /// Text of the token in the file.
     pub text: String,
 }
 
-/// What the header tells of a tokenizer.
+/// Properties of a tokenizer, from the header.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenizerFacts {
     /// `tokenizer.ggml.model`: `llama` (SentencePiece), `gpt2` (BPE), `bert` (WordPiece), `t5`, …
     pub model: Option<String>,
-    /// `tokenizer.ggml.pre`: which pre-tokenizer a BPE vocabulary uses.
+    /// `tokenizer.ggml.pre`: the pre-tokenizer of a BPE vocabulary.
     pub pre: Option<String>,
     /// Number of tokens listed; 0 if none are.
     pub n_tokens: u32,
@@ -30,7 +30,7 @@ pub struct TokenizerFacts {
     pub eos: Option<SpecialToken>,
     /// End of turn.
     pub eot: Option<SpecialToken>,
-    /// End of message, before a tool's answer.
+    /// End of message, before a tool's result.
     pub eom: Option<SpecialToken>,
     /// Unknown.
     pub unk: Option<SpecialToken>,
@@ -40,15 +40,15 @@ pub struct TokenizerFacts {
     pub pad: Option<SpecialToken>,
     /// Mask.
     pub mask: Option<SpecialToken>,
-    /// Fill in the middle: before the text ahead of the gap.
+    /// Fill in the middle: marks the text before the gap.
     pub fim_pre: Option<SpecialToken>,
-    /// Fill in the middle: before the text behind the gap.
+    /// Fill in the middle: marks the text after the gap.
     pub fim_suf: Option<SpecialToken>,
     /// Fill in the middle: where generation starts.
     pub fim_mid: Option<SpecialToken>,
-    /// Whether a prompt gets `bos` in front.
+    /// Whether `bos` is prepended to a prompt.
     pub add_bos: bool,
-    /// Whether a prompt gets `eos` behind.
+    /// Whether `eos` is appended to a prompt.
     pub add_eos: bool,
     /// `tokenizer.chat_template` (Jinja).
     pub chat_template: Option<String>,
@@ -56,8 +56,8 @@ pub struct TokenizerFacts {
     pub named_templates: Vec<(String, String)>,
 }
 
-/// Texts that mean "end of turn" where no key says so, in order of preference. llama.cpp takes any
-/// of them, in the order of a hash map; with one of them present both agree.
+/// Texts that mean "end of turn" if no key names the token, in order of preference. llama.cpp takes
+/// any of them, in the order of a hash map; if only one of them is present both agree.
 const EOT: &[&str] = &[
     "<|eot_id|>",
     "<|im_end|>",
@@ -103,7 +103,7 @@ const FIM_MID: &[&str] = &[
     "<|middle|>",
 ];
 
-/// Ids that hold where no key says otherwise: bos, eos, unk, sep, pad, mask.
+/// Default ids if no key sets them: bos, eos, unk, sep, pad, mask.
 type Defaults = [Option<u32>; 6];
 
 fn defaults(model: &str) -> Defaults {
@@ -117,7 +117,7 @@ fn defaults(model: &str) -> Defaults {
     }
 }
 
-/// Whether a prompt gets bos and eos where no key says so.
+/// Default of adding bos and eos to a prompt if no key sets it.
 fn default_flags(model: &str, pre: &str) -> (bool, bool) {
     match model {
         "llama" | "bert" => (true, false),
@@ -149,7 +149,7 @@ impl TokenizerFacts {
             Some(SpecialToken { id: u32::try_from(id).ok()?, text: text.clone() })
         };
         let by_key = |name: &str, default: Option<u32>| -> Result<_, GgufError> {
-            // An id outside the vocabulary is ignored, as llama.cpp does: such files exist.
+            // An id outside the vocabulary is ignored, as in llama.cpp: such files exist.
             let id = gguf.u64(&format!("tokenizer.ggml.{name}_token_id"))?;
             Ok(id.and_then(by_id).or_else(|| default.and_then(|id| by_id(id.into()))))
         };
@@ -182,7 +182,7 @@ impl TokenizerFacts {
             eot: by_key("eot", None)?.or_else(|| by_text(EOT)),
             eom: by_key("eom", None)?.or_else(|| by_text(EOM)),
             unk: by_key("unknown", unk)?,
-            // The key is misspelt in the format itself.
+            // The format itself misspells this key.
             sep: by_key("seperator", sep)?,
             pad: by_key("padding", pad)?,
             mask: by_key("mask", mask)?,
@@ -198,7 +198,7 @@ impl TokenizerFacts {
         })
     }
 
-    /// Whether the three tokens for filling in the middle exist.
+    /// Whether the three fill-in-the-middle tokens exist.
     pub fn supports_infill(&self) -> bool {
         self.fim_pre.is_some() && self.fim_suf.is_some() && self.fim_mid.is_some()
     }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-/// How the elements of a tensor are stored. The discriminants are ggml's own numbers.
+/// Storage type of a tensor's elements. The discriminants are ggml's own numbers.
 #[allow(missing_docs, non_camel_case_types)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
@@ -86,14 +86,14 @@ const TYPES: &[(TensorType, &str, u64, u64)] = &[
     (TensorType::Q2_0, "Q2_0", 64, 18),
 ];
 
-/// A type number that ggml does not define, or no longer does (4, 5, 31 to 33, 36 to 38).
+/// A type number that ggml does not define, or no longer defines (4, 5, 31 to 33, 36 to 38).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0} is not a tensor type that this version knows")]
 pub struct UnknownTensorType(pub u32);
 
 impl TensorType {
     fn row(self) -> &'static (TensorType, &'static str, u64, u64) {
-        // TYPES is in the order of the discriminants, so this finds the row without a hole check.
+        // TYPES is sorted by discriminant, so a binary search finds the row despite the gaps.
         let at = TYPES.binary_search_by_key(&(self as u32), |row| row.0 as u32);
         &TYPES[at.expect("every tensor type has a row in TYPES")]
     }
@@ -108,7 +108,7 @@ impl TensorType {
         self.row().1
     }
 
-    /// Elements that share one block (1 for plain numbers). A row must be a whole number of blocks.
+    /// Number of elements per block (1 for plain numbers). A row must be a whole number of blocks.
     pub fn block_size(self) -> u64 {
         self.row().2
     }
@@ -188,11 +188,11 @@ pub enum Array {
     F64(Vec<f64>),
 }
 
-/// The number that stands for "array" in a file (`GGUF_TYPE_ARRAY`).
+/// Type number of arrays in a file (`GGUF_TYPE_ARRAY`).
 pub(crate) const ARRAY_TYPE: u32 = 9;
 
 impl Value {
-    /// The number of this type in a file (`enum gguf_type`).
+    /// Number of this type in a file (`enum gguf_type`).
     pub(crate) fn type_id(&self) -> u32 {
         match self {
             Value::U8(_) => 0,
@@ -211,7 +211,7 @@ impl Value {
         }
     }
 
-    /// What the value is, for messages: `u32`, `string`, `array of f32`.
+    /// Name of the value's type for messages: `u32`, `string`, `array of f32`.
     pub fn type_name(&self) -> &'static str {
         match self {
             Value::U8(_) => "u8",
@@ -335,7 +335,7 @@ impl Array {
         self.len() == 0
     }
 
-    /// The number of the element type in a file.
+    /// Number of the element type in a file.
     pub(crate) fn element_type_id(&self) -> u32 {
         match self {
             Array::U8(_) => 0,
@@ -353,7 +353,7 @@ impl Array {
         }
     }
 
-    /// What the array is, for messages.
+    /// Name of the array's type for messages.
     pub fn type_name(&self) -> &'static str {
         match self {
             Array::U8(_) => "array of u8",

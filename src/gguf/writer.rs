@@ -1,4 +1,4 @@
-//! [`GgufWriter`]: writes a GGUF file (version 3) so that it appears whole or not at all.
+//! [`GgufWriter`]: writes a GGUF file (version 3) atomically.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -14,7 +14,7 @@ use super::reader::{DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS, MAX_NAME};
 use super::types::{Array, Value};
 use crate::gguf::{Gguf, GgufError, TensorType};
 
-/// Numbers converted at a time, so that no converted copy of a tensor is ever held.
+/// Number of values converted at a time, so that no converted copy of a whole tensor is held.
 const CHUNK: usize = 1 << 14;
 
 /// Writes the bytes of one tensor.
@@ -39,13 +39,13 @@ pub struct GgufWriter<'a> {
 }
 
 impl<'a> GgufWriter<'a> {
-    /// A writer with nothing in it.
+    /// An empty writer.
     pub fn new() -> GgufWriter<'a> {
         GgufWriter::default()
     }
 
-    /// Sets a key, replacing an earlier value. `general.alignment` is the writer's own matter and is
-    /// left out: data is always aligned to 32 bytes.
+    /// Sets a key, replacing an earlier value. `general.alignment` is ignored, because the writer
+    /// always aligns data to 32 bytes.
     pub fn set(&mut self, key: &str, value: impl Into<Value>) -> &mut Self {
         if key == "general.alignment" {
             return self;
@@ -58,7 +58,7 @@ impl<'a> GgufWriter<'a> {
         self
     }
 
-    /// Copies the keys of another file that `keep` accepts, in its order.
+    /// Copies the keys of another file that `keep` accepts, in their order.
     pub fn copy_metadata(&mut self, from: &Gguf, keep: impl Fn(&str) -> bool) -> &mut Self {
         for (key, value) in from.metadata().filter(|(key, _)| keep(key)) {
             self.set(key, value.clone());
@@ -66,11 +66,11 @@ impl<'a> GgufWriter<'a> {
         self
     }
 
-    /// Adds a tensor by its bytes. `dims` in ggml's order (first dimension contiguous).
+    /// Adds a tensor with its bytes. `dims` is in ggml's order (first dimension contiguous).
     ///
     /// # Errors
-    /// [`GgufError::Malformed`] for a name or shape that no reader would accept, a name already
-    /// added, or the wrong number of bytes.
+    /// [`GgufError::Malformed`] for a name or shape that no reader would accept, a duplicate name,
+    /// or the wrong number of bytes.
     pub fn tensor(
         &mut self,
         name: &str,
@@ -109,8 +109,8 @@ impl<'a> GgufWriter<'a> {
         self.tensor_with(name, dims, ty, move |out| write_f32(out, ty, data.iter().copied()))
     }
 
-    /// Adds a tensor whose bytes `produce` writes when its turn comes, so that it need not exist
-    /// before. Writing fails if the number of bytes is not the one of shape and type.
+    /// Adds a tensor whose bytes `produce` writes only when the file is written, so that they need
+    /// not be held before. Writing fails if the number of bytes does not match shape and type.
     ///
     /// # Errors
     /// As [`GgufWriter::tensor`].
@@ -130,12 +130,12 @@ impl<'a> GgufWriter<'a> {
         Ok(self)
     }
 
-    /// Writes the file: to a temporary name in the same folder, synced, then renamed, so that `path`
-    /// never holds a part of it. Returns the size in bytes.
+    /// Writes the file to a temporary name in the same folder, syncs it, then renames it, so that
+    /// `path` never holds a partial file. Returns the size in bytes.
     ///
     /// # Errors
-    /// [`GgufError::Io`], or [`GgufError::Malformed`] for a key no reader would accept. `path` is
-    /// untouched then.
+    /// [`GgufError::Io`], or [`GgufError::Malformed`] for a key that no reader would accept. `path`
+    /// is then unchanged.
     pub fn write(self, path: &Path) -> Result<u64, GgufError> {
         if let Some((key, _)) = self.metadata.iter().find(|(k, _)| k.is_empty() || k.len() > 65_535)
         {
@@ -194,7 +194,7 @@ impl<'a> GgufWriter<'a> {
     }
 }
 
-/// Bytes of a tensor, if its name and shape are ones that the reader accepts.
+/// Size of a tensor in bytes, if the reader accepts its name and shape.
 fn check_shape(name: &str, dims: &[u64], ty: TensorType) -> Result<u64, GgufError> {
     if name.len() > MAX_NAME || name.contains('\0') {
         malformed!("tensor name '{name}' is longer than {MAX_NAME} bytes or contains a zero byte");
@@ -205,7 +205,7 @@ fn check_shape(name: &str, dims: &[u64], ty: TensorType) -> Result<u64, GgufErro
         malformed!("tensor '{name}' has the impossible shape {dims:?}");
     };
     let whole_rows = dims[0].is_multiple_of(ty.block_size());
-    // Far below `u64::MAX`, so that no sum of offsets can overflow.
+    // The limit is far below `u64::MAX`, so that sums of offsets cannot overflow.
     match ty.bytes_for(elements).filter(|&bytes| whole_rows && bytes < 1 << 56) {
         Some(bytes) => Ok(bytes),
         None => malformed!("tensor '{name}' of shape {dims:?} is not whole blocks of {ty}"),
@@ -280,7 +280,7 @@ fn pad(out: &mut Counted<impl Write>) -> io::Result<()> {
     out.write_all(&[0; DEFAULT_ALIGNMENT as usize][..missing as usize])
 }
 
-/// A writer that knows where it is.
+/// A writer that counts its bytes.
 struct Counted<W> {
     inner: W,
     at: u64,
@@ -298,7 +298,7 @@ impl<W: Write> Write for Counted<W> {
     }
 }
 
-/// A file that is removed unless it gets its final name.
+/// A file that is removed unless it is renamed to its final name.
 struct Temporary(PathBuf);
 
 impl Temporary {
@@ -307,8 +307,8 @@ impl Temporary {
         let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
-        // Unique among threads by the count and among processes by the id; a leftover of a killed
-        // process with the same id makes `create_new` fail rather than write into it.
+        // Unique among threads by the count and among processes by the id. If a killed process with
+        // the same id left a file, `create_new` fails rather than writing into it.
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         hidden.push(format!(".{}-{count}.tmp", std::process::id()));
         let path = target.with_file_name(hidden);
@@ -316,7 +316,7 @@ impl Temporary {
         Ok((file, Temporary(path)))
     }
 
-    /// Gives the file its name and makes the name durable.
+    /// Renames the file to its final name and syncs the folder.
     fn rename(mut self, target: &Path) -> io::Result<()> {
         fs::rename(&self.0, target)?;
         self.0 = PathBuf::new();
@@ -331,7 +331,7 @@ impl Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         if !self.0.as_os_str().is_empty() {
-            // Nothing can be done about a failure here, and the write already reported its own.
+            // A failure here cannot be handled, and the write has already reported its own error.
             let _ = fs::remove_file(&self.0);
         }
     }

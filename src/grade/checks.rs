@@ -1,4 +1,4 @@
-//! Graders that ask nobody.
+//! Graders that need no model.
 
 use super::fields::Fields;
 use super::number::{Marker, NumberMatch};
@@ -9,16 +9,16 @@ use super::{Fault, Flag, GraderError};
 use regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
-/// The longest text that is compared or searched, in characters: a comparison takes time as the
-/// product of two of them, a search as the product of one and the pattern.
+/// Maximum length of a text that is compared or searched, in characters. A comparison takes time
+/// proportional to the product of the lengths of both texts, a search to that of text and pattern.
 const LONGEST: usize = 64 << 10;
 const LONGEST_PATTERN: usize = 4 << 10;
-/// What a compiled pattern may take, in bytes. Unicode's larger classes need some 10 KiB each.
+/// Maximum size of a compiled pattern, in bytes. Unicode's larger classes need some 10 KiB each.
 const PATTERN_SIZE: usize = 256 << 10;
-/// The largest bound of a length: beyond any text.
+/// Upper limit of a length bound, longer than any text.
 const MOST_LENGTH: i64 = 1 << 30;
 
-/// One of the graders that ask nobody; what it is worth is from 0 to 1.
+/// A grader that needs no model; its value is from 0 to 1.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Check {
     String { operation: Operation, input: Template, reference: Template },
@@ -35,7 +35,7 @@ pub(super) enum Operation {
     Ne,
     /// The input contains the reference.
     Like,
-    /// As `Like`, whatever the case.
+    /// As `Like`, ignoring case.
     Ilike,
 }
 
@@ -46,7 +46,8 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("ilike", Operation::Ilike),
 ];
 
-/// How long a text should be. Outside it is worth less the further out, and nothing from `slack` on.
+/// Required length of a text. Outside its bounds the value decreases with the distance and is 0
+/// from a distance of `slack` on.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Length {
     unit: Unit,
@@ -63,7 +64,7 @@ enum Unit {
 
 const UNITS: &[(&str, Unit)] = &[("characters", Unit::Characters), ("words", Unit::Words)];
 
-/// A regular expression of the crate `regex`: no backtracking, so that no text takes long.
+/// A regular expression of the crate `regex`: without backtracking, so matching takes linear time.
 #[derive(Clone, Debug)]
 pub(super) struct Pattern(Regex);
 
@@ -74,7 +75,7 @@ impl PartialEq for Pattern {
 }
 
 impl Check {
-    /// Reads the keys of a kind, `type` and `name` aside.
+    /// Reads the keys of a kind, except `type` and `name`.
     pub fn parse(kind: &str, fields: &mut Fields) -> Result<Self, GraderError> {
         match kind {
             "string_check" => Ok(Self::String {
@@ -109,7 +110,7 @@ impl Check {
                 let input = fields.template_or_output("input")?;
                 let source = fields.need_string("pattern", LONGEST_PATTERN)?;
                 let pattern = Pattern::compile(&source).map_err(|why| {
-                    // The lines before quote the pattern.
+                    // The preceding lines quote the pattern.
                     let why = why.to_string();
                     let why = short(why.lines().last().unwrap_or_default());
                     fields.error("pattern", format!("must be a pattern: {why}"))
@@ -130,7 +131,7 @@ impl Check {
         }
     }
 
-    /// Writes the keys of the normal form, `type` and `name` aside.
+    /// Writes the keys of the normal form, except `type` and `name`.
     pub fn write(&self, map: &mut Map<String, Value>) {
         let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
         match self {
@@ -176,7 +177,7 @@ impl Check {
         }
     }
 
-    /// What a sample is worth.
+    /// The value of a sample.
     pub fn value(&self, context: &Context<'_>) -> Result<f64, Fault> {
         let fill = |template: &Template| template.render(context);
         let truth = match self {
@@ -249,7 +250,7 @@ impl Pattern {
     }
 }
 
-/// A text that is short enough to be compared.
+/// Checks that a text is short enough to be compared.
 fn bounded(text: &str) -> Result<&str, Fault> {
     match text.char_indices().nth(LONGEST) {
         None => Ok(text),

@@ -1,14 +1,15 @@
-//! Reads an object strictly: every key is taken by name and type, and what nobody took is refused.
+//! Strict reader of objects: every key is taken by name and type; a key that was not taken is
+//! refused.
 
 use super::GraderError;
 use super::template::{self, Template};
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
-/// The longest name of a grader or a model, in bytes.
+/// Maximum length of the name of a grader or a model, in bytes.
 const LONGEST_NAME: usize = 256;
 
-/// The keys of one object that nobody has taken yet.
+/// The keys of one object that have not been taken yet.
 #[derive(Debug)]
 pub(super) struct Fields {
     path: String,
@@ -16,7 +17,7 @@ pub(super) struct Fields {
 }
 
 impl Fields {
-    /// The keys of an object that stands at `path`.
+    /// The keys of the object at `path`.
     pub fn of(path: String, value: Value) -> Result<Self, GraderError> {
         match value {
             Value::Object(map) => Ok(Self { path, map }),
@@ -29,12 +30,12 @@ impl Fields {
         format!("{}.{key}", self.path)
     }
 
-    /// A key of any type; null counts as absent.
+    /// Takes a key of any type; null counts as absent.
     pub fn take(&mut self, key: &str) -> Option<Value> {
         self.map.shift_remove(key).filter(|value| !value.is_null())
     }
 
-    /// Undoes [`Fields::take`].
+    /// Puts back a key that was taken with [`Fields::take`].
     pub fn put_back(&mut self, key: &str, value: Value) {
         self.map.insert(key.to_owned(), value);
     }
@@ -48,13 +49,13 @@ impl Fields {
         GraderError { message: format!("Missing required parameter: '{param}'."), param }
     }
 
-    /// An error for one of these keys: `grader.range must be …`; `what` follows the key's name.
+    /// An error for a key: `grader.range must be …`; `what` follows the key's name.
     pub fn error(&self, key: &str, what: impl std::fmt::Display) -> GraderError {
         let param = self.path(key);
         GraderError { message: format!("{param} {what}"), param }
     }
 
-    /// A string of at most `most` bytes.
+    /// Takes a string of at most `most` bytes.
     pub fn string(&mut self, key: &str, most: usize) -> Result<Option<String>, GraderError> {
         match self.take(key) {
             None => Ok(None),
@@ -67,7 +68,7 @@ impl Fields {
         }
     }
 
-    /// A name, which is not empty.
+    /// Takes a non-empty name.
     pub fn name(&mut self, key: &str) -> Result<Option<String>, GraderError> {
         match self.string(key, LONGEST_NAME)? {
             Some(name) if name.is_empty() => Err(self.error(key, "must not be empty")),
@@ -75,21 +76,21 @@ impl Fields {
         }
     }
 
-    /// A name that must be there.
+    /// Takes a required name.
     pub fn need_name(&mut self, key: &str) -> Result<String, GraderError> {
         let value = self.need(key)?;
         self.put_back(key, value);
         Ok(self.name(key)?.unwrap_or_default())
     }
 
-    /// A string of at most `most` bytes that must be there.
+    /// Takes a required string of at most `most` bytes.
     pub fn need_string(&mut self, key: &str, most: usize) -> Result<String, GraderError> {
         let value = self.need(key)?;
         self.put_back(key, value);
         Ok(self.string(key, most)?.unwrap_or_default())
     }
 
-    /// A string that is one of `known`.
+    /// Takes a string that is one of `known`.
     pub fn one_of<T: Copy>(
         &mut self,
         key: &str,
@@ -103,7 +104,7 @@ impl Fields {
         })
     }
 
-    /// As [`Fields::one_of`], and it must be there.
+    /// As [`Fields::one_of`], but required.
     pub fn need_one_of<T: Copy>(
         &mut self,
         key: &str,
@@ -127,7 +128,7 @@ impl Fields {
         }
     }
 
-    /// A whole number, written without a fraction.
+    /// Takes a whole number, written without a fraction.
     pub fn integer(
         &mut self,
         key: &str,
@@ -140,7 +141,7 @@ impl Fields {
         }
     }
 
-    /// A list of `1..=most` elements, each with its path.
+    /// Takes a list of `1..=most` elements, each with its path.
     pub fn list(
         &mut self,
         key: &str,
@@ -159,19 +160,19 @@ impl Fields {
         }
     }
 
-    /// A template that must be there.
+    /// Takes a required template.
     pub fn template(&mut self, key: &str) -> Result<Template, GraderError> {
         let value = self.need(key)?;
         template_at(&self.path(key), value)
     }
 
-    /// A template; where none is given, the sample's text.
+    /// Takes a template; the default is the sample's text.
     pub fn template_or_output(&mut self, key: &str) -> Result<Template, GraderError> {
         let value = self.take(key).unwrap_or_else(|| Value::from(template::OUTPUT_TEXT));
         template_at(&self.path(key), value)
     }
 
-    /// Refuses what nobody took.
+    /// Refuses keys that were not taken.
     pub fn finish(self) -> Result<(), GraderError> {
         match self.map.iter().find(|(_, value)| !value.is_null()) {
             None => Ok(()),
@@ -187,7 +188,7 @@ impl Fields {
     }
 }
 
-/// A template that stands at `path`.
+/// Parses the template at `path`.
 pub(super) fn template_at(path: &str, value: Value) -> Result<Template, GraderError> {
     let Value::String(source) = value else { return Err(wrong(path, "a string", &value)) };
     Template::parse(source).map_err(|why| GraderError {
@@ -208,7 +209,7 @@ fn between<T: std::fmt::Display>(what: &str, range: &RangeInclusive<T>) -> Strin
     format!("{what} between {} and {}", range.start(), range.end())
 }
 
-/// A value as an error quotes it: short.
+/// Shortens a value for a quotation in an error.
 pub(super) fn show(value: &Value) -> String {
     const MOST: usize = 60;
     match value {

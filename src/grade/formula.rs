@@ -1,14 +1,15 @@
 //! Formulas over the graders of a `multi`: `0.8 * correct + 0.2 * max(short, 0.5)`.
 //!
-//! `+ - * / ^`, parentheses, numbers, the graders' keys, and the functions of [`FUNCTIONS`]. `^` binds
-//! before a sign and to the right: `-2^2` is −4, `2^3^2` is 2⁹. A formula becomes postfix, so that
-//! computing it needs no recursion; parsing is bounded by [`DEEPEST`].
+//! A formula consists of `+ - * / ^`, parentheses, numbers, the graders' keys, and the functions of
+//! [`FUNCTIONS`]. `^` binds more tightly than a sign and is right-associative: `-2^2` is −4,
+//! `2^3^2` is 2⁹. A formula is stored in postfix form, so that its evaluation needs no recursion;
+//! the depth of parsing is bounded by [`DEEPEST`].
 
 use super::{Fault, Flag};
 
-/// The longest formula, in bytes.
+/// Maximum length of a formula, in bytes.
 pub(super) const LONGEST: usize = 4096;
-/// The longest key, in bytes.
+/// Maximum length of a key, in bytes.
 pub(super) const LONGEST_NAME: usize = 64;
 const DEEPEST: usize = 64;
 
@@ -22,11 +23,11 @@ pub(super) struct Formula {
 #[derive(Clone, Debug, PartialEq)]
 enum Step {
     Number(f64),
-    /// The value of this grader.
+    /// The value of the grader with this index.
     Variable(usize),
     Negate,
     Binary(char),
-    /// With so many arguments.
+    /// A function and the number of its arguments.
     Call(Function, usize),
 }
 
@@ -54,7 +55,7 @@ const FUNCTIONS: [(&str, Function); 8] = [
     ("log", Function::Log),
 ];
 
-/// Whether a grader's key can stand in a formula.
+/// Whether a grader's key can be used in a formula.
 pub(super) fn is_variable(name: &str) -> bool {
     name.len() <= LONGEST_NAME
         && name.starts_with(starts_name)
@@ -71,7 +72,7 @@ fn in_name(c: char) -> bool {
 }
 
 impl Formula {
-    /// Parses a formula over these keys, or says what is wrong with it.
+    /// Parses a formula over these keys; the error describes what is wrong.
     pub fn parse(source: String, keys: &[&str]) -> Result<Self, String> {
         let mut parser = Parser { rest: &source, keys, steps: Vec::new(), depth: 0 };
         parser.sum()?;
@@ -87,12 +88,12 @@ impl Formula {
         &self.source
     }
 
-    /// Its value for these graders' values. No step may leave the finite numbers.
+    /// Evaluates the formula for these values of the graders. Every step must have a finite result.
     pub fn value(&self, values: &[f64]) -> Result<f64, Fault> {
         let fault = |why: String| Fault::new(Flag::Formula, why);
         let mut stack: Vec<f64> = Vec::new();
         for step in &self.steps {
-            // The parser leaves as many operands as each step takes.
+            // The parser ensures that each step has as many operands as it takes.
             let mut pop = || stack.pop().unwrap_or(f64::NAN);
             let value = match step {
                 Step::Number(number) => *number,
@@ -140,7 +141,7 @@ impl Function {
         }
     }
 
-    /// One more argument of those that take any number.
+    /// Adds one argument to a function of any number of arguments.
     fn with(self, so_far: f64, x: f64) -> f64 {
         if self == Self::Min { so_far.min(x) } else { so_far.max(x) }
     }
@@ -158,7 +159,7 @@ impl<'a> Parser<'a> {
         self.rest = self.rest.trim_start();
     }
 
-    /// Takes one of these characters, if it is next.
+    /// Takes the next character if it is one of these.
     fn take(&mut self, any: &[char]) -> Option<char> {
         self.skip();
         let next = self.rest.chars().next().filter(|next| any.contains(next))?;
@@ -166,7 +167,7 @@ impl<'a> Parser<'a> {
         Some(next)
     }
 
-    /// Takes the characters that hold.
+    /// Takes characters as long as `holds` is true.
     fn take_while(&mut self, holds: impl Fn(char) -> bool) -> &'a str {
         let end = self.rest.find(|c| !holds(c)).unwrap_or(self.rest.len());
         let (taken, rest) = self.rest.split_at(end);
@@ -267,7 +268,7 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    /// A function with its arguments, or a grader.
+    /// Parses a function with its arguments, or a grader's key.
     fn named(&mut self, name: &str) -> Result<(), String> {
         let function = FUNCTIONS.iter().find(|(function, _)| *function == name);
         let Some((_, function)) = function else {

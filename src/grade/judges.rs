@@ -1,4 +1,4 @@
-//! Graders that ask a model.
+//! Graders that need a model.
 
 use super::checks::named;
 use super::fields::{Fields, template_at, wrong};
@@ -7,9 +7,9 @@ use super::{Answer, Failed, Fault, Flag, GraderError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-/// How many messages a question may have.
+/// Maximum number of messages of a question.
 const MOST_MESSAGES: usize = 64;
-/// How many messages of a line of data may go before an answer that is scored.
+/// Maximum number of messages in a line of data before an answer that is scored.
 const MOST_TURNS: usize = 1024;
 const MOST_PARTS: usize = 64;
 const ROLES: &[(&str, &str)] = &[
@@ -20,7 +20,7 @@ const ROLES: &[(&str, &str)] = &[
 ];
 const TEXT_PARTS: [&str; 3] = ["input_text", "output_text", "text"];
 
-/// What a model is to be asked.
+/// A question to a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Question {
     pub model: String,
@@ -29,20 +29,20 @@ pub struct Question {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Ask {
-    /// A number in the range, which a language model is to write.
+    /// A language model must write a number in the range.
     Number { messages: Vec<Message>, range: (f64, f64), sampling: Sampling },
-    /// What a reward model makes of a conversation, raw.
+    /// A reward model must score a conversation; the raw score is returned.
     Score { messages: Vec<Message> },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// `user`, `assistant`, `system` or `developer`; of a conversation in the data, whatever it says.
+    /// `user`, `assistant`, `system` or `developer`; in a conversation of the data, any text.
     pub role: String,
     pub content: String,
 }
 
-/// How the model's text is drawn; what is `None` is as the model has it.
+/// Sampling parameters of the question; `None` uses the model's default.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     pub temperature: Option<f64>,
@@ -64,11 +64,11 @@ pub(super) struct Turn {
     parts: Vec<Template>,
 }
 
-/// What is made of a reward model's score.
+/// Scaling of a reward model's score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Scale {
     Raw,
-    /// 1 / (1 + e^−score): from 0 to 1
+    /// 1 / (1 + e^−score): from 0 to 1.
     Sigmoid,
 }
 
@@ -105,7 +105,7 @@ impl Judge {
         }
     }
 
-    /// The model, and whether it is to be a reward model.
+    /// The model's name, and whether it must be a reward model.
     pub fn model(&self) -> (&str, bool) {
         match self {
             Self::Score { model, .. } => (model, false),
@@ -113,7 +113,7 @@ impl Judge {
         }
     }
 
-    /// Writes the keys of the normal form, `type` and `name` aside.
+    /// Writes the keys of the normal form, except `type` and `name`.
     pub fn write(&self, map: &mut Map<String, Value>) {
         let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
         let turns = |input: &[Turn]| input.iter().map(Turn::value).collect::<Vec<_>>().into();
@@ -148,7 +148,7 @@ impl Judge {
         Ok(Question { model: self.model().0.to_owned(), ask })
     }
 
-    /// The value of an answer; `None` is no answer at all.
+    /// The value of an answer; `None` is a missing answer.
     pub fn read(&self, answer: Option<&Result<Answer, Failed>>) -> Result<f64, Fault> {
         let model = self.model().0;
         let answer = match answer {
@@ -175,14 +175,14 @@ impl Judge {
     }
 }
 
-/// `range`: two numbers, of which the second is the larger.
+/// Takes `range`: two numbers, the second larger than the first.
 fn range(fields: &mut Fields) -> Result<(f64, f64), GraderError> {
     let Some(value) = fields.take("range") else { return Ok((0.0, 1.0)) };
     let ends = match value.as_array().map(Vec::as_slice) {
         Some([low, high]) => low.as_f64().zip(high.as_f64()),
         _ => None,
     };
-    // A difference that is not finite is a range that cannot be scaled.
+    // If the difference is not finite, the range cannot be scaled.
     ends.filter(|(low, high)| low < high && (high - low).is_finite()).ok_or_else(|| {
         let got = if value.is_array() { value.to_string() } else { String::new() };
         let short = got.len() <= 60 && value.is_array();
@@ -205,7 +205,7 @@ impl Sampling {
                 .integer("max_completions_tokens", 1..=i64::from(u32::MAX))?
                 .and_then(|most| u32::try_from(most).ok()),
         };
-        // Our models have no such setting; OpenAI's have.
+        // OpenAI's models have this setting; local models do not, so it is accepted without effect.
         let efforts = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
         fields.one_of("reasoning_effort", &efforts.map(|effort| (effort, ())))?;
         fields.finish()?;
@@ -224,7 +224,7 @@ impl Sampling {
     }
 }
 
-/// `input`: messages.
+/// Takes `input`: messages.
 fn turns(fields: &mut Fields) -> Result<Option<Vec<Turn>>, GraderError> {
     let Some(list) = fields.list("input", MOST_MESSAGES)? else { return Ok(None) };
     list.into_iter()
@@ -266,7 +266,7 @@ impl Turn {
     }
 }
 
-/// A part of a message's content: a string, or an object that holds text.
+/// A part of a message's content: a string, or an object that contains text.
 fn part(path: String, value: Value) -> Result<Template, GraderError> {
     if value.is_string() {
         return template_at(&path, value);
@@ -281,7 +281,7 @@ fn part(path: String, value: Value) -> Result<Template, GraderError> {
     Ok(text)
 }
 
-/// The messages of a sample, together at most [`LONGEST`] bytes.
+/// Renders the messages of a sample, together at most [`LONGEST`] bytes.
 fn fill(input: &[Turn], context: &Context<'_>) -> Result<Vec<Message>, Fault> {
     let mut left = LONGEST;
     let mut messages = Vec::with_capacity(input.len());
@@ -301,7 +301,7 @@ fn fill(input: &[Turn], context: &Context<'_>) -> Result<Vec<Message>, Fault> {
     Ok(messages)
 }
 
-/// The item's `messages`, and the sample as the assistant's answer to them.
+/// The item's `messages`, followed by the sample as the assistant's answer.
 fn conversation(context: &Context<'_>) -> Result<Vec<Message>, Fault> {
     let fault = |why: &str| Fault::new(Flag::Variable, why);
     let turns = context.item().get("messages").and_then(Value::as_array);
@@ -327,7 +327,7 @@ fn conversation(context: &Context<'_>) -> Result<Vec<Message>, Fault> {
     Ok(messages)
 }
 
-/// The text of a message's content: a string, or parts that hold texts.
+/// The text of a message's content: a string, or parts that contain texts.
 fn text_of(content: &Value) -> Option<String> {
     match content {
         Value::String(text) => Some(text.clone()),

@@ -1,4 +1,4 @@
-//! One grader without others inside: its name, and a check or a judge. And how several make a
+//! A single grader (not a `multi`): its name, and a check or a judge. Also parses the graders of a
 //! `multi`.
 
 use super::checks::Check;
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 pub(super) const MULTI: &str = "multi";
 
-/// What `type` may be.
+/// Allowed values of `type`.
 const KINDS: &[(&str, &str)] = &[
     ("string_check", "string_check"),
     ("text_similarity", "text_similarity"),
@@ -54,8 +54,8 @@ pub(super) fn kind(fields: &mut Fields) -> Result<&'static str, GraderError> {
     }
 }
 
-/// A `multi`, whose `type` is taken. Its graders are an object, or a list by their names, or one
-/// grader, as older types of OpenAI's have it.
+/// Parses a `multi`, whose `type` is taken already. Its graders are an object by key, or a list
+/// with names, or a single grader, as in older types of OpenAI's.
 pub(super) fn multi(mut fields: Fields) -> Result<Grader, GraderError> {
     let name = fields.name("name")?.unwrap_or_else(|| MULTI.to_owned());
     let path = fields.path("graders");
@@ -87,7 +87,7 @@ pub(super) fn multi(mut fields: Fields) -> Result<Grader, GraderError> {
         if kind == MULTI {
             return Err(inner.error("type", "cannot be multi inside a multi"));
         }
-        // Under a key the name may be left out; without one it is the key.
+        // With a key the name is optional; without a key the name is the key.
         let (leaf, key, param) = match key {
             Some(key) => (Leaf::parse(kind, &key, inner)?, key, path),
             None => {
@@ -119,7 +119,7 @@ pub(super) fn multi(mut fields: Fields) -> Result<Grader, GraderError> {
 }
 
 impl Leaf {
-    /// A grader whose `type` is taken; `name` is what it is called where it does not say.
+    /// Parses a grader whose `type` is taken already; `name` is its default name.
     pub fn parse(kind: &'static str, name: &str, mut fields: Fields) -> Result<Self, GraderError> {
         let name = fields.name("name")?.unwrap_or_else(|| name.to_owned());
         let work = match kind {
@@ -150,7 +150,7 @@ impl Leaf {
         Value::Object(map)
     }
 
-    /// The model that it asks, and whether that is a reward model.
+    /// The model that the grader needs, and whether it must be a reward model.
     pub fn model(&self) -> Option<(&str, bool)> {
         match &self.work {
             Work::Check(_) => None,
@@ -158,7 +158,7 @@ impl Leaf {
         }
     }
 
-    /// What a model is to be asked, if one is.
+    /// The question to the model, if the grader needs one.
     pub fn question(&self, context: &Context<'_>) -> Option<Result<Question, Fault>> {
         match &self.work {
             Work::Check(_) => None,
@@ -166,7 +166,7 @@ impl Leaf {
         }
     }
 
-    /// The value of a grader that asks nobody.
+    /// The value of a grader that needs no model.
     pub fn check(&self, context: &Context<'_>) -> Result<f64, Fault> {
         match &self.work {
             Work::Check(check) => check.value(context),
@@ -174,7 +174,7 @@ impl Leaf {
         }
     }
 
-    /// The value of a grader that asked.
+    /// The value of a grader that needs a model, from the model's answer.
     pub fn read(&self, answer: Option<&Result<Answer, Failed>>) -> Result<f64, Fault> {
         match &self.work {
             Work::Check(_) => Ok(0.0),

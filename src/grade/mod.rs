@@ -1,25 +1,25 @@
-//! Graders: what an answer is worth, as OpenAI's reinforcement fine-tuning specifies them, and some
-//! of our own.
+//! Graders, which compute the reward of an answer: those of OpenAI's reinforcement fine-tuning, and
+//! some additional ones.
 //!
-//! A [`Grader`] is parsed once, strictly. It does no IO: some graders need a model to be asked, and
-//! say what in [`Grader::questions`]; whoever holds a model answers, and [`Grader::grade`] turns the
-//! answers into a [`Graded`]. So a server and a job share every line here.
+//! A [`Grader`] is parsed once, strictly. It does no IO: if a grader needs a model, it returns the
+//! questions from [`Grader::questions`], the caller has a model answer them, and [`Grader::grade`]
+//! turns the answers into a [`Graded`]. So server and jobs share all of this code.
 //!
 //! | kind | what it rewards | file |
 //! |---|---|---|
 //! | `string_check` | equal, unequal, containing | [`checks`] |
 //! | `text_similarity` | fuzzy match, BLEU, GLEU, ROUGE | [`text`] |
-//! | `number_match` | the number that the answer comes to | [`number`] |
+//! | `number_match` | the number that the answer results in | [`number`] |
 //! | `json_schema` | JSON that a schema accepts | [`schema`] |
-//! | `length` | so many characters or words | [`checks`] |
+//! | `length` | a number of characters or words | [`checks`] |
 //! | `regex` | text that a pattern matches | [`checks`] |
-//! | `score_model` | what a model says when asked for a number | [`judges`] |
+//! | `score_model` | the number that a language model answers | [`judges`] |
 //! | `reward_model` | a reward model's score | [`judges`] |
 //! | `multi` | a formula over up to 32 of the others | [`formula`] |
 //!
-//! Texts of a grader are templates over the item and the sample ([`template`]). A grader that cannot
-//! be computed is worth 0 and sets a flag of [`Errors`]; inside a `multi` it counts as 0 in the
-//! formula. `number_match`, `json_schema`, `length`, `regex` and `reward_model` are ours.
+//! Texts of a grader are templates over the item and the sample ([`template`]). A grader that fails
+//! has the value 0 and sets a flag of [`Errors`]; inside a `multi` it counts as 0 in the formula.
+//! `number_match`, `json_schema`, `length`, `regex` and `reward_model` are not in OpenAI's API.
 
 mod checks;
 mod fields;
@@ -43,11 +43,11 @@ use leaf::{Leaf, MULTI};
 pub use judges::{Ask, Message, Question, Sampling};
 pub use template::Context;
 
-/// How many graders one `multi` may hold.
+/// Maximum number of graders in one `multi`.
 pub const MOST_GRADERS: usize = 32;
 
-/// Why a grader is refused: the key at fault, such as `grader.graders.a.operation`, and what is
-/// wrong with it.
+/// Reason why a grader is refused: the invalid key, such as `grader.graders.a.operation`, and the
+/// error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct GraderError {
@@ -55,66 +55,66 @@ pub struct GraderError {
     pub message: String,
 }
 
-/// A grader that was found valid. It is written as JSON in its normal form: every default filled in.
+/// A validated grader. It is written as JSON in its normal form, with all defaults filled in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Grader {
     name: String,
-    /// One grader, or those of a `multi` by their keys, in the order given.
+    /// A single grader, or those of a `multi` with their keys, in the order given.
     leaves: Vec<(String, Leaf)>,
-    /// What a `multi` computes of its graders.
+    /// The formula of a `multi`.
     formula: Option<Formula>,
 }
 
-/// What a model made of a [`Question`].
+/// A model's answer to a [`Question`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
-    /// The number it gave, or the score; `None` if its text could not be read as a number.
+    /// The number that the model wrote, or the score; `None` if its text is not a number.
     pub number: Option<f64>,
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
 }
 
-/// Why there is no answer to a [`Question`].
+/// Reason why a [`Question`] has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failed {
-    /// The model declined; else it could not be asked.
+    /// Whether the model declined to answer; otherwise it could not be asked.
     pub refused: bool,
     pub message: String,
 }
 
-/// What an answer is worth.
+/// Result of grading a sample.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Graded {
     /// Finite, and 0 if the grader failed.
     pub reward: f64,
-    /// Of each grader of a `multi` by its key; empty for any other grader.
+    /// Value of each grader of a `multi`, by key; empty for other kinds.
     pub sub_rewards: BTreeMap<String, f64>,
     pub errors: Errors,
-    /// What the flags of `errors` mean here, a sentence for each grader that failed.
+    /// One message for each grader that failed, which explains the flags of `errors`.
     pub reasons: Vec<String>,
-    /// Tokens used by each model that was asked, failed gradings included.
+    /// Tokens used by each model that was asked, including failed gradings.
     pub usage: BTreeMap<String, Usage>,
 }
 
-/// Tokens of one model.
+/// Number of tokens used by one model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Usage {
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
 }
 
-/// The flags of OpenAI's `GraderRunResponse.metadata.errors`. Those of the Python grader, of
+/// The flags of OpenAI's `GraderRunResponse.metadata.errors`. The flags of the Python grader, of
 /// truncated observations and of unresponsive rewards are never set here.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Errors {
-    /// The formula has no finite value for these sub-rewards.
+    /// The formula has no finite value for the sub-rewards.
     pub formula_parse_error: bool,
-    /// The sample is not JSON, and the template asks for a part of it.
+    /// The sample is not JSON, but the template refers to a part of its JSON.
     pub sample_parse_error: bool,
     pub truncated_observation_error: bool,
     pub unresponsive_reward_error: bool,
-    /// What a template names is not there, or is not what the grader needs.
+    /// A value that a template names is missing, or has a type that the grader cannot use.
     pub invalid_variable_error: bool,
     /// A limit was exceeded.
     pub other_error: bool,
@@ -124,12 +124,12 @@ pub struct Errors {
     pub python_grader_runtime_error_details: Option<String>,
     pub model_grader_server_error: bool,
     pub model_grader_refusal_error: bool,
-    /// The model gave no number, or one outside the range.
+    /// The model wrote no number, or a number outside the range.
     pub model_grader_parse_error: bool,
     pub model_grader_server_error_details: Option<String>,
 }
 
-/// Why a grader has no value here: the flag to set, and a sentence.
+/// Reason why a grader has no value: the flag to set, and a message.
 #[derive(Clone, Debug, PartialEq)]
 struct Fault {
     flag: Flag,
@@ -169,7 +169,7 @@ impl Errors {
             Flag::ModelParse => self.model_grader_parse_error = true,
             Flag::Server => {
                 self.model_grader_server_error = true;
-                // The first is told: the others are mostly the same.
+                // Only the first message is kept; the others are mostly the same.
                 self.model_grader_server_error_details.get_or_insert_with(|| fault.why.clone());
             }
         }
@@ -183,7 +183,7 @@ impl Usage {
 }
 
 impl Graded {
-    /// A grader's value, or 0 with the fault noted.
+    /// A grader's value; on a fault, 0, and the fault is recorded.
     fn settle(&mut self, name: &str, value: Result<f64, Fault>) -> f64 {
         value.unwrap_or_else(|fault| {
             self.errors.set(&fault);
@@ -200,15 +200,15 @@ impl Graded {
 }
 
 impl Grader {
-    /// Reads a grader that stands at `grader` in what the client sent.
+    /// Parses a grader; errors call its path `grader`.
     ///
     /// # Errors
-    /// Names the first key at fault: unknown, missing, of a wrong type or out of its bounds.
+    /// Names the first invalid key: unknown, missing, of a wrong type or out of bounds.
     pub fn parse(value: Value) -> Result<Self, GraderError> {
         Self::parse_at("grader", value)
     }
 
-    /// As [`Grader::parse`], for a grader that stands at `path`: errors name it so.
+    /// As [`Grader::parse`], with another path of the grader in errors.
     ///
     /// # Errors
     /// As [`Grader::parse`].
@@ -223,12 +223,12 @@ impl Grader {
         Ok(Self { leaves: vec![(name.clone(), leaf)], name, formula: None })
     }
 
-    /// Its `name`; where none was given, its kind.
+    /// The grader's `name`; by default its kind.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its `type`, such as `string_check`.
+    /// The grader's `type`, such as `string_check`.
     pub fn kind(&self) -> &'static str {
         match (&self.formula, self.leaves.first()) {
             (None, Some((_, leaf))) => leaf.kind(),
@@ -236,8 +236,8 @@ impl Grader {
         }
     }
 
-    /// The models it asks, each once: those to be there before a job starts. With each, whether it
-    /// must be a reward model.
+    /// The models that the grader needs, each once, which must exist before a job starts; for each,
+    /// whether it must be a reward model.
     pub fn models(&self) -> BTreeMap<&str, bool> {
         let models = self.leaves.iter().filter_map(|(_, leaf)| leaf.model());
         let mut all = BTreeMap::new();
@@ -247,7 +247,7 @@ impl Grader {
         all
     }
 
-    /// Why a template of this grader cannot be filled from an item, whatever the sample is.
+    /// Error message if a template of this grader cannot be filled from an item, for any sample.
     pub fn missing_key(&self, item: &Value) -> Option<String> {
         self.leaves.iter().find_map(|(key, leaf)| {
             let why = template::missing_key(&leaf.value(), item)?;
@@ -255,15 +255,15 @@ impl Grader {
         })
     }
 
-    /// What models are to be asked about a sample, in the order in which [`Grader::grade`] wants the
-    /// answers. A question whose templates cannot be filled is not asked.
+    /// The questions to models about a sample, in the order in which [`Grader::grade`] expects the
+    /// answers. A question whose templates cannot be filled is left out.
     pub fn questions(&self, context: &Context<'_>) -> Vec<Question> {
         let questions = self.leaves.iter().filter_map(|(_, leaf)| leaf.question(context));
         questions.filter_map(Result::ok).collect()
     }
 
-    /// What a sample is worth. `answers` are those to the [`Grader::questions`] of the same context,
-    /// in their order; one that is missing counts as a model that could not be asked.
+    /// Grades a sample. `answers` are the answers to the [`Grader::questions`] of the same context,
+    /// in the same order; a missing answer counts as a model that could not be asked.
     pub fn grade(&self, context: &Context<'_>, answers: &[Result<Answer, Failed>]) -> Graded {
         let mut graded = Graded::default();
         let mut answers = answers.iter();

@@ -1,13 +1,13 @@
-//! The number that an answer comes to.
+//! Grader that compares the number in an answer with a reference.
 
 use super::{Fault, Flag};
 
-/// How two texts are held to come to the same number.
+/// Settings of the comparison of two numbers in texts.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct NumberMatch {
-    /// What the answer stands behind, such as gsm8k's `####`.
+    /// Marker before the answer, such as gsm8k's `####`.
     pub marker: Option<Marker>,
-    /// How far apart they may be: as such, or as a share of the reference where that is above 1.
+    /// Maximum difference: absolute, or relative to the reference if that is above 1.
     pub tolerance: f64,
 }
 
@@ -15,7 +15,7 @@ pub(super) struct NumberMatch {
 pub(super) struct Marker(pub String);
 
 impl NumberMatch {
-    /// Whether the input comes to the reference's number. An input without a number does not.
+    /// Whether the input's number equals the reference's. An input without a number does not match.
     pub fn holds(&self, input: &str, reference: &str) -> Result<bool, Fault> {
         let expected = self.read(reference).ok_or_else(|| {
             Fault::new(Flag::Variable, "there is no number in the reference".to_owned())
@@ -27,7 +27,7 @@ impl NumberMatch {
         Ok(self.read(input).is_some_and(near))
     }
 
-    /// The first number behind the last marker; without a marker the last number.
+    /// The first number after the last marker; without a marker, the last number.
     fn read(&self, text: &str) -> Option<f64> {
         let marked = self.marker.as_ref().and_then(|Marker(marker)| text.rsplit_once(marker));
         match marked {
@@ -38,9 +38,9 @@ impl NumberMatch {
 }
 
 /// The numbers in a text: with a sign, commas between thousands, a fraction, an exponent, and a
-/// currency's sign before the digits. What follows, such as `%` or a full stop, does not count, nor
-/// does a sign behind a letter, a digit or a bracket, which is a minus between two. What is too large
-/// for an `f64` is no number.
+/// currency sign before the digits. Text after a number, such as `%` or a full stop, is ignored. A
+/// sign after a letter, a digit or a bracket is a binary minus and is ignored too. A number too
+/// large for an `f64` is not a number.
 fn numbers(text: &str) -> impl Iterator<Item = f64> + '_ {
     let bytes = text.as_bytes();
     let mut at = 0;
@@ -69,7 +69,7 @@ fn digit(bytes: &[u8], at: usize) -> bool {
     bytes.get(at).is_some_and(u8::is_ascii_digit)
 }
 
-/// The unsigned number that starts at a digit or a point, and where it ends.
+/// The unsigned number that starts at a digit or a point, and the position of its end.
 fn scan(bytes: &[u8], start: usize) -> (f64, usize) {
     let mut written = String::new();
     let mut at = start;
@@ -80,7 +80,8 @@ fn scan(bytes: &[u8], start: usize) -> (f64, usize) {
         }
     };
     digits(&mut at, &mut written);
-    // Up to three digits, and then threes behind commas: 1,234,567. Else a comma ends the number.
+    // Up to three digits, then groups of three after commas: 1,234,567. Any other comma ends the
+    // number.
     if at - start <= 3 {
         while bytes.get(at) == Some(&b',')
             && (1..=3).all(|next| digit(bytes, at + next))
@@ -109,7 +110,7 @@ fn scan(bytes: &[u8], start: usize) -> (f64, usize) {
     (written.parse().unwrap_or(f64::INFINITY), at)
 }
 
-/// Whether a number behind this text is negative: `-5`, `−5`, `-$5`, `$-5`.
+/// Whether a number after this text is negative: `-5`, `−5`, `-$5`, `$-5`.
 fn negative(before: &str) -> bool {
     const CURRENCY: [char; 4] = ['$', '€', '£', '¥'];
     let before = before.strip_suffix(CURRENCY).unwrap_or(before);
@@ -193,7 +194,7 @@ mod tests {
         assert_eq!(all(&text), &[] as &[f64]);
         assert_eq!(all(&"1,".repeat(1 << 19)).len(), 1 << 19);
         assert_eq!(all(&"-".repeat(1 << 20)).len(), 0);
-        // 1, then 1111 again and again, and 111: four digits are no thousands.
+        // 1, then 1111 repeated, then 111: groups of four digits are not thousands.
         assert_eq!(all(&"1,111".repeat(1 << 17)).len(), (1 << 17) + 1);
     }
 }

@@ -1,15 +1,15 @@
-//! JSON schemas, compiled once. Nothing is fetched: a reference leads inside the schema, or to one of
-//! the standard's own meta-schemas.
+//! JSON schemas, compiled once. Nothing is fetched: references must lead to places inside the
+//! schema, or to one of the standard's own meta-schemas.
 
 use jsonschema::{PatternOptions, Retrieve, Uri, Validator};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// The largest schema, in bytes of compact JSON.
+/// Maximum size of a schema, in bytes of compact JSON.
 const LONGEST: usize = 64 << 10;
-/// Values of a schema, its references followed.
+/// Maximum number of values in a schema with its references followed.
 const MOST_NODES: usize = 20_000;
-/// What one compiled `pattern` of a schema may take, in bytes.
+/// Maximum size of one compiled `pattern` of a schema, in bytes.
 const PATTERN_SIZE: usize = 256 << 10;
 
 #[derive(Clone, Debug)]
@@ -24,7 +24,7 @@ impl PartialEq for Schema {
     }
 }
 
-/// Fetches nothing.
+/// Retriever that fetches nothing.
 struct Nothing;
 
 impl Retrieve for Nothing {
@@ -37,7 +37,7 @@ impl Retrieve for Nothing {
 }
 
 impl Schema {
-    /// Compiles a schema; the error follows the key's name.
+    /// Compiles a schema; the error message follows the key's name.
     pub fn compile(source: Value) -> Result<Self, String> {
         if !matches!(source, Value::Object(_) | Value::Bool(_)) {
             return Err("must be a JSON schema: an object, or true or false".to_owned());
@@ -46,11 +46,11 @@ impl Schema {
         if length > LONGEST {
             return Err(format!("must be at most {LONGEST} bytes of JSON, got {length}"));
         }
-        // Patterns of the crate `regex`: backtracking ones could take for ever.
+        // Patterns of the crate `regex`: with backtracking, a match could take exponential time.
         let patterns =
             PatternOptions::regex().size_limit(PATTERN_SIZE).dfa_size_limit(PATTERN_SIZE);
-        // Validation follows references anew wherever it meets them, which a few lines can make last
-        // for ever: they are followed once, here.
+        // Validation follows references every time it meets them, so that a schema of a few lines
+        // can take exponential time. So references are replaced once, here.
         let mut room = MOST_NODES;
         let plain = inlined(&source, &source, &mut Vec::new(), &mut room)?;
         let validator = jsonschema::options()
@@ -70,7 +70,7 @@ impl Schema {
     }
 }
 
-/// A schema with what its references name in their place.
+/// A schema with its references replaced by the schemas that they name.
 fn inlined(
     value: &Value,
     root: &Value,
@@ -97,12 +97,12 @@ fn inlined(
             ) => {
                 return Err(format!("uses {key}, which is not followed: use $ref and #/$defs/…"));
             }
-            // What is named is put where it is used; what nobody names says nothing.
+            // A definition is inserted where it is used; an unused one has no effect.
             ("$ref", Value::String(_)) | ("$defs" | "definitions", Value::Object(_)) => {}
             ("const" | "enum" | "default" | "examples", value) => {
                 plain.insert(key.clone(), value.clone());
             }
-            // By name: a property may be called as a keyword is.
+            // By name, because a property may have the name of a keyword.
             ("properties" | "patternProperties" | "dependentSchemas", Value::Object(named)) => {
                 let mut schemas = serde_json::Map::new();
                 for (name, schema) in named {
@@ -133,7 +133,7 @@ fn inlined(
     Ok(json!({"allOf": [named, besides]}))
 }
 
-/// The start of a message that may quote the whole schema.
+/// The beginning of a message that may quote the whole schema.
 pub(super) fn short(message: &str) -> String {
     const MOST: usize = 300;
     let start = &message[..message.floor_char_boundary(MOST)];

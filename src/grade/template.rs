@@ -1,8 +1,8 @@
 //! Templates: `{{item.question}}`, `{{sample.output_text}}`, `{{sample.output_json.answer.0}}`.
 //!
-//! A string is put in as it is, any other value as compact JSON. A path names keys of objects and
-//! positions in lists, by dots; what has a dot or a brace in its key cannot be named. There is no
-//! escape: a text cannot have `{{` of its own.
+//! A string is inserted unchanged, any other value as compact JSON. A path consists of keys of
+//! objects and positions in lists, separated by dots; a key that contains a dot or a brace cannot
+//! be named. There is no escape: a template cannot contain a literal `{{`.
 
 use super::fields::show;
 use super::{Fault, Flag};
@@ -10,13 +10,13 @@ use serde_json::Value;
 use std::io::Write;
 use std::sync::OnceLock;
 
-/// The longest template and the longest text made of one, in bytes.
+/// Maximum length of a template and of a text rendered from one, in bytes.
 pub(super) const LONGEST: usize = 1 << 20;
-/// The template that is the sample's text.
+/// Template that renders the sample's text.
 pub(super) const OUTPUT_TEXT: &str = "{{sample.output_text}}";
 const LONGEST_PATH: usize = 64;
 
-/// What a grader looks at: a line of the data, and what the model made of it.
+/// Input of a grader: a line of the data, and the model's output for it.
 #[derive(Debug)]
 pub struct Context<'a> {
     item: &'a Value,
@@ -37,25 +37,26 @@ impl<'a> Context<'a> {
         self.output_text
     }
 
-    /// The sample as JSON, read once.
+    /// The sample as JSON, parsed once.
     pub fn output_json(&self) -> Option<&Value> {
         self.output_json.get_or_init(|| json_of(self.output_text)).as_ref()
     }
 }
 
-/// The JSON that a text is: all of it, or all of it one fenced block of `json`.
+/// Parses a text as JSON: the whole text, or the content of one fenced block that is the whole
+/// text.
 pub(super) fn json_of(text: &str) -> Option<Value> {
     if text.len() > LONGEST {
         return None;
     }
     let text = text.trim();
     let fenced = || text.strip_prefix("```json")?.strip_suffix("```");
-    // A fence inside would be a second block; strict JSON has no line that starts with one.
+    // A fence inside would begin a second block; no line of strict JSON starts with a fence.
     let inner = fenced().filter(|inner| !inner.contains("\n```"));
     serde_json::from_str(inner.unwrap_or(text)).ok()
 }
 
-/// Why a template among the texts of a grader cannot be filled from an item.
+/// Error message if a template among the texts of a grader cannot be filled from an item.
 pub(super) fn missing_key(grader: &Value, item: &Value) -> Option<String> {
     match grader {
         Value::String(text) if text.contains("{{") => {
@@ -71,7 +72,7 @@ pub(super) fn missing_key(grader: &Value, item: &Value) -> Option<String> {
     }
 }
 
-/// A text with places to be filled.
+/// A text with placeholders.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Template {
     source: String,
@@ -87,7 +88,7 @@ enum Piece {
 }
 
 impl Template {
-    /// Cuts a template into its pieces, or says what is wrong with it.
+    /// Splits a template into its pieces; the error describes what is wrong.
     pub fn parse(source: String) -> Result<Self, String> {
         if source.len() > LONGEST {
             return Err(format!("it may be {LONGEST} bytes long, not {}", source.len()));
@@ -114,15 +115,15 @@ impl Template {
         &self.source
     }
 
-    /// The text for one sample.
+    /// Renders the text for one sample.
     pub fn render(&self, context: &Context<'_>) -> Result<String, Fault> {
         let mut text = Vec::new();
         self.render_into(context, &mut text, LONGEST)?;
-        // Only whole strings and JSON were written.
+        // Only whole strings and JSON were written, which are UTF-8.
         String::from_utf8(text).map_err(|_| too_long())
     }
 
-    /// Appends the text, which must not make `text` longer than `most`.
+    /// Appends the rendered text; `text` must not become longer than `most` bytes.
     pub fn render_into(
         &self,
         context: &Context<'_>,
@@ -160,7 +161,7 @@ impl Template {
 }
 
 impl Piece {
-    /// What stands between braces.
+    /// Parses the name between braces.
     fn named(name: &str) -> Result<Self, String> {
         let unknown = || {
             format!(
@@ -184,14 +185,14 @@ impl Piece {
     }
 }
 
-/// The steps of a path, of which none is empty.
+/// The steps of a path; `None` if one is empty.
 fn path(text: &str) -> Option<Vec<String>> {
     let steps: Vec<String> = text.split('.').take(LONGEST_PATH + 1).map(str::to_owned).collect();
     let fine = |step: &String| !step.is_empty() && !step.contains(['{', '}', '[', ']', '\n']);
     (steps.len() <= LONGEST_PATH && steps.iter().all(fine)).then_some(steps)
 }
 
-/// What stands at a path, or the number of steps that could be taken.
+/// The value at a path, or the number of steps that could be taken.
 fn find<'a>(mut value: &'a Value, path: &[String]) -> Result<&'a Value, usize> {
     for (at, step) in path.iter().enumerate() {
         let next = match value {
@@ -215,7 +216,7 @@ fn too_long() -> Fault {
     Fault::new(Flag::Other, format!("a filled template is longer than {LONGEST} bytes"))
 }
 
-/// Text that may grow so far.
+/// Text with a maximum length.
 struct Bounded<'a> {
     text: &'a mut Vec<u8>,
     most: usize,

@@ -8,7 +8,7 @@ fn grade(grader: Value, item: &Value, output: &str) -> Graded {
     parse(grader).grade(&Context::new(item, output), &[])
 }
 
-/// The reward of a grader that does not fail.
+/// The reward of a grader that must not fail.
 fn reward(grader: Value, output: &str) -> f64 {
     let graded = grade(grader, &json!({}), output);
     assert!(!graded.errors.any() && graded.reasons.is_empty(), "{graded:?}");
@@ -19,7 +19,7 @@ fn answer(number: impl Into<Option<f64>>) -> Result<Answer, Failed> {
     Ok(Answer { number: number.into(), prompt_tokens: 10, completion_tokens: 3 })
 }
 
-/// `value` with what `more` has instead; null takes a key away.
+/// `value` with the keys of `more` replaced; null removes a key.
 fn with(mut value: Value, more: Value) -> Value {
     for (key, new) in more.as_object().unwrap() {
         value[key] = new.clone();
@@ -177,7 +177,7 @@ fn a_model_is_asked_for_a_number() {
     assert!(graded.errors.model_grader_server_error);
     assert_eq!(graded.errors.model_grader_server_error_details.as_deref(), Some("engine died"));
     assert_eq!(graded.reasons, ["judge: engine died"]);
-    // A missing answer is no panic, nor is one too many.
+    // Neither a missing answer nor a surplus one panics.
     assert!(grader.grade(&context, &[]).errors.model_grader_server_error);
     assert_eq!(grader.grade(&context, &[answer(1.0), answer(2.0)]).reward, 1.0);
 }
@@ -241,7 +241,7 @@ fn a_multi_computes_its_formula() {
     assert!(!graded.errors.any());
     assert_eq!((grader.kind(), grader.name()), ("multi", "both"));
 
-    // A grader that failed counts as 0, and says so.
+    // A grader that failed counts as 0 and sets its flag.
     let graded = grader.grade(&context, &[answer(None)]);
     assert_eq!((graded.reward, &graded.sub_rewards), (0.75, &sub(1.0, 0.0)));
     assert!(graded.errors.model_grader_parse_error);
@@ -249,7 +249,7 @@ fn a_multi_computes_its_formula() {
     let graded = inverse.grade(&context, &[answer(0.0)]);
     assert!(graded.errors.formula_parse_error && graded.reward == 0.0);
 
-    // A question that cannot be asked does not take the answer of the next.
+    // A question that could not be rendered does not take the answer of the next one.
     let graders = json!({"x": score_model(), "y": with(score_model(), json!({"model": "n",
         "input": [{"role": "user", "content": "{{sample.output_text}}"}]}))});
     let two = parse(with(multi(), json!({"graders": graders, "calculate_output": "x + y"})));
@@ -262,7 +262,7 @@ fn a_multi_computes_its_formula() {
     assert_eq!(graded.reasons, ["x: item has no \"q\""]);
     assert_eq!(graded.usage.keys().collect::<Vec<_>>(), ["n"]);
 
-    // The other shapes of `graders`.
+    // The other forms of `graders`.
     let list = json!([with(string_check(), json!({"name": "one"})), score_model()]);
     let grader = parse(with(multi(), json!({"graders": list, "calculate_output": "one+judge"})));
     assert_eq!(grader.leaves.iter().map(|(key, _)| key).collect::<Vec<_>>(), ["one", "judge"]);
@@ -682,7 +682,7 @@ fn hostile_patterns_are_quick() {
         ("[ab]*a[ab]{400}c", "ab".repeat(30_000)),
         ("(?:[^z]{1,50}){20}z", "é".repeat(60_000)),
     ] {
-        // One that would take too much room is refused.
+        // A pattern that would need too much memory is refused.
         let Ok(grader) = Grader::parse(json!({"type": "regex", "pattern": pattern})) else {
             continue;
         };
@@ -701,11 +701,11 @@ fn hostile_schemas_are_quick() {
             .map(|grader| grader.grade(&Context::new(&json!({}), text), &[]).reward)
     };
     let deep = format!("{}{}", "[".repeat(100), "]".repeat(100));
-    // Two ways at every depth.
+    // Two references at every depth.
     let twice = json!({"$ref": "#/$defs/n", "$defs": {"n": {
         "allOf": [{"items": {"$ref": "#/$defs/n"}}, {"items": {"$ref": "#/$defs/n"}}]}}});
     assert!(grade(twice, &deep).is_err());
-    // Two ways at every name, and a failure at their end.
+    // Two references at every name, and a failure at their end.
     let mut defs = serde_json::Map::new();
     for at in 0..60 {
         let next = json!({"$ref": format!("#/$defs/d{}", at + 1)});
@@ -714,11 +714,11 @@ fn hostile_schemas_are_quick() {
     defs.insert("d60".to_owned(), json!({"type": "string"}));
     let ladder = json!({"$ref": "#/$defs/d0", "$defs": defs});
     assert!(grade(ladder, "1").is_err());
-    // Itself, at once.
+    // A schema that refers to itself directly.
     assert!(grade(json!({"$ref": "#"}), "1").is_err());
     let circle = json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}});
     assert!(grade(circle, "1").is_err());
-    // What is used twice is what it says in both places.
+    // A definition that is used twice applies in both places.
     let pair = json!({"$defs": {"n": {"type": "integer"}}, "required": ["a", "b"],
         "properties": {"a": {"$ref": "#/$defs/n"}, "b": {"$ref": "#/$defs/n", "minimum": 3}}});
     assert_eq!(grade(pair.clone(), r#"{"a": 1, "b": 3}"#), Ok(1.0));
@@ -766,7 +766,7 @@ fn hostile_texts_are_graded() {
             assert!((0.0..=1.0).contains(&graded.reward) && graded.reasons.len() <= 1);
         }
     }
-    // What is filled in is not a template itself.
+    // Text that is filled in is not a template itself.
     let item = json!({"answer": "{{item.answer}}"});
     assert_eq!(grade(string_check(), &item, "{{item.answer}}").reward, 1.0);
 }

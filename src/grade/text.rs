@@ -1,15 +1,15 @@
-//! How alike two texts are, from 0 to 1.
+//! Similarity of two texts, from 0 to 1.
 //!
-//! | metric | as |
+//! | metric | definition |
 //! |---|---|
 //! | `fuzzy_match` | rapidfuzz's `fuzz.ratio` of the characters, over 100 |
 //! | `bleu` | nltk's `sentence_bleu`: 1- to 4-grams of words between white space, smoothing method 2 (Lin and Och 2004, COLING: one is added to both counts of the 2- to 4-grams) |
 //! | `gleu` | nltk's `sentence_gleu`, the same n-grams (Wu et al. 2016, arXiv:1609.08144) |
 //! | `rouge_1` to `rouge_5`, `rouge_l` | the F1 of rouge_score without a stemmer: words of a-z and 0-9 in lower case (Lin 2004) |
 //!
-//! `scripts/grader_reference.py` writes what those say of `tests/grade/text.json`. A text of fewer than
-//! four words is not 1 by `bleu` even to itself, nor one of fewer than n words by `rouge_n`: so it is
-//! there too.
+//! `scripts/grader_reference.py` writes the values of these libraries for `tests/grade/text.json`.
+//! As in the libraries, a text of fewer than four words does not reach 1 by `bleu` even compared
+//! with itself, nor does a text of fewer than n words by `rouge_n`.
 
 use rapidfuzz::{distance::lcs_seq, fuzz};
 use std::collections::HashMap;
@@ -19,9 +19,9 @@ pub(super) enum Metric {
     FuzzyMatch,
     Bleu,
     Gleu,
-    /// Of n-grams.
+    /// ROUGE of n-grams.
     Rouge(usize),
-    /// Of the longest common subsequence.
+    /// ROUGE of the longest common subsequence.
     RougeL,
 }
 
@@ -38,7 +38,7 @@ impl Metric {
         ("rouge_l", Self::RougeL),
     ];
 
-    /// How alike they are. Subsequences take time as the product of the lengths, over 64.
+    /// The similarity. Subsequences take time proportional to the product of the lengths, over 64.
     pub fn of(self, input: &str, reference: &str) -> f64 {
         match self {
             Self::FuzzyMatch => fuzz::ratio(input.chars(), reference.chars()),
@@ -68,14 +68,14 @@ fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Words as rouge_score has them.
+/// Splits a text into words as rouge_score does.
 fn plain(text: &str) -> Vec<String> {
     let text = text.to_lowercase();
     let words = text.split(|c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit()));
     words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
 }
 
-/// Each different word as a number, which is quick to compare.
+/// Replaces each distinct word by a number, which is faster to compare.
 fn numbered(texts: [Vec<String>; 2]) -> [Vec<u32>; 2] {
     let mut numbers = HashMap::new();
     texts.map(|words| {
@@ -87,7 +87,8 @@ fn numbered(texts: [Vec<String>; 2]) -> [Vec<u32>; 2] {
     })
 }
 
-/// Numbers of n-grams: in both texts, each as often as in the one where it is rarer, and in each.
+/// Numbers of n-grams: those in both texts (each counted as often as in the text where it is
+/// rarer), and those in each text.
 struct Matches {
     common: usize,
     input: usize,
@@ -123,7 +124,7 @@ fn bleu(input: &[u32], reference: &[u32]) -> f64 {
         }
         logarithms += precision.ln() / 4.0;
     }
-    // A short text is precise by leaving out.
+    // Brevity penalty: a short text has a high precision because it omits words.
     let brevity = (1.0 - reference.len() as f64 / input.len() as f64).min(0.0);
     (logarithms + brevity).exp()
 }

@@ -1,13 +1,13 @@
-//! Length-prefixed MessagePack, for blocking readers and writers.
+//! Length-prefixed MessagePack frames for blocking readers and writers.
 
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{self, Read, Write};
 
-/// Upper bound of one frame in bytes. A prompt is bounded by the HTTP body limit, far below this;
-/// a larger length can only be a broken peer.
+/// Largest frame in bytes. The HTTP body limit bounds prompts far below this; a larger length can
+/// only come from a broken peer.
 pub const MAX_FRAME: usize = 256 << 20;
 
-/// Why a frame could not be exchanged.
+/// The reason why a frame could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     #[error("the other process closed the connection")]
@@ -22,7 +22,7 @@ pub enum FrameError {
     Io(#[from] io::Error),
 }
 
-/// Encodes a message with its length in front, ready to be written in one call.
+/// Encodes a message with its length prefix, ready to be written in one call.
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     let mut bytes = vec![0; 4];
     rmp_serde::encode::write_named(&mut bytes, message)?;
@@ -35,18 +35,17 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     Ok(bytes)
 }
 
-/// Decodes the payload of one frame (without its length).
+/// Decodes the payload of one frame, without its length prefix.
 pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, FrameError> {
     Ok(rmp_serde::from_slice(payload)?)
 }
 
-/// Writes one frame.
 pub fn write_frame<T: Serialize>(to: &mut impl Write, message: &T) -> Result<(), FrameError> {
     to.write_all(&encode(message)?)?;
     Ok(())
 }
 
-/// Reads one frame; [`FrameError::Closed`] at a clean end of the stream.
+/// Reads one frame; returns [`FrameError::Closed`] at a clean end of the stream.
 pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read) -> Result<T, FrameError> {
     let mut prefix = [0; 4];
     match from.read_exact(&mut prefix) {
@@ -60,7 +59,7 @@ pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read) -> Result<T, FrameE
     if length > MAX_FRAME {
         return Err(FrameError::TooLarge(length));
     }
-    // Grown as bytes arrive: a broken length must not make us allocate up front.
+    // Grow the buffer as bytes arrive: an invalid length must not cause a large allocation.
     let mut payload = Vec::with_capacity(length.min(64 << 10));
     from.take(length as u64).read_to_end(&mut payload)?;
     if payload.len() < length {

@@ -1,8 +1,8 @@
-//! The frames that cross a process boundary; nothing else does.
+//! The frames exchanged between processes; processes share nothing else.
 //!
-//! A frame is a little-endian `u32` length followed by that many bytes of MessagePack
-//! (`rmp-serde`, named fields, so that both sides may grow). The gateway speaks [`ToEngine`], the
-//! engine [`FromEngine`]. Both ends are the same executable, so there is no version negotiation.
+//! A frame is a little-endian `u32` length followed by that many bytes of MessagePack (`rmp-serde`,
+//! named fields, so that messages can gain fields). The gateway sends [`ToEngine`], the engine
+//! [`FromEngine`]. Both ends are the same executable, so there is no version negotiation.
 
 mod frame;
 mod types;
@@ -10,5 +10,5 @@ mod types;
 pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, write_frame};
 pub use types::*;
 
-/// The environment variable with which the gateway says how much an engine is to log.
+/// The environment variable in which the gateway passes the log level to an engine.
 pub const ENGINE_LOG: &str = "INGOT_ENGINE_LOG";

@@ -1,4 +1,4 @@
-//! What gateway and engine say to each other.
+//! The messages between gateway and engine.
 
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -11,8 +11,8 @@ pub type Token = u32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RequestId(pub u64);
 
-/// Identifies one loaded version of an adapter on one engine. Reloading a name gives it a new id,
-/// so a request that started with the old version ends with it.
+/// Identifies one loaded version of an adapter on one engine. Reloading an adapter's name assigns a
+/// new id, so a request that started with the old version finishes with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct AdapterId(pub u64);
 
@@ -26,12 +26,12 @@ pub enum ToEngine {
     Generate(Box<Generate>),
     /// Stops a request and frees its pages within one step. Unknown ids are ignored.
     Cancel(RequestId),
-    /// Ends one choice of a request as if the model had ended it.
+    /// Ends one choice of a request as if the model had produced EOS.
     Finish {
         request: RequestId,
         choice: u32,
     },
-    /// The client reads slowly: schedule no more rows for it until [`ToEngine::Resume`].
+    /// The client reads slowly: schedule no more rows for the request until [`ToEngine::Resume`].
     Pause(RequestId),
     Resume(RequestId),
     /// Answered by exactly one [`FromEngine::Reply`] with the same number.
@@ -39,28 +39,28 @@ pub enum ToEngine {
         call: u64,
         what: Call,
     },
-    /// Leave after the current step; running requests are not waited for.
+    /// Exit after the current step, without waiting for running requests.
     Shutdown,
 }
 
-/// Longest input that is embedded or scored, in tokens, where the model's context is longer. Such an
-/// input has a cache of its own.
+/// Longest input to be embedded or scored, in tokens, if the model's context is longer. Such an
+/// input has its own cache.
 pub const MAX_POOLED_TOKENS: u32 = 8192;
 
 /// Everything an engine needs to load a model; resolved by the gateway, immutable afterwards.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoadSpec {
     pub model: PathBuf,
-    /// A model that drafts for it.
+    /// The draft model, if any.
     pub draft: Option<PathBuf>,
     pub runner: RunnerKind,
     /// Longest prompt plus output of one request, in tokens.
     pub context_length: u32,
     /// Size of the KV cache over all requests, in tokens.
     pub kv_tokens: u32,
-    /// Requests that may be in one batch, at most.
+    /// Most requests in one batch.
     pub max_sequences: u32,
-    /// Tokens in one step, at most.
+    /// Most tokens in one step.
     pub batch_tokens: u32,
     pub kv_type: KvCacheType,
     pub flash_attention: bool,
@@ -68,9 +68,10 @@ pub struct LoadSpec {
     pub threads: u32,
     pub gpu_layers: u32,
     pub mmap: bool,
-    /// While requests decode, prefill is cut into chunks so that a step takes about this long.
+    /// Target duration of a step: while requests decode, prefill is split into chunks to keep to
+    /// it.
     pub target_step_ms: u32,
-    /// Requests that may wait in the engine; one more is refused.
+    /// Most requests that may wait in the engine; further ones are refused.
     pub queue_limit: u32,
     pub speculate: Speculate,
     /// Mock runner only: a step takes this long, in microseconds.
@@ -78,7 +79,7 @@ pub struct LoadSpec {
 }
 
 impl LoadSpec {
-    /// A model the plain way, for tests and measurements, which change what they are about.
+    /// A default specification for tests and measurements, which override the fields they examine.
     pub fn plain(model: impl Into<PathBuf>, runner: RunnerKind) -> Self {
         Self {
             model: model.into(),
@@ -105,11 +106,11 @@ impl LoadSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunnerKind {
-    /// Our own kernels: what they cover; a file that they do not falls to llama.cpp.
+    /// Our own kernels, for the models that they support; other files are loaded by llama.cpp.
     Native,
     /// llama.cpp: any GGUF that it can load.
     LlamaCpp,
-    /// No model at all: deterministic tokens from a byte vocabulary, for tests of the server.
+    /// No model: deterministic tokens from a byte vocabulary, for tests of the server.
     Mock,
 }
 
@@ -122,7 +123,7 @@ pub enum KvCacheType {
     Q8_0,
 }
 
-/// How the llama_cpp runner lays out its cache (measurements: docs/log/serving.md).
+/// Cache layout of the llama_cpp runner (measurements: docs/log/serving.md).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum KvLayout {
@@ -132,52 +133,53 @@ pub enum KvLayout {
     Streams,
 }
 
-/// When the engine drafts tokens and checks them in the rows of one step. Output is the same bits
-/// either way.
+/// When the engine uses speculative decoding. The output is bit-identical in all modes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Speculate {
-    /// While the measured cost of a row is less than what it is likely to gain.
+    /// While the measured cost of a drafted row is less than its expected gain.
     Auto,
-    /// Whatever it costs: for measurements.
+    /// At any cost: for measurements.
     Always,
     Off,
 }
 
-/// One request for text, validated by the gateway.
+/// A text generation request, validated by the gateway.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Generate {
     pub id: RequestId,
     pub prompt: Prompt,
-    /// Independent continuations of the one prompt (OpenAI's `n`), at least 1.
+    /// Number of independent completions of the prompt (OpenAI's `n`), at least 1.
     pub choices: u32,
     pub sampling: SamplingParams,
     pub stop: StopParams,
-    /// `Some(k)`: the chosen token's logprob and the `k` most likely ones at every position.
+    /// `Some(k)`: report the sampled token's logprob and the `k` most probable tokens at every
+    /// position.
     pub logprobs: Option<u32>,
-    /// Also report the prompt's own tokens (and logprobs, if asked for): OpenAI's `echo`.
+    /// Whether to report the prompt's own tokens too (with logprobs, if requested): OpenAI's
+    /// `echo`.
     pub echo: bool,
     pub grammar: Option<GrammarSpec>,
     pub adapter: Option<AdapterId>,
-    /// Prefix pages are shared only between requests of equal salt.
+    /// Prefix pages are shared only between requests with equal values.
     pub tenant: u64,
-    /// Higher runs earlier.
+    /// Higher priorities run earlier.
     pub priority: i32,
-    /// Requests of one key share a fair queue, whatever their number.
+    /// Requests with the same key share one fair queue.
     pub fair_key: u64,
-    /// Text of control tokens (`<tool_call>`, `</think>`) is part of the output. End-of-turn
-    /// tokens never are.
+    /// Whether the text of control tokens (`<tool_call>`, `</think>`) is part of the output.
+    /// End-of-turn tokens never are.
     pub render_special: bool,
-    /// Tokens drafted for one step, at most; `None` leaves it to the engine.
+    /// Most tokens drafted for one step; `None` for the engine's default.
     pub max_drafted: Option<u32>,
-    /// For training on it: all tokens that are drawn are reported, the one that ends the output too,
-    /// and log-probabilities are those of the distribution at the temperature.
+    /// For training: all sampled tokens are reported, including the one that ends the output, and
+    /// logprobs are those of the distribution at the request's temperature.
     pub rollout: bool,
 }
 
 impl Generate {
-    /// One greedy choice and nothing else, for tests and measurements, which change what they are
-    /// about.
+    /// A request for one greedy choice, for tests and measurements, which override the fields they
+    /// examine.
     pub fn plain(id: u64, prompt: Prompt) -> Self {
         Self {
             id: RequestId(id),
@@ -203,25 +205,26 @@ impl Generate {
 pub enum Prompt {
     Text {
         text: String,
-        /// Put the model's BOS in front, where its vocabulary asks for one.
+        /// Whether to prepend BOS if the vocabulary asks for it.
         add_special: bool,
-        /// Recognise control tokens in the text (rendered templates) or take them as plain text.
+        /// Whether to parse control tokens in the text (rendered templates) or treat them as plain
+        /// text.
         parse_special: bool,
     },
-    /// What a chat template made of a conversation: control tokens are recognised, but for those that
-    /// span a barrier (ascending offsets in bytes), which are text.
+    /// The output of a chat template. Control tokens are parsed, except those that span a barrier
+    /// (ascending byte offsets), which are plain text.
     Rendered {
         text: String,
         barriers: Vec<usize>,
         add_special: bool,
     },
     Tokens(Vec<Token>),
-    /// Texts that are tokenized apart, as training sees a conversation.
+    /// Texts that are tokenized separately, as training tokenizes a conversation.
     Pieces {
         pieces: Vec<PromptPiece>,
         add_special: bool,
         parse_special: bool,
-        /// An end-of-text token follows.
+        /// Whether to append an end-of-text token.
         ends: bool,
     },
     /// Fill in the middle: needs a model with infill tokens.
@@ -232,7 +235,7 @@ pub enum Prompt {
 }
 
 impl Prompt {
-    /// The prompt as people read it: its text, or its token ids.
+    /// The prompt in readable form: its text, or its token ids.
     pub fn shown(&self) -> String {
         match self {
             Self::Text { text, .. } | Self::Rendered { text, .. } => text.clone(),
@@ -247,17 +250,17 @@ impl Prompt {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PromptPiece {
     pub text: String,
-    /// As those of [`Prompt::Rendered`].
+    /// The barriers, as in [`Prompt::Rendered`].
     pub barriers: Vec<usize>,
 }
 
-/// How the next token is drawn. Neutral values switch a stage off.
+/// Sampling parameters. Neutral values disable a stage.
 ///
 /// Stages run in llama.cpp's default order: logit bias, grammar mask, repetition, frequency and
 /// presence penalties, DRY, top-k, typical-p, top-p, min-p, XTC, temperature, draw.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
-    /// 0 is greedy.
+    /// 0 for greedy sampling.
     pub temperature: f32,
     pub top_p: f32,
     /// 0 keeps all tokens.
@@ -267,7 +270,7 @@ pub struct SamplingParams {
     pub presence_penalty: f32,
     pub frequency_penalty: f32,
     pub repetition_penalty: f32,
-    /// Tokens of prompt and output that the repetition penalty looks back on; 0 is all.
+    /// Number of prompt and output tokens that the repetition penalty looks back on; 0 for all.
     pub penalty_window: u32,
     pub dry_multiplier: f32,
     pub dry_base: f32,
@@ -308,19 +311,19 @@ impl Default for SamplingParams {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StopParams {
-    /// `None`: until the context is full.
+    /// `None`: generate until the context is full.
     pub max_tokens: Option<u32>,
-    /// Never part of the output.
+    /// Stop strings are never part of the output.
     pub strings: Vec<String>,
     pub token_ids: Vec<Token>,
-    /// Go on past end-of-generation tokens (benchmarks); their text is left out.
+    /// Continue after end-of-generation tokens (benchmarks); their text is omitted.
     pub ignore_eos: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GrammarSpec {
     pub grammar: Grammar,
-    /// `Some`: text is free until one of these appears.
+    /// `Some`: the output is unconstrained until one of these texts appears.
     pub trigger: Option<GrammarTrigger>,
 }
 
@@ -331,27 +334,27 @@ pub enum Grammar {
     /// Any JSON object.
     JsonObject,
     Regex(String),
-    /// llguidance's Lark dialect.
+    /// A grammar in llguidance's Lark dialect.
     Lark(String),
-    /// Lark of our own around JSON values: in their objects no key repeats.
+    /// A Lark grammar built by Ingot around JSON values: keys are unique within each object.
     JsonLark {
         lark: String,
-        /// The markers of a block of reasoning that may come first.
+        /// The markers of a reasoning block that may come first.
         reasoning: Option<(String, String)>,
     },
-    /// A JSON schema whose unknown keywords are ignored, as those of tools are.
+    /// A JSON schema whose unknown keywords are ignored, as in tool definitions.
     LenientJsonSchema(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GrammarTrigger {
-    /// The first of these to appear in the output switches the grammar on; while none has come,
-    /// nothing is constrained.
+    /// The first of these texts to appear in the output activates the grammar; until then the
+    /// output is unconstrained.
     pub texts: Vec<String>,
-    /// Only where the output begins with the text (leading white space aside).
+    /// Match only at the beginning of the output, after leading white space.
     pub at_start_only: bool,
-    /// The grammar describes the trigger text itself too (tool-call markers); otherwise it begins
-    /// after it (the end of a reasoning block).
+    /// Whether the grammar includes the trigger text (tool-call markers) or begins after it (the
+    /// end of a reasoning block).
     pub inclusive: bool,
 }
 
@@ -362,7 +365,7 @@ pub enum Call {
         add_special: bool,
         parse_special: bool,
     },
-    /// A prompt as [`Prompt::Rendered`].
+    /// Tokenizes a prompt as [`Prompt::Rendered`].
     TokenizeRendered {
         text: String,
         barriers: Vec<usize>,
@@ -376,7 +379,7 @@ pub enum Call {
     Embed {
         inputs: Vec<Prompt>,
     },
-    /// One number per input: what a reward model's head makes of the last token.
+    /// One number per input: the output of a reward model's head for the last token.
     Score {
         adapter: AdapterId,
         inputs: Vec<Prompt>,
@@ -388,15 +391,16 @@ pub enum Call {
         digest: [u8; 32],
         scale: f32,
     },
-    /// Requests that use it finish first; the reply comes at once.
+    /// Requests that use the adapter finish first; the reply is sent at once.
     UnloadAdapter {
         adapter: AdapterId,
     },
-    /// Compiles a grammar without using it, so that a bad one is a 400 before any stream starts.
+    /// Compiles a grammar without using it, so that an invalid one gives a 400 before any stream
+    /// starts.
     CheckGrammar {
         grammar: Grammar,
     },
-    /// Answered by the step loop: proof that it turns.
+    /// Answered by the step loop, which shows that it is alive.
     Ping,
 }
 
@@ -414,11 +418,11 @@ pub enum FromEngine {
         call: u64,
         result: Result<Reply, EngineError>,
     },
-    /// Sent after a step, at most every 50 ms, and once when the engine falls idle.
+    /// Sent after a step, at most every 50 ms, and once when the engine becomes idle.
     Progress(Progress),
 }
 
-/// What the gateway must know of a loaded model.
+/// The properties of a loaded model that the gateway needs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelInfo {
     pub description: String,
@@ -431,30 +435,30 @@ pub struct ModelInfo {
     pub embedding_size: u32,
     pub can_generate: bool,
     pub can_embed: bool,
-    /// Longest input that is embedded or scored, in tokens.
+    /// Longest input to be embedded or scored, in tokens.
     pub pooled_length: u32,
     pub can_infill: bool,
-    /// False for recurrent and hybrid models.
+    /// Whether sequences can share prefixes; false for recurrent and hybrid models.
     pub shares_prefixes: bool,
-    /// Rows of different adapters may share a batch.
+    /// Whether rows of different adapters may share a batch.
     pub mixes_adapters: bool,
-    /// Drafts are checked here: a row's numbers do not depend on the batch's shape, and speculation
-    /// is not switched off.
+    /// Whether the runner can verify drafts: a row's numbers do not depend on the batch's shape,
+    /// and speculation is not disabled.
     pub speculates: bool,
     pub kv_pages: u32,
     pub page_tokens: u32,
     pub max_sequences: u32,
     /// Control tokens by text, for tool-call and reasoning markers.
     pub special_tokens: Vec<(String, Token)>,
-    /// Seconds to load, the first decoded token included.
+    /// Seconds to load the model, including the first decoded token.
     pub load_seconds: f32,
-    /// Seconds for the one-token step at load: the watchdog's first measure of patience.
+    /// Seconds of the one-token step at load: the watchdog's initial timeout is based on it.
     pub step_seconds: f32,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Event {
-    /// The prompt is tokenized and fits; sent once, before anything else.
+    /// The prompt has been tokenized and validated; sent once, before any other event.
     Accepted {
         prompt_tokens: u32,
     },
@@ -480,7 +484,7 @@ pub enum Event {
         reason: FinishReason,
         completion_tokens: u32,
     },
-    /// The last event of a request that ended well.
+    /// The last event of a request that succeeded.
     Done {
         timing: Timing,
     },
@@ -502,10 +506,10 @@ pub struct TokenLogprob {
     pub token: Token,
     /// The token's bytes; not always whole UTF-8.
     pub bytes: ByteBuf,
-    /// Natural logarithm, of the model's own distribution (before penalties and temperature).
-    /// `None` for the first token of an echoed prompt.
+    /// Natural logarithm of the probability in the model's own distribution (before penalties and
+    /// temperature). `None` for the first token of an echoed prompt.
     pub logprob: Option<f32>,
-    /// Most likely first.
+    /// Most probable first.
     pub top: Vec<(Token, ByteBuf, f32)>,
 }
 
@@ -530,13 +534,13 @@ pub enum Reply {
     Scores { scores: Vec<f32>, prompt_tokens: u32 },
 }
 
-/// A refusal or failure, already worded for the person who sent the request.
+/// A refusal or failure, with a message for the sender of the request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct EngineError {
     pub kind: EngineErrorKind,
     pub message: String,
-    /// The request's field at fault, where there is one.
+    /// The request's field that caused the error, if there is one.
     pub param: Option<String>,
 }
 
@@ -568,11 +572,11 @@ pub enum EngineErrorKind {
     Internal,
 }
 
-/// A snapshot of the engine; counters only grow.
+/// A snapshot of the engine; counters never decrease.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     pub steps: u64,
-    /// Longest recent step, decayed, in seconds.
+    /// Duration of the longest recent step in seconds, decayed.
     pub step_seconds: f32,
     pub running: u32,
     pub waiting: u32,
@@ -582,7 +586,7 @@ pub struct Progress {
     pub kv_pages_total: u32,
     pub prefill_tokens: u64,
     pub decode_tokens: u64,
-    /// Prompt tokens looked up in the prefix index, and those found there.
+    /// Prompt tokens looked up in the prefix index, and tokens found.
     pub prefix_queries: u64,
     pub prefix_hits: u64,
     pub preemptions: u64,
@@ -590,11 +594,11 @@ pub struct Progress {
     pub adapters_waiting: u32,
     /// Rows of the steps since the last snapshot.
     pub batch_sizes: Vec<u32>,
-    /// Drafts checked (one a sequence and step), the tokens in them, and those that stood.
+    /// Drafts verified (one per sequence and step), tokens in them, and accepted tokens.
     pub drafts: u64,
     pub drafted_tokens: u64,
     pub accepted_tokens: u64,
-    /// Those of them that a draft model came up with.
+    /// The drafted and accepted tokens that came from a draft model.
     pub modelled_tokens: u64,
     pub accepted_modelled: u64,
 }

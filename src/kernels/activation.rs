@@ -1,4 +1,4 @@
-//! Activations as the kernels read them: f32 rows, and the same rows in 8 bits.
+//! Activations as the kernels read them: f32 rows, and the same rows quantized to 8 bits.
 
 #[cfg(target_arch = "x86_64")]
 use super::avx2;
@@ -6,25 +6,26 @@ use super::matmul::{Isa, isa};
 use super::pack::BLOCK;
 use super::pool::Disjoint;
 
-/// Rows of activations, quantized in blocks of 32: value `d * q`, `d` the block's largest magnitude
-/// over 127. `s` is `d` times the sum of the block's `q`, which weights with a minimum need.
+/// Rows of activations, quantized in blocks of 32. A value is `d * q`, where `d` is the block's
+/// largest magnitude divided by 127. `s` is `d` times the sum of the block's `q`; weights with a
+/// minimum need it.
 #[derive(Debug, Default, Clone)]
 pub struct Quantized {
     cols: usize,
     q: Vec<i8>,
     d: Vec<f32>,
     s: Vec<f32>,
-    /// The same sums of half blocks.
+    /// As `s`, for half blocks.
     h: Vec<f32>,
 }
 
-/// One row, for the kernels.
+/// Pointers to one row, for the kernels.
 #[derive(Debug, Clone, Copy)]
 pub struct Row {
     pub q: *const i8,
     pub d: *const f32,
     pub s: *const f32,
-    /// Two for each block.
+    /// Two values per block.
     pub h: *const f32,
     pub f: *const f32,
 }
@@ -37,7 +38,7 @@ impl Default for Row {
 }
 
 impl Quantized {
-    /// Room for `rows` rows of `cols` columns; what was there is forgotten.
+    /// Resizes to `rows` rows of `cols` columns; the contents become unspecified.
     pub fn resize(&mut self, rows: usize, cols: usize) {
         assert!(cols.is_multiple_of(BLOCK), "{cols} columns are not whole blocks");
         self.cols = cols;
@@ -70,7 +71,7 @@ impl Quantized {
         &self.h[row * halves..(row + 1) * halves]
     }
 
-    /// For chunks of a job that write different blocks.
+    /// A writer for jobs whose chunks write different blocks.
     pub fn writer(&mut self) -> QuantizedWriter {
         QuantizedWriter {
             cols: self.cols,
@@ -93,11 +94,12 @@ pub struct QuantizedWriter {
 }
 
 impl QuantizedWriter {
-    /// Quantizes `values`, whole blocks, as columns `col` and following of `row`; does nothing where
-    /// rows have no columns.
+    /// Quantizes `values` (whole blocks) into `row`, from column `col` on. Does nothing if the rows
+    /// have no columns.
     ///
     /// # Safety
-    /// The [`Quantized`] is still borrowed, and nobody else reads or writes these blocks.
+    /// The [`Quantized`] must still be borrowed, and no other thread may read or write these
+    /// blocks.
     pub unsafe fn write(&self, row: usize, col: usize, values: &[f32]) {
         if self.cols == 0 {
             return;
@@ -105,7 +107,7 @@ impl QuantizedWriter {
         assert!(col.is_multiple_of(BLOCK) && values.len().is_multiple_of(BLOCK));
         assert!(col + values.len() <= self.cols);
         let at = row * self.cols + col;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let (q, d, s, h) = unsafe {
             (
                 self.q.part(at, values.len()),
@@ -128,7 +130,7 @@ impl QuantizedWriter {
     }
 }
 
-/// Returns the scale, and the sums of both halves of the quantized values.
+/// Quantizes one block. Returns the scale, and the sums of the quantized values of both halves.
 pub(super) fn quantize(isa: Isa, values: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -137,7 +139,7 @@ pub(super) fn quantize(isa: Isa, values: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> 
     }
 }
 
-/// The plain form.
+/// The scalar version.
 fn quantize_block(values: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
     let mut lanes = [0f32; 8];
     for eight in values.chunks_exact(8) {
@@ -146,13 +148,13 @@ fn quantize_block(values: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, [i32; 2])
         }
     }
     let largest = lanes.iter().fold(0f32, |a, &b| a.max(b));
-    // Of nothing but zeros, or too small to be divided by: all become 0.
+    // A block of zeros, or of values too small to divide by, becomes all 0.
     let inverse = Some(127.0 / largest).filter(|inverse| inverse.is_finite()).unwrap_or(0.0);
     let mut sums = [0i32; 2];
     let halves = q.chunks_exact_mut(BLOCK / 2).zip(values.chunks_exact(BLOCK / 2));
     for (sum, (q, values)) in sums.iter_mut().zip(halves) {
         for (q, value) in q.iter_mut().zip(values) {
-            // Within ±127 by construction; a NaN becomes 0, as a saturating cast has it.
+            // Within ±127 by construction; NaN becomes 0 in the saturating cast.
             let rounded = (value * inverse).round_ties_even() as i32;
             *q = rounded as i8;
             *sum += rounded;
@@ -190,7 +192,7 @@ mod tests {
         let values: Vec<f32> = (0..96).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.3).collect();
         let mut quantized = Quantized::default();
         quantized.resize(2, 96);
-        // SAFETY: one thread.
+        // SAFETY: there is only one thread.
         unsafe { quantized.writer().write(1, 0, &values) };
         for (at, value) in values.iter().enumerate() {
             let d = quantized.d(1)[at / BLOCK];

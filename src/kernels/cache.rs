@@ -1,4 +1,4 @@
-//! Keys and values in pages of 32 tokens, in f16 or q8_0.
+//! The KV cache: keys and values in pages of 32 tokens, in f16 or q8_0.
 
 use super::activation::quantize;
 use super::matmul::isa;
@@ -7,34 +7,37 @@ use super::pool::Disjoint;
 use crate::gguf::KvType;
 use half::f16;
 
-/// Tokens of a page.
+/// Tokens per page.
 pub const PAGE: usize = 32;
 
 /// Keys and values of all layers, by page.
 ///
-/// A page's layers lie together: memory that the system has to find first comes a page at a time. By
-/// layers it came for 5,000 tokens at once, wherever a sequence began a huge page of every layer.
+/// All layers of a page are adjacent, so the operating system allocates memory one page at a time.
+/// With a layer-major layout it allocated memory for 5,000 tokens at once, whenever a sequence
+/// touched a new huge page in every layer.
 pub struct Cache {
     shape: Shape,
-    /// Resident only where written.
+    /// Memory is resident only where it has been written.
     store: Store,
 }
 
-/// All pages: of every layer and head of a page first the keys, then the values.
+/// All pages. For every layer and head of a page, the keys come first, then the values.
 enum Store {
     /// (pages, layers, kv_heads, 2, 32 * head_dim) bits of f16.
     F16(Vec<u16>),
-    /// `q` as above, `d` (pages, layers, kv_heads, 2, blocks of a head, 32) bits of f16.
+    /// `q` with the layout of `F16`; `d` (pages, layers, kv_heads, 2, blocks of a head, 32) bits of
+    /// f16.
     Q8 { q: Vec<i8>, d: Vec<u16> },
 }
 
-/// One head's keys (head_dim, 32) or values (32, head_dim) of a page.
+/// The keys (head_dim, 32) or values (32, head_dim) of one head of a page.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Numbers<'a> {
-    /// Bits.
+    /// Bits of f16.
     F16(&'a [u16]),
-    /// `q * d`, with `d` (blocks, 32) in bits of f16 for every token's 32 dimensions, the last of
-    /// which may be fewer. A scale belongs to one token: no later one changes what is there.
+    /// `q * d`; `d` (blocks, 32) in bits of f16, one scale for every 32 dimensions of a token
+    /// (fewer in the last block). A scale belongs to one token: later tokens do not change existing
+    /// data.
     Q8 { q: &'a [i8], d: &'a [u16] },
 }
 
@@ -47,24 +50,24 @@ struct Shape {
 }
 
 impl Shape {
-    /// Place of a head's keys among all keys and values; that of its values is the next.
+    /// Index of a head's keys among all keys and values; the index of its values is the next one.
     fn at(&self, layer: usize, page: u32, head: usize) -> usize {
         assert!((page as usize) < self.pages && layer < self.layers, "the page exists");
         assert!(head < self.kv_heads, "the head exists");
         ((page as usize * self.layers + layer) * self.kv_heads + head) * 2
     }
 
-    /// Keys and values of all heads and layers of a page.
+    /// Number of key and value arrays of a page, over all heads and layers.
     fn of_page(&self) -> usize {
         self.layers * self.kv_heads * 2
     }
 
-    /// Numbers of one head's keys, or values.
+    /// Numbers in one head's keys or values.
     fn numbers(&self) -> usize {
         self.head_dim * PAGE
     }
 
-    /// Scales of the same.
+    /// Scales of one head's keys or values.
     fn scales(&self) -> usize {
         self.head_dim.div_ceil(BLOCK) * PAGE
     }
@@ -118,7 +121,7 @@ impl Cache {
         }
     }
 
-    /// The first `tokens` tokens' worth of a page, and perhaps more, become another's.
+    /// Copies the first `tokens` tokens of a page, and possibly more, to another page.
     pub fn copy_page(&mut self, from: u32, to: u32) {
         fn copy<T: Copy>(of: &mut [T], page: usize, from: u32, to: u32) {
             let from = from as usize * page;
@@ -135,7 +138,7 @@ impl Cache {
         }
     }
 
-    /// For chunks of a job that write different tokens' heads.
+    /// A writer for jobs whose chunks write different tokens' heads.
     pub fn writer(&mut self) -> CacheWriter {
         let store = match &mut self.store {
             Store::F16(numbers) => Writers::F16(Disjoint::new(numbers)),
@@ -159,10 +162,10 @@ enum Writers {
 }
 
 impl CacheWriter {
-    /// One token's key and value of one head, at place `token` of the page.
+    /// Writes one token's key and value of one head, at index `token` of the page.
     ///
     /// # Safety
-    /// The cache is still borrowed, and nobody else uses this token's head.
+    /// The cache must still be borrowed, and no other thread may access this token's head.
     pub unsafe fn write(
         &self,
         layer: usize,
@@ -179,11 +182,11 @@ impl CacheWriter {
         match self.store {
             Writers::F16(to) => {
                 for (d, &x) in k.iter().enumerate() {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: guaranteed by the caller.
                     let place = unsafe { to.part(keys + d * PAGE, 1) };
                     place[0] = f16::from_f32(x).to_bits();
                 }
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 let row = unsafe { to.part(values, dim) };
                 for (place, &x) in row.iter_mut().zip(v) {
                     *place = f16::from_f32(x).to_bits();
@@ -192,7 +195,7 @@ impl CacheWriter {
             Writers::Q8 { q: to, d: scale_of } => {
                 for (block, (k, v)) in k.chunks(BLOCK).zip(v.chunks(BLOCK)).enumerate() {
                     let (first, scale) = (block * BLOCK, at * scales + block * PAGE + token);
-                    // SAFETY: the caller's promise.
+                    // SAFETY: guaranteed by the caller.
                     unsafe {
                         let (quants, d) = q8_0(k);
                         scale_of.part(scale, 1)[0] = d;
@@ -209,8 +212,8 @@ impl CacheWriter {
     }
 }
 
-/// A block of at most 32 numbers as ggml rounds it to q8_0, and its scale: the largest magnitude
-/// over 127, in bits of f16.
+/// Quantizes a block of at most 32 numbers as ggml does for q8_0. Returns the integers and the
+/// scale, which is the largest magnitude divided by 127, in bits of f16.
 fn q8_0(numbers: &[f32]) -> ([i8; BLOCK], u16) {
     let (mut block, mut quants) = ([0f32; BLOCK], [0i8; BLOCK]);
     block[..numbers.len()].copy_from_slice(numbers);
@@ -220,7 +223,7 @@ fn q8_0(numbers: &[f32]) -> ([i8; BLOCK], u16) {
 
 #[cfg(test)]
 impl Numbers<'_> {
-    /// The number at place `at`: dimension `d` of a token.
+    /// The number at index `at`, which is dimension `d` of a token.
     pub fn number(self, at: usize, token: usize, d: usize) -> f32 {
         use super::pack::wide;
         match self {
@@ -234,10 +237,10 @@ impl Numbers<'_> {
 mod tests {
     use super::*;
 
-    /// The last block of q8_0 is half a one.
+    /// The last q8_0 block is half filled.
     const DIM: usize = 80;
 
-    /// A token's key and value of the second head of the second layer.
+    /// Reads a token's key and value of the second head of the second layer.
     fn read(cache: &Cache, page: u32, token: usize) -> [Vec<f32>; 2] {
         let (keys, values) = (cache.keys(1, page, 1), cache.values(1, page, 1));
         [
@@ -250,7 +253,7 @@ mod tests {
         for (block, back) in numbers.chunks(BLOCK).zip(back.chunks(BLOCK)) {
             let largest = block.iter().fold(0f32, |a, b| a.max(b.abs()));
             for (x, back) in block.iter().zip(back) {
-                // Half a step, and the rounding of the scale.
+                // Half a quantization step, and the rounding of the scale.
                 assert!((x - back).abs() <= largest * (0.501 / 127.0 + 5e-4), "{x}, {back}");
             }
         }
@@ -264,13 +267,13 @@ mod tests {
             let mut kept = Vec::new();
             for token in 0..PAGE {
                 let number = |i: usize| {
-                    // Small ones in the last block of the key.
+                    // Small values in the last block of the key.
                     let size = if i >= 64 { 0.01 } else { 1.0 + token as f32 };
                     ((i * 37 + token * 101) % 201) as f32 * size / 100.0 - size
                 };
                 let k: Vec<f32> = (0..DIM).map(number).collect();
                 let v: Vec<f32> = (0..DIM).rev().map(number).collect();
-                // SAFETY: one thread.
+                // SAFETY: there is only one thread.
                 unsafe { cache.writer().write(1, 2, 1, token, &k, &v) };
                 let back = read(&cache, 2, token);
                 assert_close(&k, &back[0]);

@@ -1,38 +1,39 @@
-//! Dense products of training.
+//! Dense matrix products for training.
 //!
-//! Both sides are packed: the right one into strips of sixteen columns, of which a block of
-//! [`DEPTH`] terms stays in the first cache, the left one into tiles of six rows, of which a block
-//! stays in the second (Goto and van de Geijn 2008, doi:10.1145/1356052.1356053). Every number of the
-//! result is added up in one order, whoever computes it, so that no sum depends on how many threads
-//! there are.
+//! Both operands are packed: the right one into strips of sixteen columns, of which a block of
+//! [`DEPTH`] terms stays in the L1 cache; the left one into tiles of six rows, of which a block
+//! stays in the L2 cache (Goto and van de Geijn 2008, doi:10.1145/1356052.1356053). Every element
+//! of the result is summed in one fixed order, so no sum depends on the number of threads.
 
 use super::real::Real;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Columns of a strip.
+/// Columns per strip.
 pub const STRIP: usize = 16;
-/// Rows of a tile, at most.
+/// Most rows of a tile.
 pub const TILE: usize = 6;
-/// Terms of a sum that a tile adds at a time: a strip of so many is 16 KB of f32, half of the first
-/// cache.
+/// Terms of a sum that a tile adds at a time: a strip of this depth takes 16 KB of f32, half of the
+/// L1 cache.
 const DEPTH: usize = 256;
-/// Tiles of the left side that pass by each strip, at most: 96 KB of f32.
+/// Most tiles of the left operand that are multiplied by each strip in turn: 96 KB of f32.
 const TILES: usize = 16;
-/// Strips that one thread packs or computes at a time, at most.
+/// Most strips that one thread packs or computes at a time.
 const STRIPS: usize = 16;
-/// Rows, columns and terms that are packed at a time, at most: 16 MB and 8 MB of f32.
+/// Most rows, columns and terms that are packed at a time: 16 MB and 8 MB of f32.
 const MOST: [usize; 3] = [2048, 1024, 2048];
-/// The left side is packed for more strips than these: for fewer, packing costs more than it saves.
+/// The left operand is packed only for more strips than this: for fewer, packing costs more than it
+/// saves.
 const FEW: usize = 2;
-/// Products of fewer multiplications are not shared out: waking a thread takes longer.
+/// Products with fewer multiplications run on one thread: waking another takes longer.
 const SMALL: usize = 1 << 19;
 
-/// Adds a product to a tile of the result, or puts it there: `rows` rows of `a`, whose elements lie by
-/// `strides`, times a strip (`depth`, [`STRIP`]); a row of `out` every `stride` numbers.
+/// Computes a tile of the result: `rows` rows of `a`, whose elements are `strides` apart, times a
+/// strip (`depth`, [`STRIP`]). The product is stored in `out` or added to it; rows of `out` are
+/// `stride` elements apart.
 ///
 /// # Safety
-/// All of that can be read and written, and the CPU has the instructions.
+/// All of these elements must be readable and writable, and the CPU must support the instructions.
 pub type Tile<T> = unsafe fn(
     depth: usize,
     a: *const T,
@@ -43,49 +44,49 @@ pub type Tile<T> = unsafe fn(
     add: bool,
 );
 
-/// Strides of a packed left side: the rows of a tile lie beside each other.
+/// Strides of a packed left operand: the rows of a tile are interleaved.
 pub const PACKED: [usize; 2] = [1, TILE];
 
-/// A matrix that lies somewhere in a slice, by any strides.
+/// A matrix view of a slice, with arbitrary strides.
 #[derive(Clone, Copy)]
 pub struct Mat<'a, T> {
     data: &'a [T],
     rows: usize,
     cols: usize,
-    /// From a row to the next, and from a column to the next.
+    /// Distance from one row to the next, and from one column to the next.
     strides: [usize; 2],
 }
 
 impl<'a, T> Mat<'a, T> {
-    /// (rows, columns), row by row.
+    /// A matrix (rows, columns) in row-major order.
     ///
     /// # Panics
-    /// If there are not as many numbers.
+    /// If the length of `data` does not match.
     pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), rows * cols, "{rows} rows of {cols}");
         Self { data, rows, cols, strides: [cols, 1] }
     }
 
-    /// (rows, columns) a part of `x` (…, `stride`).
+    /// A submatrix (rows, columns) of `x` (…, `stride`).
     pub fn part(x: &'a [T], rows: Range<usize>, cols: Range<usize>, stride: usize) -> Self {
         let whole = Mat { data: x, rows: x.len() / stride, cols: stride, strides: [stride, 1] };
         whole.rows(rows).cols(cols)
     }
 
-    /// (columns, rows)
+    /// The transpose (columns, rows).
     pub fn t(self) -> Self {
         let [row, col] = self.strides;
         Self { rows: self.cols, cols: self.rows, strides: [col, row], ..self }
     }
 
-    /// Some of the rows.
+    /// A range of the rows.
     pub fn rows(self, rows: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.rows);
         let from = if rows.is_empty() { 0 } else { rows.start * self.strides[0] };
         Self { data: &self.data[from..], rows: rows.len(), ..self }
     }
 
-    /// Some of the columns.
+    /// A range of the columns.
     pub fn cols(self, cols: Range<usize>) -> Self {
         self.t().rows(cols).t()
     }
@@ -98,13 +99,13 @@ impl<'a, T> Mat<'a, T> {
     }
 }
 
-/// What the right side of a product is packed from.
+/// The right operand of a product, which can be packed.
 pub trait Right<T>: Sync {
     fn rows(&self) -> usize;
     fn cols(&self) -> usize;
 
-    /// (columns in strips, rows, [`STRIP`]) a part of it. Columns of the last strip that are not there
-    /// are zeros.
+    /// Packs a part into (columns in strips, rows, [`STRIP`]). Missing columns of the last strip
+    /// are filled with zeros.
     fn pack(&self, rows: Range<usize>, cols: Range<usize>, packed: &mut [T]);
 }
 
@@ -127,7 +128,7 @@ impl<T: Real> Right<T> for Mat<'_, T> {
     }
 }
 
-/// (rows, [`STRIP`]) some columns of a matrix that begins at `from`, and zeros beside them.
+/// Packs some columns of a matrix that begins at `from` into (rows, [`STRIP`]), padded with zeros.
 fn pack_strip<T: Real>(
     data: &[T],
     from: usize,
@@ -143,13 +144,13 @@ fn pack_strip<T: Real>(
         return;
     }
     let depth = packed.len() / STRIP;
-    // Columns whose numbers lie beside each other: squares of eight.
+    // If the elements of a column are contiguous, transpose blocks of eight by eight.
     let square = if row == 1 && width == STRIP { depth / 8 * 8 } else { 0 };
     for k in (0..square).step_by(8) {
         for c in [0, 8] {
             let at = &data[from + c * col + k..];
             assert!(at.len() > 7 * col + 7, "eight columns are there");
-            // SAFETY: that was checked, and the strip has eight rows from here on.
+            // SAFETY: the assertion checks the source, and the strip has eight rows from here on.
             unsafe { T::turn(at.as_ptr(), col, packed[k * STRIP + c..].as_mut_ptr(), STRIP) };
         }
     }
@@ -160,7 +161,7 @@ fn pack_strip<T: Real>(
     }
 }
 
-/// Packs a part of a right side that holds `weights` (columns, rows), one column after the other.
+/// Packs a part of a right operand given as `weights` (columns, rows), one column after the other.
 pub fn pack_columns<T: Real>(weights: &[T], rows: usize, packed: &mut [T]) {
     for (weights, packed) in weights.chunks(rows * STRIP).zip(packed.chunks_exact_mut(rows * STRIP))
     {
@@ -168,7 +169,7 @@ pub fn pack_columns<T: Real>(weights: &[T], rows: usize, packed: &mut [T]) {
     }
 }
 
-/// Packs row `row` of a part of a right side that has `rows` rows.
+/// Packs row `row` of a part of a right operand that has `rows` rows.
 pub fn pack_row<T: Real>(weights: &[T], row: usize, rows: usize, packed: &mut [T]) {
     for (weights, packed) in weights.chunks(STRIP).zip(packed.chunks_exact_mut(rows * STRIP)) {
         let packed = &mut packed[row * STRIP..][..STRIP];
@@ -177,7 +178,7 @@ pub fn pack_row<T: Real>(weights: &[T], row: usize, rows: usize, packed: &mut [T
     }
 }
 
-/// Where a product goes: the columns from `at` on of rows that are `stride` long.
+/// The destination of a product: the columns from `at` on, of rows that are `stride` elements long.
 #[derive(Clone, Copy)]
 struct Place {
     stride: usize,
@@ -185,11 +186,11 @@ struct Place {
     add: bool,
 }
 
-/// `out = a b`, or `out += a b`; `out` (rows, `stride`) holds the product in its columns from `at`
-/// on. On this thread.
+/// Computes `out = a b` or `out += a b` on this thread; `out` (rows, `stride`) receives the product
+/// in its columns from `at` on.
 ///
 /// # Panics
-/// If the shapes do not fit.
+/// If the shapes do not match.
 pub fn product_here<T: Real>(
     a: Mat<T>,
     b: Mat<T>,
@@ -201,14 +202,14 @@ pub fn product_here<T: Real>(
     let end = a.rows.saturating_sub(1) * stride + at + b.cols;
     assert!(at + b.cols <= stride && (a.rows == 0 || end <= out.len()), "the result is inside");
     let out = Out { first: out.as_mut_ptr(), place: Place { stride, at, add } };
-    // SAFETY: the result is inside `out`.
+    // SAFETY: the shapes have been checked: the result is inside `out`.
     unsafe { run(&[(a, &b)], out, false) };
 }
 
-/// As [`product_here`], on all threads, of any right side.
+/// As [`product_here`], on all threads, for any right operand.
 ///
 /// # Panics
-/// If the shapes do not fit.
+/// If the shapes do not match.
 pub fn product<T: Real>(
     a: Mat<T>,
     b: impl Right<T>,
@@ -220,19 +221,19 @@ pub fn product<T: Real>(
     let end = a.rows.saturating_sub(1) * stride + at + b.cols();
     assert!(at + b.cols() <= stride && (a.rows == 0 || end <= out.len()), "the result is inside");
     let out = Out { first: out.as_mut_ptr(), place: Place { stride, at, add } };
-    // SAFETY: the result is inside `out`.
+    // SAFETY: the shapes have been checked: the result is inside `out`.
     unsafe { run(&[(a, &b)], out, true) };
 }
 
-/// (rows, columns) the sum of some products, on all threads.
+/// Returns the sum of some products (rows, columns), computed on all threads.
 ///
 /// # Panics
-/// If the shapes do not fit.
+/// If the shapes do not match.
 pub fn sum_of_products<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)]) -> Vec<T> {
     let (rows, cols) = terms.first().map_or((0, 0), |(a, b)| (a.rows, b.cols()));
     let mut out = Vec::with_capacity(rows * cols);
     let place = Place { stride: cols, at: 0, add: false };
-    // SAFETY: the vector has room for the result, of which every number is written.
+    // SAFETY: the vector has room for the result, and every element of it is written.
     unsafe {
         run(terms, Out { first: out.as_mut_ptr(), place }, true);
         out.set_len(rows * cols);
@@ -240,23 +241,23 @@ pub fn sum_of_products<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)]) -> Vec<T> {
     out
 }
 
-/// A part of the terms of a sum that is packed and multiplied at once.
+/// A range of the terms of a sum that is packed and multiplied at once.
 struct Part<'a, T> {
     a: Mat<'a, T>,
     b: &'a dyn Right<T>,
-    /// Rows of `b`; the columns of `a`, which is cut already.
+    /// Rows of `b`; they correspond to the columns of `a`, which has already been cut.
     k: Range<usize>,
-    /// Terms that are packed before.
+    /// Number of terms that are packed before this part.
     at: usize,
 }
 
-/// Writes, or adds to, all of a sum of products.
+/// Computes a sum of products and stores it in `out` or adds it.
 ///
 /// # Safety
-/// `out` has room for the result, and nobody else has it.
+/// `out` must have room for the result, and no other thread may access it.
 ///
 /// # Panics
-/// If the shapes do not fit.
+/// If the shapes do not match.
 unsafe fn run<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)], out: Out<T>, share: bool) {
     let Some((first, right)) = terms.first() else { return };
     let (rows, cols, Place { stride, at, add }) = (first.rows, right.cols(), out.place);
@@ -271,7 +272,7 @@ unsafe fn run<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)], out: Out<T>, share: bo
     let depths: Vec<_> = depths.collect();
     if depths.is_empty() && !add {
         for row in 0..if cols > 0 { rows } else { 0 } {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { out.fill(row * stride + at, cols, T::ZERO) };
         }
     }
@@ -287,14 +288,14 @@ unsafe fn run<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)], out: Out<T>, share: bo
             for cols in parts(cols, MOST[1]) {
                 let at = rows.start * stride + at + cols.start;
                 let place = Place { stride, at, add: add || number > 0 };
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 unsafe { block(rows.len(), &cut, cols, Out { place, ..out }, share) };
             }
         }
     }
 }
 
-/// Parts of so many at most.
+/// Splits `all` into ranges of at most `most`.
 fn parts(all: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
     (0..all).step_by(most).map(move |from| from..(from + most).min(all))
 }
@@ -308,55 +309,55 @@ fn each(count: usize, share: bool, f: impl Fn(usize) + Send + Sync) {
     }
 }
 
-/// A place in memory that threads write to, each to a part of its own.
+/// A memory region that threads write to, each to its own part.
 #[derive(Clone, Copy)]
 struct Out<T> {
     first: *mut T,
     place: Place,
 }
 
-// SAFETY: whoever has it writes only where no other thread writes or reads.
+// SAFETY: every thread that holds a copy accesses only elements that no other thread accesses.
 unsafe impl<T: Send> Send for Out<T> {}
-// SAFETY: as above.
+// SAFETY: as for `Send` above.
 unsafe impl<T: Send> Sync for Out<T> {}
 
 impl<T> Out<T> {
-    /// A pointer to number `at`.
+    /// A pointer to element `at`.
     ///
     /// # Safety
-    /// It is inside.
+    /// The element must be inside the region.
     unsafe fn at(&self, at: usize) -> *mut T {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.first.add(at) }
     }
 
-    /// Puts a number to some places.
+    /// Stores a number in `len` elements.
     ///
     /// # Safety
-    /// They are inside, and no other thread has any of them.
+    /// The elements must be inside the region, and no other thread may access them.
     unsafe fn fill(&self, from: usize, len: usize, x: T)
     where
         T: Copy,
     {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         (0..len).for_each(|at| unsafe { self.first.add(from + at).write(x) });
     }
 
-    /// Some numbers that were written before.
+    /// A slice of elements that have been written before.
     ///
     /// # Safety
-    /// They are inside, and no other thread has any of them.
+    /// The elements must be inside the region, and no other thread may access them.
     #[expect(clippy::mut_from_ref, reason = "parts of different threads are apart")]
     unsafe fn part(&self, from: usize, len: usize) -> &mut [T] {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { std::slice::from_raw_parts_mut(self.first.add(from), len) }
     }
 }
 
-/// Some columns of a sum of products.
+/// Computes some columns of a sum of products.
 ///
 /// # Safety
-/// As [`run`] says.
+/// As for [`run`].
 unsafe fn block<T: Real>(
     rows: usize,
     terms: &[Part<T>],
@@ -375,7 +376,7 @@ unsafe fn block<T: Real>(
         each(terms.len() * groups.len(), share, |i| {
             let (part, group) = (&terms[i / groups.len()], &groups[i % groups.len()]);
             let start = strips * STRIP * part.at + group.start * STRIP * part.k.len();
-            // SAFETY: parts of the packed side that are in different groups or depths are apart.
+            // SAFETY: different groups and depths have disjoint parts of the packed operand.
             let packed = unsafe { to.part(start, group.len() * STRIP * part.k.len()) };
             let end = (group.end * STRIP).min(cols.len());
             let cols = cols.start + group.start * STRIP..cols.start + end;
@@ -388,7 +389,7 @@ unsafe fn block<T: Real>(
                 for tile in band.clone() {
                     let some = tile * TILE..((tile + 1) * TILE).min(rows);
                     let start = tiles * TILE * part.at + tile * TILE * part.k.len();
-                    // SAFETY: tiles are apart.
+                    // SAFETY: tiles are disjoint.
                     let packed = unsafe { to.part(start, TILE * part.k.len()) };
                     pack_tile(part.a.rows(some), packed);
                 }
@@ -399,7 +400,7 @@ unsafe fn block<T: Real>(
             let (group, band) = (&groups[i / bands.len()], &bands[i % bands.len()]);
             for part in terms {
                 for strip in group.clone() {
-                    // SAFETY: `out` holds the product, whose tiles are apart.
+                    // SAFETY: `out` has room for the product, whose tiles are disjoint.
                     unsafe { sides.multiply(band.clone(), strip, part, out) };
                 }
             }
@@ -407,7 +408,7 @@ unsafe fn block<T: Real>(
     });
 }
 
-/// (columns, [`TILE`]) a tile's rows; those that are not there are zeros.
+/// Packs the rows of a tile into (columns, [`TILE`]), padded with zeros.
 fn pack_tile<T: Real>(a: Mat<T>, packed: &mut [T]) {
     let [row, col] = a.strides;
     let all = packed.as_chunks_mut::<TILE>().0;
@@ -432,9 +433,9 @@ fn pack_tile<T: Real>(a: Mat<T>, packed: &mut [T]) {
     }
 }
 
-/// Both sides of a product, packed.
+/// Both operands of a product, packed.
 struct Sides<'a, T> {
-    /// Empty if it is read where it is.
+    /// Empty if the left operand is read in place.
     left: &'a [T],
     right: &'a [T],
     rows: usize,
@@ -444,10 +445,10 @@ struct Sides<'a, T> {
 }
 
 impl<T: Real> Sides<'_, T> {
-    /// Some tiles times a strip, by some of the terms.
+    /// Multiplies some tiles by a strip, for a range of the terms.
     ///
     /// # Safety
-    /// `out` has room for the product, and no other thread has these tiles of it.
+    /// `out` must have room for the product, and no other thread may access these tiles of it.
     unsafe fn multiply(&self, tiles: Range<usize>, strip: usize, part: &Part<T>, out: Out<T>) {
         let Place { stride, at, add } = out.place;
         let (some, add) = (part.k.len(), add || part.at > 0);
@@ -465,7 +466,7 @@ impl<T: Real> Sides<'_, T> {
             let first = row * stride + at + strip * STRIP;
             if width == STRIP {
                 // SAFETY: `a` was checked to be inside its slice or was packed, the strip has
-                // `some` rows, and the caller promises the room.
+                // `some` rows, and the caller guarantees the room in `out`.
                 unsafe {
                     run(some, left.as_ptr(), strides, b.as_ptr(), out.at(first), stride, add)
                 };
@@ -488,7 +489,7 @@ impl<T: Real> Sides<'_, T> {
     }
 }
 
-/// Lends a buffer that the thread keeps. A second one is made if the first is lent.
+/// Lends the thread's scratch buffer. Allocates a second one if the first is in use.
 fn with_scratch<T: Real>(len: usize, run: impl FnOnce(&mut [T])) {
     let mut scratch = T::scratch().take();
     if scratch.len() < len {
@@ -498,10 +499,10 @@ fn with_scratch<T: Real>(len: usize, run: impl FnOnce(&mut [T])) {
     T::scratch().set(scratch);
 }
 
-/// A tile in plain code.
+/// A tile in scalar code.
 ///
 /// # Safety
-/// As [`Tile`] says.
+/// As for [`Tile`].
 pub unsafe fn plain_tile<T: Real, const R: usize>(
     depth: usize,
     a: *const T,
@@ -515,7 +516,7 @@ pub unsafe fn plain_tile<T: Real, const R: usize>(
     for k in 0..depth {
         for r in 0..R {
             for c in 0..STRIP {
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 let (x, w) =
                     unsafe { (*a.add(r * strides[0] + k * strides[1]), *strip.add(k * STRIP + c)) };
                 sums[r][c] += x * w;
@@ -524,7 +525,7 @@ pub unsafe fn plain_tile<T: Real, const R: usize>(
     }
     for r in 0..R {
         for c in 0..STRIP {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 let out = out.add(r * stride + c);
                 *out = if add { *out + sums[r][c] } else { sums[r][c] };
@@ -544,7 +545,7 @@ mod tests {
         (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
     }
 
-    /// In f32 and f64, from and to matrices by any strides, against the definition.
+    /// Checks f32 and f64 products of matrices with various strides against the definition.
     #[test]
     fn products_are_what_they_should_be() {
         for (m, n, k) in [
@@ -554,7 +555,7 @@ mod tests {
             (130, 40, 33),
             (61, 100, 1030),
             (5, 3, 0),
-            // More than is packed at a time, each way.
+            // More than the amount packed at a time, in each dimension.
             (2051, 3, 5),
             (3, 1030, 9),
             (13, 50, 2060),

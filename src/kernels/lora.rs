@@ -1,4 +1,4 @@
-//! Low-rank adapters beside a matrix: each row of a batch may have another.
+//! LoRA adapters applied beside a matrix product: each row of a batch may have a different one.
 
 use super::matmul::{Input, isa, multiply};
 use super::ops::Activations;
@@ -7,25 +7,25 @@ use super::pool::{Disjoint, Pool};
 use super::vector::add;
 use std::ops::Range;
 
-/// Rows of one adapter that a chunk of the first halves takes.
+/// Rows of one adapter per chunk of the first products.
 const LORA_TILE: usize = 8;
 
 /// The two small matrices of a LoRA (Hu et al. 2021, arXiv:2106.09685).
 ///
-/// Kept in f16: where every row has its own adapter, these are most of what a step reads. Powers of
-/// two bring their numbers to where f16 is finest, so that the small ones of a young adapter lose
-/// nothing.
+/// Stored in f16: if every row has its own adapter, these matrices are most of what a step reads.
+/// They are scaled by powers of two into the range of f16 with full precision, so that the small
+/// values of a barely trained adapter are preserved.
 #[derive(Debug)]
 pub struct LoraPair {
     /// (rank, columns)
     a: Matrix,
     /// (rows, rank padded to eight)
     b: Matrix,
-    /// What the product of both lacks.
+    /// The scale to multiply the product of both by; includes the powers of two.
     scale: f32,
 }
 
-/// The power of two that brings the largest magnitude to between 1 and 2.
+/// The power of two that scales the largest magnitude to between 1 and 2.
 fn shift(values: &[f32]) -> i32 {
     let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
     match largest.is_normal() {
@@ -35,10 +35,11 @@ fn shift(values: &[f32]) -> i32 {
 }
 
 impl LoraPair {
-    /// `a` (rank, cols) and `b` (rows, rank), row by row; the product is multiplied by `scale`.
+    /// Creates a pair from `a` (rank, cols) and `b` (rows, rank), row-major; the product is
+    /// multiplied by `scale`.
     ///
     /// # Panics
-    /// If the lengths do not fit.
+    /// If the lengths do not match.
     pub fn new(rank: usize, a: &[f32], b: &[f32], scale: f32) -> Self {
         assert!(rank > 0 && a.len().is_multiple_of(rank) && b.len().is_multiple_of(rank));
         let padded = rank.next_multiple_of(LANES);
@@ -63,20 +64,20 @@ impl LoraPair {
     }
 }
 
-/// Ranges of rows, in order and disjoint, each with the LoRA that changes a matrix for them. Their
-/// ranks may differ.
+/// Ordered, disjoint ranges of rows, each with the LoRA that applies to a matrix for these rows.
+/// The ranks may differ.
 pub type Adapted<'a> = Vec<(Range<usize>, &'a LoraPair)>;
 
-/// What the first halves of LoRAs made: a range's rows stand one after another, from its first row
-/// times the widest rank on.
+/// The results of the first products. A range's rows are consecutive, from its first row times the
+/// largest rank on.
 #[derive(Clone, Copy)]
 pub(super) struct Low<'a> {
     widest: usize,
     values: &'a [f32],
 }
 
-/// Multiplies the rows of `x` by the first matrices of all LoRAs, in one job; for each of `adapted`
-/// what [`add_second_halves`] takes.
+/// Multiplies the rows of `x` by the first matrices of all LoRAs, in one job. Returns, for each of
+/// `adapted`, the input of [`add_second_halves`].
 pub(super) fn first_halves<'a>(
     pool: &mut Pool,
     x: &Activations,
@@ -118,8 +119,8 @@ pub(super) fn first_halves<'a>(
         .collect()
 }
 
-/// Adds the second matrices' products to `out`: the columns of `groups`, for the rows `tokens`, the
-/// first of which has its first column at `at`, the next ones `stride` further on each.
+/// Adds the second matrices' products to `out`: the columns of `groups` for the rows `tokens`. The
+/// first row's first column is at `at`; the rows are `stride` elements apart.
 ///
 /// # Safety
 /// As for [`multiply`].
@@ -142,13 +143,13 @@ pub(super) unsafe fn add_second_halves(
         let input = Input::Float(&low.values[from..from + range.len() * b.cols()], b.cols());
         let mut delta = vec![0f32; rows.len() * count];
         let (part, inside) = (Disjoint::new(&mut delta), rows.start - range.start);
-        // SAFETY: `delta` is this call's own; for `out` the caller's promise.
+        // SAFETY: `delta` is local to this call; `out` is guaranteed by the caller.
         unsafe {
             let rows = inside..inside + rows.len();
             multiply(isa(), b, groups.clone(), &input, rows, part, 0, count);
         }
         for (row, delta) in rows.zip(delta.chunks_exact(count)) {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { add(out.part(at + (row - tokens.start) * stride, count), delta) };
         }
     }
@@ -158,7 +159,7 @@ pub(super) unsafe fn add_second_halves(
 mod tests {
     use super::*;
 
-    /// Numbers from 1e-7 to 1e3 keep what f16 can keep of them.
+    /// Numbers from 1e-7 to 1e3 keep the precision of f16.
     #[test]
     fn magnitudes_do_not_matter() {
         let (rank, cols, rows) = (3, 64, 24);
@@ -178,7 +179,7 @@ mod tests {
             let adapted: Adapted = vec![(0..1, &pair)];
             let low = first_halves(&mut pool, &input, &[&adapted], &mut low)[0];
             let part = Disjoint::new(&mut out);
-            // SAFETY: nobody else has `out`.
+            // SAFETY: no other thread has access to `out`.
             unsafe { add_second_halves(&adapted, low, 0..rows / LANES, 0..1, part, 0, rows) };
             let dot = |a: &[f32], b: &[f32]| -> f64 {
                 a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()

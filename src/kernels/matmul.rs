@@ -1,7 +1,7 @@
-//! Matrix times activations: rows of a packed matrix, tokens of a batch.
+//! Products of a packed matrix (rows) and activations (tokens of a batch).
 //!
-//! A result is one sum over the blocks of a row, in their order, whatever tile computes it: the
-//! same token gives the same bits alone and in any batch.
+//! A result is one sum over the blocks of a row, in order, whatever tile computes it: a token's
+//! result is bit-identical alone and in any batch.
 
 use super::activation::{Quantized, Row};
 #[cfg(target_arch = "x86_64")]
@@ -12,15 +12,16 @@ use super::scalar;
 use std::ops::Range;
 use std::sync::LazyLock;
 
-/// A tile of the result: `groups` groups of eight rows from `weights` on, `blocks` blocks (or
-/// columns) a group, times the rows of `x`; row `t` of the result starts at `out + t * stride`.
+/// Computes a tile of the result: `groups` groups of eight rows from `weights` on, with `blocks`
+/// blocks (or columns) per group, times the rows of `x`. Row `t` of the result starts at `out + t *
+/// stride`.
 ///
 /// # Safety
-/// All of that can be read and written, and the CPU has the instructions.
+/// All of these elements must be readable and writable, and the CPU must support the instructions.
 pub(super) type Tile =
     unsafe fn(weights: *const u8, blocks: usize, x: &[Row], out: *mut f32, stride: usize);
 
-/// Activations in the form that a matrix takes.
+/// Activations in the form that a matrix needs.
 #[derive(Clone, Copy)]
 pub enum Input<'a> {
     Quantized(&'a Quantized),
@@ -54,14 +55,14 @@ impl Input<'_> {
     }
 }
 
-/// Which instructions are used.
+/// The instruction set in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     Scalar,
     Avx2,
 }
 
-/// The best that this CPU has.
+/// The best instruction set that this CPU supports.
 pub fn isa() -> Isa {
     static ISA: LazyLock<Isa> = LazyLock::new(|| {
         #[cfg(target_arch = "x86_64")]
@@ -76,14 +77,14 @@ pub fn isa() -> Isa {
     *ISA
 }
 
-/// Tokens of a tile, at most.
+/// Most tokens of a tile.
 const TOKENS: usize = 6;
 
-/// `out[t][n]` for the rows of `groups` and the tokens of `tokens`: the first token's first row is
-/// at `at` in `out`, the next token's `stride` further on.
+/// Computes `out[t][n]` for the rows of `groups` and the tokens of `tokens`. The first token's
+/// first row is at index `at` of `out`; tokens are `stride` elements apart.
 ///
 /// # Safety
-/// `out`'s slice is still borrowed, and nobody else uses the part that is written.
+/// `out`'s slice must still be borrowed, and no other thread may access the part that is written.
 pub unsafe fn multiply(
     isa: Isa,
     matrix: &Matrix,
@@ -100,7 +101,7 @@ pub unsafe fn multiply(
     if tokens.is_empty() || groups.is_empty() {
         return;
     }
-    // Bounds once for all tiles: the last one ends where this part does.
+    // Check the bounds once for all tiles: the last tile ends where this span does.
     let span = (tokens.len() - 1) * stride + groups.len() * LANES;
     let out = out.span(at, span);
     let weights = Weights::of(matrix);
@@ -121,8 +122,8 @@ pub unsafe fn multiply(
             };
             let tile = weights.tile(isa, wide, count);
             let offset = (first - tokens.start) * stride + (group - groups.start) * LANES;
-            // SAFETY: the groups and tokens are inside, `span` covers what is written, and the
-            // instructions are there.
+            // SAFETY: the groups and tokens are inside, `span` covers what is written, and the CPU
+            // supports the instructions.
             unsafe {
                 let from = weights.data.add(group * weights.group_bytes);
                 tile(from, weights.blocks, &rows[..count], out.add(offset), stride);
@@ -136,25 +137,25 @@ pub unsafe fn multiply(
 struct Weights {
     kind: Kind,
     data: *const u8,
-    /// Blocks (or columns) of a group.
+    /// Blocks (or columns) per group.
     blocks: usize,
     group_bytes: usize,
 }
 
 impl Kind {
-    /// Tokens of a tile, at most: as many sums as registers can hold.
+    /// Most tokens of a tile: as many sums as the registers can hold.
     fn tokens(self) -> usize {
         if self.is_float() { TOKENS } else { 4 }
     }
 
-    /// Groups of a tile, at most.
+    /// Most groups of a tile.
     fn groups(self, tokens: usize) -> usize {
         match tokens {
-            // As fast as memory gives them: more rows in flight.
+            // Limited by memory bandwidth: more rows in flight.
             1 => 4,
-            // Enough sums to hide the time that one takes.
+            // Enough independent sums to hide the latency of each.
             _ if self.is_float() => 2,
-            // A block's weights stay in registers; those of two groups would not.
+            // The weights of one group's block fit into registers; those of two groups do not.
             _ => 1,
         }
     }

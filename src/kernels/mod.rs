@@ -1,12 +1,12 @@
-//! The arithmetic of the native runner and of training: the only home of SIMD instructions, and the
-//! thread pool.
+//! The arithmetic of the native runner and of training; all SIMD code and the thread pool are here.
 //!
-//! Every kernel exists twice: in plain code, which is the oracle, and for AVX2. The runner's give the
-//! same bits both ways ([`gemm`], training's, rounds once less with FMA), and a token's result never depends on what else is computed with it: sums run in one order,
-//! whatever the tile. AVX-512 VNNI and NEON would be modules beside `avx2`, and arms of
+//! Every kernel exists twice: in scalar code, which is the oracle, and for AVX2. The runner's
+//! kernels give bit-identical results in both versions ([`gemm`], for training, rounds once less
+//! with FMA). A token's result never depends on other rows of the batch: sums run in one order,
+//! whatever the tile. AVX-512 VNNI and NEON would be modules beside `avx2`, and variants of
 //! [`matmul::Isa`].
 
-// An index is a row, lane or token of several arrays at once; a tile has that many sides.
+// An index selects a row, lane or token in several arrays at once, and a tile has many parameters.
 #![allow(clippy::needless_range_loop, clippy::too_many_arguments)]
 
 pub mod activation;

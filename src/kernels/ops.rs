@@ -1,6 +1,6 @@
-//! The steps of a transformer over rows of activations: each is one job of the pool.
+//! The operations of a transformer over rows of activations; each is one job of the pool.
 //!
-//! Safe from outside: every function checks its lengths, and its chunks write disjoint parts.
+//! The interface is safe: every function checks its lengths, and its chunks write disjoint parts.
 
 use super::activation::Quantized;
 use super::attention::{self, Head, Plan, Scratch};
@@ -14,25 +14,24 @@ use crate::gguf::Gating;
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Tokens whose feed-forward activations a chunk holds at once.
+/// Tokens whose feed-forward activations a chunk processes at once.
 const TOKEN_TILE: usize = 32;
-/// Groups of eight matrix rows in a chunk, where many tokens use them: they stay in the nearest
-/// cache.
+/// Groups of eight matrix rows in a chunk when many tokens use them: they stay in the L1 cache.
 const CHUNK_GROUPS: usize = 8;
-/// Groups whose results fill a block of activations.
+/// Number of groups whose results fill a block of activations.
 const BLOCK_GROUPS: usize = super::pack::BLOCK / LANES;
 
-/// Rows of one sequence in a batch.
+/// The rows of one sequence in a batch.
 #[derive(Debug, Clone)]
 pub struct Span {
     pub rows: Range<usize>,
     /// Position of the first row.
     pub position: usize,
-    /// Pages of the sequence, its rows' own among them.
+    /// Pages of the sequence, including those of these rows.
     pub pages: Vec<u32>,
 }
 
-/// Rows of activations, in both forms that a matrix may take, or in f32 only.
+/// Rows of activations, in both forms that a matrix may need, or in f32 only.
 #[derive(Debug, Default)]
 pub struct Activations {
     rows: usize,
@@ -43,12 +42,12 @@ pub struct Activations {
 }
 
 impl Activations {
-    /// For matrices none of which takes quantized rows.
+    /// Activations for matrices none of which take quantized rows.
     pub fn only_float() -> Self {
         Self { only_float: true, ..Self::default() }
     }
 
-    /// Room for (rows, columns); what was there is forgotten.
+    /// Resizes to (rows, columns); the contents become unspecified.
     pub fn resize(&mut self, rows: usize, cols: usize) {
         (self.rows, self.cols) = (rows, cols);
         self.float.resize(rows * cols, 0.0);
@@ -59,7 +58,7 @@ impl Activations {
         self.rows
     }
 
-    /// (columns) of one row, as numbers.
+    /// (columns) one row in f32.
     pub fn row(&self, row: usize) -> &[f32] {
         &self.float[row * self.cols..(row + 1) * self.cols]
     }
@@ -80,7 +79,7 @@ impl Activations {
     }
 }
 
-/// How many groups of a matrix a chunk takes: for few rows a few large pieces, which stream from
+/// Number of groups of a matrix in a chunk: for few rows a few large chunks, which stream from
 /// memory; for many rows small ones.
 fn groups_of_chunk(groups: usize, rows: usize, pool: &Pool) -> usize {
     match rows {
@@ -93,7 +92,7 @@ fn chunk_of(chunk: usize, each: usize, end: usize) -> Range<usize> {
     chunk * each..((chunk + 1) * each).min(end)
 }
 
-/// Norms the rows of `x` (rows, columns of `out`).
+/// Normalizes the rows of `x` (rows, columns of `out`).
 pub fn norm(pool: &mut Pool, x: &[f32], weight: &[f32], epsilon: f32, out: &mut Activations) {
     let (rows, cols) = (out.rows, out.cols);
     assert!(x.len() == rows * cols && weight.len() == cols);
@@ -112,18 +111,17 @@ pub fn norm(pool: &mut Pool, x: &[f32], weight: &[f32], epsilon: f32, out: &mut 
     });
 }
 
-/// One of several matrices that take the same rows.
+/// One of several matrices that are multiplied by the same rows.
 pub struct Product<'a> {
     pub matrix: &'a Matrix,
-    /// Added to every row of the result.
+    /// A bias added to every row of the result.
     pub bias: Option<&'a [f32]>,
     pub adapted: Adapted<'a>,
     /// (rows, padded rows of the matrix)
     pub out: &'a mut [f32],
 }
 
-/// Multiplies the rows of `x` by each of the matrices, which are shared out as if they were one;
-/// `low` is for scratch.
+/// Multiplies the rows of `x` by each of the matrices, in one job; `low` is scratch.
 pub fn products(pool: &mut Pool, x: &Activations, products: &mut [Product], low: &mut Vec<f32>) {
     let rows = x.rows;
     let adapted: Vec<_> = products.iter().map(|product| &product.adapted[..]).collect();
@@ -165,8 +163,8 @@ pub fn products(pool: &mut Pool, x: &Activations, products: &mut [Product], low:
     });
 }
 
-/// `x += matrix * y`; `x` (rows, matrix's rows, a multiple of eight), `delta` and `low` are for
-/// scratch.
+/// `x += matrix * y`, for `x` (rows, matrix rows, which must be a multiple of eight); `delta` and
+/// `low` are scratch.
 pub fn add_product(
     pool: &mut Pool,
     y: &Activations,
@@ -198,7 +196,7 @@ pub fn add_product(
     });
 }
 
-/// Adds the norm of each row of `y` to that row of `x` (rows, columns); `y` is overwritten.
+/// Normalizes each row of `y` and adds it to that row of `x` (rows, columns); overwrites `y`.
 pub fn add_norm(pool: &mut Pool, y: &mut [f32], weight: &[f32], epsilon: f32, x: &mut [f32]) {
     let cols = weight.len();
     assert!(x.len() == y.len() && x.len().is_multiple_of(cols));
@@ -216,16 +214,16 @@ pub fn add_norm(pool: &mut Pool, y: &mut [f32], weight: &[f32], epsilon: f32, x:
     });
 }
 
-/// The two matrices of the feed-forward layer's first half.
+/// The two matrices of the first half of a feed-forward layer.
 pub struct Gates<'a> {
     pub gate: &'a Matrix,
     pub up: &'a Matrix,
     pub act: Gating,
-    /// Of gate and up.
+    /// The LoRAs of gate and up.
     pub adapted: [Adapted<'a>; 2],
 }
 
-/// `out = act(gate * x) * (up * x)`; `low` is for scratch.
+/// `out = act(gate * x) * (up * x)`; `low` is scratch.
 pub fn gated(
     pool: &mut Pool,
     x: &Activations,
@@ -239,7 +237,7 @@ pub fn gated(
     }
 }
 
-/// Compiled for each activation, which the innermost loops then contain.
+/// Compiled separately for each activation function, which is inlined into the inner loops.
 fn gated_by(
     pool: &mut Pool,
     x: &Activations,
@@ -265,7 +263,7 @@ fn gated_by(
             for (half, (matrix, adapted)) in halves.iter().enumerate() {
                 let (groups, tokens) = (|| groups.clone(), || tokens.clone());
                 let (at, input) = (half * size, x.input(matrix));
-                // SAFETY: the tile is this chunk's own.
+                // SAFETY: the tile belongs to this chunk alone.
                 unsafe {
                     multiply(isa(), matrix, groups(), &input, tokens(), part, at, count);
                     add_second_halves(adapted, lows[half], groups(), tokens(), part, at, count);
@@ -292,9 +290,9 @@ pub struct Heads<'a> {
     /// (rows, kv_heads, head_dim)
     pub k: &'a mut [f32],
     pub v: &'a [f32],
-    /// Of queries.
+    /// Scale of the queries.
     pub scale: f32,
-    /// Norms of single query and key heads.
+    /// Norms applied to each query head and key head.
     pub norms: Option<&'a [Vec<f32>; 2]>,
     pub epsilon: f32,
     pub rope: &'a Rope,
@@ -341,8 +339,8 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Every query of `q` (rows, heads, head_dim) over the tokens that the plan lets it see; `kept` is
-/// for scratch.
+/// Computes attention for every query of `q` (rows, heads, head_dim) over the tokens that the plan
+/// assigns; `kept` is scratch.
 pub fn attend(
     pool: &mut Pool,
     q: &[f32],
@@ -362,9 +360,9 @@ pub fn attend(
     let size = head(0).kept();
     kept.resize(plan.slots * kv_heads * size, 0.0);
     let keep = Disjoint::new(kept);
-    // Sums of one head's runs lie together.
+    // The sums of one head's runs are adjacent.
     let place = |head: usize, slot: usize| (head * plan.slots + slot) * size;
-    // SAFETY: where this is called, a row's heads belong to one chunk.
+    // SAFETY: at every call, a row's heads belong to one chunk.
     let write = |row: usize, at: usize, result: &[f32]| unsafe {
         float.part(row * cols + at, width).copy_from_slice(result);
         quantized.write(row, at, result);

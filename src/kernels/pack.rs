@@ -1,4 +1,4 @@
-//! Weights as the kernels read them: eight rows side by side, block by block.
+//! Weights in the layout of the kernels: eight rows interleaved, block by block.
 //!
 //! A vector register then holds the same columns of eight rows, and a row's sum stays in its lane
 //! from the first block to the last. Rows are padded with zeros to a multiple of eight.
@@ -13,12 +13,12 @@ use crate::gguf::{KERNEL_TYPES, TensorType};
 use ggml::{f32_at, u16_at};
 use half::{bf16, f16};
 
-/// Rows of a group.
+/// Rows per group.
 pub const LANES: usize = 8;
-/// Columns of a block of quantized weights or activations.
+/// Columns per block of quantized weights or activations.
 pub const BLOCK: usize = 32;
 
-/// Groups of eight rows, one after another; of a group all blocks, or all columns.
+/// Groups of eight rows, one after another; each group holds all its blocks, or all its columns.
 #[derive(Debug, Clone)]
 pub enum Packed {
     U4Min(Vec<BlockU4Min>),
@@ -41,7 +41,7 @@ pub enum Packed {
     F32(Vec<[f32; LANES]>),
 }
 
-/// What is in the blocks of a matrix.
+/// The type of a matrix's blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     U4Min,
@@ -62,19 +62,19 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Whether the weights are plain numbers.
+    /// Whether the weights are floating-point numbers.
     pub fn is_float(self) -> bool {
         matches!(self, Self::F16 | Self::BF16 | Self::F32)
     }
 }
 
-/// Blocks (or columns) without their type.
+/// Blocks (or columns) without their static type.
 #[derive(Clone, Copy, Debug)]
 pub struct Raw {
     pub kind: Kind,
     pub data: *const u8,
     pub len: usize,
-    /// Bytes of one.
+    /// Size of one block in bytes.
     pub size: usize,
 }
 
@@ -103,7 +103,7 @@ impl Packed {
     }
 }
 
-/// A matrix ready for the kernels.
+/// A packed matrix, ready for the kernels.
 #[derive(Debug, Clone)]
 pub struct Matrix {
     rows: usize,
@@ -111,7 +111,7 @@ pub struct Matrix {
     packed: Packed,
 }
 
-/// Why a tensor cannot be packed.
+/// The reason why a tensor cannot be packed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PackError {
     #[error("tensor type {0} has no kernel yet")]
@@ -120,13 +120,13 @@ pub enum PackError {
     Size { ty: &'static str, rows: usize, cols: usize, got: usize },
 }
 
-/// Whether [`Matrix::pack`] knows the type.
+/// Whether [`Matrix::pack`] supports the type.
 pub fn can_pack(ty: TensorType) -> bool {
     KERNEL_TYPES.contains(&ty)
 }
 
 impl Matrix {
-    /// Packs `rows` rows of `cols` columns, stored as ggml stores type `ty`, row by row.
+    /// Packs `rows` rows of `cols` columns, stored row by row in ggml's format `ty`.
     pub fn pack(
         ty: TensorType,
         rows: usize,
@@ -165,7 +165,7 @@ impl Matrix {
         Ok(Self { rows, cols, packed })
     }
 
-    /// (rows, columns) numbers, each times 2^`shift`, kept in f16.
+    /// Packs (rows, columns) numbers, each multiplied by 2^`shift`, in f16.
     pub fn in_f16(rows: usize, cols: usize, values: &[f32], shift: i32) -> Self {
         assert_eq!(values.len(), rows * cols);
         let scale = f32::powi(2.0, shift);
@@ -187,7 +187,7 @@ impl Matrix {
         self.cols
     }
 
-    /// Groups of eight rows.
+    /// Number of groups of eight rows.
     pub fn groups(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
@@ -197,24 +197,24 @@ impl Matrix {
         self.packed.raw()
     }
 
-    /// Whether the kernels want the activations quantized.
+    /// Whether the kernels need quantized activations.
     pub fn takes_quantized(&self) -> bool {
         !self.raw().kind.is_float()
     }
 
-    /// The packed weights, as they lie in memory.
+    /// The packed weights as bytes.
     pub fn bytes(&self) -> &[u8] {
         let raw = self.raw();
-        // SAFETY: they are borrowed as long, and blocks have no padding.
+        // SAFETY: the bytes are borrowed with `self`, and blocks have no padding.
         unsafe { std::slice::from_raw_parts(raw.data, raw.len * raw.size) }
     }
 }
 
-/// Rows of blocks as they lie in the file.
+/// Rows of blocks as stored in the file.
 struct Source<'a> {
     rows: usize,
     blocks: usize,
-    /// Bytes of a block.
+    /// Size of a block in bytes.
     size: usize,
     bytes: &'a [u8],
 }
@@ -222,14 +222,14 @@ struct Source<'a> {
 impl Source<'_> {
     /// Calls `pack` with one block of each row of a group, for every block of every group.
     fn pack<B: Send>(&self, pool: &mut Pool, pack: impl Fn([&[u8]; LANES]) -> B + Sync) -> Vec<B> {
-        // A row past the end: all zeros is a valid block of every type, of value zero (with a
-        // scale of zero).
+        // A row beyond the end: all zeros is a valid block of value zero in every type (the scale
+        // is zero).
         let nothing = vec![0; self.size];
         let groups = self.rows.div_ceil(LANES);
         let mut packed = Vec::with_capacity(groups * self.blocks);
         let all = Disjoint::new(packed.spare_capacity_mut());
         pool.run(groups, |group| {
-            // SAFETY: every group has blocks of its own.
+            // SAFETY: every group has its own blocks.
             let blocks = unsafe { all.part(group * self.blocks, self.blocks) };
             for (block, packed) in blocks.iter_mut().enumerate() {
                 packed.write(pack(std::array::from_fn(|lane| {
@@ -245,7 +245,7 @@ impl Source<'_> {
     }
 }
 
-/// The number that the bits stand for.
+/// Converts the bits of an f16 to f32.
 pub fn wide(bits: u16) -> f32 {
     f16::from_bits(bits).to_f32()
 }

@@ -1,11 +1,11 @@
-//! The thread pool: one worker per core, the caller among them.
+//! The thread pool: one thread per core, including the caller.
 //!
-//! A job is a number of chunks, and every thread has a share of them, one behind the other: what it
-//! asks memory for behind its chunk is then its next one. A thread that has done its share takes
-//! from the ends of the others'. The caller waits for chunks that are *done*, not for threads that
-//! arrived: a worker that another process keeps off its core holds up the chunk in its hands, and
-//! nothing else. Idle workers spin briefly (the next job of a step comes within microseconds), then
-//! sleep.
+//! A job is a number of chunks. Each thread has a share of consecutive chunks, so the data it
+//! prefetches beyond its current chunk belongs to its next one. A thread that has finished its
+//! share takes chunks from the ends of the others' shares. The caller waits for chunks to be
+//! *done*, not for threads to arrive: if another process keeps a worker off its core, only the
+//! chunk of that worker is delayed. Idle workers spin briefly (the next job of a step comes within
+//! microseconds), then sleep.
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,34 +13,33 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-/// Bits of a share for its first chunk, and for the end.
+/// Bits of a share for its first unclaimed chunk, and for its end.
 const CHUNK_BITS: u32 = 20;
 const CHUNK_MASK: u64 = (1 << CHUNK_BITS) - 1;
-/// Looks for a new job before a worker goes to sleep: about 50 µs.
+/// Number of checks for a new job before a worker sleeps: about 50 µs.
 const SPINS: u32 = 4_000;
-/// Bytes that a thread asks for ahead, at most: half of a core's second cache, on what has little
-/// of it.
+/// Most bytes that a thread prefetches: half of a core's L2 cache, on CPUs with a small one.
 const AHEAD: usize = 192 << 10;
-/// Bytes asked for at once.
+/// Bytes prefetched per step.
 const ASKED: usize = 512;
 
-/// Keeps what the workers write apart from what the caller polls.
+/// Puts data that the workers write on other cache lines than data that the caller polls.
 #[repr(align(128))]
 #[derive(Default)]
 struct Line<T>(T);
 
 struct Shared {
-    /// The number of the job.
+    /// Number of the current job.
     epoch: Line<AtomicU64>,
-    /// Of each thread, the caller first: epoch, first chunk that nobody has claimed, end.
+    /// The share of each thread, the caller's first: epoch, first unclaimed chunk, end.
     shares: Vec<Line<AtomicU64>>,
-    /// Chunks of the job that are finished.
+    /// Number of finished chunks of the job.
     done: Line<AtomicUsize>,
-    /// Written between jobs, read by whoever has claimed a chunk of the current one.
+    /// Written between jobs, read by threads that have claimed a chunk of the current job.
     job: UnsafeCell<Job>,
     panicked: AtomicBool,
     stop: AtomicBool,
-    /// Address and length of what idle threads ask memory for.
+    /// Address and length of the data that idle threads prefetch.
     ahead: Line<[AtomicUsize; 2]>,
     sleepers: AtomicUsize,
     bed: Mutex<()>,
@@ -51,18 +50,18 @@ struct Shared {
 struct Job {
     data: *const (),
     /// # Safety
-    /// `data` still points to the closure that this was made for.
+    /// `data` must still point to the closure that this was created for.
     call: unsafe fn(*const (), usize),
 }
 
-// SAFETY: `job` is written by the one caller (`Pool::run` takes `&mut self`) while no chunk is
+// SAFETY: `job` is written only by the caller (`Pool::run` takes `&mut self`) while no chunk is
 // unfinished, and read only by threads that hold an unfinished chunk; the closure behind it is
 // `Sync`.
 unsafe impl Sync for Shared {}
-// SAFETY: as above; the pointer is used only while `Pool::run` borrows what it points to.
+// SAFETY: as above; the pointer is used only while `Pool::run` borrows the closure.
 unsafe impl Send for Shared {}
 
-/// Threads that share the chunks of one job at a time.
+/// Threads that execute the chunks of one job at a time.
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -71,7 +70,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// `threads` in all, the caller's own among them.
+    /// Creates a pool of `threads` threads, including the caller's own.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             epoch: Line::default(),
@@ -95,26 +94,27 @@ impl Pool {
         Ok(pool)
     }
 
-    /// What the job after the next one reads first, or the next one, if the caller has something of
-    /// its own to do before: idle threads ask memory for the beginnings of their shares of it. A job for one token
-    /// waits for memory, which has nothing to do while threads wait for each other.
+    /// Announces the data that the job after the next one reads first (or the next one, if the
+    /// caller has other work before it): idle threads prefetch the beginnings of their shares of
+    /// it. A job for one token is limited by memory bandwidth, which is otherwise unused while
+    /// threads wait for each other.
     pub fn ahead(&self, bytes: &[u8]) {
         let [from, len] = &self.shared.ahead.0;
-        // Somebody may see one of before and one of now; asking for anything is harmless.
+        // A thread may see only one of the two new values; prefetching any address is harmless.
         from.store(bytes.as_ptr().addr(), Ordering::Relaxed);
         len.store(bytes.len(), Ordering::Relaxed);
     }
 
-    /// Threads, the caller's among them.
+    /// Number of threads, including the caller's.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// Calls `chunk` once for each number below `chunks`, on all threads; returns when all are
-    /// done.
+    /// Calls `chunk` once for each number below `chunks`, on all threads; returns when all chunks
+    /// are done.
     ///
     /// # Panics
-    /// If a chunk does.
+    /// If a chunk panics.
     pub fn run<F: Fn(usize) + Sync>(&mut self, chunks: usize, chunk: F) {
         if self.workers.is_empty() || chunks <= 1 {
             (0..chunks).for_each(chunk);
@@ -122,13 +122,13 @@ impl Pool {
         }
         assert!(chunks as u64 <= CHUNK_MASK, "{chunks} chunks are too many");
         /// # Safety
-        /// `data` points to a live `F`.
+        /// `data` must point to a live `F`.
         unsafe fn call<F: Fn(usize)>(data: *const (), index: usize) {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { (*data.cast::<F>())(index) }
         }
         let shared = &*self.shared;
-        // SAFETY: all chunks of the job before are done, and none of this one is published.
+        // SAFETY: all chunks of the previous job are done, and none of this job has been published.
         unsafe { *shared.job.get() = Job { data: (&raw const chunk).cast(), call: call::<F> } };
         shared.done.0.store(0, Ordering::Relaxed);
         self.epoch += 1;
@@ -171,7 +171,7 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// What a thread does that has nothing to do.
+    /// Prefetches the announced data on an idle thread.
     fn pass_time(&self, thread: usize, asked: &mut Asked) {
         let [from, len] = self.ahead.0.each_ref().map(|x| x.load(Ordering::Relaxed));
         if asked.from != from {
@@ -185,13 +185,13 @@ impl Shared {
         #[cfg(target_arch = "x86_64")]
         for line in (asked.at..asked.at + ASKED).step_by(64) {
             use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            // SAFETY: a hint; whatever the address, nothing is read.
+            // SAFETY: a prefetch is a hint: it reads nothing at any address.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(line)) };
         }
         asked.at += ASKED;
     }
 
-    /// Claims a chunk: the first of one's own share, or the last of another's.
+    /// Claims a chunk: the first of the thread's own share, or the last of another's.
     fn claim(&self, thread: usize) -> Option<usize> {
         let threads = self.shares.len();
         (0..threads).find_map(|other| {
@@ -209,11 +209,11 @@ impl Shared {
         })
     }
 
-    /// Claims a chunk and does it. False when none is left.
+    /// Claims and executes a chunk. Returns false if none is left.
     fn do_one(&self, thread: usize) -> bool {
         let Some(index) = self.claim(thread) else { return false };
-        // SAFETY: a chunk of the current job is ours and unfinished, so the job stays what it is,
-        // and the closure behind it alive, until `done` is raised.
+        // SAFETY: this thread holds an unfinished chunk of the current job, so the job does not
+        // change, and the closure behind it stays alive, until `done` is incremented.
         let ran = catch_unwind(AssertUnwindSafe(|| unsafe {
             let job = *self.job.get();
             (job.call)(job.data, index);
@@ -226,10 +226,10 @@ impl Shared {
     }
 }
 
-/// What a thread has asked memory for.
+/// The state of a thread's prefetching.
 #[derive(Default)]
 struct Asked {
-    /// Where all of it begins.
+    /// Start address of the announced data.
     from: usize,
     at: usize,
     end: usize,
@@ -259,14 +259,14 @@ fn work(shared: &Shared, thread: usize) {
     }
 }
 
-/// A slice that chunks of a job write disjoint parts of.
+/// A slice whose disjoint parts are written by the chunks of a job.
 #[derive(Clone, Copy)]
 pub struct Disjoint<T> {
     data: *mut T,
     len: usize,
 }
 
-// SAFETY: parts are handed out by `part`, whose callers promise that they do not overlap.
+// SAFETY: parts are handed out by `part`, whose callers guarantee that they do not overlap.
 unsafe impl<T: Send> Sync for Disjoint<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Send for Disjoint<T> {}
@@ -276,19 +276,20 @@ impl<T> Disjoint<T> {
         Self { data: slice.as_mut_ptr(), len: slice.len() }
     }
 
-    /// Where `len` elements from `from` on are; others may write between those that the caller does.
+    /// A pointer to `len` elements from `from` on; other threads may write elements in that range
+    /// that the caller does not.
     pub fn span(&self, from: usize, len: usize) -> *mut T {
         assert!(from.checked_add(len).is_some_and(|end| end <= self.len), "the span is inside");
-        // SAFETY: within the slice.
+        // SAFETY: the pointer is within the slice.
         unsafe { self.data.add(from) }
     }
 
     /// # Safety
-    /// The slice that this was made of is still borrowed, and parts in use at the same time do not
-    /// overlap.
+    /// The slice that this was created from must still be borrowed, and parts in use at the same
+    /// time must not overlap.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn part<'a>(&self, from: usize, len: usize) -> &'a mut [T] {
-        // SAFETY: within the slice; not aliased by the caller's promise.
+        // SAFETY: within the slice; the caller guarantees that it is not aliased.
         unsafe { std::slice::from_raw_parts_mut(self.span(from, len), len) }
     }
 }

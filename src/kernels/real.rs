@@ -1,4 +1,4 @@
-//! The numbers that training computes with: f32, and f64 to check it by.
+//! The floating-point types of training: f32, and f64 for checks.
 
 use super::gemm::{Tile, plain_tile};
 use super::matmul::{Isa, isa};
@@ -38,18 +38,18 @@ pub trait Real:
     /// `self * a + b`
     fn mul_add(self, a: Self, b: Self) -> Self;
 
-    /// The kernel of dense products for so many rows, of a left side with these strides.
+    /// The kernel of dense products for this number of rows, and a left operand with these strides.
     fn tile(rows: usize, strides: [usize; 2]) -> Tile<Self>;
-    /// Turns a square of eight by eight numbers: rows every `from_stride` numbers become columns of
-    /// what has its rows every `to_stride` numbers.
+    /// Transposes a block of eight by eight numbers; the rows of the source are `from_stride`
+    /// numbers apart, those of the result `to_stride`.
     ///
     /// # Safety
-    /// All of that can be read and written.
+    /// All of these numbers must be readable and writable.
     unsafe fn turn(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { plain_turn(from, from_stride, to, to_stride) };
     }
-    /// A buffer that the thread keeps.
+    /// The thread's scratch buffer.
     fn scratch() -> &'static LocalKey<Cell<Vec<Self>>>;
 
     fn most(self, other: Self) -> Self {
@@ -63,10 +63,10 @@ thread_local! {
 }
 
 /// # Safety
-/// As [`Real::turn`] says.
+/// As for [`Real::turn`].
 unsafe fn plain_turn<T: Copy>(from: *const T, from_stride: usize, to: *mut T, to_stride: usize) {
     for (r, c) in (0..8).flat_map(|r| (0..8).map(move |c| (r, c))) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { *to.add(c * to_stride + r) = *from.add(r * from_stride + c) };
     }
 }
@@ -126,10 +126,10 @@ impl Real for f32 {
             _ => plain(rows),
         }
     }
-    // SAFETY: what the trait asks of the caller is what both ways need.
+    // SAFETY: both branches need only what the trait requires of the caller.
     #[inline(always)]
     unsafe fn turn(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
-        // SAFETY: the caller's promise, and the CPU was asked.
+        // SAFETY: guaranteed by the caller, and `isa` has checked the CPU.
         unsafe {
             match isa() {
                 #[cfg(target_arch = "x86_64")]

@@ -1,5 +1,5 @@
-//! The kernels in plain code: the oracle of the others, to the bit, and what runs on a CPU without
-//! them.
+//! The kernels in scalar code: the bit-exact oracle of the other versions, and the fallback for
+//! CPUs without their instructions.
 
 use super::activation::Row;
 use super::matmul::Tile;
@@ -7,7 +7,7 @@ use super::pack::*;
 use crate::gguf::IQ4_LEVELS;
 use half::bf16;
 
-/// A kernel for a tile of `groups` groups and any number of tokens.
+/// The kernel for a tile of `groups` groups and any number of tokens.
 pub(super) fn tile(kind: Kind, groups: usize) -> Tile {
     match groups {
         1 => of_kind::<1>(kind),
@@ -37,21 +37,21 @@ fn of_kind<const G: usize>(kind: Kind) -> Tile {
     }
 }
 
-/// A block's weights of one row, `SUBS` times 32 columns: the integers, and for all of them, or for
-/// every 32 or 16, a scale and a minimum. With several sub-blocks these are whole numbers times one
-/// float.
+/// One row's weights in a block, `SUBS` times 32 columns: the integers, and a scale and a minimum
+/// for the block, or for every 32 or 16 columns. With several sub-blocks, scales and minima are
+/// integers multiplied by one float.
 trait Block: Copy {
     const SUBS: usize = 1;
     const SIXTEENS: bool = false;
     fn q(&self, lane: usize, sub: usize, column: usize) -> i32;
-    /// The scale, or what the whole scales are multiplied by.
+    /// The scale, or the factor of the integer scales.
     fn d(&self, lane: usize) -> f32;
     fn scale(&self, _lane: usize, _i: usize) -> i32 {
         1
     }
-    /// What is added to a weight, or the whole number in it.
+    /// The addend of the weights, or its integer.
     fn min(&self, lane: usize, i: usize) -> Option<f32>;
-    /// What the whole minima are multiplied by.
+    /// The factor of the integer minima.
     fn m(&self, _lane: usize) -> f32 {
         1.0
     }
@@ -75,7 +75,7 @@ fn level(qs: &[u8; 128], lane: usize, column: usize) -> i32 {
     i32::from(IQ4_LEVELS[nibble(qs, lane, column) as usize])
 }
 
-/// A block, given what the methods answer.
+/// Implements a block from the results of its methods.
 macro_rules! block {
     (
         $block:ty, |$b:ident, $lane:ident, $sub:ident, $column:ident| $q:expr;
@@ -147,7 +147,8 @@ block!(BlockU6K, |b, lane, sub, column| nibble(&b.qs[sub], lane, column)
     min: |i| Some(b.sc[i][lane].into()); scale: b.sc[i][lane]; m: wide(b.d[lane]) * -32.0);
 
 /// # Safety
-/// As [`Tile`] says: `G` groups of `blocks` blocks, rows of `x` as long, `out` large enough.
+/// As for [`Tile`]: `G` groups of `blocks` blocks, rows of `x` of the same length, and `out` large
+/// enough.
 unsafe fn quantized<B: Block, const G: usize>(
     weights: *const u8,
     blocks: usize,
@@ -160,26 +161,26 @@ unsafe fn quantized<B: Block, const G: usize>(
             for lane in 0..LANES {
                 let mut sum = 0f32;
                 for at in 0..blocks {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: guaranteed by the caller.
                     sum = unsafe {
                         let block = weights.cast::<B>().add(group * blocks + at);
                         plus_block(sum, block.read_unaligned(), lane, at, row)
                     };
                 }
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 unsafe { *out.add(t * stride + group * LANES + lane) = sum };
             }
         }
     }
 }
 
-/// `sum` and what one lane of a block adds to it.
+/// Adds the contribution of one lane of a block to `sum`.
 ///
 /// # Safety
-/// The row has a block `at`.
+/// The row must have a block `at`.
 unsafe fn plus_block<B: Block>(sum: f32, block: B, lane: usize, at: usize, row: &Row) -> f32 {
     let each = if B::SIXTEENS { 2 } else { 1 };
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let (xq, xd, xs) = unsafe {
         let sums = if B::SIXTEENS { row.h } else { row.s };
         (
@@ -237,7 +238,7 @@ impl Number for [f32; LANES] {
 }
 
 /// # Safety
-/// As [`quantized`], with columns for blocks.
+/// As for [`quantized`], with columns instead of blocks.
 unsafe fn float<N: Number, const G: usize>(
     weights: *const u8,
     cols: usize,
@@ -250,13 +251,13 @@ unsafe fn float<N: Number, const G: usize>(
             for lane in 0..LANES {
                 let mut sum = 0f32;
                 for at in 0..cols {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: guaranteed by the caller.
                     unsafe {
                         let weight = weights.cast::<N>().add(group * cols + at).read_unaligned();
                         sum = weight.lane(lane).mul_add(*row.f.add(at), sum);
                     }
                 }
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 unsafe { *out.add(t * stride + group * LANES + lane) = sum };
             }
         }

@@ -1,11 +1,12 @@
-//! Element-wise steps between the matrices: norms, rotary positions, activations functions.
+//! Element-wise operations between the matrix products: norms, rotary positions, activation
+//! functions.
 //!
-//! Plain code in lanes of eight, which the compiler turns into vector instructions and which gives
-//! the same bits on every machine with FMA.
+//! Scalar code in lanes of eight, which the compiler vectorizes and which is bit-identical on every
+//! machine with FMA.
 
 const LANES: usize = 8;
 
-/// Sum in lanes of eight, then over the lanes in pairs.
+/// Sums in lanes of eight, then over the lanes in pairs.
 pub fn sum_of_squares(x: &[f32]) -> f32 {
     let mut lanes = [0f32; LANES];
     let (whole, rest) = x.as_chunks::<LANES>();
@@ -32,7 +33,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
     }
 }
 
-/// As [`rms_norm`], in place: the norms of single heads.
+/// As [`rms_norm`], in place; used for the norms of single heads.
 pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], epsilon: f32) {
     let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + epsilon).sqrt();
     for (x, weight) in x.iter_mut().zip(weight) {
@@ -46,8 +47,8 @@ pub fn add(x: &mut [f32], y: &[f32]) {
     }
 }
 
-/// e^x to about one unit in the last place; 0 below -87, which no softmax notices. The polynomial is
-/// that of Cephes' `expf`.
+/// e^x to about one unit in the last place; 0 below -87, which is negligible in a softmax. The
+/// polynomial is that of Cephes' `expf`.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.0, 88.0);
@@ -60,7 +61,7 @@ pub fn exp(x: f32) -> f32 {
     y = y.mul_add(f, 1.666_666_5e-1);
     y = y.mul_add(f, 0.5);
     y = y.mul_add(f * f, f + 1.0);
-    // SAFETY: `n` is a whole number between -126 and 127.
+    // SAFETY: `n` is an integer between -126 and 127.
     let power = unsafe { n.to_int_unchecked::<i32>() };
     let scaled = y * f32::from_bits(((power + 127) as u32) << 23);
     if x < -87.0 { 0.0 } else { scaled }
@@ -73,8 +74,8 @@ pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
-/// `out = gelu(gate) * up`, gelu by tanh: x / (1 + e^(-2u)), u = √(2/π) (x + 0.044715 x³) (Hendrycks
-/// and Gimpel 2016, arXiv:1606.08415).
+/// `out = gelu(gate) * up`, with the tanh approximation of gelu: x / (1 + e^(-2u)), u = √(2/π) (x +
+/// 0.044715 x³) (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 pub fn gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     const DOUBLE: f32 = 2.0 * 0.797_884_6;
     for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
@@ -91,10 +92,10 @@ pub fn soft_cap(x: &mut [f32], cap: f32) {
     }
 }
 
-/// How the two halves of a rotated pair lie in a head.
+/// The positions of a rotated pair's two elements in a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopePairs {
-    /// Neighbours: elements 2i and 2i + 1 (GGUF's llama).
+    /// Adjacent elements: 2i and 2i + 1 (GGUF's llama).
     Adjacent,
     /// Elements i and i + half (NeoX; GGUF's qwen).
     Halves,
@@ -104,9 +105,10 @@ pub enum RopePairs {
 #[derive(Debug)]
 pub struct Rope {
     pairs: RopePairs,
-    /// (rotated elements / 2) angle of one position; elements behind those stay as they are.
+    /// (rotated elements / 2) angle per position; the elements after the rotated ones are
+    /// unchanged.
     frequencies: Vec<f32>,
-    /// Of cosines and sines.
+    /// Factor of cosines and sines.
     magnitude: f32,
 }
 
@@ -115,7 +117,7 @@ impl Rope {
         Self { pairs, frequencies, magnitude }
     }
 
-    /// Elements of a head that are rotated.
+    /// Number of elements of a head that are rotated.
     pub fn rotated(&self) -> usize {
         2 * self.frequencies.len()
     }

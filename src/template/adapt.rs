@@ -1,10 +1,10 @@
-//! Conversations, fitted to what a template can express.
+//! Adaptation of conversations to the features of a template.
 
 use serde_json::{Map, Value, json};
 
 use super::{Caps, RenderInput, integers};
 
-/// Introduces the tools to a model whose template ignores them; Hermes' words.
+/// Offers the tools to a model whose template ignores them, in the words of Hermes.
 const TOOL_INSTRUCTION: &str = "# Tools\n\n\
 You may call one or more functions to assist with the user query.\n\n\
 You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n";
@@ -13,7 +13,7 @@ For each function call, return a json object with function name and arguments wi
 <tool_call></tool_call> XML tags:\n<tool_call>\n\
 {\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call>";
 
-/// What every template gets: arguments as objects.
+/// Adaptation for all templates: arguments become objects.
 pub(super) fn plain(input: &RenderInput) -> RenderInput {
     let mut input = input.clone();
     for message in &mut input.messages {
@@ -22,7 +22,7 @@ pub(super) fn plain(input: &RenderInput) -> RenderInput {
     input
 }
 
-/// [`plain`], and whatever this template lacks; without `native_tools` tools become text.
+/// [`plain`], and the adaptations for missing features; without `native_tools` tools become text.
 pub(super) fn adapt(caps: &Caps, native_tools: bool, input: &RenderInput) -> RenderInput {
     let mut input = plain(input);
     if !caps.content_parts {
@@ -71,7 +71,7 @@ pub(super) fn adapt(caps: &Caps, native_tools: bool, input: &RenderInput) -> Ren
     input
 }
 
-/// The same with empty strings for null or absent content; `None` if there is none.
+/// Replaces null or absent content by empty strings; `None` if there is no such content.
 pub(super) fn without_nulls(input: &RenderInput) -> Option<RenderInput> {
     let is_null = |message: &Value| message.get("content").is_none_or(Value::is_null);
     if !input.messages.iter().any(is_null) {
@@ -86,8 +86,8 @@ pub(super) fn without_nulls(input: &RenderInput) -> Option<RenderInput> {
     Some(input)
 }
 
-/// Neutral values for what OpenAI lets clients leave out of a tool and templates read all the same, as
-/// transformers' own schemas of functions have it.
+/// Adds neutral values for fields that OpenAI lets clients omit from a tool although templates read
+/// them. The values are those of transformers' function schemas.
 fn complete_tool(tool: &mut Value) {
     let Some(function) = tool.get_mut("function").and_then(Value::as_object_mut) else { return };
     if function.get("description").is_none_or(Value::is_null) {
@@ -97,7 +97,7 @@ fn complete_tool(tool: &mut Value) {
     if parameters.is_null() {
         *parameters = json!({});
     }
-    // Other schemas (`$ref`, `anyOf`) are as they are.
+    // Other schemas (`$ref`, `anyOf`) are left unchanged.
     if let Value::Object(schema) = parameters
         && schema.keys().all(|key| {
             matches!(
@@ -116,8 +116,8 @@ fn complete_tool(tool: &mut Value) {
     }
 }
 
-/// The same with content that stands beside tool calls in a message of its own before them, for
-/// templates that render one or the other; `None` if there is no such message.
+/// Moves content beside tool calls into a message of its own before them, for templates that
+/// render either one or the other; `None` if there is no such message.
 pub(super) fn content_apart(input: &RenderInput) -> Option<RenderInput> {
     let both = |message: &Value| {
         let calls = message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
@@ -143,7 +143,7 @@ pub(super) fn content_apart(input: &RenderInput) -> Option<RenderInput> {
     Some(RenderInput { messages, ..input.clone() })
 }
 
-/// Joins a list of text parts by line breaks, as llama.cpp and vLLM do.
+/// Joins a list of text parts with line breaks, as llama.cpp and vLLM do.
 fn join_parts(message: &mut Value) {
     let Some(parts) = message.get("content").and_then(Value::as_array) else { return };
     let texts: Option<Vec<&str>> =
@@ -169,7 +169,7 @@ fn each_arguments(message: &mut Value, mut change: impl FnMut(&mut Value)) {
     }
 }
 
-/// Cuts ids to their last nine alphanumerics; ours are random there.
+/// Cuts ids to their last nine alphanumerics; the ids that Ingot generates are random there.
 fn shorten_ids(message: &mut Value) {
     let shorten = |id: &mut Value| {
         let Some(text) = id.as_str() else { return };
@@ -190,7 +190,7 @@ fn describe_tools(tools: &[Value]) -> String {
     format!("{TOOL_INSTRUCTION}{}{TOOL_FORMAT}", lines.join("\n"))
 }
 
-/// Appends to the system message, or adds one.
+/// Appends text to the system message, or adds one.
 fn add_to_system(messages: &mut Vec<Value>, text: &str) {
     match messages.first_mut().filter(|message| message["role"] == "system") {
         Some(system) => {
@@ -205,8 +205,8 @@ fn join_nonempty(a: &str, b: &str) -> String {
     if a.is_empty() || b.is_empty() { format!("{a}{b}") } else { format!("{a}\n\n{b}") }
 }
 
-/// Tool calls as the assistant's text, tool results as the user's, neighbours of one role joined
-/// (many templates insist that roles alternate).
+/// Rewrites tool calls as text of the assistant and tool results as text of the user, and joins
+/// adjacent messages of one role (many templates require alternating roles).
 fn tool_messages_as_text(messages: &mut Vec<Value>) {
     let has_tools = |m: &Value| m["role"] == "tool" || m.get("tool_calls").is_some();
     if !messages.iter().any(has_tools) {
@@ -249,7 +249,7 @@ fn call_text(call: &Value) -> String {
     format!("<tool_call>\n{}\n</tool_call>", integers::to_text(&Value::Object(text)))
 }
 
-/// Moves system text to the front of the user message that follows it.
+/// Moves the text of system messages to the front of the next user message.
 fn merge_system(messages: &mut Vec<Value>) {
     let mut pending = String::new();
     let mut out: Vec<Value> = Vec::with_capacity(messages.len());

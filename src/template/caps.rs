@@ -1,37 +1,37 @@
-//! What a template can express, found by rendering probes with marked words.
+//! Features of a template, detected by rendering probes with marked words.
 
 use serde_json::{Value, json};
 
 use super::{ChatTemplate, RenderInput, TemplateError};
 
-/// What a template does with the parts of a conversation. The default is a template that can do
-/// everything, which is what the probes themselves are rendered with.
+/// Features of a template. The default has every feature; the probes are rendered with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caps {
     /// Definitions of tools appear in the prompt.
     pub tools: bool,
     /// Tool calls and tool results of earlier turns appear in the prompt.
     pub tool_calls: bool,
-    /// Tool-call arguments must be JSON text; an object breaks the template.
+    /// Tool-call arguments must be JSON text; the template fails on an object.
     pub string_arguments: bool,
     /// Tool-call ids must be nine alphanumerics (Mistral).
     pub short_ids: bool,
     /// A system message appears in the prompt.
     pub system: bool,
-    /// The role `developer` is the template's own and appears in the prompt; otherwise it is rendered as `system`.
+    /// The template has a role `developer` of its own, which appears in the prompt; otherwise the
+    /// role is rendered as `system`.
     pub developer: bool,
     /// Content must be a list of parts; a string does not appear.
     pub typed_content: bool,
     /// Content may be a list of text parts; otherwise the parts are joined by line breaks.
     pub content_parts: bool,
-    /// Content may be null beside tool calls; otherwise it breaks, or is printed as "None".
+    /// Content may be null beside tool calls; otherwise the template fails, or prints it as "None".
     pub null_content: bool,
-    /// The template knows reasoning: it mentions `enable_thinking` or a marker.
+    /// The template supports reasoning: it mentions `enable_thinking` or a marker.
     pub thinking: bool,
-    /// Something stands behind an answer, which ends the turn. Without it a model that is trained with
-    /// the template does not learn to stop.
+    /// Some text follows an answer and ends the turn. Without it a model that is trained with the
+    /// template does not learn to stop.
     pub ends_turns: bool,
-    /// The generation prompt ends inside an open reasoning block when nothing else is asked for.
+    /// The generation prompt ends inside an open reasoning block by default.
     pub opens_reasoning: bool,
 }
 
@@ -54,7 +54,7 @@ impl Default for Caps {
     }
 }
 
-/// The markers of reasoning blocks in use, the most specific first.
+/// Known markers of reasoning blocks, the most specific first.
 const REASONING: [(&str, &str); 6] = [
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<seed:think>", "</seed:think>"),
@@ -71,7 +71,7 @@ pub(super) fn reasoning_markers(source: &str) -> Option<(&'static str, &'static 
     mentioned.or_else(switch)
 }
 
-/// Words that no template contains.
+/// Words that occur in no template.
 const SYSTEM: &str = "ingot-probe-system";
 const USER: &str = "ingot-probe-user";
 const TOOL: &str = "ingot_probe_tool";
@@ -101,7 +101,7 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
         result.is_ok_and(|prompt| words.iter().all(|word| prompt.contains(word)))
     };
 
-    // A template that prints the list itself shows the keys of its parts.
+    // A template that prints the list itself also prints the keys of its parts.
     let content_parts = render(vec![typed.clone()], None).is_ok_and(|prompt| {
         [USER, RESULT].iter().all(|word| prompt.contains(word))
             && !prompt.contains(&format!("'{USER}'"))
@@ -116,7 +116,7 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
 
     let system = json!({"role": "system", "content": content(SYSTEM)});
     let with_system = render(vec![system, user.clone()], None);
-    // A template that prints any role would print this one too, of which its model knows nothing.
+    // A template that prints any role also prints this one, although its model does not know it.
     let developer = source.contains("developer") && {
         let message = json!({"role": "developer", "content": content(SYSTEM)});
         shows(render(vec![message, user.clone()], None), &[SYSTEM, USER])
@@ -174,7 +174,7 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
         };
         template.add_variables(&mut input);
         let prompt = template.render_raw(&input);
-        // A template that refuses the conversation says nothing about this.
+        // If the template refuses the conversation, nothing is known about this feature.
         prompt.map_or(true, |prompt| {
             prompt.rsplit_once(RESULT).is_none_or(|(_, behind)| !behind.trim().is_empty())
         })

@@ -19,7 +19,7 @@ const MONTHS: [&str; 12] = [
 
 /// `datetime.strftime` in UTC and the C locale; `now` is seconds since 1970.
 ///
-/// Unknown directives are printed as they stand, as glibc does.
+/// Unknown directives are printed unchanged, as glibc does.
 pub(super) fn strftime(format: &str, now: i64) -> String {
     let (days, seconds) = (now.div_euclid(86_400), now.rem_euclid(86_400));
     let (year, month, day) = civil_from_days(days);

@@ -1,4 +1,4 @@
-//! The template engine: minijinja dressed as transformers' jinja2 environment.
+//! The template engine: minijinja with the behaviour of transformers' jinja2 environment.
 //!
 //! Semantics follow `_compile_jinja_template` of transformers: an immutable sandbox with
 //! `trim_blocks`, `lstrip_blocks` and loop controls, `raise_exception`, `strftime_now`, and a
@@ -13,14 +13,14 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehav
 use super::python::{self, JsonStyle, TextError};
 use super::{TemplateError, clock, methods, scan};
 
-/// Stack of the thread that compiles or renders, in bytes. Only touched pages are ever committed;
-/// values nested as deep as the fuel can pay for must still be printed and dropped.
+/// Stack of the thread that compiles or renders, in bytes. Only touched pages are committed. The
+/// stack must suffice to print and drop values of the greatest nesting that the fuel allows.
 const STACK: usize = 256 << 20;
 
-/// Work one render may do, in minijinja's unit (about an instruction, or 64 bytes of text).
+/// Work limit of one render, in minijinja's unit (about an instruction, or 64 bytes of text).
 const FUEL: u64 = 1_000_000;
 
-/// The name under which the clock of a render travels to `strftime_now`.
+/// Name of the variable that carries the time of a render to `strftime_now`.
 pub(super) const NOW: &str = "__ingot_now";
 
 /// Carries a template's own `raise_exception` message through minijinja's error chain.
@@ -28,7 +28,7 @@ pub(super) const NOW: &str = "__ingot_now";
 #[error("{0}")]
 struct Raised(String);
 
-/// Output was larger than [`python::MAX_TEXT`].
+/// Error for an output larger than [`python::MAX_TEXT`].
 #[derive(Debug, thiserror::Error)]
 #[error("the output is too long")]
 struct OutputLimit;
@@ -48,7 +48,7 @@ impl Engine {
     /// Compiles `(name, source)` pairs.
     ///
     /// # Errors
-    /// [`TemplateError::Invalid`] when a source is too large or does not parse.
+    /// [`TemplateError::Invalid`] if a source is too large or does not parse.
     pub(super) fn compile(templates: &[(&'static str, &str)]) -> Result<Engine, TemplateError> {
         let mut prepared = Vec::with_capacity(templates.len());
         for (name, source) in templates {
@@ -82,7 +82,7 @@ impl Engine {
     }
 }
 
-/// Runs `work` on a thread whose stack outlasts any nesting that the limits admit.
+/// Runs `work` on a thread whose stack suffices for any nesting within the limits.
 fn on_large_stack<T: Send>(
     work: impl FnOnce() -> Result<T, TemplateError> + Send,
 ) -> Result<T, TemplateError> {
@@ -97,7 +97,7 @@ fn on_large_stack<T: Send>(
     })
 }
 
-/// A byte sink that fails past the output limit.
+/// A byte sink that fails beyond the output limit.
 struct Limited(Vec<u8>);
 
 impl std::io::Write for Limited {
@@ -134,7 +134,8 @@ fn environment() -> Environment<'static> {
     env.add_filter("string", |value: &Value| python::to_str(value).map_err(text_error));
     env.add_filter("trim", methods::trim);
     env.add_filter("indent", methods::indent);
-    // jinja2's tests ask Python: `iter(x)`, `len(x)` and `x[…]`, `isinstance(x, Number)`.
+    // jinja2's tests use Python's protocols: `iter(x)`, `len(x)` and `x[…]`, `isinstance(x,
+    // Number)`.
     let is_sequence = |value: &Value| {
         use ValueKind::{Iterable, Map, Seq, String, Undefined};
         matches!(value.kind(), Seq | Iterable | Map | String | Undefined)
@@ -159,7 +160,7 @@ fn raise(message: String) -> Error {
     Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Raised(message))
 }
 
-/// The minijinja error of a value that has no text.
+/// The minijinja error for a value that cannot be written as text.
 pub(super) fn text_error(error: TextError) -> Error {
     match error {
         TextError::TooLong => {
@@ -211,7 +212,7 @@ fn tojson(
     Ok(text)
 }
 
-/// Sorts a rendering error into what the template refused, what ran out, and what broke.
+/// Classifies a rendering error: refused by the template, limit exceeded, or failed.
 fn classify(error: Error) -> TemplateError {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     while let Some(cause) = source {
@@ -232,7 +233,7 @@ fn classify(error: Error) -> TemplateError {
     TemplateError::Failed(describe(&error))
 }
 
-/// One line for people: the error and its causes, without template source.
+/// The error and its causes in one line, without template source.
 fn describe(error: &Error) -> String {
     let mut text = String::new();
     let mut cause: Option<&dyn std::error::Error> = Some(error);

@@ -1,6 +1,6 @@
-//! How models write tool calls.
+//! Formats of tool calls.
 
-/// A way to write tool calls, shared by a family of models.
+/// A format of tool calls, shared by a family of models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ToolFamily {
     /// `<tool_call>{"name": …, "arguments": {…}}</tool_call>` (Hermes, Qwen).
@@ -14,18 +14,18 @@ pub enum ToolFamily {
 }
 
 impl ToolFamily {
-    /// The family that a template's source speaks of; `None` if it is none of these.
+    /// Detects the family from a template's source; `None` if it is none of these.
     pub fn detect(source: &str) -> Option<ToolFamily> {
         let has = |word: &str| source.contains(word);
         if has("[TOOL_CALLS]") {
             return Some(ToolFamily::Mistral);
         }
-        // Calls in XML also stand between these tags; they are another language.
+        // Calls in XML are also written between these tags; they are another format.
         let xml = ["<function=", "<arg_key>", "<invoke", "<parameter=", "<parameter "];
         if has("<tool_call>") && !xml.iter().any(|word| has(word)) {
             return Some(ToolFamily::Hermes);
         }
-        // Formats of their own, although they contain JSON with the same keys.
+        // Other formats, although they contain JSON with the same keys.
         let foreign = [
             "<|tool_call",
             "<|channel|>",
@@ -55,7 +55,7 @@ impl ToolFamily {
         calls.is_some_and(keys).then_some(ToolFamily::Json)
     }
 
-    /// The text that announces a call, where there is one.
+    /// The text that begins a call, if the family has one.
     pub fn marker(self) -> Option<&'static str> {
         match self {
             ToolFamily::Hermes => Some("<tool_call>"),
@@ -65,12 +65,12 @@ impl ToolFamily {
         }
     }
 
-    /// Whether a call may stand as JSON without a marker.
+    /// Whether a call may be JSON without a marker.
     pub(super) fn bare(self) -> bool {
         matches!(self, ToolFamily::Llama3 | ToolFamily::Json)
     }
 
-    /// Whether calls may stand in a JSON list.
+    /// Whether calls may be in a JSON list.
     pub(super) fn lists(self) -> bool {
         matches!(self, ToolFamily::Mistral | ToolFamily::Json)
     }

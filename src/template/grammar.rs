@@ -1,4 +1,4 @@
-//! Grammars that make a model write well-formed tool calls, in llguidance's Lark dialect.
+//! Grammars that constrain a model to well-formed tool calls, in llguidance's Lark dialect.
 
 use std::fmt::Write as _;
 
@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 use super::family::ToolFamily;
 use super::schema::close_objects;
 
-/// OpenAI's `tool_choice`, `none` aside.
+/// OpenAI's `tool_choice`, except `none`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToolChoice {
-    /// The model may call; its call, once begun, is well-formed.
+    /// The model may call a tool; once begun, a call is well-formed.
     Auto,
     /// The model must call one of the tools.
     Required,
@@ -18,12 +18,13 @@ pub enum ToolChoice {
     Named(String),
 }
 
-/// When a grammar begins to apply to text that was free until then.
+/// Condition for the start of a grammar in text that is unconstrained before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trigger {
-    /// The texts that begin a call. The grammar derives them too: it applies from their beginning.
+    /// Texts that begin a call. The grammar includes them: it applies from the first of their
+    /// bytes.
     pub text: Vec<String>,
-    /// Only at the start of the answer (after reasoning and white space).
+    /// Whether a trigger counts only at the start of the answer (after reasoning and white space).
     pub at_start_only: bool,
 }
 
@@ -36,7 +37,7 @@ pub struct ToolGrammar {
     pub trigger: Option<Trigger>,
 }
 
-/// Why there is no grammar for these tools: a 400.
+/// Reason why there is no grammar for the tools: a 400.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GrammarError {
     #[error("there are no tools to call")]
@@ -47,19 +48,20 @@ pub enum GrammarError {
     BadParameters(String),
 }
 
-/// One function of the `tools` of a request.
+/// A function in the `tools` of a request.
 struct Tool<'t> {
     name: &'t str,
     schema: Value,
 }
 
 impl ToolFamily {
-    /// The grammar of calls of `tools` (OpenAI's definitions, validated) in this family's form.
+    /// The grammar of calls of `tools` (OpenAI's definitions, validated) in the format of this
+    /// family.
     ///
-    /// `marker_token` gives the id of a marker that the engine's vocabulary holds as a special
-    /// token (as the tool-calling markers of most models are); other markers are plain text.
-    /// A tool that is `strict` gets its schema as it is; for others, keywords that llguidance
-    /// does not implement are ignored instead of refused.
+    /// `marker_token` returns the id of a marker that is a special token of the engine's vocabulary
+    /// (as the tool-calling markers of most models are); other markers are plain text. The schema
+    /// of a `strict` tool is used unchanged; for other tools, keywords that llguidance does not
+    /// implement are ignored instead of refused.
     ///
     /// # Errors
     /// See [`GrammarError`].
@@ -88,7 +90,7 @@ impl ToolFamily {
             Some(id) => format!("<[{id}]>"),
             None => literal(text),
         };
-        // A named choice is one call of that tool.
+        // A named choice is a single call of that tool.
         let lark = self.lark(&tools, parallel && !named, &marker);
         let trigger = (*choice == ToolChoice::Auto).then(|| self.trigger());
         Ok(ToolGrammar { lark, trigger })
@@ -112,7 +114,7 @@ impl ToolFamily {
             true => format!("call ({separator} call)*"),
             false => "call".to_owned(),
         };
-        // White space behind a call must not lead into another one.
+        // White space after a call must not lead to another call.
         let end = if parallel { " w" } else { "" };
         let start = match self {
             ToolFamily::Hermes => {
@@ -153,7 +155,8 @@ impl ToolFamily {
                 lark,
                 "{or}\"{{\" w {} w \":\" w {} w \",\" w {} w \":\" w args_{index} w \"}}\"",
                 literal("\"name\""),
-                // The name as JSON text inside the call, then as a literal of the grammar.
+                // First the name as JSON text in the call, then that text as a literal of the
+                // grammar.
                 literal(&literal(tool.name)),
                 literal(&literal(key)),
             );
@@ -162,7 +165,7 @@ impl ToolFamily {
         for (index, tool) in tools.iter().enumerate() {
             let _ = writeln!(lark, "args_{index}: %json {}", tool.schema);
         }
-        // At most one: a model that is free to write white space may never stop.
+        // At most one character: with unbounded white space a model may never stop.
         lark + "w: SPACE?\nSPACE: /[ \\n]/\n"
     }
 }
@@ -177,7 +180,7 @@ fn tool(tool: &Value) -> Result<Tool<'_>, GrammarError> {
     let name = function["name"].as_str().unwrap_or_default();
     let bad = || GrammarError::BadParameters(name.to_owned());
     let mut schema = match function.get("parameters").cloned() {
-        // OpenAI: a function without parameters has an empty list of them.
+        // OpenAI: a function without `parameters` has an empty parameter list.
         None | Some(Value::Null) => json!({"type": "object", "properties": {}}),
         Some(Value::Object(schema)) if schema.is_empty() => {
             json!({"type": "object", "properties": {}})
@@ -195,7 +198,7 @@ fn tool(tool: &Value) -> Result<Tool<'_>, GrammarError> {
         Some(_) => return Err(bad()),
     }
     let strict = function["strict"] == true;
-    // The options of llguidance's JSON compiler; a client's own would be refused by name.
+    // Options of llguidance's JSON compiler. This replaces a client's own, which could be refused.
     schema.insert(
         "x-guidance".into(),
         json!({"whitespace_pattern": "[ \\n]{0,1}", "lenient": !strict}),

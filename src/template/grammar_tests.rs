@@ -6,7 +6,7 @@ use llguidance::{Matcher, ParserFactory};
 
 use super::*;
 
-/// The id of `<|tool|>` in the test vocabulary: 256 bytes, then six special tokens.
+/// The id of `<|tool|>` in the test vocabulary of 256 bytes and six special tokens.
 const TOOL_TOKEN: u32 = 256;
 
 fn tools() -> Vec<Value> {

@@ -1,31 +1,31 @@
-//! Marks in a conversation's texts, put there before it is rendered and looked for afterwards.
+//! Marks in the texts of a conversation: inserted before rendering, searched for afterwards.
 //!
-//! A mark is a word that occurs nowhere in the conversation. Three things need one:
+//! A mark is a word that occurs nowhere in the conversation. Marks have three uses:
 //!
-//! * `continue_final_message` cuts the prompt behind the final message's text, wherever a template
-//!   puts it and whatever stands in it.
-//! * A control token that is spelled inside a user's or a tool's text, a name, a call or the definition
-//!   of a tool is broken by a mark. The mark
-//!   becomes a *barrier*: the tokenizer recognizes no control token that spans it, so that a supplier
-//!   of text cannot forge turns.
-//! * A text that a template leaves out is noticed: the mark behind it is not in the prompt.
+//! * `continue_final_message` cuts the prompt after the final message's text, wherever the template
+//!   puts that text and whatever it contains.
+//! * A control token that is spelled inside a user's or a tool's text, a name, a call or the
+//!   definition of a tool is broken by a mark. The mark becomes a *barrier*: the tokenizer
+//!   recognizes no control token that spans a barrier, so that the author of a text cannot forge
+//!   turns.
+//! * A text that the template leaves out is detected: the mark at its end is missing in the prompt.
 
 use super::{RenderInput, TemplateError};
 use aho_corasick::AhoCorasick;
 use serde_json::{Value, json};
 
-/// The spellings of a vocabulary's control tokens.
+/// The texts of a vocabulary's control tokens.
 #[derive(Clone, Debug)]
 pub struct ControlTokens(Option<AhoCorasick>);
 
 impl ControlTokens {
-    /// Spellings of one character cannot be broken and are left alone.
+    /// Texts of a single character cannot be broken by a mark and are ignored.
     pub fn new<'t>(texts: impl IntoIterator<Item = &'t str>) -> Self {
         let texts = texts.into_iter().filter(|text| text.chars().nth(1).is_some());
         Self(AhoCorasick::new(texts).ok().filter(|finder| finder.patterns_len() > 0))
     }
 
-    /// Byte offsets behind the first character of every control token that is spelled in `text`.
+    /// Byte offsets after the first character of every control token that is spelled in `text`.
     fn breaks(&self, text: &str) -> Vec<usize> {
         let found = self.0.iter().flat_map(|finder| finder.find_overlapping_iter(text));
         let behind_first = |start: usize| {
@@ -47,13 +47,13 @@ pub struct RenderedPrompt {
     pub barriers: Vec<usize>,
 }
 
-/// The words that mark one conversation.
+/// The marks of one conversation.
 pub(super) struct Marks {
     word: String,
 }
 
 impl Marks {
-    /// A word that does not occur in the conversation, its tools or variables.
+    /// Chooses a word that does not occur in the conversation, its tools or variables.
     pub fn new(input: &RenderInput) -> Self {
         let occurs = |word: &str| {
             let texts = input.messages.iter().chain(input.tools.iter().flatten());
@@ -76,9 +76,9 @@ impl Marks {
         format!("{}m{index}x", self.word)
     }
 
-    /// Breaks every control token that is spelled in a user's or a tool's text, also across the parts
-    /// of a text; in names of participants; in calls, whose arguments repeat what users wrote; and in
-    /// definitions of tools, which come from other servers.
+    /// Breaks every control token that is spelled in a user's or a tool's text, also across the
+    /// parts of a text; in names of participants; in calls, whose arguments repeat text of users;
+    /// and in definitions of tools, which come from other servers.
     pub fn guard(&self, input: &mut RenderInput, tokens: &ControlTokens) {
         let barrier = self.barrier();
         for tool in input.tools.iter_mut().flatten() {
@@ -102,7 +102,7 @@ impl Marks {
             let mut end = whole.len();
             for text in texts.iter_mut().rev() {
                 let start = end - text.len();
-                // A break at the seam of two parts goes to the end of the first.
+                // A break at the boundary of two parts is placed at the end of the first.
                 while let Some(at) = breaks.pop_if(|at| *at > start) {
                     text.insert_str(at - start, &barrier);
                 }
@@ -111,7 +111,7 @@ impl Marks {
         }
     }
 
-    /// Marks where the final message's text ends.
+    /// Marks the end of the final message's text.
     ///
     /// # Errors
     /// [`TemplateError::Refused`] if the final message cannot be continued.
@@ -135,8 +135,8 @@ impl Marks {
         Ok(())
     }
 
-    /// Marks every text, and with `names` the names of called functions; answers how many of each
-    /// message's marks the prompt should have.
+    /// Marks every text and, with `names`, the names of called functions. Returns the number of
+    /// marks per message that the prompt should contain.
     pub fn mark_messages(&self, input: &mut RenderInput, names: bool) -> Vec<usize> {
         let mark = |(index, message): (usize, &mut Value)| {
             let mark = self.message(index);
@@ -159,7 +159,7 @@ impl Marks {
         input.messages.iter_mut().enumerate().map(mark).collect()
     }
 
-    /// The first message of which the prompt has fewer marks than it should.
+    /// The first message with fewer marks in the prompt than expected.
     pub fn missing(&self, prompt: &str, wanted: &[usize]) -> Option<usize> {
         let mut found = vec![0; wanted.len()];
         for behind in prompt.split(&format!("{}m", self.word)).skip(1) {
@@ -171,10 +171,10 @@ impl Marks {
         found.iter().zip(wanted).position(|(found, wanted)| found < wanted)
     }
 
-    /// Cuts a prompt behind the final message's text.
+    /// Cuts a prompt after the final message's text.
     ///
     /// # Errors
-    /// [`TemplateError::Failed`] if the template left that out.
+    /// [`TemplateError::Failed`] if the template left out that text.
     pub fn cut_at_end(&self, mut prompt: String) -> Result<String, TemplateError> {
         match prompt.rfind(&self.end()) {
             Some(at) => {
@@ -188,7 +188,7 @@ impl Marks {
         }
     }
 
-    /// Takes the marks of broken control tokens out of a prompt.
+    /// Removes the marks of broken control tokens from a prompt and returns their positions.
     pub fn take_barriers(&self, prompt: &str) -> RenderedPrompt {
         let mut rendered = RenderedPrompt::default();
         for (number, text) in prompt.split(&self.barrier()).enumerate() {

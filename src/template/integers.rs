@@ -1,13 +1,13 @@
-//! Integers in JSON that no machine word holds: ids of more than 19 digits in the arguments of tool calls,
-//! which Python keeps and `serde_json` makes floats of.
+//! JSON integers beyond 64 bits: for example ids of more than 19 digits in the arguments of tool
+//! calls. Python keeps them; `serde_json` would round them to floats.
 //!
-//! They travel as marked strings from the JSON text to the template's values, and back.
+//! Between JSON text and template values they are represented as marked strings.
 
 use serde_json::Value;
 use std::borrow::Cow;
 
-/// First character of a string that stands for an integer. It is a private-use character. A client's text
-/// that consists of this character and an integer is rendered without the character.
+/// First character of a string that represents an integer. It is a private-use character. A
+/// client's text that consists of this character and an integer is rendered without the character.
 const MARK: char = '\u{f8f3}';
 
 /// Parses JSON without rounding its integers.
@@ -44,7 +44,7 @@ pub(super) fn to_text(value: &Value) -> String {
     out + rest
 }
 
-/// The integer that a string stands for.
+/// The integer that a string represents.
 pub(super) fn integer(text: &str) -> Option<i128> {
     text.strip_prefix(MARK).filter(|digits| is_integer(digits))?.parse().ok()
 }
@@ -54,7 +54,7 @@ fn is_integer(digits: &str) -> bool {
     !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// The text with marked strings for integers that fit into 128 bits, and not into 64.
+/// Replaces integers that fit into 128 bits but not into 64 by marked strings.
 fn marked(text: &str) -> Cow<'_, str> {
     let mut out = String::new();
     let (mut done, mut at) = (0, 0);

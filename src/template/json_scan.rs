@@ -1,18 +1,18 @@
-//! JSON read one character at a time, so that arguments stream while they are still being written.
+//! JSON scanner that reads one character at a time, so that arguments stream as they are generated.
 
 /// Nesting beyond which a value is treated as malformed; serde_json stops at the same depth.
 const MAX_DEPTH: usize = 127;
 
-/// What one character did to a value.
+/// Effect of one character on a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// The value goes on.
+    /// The value is incomplete.
     More,
     /// The character completes the value.
     End,
     /// The value was complete before the character, which is not part of it (numbers).
     EndBefore,
-    /// No JSON value continues this way.
+    /// No JSON value continues with this character.
     Error,
 }
 
@@ -32,7 +32,7 @@ enum Expect {
         escape: bool,
         hex: u8,
     },
-    /// Inside `true`, `false` or `null`: what is still to come.
+    /// Inside `true`, `false` or `null`: the remaining text.
     Literal(&'static str),
     Number(Number),
 }
@@ -62,7 +62,7 @@ impl JsonScan {
         JsonScan { expect: Expect::Value, stack: Vec::new() }
     }
 
-    /// Reads one character; after anything but [`Step::More`] the scanner is spent.
+    /// Reads one character; after any result but [`Step::More`] the scanner must not be used.
     pub(super) fn push(&mut self, c: char) -> Step {
         let space = matches!(c, ' ' | '\n' | '\r' | '\t');
         match self.expect {
@@ -161,7 +161,7 @@ impl JsonScan {
     }
 }
 
-/// What a tool call's JSON object has told so far.
+/// Event of a tool call's JSON object while it is read.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum CallEvent {
     Start(String),
@@ -171,13 +171,13 @@ pub(super) enum CallEvent {
     End,
 }
 
-/// How far a call object is.
+/// State of a call object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CallStep {
     More,
     /// The object is complete with this character.
     Done,
-    /// This is no tool call; the character is not consumed.
+    /// The object is not a tool call; the character is not consumed.
     Failed,
 }
 
@@ -185,7 +185,7 @@ pub(super) enum CallStep {
 enum Key {
     Name,
     Arguments,
-    /// `type` and `id`, which say nothing that we need.
+    /// `type` and `id`, which are ignored.
     Other,
 }
 
@@ -202,16 +202,16 @@ enum Part {
     CommaOrEnd,
 }
 
-/// Reads `{"name": …, "arguments": {…}}` (or `parameters`, in any order) as it is written.
+/// Incremental reader of `{"name": …, "arguments": {…}}` (or `parameters`, in any order).
 #[derive(Clone, Debug)]
 pub(super) struct CallObject {
     part: Part,
     name: Option<String>,
-    /// Arguments that came before the name, or as a string.
+    /// Arguments that came before the name, or that are a string.
     held: Option<String>,
     has_arguments: bool,
     started: bool,
-    /// Without `arguments` the object is no call: bare JSON may be anything.
+    /// Whether an object without `arguments` is refused, because bare JSON may be anything.
     needs_arguments: bool,
 }
 
@@ -227,7 +227,7 @@ impl CallObject {
         }
     }
 
-    /// Whether [`CallEvent::Start`] is out, and so cannot be taken back.
+    /// Whether [`CallEvent::Start`] was emitted, and so cannot be taken back.
     pub(super) fn started(&self) -> bool {
         self.started
     }
@@ -275,7 +275,7 @@ impl CallObject {
         CallStep::More
     }
 
-    /// The key just read, if a tool call may have it here.
+    /// The key just read, if a tool call may have it at this place.
     fn key(&self) -> Option<Key> {
         let Part::KeyText(_, text) = &self.part else { return None };
         match serde_json::from_str::<String>(text).ok()?.as_str() {
@@ -301,7 +301,8 @@ impl CallObject {
                 self.started = true;
                 events.push(CallEvent::Start(self.name.clone().unwrap_or_default()));
             }
-            // The text itself is not needed again: keep its first character, which marks objects.
+            // The text itself is not needed again; only its first character, which identifies
+            // objects.
             match events.last_mut() {
                 Some(CallEvent::Arguments(text)) => text.push(c),
                 _ => events.push(CallEvent::Arguments(c.into())),
@@ -347,7 +348,8 @@ impl CallObject {
     }
 }
 
-/// The arguments in a value that did not stream: an object, null, or either of them in a string.
+/// The arguments from a value that was not streamed: an object, null, or either of them in a
+/// string.
 fn held_arguments(text: &str) -> Option<String> {
     match serde_json::from_str::<serde_json::Value>(text).ok()? {
         serde_json::Value::Object(_) => Some(text.to_owned()),

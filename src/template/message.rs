@@ -1,11 +1,11 @@
-//! What the output parser is told and what it tells.
+//! Input and output types of the output parser.
 
-/// One increment of a message, in the terms of OpenAI's streamed deltas.
+/// One increment of a message, as in OpenAI's streamed deltas.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Delta {
     Reasoning(String),
     Content(String),
-    /// A call begins; `index` counts the calls of the message.
+    /// A call begins; `index` is its position among the calls of the message.
     ToolCallStart {
         index: usize,
         id: String,
@@ -23,16 +23,16 @@ pub enum Delta {
 pub struct ReasoningFormat {
     pub open: String,
     pub close: String,
-    /// The prompt ended inside the block, so that the output starts with reasoning.
+    /// Whether the prompt ended inside the block, so that the output starts with reasoning.
     pub starts_open: bool,
 }
 
-/// Makes tool-call ids: `call_` and 24 alphanumerics that depend on the seed and the count.
+/// Generator of tool-call ids: `call_` and 24 alphanumerics that depend on the seed and the count.
 #[derive(Clone, Debug)]
 pub struct CallIds(u64);
 
 impl CallIds {
-    /// Ids for one message; give each its own `seed`.
+    /// Creates ids for one message; each message needs its own `seed`.
     pub fn new(seed: u64) -> Self {
         CallIds(seed)
     }
@@ -57,7 +57,7 @@ impl CallIds {
     }
 }
 
-/// A whole message, gathered from its deltas.
+/// A complete message, assembled from its deltas.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ParsedMessage {
     pub reasoning: String,
@@ -70,12 +70,12 @@ pub struct ParsedMessage {
 pub struct ParsedCall {
     pub id: String,
     pub name: String,
-    /// JSON text; it parses unless generation stopped inside it.
+    /// JSON text; it is valid unless generation stopped inside it.
     pub arguments: String,
 }
 
 impl ParsedMessage {
-    /// Gathers deltas, in order.
+    /// Assembles a message from its deltas, in order.
     pub fn collect(deltas: impl IntoIterator<Item = Delta>) -> Self {
         let mut message = ParsedMessage::default();
         for delta in deltas {

@@ -1,4 +1,5 @@
-//! Python's methods on strings, lists and dicts, where minijinja's pycompat differs or is unbounded.
+//! Python's methods of strings, lists and dicts, where minijinja's pycompat differs or is
+//! unbounded.
 
 use minijinja::value::{Kwargs, Rest, StringInput, Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State};
@@ -21,7 +22,7 @@ pub(super) fn call(
     }
     match (value.kind(), method) {
         (ValueKind::Map | ValueKind::Seq, "copy") if args.is_empty() => return Ok(value.clone()),
-        // jinja2's immutable sandbox forbids these; the message names the reason.
+        // jinja2's immutable sandbox forbids these methods; the message states the reason.
         (
             ValueKind::Map | ValueKind::Seq | ValueKind::Iterable,
             "append" | "extend" | "insert" | "pop" | "popitem" | "remove" | "clear" | "update"
@@ -154,7 +155,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         "swapcase" | "casefold" | "expandtabs" | "center" => return Err(unknown(method)),
         "splitlines" if args.is_empty() => Value::from(split_lines(text)),
         "format" => {
-            // A width in the format may ask for any amount of padding.
+            // A width in the format may request any amount of padding.
             let wide = text.as_bytes().split(|b| !b.is_ascii_digit()).any(|run| run.len() > 5);
             if wide {
                 return Err(text_error(TextError::TooLong));
@@ -230,7 +231,7 @@ fn split(text: &str, separator: &Value, limit: usize, right: bool) -> Result<Vec
     Ok(parts)
 }
 
-/// `str.splitlines()`: Python knows more line ends than `\n`.
+/// `str.splitlines()`: Python has more line ends than `\n`.
 fn split_lines(text: &str) -> Vec<Value> {
     let is_end = |c: char| {
         matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}')

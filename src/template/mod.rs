@@ -1,13 +1,13 @@
-//! Chat templates, and the way back: from a model's text to messages and tool calls.
+//! Chat templates and the parsing of model output into messages and tool calls.
 //!
 //! * [`ChatTemplate`] renders a conversation to the prompt, as transformers' `apply_chat_template`
 //!   does, with adaptations for templates that lack a system role or tools.
-//! * [`ToolFamily`] knows how a model writes tool calls, and the grammar that makes it do so.
+//! * [`ToolFamily`] is a format of tool calls; it makes the grammar that constrains a model to it.
 //! * [`OutputParser`] turns streamed text into reasoning, content and tool-call deltas.
 //!
 //! Templates come inside model files and are untrusted: source, work, output and nesting are
-//! bounded. One hole is minijinja's: comparing or concatenating (`~`) values that share parts
-//! exponentially is not metered.
+//! bounded. One gap remains in minijinja: comparing or concatenating (`~`) values that share parts
+//! exponentially is not metered. exponentially is not metered.
 
 mod adapt;
 mod caps;
@@ -38,13 +38,13 @@ pub use message::{CallIds, Delta, ParsedCall, ParsedMessage, ReasoningFormat};
 pub use parser::OutputParser;
 pub use schema::close_objects;
 
-/// The template of a model that brings none: ChatML.
+/// ChatML, the template of a model without one.
 pub const CHATML: &str = "{%- for message in messages -%}\
 {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') + '<|im_end|>\\n' -}}\
 {%- endfor -%}\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}";
 
-/// Why there is no prompt.
+/// Reason why no prompt could be rendered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
     /// The template itself refused the conversation (`raise_exception`): a 400 with its message.
@@ -53,10 +53,10 @@ pub enum TemplateError {
     /// The template does not compile, or is too large.
     #[error("the chat template is invalid: {0}")]
     Invalid(String),
-    /// The template broke on this conversation (an undefined value, a wrong type): also a 400.
+    /// Rendering this conversation failed (an undefined value, a wrong type): also a 400.
     #[error("the chat template cannot render this conversation: {0}")]
     Failed(String),
-    /// A text is not in the prompt: the template leaves it out.
+    /// The template leaves out a text of a message.
     #[error(
         "messages[{index}]: the model's chat template leaves out a text of this {role} message; \
          move the text into a message that the template renders"
@@ -67,7 +67,7 @@ pub enum TemplateError {
     Exhausted(String),
 }
 
-/// What a prompt is rendered from. Messages are validated before.
+/// Input of a prompt. Messages must be validated before.
 #[derive(Clone, Debug, Default)]
 pub struct RenderInput {
     /// Objects with `role`, and `content` (string, null, or a list of text parts), `tool_calls`,
@@ -75,17 +75,18 @@ pub struct RenderInput {
     pub messages: Vec<Value>,
     /// OpenAI tool definitions: `{"type": "function", "function": {…}}`.
     pub tools: Option<Vec<Value>>,
-    /// Ends the prompt where the assistant's turn begins.
+    /// End the prompt at the start of the assistant's turn.
     pub add_generation_prompt: bool,
-    /// Ends the prompt inside the last message, for the model to go on with it.
+    /// End the prompt inside the last message, so that the model continues it.
     pub continue_final_message: bool,
-    /// Further variables of the template, such as `enable_thinking`. They do not replace ours.
+    /// Further variables of the template, such as `enable_thinking`. They do not replace the
+    /// variables that this module sets.
     pub chat_template_kwargs: Map<String, Value>,
-    /// The clock of `strftime_now`, in seconds since 1970 (UTC); `None` reads the system's.
+    /// Time of `strftime_now`, in seconds since 1970 (UTC); `None` reads the system clock.
     pub now: Option<i64>,
 }
 
-/// A day as `2026-01-31`, of seconds since 1970 (UTC).
+/// A date as `2026-01-31`, from seconds since 1970 (UTC).
 pub fn date(now: i64) -> String {
     clock::strftime("%Y-%m-%d", now)
 }
@@ -107,7 +108,7 @@ pub struct ChatTemplate {
     bos: String,
     eos: String,
     caps: Caps,
-    /// The family of the template's own tool calls.
+    /// The family of the template's own tool calls, if it is supported.
     family: Option<ToolFamily>,
     reasoning: Option<(&'static str, &'static str)>,
 }
@@ -116,7 +117,7 @@ const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
 impl ChatTemplate {
-    /// The template that a model's file brings, or [`CHATML`].
+    /// The template in a model's file, or [`CHATML`].
     ///
     /// # Errors
     /// As [`ChatTemplate::compile`].
@@ -133,9 +134,9 @@ impl ChatTemplate {
         )
     }
 
-    /// Compiles a template, and the one a model may carry for conversations with tools; an empty
-    /// `source` means [`CHATML`]. `bos` and `eos` are the texts of the special tokens.
-    ///
+    /// Compiles a template, and the separate template that a model may have for conversations with
+    /// tools. An empty `source` means [`CHATML`]. `bos` and `eos` are the texts of the special
+    /// tokens.
     /// # Errors
     /// [`TemplateError::Invalid`] if a source does not parse or is larger than 1 MiB.
     pub fn compile(
@@ -163,31 +164,31 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// What the template can do by itself.
+    /// Features that the template itself supports.
     pub fn caps(&self) -> &Caps {
         &self.caps
     }
 
-    /// How the model writes tool calls when [`render`](Self::render) offers it tools.
+    /// Format of the model's tool calls when [`render`](Self::render) offers it tools.
     pub fn family(&self) -> ToolFamily {
         self.family.unwrap_or(ToolFamily::Hermes)
     }
 
-    /// Whether tools are offered in the template's own words. Otherwise (it ignores them, or asks
-    /// for calls in a form that [`OutputParser`] cannot read) they are offered by an instruction
-    /// in the system prompt, in Hermes' form.
+    /// Whether the template itself offers the tools. Otherwise (the template ignores tools, or asks
+    /// for calls in a format that [`OutputParser`] cannot read) an instruction in the system prompt
+    /// offers them, in the Hermes format.
     pub fn native_tools(&self) -> bool {
         self.family.is_some()
     }
 
-    /// Whether prompts depend on the day.
+    /// Whether prompts depend on the date.
     pub fn writes_date(&self) -> bool {
         let on = |now| {
             let messages = vec![json!({"role": "user", "content": "Hi."})];
             let input = RenderInput { messages, now: Some(now), ..RenderInput::default() };
             self.render_adapted(&input).ok()
         };
-        // Another day, month and year, and another day of the week.
+        // A date that differs in day, month, year and day of the week.
         on(0) != on(86_400 * 400)
     }
 
@@ -200,23 +201,23 @@ impl ChatTemplate {
         Some(ReasoningFormat { open: open.to_owned(), close: close.to_owned(), starts_open })
     }
 
-    /// Renders the prompt, adapting the conversation to what the template can express: a missing
-    /// system role, ignored tools, tools without a description, tool-call arguments as text, typed or
-    /// non-null content, content beside tool calls. Variables that llama-server defines have its
-    /// values, unless the request gives others.
+    /// Renders the prompt and adapts the conversation to the features of the template: a missing
+    /// system role, ignored tools, tools without a description, tool-call arguments as text, typed
+    /// or non-null content, content beside tool calls. Variables that llama-server defines have its
+    /// values, unless the request sets others.
     ///
-    /// Where the template needs none of these this equals [`render_exact`](Self::render_exact).
+    /// If the template needs no adaptation, the result equals [`render_exact`](Self::render_exact).
     ///
     /// # Errors
     /// See [`TemplateError`]; a `Refused` is the template's own message. [`TemplateError::Dropped`]
-    /// names a message of which the template leaves a text out; reasoning and the texts of tools
-    /// may be left out.
+    /// names a message whose text the template leaves out, at least in part; reasoning and the
+    /// texts of tools may be left out.
     pub fn render(&self, input: &RenderInput) -> Result<String, TemplateError> {
         self.render_guarded(input, None).map(|prompt| prompt.text)
     }
 
-    /// As [`render`](Self::render); control tokens that are spelled in users' and tools' texts get
-    /// barriers in the prompt, so that they are tokenized as text.
+    /// As [`render`](Self::render), with barriers in the prompt where texts of users and tools
+    /// spell control tokens, so that these are tokenized as text.
     ///
     /// # Errors
     /// As [`render`](Self::render).
@@ -254,10 +255,10 @@ impl ChatTemplate {
         Ok(marks.take_barriers(&prompt))
     }
 
-    /// The first message of which a text is not in the prompt.
+    /// The first message with a text that is missing in the prompt.
     fn dropped(&self, input: &RenderInput, marks: &Marks) -> Option<usize> {
-        // A template may look up called functions by their names. An error of the template itself is
-        // reported when the unmarked conversation is rendered.
+        // A template may look up called functions by their names. An error of the template itself
+        // is reported when the unmarked conversation is rendered.
         [true, false].into_iter().find_map(|names| {
             let mut marked = input.clone();
             let wanted = marks.mark_messages(&mut marked, names);
@@ -271,7 +272,7 @@ impl ChatTemplate {
         self.add_variables(&mut adapted);
         let result = self.render_raw(&adapted);
         match &result {
-            // Templates that concatenate content break on the null beside tool calls, which
+            // Templates that concatenate content fail on the null content beside tool calls, which
             // OpenAI's clients send and vLLM passes as an empty string.
             Err(TemplateError::Failed(_)) => match adapt::without_nulls(&adapted) {
                 Some(adapted) => self.render_raw(&adapted).or(result),
@@ -281,7 +282,7 @@ impl ChatTemplate {
         }
     }
 
-    /// Renders exactly as transformers would, with tool-call arguments parsed into objects.
+    /// Renders exactly as transformers does, with tool-call arguments parsed into objects.
     ///
     /// # Errors
     /// See [`TemplateError`].
@@ -297,8 +298,8 @@ impl ChatTemplate {
         self.engine.render(name, bytes, || self.context(input))
     }
 
-    /// Variables that llama-server and transformers define where the request does not: thinking is on,
-    /// and templates that ask for the date or for functions as text get them.
+    /// Sets variables that llama-server and transformers define, unless the request sets them:
+    /// thinking is on, and templates that ask for the date or for functions as text get them.
     pub(super) fn add_variables(&self, input: &mut RenderInput) {
         let now = input.clock();
         let tools = input.tools.as_ref().filter(|tools| !tools.is_empty());
@@ -338,7 +339,7 @@ impl ChatTemplate {
     }
 }
 
-/// The bytes of text in a value, to scale the work a render may do.
+/// Bytes of text in a value, by which the work limit of a render is scaled.
 fn text_bytes(value: &Value) -> usize {
     match value {
         Value::String(text) => text.len(),

@@ -1,21 +1,22 @@
-//! A model's text, piece by piece, into reasoning, content and tool calls.
+//! Incremental parser of a model's text into reasoning, content and tool calls.
 //!
-//! Every decision depends on the characters read, never on how they were cut into pieces; where a
-//! marker may still be beginning, text waits. What looks like a tool call and is none is content.
+//! Every decision depends on the characters read, never on how they were cut into pieces. Text is
+//! held back while it may be the beginning of a marker. Text that looks like a tool call but is
+//! none is content.
 
 use super::family::ToolFamily;
 use super::json_scan::{CallEvent, CallObject, CallStep, JsonScan, Step};
 use super::message::{CallIds, Delta, ParsedMessage, ReasoningFormat};
 
-/// The most bytes that are read at once.
+/// Maximum number of bytes that are read at once.
 const PIECE: usize = 512;
 
-/// The most bytes of a function's name, with what may stand between it and its arguments.
+/// Maximum number of bytes of a function's name, and of what may follow it before the arguments.
 const MAX_NAME: usize = 512;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
-    /// Nothing but white space so far: bare JSON may begin.
+    /// Only white space so far: bare JSON may begin.
     Start,
     Middle,
     /// After a tool call; white space is dropped.
@@ -24,7 +25,7 @@ enum Place {
 
 #[derive(Clone, Debug)]
 enum Mode {
-    /// Before the first character that is not white space, reasoning possible.
+    /// Before the first character that is not white space; reasoning may begin.
     Undecided,
     Reasoning {
         at_start: bool,
@@ -33,12 +34,12 @@ enum Mode {
     Call(Call),
 }
 
-/// How far a call is, from its trigger on.
+/// State of a call, from its trigger on.
 #[derive(Clone, Debug)]
 struct Call {
-    /// The trigger, and the white space before it, should they turn out to be content.
+    /// The trigger and the white space before it, in case they turn out to be content.
     raw: String,
-    /// Bytes at the beginning that are certainly content if this is no call.
+    /// Number of bytes at the beginning that are content for certain if this is not a call.
     certain: usize,
     /// Inside `[ … ]`.
     list: bool,
@@ -67,29 +68,29 @@ pub struct OutputParser {
     parallel: bool,
     ids: CallIds,
     mode: Mode,
-    /// Text not yet decided on.
+    /// Text that is not yet classified.
     pending: String,
-    /// White space that is emitted only if something follows it.
+    /// White space that is emitted only if other text follows it.
     spaces: String,
-    /// Calls begun, those that no delta tells of included.
+    /// Number of calls that have begun, including those that were not emitted.
     calls: usize,
-    /// Calls that deltas tell of.
+    /// Number of calls that were emitted.
     told: usize,
-    /// Those of them that are complete.
+    /// The emitted calls that are complete.
     complete: Vec<CallText>,
     /// The call that is being read.
     current: Option<Current>,
-    /// A call was made again, word for word.
+    /// Whether a call was repeated word for word.
     repeats: bool,
-    /// The beginning of a call was cut off and dropped.
+    /// Whether the beginning of a call was cut off and dropped.
     dropped: bool,
-    /// The answer is held to calls: it has no other text.
+    /// Whether the answer is constrained to calls and has no other text.
     must_call: bool,
     out: Vec<Delta>,
 }
 
-/// A call as it is compared with others: the name, and the arguments without white space between their
-/// tokens.
+/// A call in the form in which calls are compared: the name, and the arguments without white space
+/// between their tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct CallText {
     name: String,
@@ -113,26 +114,26 @@ impl CallText {
         }
     }
 
-    /// Whether the other call began with all that this one has so far.
+    /// Whether the other call begins with everything that this one has so far.
     fn begins(&self, other: &CallText) -> bool {
         self.name == other.name && other.arguments.starts_with(&self.arguments)
     }
 }
 
-/// A call on its way.
+/// A call that is being read.
 #[derive(Debug)]
 struct Current {
     text: CallText,
-    /// The arguments so far of a call that may still turn out to repeat an earlier one: no delta has
-    /// told of it.
+    /// The arguments so far of a call that may still turn out to repeat an earlier one. Such a call
+    /// is not emitted.
     held: Option<String>,
-    /// No delta will: only one call is wanted.
+    /// Whether the call is not emitted at all, because only one call is allowed.
     dropped: bool,
 }
 
 impl OutputParser {
-    /// A parser for one message. Without `tools_enabled` all text is content; without `parallel`
-    /// calls after the first are dropped.
+    /// Creates a parser for one message. Without `tools_enabled` all text is content; without
+    /// `parallel` calls after the first are dropped.
     pub fn new(
         family: Option<ToolFamily>,
         reasoning: Option<ReasoningFormat>,
@@ -164,7 +165,7 @@ impl OutputParser {
         }
     }
 
-    /// The answer is held to calls, so that whatever begins is a call.
+    /// Sets whether the answer is constrained to calls, so that any beginning is that of a call.
     #[must_use]
     pub fn must_call(mut self, must_call: bool) -> Self {
         self.must_call = must_call;
@@ -173,7 +174,7 @@ impl OutputParser {
 
     /// Reads the next piece of text.
     pub fn push(&mut self, text: &str) -> Vec<Delta> {
-        // In short pieces, so that a text full of broken markers costs no more than its length.
+        // In short pieces, so that the time is linear in the length even for many broken markers.
         let mut rest = text;
         while !rest.is_empty() {
             let (piece, after) = rest.split_at(rest.floor_char_boundary(PIECE));
@@ -184,9 +185,9 @@ impl OutputParser {
         self.take()
     }
 
-    /// Reads the end: whatever still waits is decided now. A model that has ended by itself inside what
-    /// looked like a call meant it as text; where it was cut off (`cut`), the beginning of a call is
-    /// no text.
+    /// Ends the text and classifies all pending text. If the model has ended by itself inside what
+    /// looked like a call, that is content. If the output was cut off (`cut`), the beginning of a
+    /// call is dropped.
     pub fn finish(&mut self, cut: bool) -> Vec<Delta> {
         if cut {
             self.drop_unfinished();
@@ -195,23 +196,23 @@ impl OutputParser {
         self.take()
     }
 
-    /// Whether some call has been told and all of these are complete.
+    /// Whether at least one call was emitted and all emitted calls are complete.
     pub fn calls_are_complete(&self) -> bool {
         self.told > 0 && self.told == self.complete.len()
     }
 
-    /// Whether a call has begun, told or not.
+    /// Whether a call has begun, emitted or not.
     pub fn saw_a_call(&self) -> bool {
         self.calls > 0 || self.dropped
     }
 
-    /// Whether the model has made one of its calls a second time, which no delta tells: it repeats
-    /// itself, and nothing new is to be expected.
+    /// Whether the model has repeated one of its calls. The repetition is not emitted; the model is
+    /// in a loop, so no new output is expected.
     pub fn repeats_itself(&self) -> bool {
         self.repeats
     }
 
-    /// Drops a call that has begun and that no delta has told of, and a marker that has half begun.
+    /// Drops a call that has begun but was not emitted, and the beginning of a marker.
     fn drop_unfinished(&mut self) {
         self.run(false);
         match &self.mode {
@@ -226,7 +227,8 @@ impl OutputParser {
             Mode::Content(_) => {
                 let marker = self.family.and_then(ToolFamily::marker);
                 let half = marker.map_or(0, |marker| partial_suffix(&self.pending, marker));
-                // One character may be anything, where there may be anything.
+                // A single character is too short to be taken for a marker, unless all text is
+                // calls.
                 if half > usize::from(!self.must_call) {
                     self.pending.truncate(self.pending.len() - half);
                     self.spaces.clear();
@@ -244,7 +246,7 @@ impl OutputParser {
         ParsedMessage::collect(deltas)
     }
 
-    /// The deltas so far, neighbours of one kind joined.
+    /// Takes the deltas so far; adjacent deltas of one kind are joined.
     fn take(&mut self) -> Vec<Delta> {
         let mut deltas: Vec<Delta> = Vec::new();
         for delta in self.out.drain(..) {
@@ -262,7 +264,7 @@ impl OutputParser {
     }
 
     fn run(&mut self, end: bool) {
-        // Every turn consumes text or changes the mode towards doing so.
+        // Every iteration consumes text or changes to a mode that does.
         while match self.mode {
             Mode::Undecided => self.undecided(end),
             Mode::Reasoning { at_start } => self.reasoning(at_start, end),
@@ -287,7 +289,7 @@ impl OutputParser {
     fn reasoning(&mut self, at_start: bool, end: bool) -> bool {
         let Some(format) = &self.reasoning else { return self.go(Mode::Content(Place::Start)) };
         if at_start {
-            // Some models open the block again although the prompt did.
+            // Some models open the block again although the prompt has opened it.
             let mut rest = self.pending.trim_start();
             while let Some(after) = rest.strip_prefix(format.open.as_str()) {
                 rest = after.trim_start();
@@ -371,7 +373,7 @@ impl OutputParser {
         false
     }
 
-    /// Whether bare JSON begins here; `None` to wait for more text.
+    /// Whether bare JSON begins here; `None` if more text is needed.
     fn bare_start(&mut self, place: Place, end: bool) -> Option<bool> {
         // Between calls models write `;`, `,` or a line break.
         let after_separator = match place {
@@ -395,7 +397,7 @@ impl OutputParser {
         Some(true)
     }
 
-    /// Reads on in a call, as far as the text goes.
+    /// Continues reading a call, as far as the text goes.
     fn call(&mut self, end: bool) -> bool {
         let Mode::Call(mut call) = std::mem::replace(&mut self.mode, Mode::Content(Place::Middle))
         else {
@@ -421,7 +423,7 @@ impl OutputParser {
                 self.mode = Mode::Call(call);
                 false
             }
-            // The start of the call is out: what follows the break is content.
+            // The start of the call was emitted: what follows the error is content.
             _ if call.started() => true,
             _ => {
                 let text = call.raw + &self.pending;
@@ -443,7 +445,7 @@ impl OutputParser {
         self.out.push(delta);
     }
 
-    /// Emits text but its trailing white space, which waits for what follows.
+    /// Emits text except its trailing white space, which is held until more text follows.
     fn emit_text(&mut self, text: &str, delta: fn(String) -> Delta) {
         let solid = text.trim_end();
         if !solid.is_empty() {
@@ -486,7 +488,7 @@ impl OutputParser {
                     let Some(call) = self.current.take().filter(|call| !call.dropped) else {
                         continue;
                     };
-                    // Held to the end: it is one of those before.
+                    // The arguments equal those of an earlier call to the end.
                     match call.held {
                         Some(_) => self.repeats = true,
                         None => self.complete.push(call.text),
@@ -502,7 +504,7 @@ impl OutputParser {
         self.emit(Delta::ToolCallStart { index, id, name: name.to_owned() });
     }
 
-    /// Tells the next piece of a call's arguments, as soon as it differs from all calls before.
+    /// Emits the next piece of a call's arguments, once the call differs from all earlier calls.
     fn emit_arguments(&mut self, call: &mut Current, fragment: String) {
         let json_fragment = match &mut call.held {
             None => fragment,
@@ -520,10 +522,10 @@ impl OutputParser {
     }
 }
 
-/// What reading did to a call.
+/// Result of reading a part of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// It goes on; if nothing was read, it needs more text.
+    /// The call is incomplete; if nothing was read, more text is needed.
     More,
     Done,
     Failed,
@@ -534,7 +536,7 @@ impl Call {
         Call { raw, certain, list: false, phase: Phase::Open }
     }
 
-    /// Whether something of the call was emitted and cannot be taken back.
+    /// Whether a part of the call was emitted and cannot be taken back.
     fn started(&self) -> bool {
         match &self.phase {
             Phase::Object(object) => object.started(),
@@ -543,7 +545,7 @@ impl Call {
         }
     }
 
-    /// Whether nothing but a call begins like this.
+    /// Whether only a call can begin like this.
     fn certain_call(&self, family: Option<ToolFamily>) -> bool {
         match family {
             Some(family) if family.bare() => {
@@ -555,7 +557,7 @@ impl Call {
         }
     }
 
-    /// Reads a character or a marker of `text`; also says how many bytes that took.
+    /// Reads a character or a marker of `text`; also returns the number of bytes read.
     fn read(
         &mut self,
         family: ToolFamily,
@@ -611,7 +613,7 @@ impl Call {
                 }
             },
             Phase::Between if c == ',' => {
-                // The call before is out; only the next one could still become content.
+                // The previous call was emitted; only the next one can still become content.
                 *self = Call { list: true, ..Call::new(String::new(), 0) };
                 (Outcome::More, one)
             }
@@ -644,7 +646,7 @@ impl Call {
     }
 }
 
-/// Reads Hermes' closing marker; a model that leaves it out is forgiven.
+/// Reads Hermes' closing marker. A missing marker is accepted.
 fn read_close(text: &str, end: bool) -> (Outcome, usize) {
     const CLOSE: &str = "</tool_call>";
     let rest = text.trim_start();
@@ -660,7 +662,7 @@ fn is_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.')
 }
 
-/// The length of the longest end of `text` that may be the beginning of `marker`.
+/// Length of the longest suffix of `text` that may be the beginning of `marker`.
 fn partial_suffix(text: &str, marker: &str) -> usize {
     (1..marker.len())
         .rev()

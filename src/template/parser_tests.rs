@@ -121,7 +121,7 @@ fn a_second_call_is_dropped_unless_parallel() {
     assert_eq!(parser.parse(text).content, text);
 }
 
-/// A parser that was cut off behind `text`, and what it has told.
+/// The message and the parser after output that was cut off behind `text`.
 fn cut(family: ToolFamily, text: &str) -> (ParsedMessage, OutputParser) {
     let mut parser = OutputParser::new(Some(family), None, true, true, CallIds::new(1));
     let mut deltas = parser.push(text);
@@ -146,7 +146,7 @@ fn a_call_that_is_cut_off_is_no_content() {
         (Mistral, "[TOOL_CALLS]f".to_owned(), "", 0),
         (Json, "[{\"name\": \"f".to_owned(), "", 0),
         (Json, "[1, ".to_owned(), "[1, ", 0),
-        // One character of a marker may be anything.
+        // A single character of a marker may be anything.
         (Hermes, "2 <".to_owned(), "2 <", 0),
     ] {
         let (message, parser) = cut(family, &text);
@@ -157,7 +157,7 @@ fn a_call_that_is_cut_off_is_no_content() {
         );
         assert_eq!(parser.calls_are_complete(), names > 0, "{text}");
     }
-    // Where nothing but calls may come, everything is the beginning of one.
+    // If the answer is constrained to calls, every text is the beginning of a call.
     for (family, text) in [(Hermes, "<"), (Llama3, "{"), (Json, "["), (Mistral, "[T")] {
         let mut parser = OutputParser::new(Some(family), None, true, true, CallIds::new(1));
         parser = parser.must_call(true);
@@ -182,7 +182,7 @@ fn a_call_is_told_once() {
     let other = call("Rome").replace(": ", ":");
     for (text, expected, repeats) in [
         (call("Rome") + &call("Rome"), vec![rome], true),
-        // White space between tokens says nothing.
+        // White space between tokens does not matter.
         (call("Rome") + &other, vec![rome], true),
         (call("Rome") + &call("Oslo"), vec![rome, oslo], false),
         (call("Rome") + &call("Romeo"), vec![rome, ("f", "{\"city\": \"Romeo\"}")], false),
@@ -234,7 +234,7 @@ fn ids_look_as_openai_s() {
     assert!(a[5..].chars().all(|c| c.is_ascii_alphanumeric()));
 }
 
-/// Texts made of the pieces that matter, whole and broken.
+/// Texts made of relevant pieces, complete and broken.
 fn texts() -> impl Strategy<Value = String> {
     let piece = prop_oneof![
         Just("<tool_call>"),
@@ -307,7 +307,7 @@ proptest! {
         let every: Vec<usize> = (0..text.len()).collect();
         prop_assert_eq!(&deltas(parser(), &text, &every), &whole);
         for call in &whole.tool_calls {
-            // Complete, or broken off where the text breaks off: never wrong.
+            // Complete, or cut off where the text is cut off: never invalid.
             let mut scan = JsonScan::new();
             let steps: Vec<Step> = call.arguments.chars().map(|c| scan.push(c)).collect();
             let parses = serde_json::from_str::<serde_json::Value>(&call.arguments).is_ok();

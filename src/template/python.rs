@@ -1,18 +1,18 @@
-//! Python's text forms of template values: `str`, `repr` and `json.dumps`.
+//! Python's text representations of template values: `str`, `repr` and `json.dumps`.
 //!
-//! Templates were written against CPython, so a list printed by a template must look as CPython
-//! prints it. Every writer here is bounded: a value that shares parts (`[x, x]` forty times) is
-//! small in memory and astronomically large in text.
+//! Templates were written for CPython, so a list that a template prints must look as in CPython.
+//! Every writer here is bounded: a value that shares parts (`[x, x]` forty times) is small in
+//! memory but exponentially large as text.
 
 use super::integers;
 use std::fmt;
 
 use minijinja::value::{Value, ValueKind};
 
-/// The most bytes one value may take as text, and one prompt.
+/// Maximum size of one value as text, and of one prompt, in bytes.
 pub(super) const MAX_TEXT: usize = 4 << 20;
 
-/// Why a value has no such text.
+/// Reason why a value cannot be written as text.
 #[derive(Debug, PartialEq)]
 pub(super) enum TextError {
     /// The text is longer than [`MAX_TEXT`].
@@ -27,7 +27,7 @@ impl From<fmt::Error> for TextError {
     }
 }
 
-/// A string that refuses to outgrow [`MAX_TEXT`].
+/// A string that cannot grow beyond [`MAX_TEXT`].
 #[derive(Default)]
 pub(super) struct Bounded(String);
 
@@ -47,7 +47,7 @@ impl fmt::Write for Bounded {
     }
 }
 
-/// A JSON value as the template sees it; objects keep their order.
+/// Converts a JSON value to a template value; objects keep their order.
 pub(super) fn from_json(value: &serde_json::Value) -> Value {
     use serde_json::Value as Json;
     match value {
@@ -120,7 +120,7 @@ pub(super) fn write_repr(out: &mut dyn fmt::Write, value: &Value) -> fmt::Result
             }
             out.write_str("}")
         }
-        // None, True and False print as in Python already.
+        // None, True and False are printed as in Python already.
         _ => write!(out, "{value}"),
     }
 }
@@ -146,7 +146,7 @@ fn write_repr_string(out: &mut dyn fmt::Write, text: &str) -> fmt::Result {
     out.write_char(quote)
 }
 
-/// `str.isprintable` for the characters that are assigned; std has no table of the others.
+/// `str.isprintable` for assigned characters; std has no table of unassigned ones.
 fn is_printable(c: char) -> bool {
     !(c.is_control()
         || (c != ' ' && c.is_whitespace())
@@ -154,7 +154,7 @@ fn is_printable(c: char) -> bool {
         || matches!(c as u32, 0xfeff | 0xe000..=0xf8ff | 0xf0000..))
 }
 
-/// Writes an int or a float as Python does; `specials` are not-a-number and the infinities.
+/// Writes an int or a float as Python does; `specials` are the texts for NaN and the infinities.
 fn write_number(out: &mut dyn fmt::Write, value: &Value, specials: [&str; 3]) -> fmt::Result {
     if value.is_integer() {
         return write!(out, "{value}");
@@ -179,12 +179,12 @@ fn float_repr(x: f64) -> String {
     }
 }
 
-/// The keyword arguments of `json.dumps` that templates use.
+/// Keyword arguments of `json.dumps` that templates use.
 pub(super) struct JsonStyle {
     pub(super) ensure_ascii: bool,
     /// One level of indentation; `None` writes a single line.
     pub(super) indent: Option<String>,
-    /// Between items, and between a key and its value.
+    /// Separators between items, and between a key and its value.
     pub(super) separators: Option<(String, String)>,
     pub(super) sort_keys: bool,
 }

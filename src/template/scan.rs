@@ -1,26 +1,26 @@
-//! A look at a template's source before minijinja parses it: limits, and tags it does not know.
+//! Preparation of a template's source for minijinja: limits, and tags that minijinja lacks.
 
 use std::borrow::Cow;
 
 use super::TemplateError;
 
-/// The most bytes a template may have. The largest in use have 17 KiB.
+/// Maximum size of a template, in bytes. The largest in use have 17 KiB.
 pub(super) const MAX_SOURCE: usize = 1 << 20;
 
-/// The most words and operators in one tag. minijinja's parser bounds nesting, but chains such as
-/// `1+1+1…` or `x|f|f…` become equally deep trees, which it then walks recursively.
+/// Maximum number of words and operators in one tag. minijinja's parser bounds nesting, but chains
+/// such as `1+1+1…` or `x|f|f…` become equally deep trees, which it then traverses recursively.
 const MAX_TAG_ITEMS: usize = 10_000;
 
-/// The most tags that continue an `if`; a chain of them nests too.
+/// Maximum number of tags that continue an `if`; a chain of them also makes a deep tree.
 const MAX_ELIFS: usize = 5_000;
 
 /// Checks the limits and turns `{% generation %}` blocks into `{% with %}` blocks.
 ///
-/// Generation blocks mark assistant text for training masks. transformers makes them call blocks,
-/// that is, a scope of their own that prints its body: exactly an empty `with`.
+/// Generation blocks mark assistant text for training masks. transformers turns them into call
+/// blocks, that is, a scope of its own that prints its body: the same as an empty `with`.
 ///
 /// # Errors
-/// [`TemplateError::Invalid`] past a limit.
+/// [`TemplateError::Invalid`] if a limit is exceeded.
 pub(super) fn prepare(source: &str) -> Result<String, TemplateError> {
     let invalid = |what: &str| Err(TemplateError::Invalid(what.to_owned()));
     if source.len() > MAX_SOURCE {
@@ -69,7 +69,7 @@ pub(super) fn prepare(source: &str) -> Result<String, TemplateError> {
     Ok(out)
 }
 
-/// Where a tag ends, in bytes from its start: past the first `close` outside of a string.
+/// Length of a tag in bytes: up to the end of the first `close` that is not in a string.
 fn tag_end(tag: &str, close: &str) -> usize {
     let (bytes, close) = (tag.as_bytes(), close.as_bytes());
     let mut quote = None;
@@ -115,7 +115,7 @@ fn items(tag: &str) -> usize {
     count
 }
 
-/// The first words of a `{% … %}` tag without its whitespace control.
+/// The first words of a `{% … %}` tag, without its whitespace control.
 fn tag_words(tag: &str) -> Vec<&str> {
     let inner = tag.strip_prefix("{%").unwrap_or(tag);
     let inner = inner.strip_suffix("%}").unwrap_or(inner);

@@ -1,28 +1,29 @@
-//! JSON schemas as models should follow them.
+//! JSON schemas closed for constrained generation.
 //!
-//! A schema without `additionalProperties` allows any further key. A model that is held to such a schema
-//! invents keys until its tokens run out, so an object whose properties are listed has these and no
-//! others, unless the schema says otherwise. llama.cpp and OpenAI's strict mode do the same.
+//! A schema without `additionalProperties` allows any further key. A model that is constrained to
+//! such a schema invents keys until its token limit. So an object whose properties are listed may
+//! have only these, unless the schema says otherwise. llama.cpp and OpenAI's strict mode do the
+//! same.
 
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 
-/// Keywords that say which further keys an object may have.
+/// Keywords that specify which further keys an object may have.
 const OPENING: [&str; 3] = ["additionalProperties", "patternProperties", "unevaluatedProperties"];
-/// References that are followed one through another.
+/// Maximum length of a chain of references.
 const MAX_REFERENCES: usize = 16;
 
 type Names = BTreeSet<String>;
 
-/// Closes every object schema that lists `properties` and does not say what other keys may hold.
-/// Branches of `anyOf` and `oneOf` allow the keys of the schema around them, those of `allOf` each
-/// other's.
+/// Closes every object schema that lists `properties` and does not specify other keys. Branches of
+/// `anyOf` and `oneOf` allow the keys of the schema around them; branches of `allOf` allow each
+/// other's keys.
 pub fn close_objects(schema: &mut Value) {
     let root = schema.clone();
     close(schema, &root, &Names::new());
 }
 
-/// `around`: keys that the schemas around this one, which describe the same object, list.
+/// `around`: keys listed by the enclosing schemas that describe the same object.
 fn close(schema: &mut Value, root: &Value, around: &Names) {
     let Value::Object(map) = schema else { return };
     close_parts(map, root);
@@ -45,7 +46,7 @@ fn close(schema: &mut Value, root: &Value, around: &Names) {
     }
 }
 
-/// All of these schemas describe one object: it has the keys that any of them lists.
+/// Closes schemas that all describe one object: it may have the keys that any of them lists.
 fn close_all_of(map: &mut Map<String, Value>, root: &Value, mut names: Names) {
     let mut all = match map.remove("allOf") {
         Some(Value::Array(all)) => all,
@@ -54,7 +55,7 @@ fn close_all_of(map: &mut Map<String, Value>, root: &Value, mut names: Names) {
     if let Some(reference) = map.remove("$ref") {
         all.push(json!({ "$ref": reference }));
     }
-    // Definitions are closed where they stand; here they are parts of a larger object.
+    // Definitions are closed at their own place; here they are parts of a larger object.
     for schema in &mut all {
         *schema = resolved(schema, root).clone();
     }
@@ -71,7 +72,7 @@ fn close_all_of(map: &mut Map<String, Value>, root: &Value, mut names: Names) {
     }
 }
 
-/// Gathers the keys that a schema lists; false if it allows others, or is not only about keys.
+/// Collects the keys that a schema lists; false if it allows others, or restricts more than keys.
 fn gather(schema: &Value, root: &Value, names: &mut Names, depth: usize) -> bool {
     let Value::Object(map) = resolved(schema, root) else { return true };
     if depth > MAX_REFERENCES
@@ -85,7 +86,7 @@ fn gather(schema: &Value, root: &Value, names: &mut Names, depth: usize) -> bool
     all.into_iter().flatten().all(|schema| gather(schema, root, names, depth + 1))
 }
 
-/// Closes what stands inside a schema, and not the schema itself.
+/// Closes the schemas inside a schema, but not the schema itself.
 fn close_inner(schema: &mut Value, root: &Value) {
     if let Value::Object(map) = schema {
         close_parts(map, root);
@@ -93,7 +94,7 @@ fn close_inner(schema: &mut Value, root: &Value) {
     }
 }
 
-/// Closes the schemas of other values than the one that `map` describes.
+/// Closes the schemas of values other than the one that `map` describes.
 fn close_parts(map: &mut Map<String, Value>, root: &Value) {
     let alone = Names::new();
     for (key, value) in map {
@@ -148,7 +149,7 @@ fn branches<'m>(
     lists.filter_map(|(_, list)| list.as_array_mut()).flatten()
 }
 
-/// What a schema that refers to another inside of `root` stands for.
+/// Follows references within `root` to the schema that they name.
 fn resolved<'s>(mut schema: &'s Value, root: &'s Value) -> &'s Value {
     for _ in 0..MAX_REFERENCES {
         let target = schema.get("$ref").and_then(Value::as_str);
@@ -170,7 +171,7 @@ mod tests {
         schema
     }
 
-    /// Whether a closed schema admits each value.
+    /// Asserts for each value whether the closed schema admits it.
     fn admits(schema: Value, values: &[(Value, bool)]) {
         let closed = closed(schema);
         let validator = jsonschema::validator_for(&closed).unwrap();
@@ -208,7 +209,7 @@ mod tests {
             schema.as_object_mut().unwrap().extend(opening.as_object().unwrap().clone());
             assert_eq!(closed(schema.clone()), schema);
         }
-        // Objects of which nothing is said are any objects.
+        // A schema that says nothing about keys admits any object.
         for schema in [json!({"type": "object"}), json!({}), json!({"type": "string"}), json!(true)]
         {
             assert_eq!(closed(schema.clone()), schema);

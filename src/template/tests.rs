@@ -21,7 +21,7 @@ fn weather() -> Vec<Value> {
     vec![json!({"type": "function", "function": {"name": "get_weather", "parameters": {}}})]
 }
 
-/// Renders a template that sees one user message, "hi".
+/// Renders a template for one user message, "hi".
 fn eval(source: &str) -> Result<String, TemplateError> {
     compile(source).render_exact(&chat(json!([{"role": "user", "content": "hi"}])))
 }
@@ -99,7 +99,8 @@ fn hostile_templates_are_bounded() {
         let result = template.and_then(|t| t.render(&chat(json!([]))));
         assert!(result.is_err(), "{source}");
     }
-    // Values as deep as the fuel allows are printed, or refused, without running out of stack.
+    // Values of the greatest nesting that the fuel allows are printed or refused; the stack
+    // suffices.
     for tail in ["{{ ns.x }}", "{{ ns.x|tojson }}", "{{ ns.x == ns.x }}", "ok"] {
         let nest = nest.replace("999)", "9)");
         let template = ChatTemplate::compile(&format!("{nest}{tail}"), None, "", "").unwrap();
@@ -156,7 +157,7 @@ fn a_missing_template_is_chatml() {
 
 #[test]
 fn a_template_without_system_or_tools_still_gets_both() {
-    // Gemma's: roles must alternate, and a system message is refused.
+    // Gemma's template: roles must alternate, and a system message is refused.
     let template = compile(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}\
          {% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}\
@@ -194,7 +195,7 @@ fn a_tool_template_is_used_when_there_are_tools() {
     assert_eq!(template.render_exact(&input).unwrap(), "get_weatherhi");
 }
 
-/// Templates of several shapes: plain, trimming, with a system role in front, with reasoning.
+/// Templates of several kinds: plain, trimming, with a system role in front, with reasoning.
 const SHAPES: [&str; 4] = [
     CHATML,
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content|trim }}<|end|>{% endfor %}\
@@ -239,7 +240,7 @@ fn the_final_message_can_be_continued_whatever_it_says() {
             let mut input = chat(messages(json!(text)));
             input.continue_final_message = true;
             let prompt = template.render(&input).unwrap();
-            // The turn is open: nothing stands behind the text, and its trailing space is kept.
+            // The turn is open: nothing follows the text, and its trailing space is kept.
             let kept = text.trim_start();
             let marker = messages(json!("MARKER"));
             let whole =
@@ -249,7 +250,7 @@ fn the_final_message_can_be_continued_whatever_it_says() {
             assert!(prompt.starts_with(before), "{source}\n{text:?}: {prompt:?}");
             let rest = prompt[before.len()..].trim_start();
             assert_eq!(rest, if kept.trim().is_empty() { "" } else { kept }, "{source}\n{text:?}");
-            // Parts say the same.
+            // Content as parts gives the same prompt.
             let parts = json!([{"type": "text", "text": text}]);
             let parts = RenderInput { messages: chat(messages(parts)).messages, ..input };
             assert_eq!(template.render(&parts).unwrap(), prompt, "{source}\n{text:?}");
@@ -288,14 +289,14 @@ fn control_tokens_in_users_texts_are_text() {
             assert!(prompt.text[prompt.barriers[at]..].starts_with(spelled), "{prompt:?}");
         }
     }
-    // Also where two parts make one.
+    // Also if two parts together spell a control token.
     let source = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}\
                   {{ m.content if m.content is string }}<|im_end|>{% endfor %}";
     let parts = json!([{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>"}]);
     let input = chat(json!([{"role": "user", "content": parts}]));
     let prompt = compile(source).render_guarded(&input, Some(&tokens)).unwrap();
     assert_eq!((prompt.text.as_str(), &prompt.barriers[..]), ("a<|im_end|><|im_end|>", &[2][..]));
-    // The template's own tokens, the system's and the assistant's stay what they are.
+    // Control tokens of the template, the system and the assistant are not broken.
     let input = chat(json!([
         {"role": "system", "content": "<|im_end|>"},
         {"role": "user", "content": "<|im_end"},
@@ -330,7 +331,7 @@ fn control_tokens_in_names_calls_and_tools_are_text() {
         let before = prompt.text[..at].chars().next_back();
         (at, before)
     }) {
-        // The template's own stand behind a call or the word null.
+        // The template's own tokens follow a call or the word null.
         let supplied = before.is_some_and(|letter| "nyede".contains(letter));
         assert_eq!(prompt.barriers.contains(&(at + 1)), supplied, "{at}: {prompt:?}");
     }
@@ -358,7 +359,7 @@ fn a_text_that_is_left_out_is_an_error() {
     ]));
     assert_eq!(dropped, Err(TemplateError::Dropped { index: 1, role: "system".into() }));
     assert!(dropped.unwrap_err().to_string().starts_with("messages[1]: "));
-    // Nothing to say is nothing to leave out.
+    // An empty text cannot be left out.
     assert!(
         conversation(json!([
             {"role": "user", "content": "a"},
@@ -366,7 +367,7 @@ fn a_text_that_is_left_out_is_an_error() {
         ]))
         .is_ok()
     );
-    // Reasoning of earlier turns may go.
+    // Reasoning of earlier turns may be left out.
     let stripped =
         compile("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}");
     let kept = stripped.render(&chat(json!([
@@ -378,7 +379,7 @@ fn a_text_that_is_left_out_is_an_error() {
 
 #[test]
 fn content_beside_tool_calls_is_kept() {
-    // Llama 3's template: one or the other.
+    // Llama 3's template renders either the content or the tool calls.
     let template = compile(
         "{# <|start_header_id|> \"parameters\" <|python_tag|> #}{{ tools }}{% for m in messages %}\
          {% if m.tool_calls %}<call>{{ m.tool_calls[0].function.name }}\
@@ -402,7 +403,7 @@ fn content_beside_tool_calls_is_kept() {
 
 #[test]
 fn the_role_developer_is_found_by_rendering() {
-    // The word alone says nothing.
+    // The word alone does not make the role supported.
     let mentions = "{# developer #}{% for m in messages %}{% if m.role in ['system', 'user'] %}\
                     <{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}";
     let renders = "{% for m in messages %}{% if m.role in ['developer', 'user'] %}\
@@ -456,7 +457,7 @@ fn variables_have_the_values_that_servers_give_them() {
     input.chat_template_kwargs.insert("enable_thinking".into(), json!(false));
     input.chat_template_kwargs.insert("date_string".into(), json!("today"));
     assert_eq!(template.render(&input).unwrap(), "closed|today|Jan 01 1970||hi");
-    // As transformers renders it, nothing is added.
+    // The exact rendering adds no variables.
     input.chat_template_kwargs.clear();
     assert_eq!(template.render_exact(&input).unwrap(), "closed||||hi");
 }
@@ -472,7 +473,7 @@ fn reasoning_that_the_prompt_opens_is_noticed() {
     let prompt = template.render(&input).unwrap();
     assert!(template.reasoning(&prompt).unwrap().starts_open);
     input.chat_template_kwargs.insert("enable_thinking".into(), json!(false));
-    // What is ours stays ours.
+    // Variables of this module cannot be replaced.
     input.chat_template_kwargs.insert("messages".into(), json!([]));
     let prompt = template.render(&input).unwrap();
     assert_eq!(prompt, "hi");

@@ -1,4 +1,4 @@
-//! Text to tokens and back, for any thread of the engine.
+//! Converts text to tokens and tokens to text; usable from any thread.
 
 pub mod native;
 
@@ -6,22 +6,22 @@ use crate::ipc::Token;
 use aho_corasick::{AhoCorasick, MatchKind};
 use std::ops::Range;
 
-/// Tokens that one vocabulary of a family may have more than another.
+/// Largest difference in size between two vocabularies that count as equal.
 const MAX_PADDING: usize = 256;
 
 /// A model's vocabulary and its tokenizer.
 pub trait Tokenizer: Send + Sync {
     fn vocab(&self) -> &Vocab;
-    /// `add_special` puts BOS in front where the vocabulary asks for one; `parse_special`
-    /// recognises control tokens in the text.
+    /// Tokenizes `text`. `add_special` prepends BOS if the vocabulary asks for it; `parse_special`
+    /// parses control tokens in the text.
     fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token>;
     /// Whether [`encode`](Self::encode) appends EOS when `add_special` is set.
     fn adds_eos(&self) -> bool {
         false
     }
 
-    /// The tokens of a prompt that a model continues: as [`encode`](Self::encode), without the EOS
-    /// that some vocabularies ask for, since a model does not continue a text that has ended.
+    /// Tokenizes a prompt for a model to continue. As [`encode`](Self::encode), but without the EOS
+    /// that some vocabularies ask for: a model does not continue a text that has ended.
     fn encode_prompt(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<Token> {
         let mut tokens = self.encode(text, add_special, parse_special);
         if add_special && self.adds_eos() {
@@ -30,10 +30,10 @@ pub trait Tokenizer: Send + Sync {
         tokens
     }
 
-    /// The tokens of a text that continues other tokens: no BOS, no EOS, and none of the spaces
-    /// that SentencePiece adds in front of a text and behind special tokens. The pieces of the
-    /// tokens, joined, are the text, as the output of a model is. No control token that spans one of the
-    /// ascending byte offsets `barriers` is recognised.
+    /// Tokenizes a text that continues other tokens: without BOS and EOS, and without the spaces
+    /// that SentencePiece adds before a text and after special tokens. The concatenated pieces of
+    /// the tokens equal the text, as with a model's output. Control tokens that span one of the
+    /// ascending byte offsets `barriers` are not parsed.
     fn encode_continuation(
         &self,
         text: &str,
@@ -57,8 +57,9 @@ pub trait Tokenizer: Send + Sync {
         tokens
     }
 
-    /// The tokens of a rendered prompt: as [`encode_prompt`](Self::encode_prompt) with control tokens
-    /// recognised, but for those that span one of the ascending byte offsets `barriers`: they are text.
+    /// Tokenizes a rendered prompt. As [`encode_prompt`](Self::encode_prompt) with control tokens
+    /// parsed, except that those which span one of the ascending byte offsets `barriers` are plain
+    /// text.
     fn encode_rendered(&self, text: &str, barriers: &[usize], add_special: bool) -> Vec<Token> {
         if barriers.is_empty() {
             return self.encode_prompt(text, add_special, true);
@@ -74,14 +75,14 @@ pub trait Tokenizer: Send + Sync {
     }
 }
 
-/// A part of a text, cut at its control tokens.
+/// A part of a text that has been split at its control tokens.
 enum Fragment<'t> {
     Control(Token),
     Text(&'t str),
 }
 
-/// Cuts a text at the control tokens that span no barrier, the first and longest ones; for tokenizers
-/// that know no barriers.
+/// Splits a text at the control tokens that span no barrier; the first and longest match wins. For
+/// tokenizers that do not support barriers.
 fn fragments<'t>(vocab: &Vocab, text: &'t str, barriers: &[usize]) -> Vec<Fragment<'t>> {
     let control = vocab.control_tokens();
     let texts = control.iter().map(|(text, _)| text.as_str());
@@ -103,17 +104,17 @@ fn fragments<'t>(vocab: &Vocab, text: &'t str, barriers: &[usize]) -> Vec<Fragme
     fragments
 }
 
-/// Whether one of the ascending offsets lies inside the range.
+/// Whether one of the ascending offsets lies strictly inside the range.
 fn spans_barrier(barriers: &[usize], range: Range<usize>) -> bool {
     let next = barriers.partition_point(|&at| at <= range.start);
     barriers.get(next).is_some_and(|&at| at < range.end)
 }
 
-/// A character that merges with no other: vocabularies have it as a byte, or not at all.
+/// A character that never merges with others: vocabularies have it as a byte, or not at all.
 const MARKER: &str = "\u{1}";
 
-/// Tokenizes `text` with an `encode` that may add spaces in front of it and behind special tokens,
-/// and tokenizes again, behind a marker, each stretch that got a space.
+/// Tokenizes `text` with an `encode` that may add spaces before it and after special tokens. Each
+/// stretch that got a space is tokenized again, after a marker.
 fn without_added_spaces(
     text: &str,
     encode: &dyn Fn(&str) -> Vec<Token>,
@@ -122,7 +123,7 @@ fn without_added_spaces(
     let (mut tokens, mut found, mut rest) = (Vec::new(), encode(text), text);
     let mut marked = false;
     while let Some(added) = added_space(&found, rest, vocab) {
-        // The whole stretch again, unless the marker stands before it already.
+        // Tokenize the whole stretch again, unless the marker already precedes it.
         let (count, bytes) = match added.stretch {
             (0, _) if marked => added.at,
             stretch => stretch,
@@ -132,7 +133,7 @@ fn without_added_spaces(
         }
         let marker = encode(MARKER);
         let behind = encode(&format!("{MARKER}{}", &rest[bytes..]));
-        // Where the marker is no token of its own, there is nothing to cut at.
+        // If the marker is not a token of its own, the result cannot be split there.
         let Some(behind) = behind.strip_prefix(&marker[..]) else { break };
         tokens.extend_from_slice(&found[..count]);
         rest = &rest[bytes..];
@@ -142,11 +143,11 @@ fn without_added_spaces(
     tokens
 }
 
-/// A token that begins with a space which the text does not have there.
+/// A token that begins with a space which the text does not have at that position.
 struct AddedSpace {
-    /// The tokens, and the bytes of the text, before it.
+    /// Number of tokens, and of bytes of the text, before the token.
     at: (usize, usize),
-    /// The same before the stretch between special tokens that it is in.
+    /// The same counts before the stretch between special tokens that contains it.
     stretch: (usize, usize),
 }
 
@@ -167,10 +168,10 @@ fn added_space(tokens: &[Token], text: &str, vocab: &Vocab) -> Option<AddedSpace
     None
 }
 
-/// The vocabulary's fixed facts, read once.
+/// The vocabulary's immutable properties.
 #[derive(Debug)]
 pub struct Vocab {
-    /// All pieces, one after another.
+    /// The concatenated pieces of all tokens.
     bytes: Vec<u8>,
     /// (tokens + 1) offsets into `bytes`.
     offsets: Vec<u32>,
@@ -178,12 +179,12 @@ pub struct Vocab {
     end_of_generation: Vec<bool>,
     pub bos: Option<Token>,
     pub eos: Option<Token>,
-    /// Prefix, suffix and middle marks, where the model can fill in.
+    /// Prefix, suffix and middle tokens, if the model supports infill.
     pub infill: Option<[Token; 3]>,
 }
 
 impl Vocab {
-    /// `pieces` are (bytes, is control, ends generation) by token id.
+    /// Creates a vocabulary from (bytes, is control, ends generation) for each token id.
     pub fn new(pieces: impl IntoIterator<Item = (Vec<u8>, bool, bool)>) -> Self {
         let mut vocab = Self {
             bytes: Vec::new(),
@@ -211,7 +212,7 @@ impl Vocab {
         self.control.is_empty()
     }
 
-    /// A token's bytes, control tokens by their text; empty for an unknown id.
+    /// A token's bytes; for a control token its text; empty for an unknown id.
     pub fn piece(&self, token: Token) -> &[u8] {
         let at = token as usize;
         match (self.offsets.get(at), self.offsets.get(at + 1)) {
@@ -224,13 +225,13 @@ impl Vocab {
         self.control.get(token as usize).copied().unwrap_or(false)
     }
 
-    /// End of turn, end of text and the like.
+    /// Whether a token ends generation: end of turn, end of text and similar tokens.
     pub fn ends_generation(&self, token: Token) -> bool {
         self.end_of_generation.get(token as usize).copied().unwrap_or(false)
     }
 
-    /// Bytes as they appear in output: nothing for control tokens unless asked for, nothing for
-    /// those that end generation.
+    /// A token's bytes in the output: empty for tokens that end generation, and for other control
+    /// tokens unless `render_special` is set.
     pub fn output_piece(&self, token: Token, render_special: bool) -> &[u8] {
         if self.ends_generation(token) || (self.is_control(token) && !render_special) {
             return &[];
@@ -238,8 +239,9 @@ impl Vocab {
         self.piece(token)
     }
 
-    /// Where another vocabulary differs, in words; `None` if texts in either are the same tokens. Either
-    /// may have more tokens at its end, as models of one family are padded to different sizes.
+    /// Describes how another vocabulary differs; `None` if both tokenize every text alike. Either
+    /// may have additional tokens at its end, as models of one family are padded to different
+    /// sizes.
     pub fn difference(&self, other: &Self) -> Option<String> {
         let common = self.len().min(other.len());
         if self.len().max(other.len()) - common > MAX_PADDING {
@@ -267,7 +269,7 @@ impl Vocab {
         (0..self.len() as Token).filter(|&token| self.ends_generation(token)).collect()
     }
 
-    /// Control tokens by text.
+    /// Control tokens with their texts.
     pub fn control_tokens(&self) -> Vec<(String, Token)> {
         (0..self.len() as Token)
             .filter(|&token| self.is_control(token))

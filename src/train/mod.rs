@@ -7,8 +7,8 @@
 //! | `process/` | the process of a job (`ingot job FOLDER`): from its order to its outcome |
 //! | `recipes/` | one file per kind of job |
 //! | `rollout.rs` | the interface through which a policy's completions are sampled |
-//! | `fresh.rs` | models with random weights |
-//! | `vocabulary.rs` | tokenizers trained on data, or taken from a model |
+//! | `random_init.rs` | models with random weights |
+//! | `tokenizer_training.rs` | tokenizers trained on data, or taken from a model |
 //! | `data/` | tokens, packing, order; the formats of files are [`crate::dataset`] |
 //! | `model/` | the decoders of `gguf::Covered`, trainable; LoRA |
 //! | `loss/` | losses of preferences and policies, as numbers and their gradients |
@@ -20,14 +20,14 @@
 pub mod checkpoint;
 pub mod data;
 pub mod export;
-pub mod fresh;
 pub mod loss;
 pub mod model;
 pub mod ops;
 pub mod optim;
 pub mod process;
+pub mod random_init;
 pub mod recipes;
 pub mod rollout;
+pub mod tokenizer_training;
 #[cfg(test)]
 mod torch_tests;
-pub mod vocabulary;

@@ -387,7 +387,7 @@ def test_a_policy_is_trained():
         "kind": "grpo", "model": server.model, "suffix": "short", "seed": 1,
         "data": {"train": upload(lines).id},
         "train": {"max_steps": 3, "batch_size": 2, "max_length": 96, "learning_rate": 1e-4, "checkpoint_every": 2},
-        "grpo": {"group": 4, "max_tokens": 12, "updates": 2, "beta": 0.01, "grader": {
+        "grpo": {"num_generations": 4, "max_tokens": 12, "num_iterations": 2, "beta": 0.01, "grader": {
             "type": "multi", "name": "m", "calculate_output": "short + 0.1 * has",
             "graders": {
                 "short": {"type": "length", "name": "short", "unit": "characters", "max": 8, "slack": 60},
@@ -411,8 +411,8 @@ def test_a_policy_is_trained():
     for step in steps:
         assert 0 < step["reward_mean"] <= 1.1 and step["reward_short"] > 0, step
         # What the engine says of its samples is near what the trainer says of them.
-        assert 0 < step["engine_gap"] < 0.3 and 0.8 < step["correction"] < 1.2, step
-        assert step["kl"] >= 0 and step["grader_errors"] == 0 and 1 <= step["answer_tokens"] <= 12, step
+        assert 0 < step["sampling_logp_difference"] < 0.3 and 0.8 < step["importance_sampling_ratio"] < 1.2, step
+        assert step["kl"] >= 0 and step["grader_errors"] == 0 and 1 <= step["completion_length"] <= 12, step
     # The first two steps are on the same answers, the first of them at a ratio of exactly 1.
     assert steps[0]["reward_mean"] == steps[1]["reward_mean"] and steps[0]["kl"] < 1e-9, steps
     name = next(artifact["name"] for artifact in done["artifacts"] if artifact["type"] == "adapter")

@@ -84,15 +84,25 @@ const ENGINE: Table = &[
 
 /// Rooms of training.
 const TRAIN: Table = &[
-    ("process", &["recipes", "export", "checkpoint", "fresh", "data", "model", "rollout"]),
+    ("process", &["recipes", "export", "checkpoint", "random_init", "data", "model", "rollout"]),
     (
         "recipes",
-        &["checkpoint", "fresh", "vocabulary", "data", "model", "optim", "ops", "loss", "rollout"],
+        &[
+            "checkpoint",
+            "random_init",
+            "tokenizer_training",
+            "data",
+            "model",
+            "optim",
+            "ops",
+            "loss",
+            "rollout",
+        ],
     ),
     ("export", &["data", "model", "optim"]),
     ("checkpoint", &["optim"]),
-    ("fresh", &["vocabulary"]),
-    ("vocabulary", &["data"]),
+    ("random_init", &["tokenizer_training"]),
+    ("tokenizer_training", &["data"]),
     ("data", &["model"]),
     ("model", &["ops", "optim"]),
     ("optim", &[]),

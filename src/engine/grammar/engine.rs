@@ -1,4 +1,4 @@
-//! Compiles grammars for one model and keeps the recent ones.
+//! Compiles grammars for one model and caches the recent ones.
 
 use super::keys::QuoteTokens;
 use super::source;
@@ -10,10 +10,10 @@ use llguidance::ParserFactory;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Compiled grammars that are kept. Each may grow to tens of megabytes, most stay under one.
+/// Number of cached grammars. Each may grow to tens of megabytes; most stay under one.
 const CACHE_ENTRIES: usize = 32;
-/// Stack of the thread that compiles. llguidance's parsers recurse with the grammar's nesting, and
-/// a stack overflow could not be caught; pages that stay untouched cost nothing.
+/// Stack size of the compiling thread. llguidance's parsers recurse with the grammar's nesting, and
+/// a stack overflow cannot be caught; untouched pages cost nothing.
 const COMPILE_STACK: usize = 512 << 20;
 
 /// Compiles the grammars of one model; shared by reference between threads.
@@ -35,7 +35,7 @@ impl GrammarEngine {
     /// Builds the token trie; takes some 100 ms for 128k tokens.
     ///
     /// # Errors
-    /// Internal where the vocabulary cannot be used for grammars.
+    /// An internal error if the vocabulary cannot be used for grammars.
     pub fn new(vocab: VocabSource) -> Result<Self, EngineError> {
         let env = token_env(vocab)?;
         let mut factory = ParserFactory::new_simple(&env).map_err(|error| {
@@ -47,11 +47,11 @@ impl GrammarEngine {
         Ok(Self { factory, quotes, cache: Mutex::new(Vec::new()), hasher: RandomState::new() })
     }
 
-    /// Compiles a grammar, or finds it among the recent ones. Milliseconds as a rule, at most some
-    /// seconds for one built to be slow: not for the step loop's thread.
+    /// Compiles a grammar, or returns it from the cache. Usually takes milliseconds, at most some
+    /// seconds for a grammar built to be slow: do not call it on the step loop's thread.
     ///
     /// # Errors
-    /// Invalid, naming `response_format` or `grammar` and what to change.
+    /// An invalid-request error that names `response_format` or `grammar` and what to change.
     pub fn compile(&self, grammar: &Grammar) -> Result<CompiledGrammar, EngineError> {
         let hash = self.hash(grammar);
         if let Some(compiled) = self.cached(hash, grammar) {
@@ -72,7 +72,7 @@ impl GrammarEngine {
         Ok(compiled)
     }
 
-    /// Compiles a request's grammar and stands before its first token.
+    /// Compiles a request's grammar and returns its state before the first token.
     ///
     /// # Errors
     /// As [`compile`](Self::compile).

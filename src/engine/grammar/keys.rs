@@ -1,8 +1,9 @@
-//! No key twice in one object. A grammar without memory cannot say so: where a schema leaves an object open,
-//! models repeat keys, and `minProperties` would count them.
+//! Prevents duplicate keys in one JSON object. A context-free grammar cannot express this: where a
+//! schema leaves an object open, models repeat keys, and `minProperties` would count the repeated
+//! ones.
 //!
-//! The text is followed byte by byte beside the grammar, and tokens that would complete a key which its
-//! object has already are taken out of the mask.
+//! The text is tracked byte by byte beside the grammar, and tokens that would complete a key which
+//! its object already has are removed from the mask.
 
 use crate::ipc::Token;
 use std::collections::HashSet;
@@ -12,7 +13,7 @@ use toktrie::TokTrie;
 /// The first byte of a control token in llguidance's trie.
 const CONTROL: u8 = 0xff;
 
-/// What a token writes.
+/// The bytes that a token writes.
 pub fn bytes(trie: &TokTrie, token: Token) -> &[u8] {
     let bytes = trie.token(token);
     bytes.strip_prefix(&[CONTROL]).unwrap_or(bytes)
@@ -21,9 +22,9 @@ pub fn bytes(trie: &TokTrie, token: Token) -> &[u8] {
 /// The tokens of a vocabulary that can complete a key.
 #[derive(Debug, Default)]
 pub struct QuoteTokens {
-    /// With a quotation mark: they can end a key that has begun.
+    /// Tokens with one quotation mark: they can end a key that has begun.
     one: Vec<Token>,
-    /// With two: they can hold a whole key.
+    /// Tokens with at least two: they can contain a whole key.
     two: Vec<Token>,
 }
 
@@ -43,7 +44,7 @@ impl QuoteTokens {
     }
 }
 
-/// Where a text stands in its JSON values, and the keys of the objects that are open.
+/// The position of a text in its JSON values, and the keys of the open objects.
 #[derive(Clone, Debug, Default)]
 pub struct UniqueKeys {
     reasoning: Option<Reasoning>,
@@ -61,22 +62,23 @@ enum Frame {
 struct Text {
     is_key: bool,
     escaped: bool,
-    /// As written; of keys only.
+    /// The bytes of the current key as written; empty outside of keys.
     raw: Vec<u8>,
 }
 
-/// A block before the JSON, if the text begins with its marker: free text, whatever braces it has.
+/// A reasoning block before the JSON, present if the text begins with its marker. It is free text:
+/// its braces are ignored.
 #[derive(Clone, Debug)]
 struct Reasoning {
     open: Vec<u8>,
     close: Vec<u8>,
     inside: bool,
-    /// What may be a part of a marker.
+    /// Bytes that may be part of a marker.
     seen: Vec<u8>,
 }
 
 impl UniqueKeys {
-    /// Follows a text that may begin with a block between these markers.
+    /// Tracks a text that may begin with a block between these markers.
     pub fn after(reasoning: Option<&(String, String)>) -> Self {
         let reasoning = reasoning.map(|(open, close)| Reasoning {
             open: open.clone().into_bytes(),
@@ -87,17 +89,17 @@ impl UniqueKeys {
         Self { reasoning, ..Self::default() }
     }
 
-    /// Reads on; false if a key has come a second time.
+    /// Reads further bytes; returns false if they repeat a key.
     pub fn push_all(&mut self, bytes: &[u8]) -> bool {
         let mut fine = true;
         for byte in bytes {
-            // Read on in any case: the text stands where it stands.
+            // Read on even after a repeated key, so that the position stays correct.
             fine &= self.push(*byte);
         }
         fine
     }
 
-    /// The tokens that would repeat a key here, among those that `allowed` says may come.
+    /// The tokens among `allowed` that would repeat a key at this position.
     pub fn repeats<'t>(
         &'t self,
         trie: &'t TokTrie,
@@ -137,7 +139,7 @@ impl UniqueKeys {
         true
     }
 
-    /// A byte outside of strings.
+    /// Reads a byte outside of strings.
     fn structure(&mut self, byte: u8) {
         match (byte, self.open.last_mut()) {
             (b'{', _) => self.open.push(Frame::Object { keys: Arc::default(), before_key: true }),
@@ -155,7 +157,7 @@ impl UniqueKeys {
         }
     }
 
-    /// Adds a key to the innermost object; false if it has it.
+    /// Adds a key to the innermost object; returns false if the object already has it.
     fn add(&mut self, key: Vec<u8>) -> bool {
         match self.open.last_mut() {
             Some(Frame::Object { keys, .. }) => {
@@ -181,7 +183,7 @@ impl UniqueKeys {
             block.inside = true;
             block.seen.clear();
         } else if !block.open.starts_with(begun) {
-            // There is no such block.
+            // The text does not begin with a block.
             let seen = std::mem::take(&mut block.seen);
             self.reasoning = None;
             return self.push_all(&seen);
@@ -190,7 +192,7 @@ impl UniqueKeys {
     }
 }
 
-/// A key as it reads: `"a"` and `"\u0061"` are the same.
+/// A key without its escapes: `"a"` and `"\u0061"` are equal.
 fn unescaped(raw: Vec<u8>) -> Vec<u8> {
     if !raw.contains(&b'\\') {
         return raw;
@@ -203,7 +205,7 @@ fn unescaped(raw: Vec<u8>) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// Whether a text has no key twice.
+    /// Whether a text has no duplicate keys.
     fn unique(text: &str) -> bool {
         UniqueKeys::default().push_all(text.as_bytes())
     }
@@ -216,7 +218,7 @@ mod tests {
             (r#"{"a": 1, "\u0061": 2}"#, false),
             (r#"{"a\"": 1, "a": 2}"#, true),
             (r#"{"a\\": 1, "a\\": 2}"#, false),
-            // Values are no keys, and other objects have their own.
+            // Values are not keys, and each object has its own keys.
             (r#"{"a": "a", "b": ["a", "a", {"a": 1}], "c": {"a": "b"}}"#, true),
             (r#"{"b": [{"a": 1, "a": 2}]}"#, false),
             (r#"{"a": {"b": 1}, "a""#, false),

@@ -1,13 +1,13 @@
 //! Constrained decoding: grammars compiled by llguidance, token masks, triggers.
 //!
 //! A [`GrammarEngine`] belongs to one loaded model. It compiles a request's grammar once
-//! ([`CompiledGrammar`], kept in a small cache), and every choice of the request walks it on its own
-//! ([`GrammarState`], wrapped in a [`TriggeredGrammar`] that stays out of the way until its trigger
-//! appears). Masks are computed by a [`MaskWorker`] while the forward pass runs.
+//! ([`CompiledGrammar`], kept in a small cache). Every choice of the request has its own position
+//! in the grammar ([`GrammarState`], wrapped in a [`TriggeredGrammar`] that does not constrain the
+//! output until its trigger appears). A [`MaskWorker`] computes masks while the forward pass runs.
 //!
-//! The order within a step: `submit` every sequence that [`needs_mask`](TriggeredGrammar::needs_mask),
-//! run the batch, `collect`, sample under [`mask`](TriggeredGrammar::mask), then
-//! [`observe`](TriggeredGrammar::observe) the token.
+//! The order within a step: `submit` every sequence that
+//! [`needs_mask`](TriggeredGrammar::needs_mask), run the batch, `collect`, sample under
+//! [`mask`](TriggeredGrammar::mask), then [`observe`](TriggeredGrammar::observe) the token.
 
 mod engine;
 mod keys;

@@ -1,5 +1,5 @@
-//! From the request's grammar to llguidance's, with the checks that need no compilation, and the
-//! wording of refusals.
+//! Converts a request's grammar to llguidance's format, makes the checks that need no compilation,
+//! and words the error messages.
 
 use crate::ipc::{EngineError, Grammar};
 use llguidance::api::{ParserLimits, TopLevelGrammar};
@@ -10,38 +10,38 @@ use serde_json::{Value, json};
 pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
 /// Deepest nesting of a JSON schema's text.
 pub const MAX_DEPTH: usize = 64;
-/// White space between JSON tokens, as a regular expression: a space or two, or one line break
-/// with its indentation. Bounded, since models under a mask that always allows white space can
-/// write nothing else for ever.
+/// White space between JSON tokens, as a regular expression: one or two spaces, or one line break
+/// with indentation. It is bounded, since a model under a mask that always allows white space can
+/// write nothing else forever.
 ///
-/// JSON inside a Lark grammar (`%json`) has llguidance's own, unbounded, unless its schema says
-/// `"x-guidance": {"whitespace_pattern": ...}` with this.
+/// JSON inside a Lark grammar (`%json`) uses llguidance's own, unbounded pattern, unless its schema
+/// sets `"x-guidance": {"whitespace_pattern": ...}` to this one.
 pub const JSON_WHITESPACE: &str = r"[ ]{1,2}|\r?\n[ \t]{0,48}";
-/// Longest part of llguidance's message that is passed on, in bytes.
+/// Longest part of llguidance's message that is included in an error, in bytes.
 const MAX_CAUSE: usize = 240;
 
-/// What a grammar may cost. llguidance counts fuel, not time, so that the same grammar always
-/// gets the same answer; the times are for one core of 2024.
+/// The resource limits of a grammar. llguidance counts fuel, not time, so the same grammar always
+/// gives the same result; the times are for one core of 2024.
 pub fn limits() -> ParserLimits {
     ParserLimits {
         max_items_in_row: 2000,
-        // About 20 ms of building the lexer.
+        // About 20 ms to build the lexer.
         initial_lexer_fuel: 1_000_000,
-        // About 15 ms of one mask.
+        // About 15 ms per mask.
         step_lexer_fuel: 200_000,
-        // About 3 ms of one mask.
+        // About 3 ms per mask.
         step_max_items: 50_000,
         // About 1-2 kB each.
         max_lexer_states: 50_000,
-        // Symbols. Some of the work is quadratic in those that may come at one point.
+        // Symbols. Some of the work is quadratic in the number of symbols possible at one position.
         max_grammar_size: 40_000,
         precompute_large_lexemes: true,
-        // They would echo the grammar and the text so far.
+        // Verbose errors would contain the grammar and the text so far.
         verbose_errors: false,
     }
 }
 
-/// The request's field that a grammar of this kind comes from.
+/// The request's field that contains a grammar of this kind.
 pub fn param(grammar: &Grammar) -> &'static str {
     match grammar {
         Grammar::JsonSchema(_) | Grammar::JsonObject | Grammar::Regex(_) => "response_format",
@@ -72,10 +72,10 @@ fn noun(grammar: &Grammar) -> &'static str {
     }
 }
 
-/// Checks size and depth and turns the text into llguidance's grammar.
+/// Checks size and nesting and converts the text into llguidance's grammar.
 ///
 /// # Errors
-/// Invalid, naming the field and what to change.
+/// An invalid-request error that names the field and what to change.
 pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
     let invalid = |message: String| EngineError::invalid(param(grammar), message);
     let length = text(grammar).len();
@@ -129,7 +129,7 @@ pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
     }
 }
 
-/// Sets the options of llguidance's JSON compiler, over any that the schema brings along.
+/// Sets the options of llguidance's JSON compiler; overrides those in the schema.
 fn json_grammar(mut schema: Value, lenient: bool) -> TopLevelGrammar {
     if let Some(object) = schema.as_object_mut() {
         let options = json!({"whitespace_pattern": JSON_WHITESPACE, "lenient": lenient});
@@ -138,8 +138,8 @@ fn json_grammar(mut schema: Value, lenient: bool) -> TopLevelGrammar {
     TopLevelGrammar::from_json_schema(schema)
 }
 
-/// The pattern as llguidance takes it: the whole output must match, so anchors at the ends say
-/// nothing and it has none; `\d` and `\w` are ASCII, as in JSON schema's patterns.
+/// The pattern in llguidance's form. The whole output must match, so anchors at the ends are
+/// redundant and llguidance has none; `\d` and `\w` are ASCII, as in JSON schema's patterns.
 fn whole_match(pattern: &str) -> String {
     let pattern = pattern.strip_prefix('^').unwrap_or(pattern);
     let pattern = match pattern.strip_suffix('$') {
@@ -151,11 +151,11 @@ fn whole_match(pattern: &str) -> String {
 
 /// Most alternatives of a Lark grammar: llguidance's first mask is quadratic in them.
 const MAX_ALTERNATIVES: usize = 10_000;
-/// Most [`work`] of a JSON schema: 2,000 properties of one object, about a second.
+/// Largest [`work`] of a JSON schema: 2,000 properties of one object, about a second.
 const MAX_WORK: usize = 4_500_000;
 
-/// Steps of those parts of llguidance's JSON compiler that are quadratic and count no fuel: the
-/// order of an object's properties, and whether its patterns are disjoint.
+/// Number of steps in those parts of llguidance's JSON compiler that are quadratic and use no fuel:
+/// ordering an object's properties, and checking that its patterns are disjoint.
 fn work(schema: &Value) -> usize {
     let size = |value: &Value| value.as_object().map_or(0, |object| object.len());
     match schema {
@@ -190,7 +190,7 @@ fn depth(text: &str) -> usize {
     deepest
 }
 
-/// Words llguidance's refusal of a grammar for the person who sent it.
+/// The error message for a grammar that llguidance refuses.
 pub fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
     let advice = match grammar {
         _ if cause.contains("coerce_one_of") => {
@@ -218,8 +218,8 @@ pub fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
     EngineError::invalid(param(grammar), message)
 }
 
-/// The first line of an error of llguidance, shortened. `None` for a panic: its text is about
-/// llguidance's insides.
+/// The first line of a llguidance error, shortened. `None` for a panic, whose text describes
+/// llguidance's internals.
 fn cause_line(cause: &str) -> Option<String> {
     let line = cause.lines().map(str::trim).find(|line| !line.is_empty())?;
     if line.starts_with("NoExtension") {

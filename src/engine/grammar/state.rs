@@ -1,4 +1,4 @@
-//! A compiled grammar and the walks through it.
+//! A compiled grammar and the positions of sequences in it.
 
 use super::keys::{self, QuoteTokens, UniqueKeys};
 use super::{source, vocab};
@@ -9,36 +9,37 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use toktrie::{SimpleVob, TokEnv};
 
-/// A grammar whose first mask takes longer is refused.
+/// A grammar whose first mask takes longer than this is refused.
 const SLOW_START: Duration = Duration::from_millis(500);
-/// A walk that takes longer for one step is ended: a step of the engine waits for all its masks.
-/// Far above what [`source::limits`] allow on a machine that is not starved.
+/// A sequence whose grammar takes longer than this in one step is failed: a step waits for all its
+/// masks. Far above what [`source::limits`] allow, unless the machine is overloaded.
 const SLOW_STEP: Duration = Duration::from_secs(2);
 
-/// A grammar ready for use; cheap to clone. Its walks share the lexer's tables, which grow as text
-/// is seen, so later requests find them warm.
+/// A compiled grammar; cheap to clone. All its states share the lexer's tables, which grow with the
+/// text seen, so later requests benefit from them.
 #[derive(Clone)]
 pub struct CompiledGrammar {
     inner: Arc<Compiled>,
 }
 
 struct Compiled {
-    /// At the beginning of the grammar; cloned for every walk. A mutex because it is not `Sync`.
+    /// The matcher at the beginning of the grammar; cloned for every state. In a mutex because it
+    /// is not `Sync`.
     fresh: Mutex<Matcher>,
     env: TokEnv,
     param: &'static str,
-    /// Where a walk begins to follow the keys of objects; `None` for grammars without JSON.
+    /// The initial key tracker of every state; `None` for grammars without JSON.
     keys: Option<UniqueKeys>,
     quotes: Arc<QuoteTokens>,
-    /// The shared tables are full or suspect: compile anew for the next request.
+    /// The shared tables are full or may be corrupt: compile again for the next request.
     worn: AtomicBool,
 }
 
 impl CompiledGrammar {
-    /// Compiles; runs as long as [`source::limits`] let it, on the caller's stack.
+    /// Compiles a grammar on the caller's stack; [`source::limits`] bound the time.
     ///
     /// # Errors
-    /// Invalid, where llguidance refuses the grammar or it exceeds a limit.
+    /// An invalid-request error if llguidance refuses the grammar or the grammar exceeds a limit.
     pub(super) fn new(
         factory: &ParserFactory,
         quotes: &Arc<QuoteTokens>,
@@ -50,8 +51,8 @@ impl CompiledGrammar {
             .create_parser(top_level)
             .map_err(|error| source::refusal(grammar, &format!("{error:#}")))?;
         let mut fresh = Matcher::new(Ok(parser));
-        // The first mask now: walks begin with it ready, and a grammar that cannot begin, or only
-        // slowly, is refused before any stream starts.
+        // Compute the first mask now: states start with it, and a grammar that cannot begin, or is
+        // slow to begin, is refused before any stream starts.
         let start = Instant::now();
         fresh
             .compute_mask_or_eos()
@@ -79,7 +80,7 @@ impl CompiledGrammar {
         })
     }
 
-    /// A walk from the beginning of the grammar.
+    /// A new state at the beginning of the grammar.
     pub fn matcher(&self) -> GrammarState {
         let fresh = self.inner.fresh.lock().unwrap_or_else(PoisonError::into_inner).clone();
         GrammarState {
@@ -91,37 +92,37 @@ impl CompiledGrammar {
         }
     }
 
-    /// Whether both came from one compilation.
+    /// Whether both come from the same compilation.
     #[cfg(test)]
     pub(super) fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
 
-    /// Whether a walk has spoiled the tables that all walks share.
+    /// Whether a state has corrupted the tables that all states share.
     pub(super) fn is_worn(&self) -> bool {
         self.inner.worn.load(Ordering::Relaxed)
     }
 }
 
-/// Where one sequence stands in a grammar.
+/// The position of one sequence in a grammar.
 pub struct GrammarState {
     matcher: Matcher,
-    /// Of the current position; `None` until asked for.
+    /// The mask at the current position; `None` until requested.
     mask: Option<SimpleVob>,
-    /// An error ends the walk and is given again on every later call.
+    /// An error is final: every later call returns it again.
     failed: Option<EngineError>,
     keys: Option<UniqueKeys>,
     compiled: Arc<Compiled>,
 }
 
 impl GrammarState {
-    /// The tokens that may come next, a bit per token, low bits first; computed on the first call
-    /// at a position and kept. End-of-generation tokens are among them only where the text so far
-    /// is complete, and are all there is once nothing else may follow.
+    /// The tokens that may come next, one bit per token, low bits first. The mask is computed on
+    /// the first call at a position and cached. End-of-generation tokens are allowed only if the
+    /// text so far is complete; they are the only allowed tokens once nothing else can follow.
     ///
     /// # Errors
-    /// Invalid where the grammar allows no token of this vocabulary here or is too complex to go
-    /// on; internal where llguidance panics.
+    /// An invalid-request error if the grammar allows no token of this vocabulary here or is too
+    /// complex to continue; an internal error if llguidance panics.
     pub fn mask(&mut self) -> Result<&[u32], EngineError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
@@ -134,7 +135,7 @@ impl GrammarState {
         Ok(self.mask.as_ref().map_or(&[], SimpleVob::as_slice))
     }
 
-    /// Takes the tokens out of a mask that would give an object a key which it has.
+    /// Removes the tokens from a mask that would repeat a key of the current object.
     fn forbid_repeated_keys(&mut self, mask: &mut SimpleVob) -> Result<(), EngineError> {
         let Some(keys) = &self.keys else { return Ok(()) };
         let compiled = &self.compiled;
@@ -157,7 +158,7 @@ impl GrammarState {
         Err(error)
     }
 
-    /// Follows the text that tokens write.
+    /// Updates the key tracker with the text of these tokens.
     fn follow_keys(&mut self, tokens: &[Token]) {
         if let Some(keys) = &mut self.keys {
             let trie = self.compiled.env.tok_trie();
@@ -167,8 +168,8 @@ impl GrammarState {
         }
     }
 
-    /// The tokens that come next for certain, as the mask would allow them one by one; nothing where
-    /// the mask has been asked for already. What it computes, the mask then need not.
+    /// The tokens that must come next, as the masks would allow them one by one; empty if the mask
+    /// has already been requested. The mask reuses work done here.
     pub fn forced(&mut self) -> Vec<Token> {
         if self.failed.is_some() || self.mask.is_some() || self.matcher.is_stopped() {
             return Vec::new();
@@ -183,11 +184,11 @@ impl GrammarState {
         forced
     }
 
-    /// Takes a token in, which the mask must have allowed.
+    /// Advances by a token, which the mask must have allowed.
     ///
     /// # Errors
-    /// Internal where the grammar does not allow the token, invalid where it is too complex; the
-    /// walk is over then.
+    /// An internal error if the grammar does not allow the token, an invalid-request error if the
+    /// grammar is too complex. Either is final.
     pub fn accept(&mut self, token: Token) -> Result<(), EngineError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
@@ -204,8 +205,8 @@ impl GrammarState {
         Ok(())
     }
 
-    /// Takes text in whose tokens are not at hand, such as the rest of a trigger's token. False
-    /// where the grammar does not allow it; the position is unchanged then.
+    /// Advances by text whose tokens are not known, such as the rest of a trigger's token. Returns
+    /// false if the grammar does not allow the text; the position is then unchanged.
     ///
     /// # Errors
     /// As [`mask`](Self::mask).
@@ -216,7 +217,8 @@ impl GrammarState {
         }
     }
 
-    /// Takes all of these tokens in, or none of them. False where the grammar does not allow them.
+    /// Advances by all of these tokens, or by none. Returns false if the grammar does not allow
+    /// them.
     ///
     /// # Errors
     /// As [`mask`](Self::mask).
@@ -240,12 +242,12 @@ impl GrammarState {
         Ok(true)
     }
 
-    /// Nothing but an end-of-generation token may follow (or one has come).
+    /// Whether only an end-of-generation token may follow, or has already come.
     pub fn is_finished(&self) -> bool {
         self.failed.is_none() && self.matcher.is_stopped()
     }
 
-    /// The text so far is complete, though more may follow.
+    /// Whether the text so far is complete; more may follow.
     pub fn is_accepting(&mut self) -> bool {
         self.failed.is_none() && (self.matcher.is_stopped() || self.can_stop())
     }
@@ -254,13 +256,13 @@ impl GrammarState {
         self.matcher.is_accepting().unwrap_or(false)
     }
 
-    /// Plain tokens for a text; `None` where the vocabulary cannot spell it.
+    /// Tokenizes a text without control tokens; `None` if the vocabulary cannot represent it.
     pub(super) fn tokenize(&self, text: &[u8]) -> Option<Vec<Token>> {
         let tokens = self.compiled.env.tokenize_bytes(text);
         vocab::spells(self.compiled.env.tok_trie(), &tokens, text).then_some(tokens)
     }
 
-    /// The control token of this text.
+    /// The control token with this text.
     pub(super) fn special_token(&self, text: &str) -> Option<Token> {
         self.compiled.env.tok_trie().get_special_token(text)
     }
@@ -269,7 +271,7 @@ impl GrammarState {
         self.compiled.env.tok_trie().eos_tokens().contains(&token)
     }
 
-    /// Ends the walk after a panic outside of llguidance's own nets.
+    /// Fails the state after a panic that llguidance did not catch.
     pub(super) fn poison(&mut self) -> EngineError {
         self.compiled.worn.store(true, Ordering::Relaxed);
         let error = EngineError::internal("the grammar failed; its tables are discarded");
@@ -277,7 +279,7 @@ impl GrammarState {
         error
     }
 
-    /// One operation of llguidance; its failure, or taking too long, ends the walk.
+    /// Runs one operation of llguidance. If it fails or takes too long, the state fails.
     fn step<T, E: ToString>(
         &mut self,
         operation: impl FnOnce(&mut Matcher) -> Result<T, E>,
@@ -292,18 +294,19 @@ impl GrammarState {
         Err(error)
     }
 
-    /// Panics inside llguidance, which poisons the tables that all walks of the grammar share.
+    /// Panics inside llguidance, which corrupts the tables shared by all states of the grammar.
     #[cfg(test)]
     pub(super) fn break_tables(&mut self) -> Option<EngineError> {
         self.step(Matcher::test_trigger_lexer_error).err()
     }
 
-    /// Words an error of llguidance. It keeps no kind of error, only text (`tokenparser.rs`).
+    /// The error message for a llguidance error. llguidance has no error kinds, only text
+    /// (`tokenparser.rs`).
     fn failure(&self, cause: &str) -> EngineError {
         if cause.contains("doesn't satisfy the grammar") || cause.contains("out of range") {
             return EngineError::internal("a token came that the grammar does not allow");
         }
-        // Full tables fail every later walk, and a panic leaves a poisoned lock.
+        // Full tables make every later state fail, and a panic leaves a poisoned lock.
         self.compiled.worn.store(true, Ordering::Relaxed);
         if cause.contains("NoExtension") {
             return EngineError::invalid(

@@ -1,4 +1,4 @@
-//! Grammars over two vocabularies: bytes only, and a synthetic one with merges and control tokens.
+//! Tests with two vocabularies: bytes only, and a synthetic one with merges and control tokens.
 
 use super::*;
 use crate::engine::sampler::{Sampler, Scratch};
@@ -12,7 +12,7 @@ mod hostile;
 mod triggers;
 mod walks;
 
-/// A vocabulary and its engine.
+/// A vocabulary and its grammar engine.
 struct World {
     engine: GrammarEngine,
     pieces: Vec<Vec<u8>>,
@@ -26,7 +26,7 @@ impl World {
         Self::new((0..=255u8).map(|b| vec![b]).collect(), &[])
     }
 
-    /// Bytes, and pieces that cross the borders between a grammar's terminals.
+    /// Bytes, and pieces that span the borders between a grammar's terminals.
     fn merges() -> Self {
         let mut pieces: Vec<Vec<u8>> = (0..=255u8).map(|b| vec![b]).collect();
         let merged = [
@@ -37,7 +37,8 @@ impl World {
             "call",
         ];
         pieces.extend(merged.map(|piece| piece.as_bytes().to_vec()));
-        // A duplicate, a hole, a token too long and one that looks special but is not.
+        // A duplicate, an empty token, a token that is too long, and one that looks special but is
+        // not.
         let odd = [b"abc".to_vec(), vec![], vec![b' '; 5000], b"\xff<tool_call>".to_vec()];
         pieces.extend(odd);
         Self::new(pieces, &["<unused>"])
@@ -56,7 +57,7 @@ impl World {
         let eos = vec![find("</s>"), find("<|im_end|>")];
         let tokens = pieces.iter().zip(&special);
         let tokens = tokens.map(|(p, &s)| VocabToken { bytes: p.clone(), special: s }).collect();
-        // Longest match first, as a rough stand-in for a real tokenizer.
+        // Longest match first: a rough approximation of a real tokenizer.
         let plain: Vec<(Vec<u8>, Token)> = pieces
             .iter()
             .zip(0..)
@@ -104,7 +105,7 @@ impl World {
         (0..self.pieces.len() as Token).filter(|t| bit(mask, *t)).collect()
     }
 
-    /// Feeds text byte by byte; whether all of it is allowed.
+    /// Feeds text byte by byte; returns whether all of it is allowed.
     fn feed(&self, state: &mut GrammarState, text: &str) -> bool {
         text.bytes().all(|byte| {
             let token = Token::from(byte);
@@ -113,16 +114,17 @@ impl World {
         })
     }
 
-    /// Whether the grammar takes exactly this text.
+    /// Whether the grammar accepts exactly this text.
     fn takes(&self, grammar: &CompiledGrammar, text: &str) -> bool {
         let mut state = grammar.matcher();
-        // Whole text at once: a mask may force the one tokenization that the model knows.
+        // Feed the whole text at once: a mask may allow only one tokenization of it.
         state.accept_text(text.as_bytes()).expect("no failure") && state.is_accepting()
     }
 
-    /// Writes at random under the mask until the grammar ends, and gives the text. `budget`
-    /// tokens, after which the shortest way out is sought. Another walk beside it asks what is forced
-    /// before every mask: that must be what the mask allows, and change nothing.
+    /// Generates random text under the mask until the grammar ends, and returns it. After `budget`
+    /// tokens, tokens that lead to the end are preferred. A second state calls `forced` before
+    /// every mask: the forced tokens must be those that the mask allows, and must not change the
+    /// result.
     fn walk(&self, grammar: &CompiledGrammar, seed: u64, budget: usize) -> String {
         let (mut state, mut asking) = (grammar.matcher(), grammar.matcher());
         let params = SamplingParams { seed, ..SamplingParams::default() };
@@ -135,7 +137,7 @@ impl World {
             for &eos in &self.eos {
                 logits[eos as usize] = if hurry { 9.0 } else { 1.0 };
             }
-            // Closing what is open, and digits or letters in place of endless rare bytes.
+            // Prefer tokens that close what is open, and digits or letters over rare bytes.
             for byte in [b'"', b'}', b']'] {
                 logits[usize::from(byte)] = if hurry { 8.0 } else { 2.0 };
             }

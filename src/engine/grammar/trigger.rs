@@ -1,27 +1,28 @@
-//! A grammar that stays out of the way until its trigger appears in the output.
+//! A grammar that does not constrain the output until its trigger appears.
 
 use super::state::{CompiledGrammar, GrammarState};
 use crate::ipc::{EngineError, GrammarTrigger, Token};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// One sequence's grammar, free until its trigger appears (from the start where it has none).
+/// The grammar of one sequence; unconstrained until its trigger appears. Without a trigger it
+/// constrains the output from the start.
 pub struct TriggeredGrammar {
     state: GrammarState,
     mode: Mode,
 }
 
 enum Mode {
-    /// Looking for the trigger.
+    /// Searching the output for the trigger.
     Searching(Search),
     /// Every token is masked and checked.
     Constrained,
-    /// The trigger can no longer come, or what followed it did not fit the grammar.
+    /// The trigger can no longer appear, or the text after it did not fit the grammar.
     Off,
 }
 
 impl TriggeredGrammar {
-    /// Stands before the first token of the output. A trigger with an empty text acts at once; one
-    /// without any text never does.
+    /// The state before the first token of the output. A trigger with an empty text acts at once; a
+    /// trigger without texts never acts.
     pub fn new(grammar: &CompiledGrammar, trigger: Option<&GrammarTrigger>) -> Self {
         let mode = match trigger {
             None => Mode::Constrained,
@@ -40,12 +41,12 @@ impl TriggeredGrammar {
         self.needs_mask() && self.state.is_finished()
     }
 
-    /// Whether the output may end here, as far as the grammar is concerned.
+    /// Whether the grammar allows the output to end here.
     pub fn is_accepting(&mut self) -> bool {
         !self.needs_mask() || self.state.is_accepting()
     }
 
-    /// The tokens that may come next (see [`GrammarState::mask`]); `None` where all may.
+    /// The tokens that may come next (see [`GrammarState::mask`]); `None` if all may.
     ///
     /// # Errors
     /// As [`GrammarState::mask`].
@@ -56,22 +57,21 @@ impl TriggeredGrammar {
         }
     }
 
-    /// What will come next where the grammar leaves no choice; often nothing. A forecast: the masks
-    /// decide.
+    /// The tokens that the grammar forces next; often empty. Only a prediction: the masks decide.
     pub fn forced(&mut self) -> Vec<Token> {
         if !self.needs_mask() {
             return Vec::new();
         }
         let forced = catch_unwind(AssertUnwindSafe(|| self.state.forced()));
         forced.unwrap_or_else(|_| {
-            // The next mask reports it.
+            // The next mask reports the error.
             self.state.poison();
             Vec::new()
         })
     }
 
-    /// Takes in a token of the output; `piece` is what it writes, for control tokens their text
-    /// even where the client does not see it (a trigger may be one).
+    /// Advances by a token of the output. `piece` is the token's text; for control tokens too, even
+    /// if the client does not see it (a trigger may be a control token).
     ///
     /// # Errors
     /// As [`GrammarState::accept`]; never while unconstrained.
@@ -90,7 +90,7 @@ impl TriggeredGrammar {
         }
     }
 
-    /// Bytes and tokens held while searching.
+    /// Bytes and tokens stored while searching.
     #[cfg(test)]
     pub(super) fn remembered(&self) -> usize {
         match &self.mode {
@@ -99,16 +99,16 @@ impl TriggeredGrammar {
         }
     }
 
-    /// Ends the walk after a panic in another thread's hands.
+    /// Fails the state after a panic in another thread.
     pub(super) fn poison(&mut self) -> EngineError {
         self.state.poison()
     }
 
-    /// Enters the grammar with the text that has come since its beginning; stays unconstrained
-    /// where that text does not fit.
+    /// Enters the grammar with the text since the trigger; stays unconstrained if that text does
+    /// not fit.
     fn begin(&mut self, hit: &Hit) {
         let fits = hit.readings(&self.state).iter().any(|tokens| {
-            // An error here is of the grammar; the next mask reports it.
+            // An error here is the grammar's own; the next mask reports it.
             self.state.accept_all(tokens).unwrap_or(false)
         });
         self.mode = if fits { Mode::Constrained } else { Mode::Off };
@@ -128,20 +128,22 @@ enum Found {
     At(Hit),
 }
 
-/// Where the trigger was found.
+/// A trigger found in the output.
 struct Hit {
     inclusive: bool,
     trigger: String,
-    /// What the trigger's last token wrote after it.
+    /// The text that the trigger's last token wrote after it.
     after: Vec<u8>,
-    /// The tokens that wrote trigger and rest, where the trigger began with one of them.
+    /// The tokens that wrote the trigger and the text after it, if the trigger began at a token
+    /// boundary.
     tokens: Option<Vec<Token>>,
 }
 
 impl Hit {
-    /// The ways to put what has come into tokens of the grammar, the most faithful first: the very
-    /// tokens; the same text as plain tokens; the trigger as the control token of that text. White
-    /// space that the last token happened to carry may be left out: JSON grammars begin without.
+    /// The possible tokenizations of the trigger and the text after it, most exact first: the
+    /// sampled tokens; the same text as plain tokens; the trigger as the control token with that
+    /// text. Leading white space of the text after the trigger may be omitted: JSON grammars begin
+    /// without it.
     fn readings(&self, state: &GrammarState) -> Vec<Vec<Token>> {
         let trimmed = self.after.trim_ascii_start();
         let rests = if trimmed == self.after { vec![trimmed] } else { vec![&self.after, trimmed] };
@@ -161,21 +163,21 @@ impl Hit {
     }
 }
 
-/// Looks for the first of several texts, byte by byte, so that the way in which the output is cut
-/// into tokens makes no difference.
+/// Searches for the first of several texts, byte by byte, so that the tokenization of the output
+/// does not matter.
 struct Search {
     texts: Vec<String>,
     longest: usize,
     at_start_only: bool,
     inclusive: bool,
-    /// The end of the output: whole tokens that a trigger may still begin in.
+    /// The end of the output: whole tokens in which a trigger may still begin.
     tail: Vec<u8>,
-    /// The tokens of `tail`, each with where it begins.
+    /// The tokens of `tail`, each with its start offset.
     tokens: Vec<(Token, usize)>,
 }
 
 impl Search {
-    /// `None` where one of the texts is empty: found already.
+    /// `None` if one of the texts is empty: it matches at once.
     fn new(trigger: &GrammarTrigger) -> Option<Self> {
         let texts: Vec<String> = match trigger.at_start_only {
             true => trigger.texts.iter().map(|text| text.trim_start().to_owned()).collect(),
@@ -207,7 +209,7 @@ impl Search {
         if self.at_start_only { self.match_start() } else { self.match_anywhere(seen) }
     }
 
-    /// Whether the output begins with a trigger, white space aside.
+    /// Checks whether the output begins with a trigger, after white space.
     fn match_start(&mut self) -> Found {
         let start = self.tail.len() - self.tail.trim_ascii_start().len();
         let output = &self.tail[start..];
@@ -216,7 +218,7 @@ impl Search {
             self.tokens.clear();
             return Found::Not;
         }
-        // The shortest is complete first.
+        // The shortest text is complete first.
         let first =
             self.texts.iter().filter(|t| output.starts_with(t.as_bytes())).min_by_key(|t| t.len());
         match first {
@@ -226,7 +228,8 @@ impl Search {
         }
     }
 
-    /// Whether a trigger ends in the bytes from `seen` on: the earliest end, then the longest.
+    /// Searches for a trigger that ends in the bytes from `seen` on: the earliest end, then the
+    /// longest.
     fn match_anywhere(&mut self, seen: usize) -> Found {
         for end in seen + 1..=self.tail.len() {
             let upto = &self.tail[..end];
@@ -253,7 +256,7 @@ impl Search {
     fn forget(&mut self) {
         let needed = self.tail.len().saturating_sub(self.longest - 1);
         let keep = self.tokens.partition_point(|&(_, at)| at < needed);
-        // The token that holds the first byte needed begins at or before it.
+        // The token that contains the first needed byte begins at or before it.
         let keep = match self.tokens.get(keep) {
             Some(&(_, at)) if at == needed => keep,
             _ => keep.saturating_sub(1),

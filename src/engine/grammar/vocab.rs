@@ -1,4 +1,4 @@
-//! The model's vocabulary as llguidance wants it: a trie of token bytes and a tokenizer.
+//! The model's vocabulary in llguidance's form: a trie of token bytes and a tokenizer.
 
 use crate::ipc::{EngineError, Token};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,34 +8,33 @@ use toktrie::{INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
 /// Longest token that grammars may use, in bytes: toktrie asserts at 1024.
 const MAX_TOKEN_BYTES: usize = 1000;
 
-/// Turns bytes (not always UTF-8) into plain tokens: adds no special token, recognises none.
+/// Converts bytes (not always UTF-8) into plain tokens: neither adds nor parses special tokens.
 pub type Tokenize = Arc<dyn Fn(&[u8]) -> Vec<Token> + Send + Sync>;
 
-/// One token of the vocabulary, by id.
+/// One token of the vocabulary.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VocabToken {
-    /// What the token writes; for a control token its text, such as `<tool_call>`. Empty: a
-    /// grammar never uses it.
+    /// The token's text; for a control token its name, such as `<tool_call>`. If empty, grammars
+    /// never use the token.
     pub bytes: Vec<u8>,
-    /// A control token: never part of grammar text, only named by Lark's `<tool_call>`, or
-    /// `<[id]>` where the text is not of that form.
+    /// A control token: never part of a grammar's text. A Lark grammar refers to it as
+    /// `<tool_call>`, or as `<[id]>` if its text does not have that form.
     pub special: bool,
 }
 
-/// What a [`GrammarEngine`](super::GrammarEngine) is built from.
+/// The input of a [`GrammarEngine`](super::GrammarEngine).
 pub struct VocabSource {
-    /// All tokens of the model, in the order of ids.
+    /// All tokens of the model, in id order.
     pub tokens: Vec<VocabToken>,
-    /// Tokens that end a generation; special whatever their flag says. May be empty: then a
-    /// finished grammar's mask is empty too, and the sequence must be ended.
+    /// Tokens that end a generation; they are special regardless of their flag. May be empty: then
+    /// a finished grammar's mask is empty too, and the caller must end the sequence.
     pub eos: Vec<Token>,
-    /// The model's own tokenizer, so that text that a grammar leaves no choice about is forced in
-    /// the tokens that the model knows it by. May be approximate: an answer that does not spell the
-    /// input is replaced by the greedy longest match.
+    /// The model's own tokenizer, so that forced text is tokenized as the model knows it. May be
+    /// approximate: a result that does not spell the input is replaced by the greedy longest match.
     pub tokenize: Tokenize,
 }
 
-/// toktrie's view of the model's tokenizer.
+/// Adapts the model's tokenizer to toktrie.
 struct Tokenizer {
     trie: TokTrie,
     tokenize: Tokenize,
@@ -52,7 +51,7 @@ impl TokenizerEnv for Tokenizer {
     }
 }
 
-/// Whether these tokens write exactly these bytes, without control tokens.
+/// Whether these tokens spell exactly these bytes, without control tokens.
 pub fn spells(trie: &TokTrie, tokens: &[Token], bytes: &[u8]) -> bool {
     let mut rest = bytes;
     for &token in tokens {
@@ -71,7 +70,7 @@ pub fn spells(trie: &TokTrie, tokens: &[Token], bytes: &[u8]) -> bool {
 /// Builds the token environment.
 ///
 /// # Errors
-/// An internal error where the vocabulary is empty or larger than toktrie can hold.
+/// An internal error if the vocabulary is empty or larger than toktrie can hold.
 pub fn token_env(source: VocabSource) -> Result<TokEnv, EngineError> {
     let VocabSource { tokens, eos, tokenize } = source;
     let size = tokens.len();
@@ -87,8 +86,8 @@ pub fn token_env(source: VocabSource) -> Result<TokEnv, EngineError> {
         .map(|token| match token {
             VocabToken { bytes, .. } if bytes.len() > MAX_TOKEN_BYTES => Vec::new(),
             VocabToken { bytes, special: true } => marked(bytes),
-            // Longer text that begins with the marker would pass for a control token. No valid
-            // UTF-8 holds that byte.
+            // A longer text that begins with the marker would be mistaken for a control token.
+            // Valid UTF-8 never contains that byte.
             VocabToken { bytes, .. } if bytes.len() > 1 && bytes[0] == MARKER => Vec::new(),
             VocabToken { bytes, .. } => bytes,
         })
@@ -100,8 +99,8 @@ pub fn token_env(source: VocabSource) -> Result<TokEnv, EngineError> {
         }
     }
     let info = TokRxInfo::new(size as u32, eos.first().copied().unwrap_or(INVALID_TOKEN));
-    // A token that cannot be told by its text has no place in the trie, but toktrie asserts that
-    // its nodes fit 22 bits, which only a hostile vocabulary can break.
+    // Duplicate tokens have no place in the trie. toktrie asserts that its nodes fit 22 bits, which
+    // only a hostile vocabulary can violate.
     let trie = catch_unwind(AssertUnwindSafe(|| {
         let trie = TokTrie::from(&info, &words);
         if eos.is_empty() { trie } else { trie.with_eos_tokens(&eos) }
@@ -112,7 +111,7 @@ pub fn token_env(source: VocabSource) -> Result<TokEnv, EngineError> {
 
 const MARKER: u8 = TokTrie::SPECIAL_TOKEN_MARKER;
 
-/// toktrie marks control tokens by a byte that no UTF-8 text holds.
+/// toktrie marks control tokens with a byte that no UTF-8 text contains.
 fn marked(text: Vec<u8>) -> Vec<u8> {
     if text.is_empty() {
         return text;

@@ -6,35 +6,35 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
-/// A grammar that came back from the worker.
+/// A grammar returned by the worker.
 pub struct Masked<K> {
     pub key: K,
-    /// Its [`mask`](TriggeredGrammar::mask) is ready and costs nothing now.
+    /// Its [`mask`](TriggeredGrammar::mask) has been computed and cached.
     pub grammar: TriggeredGrammar,
-    /// An error concerns this sequence only.
+    /// An error affects only this sequence.
     pub result: Result<(), EngineError>,
 }
 
-/// Threads that compute masks. Grammars move in and come back; `K` names the sequence.
+/// Threads that compute masks. Grammars are moved in and returned; `K` identifies the sequence.
 pub struct MaskWorker<K> {
     jobs: Option<Sender<(K, TriggeredGrammar)>>,
     done: Receiver<Masked<K>>,
     threads: Vec<JoinHandle<()>>,
     capacity: usize,
     outstanding: usize,
-    /// Computed here, because the threads were full.
+    /// Masks that were computed on the caller's thread because the queue was full.
     ready: Vec<Masked<K>>,
 }
 
 impl<K: Send + 'static> MaskWorker<K> {
-    /// Starts `threads` threads (at least one) that hold at most `capacity` grammars, such as
+    /// Starts `threads` threads (at least one) that hold at most `capacity` grammars, for example
     /// the most sequences of a batch.
     ///
     /// # Errors
-    /// Internal where no thread can be started.
+    /// An internal error if no thread can be started.
     pub fn new(threads: usize, capacity: usize) -> Result<Self, EngineError> {
         let capacity = capacity.max(1);
-        // Room for everything outstanding on both sides: no send ever blocks.
+        // Both channels have room for all outstanding grammars: no send ever blocks.
         let (jobs, to_do) = bounded::<(K, TriggeredGrammar)>(capacity);
         let (finished, done) = bounded(capacity);
         let mut worker = Self {
@@ -62,7 +62,8 @@ impl<K: Send + 'static> MaskWorker<K> {
         Ok(worker)
     }
 
-    /// Hands a grammar over. Never blocks: past the capacity the mask is computed here and now.
+    /// Submits a grammar. Never blocks: beyond the capacity the mask is computed on the caller's
+    /// thread.
     pub fn submit(&mut self, key: K, grammar: TriggeredGrammar) {
         let job = (key, grammar);
         let refused = match &self.jobs {
@@ -77,8 +78,7 @@ impl<K: Send + 'static> MaskWorker<K> {
         }
     }
 
-    /// Waits for everything that was submitted and gives it back, in the order in which it became
-    /// ready.
+    /// Waits for all submitted grammars and returns them in the order of completion.
     pub fn collect(&mut self) -> Vec<Masked<K>> {
         let mut all = std::mem::take(&mut self.ready);
         while self.outstanding > 0 {
@@ -97,7 +97,7 @@ impl<K> Drop for MaskWorker<K> {
     fn drop(&mut self) {
         self.jobs = None;
         for thread in self.threads.drain(..) {
-            // It has nothing to tell: its panics are caught.
+            // The result is irrelevant: the thread catches its panics.
             let _ = thread.join();
         }
     }
@@ -108,7 +108,7 @@ fn compute<K>(key: K, mut grammar: TriggeredGrammar) -> Masked<K> {
     Masked { key, grammar, result }
 }
 
-/// Computes the mask, where one is needed and not at hand. A panic ends the walk.
+/// Computes the mask if it is needed and not cached. A panic fails the state.
 ///
 /// # Errors
 /// As [`TriggeredGrammar::mask`].

@@ -1,15 +1,15 @@
-//! The KV cache's bookkeeping: which pages a sequence owns, shares, or leaves behind.
+//! Bookkeeping of the KV cache: the pages that a sequence owns, shares, or leaves cached.
 //!
-//! `free + cached + held = total` at all times: `free` pages are in the pool, `cached` ones are
-//! held by the prefix index alone, `held` ones by at least one running sequence.
+//! `free + cached + held = total` at all times: `free` pages are in the pool, `cached` pages are
+//! referenced only by the prefix index, `held` pages by at least one running sequence.
 //!
-//! A runner whose cache is not addressed by pages (llama.cpp) keeps a page's contents under the
-//! sequence slots that computed it. For such a runner finished sequences leave their slot behind
-//! as a *resident*, and the cache remembers which slots hold which node; [`SlotChange`]s tell the
-//! runner what to forget when pages are evicted.
+//! A runner whose cache is not addressed by pages (llama.cpp) stores a page's contents in the
+//! sequence slots that computed it. For such a runner a finished sequence keeps its slot as a
+//! *resident*, and the bookkeeping records the slots that hold each node; [`SlotChange`]s tell the
+//! runner which contents to drop when pages are evicted.
 //!
-//! A prompt shares with others to the token: the beginning of a page comes from the slot that holds
-//! it, or is copied with its page.
+//! Prefix sharing is exact to the token: a partially matching page is taken from the slot that
+//! holds it, or copied.
 
 mod pool;
 mod prefix;
@@ -23,14 +23,14 @@ use crate::engine::runner::{ModelRunner, PAGE_TOKENS, SeqSlot};
 use crate::ipc::Token;
 use std::collections::{BTreeMap, HashMap};
 
-/// What the runner has to do so that its cache agrees with the ledger.
+/// A change that the runner must apply to keep its cache consistent with this bookkeeping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SlotChange {
-    /// The first so many tokens of one slot become those of another, which is empty.
+    /// Copies the first tokens of one slot to another, empty slot: (from, to, number of tokens).
     Fork(SeqSlot, SeqSlot, usize),
     Truncate(SeqSlot, usize),
     Release(SeqSlot),
-    /// For a runner with real pages: one page's contents become another's.
+    /// For a runner with real pages: copies the contents of one page to another.
     CopyPage(u32, u32),
 }
 
@@ -40,11 +40,11 @@ pub struct SequencePages {
     pub slot: SeqSlot,
     key: CacheKey,
     pages: Vec<Hold>,
-    /// Nodes of the first pages; further pages are private.
+    /// Nodes of the first pages; the pages after them are private.
     path: Vec<NodeId>,
-    /// Nodes of `path` whose contents are computed.
+    /// Number of nodes in `path` whose contents are computed.
     computed: usize,
-    /// Another sequence entered the same tokens first: later pages stay private.
+    /// Another sequence registered the same tokens first: later pages stay private.
     diverged: bool,
 }
 
@@ -53,28 +53,29 @@ impl SequencePages {
         self.pages.iter().map(|hold| hold.page().id())
     }
 
-    /// Tokens that fit into the pages at hand.
+    /// Tokens that fit into the pages allocated so far.
     pub fn capacity(&self) -> usize {
         self.pages.len() * PAGE_TOKENS
     }
 }
 
-/// What a prompt would find, in whole pages.
+/// The prefix match of a prompt, in whole pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Prospect {
     /// Tokens whose pages are computed.
     pub cached: usize,
-    /// Those of them whose pages are held by running sequences: to share them takes no room.
+    /// The part of `cached` whose pages are held by running sequences: sharing them takes no
+    /// further page.
     pub held: usize,
     /// Further tokens that a running sequence is computing: worth waiting for.
     pub pending: usize,
 }
 
-/// A sequence's place in the cache, with what it takes over from another.
+/// The pages of an admitted sequence, including shared ones.
 #[derive(Debug)]
 pub struct Admission {
     pub pages: SequencePages,
-    /// Tokens already computed.
+    /// Tokens that are already computed.
     pub cached: usize,
 }
 
@@ -82,21 +83,22 @@ pub struct Admission {
 pub struct KvCache {
     pool: PagePool,
     index: PrefixIndex,
-    /// Whether the runner keeps pages under slots.
+    /// Whether the runner stores page contents in slots (llama.cpp).
     slots_hold_pages: bool,
     shares_prefixes: bool,
-    /// Highest first: the lowest is handed out next, so that slots in use lie close together.
+    /// Sorted with the highest slot first: the lowest is allocated next, so that slots in use stay
+    /// adjacent.
     free_slots: Vec<SeqSlot>,
-    /// Slots of finished sequences that hold cached pages, with the deepest node each, which no
+    /// Slots of finished sequences that hold cached pages. Each maps to its deepest node, which no
     /// other slot holds.
     residents: BTreeMap<SeqSlot, NodeId>,
-    /// Slots, running or resident, that hold a node's page.
+    /// The running or resident slots that hold a node's page.
     holders: HashMap<NodeId, Vec<SeqSlot>>,
     changes: Vec<SlotChange>,
 }
 
 impl KvCache {
-    /// `slots` is the number of sequences the runner can hold, running and resident together.
+    /// `slots` is the number of sequences that the runner can hold, running and resident together.
     pub fn new(pages: u32, slots: u32, slots_hold_pages: bool, shares_prefixes: bool) -> Self {
         Self {
             pool: PagePool::new(pages),
@@ -114,7 +116,7 @@ impl KvCache {
         self.pool.capacity()
     }
 
-    /// Pages that only the prefix index has.
+    /// Pages that only the prefix index references.
     pub fn cached_pages(&self) -> usize {
         self.total_pages() - self.free_pages() - self.held_pages()
     }
@@ -128,12 +130,12 @@ impl KvCache {
         self.pool.free()
     }
 
-    /// What the runner must do before the next step, in order.
+    /// Removes and returns the changes that the runner must apply before the next step, in order.
     pub fn take_changes(&mut self) -> Vec<SlotChange> {
         std::mem::take(&mut self.changes)
     }
 
-    /// Has the runner do it.
+    /// Applies the pending changes to the runner.
     pub fn apply_changes(&mut self, runner: &mut dyn ModelRunner) {
         for change in self.changes.drain(..) {
             match change {
@@ -145,8 +147,8 @@ impl KvCache {
         }
     }
 
-    /// What `tokens` would find now. The last token is never taken from the cache: its logits are
-    /// needed.
+    /// The prefix match of `tokens` at this moment. The last token is never taken from the cache,
+    /// because its logits are needed.
     pub fn prospect(&self, key: CacheKey, tokens: &[Token]) -> Prospect {
         if !self.shares_prefixes {
             return Prospect::default();
@@ -160,23 +162,23 @@ impl KvCache {
         }
     }
 
-    /// Finds or makes pages for all of `tokens`. `None` when there is no slot, or not enough
-    /// pages even after giving up everything cached; nothing has changed then but the cache.
-    /// `reuse` is false where every row's logits are wanted.
+    /// Allocates pages for all of `tokens`, sharing cached pages. Returns `None` if there is no
+    /// slot, or not enough pages even after evicting everything cached; then only cached pages may
+    /// have changed. `reuse` is false if the logits of all rows are needed.
     pub fn admit(&mut self, key: CacheKey, tokens: &[Token], reuse: bool) -> Option<Admission> {
         let reusable =
             if reuse && self.shares_prefixes { tokens.len().saturating_sub(1) } else { 0 };
         let found = self.index.lookup(key, &tokens[..reusable]);
         let path = found.computed;
         self.index.touch(&path);
-        // Held from here on: making room must not evict what we are about to share.
+        // Hold the shared pages from here on, so that making room does not evict them.
         let mut pages: Vec<_> =
             path.iter().map(|&node| Hold::new(self.index.page(node).clone())).collect();
         let wanted = tokens.len().div_ceil(PAGE_TOKENS).max(1) - pages.len();
         if !self.make_room(wanted) {
             return None;
         }
-        // Making room may have taken the page that begins alike.
+        // Making room may have evicted the partially matching page.
         let tail = found.tail.filter(|&(node, _)| self.index.has(node));
         let whole = path.len() * PAGE_TOKENS;
         let rest = &tokens[whole..reusable.max(whole)];
@@ -196,8 +198,8 @@ impl KvCache {
         Some(Admission { pages: admitted, cached })
     }
 
-    /// A new sequence that shares everything `from` has, `tokens` long; a part-filled last page is
-    /// its own. `None` as in [`KvCache::admit`].
+    /// Creates a sequence that shares the first `tokens` tokens of `from`; a partially filled last
+    /// page is copied. Returns `None` under the conditions of [`KvCache::admit`].
     pub fn fork(&mut self, from: &SequencePages, tokens: usize) -> Option<SequencePages> {
         let shared = from.path.len().min(tokens / PAGE_TOKENS).min(from.computed);
         let wanted = tokens.div_ceil(PAGE_TOKENS).max(1) - shared;
@@ -224,7 +226,7 @@ impl KvCache {
         Some(SequencePages { slot, key: from.key, pages, path, computed: shared, diverged })
     }
 
-    /// Makes sure that `tokens` tokens fit.
+    /// Allocates pages until `tokens` tokens fit. Returns false if there are not enough pages.
     pub fn grow(&mut self, of: &mut SequencePages, tokens: usize) -> bool {
         let wanted = tokens.div_ceil(PAGE_TOKENS).saturating_sub(of.pages.len());
         if !self.make_room(wanted) {
@@ -236,7 +238,7 @@ impl KvCache {
         true
     }
 
-    /// `tokens` have been computed: full pages become known to others.
+    /// Records that `tokens` have been computed: other sequences may share their full pages.
     pub fn commit(&mut self, of: &mut SequencePages, tokens: &[Token]) {
         self.register(of, tokens);
         let full = (tokens.len() / PAGE_TOKENS).min(of.path.len());
@@ -247,8 +249,8 @@ impl KvCache {
         of.computed = of.computed.max(full);
     }
 
-    /// The runner has computed more than stands: it forgets all but the first `computed` tokens, and
-    /// pages that these do not need are free again.
+    /// Discards all but the first `computed` tokens in the runner, and frees the pages that these
+    /// tokens do not need. Used after rejected drafts.
     pub fn roll_back(&mut self, of: &mut SequencePages, computed: usize) {
         let needed = computed.div_ceil(PAGE_TOKENS).max(1);
         debug_assert!(of.path.len() <= needed, "what others may share stands");
@@ -258,7 +260,7 @@ impl KvCache {
         }
     }
 
-    /// The sequence is over. Its computed pages stay cached; the rest is free again.
+    /// Frees a finished sequence. Its computed pages stay cached; the others become free.
     pub fn retire(&mut self, mut of: SequencePages) {
         self.index.touch(&of.path);
         for &node in of.path[of.computed..].iter().rev() {
@@ -279,7 +281,7 @@ impl KvCache {
         }
     }
 
-    /// Enters full pages of `tokens` that have no node yet.
+    /// Inserts full pages of `tokens` that have no node yet into the prefix index.
     fn register(&mut self, of: &mut SequencePages, tokens: &[Token]) {
         while !of.diverged && (of.path.len() + 1) * PAGE_TOKENS <= tokens.len() {
             let at = of.path.len();
@@ -295,7 +297,7 @@ impl KvCache {
         }
     }
 
-    /// Gives up cached pages until `wanted` are free.
+    /// Evicts cached pages until `wanted` pages are free. Returns false if that is impossible.
     fn make_room(&mut self, wanted: usize) -> bool {
         while self.pool.free() < wanted {
             let Some(node) = self.index.eviction_candidate() else { return false };
@@ -304,7 +306,7 @@ impl KvCache {
         true
     }
 
-    /// Gives up the least recently used cached page. False when nothing is cached.
+    /// Evicts the least recently used cached page. Returns false if no page can be evicted.
     pub fn evict_one(&mut self) -> bool {
         let candidate = self.index.eviction_candidate();
         candidate.inspect(|&node| self.evict(node)).is_some()
@@ -330,13 +332,14 @@ impl KvCache {
         self.holders.get(&node).is_some_and(|holders| holders.iter().any(|&h| h != slot))
     }
 
-    /// The node above, unless that is a root.
+    /// The node of the page before; `None` for a first page.
     fn parent_of(&self, node: NodeId) -> Option<NodeId> {
         self.index.parent(node)
     }
 
-    /// A slot that holds the pages of `path` and what others have of `rest`, the tokens after
-    /// them; with the number of tokens it holds. `tail` is the page that begins most like `rest`.
+    /// Allocates a slot that holds the pages of `path` and the cached part of `rest`, the tokens
+    /// after them. Returns the slot and the number of tokens that it holds. `tail` is the page with
+    /// the longest common prefix with `rest`.
     fn take_slot(
         &mut self,
         key: CacheKey,
@@ -364,7 +367,7 @@ impl KvCache {
                 }
                 return Some((slot, tokens));
             }
-            // Slots run out before pages: the least recently used resident makes room.
+            // Slots are exhausted before pages: take the slot of the least recently used resident.
             let most = tail.map_or(0, |(_, shared)| shared);
             if let Some((slot, shared)) = self.take_over(key, path, most, rest) {
                 return Some((slot, whole + shared));
@@ -375,8 +378,8 @@ impl KvCache {
         }
     }
 
-    /// Cuts the least recently used resident back to what it shares with a prompt, `path` and at
-    /// least `most` tokens of `rest`: nothing has to be copied then.
+    /// Truncates the least recently used resident to the part that it shares with a prompt: `path`
+    /// and at least `most` tokens of `rest`. Nothing has to be copied then.
     fn take_over(
         &mut self,
         key: CacheKey,
@@ -419,8 +422,8 @@ impl KvCache {
         self.holders.get(&node)?.first().copied()
     }
 
-    /// An empty slot takes over the first `tokens` tokens of another, the pages of `path` among
-    /// them.
+    /// Copies the first `tokens` tokens of another slot, including the pages of `path`, into an
+    /// empty slot.
     fn fill_slot(&mut self, slot: SeqSlot, from: SeqSlot, path: &[NodeId], tokens: usize) {
         if self.slots_hold_pages {
             self.changes.push(SlotChange::Fork(from, slot, tokens));

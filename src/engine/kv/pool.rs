@@ -1,13 +1,13 @@
-//! The page pool: reference-counted pages that come back through `Drop`.
+//! The page pool: reference-counted pages that return to the pool through `Drop`.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-/// A page of the cache. When the last `Rc` is dropped the page is free again.
+/// A page of the cache. It becomes free when its last `Rc` is dropped.
 #[derive(Debug)]
 pub struct Page {
     id: u32,
-    /// [`Hold`]s on it.
+    /// Number of [`Hold`]s on the page.
     holds: Cell<u32>,
     ledger: Rc<Ledger>,
 }
@@ -15,7 +15,7 @@ pub struct Page {
 #[derive(Debug)]
 struct Ledger {
     free: RefCell<Vec<u32>>,
-    /// Pages with a [`Hold`] on them.
+    /// Number of pages with a [`Hold`] on them.
     held: Cell<usize>,
 }
 
@@ -25,7 +25,7 @@ impl Page {
         self.id
     }
 
-    /// Whether a running sequence needs it.
+    /// Whether a running sequence uses the page.
     pub fn is_held(&self) -> bool {
         self.holds.get() > 0
     }
@@ -37,8 +37,9 @@ impl Drop for Page {
     }
 }
 
-/// A running sequence's share of a page; the prefix index has the bare page. So held pages are
-/// counted as they come and go: at any size of the cache the count is at hand.
+/// A running sequence's reference to a page; the prefix index references the page without a `Hold`.
+/// Held pages are counted on creation and drop of a `Hold`, so the count takes constant time at any
+/// cache size.
 #[derive(Debug)]
 pub struct Hold(Rc<Page>);
 
@@ -69,7 +70,7 @@ impl Drop for Hold {
     }
 }
 
-/// Hands out pages, each at most once at a time.
+/// Allocates pages; a page is allocated at most once at a time.
 #[derive(Debug)]
 pub struct PagePool {
     capacity: usize,
@@ -94,7 +95,7 @@ impl PagePool {
         self.ledger.held.get()
     }
 
-    /// `None` when every page is in use.
+    /// Allocates a page. Returns `None` if every page is in use.
     pub fn allocate(&self) -> Option<Hold> {
         let id = self.ledger.free.borrow_mut().pop()?;
         Some(Hold::new(Rc::new(Page { id, holds: Cell::new(0), ledger: self.ledger.clone() })))

@@ -1,13 +1,14 @@
 //! The prefix index: a radix tree at page granularity.
 //!
-//! A node stands for one full page of tokens after its parent's; its key is those tokens
-//! themselves, so that there are no collisions. A root stands for an adapter's content and a
-//! tenant: pages are never shared across either. Nodes are entered when their page is allocated,
-//! before its contents are computed, so that requests which arrive together find each other.
+//! A node represents one full page of tokens that follows its parent's page; its key is the tokens
+//! themselves, so there are no hash collisions. A root represents a pair of adapter digest and
+//! tenant: pages are never shared across adapters or tenants. A node is inserted when its page is
+//! allocated, before the contents are computed, so that simultaneous requests find each other's
+//! prefixes.
 //!
-//! Who holds a page: the index has one reference to every node's page, each running sequence a
-//! [`Hold`](super::pool::Hold) on every page in its table. A page that only the index has is
-//! *cached*, and is given up least recently used first, tails before heads.
+//! References: the index has one reference to every node's page; each running sequence has a
+//! [`Hold`](super::pool::Hold) on every page in its table. A page that only the index references is
+//! *cached*. Cached pages are evicted least recently used first, leaves before their parents.
 
 use super::pool::Page;
 use crate::engine::runner::PAGE_TOKENS;
@@ -17,11 +18,11 @@ use std::rc::Rc;
 
 pub type NodeId = u32;
 
-/// Pages looked at on either side for one that is computed.
+/// Pages examined on either side of a position to find a computed one.
 const NEIGHBOURS: usize = 8;
 type PageKey = [Token; PAGE_TOKENS];
 
-/// What pages may be shared within: the adapter's content and the tenant.
+/// The scope in which pages may be shared: the adapter's contents and the tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct CacheKey {
     /// Digest of the adapter's file; zero for the base model.
@@ -34,7 +35,7 @@ struct Node {
     parent: Option<NodeId>,
     /// `None` for a root.
     page: Option<(Box<PageKey>, Rc<Page>)>,
-    /// Pages from the root to this node, itself included.
+    /// Number of pages from the root to this node, inclusive.
     depth: u32,
     children: u32,
     last_used: u64,
@@ -48,7 +49,8 @@ pub struct PrefixIndex {
     nodes: Vec<Option<Node>>,
     vacant: Vec<NodeId>,
     roots: HashMap<CacheKey, NodeId>,
-    /// Ordered: the page that shares most with some tokens is a neighbour of where they would be.
+    /// Ordered, so that the page with the longest common prefix with some tokens is a neighbour of
+    /// the position of these tokens.
     edges: BTreeMap<(NodeId, Box<PageKey>), NodeId>,
     /// Nodes without children, least recently used first: the candidates for eviction.
     leaves: BTreeSet<(u64, NodeId)>,
@@ -56,14 +58,14 @@ pub struct PrefixIndex {
     pages: usize,
 }
 
-/// The longest known beginning of a token sequence.
+/// The longest known prefix of a token sequence.
 #[derive(Debug, Default)]
 pub struct Match {
     /// Nodes whose contents are computed, from the first page on.
     pub computed: Vec<NodeId>,
     /// Further pages that match but are still being computed by a running sequence.
     pub pending: usize,
-    /// Another computed page after the first ones, and how many of its first tokens match.
+    /// A further computed page that matches partially, with its number of matching tokens.
     pub tail: Option<(NodeId, usize)>,
 }
 
@@ -73,14 +75,14 @@ impl PrefixIndex {
         self.pages
     }
 
-    /// Looks up full pages of `tokens`, without counting that as a use.
+    /// Looks up full pages of `tokens`. Does not count as a use.
     pub fn lookup(&self, key: CacheKey, tokens: &[Token]) -> Match {
         let mut found = Match::default();
         let Some(&root) = self.roots.get(&key) else { return found };
         let mut at = root;
         for page in tokens.chunks_exact(PAGE_TOKENS) {
             let Some(&next) = self.edges.get(&(at, page_key(page))) else { break };
-            // A pending page has only pending ones behind it.
+            // All descendants of a pending page are pending.
             if self.node(next).computed {
                 found.computed.push(next);
             } else {
@@ -93,7 +95,7 @@ impl PrefixIndex {
         found
     }
 
-    /// The computed page after `parent` that begins with most of `tokens`.
+    /// The computed page after `parent` with the longest common prefix with `tokens`.
     fn nearest_page(&self, parent: NodeId, tokens: &[Token]) -> Option<(NodeId, usize)> {
         let mut key = Box::new([0; PAGE_TOKENS]);
         let known = tokens.len().min(PAGE_TOKENS);
@@ -109,7 +111,7 @@ impl PrefixIndex {
         best.filter(|&(_, shared)| shared > 0)
     }
 
-    /// How many tokens of its page a node shares with `tokens`.
+    /// Length of the common prefix of the node's page and `tokens`, in tokens.
     pub fn shared_tokens(&self, node: NodeId, tokens: &[Token]) -> usize {
         let (page, _) = self.node(node).page.as_ref().expect("roots are never in a match");
         page.iter().zip(tokens).take_while(|(a, b)| a == b).count()
@@ -122,12 +124,13 @@ impl PrefixIndex {
         live.filter(|(_, node)| node.computed && node.page.is_some()).map(|(id, _)| id as NodeId)
     }
 
-    /// Whether the node is still there, if no other has been entered since.
+    /// Whether the node still exists. Valid only if no node has been inserted since the lookup: ids
+    /// are reused.
     pub fn has(&self, node: NodeId) -> bool {
         self.nodes[node as usize].is_some()
     }
 
-    /// The node for an empty prefix.
+    /// The root node of `key`; created if it does not exist.
     pub fn root(&mut self, key: CacheKey) -> NodeId {
         if let Some(&root) = self.roots.get(&key) {
             return root;
@@ -145,8 +148,8 @@ impl PrefixIndex {
         id
     }
 
-    /// Enters `page`, holding `tokens` after `parent`, as not yet computed. `None` if the same
-    /// tokens already have a node there: the caller's page stays private.
+    /// Inserts `page`, which will hold `tokens` after `parent`, as not yet computed. Returns `None`
+    /// if a node for the same tokens exists: the caller's page then stays private.
     pub fn insert(&mut self, parent: NodeId, tokens: &[Token], page: Rc<Page>) -> Option<NodeId> {
         let key = page_key(tokens);
         if self.edges.contains_key(&(parent, key.clone())) {
@@ -181,7 +184,7 @@ impl PrefixIndex {
         page
     }
 
-    /// Tokens from the start of the sequence to the end of this node's page.
+    /// Number of tokens from the start of the sequence to the end of this node's page.
     pub fn end_token(&self, node: NodeId) -> usize {
         self.node(node).depth as usize * PAGE_TOKENS
     }
@@ -191,7 +194,7 @@ impl PrefixIndex {
         self.node(node).parent.filter(|&parent| self.node(parent).page.is_some())
     }
 
-    /// What the node's page may be shared within.
+    /// The key of the node's root.
     pub fn key(&self, node: NodeId) -> CacheKey {
         let mut at = self.node(node);
         while let Some(parent) = at.parent {
@@ -205,7 +208,7 @@ impl PrefixIndex {
         self.leaves.iter().map(|&(_, id)| id).find(|&id| !self.page(id).is_held())
     }
 
-    /// Removes a leaf.
+    /// Removes a leaf node.
     pub fn remove(&mut self, id: NodeId) {
         let node = self.nodes[id as usize].take().expect("a node is removed once");
         debug_assert_eq!(node.children, 0, "tails go first");

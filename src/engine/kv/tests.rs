@@ -1,4 +1,4 @@
-//! Random operations against a model that knows what every page and every slot really holds.
+//! Random operations, checked against a model that tracks the real contents of every page and slot.
 
 use super::*;
 use proptest::prelude::*;
@@ -6,7 +6,7 @@ use proptest::test_runner::RngSeed;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-/// A computed token, with the key it was computed under.
+/// A computed token, with the index of the key that it was computed under.
 type Cell = (usize, Token);
 
 const KEYS: [CacheKey; 4] = [
@@ -18,7 +18,7 @@ const KEYS: [CacheKey; 4] = [
 
 #[derive(Debug, Clone)]
 enum Op {
-    /// `texts` has a page's worth of one token per entry, so that prefixes collide.
+    /// `texts` has one entry per page, repeated over the page, so that prefixes collide.
     Admit {
         key: usize,
         texts: Vec<Token>,
@@ -34,7 +34,7 @@ enum Op {
         text: Token,
         count: usize,
     },
-    /// Rows of which some do not stand.
+    /// Computes rows of which some are rejected.
     Draft {
         which: usize,
         rows: usize,
@@ -46,7 +46,7 @@ enum Op {
         which: usize,
     },
     Evict,
-    /// The runner catches up.
+    /// Applies the pending changes to the modelled runner.
     Apply,
 }
 
@@ -84,8 +84,8 @@ impl Live {
 struct World {
     kv: KvCache,
     slots: Vec<Vec<Cell>>,
-    /// What each page holds: everything from the sequence's start to the page's end, since keys
-    /// and values depend on all that went before.
+    /// The contents of each page: all tokens from the start of the sequence to the end of the page,
+    /// since keys and values depend on all tokens before them.
     contents: BTreeMap<u32, Vec<Cell>>,
     live: Vec<Live>,
 }
@@ -100,7 +100,7 @@ impl World {
         }
     }
 
-    /// Does what the mock runner does.
+    /// Applies the changes as the mock runner does.
     fn apply(&mut self) {
         let real = self.kv.slots_hold_pages;
         for change in self.kv.take_changes() {
@@ -167,7 +167,7 @@ impl World {
         let mut tokens: Vec<_> =
             texts.iter().flat_map(|&text| std::iter::repeat_n(text, PAGE_TOKENS)).collect();
         tokens.truncate(tokens.len() - cut);
-        // Some part within a page.
+        // Make the prompt differ within a page.
         if let Some(token) = tokens.get_mut(cut * texts.len()) {
             *token = 2 + (cut % 3) as Token;
         }
@@ -184,21 +184,21 @@ impl World {
         let admission = self.kv.admit(KEYS[key], &tokens, reuse);
         assert_eq!(admission.is_some(), fits, "admitted exactly if there is room");
         let Some(Admission { pages, cached }) = admission else { return };
-        // Making room may cost the page that begins alike, but none that is wholly alike.
+        // Making room may evict the partially matching page, but no fully matching one.
         assert!((whole..=best).contains(&cached), "{cached} of {best}");
         assert!(cached == best || !roomy, "{cached} of {best}");
         assert!(cached < tokens.len());
         assert!(pages.capacity() >= tokens.len());
         let live = Live { pages, key, tokens, computed: cached };
         if self.kv.slots_hold_pages && !cached.is_multiple_of(PAGE_TOKENS) {
-            // It comes with the slot.
+            // The contents of the partial page come with the slot.
             let page = live.pages.page_ids().nth(cached / PAGE_TOKENS).expect("there is room");
             self.contents.insert(page, live.cells());
         }
         self.live.push(live);
     }
 
-    /// The most tokens that a prompt shares with any computed page, and those before it.
+    /// The longest prefix of a prompt that computed pages hold, in tokens.
     fn longest_prefix(&self, key: usize, tokens: &[Token]) -> usize {
         if !self.kv.shares_prefixes {
             return 0;
@@ -233,7 +233,7 @@ impl World {
         }
     }
 
-    /// The runner computes everything and `rows` rows more, and forgets these.
+    /// Computes all tokens of a sequence and `rows` further rows, then rolls these rows back.
     fn draft(&mut self, index: usize, rows: usize) {
         self.compute(index, usize::MAX / 2);
         let live = &mut self.live[index];
@@ -259,14 +259,14 @@ impl World {
         let own = child.pages.page_ids().zip(live.pages.page_ids()).enumerate();
         let own = own.filter(|(_, (mine, theirs))| self.kv.slots_hold_pages && mine != theirs);
         for (at, (mine, _)) in own {
-            // It comes with the slot.
+            // The contents of the partial page come with the slot.
             let end = ((at + 1) * PAGE_TOKENS).min(child.computed);
             self.contents.insert(mine, child.cells()[..end].to_vec());
         }
         self.live.push(child);
     }
 
-    /// Pages in any table.
+    /// All pages in any sequence's table.
     fn held(&self) -> BTreeSet<u32> {
         self.live.iter().flat_map(|live| live.pages.page_ids()).collect()
     }
@@ -302,7 +302,7 @@ impl World {
         }
     }
 
-    /// Once the runner has caught up.
+    /// Checks the contents after all changes have been applied.
     fn check_contents(&mut self) {
         self.apply();
         for live in &self.live {
@@ -343,7 +343,7 @@ impl World {
     }
 }
 
-/// Seeded: a run that passes passes again.
+/// Fixed seed: a run that passes once passes again.
 fn config(cases: u32) -> ProptestConfig {
     let rng_seed = RngSeed::Fixed(1);
     ProptestConfig { cases, rng_seed, failure_persistence: None, ..Default::default() }
@@ -409,8 +409,8 @@ fn a_conversation_needs_one_slot() {
     }
 }
 
-/// Prompts that begin alike share what they have in common, to the token; a cache without a free
-/// slot cuts an old sequence back instead of copying it.
+/// Prompts share their common prefix to the token; a cache without a free slot truncates an old
+/// sequence instead of copying it.
 #[test]
 fn prompts_share_part_of_a_page() {
     let mut kv = KvCache::new(64, 2, true, true);
@@ -428,7 +428,7 @@ fn prompts_share_part_of_a_page() {
         kv.commit(&mut admitted.pages, &tokens);
         kv.retire(admitted.pages);
     }
-    // Another key's tokens are not shared.
+    // Tokens of another key are not shared.
     assert_eq!(kv.admit(KEYS[1], &[1; 20], true).unwrap().cached, 0);
 }
 
@@ -458,7 +458,7 @@ fn the_donor_outlives_what_is_evicted() {
     );
 }
 
-/// Counted at every admission: it must not depend on the size of the cache.
+/// Counting happens at every admission: its time must not depend on the size of the cache.
 #[test]
 fn counting_pages_is_cheap() {
     let mut kv = KvCache::new(30_000, 64, true, true);

@@ -1,7 +1,7 @@
-//! A runner without a model: a byte vocabulary and logits that are a hash of the sequence so far.
+//! A runner without a model: a byte vocabulary, and logits that are a hash of the sequence so far.
 //!
-//! It keeps every slot's tokens, so that a wrong fork, truncation or position changes its output
-//! or fails its step: the scheduler and the cache cannot be wrong unnoticed.
+//! It stores every slot's tokens, so a wrong fork, truncation or position changes its output or
+//! fails its step: errors in the scheduler or the cache do not go unnoticed.
 
 use super::{
     AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, Ran, RunnerError, SeqSlot, Wants,
@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 const VOCAB: usize = 258;
 const BOS: Token = 256;
 const EOS: Token = 257;
-/// A prompt that begins with this makes the mock look at its last two tokens only, so that it soon
-/// repeats itself.
+/// If a prompt begins with this token, the mock's logits depend on the last two tokens only, so
+/// that it soon repeats itself.
 const FORGETS: Token = b'~' as Token;
 
 pub struct Mock {
@@ -30,7 +30,7 @@ pub struct Mock {
     adapters: HashMap<AdapterId, ()>,
     logits: HashMap<usize, Vec<f32>>,
     step_time: Duration,
-    /// Of the input that is being pooled.
+    /// State of the input that is being pooled.
     pooling: Vec<f32>,
 }
 
@@ -69,14 +69,14 @@ impl Mock {
         }
     }
 
-    /// From now on a step takes so long.
+    /// Sets the duration of all further steps.
     #[cfg(test)]
     pub fn take(&mut self, time: Duration) {
         self.step_time = time;
         self.info.step_seconds = time.as_secs_f32();
     }
 
-    /// The sequence of tokens that greedy decoding continues `tokens` with: the tests' oracle.
+    /// The token that greedy decoding samples after `tokens`: the oracle of the tests.
     pub fn next_greedy(tokens: &[Token], adapter: Option<AdapterId>) -> Token {
         let logits = logits_of(tokens, adapter);
         let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
@@ -84,7 +84,7 @@ impl Mock {
     }
 }
 
-/// Letters mostly, an end now and then.
+/// The logits after `tokens`: mostly letters win, sometimes EOS.
 fn logits_of(tokens: &[Token], adapter: Option<AdapterId>) -> Vec<f32> {
     let forgets = tokens.iter().find(|&&token| token != BOS) == Some(&FORGETS);
     let tokens = if forgets { &tokens[tokens.len().saturating_sub(2)..] } else { tokens };
@@ -99,7 +99,7 @@ fn logits_of(tokens: &[Token], adapter: Option<AdapterId>) -> Vec<f32> {
     };
     let mut logits: Vec<f32> = (0..VOCAB).map(value).collect();
     logits[BOS as usize] = f32::NEG_INFINITY;
-    // One draw in thirty-two ends the text.
+    // EOS wins with probability 1/32.
     logits[EOS as usize] = if state.is_multiple_of(32) { 9.0 } else { -9.0 };
     logits
 }
@@ -176,7 +176,7 @@ impl ModelRunner for Mock {
                 }
             }
         }
-        // Shared cells are counted once per holder here: more than llama.cpp would use.
+        // Shared cells are counted once per holder: an upper bound of llama.cpp's usage.
         let longest = self.slots.iter().map(Vec::len).max().unwrap_or(0);
         if longest > self.capacity {
             return Err(RunnerError("a sequence is longer than the cache".into()));

@@ -1,7 +1,7 @@
-//! What runs a batch through a model.
+//! Model runners: they compute a batch of rows with a model.
 //!
-//! A runner knows nothing of requests: it is given rows of sequence slots, computes them, and
-//! hands out logits for the rows that want them.
+//! A runner has no notion of requests: it gets rows of sequence slots, computes them, and returns
+//! logits for the rows that want them.
 
 pub mod llama_cpp;
 pub mod mock;
@@ -16,45 +16,45 @@ use std::sync::Arc;
 /// Tokens per page of the cache.
 pub const PAGE_TOKENS: usize = 32;
 
-/// Rows of [`Wants::AllLogits`] in one step, at most: each is a whole row of the vocabulary.
+/// Most rows of [`Wants::AllLogits`] in one step: each row holds one logit per vocabulary token.
 pub const MAX_PROMPT_LOGITS: usize = 64;
 
-/// A sequence in the runner's cache; at most `ModelInfo::max_sequences` run, more may be resident.
+/// A sequence in the runner's cache. At most `ModelInfo::max_sequences` run; more may be resident.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SeqSlot(pub u32);
 
-/// Why a step or a load could not be done.
+/// The reason why a step or a load failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct RunnerError(pub String);
 
-/// Rows of one step. Sequences stand one after another; a sequence's rows are consecutive in
-/// position.
+/// The rows of one step. The sequences follow one another; the rows of a sequence have consecutive
+/// positions.
 #[derive(Debug, Default)]
 pub struct Batch {
     /// (rows) token ids.
     pub tokens: Vec<Token>,
     pub sequences: Vec<BatchSequence>,
-    /// That of all sequences, for a runner that does not mix adapters.
+    /// The adapter of all sequences, for a runner that does not mix adapters.
     pub adapter: Option<AdapterId>,
 }
 
-/// One sequence's share of a batch.
+/// The rows of one sequence in a batch.
 #[derive(Debug)]
 pub struct BatchSequence {
     pub slot: SeqSlot,
-    /// Its rows, as a range of `Batch::tokens`.
+    /// The sequence's rows, as a range of `Batch::tokens`.
     pub rows: Range<usize>,
-    /// Position of the first row: tokens of this slot that are computed already.
+    /// Position of the first row: the number of tokens of this slot that are already computed.
     pub position: usize,
     pub wants: Wants,
     /// Page table, for a runner with real pages; covers position + rows.
     pub pages: Vec<u32>,
-    /// Base model when `None`. Sequences with the same one stand together.
+    /// `None` for the base model. Sequences with the same adapter are adjacent.
     pub adapter: Option<AdapterId>,
 }
 
-/// Which of a sequence's rows are wanted.
+/// The rows of a sequence whose logits are needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wants {
     Nothing,
@@ -76,81 +76,81 @@ impl Batch {
     }
 }
 
-/// Reads adapter files beside the step loop.
+/// Reads adapter files on a thread beside the step loop.
 pub trait AdapterLoader: Send {
     fn prepare(&self, path: &Path, scale: f32) -> Result<AdapterHandle, RunnerError>;
 }
 
-/// An adapter whose file has been read, off the step loop.
+/// An adapter whose file has been read outside the step loop.
 pub enum AdapterHandle {
     Native(native::Adapter),
     LlamaCpp(llama_cpp::Adapter),
     Mock,
 }
 
-/// How a step ended that could be interrupted.
+/// The result of an interruptible step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ran {
     Complete,
-    /// The cache holds what it held before the step.
+    /// The step was abandoned; the cache is unchanged.
     Interrupted,
 }
 
-/// Runs batches: our own kernels, llama.cpp, and a mock that tests the rest.
+/// Runs batches. Implementations: our own kernels, llama.cpp, and a mock for tests.
 pub trait ModelRunner {
     fn info(&self) -> &ModelInfo;
     fn tokenizer(&self) -> Arc<dyn Tokenizer>;
     fn adapter_loader(&self) -> Box<dyn AdapterLoader>;
-    /// Sequence slots, running and resident together.
+    /// Number of sequence slots, running and resident together.
     fn slots(&self) -> u32;
-    /// Pages live under slots, not under page ids (see `engine/kv`).
+    /// Whether page contents are stored in slots instead of under page ids (see `engine/kv`).
     fn slots_hold_pages(&self) -> bool;
-    /// Computes all rows, unless `interrupt`, which is asked a few dozen times in between, answers
-    /// true. On an error the cache holds what it held before.
+    /// Computes all rows. `interrupt` is called a few dozen times during the step; if it returns
+    /// true, the step is abandoned. On an error the cache is unchanged.
     fn run(
         &mut self,
         batch: &Batch,
         interrupt: &mut dyn FnMut() -> bool,
     ) -> Result<Ran, RunnerError>;
-    /// [`run`](Self::run) to the end.
+    /// Runs a batch without interruption (see [`run`](Self::run)).
     fn step(&mut self, batch: &Batch) -> Result<(), RunnerError> {
         self.run(batch, &mut || false).map(drop)
     }
-    /// (vocabulary) logits after a row of the last batch that wanted them; the caller may write
-    /// into them.
+    /// (vocabulary) logits after a row of the last batch that wanted them. The caller may modify
+    /// them.
     fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError>;
-    /// The first `tokens` tokens of `from` become those of `to`, which is empty.
+    /// Copies the first `tokens` tokens of `from` to `to`, which is empty.
     fn fork(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize);
-    /// Forgets all but the first `tokens` tokens.
+    /// Discards all but the first `tokens` tokens of a slot.
     fn truncate(&mut self, slot: SeqSlot, tokens: usize);
     fn release(&mut self, slot: SeqSlot);
-    /// One page's contents become another's; only for a runner whose slots hold no pages.
+    /// Copies the contents of one page to another; only for a runner whose slots hold no pages.
     fn copy_page(&mut self, _from: u32, _to: u32) {}
     fn install_adapter(&mut self, adapter: AdapterId, handle: AdapterHandle);
     fn remove_adapter(&mut self, adapter: AdapterId);
-    /// Loads a model that drafts for this one, on the same threads.
+    /// Loads a draft model for this model, on the same threads.
     ///
     /// # Errors
-    /// With the reason: of the file, or that drafts cannot be checked here.
+    /// If the file cannot be loaded, or if this runner cannot verify drafts.
     fn load_draft(&self, _spec: &LoadSpec) -> Result<Box<dyn ModelRunner>, RunnerError> {
         Err(RunnerError("only the native runner can check what a draft model drafts".into()))
     }
-    /// Whether [`pool`](Self::pool) may be given an input part by part. False for models whose tokens
-    /// attend to later ones, or that pool over all rows.
+    /// Whether [`pool`](Self::pool) accepts an input in chunks. False for models whose tokens
+    /// attend to later tokens, or that pool over all rows.
     fn pools_in_chunks(&self) -> bool {
         true
     }
-    /// Computes the rows `rows` of an input that is to be embedded or scored. Inputs are computed one
-    /// after the other, the rows of each in order, whatever steps run in between. With its last row
-    /// it answers the pooled row (width), from behind the output norm: of a causal model the last
-    /// token's.
+    /// Computes the rows `rows` of an input that is to be embedded or scored. Inputs are computed
+    /// one after another, the rows of each in order; other steps may run in between. With the last
+    /// row it returns the pooled row, shape (width), after the output norm. For a causal model this
+    /// is the last token's row.
     fn pool(
         &mut self,
         input: &[Token],
         rows: Range<usize>,
         adapter: Option<AdapterId>,
     ) -> Result<Option<Vec<f32>>, RunnerError>;
-    /// [`pool`](Self::pool) of a whole input at once.
+    /// Pools a whole input at once (see [`pool`](Self::pool)).
     fn pooled(
         &mut self,
         input: &[Token],
@@ -161,10 +161,10 @@ pub trait ModelRunner {
     }
 }
 
-/// Loads the draft model for a loaded one, where there is to be one.
+/// Loads the draft model for a loaded target model, if the specification names one.
 ///
 /// # Errors
-/// If it cannot be loaded, or does not have the same tokens.
+/// If the draft model cannot be loaded, or if its vocabulary differs.
 pub fn load_draft(
     target: &dyn ModelRunner,
     spec: &LoadSpec,
@@ -194,7 +194,7 @@ pub fn load_draft(
     }
 }
 
-/// Loads the model and decodes one token, so that whatever breaks does so before anyone waits.
+/// Loads the model and decodes one token, so that failures appear before any request waits.
 pub fn load(spec: &LoadSpec) -> Result<Box<dyn ModelRunner>, RunnerError> {
     match spec.runner {
         RunnerKind::Native => match native::Native::load(spec) {

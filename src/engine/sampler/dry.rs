@@ -1,24 +1,24 @@
 //! DRY ("don't repeat yourself"): a penalty that grows exponentially with the length of the
 //! sequence that a token would repeat.
 //!
-//! After `llama_sampler_dry` in llama.cpp's `src/llama-sampler.cpp`, itself ported from
+//! Ported from `llama_sampler_dry` in llama.cpp's `src/llama-sampler.cpp`, itself ported from
 //! koboldcpp#982 (pi6am) and the original of p-e-w (text-generation-webui#5677).
 
 use crate::ipc::{SamplingParams, Token};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-/// Longest breaker text that counts, in bytes (llama.cpp's `MAX_CHAR_LEN`).
+/// Longest breaker text that is used, in bytes (llama.cpp's `MAX_CHAR_LEN`).
 pub const MAX_BREAKER_BYTES: usize = 40;
 /// Longest tail of a breaker, in tokens (llama.cpp's `MAX_SEQ_LEN`).
 pub const MAX_BREAKER_TOKENS: usize = 20;
 
-/// Every way in which the tokens of a text can cross the text `breaker`: a first token that holds
-/// it or ends with its beginning, and the tokens of what is left.
+/// All token sequences that can contain or overlap the text `breaker`: a first token that contains
+/// it or ends with its beginning, followed by the tokens of the remaining text.
 ///
-/// `pieces` gives every token of the vocabulary with its bytes, special tokens with their text;
-/// `tokenize` must neither add nor parse special tokens. Walks the whole vocabulary: keep the
-/// answer per breaker. llama.cpp's `get_overlapping_token_sequences`.
+/// `pieces` yields every token of the vocabulary with its bytes, special tokens with their text;
+/// `tokenize` must neither add nor parse special tokens. The function scans the whole vocabulary:
+/// cache the result per breaker. Corresponds to llama.cpp's `get_overlapping_token_sequences`.
 pub fn overlapping_sequences<'a>(
     breaker: &str,
     pieces: impl Iterator<Item = (Token, &'a [u8])>,
@@ -33,7 +33,7 @@ pub fn overlapping_sequences<'a>(
     if text.is_empty() {
         return found;
     }
-    // A tail starts where the head left off; a split inside a character has no tokenization.
+    // A tail starts where its head ends. A split inside a character has no tokenization.
     let tails: Vec<Option<Vec<Token>>> = (0..text.len())
         .map(|at| breaker[..end].get(at..).map(tokenize))
         .map(|tail| {
@@ -81,8 +81,8 @@ pub struct Dry {
 }
 
 impl Dry {
-    /// `None` where the parameters switch DRY off. `breakers` maps a breaker's text to the token
-    /// sequences that stand for it, head first (see [`overlapping_sequences`]).
+    /// Returns `None` if the parameters disable DRY. `breakers` maps a breaker's text to the token
+    /// sequences that represent it, head first (see [`overlapping_sequences`]).
     pub fn new(
         params: &SamplingParams,
         breakers: &dyn Fn(&str) -> Vec<Vec<Token>>,
@@ -117,13 +117,13 @@ impl Dry {
         })
     }
 
-    /// Tokens of history that [`apply`](Self::apply) looks at.
+    /// Number of history tokens that [`apply`](Self::apply) examines.
     pub fn lookback(&self) -> usize {
         self.last_n
     }
 
     /// Lowers the logits of tokens that would continue a repetition. `history` is prompt and
-    /// output, the newest token last. Linear in `dry_penalty_last_n`.
+    /// output, oldest token first. Linear in `dry_penalty_last_n`.
     pub fn apply(&self, logits: &mut [f32], history: &[Token], scratch: &mut DryScratch) {
         let recent = &history[history.len().saturating_sub(self.last_n)..];
         if recent.len() <= self.allowed_length {
@@ -135,8 +135,8 @@ impl Dry {
         }
         suffix_repeats(recent, limit, &mut scratch.repeats);
         scratch.longest.clear();
-        // `repeats[k]` tokens that end k back repeat the newest ones: the token after them, k - 1
-        // back, would continue the repetition.
+        // The `repeats[k]` tokens that end k tokens back equal the newest ones: the token after
+        // them, k - 1 back, would continue the repetition.
         for k in 1..recent.len() {
             let length = scratch.repeats[k];
             if length as usize >= self.allowed_length {
@@ -161,7 +161,7 @@ impl Dry {
         }
     }
 
-    /// Tokens since the newest breaker: no repetition reaches across one.
+    /// Number of tokens since the newest breaker: a repetition does not extend across a breaker.
     fn limit(&self, recent: &[Token]) -> usize {
         for back in 0..recent.len() {
             let at = recent.len() - 1 - back;
@@ -176,14 +176,14 @@ impl Dry {
     }
 }
 
-/// For each `k >= 1`: how many tokens, counted backwards, are equal at the end of `recent` and
-/// `k` tokens before it, at most `limit`. The Z-algorithm on the reversed history: linear time.
+/// For each `k >= 1`: the number of equal tokens, counted backwards, at the end of `recent` and `k`
+/// tokens before it, at most `limit`. The Z-algorithm on the reversed history: linear time.
 fn suffix_repeats(recent: &[Token], limit: usize, repeats: &mut Vec<u32>) {
     let n = recent.len();
     let back = |i: usize| recent[n - 1 - i];
     repeats.clear();
     repeats.resize(n, 0);
-    // The rightmost stretch found so far, [left, right), equals the beginning.
+    // The rightmost interval found so far, [left, right), equals the beginning.
     let (mut left, mut right) = (0, 0);
     for k in 1..n {
         let known = if k < right { (repeats[k - left] as usize).min(right - k) } else { 0 };
@@ -235,7 +235,7 @@ mod tests {
 
     #[test]
     fn the_example_of_llama_cpp() {
-        // a b c c b c y a b c: the last three tokens stand seven back too.
+        // a b c c b c y a b c: the last three tokens also occur seven tokens back.
         let recent = [0, 1, 2, 2, 1, 2, 9, 0, 1, 2];
         let mut repeats = Vec::new();
         suffix_repeats(&recent, recent.len(), &mut repeats);
@@ -261,15 +261,16 @@ mod tests {
             dry.apply(&mut logits, &history, &mut DryScratch::default());
             logits
         };
-        // 2 would extend three tokens to four, 9 two tokens to three.
+        // Token 2 would extend a repetition of three tokens to four, token 9 one of two tokens to
+        // three.
         let free = run(&dry(vec![]));
         assert_eq!((free[2], free[9], free[1]), (-2.0, -1.0, 0.0));
-        // A break after the last 0 leaves two tokens.
+        // A breaker after the last 0 leaves two tokens.
         let cut = run(&dry(vec![vec![0]]));
         assert_eq!((cut[2], cut[9]), (-1.0, -1.0));
-        // The same break spelled with two tokens leaves one: too short.
+        // A breaker of two tokens leaves one: too short.
         assert_eq!(run(&dry(vec![vec![0, 1]])), vec![0f32; 10]);
-        // A breaker itself is never penalized.
+        // A breaker token is never penalized.
         assert_eq!(run(&dry(vec![vec![9]]))[9], 0.0);
     }
 

@@ -3,15 +3,15 @@
 use super::{Scratch, numeric, select};
 use crate::ipc::Token;
 
-/// Reported in place of minus infinity, which JSON cannot say (OpenAI's own stand-in).
+/// Reported instead of minus infinity, which JSON cannot represent (OpenAI uses the same value).
 pub const LOGPROB_FLOOR: f32 = -9999.0;
 
-/// Natural log-softmax of the raw logits at `chosen`, and the `k` most likely tokens with theirs,
-/// most likely first, ties by lower id.
+/// Returns the natural log-softmax of the raw logits at `chosen`, and the `k` most probable tokens
+/// with their logprobs, most probable first, ties by lower id.
 ///
-/// Call it before [`Sampler::sample`](super::Sampler::sample), which changes the logits. A token
-/// that is impossible or outside the row has [`LOGPROB_FLOOR`]. Sums in `f64`; the result is
-/// within about 1e-6 of exact.
+/// Call it before [`Sampler::sample`](super::Sampler::sample), which modifies the logits. A token
+/// that is impossible or outside the row gets [`LOGPROB_FLOOR`]. Sums are in `f64`; the result is
+/// within about 1e-6 of the exact value.
 pub fn logprobs(
     logits: &[f32],
     chosen: Token,
@@ -21,7 +21,8 @@ pub fn logprobs(
     let max = numeric::max(logits);
     let log_sum = match max {
         max if max.is_finite() => f64::from(max) + numeric::weight(logits, max).ln(),
-        // Infinite logits share everything; of minus infinity and NaN alone nothing is possible.
+        // Infinite logits share the whole probability; a row of only minus infinity and NaN allows
+        // no token.
         max => f64::from(max),
     };
     let certain = -(logits.iter().filter(|&&x| x == f32::INFINITY).count().max(1) as f32).ln();

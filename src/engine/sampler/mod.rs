@@ -1,12 +1,13 @@
-//! Drawing the next token from a row of logits.
+//! Samples the next token from a row of logits.
 //!
 //! The stages and their order are those of [`SamplingParams`], llama.cpp's default chain: bias,
-//! grammar mask, penalties, DRY, top-k, typical-p, top-p, min-p, XTC, temperature, draw. The stages
-//! that cut see the distribution at temperature 1; each renormalizes over what the one before left.
+//! grammar mask, penalties, DRY, top-k, typical-p, top-p, min-p, XTC, temperature, draw. The
+//! truncating stages use the distribution at temperature 1; each renormalizes over the tokens that
+//! the previous stage kept.
 //!
 //! No stage sorts the vocabulary, and no call allocates once its buffers have grown. A draw depends
-//! on the logits and on (seed, choice, position) alone: the random number is a hash of those, and
-//! the surviving tokens are laid out in the order of their ids, however they were found.
+//! only on the logits and on (seed, choice, position): the random number is a hash of these, and
+//! the remaining tokens are always arranged in the order of their ids.
 
 mod dry;
 mod logprobs;
@@ -27,20 +28,20 @@ use penalties::Penalties;
 use rng::Stream;
 use select::Candidate;
 
-/// At or below this temperature the likeliest token is taken (vLLM's `_SAMPLING_EPS`).
+/// At or below this temperature sampling is greedy (vLLM's `_SAMPLING_EPS`).
 const GREEDY_BELOW: f32 = 1e-5;
-/// Candidate lists past this length go back into the row, where drawing needs no sort by id.
+/// Longer candidate lists are written back into the row, where drawing needs no sort by id.
 const SHORT_LIST: usize = 1024;
 
-/// Why no token can be drawn.
+/// The reason why no token can be sampled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SampleError {
-    /// Every logit is minus infinity or NaN: of the model, by bias, or under the grammar's mask.
+    /// Every logit is minus infinity or NaN, because of the model, the bias or the grammar's mask.
     #[error("no token is possible: all logits are masked or not a number")]
     NoToken,
 }
 
-/// Buffers that samplers share: one per thread that samples.
+/// Scratch buffers that samplers share: one per sampling thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
     keys: Vec<u64>,
@@ -64,17 +65,19 @@ pub struct Sampler {
     bias: Vec<(Token, f32)>,
     penalties: Penalties,
     dry: Option<Dry>,
-    /// The newest tokens of prompt and output, as many as the penalties look back on, or more.
+    /// The newest tokens of prompt and output; at least as many as the penalties look back on.
     history: Vec<Token>,
     lookback: usize,
 }
 
 impl Sampler {
-    /// `choice` is the index among the request's `n`; tokens at or past `vocab_size` are dropped
-    /// from the bias. `breakers` turns the text of a DRY sequence breaker into the token sequences
-    /// that stand for it (see [`overlapping_sequences`]); it is called only where DRY is on.
+    /// Creates a sampler. `choice` is the index among the request's `n`; biases of tokens at or
+    /// above `vocab_size` are dropped. `breakers` maps the text of a DRY sequence breaker to the
+    /// token sequences that represent it (see [`overlapping_sequences`]); it is called only if DRY
+    /// is on.
     ///
-    /// Values outside their range are taken as the neutral one: the gateway has refused them.
+    /// Values outside their range are replaced by the neutral value: the gateway has rejected them
+    /// before.
     pub fn new(
         params: &SamplingParams,
         choice: u32,
@@ -93,7 +96,7 @@ impl Sampler {
             top_p: or(params.top_p, 1.0),
             min_p: or(params.min_p, 0.0).min(1.0),
             xtc_probability: or(params.xtc_probability, 0.0),
-            // Zero would let only the least likely token of all live.
+            // With zero, only the least likely of all tokens would remain.
             xtc_threshold: or(params.xtc_threshold, 1.0).max(f32::MIN_POSITIVE),
             seed: params.seed,
             choice,
@@ -105,15 +108,15 @@ impl Sampler {
         }
     }
 
-    /// Takes the prompt in, once, before anything is sampled. Presence and frequency penalties
-    /// count the output only; the repetition penalty and DRY look at the prompt too.
+    /// Records the prompt. Call once, before sampling. Presence and frequency penalties count only
+    /// the output; the repetition penalty and DRY also use the prompt.
     pub fn accept_prompt(&mut self, tokens: &[Token]) {
         for &token in tokens {
             self.remember(token, false);
         }
     }
 
-    /// Takes in a token of the output; every one of them, in order.
+    /// Records a token of the output. Call for every output token, in order.
     pub fn accept(&mut self, token: Token) {
         self.remember(token, true);
     }
@@ -123,7 +126,7 @@ impl Sampler {
         if self.lookback == 0 {
             return;
         }
-        // Trimmed to half now and then, so that the newest tokens are always one slice.
+        // Trimmed to half occasionally, so that the newest tokens are always one slice.
         if self.history.len() >= self.lookback.saturating_mul(2).saturating_add(1024) {
             let old = self.history.len() - self.lookback;
             self.history.drain(..old);
@@ -131,15 +134,15 @@ impl Sampler {
         self.history.push(token);
     }
 
-    /// Draws the token at `position` of the sequence. Changes `logits`: what was ruled out before
-    /// the draw may be minus infinity afterwards.
+    /// Samples the token at `position` of the sequence. Modifies `logits`: excluded tokens may be
+    /// minus infinity afterwards.
     ///
-    /// `mask` is a bit per token, low bits first; tokens past its end are forbidden. NaN counts as
-    /// minus infinity, and plus infinity wins outright. The token is not taken in: call
-    /// [`accept`](Self::accept) with what the sequence goes on with.
+    /// `mask` has one bit per token, low bits first; tokens beyond its end are forbidden. NaN
+    /// counts as minus infinity; plus infinity always wins. The token is not recorded: call
+    /// [`accept`](Self::accept) with the token that the sequence continues with.
     ///
     /// # Errors
-    /// [`SampleError::NoToken`] where no logit is above minus infinity.
+    /// [`SampleError::NoToken`] if no logit is above minus infinity.
     pub fn sample(
         &mut self,
         logits: &mut [f32],
@@ -172,9 +175,10 @@ impl Sampler {
         Ok(self.draw_candidate(logits, u, scratch))
     }
 
-    /// Which of the cutting stages act at this position.
+    /// The truncating stages that are active at this position.
     fn cuts(&self, vocab_size: usize, position: u64) -> Cuts {
-        // As in llama.cpp, above a half at most one token can qualify, so nothing would change.
+        // As in llama.cpp: above one half at most one token can qualify, so XTC would have no
+        // effect.
         let xtc = self.xtc_probability > 0.0
             && self.xtc_threshold <= 0.5
             && rng::uniform(self.seed, self.choice, position, Stream::Xtc)
@@ -188,7 +192,7 @@ impl Sampler {
         }
     }
 
-    /// Fills `scratch.candidates` with what the cutting stages leave, in any order.
+    /// Fills `scratch.candidates` with the tokens that the truncating stages keep, in any order.
     fn cut(&self, logits: &[f32], max: f32, cuts: &Cuts, scratch: &mut Scratch) {
         let list = &mut scratch.candidates;
         list.clear();
@@ -202,7 +206,7 @@ impl Sampler {
             nucleus_done = self.nucleus(logits, max, cuts, &mut scratch.keys, list);
         } else {
             let floor = match cuts {
-                // Min-p alone looks at the ratio to the best only.
+                // Min-p without typical-p depends only on the ratio to the most probable token.
                 Cuts { min_p: true, typical: false, .. } => select::min_p_floor(max, self.min_p),
                 _ => f32::NEG_INFINITY,
             };
@@ -222,9 +226,10 @@ impl Sampler {
         }
     }
 
-    /// Top-p over the whole row: tries the best few first, which is nearly always enough, then
-    /// more. Where it does not end the list within those, the list is the whole row (as far as
-    /// min-p would let it live) and the answer is false: top-p is still to do.
+    /// Top-p over the whole row: tries the most probable tokens first, which are nearly always
+    /// enough, then more. If top-p does not end within these, the list becomes the whole row
+    /// (except tokens that min-p excludes) and the function returns false: top-p still has to be
+    /// applied.
     fn nucleus(
         &self,
         logits: &[f32],
@@ -234,7 +239,7 @@ impl Sampler {
         list: &mut Vec<Candidate>,
     ) -> bool {
         let mass = f64::from(self.top_p) * numeric::weight(logits, max);
-        // Where min-p ends the sorted list before top-p does, the rest need not be looked at.
+        // If min-p ends the sorted list before top-p does, the remaining tokens are not needed.
         let floor =
             if cuts.min_p { select::min_p_floor(max, self.min_p) } else { f32::NEG_INFINITY };
         for size in [256, 4096] {
@@ -292,7 +297,7 @@ impl Sampler {
     }
 }
 
-/// The cutting stages that act on one draw.
+/// The truncating stages that are active for one draw.
 struct Cuts {
     top_k: bool,
     typical: bool,
@@ -307,16 +312,16 @@ impl Cuts {
     }
 }
 
-/// Every token at or above `floor` that has any weight.
+/// Collects every token at or above `floor` whose weight is not zero.
 fn collect_above(logits: &[f32], floor: f32, max: f32, list: &mut Vec<Candidate>) {
     const STRIDE: usize = 64;
-    // e^-87 is the end of `f32`.
+    // e^-87 is near the smallest normal `f32`.
     let floor = floor.max(max - 87.0);
     for (i, chunk) in logits.chunks(STRIDE).enumerate() {
         if !chunk.iter().fold(false, |any, &x| any | (x >= floor)) {
             continue;
         }
-        // All exponentials of the chunk at once: that vectorizes, one at a time does not.
+        // All exponentials of the chunk are computed together: that vectorizes, single ones do not.
         let mut weights = [0f32; STRIDE];
         for (weight, &logit) in weights.iter_mut().zip(chunk) {
             *weight = numeric::exp_nonpositive(logit - max);

@@ -1,15 +1,15 @@
 //! Passes over a whole row of logits, written so that LLVM vectorizes them.
 //!
-//! Sums run over fixed lanes of fixed blocks, so a result does not depend on the vector width of
-//! the CPU. NaN counts as minus infinity throughout: every comparison is written so that a NaN
-//! loses it.
+//! Sums run over fixed lanes of fixed blocks, so a result does not depend on the CPU's vector
+//! width. NaN counts as minus infinity throughout: every comparison is written so that it is false
+//! for NaN.
 
-/// Logits per block: small enough to stay in the first-level cache, large enough to amortise the
-/// reduction over lanes.
+/// Logits per block: few enough to stay in the L1 cache, enough to amortise the reduction over
+/// lanes.
 pub const BLOCK: usize = 1024;
 const LANES: usize = 16;
 
-/// Below this the exponential counts as zero; the smallest normal `f32` is about e^-87.3.
+/// Below this argument the exponential is zero; the smallest normal `f32` is about e^-87.3.
 const EXP_MIN: f32 = -87.0;
 
 /// `e^x` for `x <= 0`, within 2e-7 relative; 0 below -87 and for NaN.
@@ -19,7 +19,7 @@ const EXP_MIN: f32 = -87.0;
 /// gives the same bits on every target.
 #[inline(always)]
 pub fn exp_nonpositive(x: f32) -> f32 {
-    // 1.5 * 2^23: adding it rounds to an integer, which then lies in the low bits.
+    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
@@ -38,7 +38,7 @@ pub fn exp_nonpositive(x: f32) -> f32 {
     if x >= EXP_MIN { p * scale } else { 0.0 }
 }
 
-/// Largest logit; minus infinity for an empty row and one of NaN only.
+/// Returns the largest logit; minus infinity for an empty row or a row of only NaN.
 pub fn max(logits: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let chunks = logits.chunks_exact(LANES);
@@ -55,8 +55,8 @@ pub fn max(logits: &[f32]) -> f32 {
     best
 }
 
-/// Position of the largest logit, the lowest one of equals. `None` where all are minus infinity
-/// or NaN.
+/// Returns the index of the largest logit, the lowest one of equals; `None` if all are minus
+/// infinity or NaN.
 pub fn argmax(logits: &[f32]) -> Option<usize> {
     let mut best = f32::NEG_INFINITY;
     let mut block = 0;
@@ -95,16 +95,16 @@ fn block_weight(block: &[f32], max: f32, scale: f32) -> f32 {
     sum
 }
 
-/// Sum of `exp(x - max)` over the row: the softmax's denominator. `max` must be finite and no
+/// Sum of `exp(x - max)` over the row: the denominator of the softmax. `max` must be finite and not
 /// less than any logit.
 pub fn weight(logits: &[f32], max: f32) -> f64 {
     logits.chunks(BLOCK).map(|b| f64::from(block_weight(b, max, 1.0))).sum()
 }
 
 /// Draws from `softmax(logits * scale)` by inverting the cumulative distribution in the order of
-/// ids: one exponential per logit, plus those of the block that is hit.
+/// ids. Costs one exponential per logit, plus those of the selected block.
 ///
-/// `u` is uniform in `[0, 1)`; `max` is the finite largest logit; `blocks` is scratch.
+/// `u` is uniform in `[0, 1)`; `max` is the largest logit and finite; `blocks` is scratch.
 pub fn draw(logits: &[f32], max: f32, scale: f32, u: f64, blocks: &mut Vec<f64>) -> usize {
     blocks.clear();
     let mut total = 0f64;
@@ -113,7 +113,7 @@ pub fn draw(logits: &[f32], max: f32, scale: f32, u: f64, blocks: &mut Vec<f64>)
         blocks.push(total);
     }
     let target = u * total;
-    // The last block with any weight stands in where rounding puts the target past the end.
+    // If rounding puts the target beyond the end, use the last block with nonzero weight.
     let hit = blocks.partition_point(|&cumulative| cumulative <= target);
     let hit = hit.min(blocks.partition_point(|&cumulative| cumulative < total));
     let before = if hit == 0 { 0.0 } else { blocks[hit - 1] };
@@ -133,7 +133,7 @@ pub fn draw(logits: &[f32], max: f32, scale: f32, u: f64, blocks: &mut Vec<f64>)
     last
 }
 
-/// Forbids every token whose bit is not set; tokens past the mask's end are forbidden too.
+/// Forbids every token whose bit is not set, and tokens beyond the mask's end.
 pub fn apply_mask(logits: &mut [f32], mask: &[u32]) {
     let covered = logits.len().min(mask.len().saturating_mul(32));
     let (inside, outside) = logits.split_at_mut(covered);

@@ -1,14 +1,14 @@
-//! Logit bias, and the penalties on what has been said already.
+//! Logit bias, and the penalties on tokens that have already occurred.
 //!
-//! Two definitions of "already" live side by side, as in vLLM and llama.cpp:
+//! The penalties count occurrences in two ways, as in vLLM and llama.cpp:
 //! - *repetition* (Keskar et al., "CTRL", arXiv:1909.05858, with llama.cpp's fix of multiplying
-//!   negative logits) looks at prompt and output, at most `penalty_window` tokens back;
-//! - *presence* and *frequency* are OpenAI's: they count the output only, all of it.
+//!   negative logits) counts prompt and output, at most `penalty_window` tokens back;
+//! - *presence* and *frequency* are OpenAI's: they count the whole output and nothing else.
 
 use crate::ipc::{SamplingParams, Token};
 use std::collections::HashMap;
 
-/// How often one token has occurred.
+/// Number of occurrences of one token.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Count {
     /// In prompt and output, within the window.
@@ -17,19 +17,19 @@ struct Count {
     output: u32,
 }
 
-/// The logit penalties of one sequence; keeps nothing where all of them are neutral.
+/// The logit penalties of one sequence; stores nothing if all of them are neutral.
 #[derive(Debug, Clone)]
 pub struct Penalties {
     repetition: f32,
     frequency: f32,
     presence: f32,
-    /// Tokens that repetition looks back on; `usize::MAX` is all.
+    /// Number of tokens that repetition looks back on; `usize::MAX` for all.
     window: usize,
     counts: HashMap<Token, Count>,
 }
 
 impl Penalties {
-    /// Values that make no sense (NaN, a repetition penalty of zero or less) count as neutral.
+    /// Invalid values (NaN, a repetition penalty of zero or less) count as neutral.
     pub fn new(params: &SamplingParams) -> Self {
         let sane = |x: f32| if x.is_finite() { x } else { 0.0 };
         let repetition = params.repetition_penalty;
@@ -45,7 +45,7 @@ impl Penalties {
         }
     }
 
-    /// Tokens of history that the window needs to know what leaves it; 0 where none does.
+    /// Number of history tokens needed to know which tokens leave the window; 0 if none do.
     pub fn lookback(&self) -> usize {
         if self.repeats() && self.window != usize::MAX { self.window } else { 0 }
     }
@@ -58,8 +58,8 @@ impl Penalties {
         self.frequency != 0.0 || self.presence != 0.0
     }
 
-    /// Takes one token in. `history` is what came before it, of which the last
-    /// [`lookback`](Self::lookback) tokens are complete.
+    /// Counts a token. `history` is the tokens before it, of which the last
+    /// [`lookback`](Self::lookback) must be complete.
     pub fn accept(&mut self, token: Token, history: &[Token], is_output: bool) {
         let output = is_output && self.counts_output();
         let repeats = self.repeats();
@@ -80,9 +80,9 @@ impl Penalties {
         }
     }
 
-    /// Lowers the logits of counted tokens; touches no others.
+    /// Lowers the logits of counted tokens; leaves the others unchanged.
     pub fn apply(&self, logits: &mut [f32]) {
-        // Every token is changed on its own, so the map's order does not matter.
+        // Each token is changed independently, so the map's order does not matter.
         for (&token, count) in &self.counts {
             let Some(logit) = logits.get_mut(token as usize) else { continue };
             if count.window > 0 {

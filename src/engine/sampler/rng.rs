@@ -1,6 +1,7 @@
-//! A counter-based random number: no state, so a draw depends on its key and on nothing else.
+//! A counter-based random number generator without state: a number depends only on its key.
 
-/// Independent streams of one position, so that a stage that draws does not shift another's draw.
+/// Independent random streams of one position, so that a draw in one stage does not change
+/// another's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stream {
     /// The draw of the token itself.

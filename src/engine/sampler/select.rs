@@ -1,16 +1,16 @@
-//! Picking the best few of a row without sorting it, and the stages that work on such a list.
+//! Selects the largest logits of a row without sorting it, and implements the stages on such lists.
 
 use super::numeric::exp_nonpositive;
 use crate::ipc::Token;
 
-/// One token that is still in the running.
+/// A token that has not been excluded.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Candidate {
     pub id: Token,
     pub logit: f32,
     /// `exp(logit - max)`, not normalized.
     pub weight: f32,
-    /// What the current stage sorts by, smallest first.
+    /// The sort key of the current stage, smallest first.
     key: f32,
 }
 
@@ -19,16 +19,16 @@ impl Candidate {
         Self::weighed(id, logit, exp_nonpositive(logit - max))
     }
 
-    /// With a weight that is known already.
+    /// Creates a candidate whose weight is already known.
     pub fn weighed(id: Token, logit: f32, weight: f32) -> Self {
         Self { id, logit, weight, key: -logit }
     }
 }
 
-/// A logit and its token packed so that a larger integer is a better candidate: a larger logit or,
+/// Packs a logit and its token so that a larger integer is a better candidate: a larger logit or,
 /// among equals, a lower id.
 fn pack(logit: f32, id: Token) -> u64 {
-    // Adding zero turns -0.0 into 0.0; then flip so that the bits sort as the numbers do.
+    // Adding zero turns -0.0 into 0.0. Then bits are flipped so that they sort like the numbers.
     let bits = (logit + 0.0).to_bits();
     let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
     u64::from(ordered) << 32 | u64::from(!id)
@@ -40,10 +40,11 @@ fn unpack(packed: u64) -> (f32, Token) {
     (f32::from_bits(bits), !(packed as u32))
 }
 
-/// The `m` best tokens, best first, ties by lower id; fewer where fewer are above minus infinity.
+/// The `m` largest logits, largest first, ties by lower id; fewer if fewer are above minus
+/// infinity.
 ///
-/// One pass with a rising threshold: a buffer of `2m` is cut back to its best `m` whenever it is
-/// full, so the work is linear in the row whatever its order.
+/// One pass with a rising threshold: a buffer of `2m` entries is reduced to its best `m` whenever
+/// it is full, so the work is linear in the row in any order.
 pub fn top<'a>(
     logits: &[f32],
     m: usize,
@@ -88,9 +89,9 @@ fn by_key(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     a.key.total_cmp(&b.key).then(a.id.cmp(&b.id))
 }
 
-/// Keeps the shortest prefix, in the order of keys, that weighs at least `mass`; at least one
-/// candidate. No sort: a histogram of the keys finds the narrow range in which the prefix ends,
-/// and a selection by halves finds the end within that. Linear time.
+/// Keeps the shortest prefix, in the order of keys, whose weight is at least `mass`; at least one
+/// candidate. Linear time without a sort: a histogram of the keys finds the narrow range in which
+/// the prefix ends, and selection by halves finds the end within that range.
 fn keep_mass(candidates: &mut Vec<Candidate>, mass: f64) {
     const SORT_BELOW: usize = 128;
     let (mut start, mut end, mut need) = (0, candidates.len(), mass);
@@ -120,8 +121,9 @@ fn keep_mass(candidates: &mut Vec<Candidate>, mass: f64) {
 
 const BUCKETS: usize = 1024;
 
-/// Moves the candidates before the bucket of keys in which the prefix of weight `mass` ends to the
-/// front, then those of the bucket. Gives the bucket's range and the mass that is needed of it.
+/// Moves the candidates before the bucket in which the prefix of weight `mass` ends to the front,
+/// followed by that bucket's candidates. Returns the bucket's range and the mass still needed from
+/// it.
 fn narrow(candidates: &mut Vec<Candidate>, mass: f64) -> (usize, usize, f64) {
     let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
     for c in candidates.iter() {
@@ -129,7 +131,7 @@ fn narrow(candidates: &mut Vec<Candidate>, mass: f64) -> (usize, usize, f64) {
         high = if c.key > high { c.key } else { high };
     }
     let scale = (BUCKETS - 1) as f32 / (high - low).max(f32::MIN_POSITIVE);
-    // Conversion saturates; keys in order give buckets in order.
+    // The conversion saturates; sorted keys give sorted buckets.
     let bucket = |c: &Candidate| (((c.key - low) * scale) as usize).min(BUCKETS - 1);
     let mut weights = [0f64; BUCKETS];
     for c in candidates.iter() {
@@ -153,8 +155,8 @@ fn narrow(candidates: &mut Vec<Candidate>, mass: f64) -> (usize, usize, f64) {
     (start, candidates.len(), need)
 }
 
-/// Nucleus sampling: the fewest most likely tokens whose probability reaches `p` (Holtzman et al.,
-/// arXiv:1904.09751).
+/// Nucleus sampling: keeps the fewest most probable tokens whose total probability reaches `p`
+/// (Holtzman et al., arXiv:1904.09751).
 pub fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
     for c in candidates.iter_mut() {
         c.key = -c.logit;
@@ -163,12 +165,12 @@ pub fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
     keep_mass(candidates, mass);
 }
 
-/// Locally typical sampling: the fewest tokens whose surprise is nearest to the entropy and whose
-/// probability reaches `p` (Meister et al., arXiv:2202.00666).
+/// Locally typical sampling: keeps the fewest tokens with surprise nearest to the entropy whose
+/// total probability reaches `p` (Meister et al., arXiv:2202.00666).
 pub fn typical_p(candidates: &mut Vec<Candidate>, p: f32, max: f32) {
     let sum = total(candidates);
     let log_sum = sum.ln();
-    // Surprise of a token is log_sum - (logit - max); the entropy is its mean.
+    // A token's surprise is log_sum - (logit - max); the entropy is its mean.
     let mean: f64 = candidates
         .iter()
         .map(|c| f64::from(c.weight) * f64::from((c.logit - max).max(-87.0)))
@@ -181,7 +183,8 @@ pub fn typical_p(candidates: &mut Vec<Candidate>, p: f32, max: f32) {
     keep_mass(candidates, f64::from(p) * sum);
 }
 
-/// Keeps tokens at least `p` times as likely as the likeliest (Nguyen et al., arXiv:2407.01082).
+/// Keeps tokens at least `p` times as probable as the most probable (Nguyen et al.,
+/// arXiv:2407.01082).
 pub fn min_p(candidates: &mut Vec<Candidate>, p: f32) {
     let best = candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.logit));
     let floor = min_p_floor(best, p);
@@ -193,9 +196,9 @@ pub fn min_p_floor(max: f32, p: f32) -> f32 {
     max + p.clamp(0.0, 1.0).ln()
 }
 
-/// "Exclude top choices": of the tokens with at least `threshold` probability, all but the least
-/// likely go (llama.cpp's `llama_sample_xtc_apply`; text-generation-webui#6335). Leaves a list
-/// with fewer than two such tokens as it is.
+/// "Exclude top choices": of the tokens with at least `threshold` probability, removes all but the
+/// least probable (llama.cpp's `llama_sample_xtc_apply`; text-generation-webui#6335). Does not
+/// change a list with fewer than two such tokens.
 pub fn xtc(candidates: &mut Vec<Candidate>, threshold: f32) {
     let floor = f64::from(threshold) * total(candidates);
     let above = |c: &Candidate| f64::from(c.weight) >= floor;
@@ -252,7 +255,7 @@ mod tests {
             let max = logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
             let list: Vec<Candidate> = logits.iter().zip(0..)
                 .map(|(&x, i)| Candidate::new(i, x, max)).collect();
-            // Halves of a sum round differently, so stay off a boundary.
+            // Different summation orders round differently, so avoid a boundary.
             let mass = f64::from(p) * total(&list) + 1e-7;
             let mut sorted = list.clone();
             sorted.sort_by(by_key);

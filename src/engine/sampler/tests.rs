@@ -1,4 +1,5 @@
-//! The sampler against a slow oracle: full sorts in `f64`, penalties from the whole history.
+//! Tests of the sampler against a slow oracle: full sorts in `f64`, penalties from the whole
+//! history.
 
 use super::*;
 use proptest::prelude::*;
@@ -7,7 +8,7 @@ fn sampler(params: &SamplingParams, vocab: usize) -> Sampler {
     Sampler::new(params, 0, vocab, &|_| vec![vec![0]])
 }
 
-/// Logits with bias, mask and penalties applied, from first principles.
+/// The logits with bias, mask and penalties applied, computed in the simplest way.
 fn penalized(
     params: &SamplingParams,
     prompt: &[Token],
@@ -46,7 +47,7 @@ fn penalized(
     row
 }
 
-/// The only breaker is token 0.
+/// The DRY penalty of `token`; the only breaker is token 0.
 fn dry_penalty(params: &SamplingParams, recent: &[Token], token: Token) -> f32 {
     let since_breaker = recent.iter().rev().take_while(|&&t| t != 0).count();
     let allowed = params.dry_allowed_length as usize;
@@ -68,7 +69,7 @@ fn dry_penalty(params: &SamplingParams, recent: &[Token], token: Token) -> f32 {
     }
 }
 
-/// `(token, probability)` after all cuts, at temperature 1, in the order of probability.
+/// `(token, probability)` after all truncating stages, at temperature 1, most probable first.
 fn cut(params: &SamplingParams, row: &[f32], xtc: bool) -> Vec<(Token, f64)> {
     let mut list: Vec<(Token, f64)> = row
         .iter()
@@ -121,7 +122,7 @@ fn cut(params: &SamplingParams, row: &[f32], xtc: bool) -> Vec<(Token, f64)> {
     list
 }
 
-/// The draw of `u` in the order of ids.
+/// The token drawn with the random number `u`, in the order of ids.
 fn draw(list: &[(Token, f64)], temperature: f32, u: f64) -> Token {
     let mut list: Vec<(Token, f64)> =
         list.iter().map(|&(id, p)| (id, p.powf(1.0 / f64::from(temperature)))).collect();
@@ -137,7 +138,8 @@ fn draw(list: &[(Token, f64)], temperature: f32, u: f64) -> Token {
     list[list.len() - 1].0
 }
 
-/// All answers within the rounding of `f32`: every threshold and the draw, moved a little.
+/// All tokens possible within the rounding of `f32`: every threshold and the draw are varied
+/// slightly.
 fn answers(params: &SamplingParams, row: &[f32], position: u64) -> Vec<Token> {
     let u = rng::uniform(params.seed, 0, position, Stream::Token);
     let xtc = params.xtc_probability > 0.0
@@ -312,7 +314,7 @@ proptest! {
     }
 }
 
-/// Chi-square of observed counts, which must stay near its degrees of freedom.
+/// Asserts that the chi-square of the observed counts is near its degrees of freedom.
 fn assert_fits(counts: &[f64], probabilities: &[f64]) {
     let n: f64 = counts.iter().sum();
     let (mut chi, mut bins) = (0.0, 0.0);

@@ -1,17 +1,18 @@
-//! How many tokens are drafted.
+//! Decides how many drafted tokens a step computes.
 //!
-//! A drafted row is worth computing while it raises the tokens per second that the decoding
-//! sequences get: while `chance / row > tokens / step`, the chance being the sequence's own estimate
-//! that the row's token stands, and the seconds measured. One stream on a machine that waits for its
-//! memory can afford long shots; in a full batch a row costs as much as it could gain, and nothing
-//! is drafted.
+//! A drafted row is worth computing while it raises the tokens per second of the decoding
+//! sequences: while `chance / row > tokens / step`. `chance` is the sequence's own estimate that
+//! the drafted token is accepted; `row` and `step` are measured seconds. With one sequence on a
+//! machine limited by memory bandwidth, even unlikely drafts pay off; in a full batch a row costs
+//! as much as it could gain, and nothing is drafted.
 //!
-//! What is forced or copied costs nothing to come up with. A draft model takes a pass for every token,
-//! which is added to the row's seconds; it is asked after the others, where it promises more.
+//! Tokens that a grammar forces or that are copied by prompt lookup cost nothing to propose. A
+//! draft model takes one pass per token, whose time is added to the row's seconds; it runs after
+//! the other proposers, for sequences where it promises more.
 //!
-//! Drafts take what is left: of the step's tokens when everyone has had their rows, and of the pages
-//! when everyone has what they need. After the step they give their pages back, so nobody is ever
-//! put back for one.
+//! Drafts use only what is left over: of the step's token budget after every sequence has its rows,
+//! and of the pages after every sequence has those it needs. Their pages are released after the
+//! step, so no sequence is ever preempted for a draft.
 
 use super::{Plan, Scheduler};
 use crate::engine::cost::Pace;
@@ -21,11 +22,11 @@ use crate::engine::sequence::{SeqKey, Sequence};
 use crate::engine::speculate::DraftModel;
 use crate::ipc::Speculate;
 
-/// After a step without, a draft must be so many times worth its rows.
+/// After a step without drafts, a draft must be worth this many times the cost of its rows.
 const RELUCTANCE: f32 = 1.25;
 
 impl Scheduler {
-    /// Gives rows to drafts, as far as the step has some left.
+    /// Gives rows to drafts, as far as the step has rows left.
     pub fn draft(&mut self, plan: &mut Plan, kv: &mut KvCache, model: Option<&mut DraftModel>) {
         if self.limits.speculate == Speculate::Off || plan.decoding == 0 {
             return;
@@ -55,7 +56,7 @@ impl Scheduler {
         }
     }
 
-    /// Lets everyone who decodes draft by what costs nothing: what is forced, and what is copied.
+    /// Lets every decoding sequence propose the tokens that cost nothing: forced and copied ones.
     fn propose(&mut self, plan: &Plan) {
         for work in &plan.work {
             let sequence = &mut self.running[work.index];
@@ -67,7 +68,8 @@ impl Scheduler {
         }
     }
 
-    /// Lets the model draft where that raises the pace further. Seconds that it takes.
+    /// Lets the draft model propose tokens if that raises the pace further. Returns the seconds
+    /// that its passes take.
     fn consult(
         &mut self,
         model: &mut DraftModel,
@@ -93,7 +95,8 @@ impl Scheduler {
         model.draft(draftees, pace, plan.spare)
     }
 
-    /// For each drafted token the chance that it stands, and its place in the plan; likeliest first.
+    /// For each drafted token, the probability that it is accepted and the index of its sequence in
+    /// the plan; most probable first.
     fn chances(&self, plan: &Plan) -> Vec<(f32, usize)> {
         let mut chances = Vec::new();
         for (at, work) in plan.work.iter().enumerate() {
@@ -104,12 +107,12 @@ impl Scheduler {
                 chances.extend(speculation.chances().map(|chance| (chance, at)));
             }
         }
-        // Stable: a draft's tokens stay in their order.
+        // The sort is stable: a draft's tokens keep their order.
         chances.sort_by(|(a, _), (b, _)| b.total_cmp(a));
         chances
     }
 
-    /// How many of the rows, likeliest first, raise the tokens per second of a step.
+    /// Number of rows, most probable first, that raise the tokens per second of a step.
     fn worth_computing(&mut self, mut pace: Pace, chances: &[(f32, usize)]) -> usize {
         let reluctance = if self.drafting { 1.0 } else { RELUCTANCE };
         let gains = |&&(chance, _): &&(f32, usize)| {
@@ -122,8 +125,8 @@ impl Scheduler {
         count
     }
 
-    /// A sequence has been given so many tokens in this step. Whether the newest is as drafted, so
-    /// that the row after it stands, and others may share it.
+    /// Whether the newest of the `given` tokens of this step equals the drafted one. If so, the
+    /// logits of the following row are valid and its page can be shared.
     pub fn stands(&mut self, key: SeqKey, given: usize, kv: &mut KvCache) -> bool {
         let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.key == key) else {
             return false;
@@ -141,7 +144,7 @@ impl Scheduler {
         true
     }
 
-    /// Takes back the rows of a sequence's draft that did not stand.
+    /// Discards the rows of a sequence's draft that were rejected.
     pub fn roll_back(&mut self, key: SeqKey, kv: &mut KvCache) {
         let Some(sequence) = self.running.iter_mut().find(|s| s.key == key) else { return };
         if let Some(pages) = &mut sequence.pages {
@@ -150,8 +153,8 @@ impl Scheduler {
     }
 }
 
-/// How much of a draft there are pages for. Cached pages may go for it: its sequence would take
-/// them a few tokens later.
+/// Number of drafted tokens that have pages. Cached pages may be evicted for a draft: its sequence
+/// would need those pages a few tokens later anyway.
 fn with_room(sequence: &mut Sequence, drafted: usize, kv: &mut KvCache) -> usize {
     let length = sequence.tokens.len();
     let Some(pages) = &mut sequence.pages else { return 0 };

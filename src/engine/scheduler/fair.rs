@@ -1,15 +1,15 @@
 //! Fairness between keys: virtual token counters (Sheng et al., "Fairness in Serving Large
 //! Language Models", OSDI 2024).
 //!
-//! Every key is charged for the tokens it is served; the key with the smallest counter goes first.
-//! A key that comes back from idleness is lifted to the smallest counter among the active ones,
-//! so that having been away earns no credit.
+//! Every key is charged for the tokens that it is served; the key with the smallest counter is
+//! served first. When an idle key becomes active, its counter is raised to the smallest counter of
+//! the active keys, so that idle time earns no credit.
 
 use std::collections::HashMap;
 
-/// A token of output costs about as much as this many of prompt.
+/// One output token is charged as this many prompt tokens.
 const OUTPUT_WEIGHT: f64 = 4.0;
-/// Counters of keys long gone are dropped beyond this many.
+/// Beyond this many keys, the counters of inactive keys are dropped.
 const MAX_KEYS: usize = 4096;
 
 #[derive(Debug, Default)]
@@ -18,7 +18,7 @@ pub struct FairShares {
 }
 
 impl FairShares {
-    /// A request of `key` arrives; `active` are the keys that have requests already.
+    /// Records the arrival of a request of `key`; `active` are the keys that already have requests.
     pub fn arrive(&mut self, key: u64, active: impl Iterator<Item = u64>) {
         let mut floor = f64::INFINITY;
         for other in active {
@@ -40,8 +40,9 @@ impl FairShares {
         self.counters.get(&key).copied().unwrap_or(0.0)
     }
 
-    /// Where requests stand when served one after another: at their key's counter, those of the
-    /// key that come before them (a key, and the length of a prompt, each) already charged.
+    /// The counter at which each request would be served, if the requests are served in this order.
+    /// A request is given as its key and its prompt length; earlier requests of a key are charged
+    /// before later ones.
     pub fn places(&self, requests: impl Iterator<Item = (u64, usize)>) -> Vec<u64> {
         let mut counters = HashMap::new();
         let mut place = |(key, prompt): (u64, usize)| {

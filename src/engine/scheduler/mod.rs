@@ -1,9 +1,10 @@
-//! Who gets rows in the next step.
+//! Decides which sequences get rows in the next step.
 //!
-//! Decode first, then chunks of prefill under a token budget, then what is worth drafting (`drafts`). Who may
-//! enter is decided in `queue`.
-//! When the cache is full, the sequence that is least in the right is put back and
-//! computed again later. Where the runner cannot mix adapters, groups take turns.
+//! Decoding sequences come first, then chunks of prefill under a token budget, then drafts that are
+//! worth their cost (`drafts`). `queue` decides which waiting sequences enter.
+//!
+//! When the cache is full, the sequence that ranks lowest is preempted and computed again later. If
+//! the runner cannot mix adapters in a batch, the adapters' groups take turns.
 
 mod drafts;
 mod fair;
@@ -22,7 +23,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// How long one adapter's requests have the runner while others wait.
+/// How long one adapter's group uses the runner while other groups wait.
 const QUANTUM: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Clone, Copy)]
@@ -30,7 +31,7 @@ pub struct Limits {
     pub max_sequences: usize,
     pub batch_tokens: usize,
     pub target_step: Duration,
-    /// What a step of one row took when the model was loaded.
+    /// Measured duration of a one-row step at model load.
     pub first_step: Duration,
     pub queue_limit: usize,
     pub mixes_adapters: bool,
@@ -44,9 +45,9 @@ pub struct Work {
     pub index: usize,
     pub rows: usize,
     pub wants: Wants,
-    /// The last row's logits give the next token.
+    /// The next token is sampled from the last row's logits.
     pub samples: bool,
-    /// Further rows, of tokens that the sequence's speculation has drafted.
+    /// Further rows, of the sequence's drafted tokens.
     pub drafted: usize,
 }
 
@@ -55,11 +56,11 @@ pub struct Work {
 pub struct Plan {
     pub work: Vec<Work>,
     pub adapter: Option<AdapterId>,
-    /// Sequences that got their pages for this step, with the tokens found in the cache.
+    /// Sequences that got their pages for this step, with the number of cached tokens.
     pub admitted: Vec<(RequestId, usize)>,
     pub decoding: usize,
     pub prefill: usize,
-    /// Rows that are left for drafts.
+    /// Rows of the token budget that are left for drafts.
     pub spare: usize,
 }
 
@@ -69,22 +70,22 @@ pub struct Scheduler {
     pub running: Vec<Sequence>,
     shares: FairShares,
     cost: CostModel,
-    /// The last drafts were found worth their rows.
+    /// The last drafts were worth their rows.
     drafting: bool,
-    /// Whose turn it is, since when, and when each group had its last.
+    /// The group whose turn it is, the start of its turn, and the last turn of each group.
     group: Option<AdapterId>,
     group_since: Instant,
     last_turn: BTreeMap<Option<AdapterId>, u64>,
     turns: u64,
     pub preemptions: u64,
-    /// Prompt tokens looked up and found.
+    /// Prompt tokens looked up in the prefix cache, and tokens found.
     pub prefix_queries: u64,
     pub prefix_hits: u64,
-    /// Drafts computed, tokens in them, and those that stood.
+    /// Drafts computed, tokens in them, and accepted tokens.
     pub drafts: u64,
     pub drafted_tokens: u64,
     pub accepted_tokens: u64,
-    /// Those of them that the draft model came up with.
+    /// The drafted and accepted tokens that came from the draft model.
     pub modelled_tokens: u64,
     pub accepted_modelled: u64,
 }
@@ -127,7 +128,7 @@ impl Scheduler {
         self.waiting.push(sequence);
     }
 
-    /// The next step without drafts; empty when nobody can run.
+    /// The plan of the next step, without drafts; empty if no sequence can run.
     pub fn schedule(&mut self, kv: &mut KvCache) -> Plan {
         let mut plan = Plan::default();
         self.admit(kv, &mut plan);
@@ -164,8 +165,8 @@ impl Scheduler {
             plan.work.push(Work { index, rows, wants, samples, drafted: 0 });
         }
         plan.spare = budget;
-        // Rows of one adapter together; and llama.cpp's streams compute neighbouring slots in one
-        // graph, others one after the other.
+        // Keeps the rows of one adapter together. Also, llama.cpp's streams compute neighbouring
+        // slots in one graph, and other slots one after the other.
         plan.work.sort_by_key(|work| {
             let sequence = &self.running[work.index];
             (sequence.facts.adapter, sequence.pages.as_ref().map(|pages| pages.slot))
@@ -173,7 +174,7 @@ impl Scheduler {
         plan
     }
 
-    /// What the step cost, and who is to be charged for it.
+    /// Records the duration of a step, and charges the keys of its sequences.
     pub fn observe(&mut self, plan: &Plan, took: Duration) {
         let drafted = plan.work.iter().map(|work| work.drafted).sum();
         self.cost.observe(plan.decoding, drafted, plan.prefill, took);
@@ -184,7 +185,7 @@ impl Scheduler {
         }
     }
 
-    /// Seconds that the step may take.
+    /// Expected seconds of the step.
     pub fn expected(&self, plan: &Plan) -> f32 {
         self.cost.expected(plan.decoding, plan.prefill)
     }
@@ -195,22 +196,22 @@ impl Scheduler {
         self.cost.budget(decoding) - decoding
     }
 
-    /// Seconds that so many rows of such an input may take.
+    /// Expected seconds of `rows` rows of an input to be embedded or scored.
     pub fn expected_pooling(&self, rows: usize) -> f32 {
         self.cost.expected(0, rows)
     }
 
-    /// Rows of such an input have taken so long.
+    /// Records the duration of `rows` rows of an input to be embedded or scored.
     pub fn observe_pooling(&mut self, rows: usize, took: Duration) {
         self.cost.observe(0, 0, rows, took);
     }
 
-    /// Longest recent step in seconds, decayed.
+    /// Duration of the longest recent step in seconds, decayed.
     pub fn longest_step(&self) -> f32 {
         self.cost.longest()
     }
 
-    /// Takes out every sequence of a request. The caller retires their pages.
+    /// Removes and returns all sequences of a request. The caller frees their pages.
     pub fn remove(&mut self, request: RequestId) -> Vec<Sequence> {
         let mine = |sequence: &mut Sequence| sequence.key.request == request;
         let mut removed: Vec<_> = self.running.extract_if(.., mine).collect();
@@ -222,7 +223,7 @@ impl Scheduler {
         self.sequences_mut().find(|sequence| sequence.key == key)
     }
 
-    /// Takes out one sequence. The caller retires its pages.
+    /// Removes and returns one sequence. The caller frees its pages.
     pub fn take(&mut self, key: SeqKey) -> Option<Sequence> {
         if let Some(at) = self.running.iter().position(|s| s.key == key) {
             return Some(self.running.remove(at));
@@ -231,12 +232,12 @@ impl Scheduler {
         Some(self.waiting.remove(at))
     }
 
-    /// Every sequence, running or waiting.
+    /// All sequences, running and waiting.
     pub fn sequences_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
         self.running.iter_mut().chain(&mut self.waiting)
     }
 
-    /// Sequences whose clients read slowly.
+    /// Number of sequences whose clients read slowly.
     pub fn paused(&self) -> usize {
         self.running.iter().chain(&self.waiting).filter(|sequence| sequence.paused).count()
     }
@@ -245,7 +246,7 @@ impl Scheduler {
         self.running.iter().chain(&self.waiting).any(|s| s.facts.adapter == Some(adapter))
     }
 
-    /// Adapters with requests that are not having their turn.
+    /// Number of adapters that have requests but not the current turn.
     pub fn adapters_waiting(&self) -> usize {
         let mut others: Vec<_> = self
             .running
@@ -259,7 +260,7 @@ impl Scheduler {
         others.len()
     }
 
-    /// Picks the adapter whose turn it is.
+    /// Selects the adapter group whose turn it is.
     fn take_turns(&mut self) {
         if self.limits.mixes_adapters {
             return;
@@ -289,8 +290,8 @@ impl Scheduler {
         self.group_since = Instant::now();
     }
 
-    /// Makes sure that everyone who decodes has a page for the next token; puts others back if
-    /// need be.
+    /// Makes sure that every decoding sequence has a page for its next token; preempts other
+    /// sequences if necessary.
     fn grow(&mut self, kv: &mut KvCache) {
         let mut index = 0;
         while index < self.running.len() {
@@ -306,13 +307,13 @@ impl Scheduler {
             }
             let victim = self.victim();
             self.preempt(victim, kv);
-            // Everyone behind the victim moved up by one.
+            // Removing the victim shifted the indices after it down by one.
             index -= usize::from(victim < index);
         }
     }
 
-    /// The sequence that gives way: one that waits for its client, or else lowest priority, then
-    /// latest arrival.
+    /// The sequence to preempt: one that waits for its client, otherwise the one with the lowest
+    /// priority, then the latest arrival.
     fn victim(&self) -> usize {
         let place = |index: &usize| {
             let sequence = &self.running[*index];
@@ -322,8 +323,8 @@ impl Scheduler {
         (0..self.running.len()).max_by_key(place).expect("someone wanted a page")
     }
 
-    /// Puts a sequence back into the queue; it is computed again when its turn comes, as far as
-    /// its pages are gone by then.
+    /// Moves a sequence back into the waiting queue. When it is admitted again, only tokens whose
+    /// pages were evicted meanwhile are recomputed.
     fn preempt(&mut self, index: usize, kv: &mut KvCache) {
         let mut sequence = self.running.remove(index);
         if let Some(pages) = sequence.pages.take() {
@@ -335,8 +336,7 @@ impl Scheduler {
         self.waiting.push(sequence);
     }
 
-    /// Runnable sequences of the group whose turn it is: decoding ones first, then by priority
-    /// and age.
+    /// Runnable sequences of the current group: decoding ones first, then by priority and age.
     fn order(&self) -> Vec<usize> {
         let mut order: Vec<_> = (0..self.running.len())
             .filter(|&index| {

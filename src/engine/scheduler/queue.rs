@@ -1,7 +1,8 @@
-//! Who enters the cache next.
+//! Decides which waiting sequence is admitted next.
 //!
-//! Waiting requests enter by priority, then fairly between keys, and of one key those with the
-//! longest cached prefix first; who has waited long goes before any prefix.
+//! Waiting requests are admitted by priority, then fairly between keys. Among the requests of one
+//! key, those with the longest cached prefix come first, except that requests which have waited
+//! long come before all others.
 
 use super::{Plan, Scheduler};
 use crate::engine::kv::{KvCache, Prospect};
@@ -10,27 +11,27 @@ use crate::engine::sequence::{SeqKey, Sequence};
 use std::cmp::Reverse;
 use std::time::Duration;
 
-/// From this age on a request goes before any of its key with a longer cached prefix, and no
-/// longer waits for a less important one to compute its own.
+/// A request at least this old comes before requests of its key with a longer cached prefix, and no
+/// longer waits for a lower-priority request that is computing its prefix.
 const OLD: Duration = Duration::from_secs(2);
-/// From this age on it waits for nobody.
+/// A request at least this old waits for no other request's prefix.
 const VERY_OLD: Duration = Duration::from_secs(60);
-/// Requests looked at for a cached prefix in one step.
+/// Requests whose cached prefix is looked up in one step.
 const CANDIDATES: usize = 32;
 
 impl Scheduler {
-    /// Moves waiting sequences into the cache while there is room.
+    /// Moves waiting sequences into the cache while there are slots and pages.
     pub(super) fn admit(&mut self, kv: &mut KvCache, plan: &mut Plan) {
         if self.waiting.is_empty() || (self.free_slots() == 0 && !self.any_stalled()) {
             return;
         }
         for key in self.candidates(kv) {
             let Some(at) = self.waiting.iter().position(|s| s.key == key) else { continue };
-            // Someone is computing its prefix, perhaps since a moment ago.
+            // A running sequence is computing this prefix, possibly one admitted in this very loop.
             if prospect(&self.waiting[at], kv).pending > 0 && self.may_wait(&self.waiting[at]) {
                 continue;
             }
-            // Whoever waits for a slow client gives way: there is no telling how long it takes.
+            // A sequence that waits for a slow client is preempted: the wait has no known end.
             while !self.fits(&self.waiting[at], kv) {
                 if !self.any_stalled() {
                     return;
@@ -52,9 +53,9 @@ impl Scheduler {
         }
     }
 
-    /// Whether a prefix that is being computed is worth waiting for. A long one takes longer than
-    /// `OLD`, and computing it again would take no less; but a prefill of lower priority may be
-    /// starved itself.
+    /// Whether to wait for a prefix that is being computed. Computing a long prefix takes longer
+    /// than `OLD`, and computing it a second time would take as long; but a prefill of lower
+    /// priority may be starved itself.
     fn may_wait(&self, sequence: &Sequence) -> bool {
         let facts = &sequence.facts;
         let progresses = |other: &Sequence| {
@@ -75,8 +76,8 @@ impl Scheduler {
         self.limits.max_sequences.saturating_sub(taken)
     }
 
-    /// Whether a sequence can enter, and everyone who runs still go on for a page: admitting is not
-    /// worth preempting.
+    /// Whether a sequence can be admitted while every running sequence can still grow by one page:
+    /// an admission is not worth a preemption.
     fn fits(&self, sequence: &Sequence, kv: &KvCache) -> bool {
         let shared = prospect(sequence, kv).held;
         let needed = (sequence.tokens.len() - shared).div_ceil(PAGE_TOKENS);
@@ -85,7 +86,7 @@ impl Scheduler {
         sequence.slots() <= self.free_slots() && (alone || needed + self.running.len() <= room)
     }
 
-    /// Waiting sequences in the order in which they should enter.
+    /// Waiting sequences in the order of admission.
     fn candidates(&self, kv: &KvCache) -> Vec<SeqKey> {
         let mut waiting: Vec<_> = self.waiting.iter().filter(|s| !s.is_stalled()).collect();
         waiting.sort_by_key(|sequence| (sequence.facts.arrived, sequence.key));
@@ -100,7 +101,7 @@ impl Scheduler {
         waiting.into_iter().map(|sequence| sequence.key).collect()
     }
 
-    /// Sorts by priority, and then lets the keys take turns; of one key the order stays.
+    /// Sorts by priority, then interleaves the keys fairly; requests of one key keep their order.
     fn take_fair_turns(&self, waiting: &mut Vec<&Sequence>) {
         waiting.sort_by_key(|sequence| Reverse(sequence.facts.priority));
         let requests = waiting.iter().map(|s| (s.facts.fair_key, s.tokens.len()));
@@ -115,7 +116,7 @@ fn is_old(sequence: &Sequence) -> bool {
     sequence.facts.arrived.elapsed() > OLD
 }
 
-/// What a sequence would find in the cache.
+/// The prefix match of a sequence in the cache.
 fn prospect(sequence: &Sequence, kv: &KvCache) -> Prospect {
     if sequence.wants_prompt_logits() {
         return Prospect::default();

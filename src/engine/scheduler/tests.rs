@@ -1,4 +1,4 @@
-//! Random traffic through scheduler and cache, with a model that is a hash.
+//! Random traffic through scheduler and cache; the model is a hash function.
 
 use super::*;
 use crate::engine::kv::{CacheKey, SlotChange};
@@ -13,7 +13,8 @@ use proptest::test_runner::RngSeed;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// The prompt is `length` tokens long, the first `shared` of which are `family`'s.
+/// A request whose prompt is `length` tokens long; the first `shared` tokens are common to
+/// `family`.
 #[derive(Debug, Clone)]
 struct Spec {
     family: Token,
@@ -24,7 +25,7 @@ struct Spec {
     fair_key: u64,
     adapter: Option<AdapterId>,
     scored: bool,
-    /// Milliseconds since it arrived.
+    /// Age of the request in milliseconds.
     age: u64,
 }
 
@@ -54,16 +55,16 @@ struct Sim {
     slots: Vec<Vec<Token>>,
     start: Instant,
     specs: Vec<Spec>,
-    /// Requests in the order in which they were done, and the tokens of each.
+    /// Requests in the order in which they finished, with their tokens.
     done: Vec<(u64, Vec<Token>)>,
     served: BTreeMap<u64, usize>,
-    /// Drafted tokens that stood.
+    /// Number of accepted drafted tokens.
     accepted: usize,
-    /// What a step takes, by its rows.
+    /// Duration of a step as a function of its rows.
     seconds: fn(usize) -> f32,
-    /// What comes after some tokens.
+    /// The token that follows the given tokens.
     next: fn(&[Token]) -> Token,
-    /// The mock, which agrees with `next_or_mock` now and then.
+    /// The mock runner, which sometimes agrees with `next_or_mock`.
     model: Option<DraftModel>,
 }
 
@@ -160,7 +161,7 @@ impl Sim {
         assert!(self.scheduler.waiting.iter().all(|sequence| sequence.pages.is_none()));
     }
 
-    /// Does what the step loop does.
+    /// Runs one step as the step loop does.
     fn step(&mut self) -> Plan {
         let mut plan = self.scheduler.schedule(&mut self.kv);
         self.scheduler.draft(&mut plan, &mut self.kv, self.model.as_mut());
@@ -232,13 +233,13 @@ impl Sim {
     }
 }
 
-/// One of three, so that some drafts stand and others do not.
+/// One of three tokens, so that some drafts are accepted and others are not.
 fn next(tokens: &[Token]) -> Token {
     let mix = |state: Token, token: &Token| (state ^ token).wrapping_mul(0x9e37_79b1);
     10_000 + (tokens.iter().fold(7, mix) >> 8) % 3
 }
 
-/// Half of them are what the mock says, which a draft model may find.
+/// About half of the tokens equal the mock's, so that a draft model can predict them.
 fn next_or_mock(tokens: &[Token]) -> Token {
     let greedy = Mock::next_greedy(tokens, None);
     let other = next(tokens) % 200;
@@ -305,7 +306,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// Seeded: a run that passes passes again.
+/// Fixed seed: a run that passes once passes again.
 fn config(cases: u32) -> ProptestConfig {
     let rng_seed = RngSeed::Fixed(1);
     ProptestConfig { cases, rng_seed, failure_persistence: None, ..Default::default() }
@@ -345,7 +346,8 @@ proptest! {
                 }
             }
         }
-        // Those whose clients read on finish, whatever the others hold; then the others do.
+        // Sequences whose clients read finish first, whatever the stalled ones hold; then the
+        // stalled ones finish.
         let mut steps = 0;
         while sim.scheduler.sequences_mut().any(|sequence| !sequence.is_stalled()) {
             sim.step();
@@ -373,7 +375,7 @@ proptest! {
     }
 }
 
-/// Drafts fill what the step has left, but take no row and no page from anyone.
+/// Drafts use only left-over rows and pages, never those of other sequences.
 #[test]
 fn drafts_take_what_is_left() {
     let mut sim = Sim::new(limits(4, 8), 8);
@@ -390,11 +392,11 @@ fn drafts_take_what_is_left() {
     }
     sim.check_results();
     assert!(sim.accepted > 0 && most >= 4, "{} accepted, {most} drafted", sim.accepted);
-    // Four sequences of two pages each in eight pages.
+    // Four sequences of two pages each, in eight pages.
     assert_eq!(sim.scheduler.preemptions, 0);
 }
 
-/// The draft model's tokens stand where it is right, and whoever has to wait is read again.
+/// Correct tokens of the draft model are accepted, and preempted sequences are prefilled again.
 #[test]
 fn a_draft_model_adds_to_what_is_copied() {
     let mut sim = Sim::new(limits(4, 64), 16);
@@ -412,7 +414,7 @@ fn a_draft_model_adds_to_what_is_copied() {
     assert!(preemptions > 0);
 }
 
-/// In a full batch, whose rows cost as much as they could gain, nothing is drafted.
+/// In a full batch a row costs as much as it could gain, so nothing is drafted.
 #[test]
 fn measured_cost_decides() {
     let plans = |sequences: usize, seconds: fn(usize) -> f32| {
@@ -441,7 +443,7 @@ fn measured_cost_decides() {
 #[test]
 fn equal_keys_are_served_alike() {
     let mut sim = Sim::new(limits(4, 64), 64);
-    // One key has all its requests in the queue before the other comes.
+    // All requests of the first key are in the queue before the second key's arrive.
     for fair_key in [1, 2] {
         for _ in 0..60 {
             sim.arrive(Spec { fair_key, ..PLAIN });
@@ -450,7 +452,7 @@ fn equal_keys_are_served_alike() {
     while !sim.scheduler.waiting.is_empty() {
         sim.step();
         let served = |key| sim.served.get(&key).copied().unwrap_or(0);
-        // VTC's bound: what fits into a batch, twice.
+        // VTC's bound: twice the tokens that fit into a batch.
         assert!(served(1).abs_diff(served(2)) <= 2 * 4 * 48, "{:?}", sim.served);
     }
 }
@@ -498,7 +500,8 @@ fn one_computes_a_prefix_for_all() {
     assert_eq!(sim.scheduler.prefix_hits, 3 * 96);
 }
 
-/// It waits for its equals, whose prefill makes progress, however long the prefix is.
+/// A request waits for others of equal priority, whose prefill progresses, however long the prefix
+/// is.
 #[test]
 fn an_old_request_does_not_wait_for_a_lesser_one() {
     for (priority, running) in [(0, 1), (1, 2)] {
@@ -511,7 +514,7 @@ fn an_old_request_does_not_wait_for_a_lesser_one() {
     }
 }
 
-/// With many waiting behind one that does not fit.
+/// Many requests wait behind one that does not fit.
 #[test]
 fn scheduling_is_cheap() {
     let mut sim = Sim::new(limits(32, 512), 31 * 63);

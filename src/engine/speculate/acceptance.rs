@@ -1,15 +1,15 @@
-//! How likely a drafted token is to stand.
+//! Estimates the probability that a drafted token is accepted.
 
 use super::lookup::LONGEST_MATCH;
 
-/// Weight of the newest draw.
+/// Weight of the newest observation.
 const ALPHA: f32 = 0.125;
-/// Matches of at least so many tokens, and the rate that is assumed of them at first. A short match
-/// may be chance; where a long passage has been copied, it goes on.
+/// Match lengths (lower bounds) and the acceptance rate initially assumed for each class. A short
+/// match may be accidental; a long copied passage is likely to continue.
 const CLASSES: [(usize, f32); 5] = [(2, 0.3), (3, 0.45), (4, 0.6), (8, 0.8), (LONGEST_MATCH, 0.9)];
 
-/// One sequence's rates of acceptance, by the length of the match that a draft continues: decaying
-/// means over the tokens foreseen, computed or not.
+/// Acceptance rates of one sequence, by the length of the match that a draft continues: decaying
+/// means over all proposed tokens, whether they were computed or not.
 #[derive(Debug)]
 pub struct Acceptance {
     rates: [f32; CLASSES.len()],
@@ -22,7 +22,7 @@ impl Default for Acceptance {
 }
 
 impl Acceptance {
-    /// Probability that the token after a match of `length` tokens is the one foreseen.
+    /// Probability that the token proposed after a match of `length` tokens is accepted.
     pub fn rate(&self, length: usize) -> f32 {
         self.rates[class(length)]
     }

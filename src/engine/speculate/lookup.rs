@@ -1,44 +1,44 @@
-//! Prompt lookup: what came after the newest tokens when they last stood in prompt or output
-//! (Saxena, "Prompt Lookup Decoding", 2023; Yang et al., "Inference with Reference",
-//! arXiv:2304.04487).
+//! Prompt lookup: proposes the tokens that followed an earlier occurrence of the newest n-gram in
+//! the prompt or output (Saxena, "Prompt Lookup Decoding", 2023; Yang et al., "Inference with
+//! Reference", arXiv:2304.04487).
 //!
-//! The index is a table of positions by the hash of an n-gram, as in LZ4: the newest entry of a
-//! place wins, and what is found is compared with the tokens themselves. So a token costs a few
-//! writes, a lookup a few comparisons, and memory is bounded, whatever the length of the context.
+//! The index is a table of positions by the hash of an n-gram, as in LZ4: the newest entry
+//! overwrites an older one, and a hit is verified against the tokens themselves. Each token costs a
+//! few writes, each lookup a few comparisons, and memory is bounded at any context length.
 
 use crate::ipc::Token;
 
-/// N-grams that are looked up, longest first.
+/// Lengths of the n-grams that are looked up, longest first.
 const LENGTHS: std::ops::RangeInclusive<usize> = 2..=4;
-/// Tokens before a match that are compared, at most: a longer match is no better.
+/// Most tokens of a match that are compared: a longer match is no better.
 pub const LONGEST_MATCH: usize = 16;
-/// Bits of the table's size: it grows with the tokens, to 1 MiB at most.
+/// Base-2 logarithm of the table's size. The table grows with the tokens, up to 1 MiB.
 const TABLE_BITS: std::ops::RangeInclusive<u32> = 8..=18;
-/// Places in it for each n-gram: few are overwritten by others.
+/// Table entries per n-gram; enough that few entries are overwritten.
 const SPARSE: usize = 4;
 
-/// An index over the tokens of one sequence, which only grow.
+/// An index over the tokens of one sequence, which must only grow between calls.
 #[derive(Debug, Default)]
 pub struct Lookup {
-    /// By hash: where an n-gram last ended (the position after it); 0 where none did.
+    /// By hash: the position after the last occurrence of an n-gram; 0 if there is none.
     table: Vec<u32>,
     bits: u32,
     /// N-grams that end before this position are in the table.
     indexed: usize,
 }
 
-/// An earlier place whose last tokens are the newest ones.
+/// An earlier position that is preceded by the newest tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Match {
-    /// Position of the token that came after them there.
+    /// Position of the token that followed the earlier occurrence.
     pub next: usize,
-    /// How many tokens are the same, at most [`LONGEST_MATCH`].
+    /// Number of equal tokens before that position, at most [`LONGEST_MATCH`].
     pub length: usize,
 }
 
 impl Lookup {
-    /// The latest place in `tokens` after what `tokens` and `ahead` together end in, by the longest
-    /// n-gram that is known. `tokens` are those of the call before and more.
+    /// Finds the latest position in `tokens` that is preceded by the longest known n-gram at the
+    /// end of `tokens` + `ahead`. `tokens` must begin with the tokens of the previous call.
     pub fn find(&mut self, tokens: &[Token], ahead: &[Token]) -> Option<Match> {
         self.extend(tokens);
         let kept = tokens.len().saturating_sub(LONGEST_MATCH);
@@ -51,7 +51,7 @@ impl Lookup {
         })
     }
 
-    /// Takes in every n-gram that another token follows.
+    /// Indexes every n-gram that is followed by another token.
     fn extend(&mut self, tokens: &[Token]) {
         let wanted = (SPARSE * LENGTHS.count() * tokens.len()).next_power_of_two().ilog2();
         let bits = wanted.clamp(*TABLE_BITS.start(), *TABLE_BITS.end());
@@ -79,9 +79,9 @@ impl Lookup {
     }
 }
 
-/// Fills a draft of what comes after `tokens` up to `most` tokens, with what came after `found`.
-/// Where that reaches the end of what there is, it goes on with the draft itself: a loop of a few
-/// tokens can be drafted for long.
+/// Fills a draft of the tokens after `tokens`, up to `most` tokens, with the tokens that follow
+/// `found`. At the end of `tokens` copying continues from the draft itself, so that a loop of a few
+/// tokens can be drafted at any length.
 pub fn copy(tokens: &[Token], found: Match, most: usize, draft: &mut Vec<Token>) {
     for at in (found.next..).take(most.saturating_sub(draft.len())) {
         let token = tokens.get(at).copied().unwrap_or_else(|| draft[at - tokens.len()]);
@@ -89,7 +89,7 @@ pub fn copy(tokens: &[Token], found: Match, most: usize, draft: &mut Vec<Token>)
     }
 }
 
-/// How many of the last tokens are the same, at most [`LONGEST_MATCH`].
+/// Number of equal tokens at the end of both slices, at most [`LONGEST_MATCH`].
 fn common_tail(a: &[Token], b: &[Token]) -> usize {
     let pairs = a.iter().rev().zip(b.iter().rev()).take(LONGEST_MATCH);
     pairs.take_while(|(a, b)| a == b).count()
@@ -101,7 +101,7 @@ mod tests {
     use proptest::prelude::*;
     use proptest::test_runner::RngSeed;
 
-    /// The latest earlier place for the longest n-gram, by trying all.
+    /// The latest earlier position for the longest n-gram, found by exhaustive search.
     fn oracle(tokens: &[Token]) -> Option<Match> {
         let end = tokens.len();
         LENGTHS.rev().filter(|&n| n < end).find_map(|n| {
@@ -111,7 +111,7 @@ mod tests {
         })
     }
 
-    /// Seeded: a run that passes passes again.
+    /// Fixed seed: a run that passes once passes again.
     fn config() -> ProptestConfig {
         ProptestConfig {
             rng_seed: RngSeed::Fixed(1),
@@ -137,7 +137,7 @@ mod tests {
         }
     }
 
-    /// Some entries of the table are overwritten by others.
+    /// Some table entries are overwritten, so a few matches are missed.
     #[test]
     fn finds_what_trying_all_places_finds() {
         let mut state = 1u32;
@@ -166,7 +166,7 @@ mod tests {
         let mut draft = Vec::new();
         copy(&tokens, found, 7, &mut draft);
         assert_eq!(draft, [2, 3, 1, 2, 3, 1, 2]);
-        // After two tokens that are known already.
+        // The draft begins with two given tokens.
         let mut draft = vec![2, 3];
         let found = Lookup::default().find(&tokens, &draft).unwrap();
         assert_eq!(found, Match { next: 7, length: 6 });
@@ -185,7 +185,7 @@ mod tests {
         }
     }
 
-    /// Counted at every step: it must not depend on the length of the context.
+    /// A lookup happens in every step: its time must not depend on the context length.
     #[test]
     fn a_token_costs_the_same_at_any_length() {
         let tokens: Vec<_> = (0..200_000).map(|at: u32| at.wrapping_mul(at) % 5003).collect();

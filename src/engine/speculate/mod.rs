@@ -1,15 +1,15 @@
-//! Speculation: tokens are drafted, computed in one step, and checked.
+//! Speculative decoding: tokens are drafted, computed in one step, and verified.
 //!
-//! A drafted token stands while it equals what is sampled from the row before it. Sampling draws
-//! from an RNG keyed by (seed, position) and a row's numbers do not depend on the batch's shape, so
-//! the output is the same to the bit with and without; a wrong draft costs time, nothing else.
-//! (Leviathan et al., arXiv:2211.17192, accept by a ratio of probabilities instead, which keeps the
-//! distribution, not the draw.)
+//! A drafted token is accepted while it equals the token sampled from the row before it. Sampling
+//! uses an RNG keyed by (seed, position), and a row's numbers do not depend on the batch's shape,
+//! so the output is bit-identical with and without speculation; a wrong draft costs only time.
+//! (Leviathan et al., arXiv:2211.17192, accept by a ratio of probabilities instead, which preserves
+//! the distribution but not the sampled tokens.)
 //!
-//! Drafts come from a grammar that leaves no choice, from what stood in prompt and output before, and
-//! from a [`DraftModel`], where there is one and nothing likelier is known.
-//! A sequence's [`Speculation`] proposes; the scheduler decides how much of it is worth computing;
-//! the step loop samples row after row until one differs, and takes the rest back.
+//! Drafts come from a grammar that allows only one token, from prompt lookup, and from a
+//! [`DraftModel`] if there is one and no likelier draft is known. A sequence's [`Speculation`]
+//! proposes tokens; the scheduler decides how many of them are worth computing; the step loop
+//! samples row after row until a token differs, and rolls the remaining rows back.
 
 mod acceptance;
 mod lookup;
@@ -23,35 +23,35 @@ use acceptance::Acceptance;
 use lookup::Lookup;
 use seat::Seat;
 
-/// Tokens drafted for a sequence in one step, at most. A longer draft gains little: every step pays
-/// for its first token anyway.
+/// Most tokens drafted for a sequence in one step. Longer drafts gain little: every step pays for
+/// its first token anyway.
 pub const MAX_DRAFTED: usize = 16;
 
-/// How likely a token is that a grammar forces: only where its text is cut into tokens otherwise
-/// does another come.
+/// Acceptance probability of a token that a grammar forces. It is rejected only if the model
+/// tokenizes the same text differently.
 const FORCED: f32 = 0.98;
 
-/// What one sequence may go on with, and how its drafts have fared.
+/// The draft of one sequence, and the acceptance statistics of its earlier drafts.
 #[derive(Debug, Default)]
 pub struct Speculation {
     lookup: Lookup,
     acceptance: Acceptance,
-    /// `None` until a draft model has to do with it.
+    /// `None` until a draft model is consulted for this sequence.
     seat: Option<Seat>,
     draft: Vec<Token>,
-    /// The first tokens of the draft that the grammar forces.
+    /// Number of first tokens of the draft that the grammar forces.
     forced: usize,
-    /// Where the others are the draft model's: the probability of each in it.
+    /// If the remaining tokens are the draft model's: the probability that it gives each of them.
     confidence: Vec<f32>,
-    /// Where they are copied: tokens before them that also stood before what they were copied from.
+    /// If the remaining tokens are copied: the length of the match that they continue.
     matched: usize,
-    /// Tokens of the draft that have come since.
+    /// Number of tokens of the draft that have been sampled since.
     confirmed: usize,
 }
 
 impl Speculation {
-    /// Drafts at most `most` tokens to come after `tokens`, which are those of the call before and
-    /// more; those that a grammar forces come first. Takes about a microsecond.
+    /// Drafts at most `most` tokens to follow `tokens`, which must begin with the tokens of the
+    /// previous call. Tokens that a grammar forces come first. Takes about a microsecond.
     pub fn propose(&mut self, tokens: &[Token], forced: &[Token], most: usize) {
         self.confirmed = 0;
         self.forced = forced.len().min(most);
@@ -64,7 +64,7 @@ impl Speculation {
         }
     }
 
-    /// How many of the draft's tokens have come, the first ones.
+    /// Number of first tokens of the draft that have been confirmed by sampling.
     pub fn confirmed(&self) -> usize {
         self.confirmed
     }
@@ -73,7 +73,8 @@ impl Speculation {
         &self.draft
     }
 
-    /// For each token of the draft, how likely it is that it and all before it stand; falling.
+    /// For each token of the draft, the probability that it and all tokens before it are accepted;
+    /// decreasing.
     pub fn chances(&self) -> impl Iterator<Item = f32> {
         (0..self.draft.len()).scan(1.0, |all, at| {
             *all *= match (at.checked_sub(self.forced), &self.seat) {
@@ -91,35 +92,37 @@ impl Speculation {
         !self.confidence.is_empty()
     }
 
-    /// How many of the draft's first `count` tokens are the draft model's.
+    /// Number of the draft model's tokens among the draft's first `count`.
     pub fn modelled(&self, count: usize) -> usize {
         if self.is_modelled() { count.saturating_sub(self.forced) } else { 0 }
     }
 
-    /// The tokens that a draft model goes on from: those that are forced, and its own.
+    /// The tokens that the draft model continues: the forced ones and its own.
     fn begun(&self) -> &[Token] {
         &self.draft[..self.forced + self.confidence.len()]
     }
 
-    /// The draft model's next token, instead of what was copied.
+    /// Appends the draft model's next token; drops the copied tokens.
     fn push(&mut self, token: Token, confidence: f32) {
         self.draft.truncate(self.forced + self.confidence.len());
         self.draft.push(token);
         self.confidence.push(confidence);
     }
 
-    /// How likely the next token after the forced ones is, as far as it is known without a model.
+    /// Acceptance probability of the first token after the forced ones, as known without a draft
+    /// model.
     fn copied_chance(&self) -> f32 {
         let any = self.draft.len() > self.forced;
         if any { self.acceptance.rate(self.matched) } else { 0.0 }
     }
 
-    /// The sequence has to wait: a draft model's pages are others' until it goes on.
+    /// Releases the draft model's pages of this sequence. Called when the sequence must wait.
     pub fn make_room(&mut self) {
         self.seat.iter_mut().for_each(Seat::leave);
     }
 
-    /// A token has come. What it says of the draft is learned whether that was computed or not.
+    /// Updates the acceptance statistics with a sampled token, whether its draft was computed or
+    /// not.
     pub fn observe(&mut self, token: Token) {
         let Some(&foreseen) = self.draft.get(self.confirmed) else { return };
         let stands = foreseen == token;
@@ -156,14 +159,14 @@ mod tests {
         assert_eq!(speculation.draft(), [3, 4, 5]);
         let chances: Vec<_> = speculation.chances().collect();
         assert!(chances.is_sorted_by(|a, b| a >= b) && chances.len() == 3);
-        // What would have come after a wrong token says nothing.
+        // Tokens after a wrong one give no information.
         for (token, confirmed) in [(3, 1), (9, 1), (5, 1)] {
             speculation.observe(token);
             assert_eq!(speculation.confirmed(), confirmed);
         }
         speculation.propose(&[1, 2, 3, 4, 5, 1, 2, 3, 9, 5], &[], 3);
         assert!(speculation.draft().is_empty());
-        // What a grammar forces, and what came after that.
+        // Forced tokens first, then the tokens that followed them earlier.
         speculation.propose(&[1, 2, 3, 4, 5, 1, 2, 3, 9, 5], &[7, 2, 3], 5);
         assert_eq!(speculation.draft(), [7, 2, 3, 9, 5]);
         assert!(speculation.chances().nth(2).unwrap() > 0.9);

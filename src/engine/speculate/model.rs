@@ -1,13 +1,13 @@
-//! A draft model: a smaller model of the same vocabulary, which says what the served one is likely
-//! to go on with (Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318).
+//! A draft model: a smaller model with the same vocabulary that predicts the served model's next
+//! tokens (Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318).
 //!
-//! Its logits are sampled as the served model's will be, with the same numbers for (seed, position),
-//! so that the two agree as often as their distributions do, at any temperature. All sequences that
-//! it drafts for go through it together, a pass for each token, and a sequence falls out when the
-//! next token is not worth its share of a pass and its row in the step.
+//! Its logits are sampled like the served model's, with the same random numbers for (seed,
+//! position), so the two models agree as often as their distributions do, at any temperature. All
+//! sequences are drafted for together, one pass per token; a sequence drops out when its next token
+//! is not worth its share of a pass and its row in the step.
 //!
-//! It has a cache of its own, with prefixes shared as in the served model's. A sequence is read when
-//! it has gone on for long enough to be expected to make up for that, some tokens a step.
+//! The draft model has its own cache, with prefixes shared as in the served model's. A sequence is
+//! prefilled, some tokens per step, once it is expected to run long enough to repay that.
 
 use super::Speculation;
 use super::seat::{Left, Seat, Trust};
@@ -22,10 +22,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Rows that a sequence needs at most when it was drafted for in the step before: its new token, and
-/// the last of a draft of which all stood.
+/// Most rows that a sequence needs if it was drafted for in the previous step: its new token, and
+/// the last token of a fully accepted draft.
 const FRESH: usize = 2;
-/// After a step without, a pass must be so many times worth its time.
+/// After a step without a draft model pass, a pass must be worth this many times its cost.
 const RELUCTANCE: f32 = 1.25;
 
 pub struct DraftModel {
@@ -35,48 +35,48 @@ pub struct DraftModel {
     cost: CostModel,
     everyone: Rc<Cell<Trust>>,
     left: Left,
-    /// Tokens that the served model knows.
+    /// Size of the served model's vocabulary.
     vocab: usize,
-    /// The last step was worth drafting for.
+    /// Drafting was worthwhile in the last step.
     drafting: bool,
-    /// It failed once, and is left alone.
+    /// A pass has failed; the draft model is not used any more.
     failed: bool,
     batch: Batch,
     scratch: Scratch,
     row: Vec<f32>,
 }
 
-/// A sequence that decodes and may be drafted for.
+/// A decoding sequence that may be drafted for.
 pub struct Draftee<'a> {
     pub tokens: &'a [Token],
-    /// Who may share its prefix.
+    /// The tenant that may share its prefix.
     pub tenant: u64,
     pub sampler: &'a Sampler,
-    /// Has proposed for this step.
+    /// Its proposal for this step has already been made.
     pub speculation: &'a mut Speculation,
-    /// Tokens that its draft may have.
+    /// Most tokens of its draft.
     pub most: usize,
-    /// Tokens that it is expected to go on for.
+    /// Expected number of tokens still to be generated.
     pub horizon: usize,
     pub ignores_eos: bool,
 }
 
-/// A draftee in a pass.
+/// A sequence in a draft model pass.
 struct Turn<'a> {
     of: Draftee<'a>,
-    /// The sequence's, with its draft taken in.
+    /// A copy of the sequence's sampler that has accepted the draft.
     sampler: Option<Sampler>,
-    /// Rows that it needs to be given a token, and those that it gets in this pass.
+    /// Rows needed before a token can be sampled, and rows computed in this pass.
     behind: usize,
     rows: usize,
-    /// That its draft so far stands.
+    /// Probability that its draft so far is accepted.
     chance: f32,
-    /// Tokens that another one drafted is expected to give.
+    /// Expected number of tokens gained by drafting another one.
     worth: f32,
 }
 
 impl DraftModel {
-    /// `vocab` is the number of tokens of the model that it drafts for.
+    /// `vocab` is the number of tokens of the served model.
     pub fn new(runner: Box<dyn ModelRunner>, vocab: usize) -> Self {
         let info = runner.info();
         let mut cost = CostModel::new(Duration::ZERO, usize::MAX, Duration::ZERO);
@@ -102,9 +102,9 @@ impl DraftModel {
         }
     }
 
-    /// Drafts, `spare` tokens at most, while it raises the step's tokens per second, or for as long
-    /// as may be where no `pace` is given. Reads at most `spare` tokens of sequences that are new to
-    /// it. Returns the seconds that the passes took from the step.
+    /// Drafts at most `spare` tokens while that raises the step's tokens per second, or up to the
+    /// limits if there is no `pace`. Prefills at most `spare` tokens of sequences that are new to
+    /// the draft model. Returns the seconds that the passes took.
     pub fn draft(&mut self, draftees: Vec<Draftee>, mut pace: Option<Pace>, spare: usize) -> f32 {
         self.take_back();
         let (mut seconds, mut left) = (0.0, spare);
@@ -136,14 +136,14 @@ impl DraftModel {
         seconds
     }
 
-    /// Pages of sequences that are over are free or cached from now on.
+    /// Frees the pages of sequences that have finished.
     fn take_back(&mut self) {
         for pages in self.left.borrow_mut().drain(..) {
             self.kv.retire(pages);
         }
     }
 
-    /// Who is in the first pass.
+    /// The sequences of the first pass.
     fn begin<'a>(
         &mut self,
         draftees: Vec<Draftee<'a>>,
@@ -179,7 +179,7 @@ impl DraftModel {
         turns
     }
 
-    /// `None` where something likelier is known already, or nothing may be drafted.
+    /// `None` if a likelier draft is already known, or nothing may be drafted.
     fn turn<'a>(&self, of: Draftee<'a>) -> Option<Turn<'a>> {
         let begun = of.speculation.begun().len();
         let chance = of.speculation.chances().take(begun).last().unwrap_or(1.0);
@@ -191,7 +191,7 @@ impl DraftModel {
         may.then(|| Turn { of, sampler: None, behind: 0, rows: 0, chance, worth })
     }
 
-    /// Rows that a sequence needs to be given a token.
+    /// Rows that a sequence needs before a token can be sampled for it.
     fn behind(&mut self, of: &mut Draftee) -> usize {
         let key = share(of);
         let all = of.tokens.len() + of.speculation.begun().len();
@@ -203,8 +203,9 @@ impl DraftModel {
         all - known
     }
 
-    /// Sees which of the tokens that it has computed have come. How many it knows: not the last, whose
-    /// logits are wanted.
+    /// Checks which of the drafted tokens in the cache were sampled and rolls the others back.
+    /// Returns the number of valid tokens, which excludes the last one, because its logits are
+    /// needed.
     fn settle(&mut self, seat: &mut Seat, tokens: &[Token]) -> usize {
         let Some(pages) = &mut seat.pages else { return 0 };
         let (computed, last) = (seat.computed + seat.ahead.len(), tokens.len() - 1);
@@ -219,8 +220,8 @@ impl DraftModel {
         seat.computed
     }
 
-    /// Keeps those whose next token raises the tokens per second; nobody if that does not make up
-    /// for the pass.
+    /// Keeps the sequences whose next token raises the tokens per second; keeps none if that does
+    /// not repay the pass.
     fn keep_worthy(&self, turns: &mut Vec<Turn>, pace: Option<Pace>, reluctance: f32) {
         let Some(pace) = pace else { return };
         turns.sort_by(|a, b| b.worth.total_cmp(&a.worth));
@@ -233,8 +234,8 @@ impl DraftModel {
         }
     }
 
-    /// Whether a sequence is expected to make up for the time that it takes to read it, when `turns`
-    /// are drafted for together.
+    /// Whether a sequence is expected to repay the time of its prefill, when `turns` sequences are
+    /// drafted for together.
     fn pays_to_read(&self, turn: &Turn, pace: Pace, turns: usize) -> bool {
         let pass = self.cost.decoding(turns).seconds / turns as f32;
         let saved = turn.worth * pace.seconds / pace.tokens - pass - pace.row;
@@ -242,7 +243,8 @@ impl DraftModel {
         saved * steps > turn.behind as f32 * self.cost.prefill()
     }
 
-    /// Finds pages for what is to be read. False when there are none, or where a token is not known.
+    /// Allocates pages for the tokens to be prefilled. Returns false if there are not enough, or if
+    /// the draft model does not know a token.
     fn seat(&mut self, of: &mut Draftee) -> bool {
         let (key, known) = (share(of), self.runner.info().vocab_size);
         if of.speculation.begun().iter().any(|&token| token >= known) {
@@ -261,7 +263,8 @@ impl DraftModel {
         seat.pages.is_some()
     }
 
-    /// Computes everyone's rows and draws a token for those who are up to date; they stay.
+    /// Computes the rows of all sequences, and samples a token for those without missing rows; only
+    /// these remain in `turns`.
     fn pass(&mut self, turns: &mut Vec<Turn>) -> Result<(), RunnerError> {
         let started = Instant::now();
         self.batch.clear();
@@ -283,7 +286,7 @@ impl DraftModel {
         Ok(())
     }
 
-    /// Puts a sequence's rows into the batch. False if there are no pages for them.
+    /// Adds a sequence's rows to the batch. Returns false if there are no pages for them.
     fn fill(&mut self, turn: &mut Turn) -> bool {
         let (behind, rows) = (turn.behind, turn.rows);
         assert!(rows > 0, "the last token is never known already");
@@ -293,7 +296,7 @@ impl DraftModel {
         let seat = speculation.seat.as_mut().expect("it has a turn");
         let Some(pages) = &mut seat.pages else { return false };
         if !self.kv.grow(pages, end) {
-            // What it has may be enough for another.
+            // The pages that this sequence holds may suffice for another one.
             seat.leave();
             self.take_back();
             return false;
@@ -312,7 +315,7 @@ impl DraftModel {
         true
     }
 
-    /// A sequence's rows are computed.
+    /// Records that a sequence's rows have been computed.
     fn commit(&mut self, turn: &mut Turn) {
         let Draftee { tokens, speculation, .. } = &mut turn.of;
         let end = tokens.len() + speculation.begun().len() - turn.behind + turn.rows;
@@ -325,8 +328,8 @@ impl DraftModel {
         }
     }
 
-    /// Draws what the served model would at this place, if its logits were these. False where that
-    /// ends the draft.
+    /// Samples as the served model would at this position from the draft model's logits. Returns
+    /// false if the draft ends here.
     fn draw(&mut self, turn: &mut Turn, row: usize) -> bool {
         let Ok(logits) = self.runner.logits(row) else { return false };
         let known = logits.len().min(self.vocab);
@@ -337,7 +340,7 @@ impl DraftModel {
         let sampler =
             turn.sampler.get_or_insert_with(|| ahead(turn.of.sampler, turn.of.speculation.begun()));
         let drawn = sampler.sample(logits, None, position, &mut self.scratch);
-        // Nothing can be computed after the end.
+        // No token can follow an end-of-generation token.
         let vocab = self.tokenizer.vocab();
         let goes_on = |token: &Token| turn.of.ignores_eos || !vocab.ends_generation(*token);
         let Some(token) = drawn.ok().filter(goes_on) else { return false };
@@ -355,12 +358,13 @@ impl Turn<'_> {
     }
 }
 
-/// Adapters change what the served model says, not the draft model.
+/// The cache key of a sequence. It has no adapter: adapters change the served model, not the draft
+/// model.
 fn share(of: &Draftee) -> CacheKey {
     CacheKey { adapter: [0; 32], tenant: of.tenant }
 }
 
-/// A sampler that has taken in further tokens.
+/// A copy of `sampler` that has accepted `tokens`.
 fn ahead(sampler: &Sampler, tokens: &[Token]) -> Sampler {
     let mut sampler = sampler.clone();
     tokens.iter().for_each(|&token| sampler.accept(token));
@@ -369,13 +373,13 @@ fn ahead(sampler: &Sampler, tokens: &[Token]) -> Sampler {
 
 #[cfg(test)]
 impl DraftModel {
-    /// Pages that sequences hold, when those who left have given theirs back.
+    /// Pages held by sequences, after the pages of finished sequences have been freed.
     pub fn held_pages(&mut self) -> usize {
         self.take_back();
         self.kv.held_pages()
     }
 
-    /// Pages that nobody holds when nothing is cached any more.
+    /// Free pages after every cached page has been evicted.
     pub fn free_pages(&mut self) -> usize {
         while self.kv.evict_one() {}
         self.kv.free_pages()

@@ -1,4 +1,4 @@
-//! A draft model alone, over the mock runner, which fails where a position or a slot is wrong.
+//! Tests of a draft model alone over the mock runner, which fails on a wrong position or slot.
 
 use super::*;
 use crate::engine::cost::Pace;
@@ -27,7 +27,7 @@ fn draft_model(pages: u32) -> DraftModel {
     DraftModel::new(Box::new(mock(pages, 8)), 258)
 }
 
-/// A sequence of which everything is known but what comes next.
+/// A sequence with all the state that the draft model needs.
 struct Drafted {
     tokens: Vec<Token>,
     prompt: usize,
@@ -61,7 +61,7 @@ impl Drafted {
         }
     }
 
-    /// What the mock goes on with.
+    /// The next tokens according to the mock.
     fn oracle(&self, most: usize) -> Vec<Token> {
         let mut tokens = self.tokens.clone();
         let next = |_| {
@@ -73,7 +73,7 @@ impl Drafted {
     }
 }
 
-/// Noise, so that nothing is found to copy.
+/// Noise, so that prompt lookup finds nothing.
 fn prompt(of: Token, length: usize) -> Vec<Token> {
     let noise = |at: usize| {
         let x = (at as Token + 1000 * of + 1).wrapping_mul(0x9e37_79b1);
@@ -89,7 +89,7 @@ fn what_it_says_is_drafted_whatever_came_instead() {
         (0..5).map(|of| Drafted::new(prompt(of, 20 + 30 * of as usize))).collect();
     let mut drafted = 0;
     for step in 0..120usize {
-        // Not everyone in every step, and not always as far.
+        // Each step drafts for some of the sequences, with varying limits.
         let most = 1 + step % 6;
         let asked = all.iter_mut().enumerate().filter(|(at, _)| (step + at) % 4 > 0);
         model.draft(asked.map(|(_, one)| one.draftee(most)).collect(), None, 40);
@@ -99,7 +99,8 @@ fn what_it_says_is_drafted_whatever_came_instead() {
                 assert!(oracle.starts_with(one.speculation.draft()), "{step}");
                 drafted += one.speculation.draft().len();
             }
-            // As much of it as stands, and then something of its own; or no more than was known.
+            // Accept a varying number of tokens and append a different one, or append only the
+            // first token.
             let own = (step as Token * 13 + at as Token) % 256;
             let own = (step % 3 > 0 || oracle.len() < 2).then_some(own);
             let stands = if own.is_some() { step % 5 } else { 1 };
@@ -131,7 +132,7 @@ fn who_finds_no_pages_is_not_drafted_for() {
             one.give(next);
         }
     }
-    // One that has to wait makes room for the others.
+    // A sequence that must wait releases its pages.
     all[0].speculation.make_room();
     all.truncate(1);
     assert_eq!(model.held_pages(), 0);
@@ -163,14 +164,14 @@ fn tokens_that_it_does_not_know_are_left_to_others() {
         model.draft(vec![strange.draftee(4), known.draftee(4)], None, 40);
         assert!(!strange.speculation.is_modelled() && known.speculation.is_modelled());
     }
-    // A forced token is no other.
+    // The draft model does not know the forced token.
     let forced = known.draftee(4);
     forced.speculation.propose(forced.tokens, &[300], 4);
     model.draft(vec![forced], None, 40);
     assert_eq!(known.speculation.draft(), [300]);
 }
 
-/// A pass takes a small part of the step, or twice as long.
+/// A pass that takes a small fraction of the step, and one that takes twice the step's time.
 #[test]
 fn it_drafts_while_that_pays() {
     let pace = Pace { seconds: 0.05, tokens: 1.0, row: 0.002 };
@@ -200,7 +201,7 @@ fn it_drafts_while_that_pays() {
     assert_eq!(short, (0, None));
 }
 
-/// A model that says something else is asked for a while, and then hardly ever.
+/// A draft model that is always wrong is tried for a while, then hardly ever.
 #[test]
 fn one_that_is_never_right_is_left_alone() {
     let pace = Pace { seconds: 0.05, tokens: 1.0, row: 0.002 };
@@ -219,7 +220,7 @@ fn one_that_is_never_right_is_left_alone() {
     assert!((3..40).contains(&asked), "{asked}");
 }
 
-/// The mock, until it fails.
+/// A mock runner that fails after a number of steps.
 struct Failing {
     mock: Mock,
     steps: usize,
@@ -290,7 +291,7 @@ fn one_that_fails_is_not_asked_again() {
     let mut model = DraftModel::new(Box::new(Failing { mock: mock(64, 8), steps: 3 }), 258);
     let mut one = Drafted::new(prompt(1, 20));
     model.draft(vec![one.draftee(8)], None, 40);
-    // What had come before stays a draft like any other.
+    // The tokens drafted before the failure remain a valid draft.
     assert_eq!(one.speculation.draft(), one.oracle(3));
     one.give(97);
     model.draft(vec![one.draftee(8)], None, 40);

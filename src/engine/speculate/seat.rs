@@ -1,25 +1,26 @@
-//! What a draft model has of one sequence, and how its drafts for it have fared.
+//! A draft model's state for one sequence, and the acceptance statistics of its drafts.
 
 use crate::engine::kv::SequencePages;
 use crate::ipc::Token;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-/// Weight of the newest token: for a sequence, and for all together.
+/// Weight of the newest token, for the sequence's statistics and for those of all sequences.
 const ALPHA: f32 = 0.125;
 const ALPHA_OF_ALL: f32 = 0.02;
-/// Where nothing is drafted, nothing is learned: with every step the estimate goes so much of the
-/// way back to certainty, until it is worth another try.
+/// Without drafts there are no observations. Each step without a draft moves the estimate this
+/// fraction towards 1, until another draft is tried.
 const FORGET: f32 = 0.001;
-/// Until something is known.
+/// Initial acceptance rate of the next token.
 const NEXT: f32 = 0.7;
-/// Drafted tokens by their probability in the draft model, and how many are assumed to stand.
+/// Classes of drafted tokens: lower bound of the probability in the draft model, and the acceptance
+/// rate initially assumed.
 const CLASSES: [(f32, f32); 5] = [(0.0, 0.15), (0.25, 0.4), (0.5, 0.65), (0.8, 0.87), (0.95, 0.97)];
 
-/// How likely a draft model's tokens are to stand: decaying means.
+/// Acceptance rates of a draft model's tokens: decaying means.
 #[derive(Debug, Clone, Copy)]
 pub struct Trust {
-    /// The next one, before it is known.
+    /// Rate of the next token, before its probability is known.
     next: f32,
     by_confidence: [f32; CLASSES.len()],
 }
@@ -31,12 +32,12 @@ impl Default for Trust {
 }
 
 impl Trust {
-    /// Probability that the token that the draft model would come up with next stands.
+    /// Probability that the next token of the draft model will be accepted.
     pub fn next(&self) -> f32 {
         self.next
     }
 
-    /// Probability that a token stands which has the probability `confidence` in the draft model.
+    /// Acceptance probability of a token that has probability `confidence` in the draft model.
     pub fn rate(&self, confidence: f32) -> f32 {
         self.by_confidence[class(confidence)]
     }
@@ -48,7 +49,7 @@ impl Trust {
         self.next += alpha * (stood - self.next);
     }
 
-    /// A step has gone by without a draft.
+    /// Records a step without a draft.
     pub fn forget(&mut self) {
         self.next += FORGET * (1.0 - self.next);
     }
@@ -58,18 +59,18 @@ fn class(confidence: f32) -> usize {
     CLASSES.iter().rposition(|&(least, _)| confidence >= least).unwrap_or(0)
 }
 
-/// Where the pages of those go who leave: their cache takes them back when it is next at hand.
+/// Pages of removed sequences. The draft model's cache frees them at its next use.
 pub type Left = Rc<RefCell<Vec<SequencePages>>>;
 
-/// A sequence's place in a draft model. Its pages go back when it is dropped.
+/// A sequence's state in a draft model. Dropping it releases its pages.
 #[derive(Debug)]
 pub struct Seat {
-    /// `None` until the draft model reads the sequence, and after it had to make room.
+    /// `None` until the draft model prefills the sequence, and after the pages have been released.
     pub(super) pages: Option<SequencePages>,
     left: Left,
     /// Tokens of the sequence that the draft model has computed.
     pub(super) computed: usize,
-    /// Drafted tokens that it has computed after them.
+    /// Drafted tokens that the draft model has computed after them.
     pub(super) ahead: Vec<Token>,
     pub(super) trust: Trust,
     everyone: Rc<Cell<Trust>>,
@@ -87,7 +88,7 @@ impl Seat {
         }
     }
 
-    /// A drafted token has been found to stand, or not.
+    /// Records whether a drafted token was accepted.
     pub(super) fn observe(&mut self, confidence: f32, stood: bool) {
         self.trust.observe(confidence, stood, ALPHA);
         let mut all = self.everyone.get();
@@ -95,7 +96,7 @@ impl Seat {
         self.everyone.set(all);
     }
 
-    /// Gives its pages back.
+    /// Releases the pages.
     pub(super) fn leave(&mut self) {
         self.left.borrow_mut().extend(self.pages.take());
         self.computed = 0;
@@ -126,7 +127,7 @@ mod tests {
         assert_eq!(seat.trust.rate(0.6), CLASSES[2].1);
         (0..200).for_each(|_| seat.observe(0.97, false));
         assert!(seat.trust.next() < 0.01);
-        // A new sequence begins with what the others have seen.
+        // A new sequence starts with the statistics of all sequences.
         assert!(Seat::new(&Left::default(), &everyone).trust.next() < 0.1);
         (0..1000).for_each(|_| seat.trust.forget());
         assert!(seat.trust.next() > 0.5);

@@ -1,4 +1,5 @@
-//! With a real model: the same text and the same bits with and without, alone and in company.
+//! Tests with a real model: output and logprobs are bit-identical with and without speculation,
+//! alone and in a batch.
 
 use crate::engine::Local;
 use crate::gguf::fixture::{CopiedLayer, with_layers};
@@ -10,13 +11,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Long enough for anything here to end, on a busy machine.
+/// Timeout: long enough for every request here, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 fn spec(model: &Path, draft: Option<&Path>, speculate: Speculate) -> LoadSpec {
     LoadSpec {
         draft: draft.map(Path::to_owned),
-        // Tight: some are put back while all run.
+        // A small cache: some sequences are preempted while all run.
         kv_tokens: 1024,
         batch_tokens: 256,
         speculate,
@@ -24,8 +25,8 @@ fn spec(model: &Path, draft: Option<&Path>, speculate: Speculate) -> LoadSpec {
     }
 }
 
-/// All that a client sees of a choice: its text, and the bits of every token's logprobs, the chosen
-/// one's first.
+/// The output of a choice as a client sees it: its text, and the bits of every token's logprobs,
+/// the sampled token's first.
 #[derive(Debug, Default, PartialEq)]
 struct Answer {
     text: String,
@@ -50,7 +51,7 @@ impl Engine {
         Self { local, last: Progress::default() }
     }
 
-    /// Asks for all of them at once.
+    /// Sends all requests at once.
     fn ask(&mut self, requests: &[Generate], answers: &mut Answers) {
         for request in requests {
             self.local.send(ToEngine::Generate(Box::new(request.clone())));
@@ -174,7 +175,7 @@ fn drafts_change_no_bit() {
         engine.last.preemptions
     );
     assert!(engine.last.accepted_tokens > accepted_tokens);
-    // As it is by default, beside requests that draft nothing.
+    // The default mode, beside requests that draft nothing.
     let mut engine = Engine::start(&model, None, Speculate::Auto);
     let mixed: Vec<_> = requests
         .into_iter()
@@ -185,8 +186,9 @@ fn drafts_change_no_bit() {
     assert!(plain == answers, "by default:\n{plain:?}\n{answers:?}");
 }
 
-/// The model itself drafts, which is right about nearly everything (masks of a grammar it does not
-/// know), and one that lacks layers, which is not.
+/// Draft models: the model itself, whose predictions are nearly always accepted (except under
+/// grammar masks, which it does not know), and a copy without some layers, whose predictions are
+/// not.
 #[test]
 fn a_draft_model_changes_no_bit() {
     let Some(model) = model() else { return };
@@ -205,7 +207,7 @@ fn a_draft_model_changes_no_bit() {
         (&model, Speculate::Auto),
     ] {
         let mut engine = Engine::start(&model, Some(draft), speculate);
-        // With nothing in the cache, and with what the others have left there.
+        // First with an empty cache, then with the prefixes that the first run left there.
         for turn in ["together", "again"] {
             let mut answers = Answers::new();
             engine.ask(&requests, &mut answers);
@@ -219,8 +221,8 @@ fn a_draft_model_changes_no_bit() {
         shares.push((accepted_modelled, modelled_tokens));
     }
     let [(right, all), (few, many), ..] = shares[..] else { unreachable!() };
-    // How many are drafted depends on who is in a step with whom: from 266 to 387 have been seen, of
-    // which 94% and more stood.
+    // The number of drafted tokens depends on the composition of the batches: from 266 to 387 have
+    // been observed, of which at least 94 % were accepted.
     assert!(all > 50 && right * 4 >= all * 3, "{right} of {all} with the model itself");
     assert!(many > 50 && few * 2 < many, "{few} of {many} with the damaged one");
 }

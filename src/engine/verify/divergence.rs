@@ -1,11 +1,11 @@
-//! Sums over rows of logits, in f64.
+//! Comparisons of rows of logits, with sums in f64.
 
 use crate::ipc::Token;
 
-/// The reference's prediction of one row, and its likelihood of the text so far.
+/// The reference's prediction for one row, and its likelihood of the text so far.
 #[derive(Debug, Default)]
 pub struct Reference {
-    /// (vocabulary) logits, less the logarithm of the sum of their exponentials: log p.
+    /// (vocabulary) log p: the logits minus the logarithm of the sum of their exponentials.
     log_p: Vec<f64>,
     /// (vocabulary) p.
     p: Vec<f64>,
@@ -13,7 +13,7 @@ pub struct Reference {
     pub likelihood: Likelihood,
 }
 
-/// Log likelihood of the tokens that really came next.
+/// Log likelihood of the tokens of the text.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Likelihood {
     sum: f64,
@@ -26,14 +26,15 @@ impl Likelihood {
         self.count += 1;
     }
 
-    /// e to the mean negative log likelihood.
+    /// e to the power of the mean negative log likelihood.
     pub fn perplexity(&self) -> f64 {
         (-self.sum / self.count.max(1) as f64).exp()
     }
 }
 
 impl Reference {
-    /// Takes in a row, and the token that really follows. `None` if a logit is no number.
+    /// Reads a row and the token that follows it in the text. Returns `None` if a logit is not
+    /// finite.
     pub fn read(&mut self, logits: &[f32], target: Option<Token>) -> Option<()> {
         let (best, total) = log_sum_exp(logits)?;
         self.best = best;
@@ -48,18 +49,18 @@ impl Reference {
     }
 }
 
-/// How far a runner is from the reference.
+/// The distance of a runner from the reference.
 #[derive(Debug, Default)]
 pub struct Divergence {
     /// (rows) KL(reference || runner) in nats: the expectation under p of log p - log q.
     pub kl: Vec<f64>,
-    /// Rows in which the most likely token is the reference's.
+    /// Number of rows whose most probable token is also the reference's.
     pub same_best: usize,
     pub likelihood: Likelihood,
 }
 
 impl Divergence {
-    /// Takes in the row that the reference has just read. `None` if a logit is no number.
+    /// Adds the row that the reference has just read. Returns `None` if a logit is not finite.
     pub fn add(
         &mut self,
         reference: &Reference,
@@ -68,7 +69,7 @@ impl Divergence {
     ) -> Option<()> {
         let (best, total) = log_sum_exp(logits)?;
         let terms = reference.p.iter().zip(&reference.log_p).zip(logits);
-        // Never negative but for rounding.
+        // Not negative, except for rounding.
         self.kl.push(terms.map(|((p, log_p), &x)| p * (log_p - (f64::from(x) - total))).sum());
         self.same_best += usize::from(best == reference.best);
         if let Some(&x) = target.and_then(|token| logits.get(token as usize)) {
@@ -81,7 +82,8 @@ impl Divergence {
         self.kl.iter().sum::<f64>() / self.kl.len().max(1) as f64
     }
 
-    /// Nearest rank: the smallest value that at least this share of the rows does not exceed.
+    /// The quantile by nearest rank: the smallest value that at least this share of the rows does
+    /// not exceed.
     pub fn quantile(&self, share: f64) -> f64 {
         let mut sorted = self.kl.clone();
         sorted.sort_by(f64::total_cmp);
@@ -90,8 +92,8 @@ impl Divergence {
     }
 }
 
-/// The index of the largest logit (the first, if several are), and the logarithm of the sum of all
-/// exponentials. `None` if one is not a finite number: then no comparison means anything.
+/// The index of the largest logit (the first, if several are equal), and the logarithm of the sum
+/// of all exponentials. `None` if a logit is not finite: a comparison would then be meaningless.
 fn log_sum_exp(logits: &[f32]) -> Option<(usize, f64)> {
     let (mut best, mut largest) = (0, f32::NEG_INFINITY);
     for (at, &x) in logits.iter().enumerate() {
@@ -112,7 +114,7 @@ mod tests {
     use super::*;
 
     fn logits(p: &[f64]) -> Vec<f32> {
-        // Any constant may be added to logits.
+        // Adding a constant to all logits does not change the distribution.
         p.iter().map(|p| (p.ln() + 3.0) as f32).collect()
     }
 

@@ -1,17 +1,17 @@
-//! `ingot verify`: how far the runners' rounding moves a model's predictions.
+//! `ingot verify`: measures how much the runners' rounding changes a model's predictions.
 //!
 //! The reference is F32 arithmetic on the dequantized weights: a temporary GGUF in which
-//! [`write_dequantized`] has made every matrix F32 (its decoders give ggml's own bits, by test), run
-//! by llama.cpp with keys and values in F32. So the native runner is not its own judge. The same
-//! file also goes through the native runner, and both have to agree: two independent programs that
-//! compute the same numbers in F32 are what proves the reference.
+//! [`write_dequantized`] has converted every matrix to F32 (tests check that its decoders match
+//! ggml's bit for bit), run by llama.cpp with keys and values in F32. So the native runner is not
+//! its own reference. The native runner also runs the same file, and the two results must agree:
+//! two independent programs that compute the same numbers in F32 validate the reference.
 //!
-//! The runners under test see the file as it is, with a cache in f16, as by default. All read the
-//! same windows of text, each from its beginning, and all rows count. Rows of logits are compared as
-//! they come and never kept.
+//! The runners under test load the file as it is, with the default f16 cache. All runners read the
+//! same windows of text, each from its beginning, and all rows count. Rows of logits are compared
+//! as they are computed and not stored.
 //!
-//! It runs in the calling process: llama.cpp may end it on a hostile file, where an engine process
-//! of the server would die alone.
+//! Verification runs in the calling process. On a hostile file llama.cpp may terminate that
+//! process; in the server only the engine process would die.
 
 mod divergence;
 mod report;
@@ -35,37 +35,38 @@ use std::path::{Path, PathBuf};
 /// Tokens of a window.
 pub const WINDOW: usize = 512;
 
-/// English prose, dialogue, code, numbers and a little of other languages, written for this purpose.
+/// English prose, dialogue, code, numbers and some text in other languages, written for this
+/// purpose.
 pub const SAMPLE: &str = include_str!("sample.txt");
 
-/// What to evaluate.
+/// The parameters of a verification.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub model: PathBuf,
     pub text: String,
-    /// The text's first tokens that count.
+    /// Number of tokens to evaluate, from the beginning of the text.
     pub tokens: usize,
-    /// Tokens that are read from scratch together, at most.
+    /// Most tokens of a window, which is evaluated from an empty cache.
     pub window: usize,
     pub threads: u32,
-    /// Where the F32 copy may lie while it is needed.
+    /// Folder for the temporary F32 copy.
     pub folder: PathBuf,
 }
 
-/// What is going on.
+/// The progress of a verification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// Writing the F32 copy, this many bytes.
+    /// Writing the F32 copy: bytes to write.
     Writing(u64),
     Loading(&'static str),
-    /// Tokens that all have read, of this many.
+    /// Tokens that all runners have read, out of `total`.
     Reading {
         done: usize,
         total: usize,
     },
 }
 
-/// Why nothing could be measured.
+/// The reason why nothing could be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
     #[error("the model cannot be verified: {0}")]
@@ -85,13 +86,13 @@ pub enum VerifyError {
     NotFinite(&'static str),
 }
 
-/// The names of the sides, as they are reported.
+/// The names of the runners in the report.
 const REFERENCE: &str = "F32, llama.cpp";
 const NATIVE: &str = "native";
 const LLAMA_CPP: &str = "llama.cpp";
 const PROOF: &str = "F32, native";
 
-/// One of the runners that are compared with the reference.
+/// A runner that is compared with the reference.
 struct Side {
     name: &'static str,
     runner: Box<dyn ModelRunner>,
@@ -101,7 +102,7 @@ struct Side {
 /// Evaluates the text with all runners.
 ///
 /// # Errors
-/// [`VerifyError`]; missed bounds are no error but a [`Check`] of the report that did not pass.
+/// [`VerifyError`]. An exceeded bound is not an error but a failed [`Check`] in the report.
 pub fn verify(plan: &Plan, progress: &mut dyn FnMut(Progress)) -> Result<Report, VerifyError> {
     let file = Gguf::open(&plan.model)?;
     let facts = ModelFacts::read(&file)?;
@@ -141,7 +142,8 @@ pub fn verify(plan: &Plan, progress: &mut dyn FnMut(Progress)) -> Result<Report,
         let native = native.map_err(|reason| RunnerError(format!("the F32 copy: {reason}")))?;
         add(PROOF, Box::new(native));
     }
-    // Everyone has it mapped: whatever happens to this process, nothing stays on the disk.
+    // All runners have mapped the file: delete it now, so that nothing stays on disk if this
+    // process dies.
     drop(copy);
 
     let text = Text::new(&reference, &plan.text, plan.tokens)?;
@@ -155,12 +157,12 @@ pub fn verify(plan: &Plan, progress: &mut dyn FnMut(Progress)) -> Result<Report,
     Ok(Report::new(&facts, exact, uncovered, window, &judge, &sides))
 }
 
-/// Nothing but vectors and F32 matrices: the file is its own reference.
+/// Whether the file has only vectors and F32 matrices: then it is its own reference.
 fn is_f32(file: &Gguf) -> bool {
     file.tensors().iter().all(|tensor| tensor.ty() == TensorType::F32)
 }
 
-/// As the server runs a model by default, with one sequence of one window.
+/// The server's default settings, with one sequence of one window.
 fn spec(model: &Path, window: usize, threads: u32) -> LoadSpec {
     let tokens = window.next_multiple_of(PAGE_TOKENS) as u32;
     LoadSpec {
@@ -174,13 +176,13 @@ fn spec(model: &Path, window: usize, threads: u32) -> LoadSpec {
     }
 }
 
-/// The tokens of a text, and the token that every window begins with.
+/// The tokens of the text, and the BOS token that every window begins with, if the model uses one.
 struct Text {
     bos: Option<Token>,
     tokens: Vec<Token>,
 }
 
-/// What is read from scratch: tokens, and the token that really follows each, if any does.
+/// One evaluation: the input tokens, and the token that follows each of them in the text, if any.
 struct Window {
     inputs: Vec<Token>,
     targets: Vec<Option<Token>>,
@@ -199,13 +201,13 @@ impl Text {
         Ok(Self { bos, tokens })
     }
 
-    /// At most `window` inputs each.
+    /// Splits the text into windows of at most `window` inputs.
     fn windows(&self, window: usize) -> Vec<Window> {
         let mark = usize::from(self.bos.is_some());
         let parts = self.tokens.chunks(window.saturating_sub(mark).max(1)).enumerate();
         let each = |(number, part): (usize, &[Token])| {
             let inputs: Vec<Token> = self.bos.into_iter().chain(part.iter().copied()).collect();
-            // After BOS comes the window's first token.
+            // BOS is followed by the first token of the window.
             let next = number * window.saturating_sub(mark).max(1) + 1 - mark;
             let targets = (next..next + inputs.len()).map(|at| self.tokens.get(at).copied());
             Window { targets: targets.collect(), inputs }
@@ -214,7 +216,7 @@ impl Text {
     }
 }
 
-/// Reads a window with everyone, as many rows at a time as a step gives logits for.
+/// Reads a window with all runners, in steps of as many rows as a step returns logits for.
 fn read(
     window: &Window,
     reference: &mut LlamaCpp,
@@ -258,7 +260,7 @@ fn batch(tokens: &[Token], position: usize) -> Batch {
     Batch { tokens: tokens.to_vec(), sequences: vec![sequence], adapter: None }
 }
 
-/// The F32 copy, removed when dropped.
+/// The temporary F32 copy of the model, deleted on drop.
 struct Copy(PathBuf);
 
 impl Copy {
@@ -286,7 +288,7 @@ impl Copy {
 
 impl Drop for Copy {
     fn drop(&mut self) {
-        // Nothing can be done about a failure; a copy that was never written is none.
+        // A failure cannot be handled here; the file may never have been written.
         let _ = fs::remove_file(&self.0);
     }
 }

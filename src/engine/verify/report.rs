@@ -1,18 +1,18 @@
-//! What `ingot verify` found, and what it is held to.
+//! The report of `ingot verify`, and the bounds that it checks.
 
 use super::divergence::{Divergence, Reference};
 use super::{LLAMA_CPP, NATIVE, PROOF, Side};
 use crate::gguf::ModelFacts;
 use serde::Serialize;
 
-/// Mean KL that two programs may differ by that compute the same in F32.
+/// Largest mean KL between two programs that compute the same in F32.
 const EXACT: f64 = 1e-5;
-/// The native runner's mean KL over llama.cpp's own, at most.
+/// Largest ratio of the native runner's mean KL to llama.cpp's.
 const RATIO: f64 = 1.1;
-/// Percent by which the perplexity may differ.
+/// Largest difference of the perplexity, in percent.
 const PERPLEXITY: f64 = 0.5;
 
-/// One runner against the reference.
+/// One runner compared with the reference.
 #[derive(Debug, Clone, Serialize)]
 pub struct Summary {
     pub runner: &'static str,
@@ -20,13 +20,13 @@ pub struct Summary {
     pub mean_kl: f64,
     pub p99_kl: f64,
     pub max_kl: f64,
-    /// Percent of the rows whose most likely token is the reference's.
+    /// Percentage of rows whose most probable token is also the reference's.
     pub top1_agreement_percent: f64,
     pub perplexity: f64,
     pub perplexity_difference_percent: f64,
 }
 
-/// A bound, and what was measured.
+/// A bound and the measured value.
 #[derive(Debug, Clone, Serialize)]
 pub struct Check {
     pub what: String,
@@ -35,19 +35,19 @@ pub struct Check {
     pub passed: bool,
 }
 
-/// Everything that was found.
+/// The complete report.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     pub architecture: String,
     pub quantization: String,
     pub parameters: u64,
-    /// Rows that were compared; the text's tokens, and BOS before each window where the model wants
+    /// Number of rows compared: the text's tokens, plus BOS before each window if the model uses
     /// it.
     pub rows: usize,
     pub window: usize,
     pub reference_perplexity: f64,
     pub runners: Vec<Summary>,
-    /// Why the native runner was not measured.
+    /// The reason why the native runner was not measured.
     pub native_missing: Option<String>,
     pub checks: Vec<Check>,
 }
@@ -79,7 +79,7 @@ impl Report {
         }
     }
 
-    /// Whether every bound is kept.
+    /// Whether every check passed.
     pub fn passed(&self) -> bool {
         self.checks.iter().all(|check| check.passed)
     }
@@ -105,12 +105,12 @@ impl Summary {
     }
 }
 
-/// `exact`: the file is F32 itself.
+/// `exact`: the file itself is in F32.
 fn checks(runners: &[Summary], exact: bool) -> Vec<Check> {
     let find = |name: &str| runners.iter().find(|summary| summary.runner == name);
     let mut checks = Vec::new();
     let mut check = |what: String, value: f64, bound: f64| {
-        // A NaN passes nothing.
+        // A NaN fails every check.
         checks.push(Check { what, value, bound, passed: value <= bound });
     };
     if let Some(proof) = find(PROOF) {
@@ -122,7 +122,7 @@ fn checks(runners: &[Summary], exact: bool) -> Vec<Check> {
             check("native, F32 model: mean KL".into(), native.mean_kl, EXACT);
         }
         (Some(native), Some(peer)) => {
-            // Below EXACT both are the noise of F32.
+            // Below EXACT both values are F32 rounding noise.
             let bound = (peer.mean_kl * RATIO).max(EXACT);
             check(format!("native: mean KL, at most {RATIO}x llama.cpp's"), native.mean_kl, bound);
         }

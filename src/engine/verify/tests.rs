@@ -1,4 +1,5 @@
-//! The bounds, on a tiny model and on the default one, with the slack that few tokens need.
+//! Tests of the bounds on a tiny model and on the default one, widened for the small number of
+//! tokens.
 
 use super::*;
 use crate::gguf::fixture::{TinyLlama, tiny_bert, tiny_llama};
@@ -19,7 +20,7 @@ fn tiny(folder: &Path, ty: TensorType) -> PathBuf {
     path
 }
 
-/// A temporary copy is gone when everybody has mapped it.
+/// Asserts that the temporary copy has been deleted.
 fn assert_only(folder: &Path, files: usize) {
     assert_eq!(fs::read_dir(folder).unwrap().count(), files, "nothing is left behind");
 }
@@ -51,7 +52,7 @@ fn other_models_are_held_against_their_f32_copy() {
 fn what_native_does_not_cover_is_measured_without_it() {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("tiny.gguf");
-    // No kernel fits heads of 10 elements.
+    // No kernel supports heads of 10 elements.
     let shape = TinyLlama { n_embd: 40, ty: TensorType::F16, ..TinyLlama::default() };
     tiny_llama(&model, &shape).unwrap();
     let report = run(&plan(model, folder.path(), 300)).unwrap();
@@ -96,7 +97,7 @@ fn windows_follow_each_other() {
     );
 }
 
-/// The default model's file; CI has it.
+/// Needs the default model's file, which CI provides.
 #[test]
 fn the_default_model_keeps_the_bounds() {
     let model = std::env::var_os("INGOT_TEST_MODEL").map(PathBuf::from);
@@ -107,7 +108,8 @@ fn the_default_model_keeps_the_bounds() {
     println!("{report:#?}");
     let kl = |name: &str| report.runner(name).unwrap().mean_kl;
     assert!(kl(PROOF) <= 1e-5, "F32 in F32: {}", kl(PROOF));
-    // Single rows weigh heavily in so few: the bounds are 1.1 and 0.5% on 20,000 tokens.
+    // With so few rows, single rows have a large effect: the bounds on 20,000 tokens are 1.1 and
+    // 0.5%.
     assert!(kl(NATIVE) <= 1.4 * kl(LLAMA_CPP), "{} and {}", kl(NATIVE), kl(LLAMA_CPP));
     let native = report.runner(NATIVE).unwrap();
     assert!(native.perplexity_difference_percent.abs() < 2.5, "{native:?}");

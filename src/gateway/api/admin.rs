@@ -1,4 +1,4 @@
-//! `/admin/…`: models and adapters at run time. These routes exist only where an admin key is set.
+//! `/admin/…`: models and adapters at run time. These routes exist only if an admin key is set.
 //! Clients name things by id; no path is ever taken from a request.
 
 mod upload;
@@ -17,13 +17,13 @@ use http::StatusCode;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// Bytes of a JSON body here.
+/// Maximum length of a JSON body of these routes, in bytes.
 const MAX_JSON: usize = 64 << 10;
 
 type Answer = Result<(StatusCode, Json<Value>), ApiError>;
 
-/// `GET /admin/models`: loaded models with their engines and memory plans, those that are loading,
-/// and those in the data folder.
+/// `GET /admin/models`: loaded models with their engines and memory plans, models that are being
+/// loaded, and models in the data folder.
 ///
 /// # Errors
 /// 500 if the data folder cannot be read.
@@ -50,7 +50,7 @@ pub async fn list_models(State(app): State<Arc<App>>) -> Answer {
 }
 
 /// `POST /admin/models`: loads `model`, a name or reference that the data folder knows, and serves
-/// it as `name`. Answers when it takes requests.
+/// it as `name`. Responds once the model accepts requests.
 ///
 /// # Errors
 /// As [`crate::gateway::registry::Registry::load_model`].
@@ -64,11 +64,11 @@ pub async fn load_model(State(app): State<Arc<App>>, request: Request) -> Answer
     Ok((StatusCode::CREATED, Json(json!({"model": card, "memory": model.plan}))))
 }
 
-/// `DELETE /admin/models/{name}`: new requests get a 404 at once, running ones finish. Answers when
-/// the engine is gone.
+/// `DELETE /admin/models/{name}`: new requests get a 404 at once, running ones finish. Responds
+/// once the engine process has ended.
 ///
 /// # Errors
-/// 404 if it is not loaded.
+/// 404 if the model is not loaded.
 pub async fn unload_model(
     State(app): State<Arc<App>>,
     name: Result<Path<String>, PathRejection>,
@@ -78,7 +78,7 @@ pub async fn unload_model(
     ok(json!({"id": name, "object": "model", "deleted": true}))
 }
 
-/// `GET /admin/adapters`: loaded adapters, and those in the data folder.
+/// `GET /admin/adapters`: loaded adapters, and adapters in the data folder.
 ///
 /// # Errors
 /// 500 if the data folder cannot be read.
@@ -104,7 +104,7 @@ pub async fn list_adapters(State(app): State<Arc<App>>) -> Answer {
     ok(json!({"object": "list", "data": loaded, "stored": stored}))
 }
 
-/// `POST /admin/adapters`: loads an adapter, or replaces the one of the same name at once.
+/// `POST /admin/adapters`: loads an adapter, or atomically replaces the one of the same name.
 ///
 /// As JSON: `name`, `base`, `source` (an id in the adapters folder; `name` if absent), `scale`. As
 /// `multipart/form-data`: the same fields, and either the file `adapter_config.json` with
@@ -149,10 +149,10 @@ pub async fn load_adapter(State(app): State<Arc<App>>, request: Request) -> Answ
     Ok((StatusCode::CREATED, Json(shown)))
 }
 
-/// `DELETE /admin/adapters/{name}`: requests that started with it end with it.
+/// `DELETE /admin/adapters/{name}`: running requests finish with the adapter, new ones get a 404.
 ///
 /// # Errors
-/// 404 if it is not loaded.
+/// 404 if the adapter is not loaded.
 pub async fn unload_adapter(
     State(app): State<Arc<App>>,
     name: Result<Path<String>, PathRejection>,

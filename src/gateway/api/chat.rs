@@ -1,4 +1,4 @@
-//! `POST /v1/chat/completions`: a conversation goes on.
+//! `POST /v1/chat/completions`: generates the next message of a conversation.
 
 use super::chat_answer::{Writer, whole};
 use super::constraint::{self, Constraint};
@@ -12,7 +12,7 @@ use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{Model, Served};
-use crate::gateway::stream::{self, Running};
+use crate::gateway::stream::{self, GenerationStream};
 use crate::ipc::{Generate, Grammar, ModelInfo, Prompt, RequestId};
 use crate::template::{RenderInput, RenderedPrompt};
 use axum::Extension;
@@ -28,7 +28,7 @@ pub(super) struct ChatRequest {
     pub messages: Vec<Value>,
     pub tools: Option<Tools>,
     pub format: Option<Grammar>,
-    /// Alternatives per position, where log-probabilities are asked for at all.
+    /// Number of alternatives per position; `None` if no log-probabilities are requested.
     pub logprobs: Option<u32>,
     template_kwargs: Map<String, Value>,
     reasoning_effort: Option<String>,
@@ -39,7 +39,7 @@ pub(super) struct ChatRequest {
 /// `POST /v1/chat/completions`.
 ///
 /// # Errors
-/// 400 for what the request says, 404 for its model, 429 and 503 for the state of the engine.
+/// 400 for an invalid request, 404 for an unknown model, 429 and 503 for the state of the engine.
 pub async fn handle(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
@@ -60,7 +60,7 @@ pub async fn handle(
     let writer = Writer::new(&request, &constraint);
     let stream = request.common.stream;
     let generate = request.into_generate(&served, identity, prompt, constraint);
-    let running = Running::start(&app, served, vec![generate]).await?;
+    let running = GenerationStream::start(&app, served, vec![generate]).await?;
     match stream {
         Some(_) => Ok(stream::respond(running, writer, app.config.listen.slow_client_timeout)),
         None => whole(running, writer).await,
@@ -78,7 +78,7 @@ impl ChatRequest {
         let logprobs = take_logprobs(&mut fields)?;
         let mut template_kwargs =
             fields.object("chat_template_kwargs")?.map(Fields::into_map).unwrap_or_default();
-        // Qwen's servers take it beside the messages.
+        // Qwen's servers take `enable_thinking` beside the messages.
         if let Some(thinking) = fields.boolean("enable_thinking")? {
             let thinking = json!(thinking);
             if template_kwargs.get("enable_thinking").is_some_and(|inner| *inner != thinking) {
@@ -87,7 +87,7 @@ impl ChatRequest {
             }
             template_kwargs.insert("enable_thinking".into(), thinking);
         }
-        // Of text completions; the template writes what tokens begin a prompt.
+        // Parameters of text completions: in a chat the template writes the initial tokens.
         for key in ["echo", "add_special_tokens"] {
             fields.only_neutral(key, &[json!(false)])?;
         }
@@ -113,7 +113,7 @@ impl ChatRequest {
         })
     }
 
-    /// Checks what depends on the model.
+    /// Checks the parameters that depend on the model.
     fn check(&self, info: &ModelInfo) -> Result<(), ApiError> {
         if !info.can_generate {
             let message = "This model computes embeddings only; it does not chat.";
@@ -122,7 +122,7 @@ impl ChatRequest {
         self.common.check_model(info)
     }
 
-    /// Hands `reasoning_effort` to the template, as far as it has a variable for it.
+    /// Passes `reasoning_effort` to the template, if the template has a variable for it.
     fn map_effort(&mut self, model: &Model) -> Result<(), ApiError> {
         let Some(effort) = self.reasoning_effort.take() else { return Ok(()) };
         let source = model.facts.tokenizer.chat_template.as_deref().unwrap_or_default();
@@ -136,7 +136,7 @@ impl ChatRequest {
                 taken = true;
             }
         }
-        // Without a variable, only what the model does anyway can be had.
+        // Without a template variable, only the model's fixed behaviour can be requested.
         let thinks = template(model)?.caps().thinking;
         let neutral = effort == "medium" || (!thinks && (off || effort == "minimal"));
         if taken || neutral {
@@ -180,7 +180,7 @@ impl ChatRequest {
             stop: self.common.stop,
             logprobs: self.logprobs,
             echo: false,
-            // The markers of calls and reasoning are control tokens in some models.
+            // Markers of tool calls and reasoning are control tokens in some models.
             render_special: self.common.render_special
                 || self.tools.is_some()
                 || constraint.reasoning.is_some(),
@@ -195,7 +195,7 @@ impl ChatRequest {
     }
 }
 
-/// `logprobs` (whether) and `top_logprobs` (how many more).
+/// Takes `logprobs` (whether) and `top_logprobs` (number of alternatives).
 fn take_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
     let wanted = fields.boolean("logprobs")?.unwrap_or(false);
     let top = fields.count("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
@@ -219,12 +219,12 @@ fn take_effort(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     }
 }
 
-/// What only multimodal or hosted models do.
+/// Refuses parameters that only multimodal or hosted models support.
 fn refuse_media(fields: &mut Fields) -> Result<(), ApiError> {
     fields.only_neutral("modalities", &[json!(["text"])])?;
     fields.only_neutral("verbosity", &[json!("medium")])?;
     for key in ["audio", "prediction", "web_search_options"] {
-        // An empty object switches these on.
+        // Even an empty object enables these features.
         if fields.take(key).is_some() {
             let message =
                 format!("Unsupported parameter: '{key}' is not supported by this server.");

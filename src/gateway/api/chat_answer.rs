@@ -1,4 +1,4 @@
-//! Answers of `/v1/chat/completions`, whole or in chunks.
+//! Responses of `/v1/chat/completions`, whole or in chunks.
 
 use super::chat::ChatRequest;
 use super::constraint::Constraint;
@@ -6,32 +6,32 @@ use super::logprobs::ChatLogprobs;
 use super::tools::Choice as ToolChoice;
 use super::{Answer, finish_reason};
 use crate::gateway::error::ApiError;
-use crate::gateway::stream::{Running, Sse, Transcript, Usage, UsageBody};
+use crate::gateway::stream::{EventWriter, GenerationStream, Sse, Usage, UsageBody};
 use crate::ipc::{Event, FinishReason, TokenLogprob};
 use crate::template::{CallIds, Delta, OutputParser};
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-/// Turns events into an answer.
+/// Converts engine events to a response.
 #[derive(Debug)]
 pub(super) struct Writer {
     answer: Answer,
     include_usage: bool,
     logprobs: bool,
     choices: Vec<Choice>,
-    /// A choice that is to end.
+    /// A choice that must end now.
     to_finish: Option<u32>,
 }
 
-/// One choice on its way.
+/// State of one choice in progress.
 #[derive(Debug)]
 struct Choice {
     parser: OutputParser,
-    /// Tokens whose log-probabilities no chunk carries yet: the parser may still hold their text.
+    /// Tokens whose log-probabilities were not sent yet: the parser may still hold their text.
     pending: Vec<TokenLogprob>,
     begun: bool,
-    /// Its model repeats itself: what still comes is not looked at.
+    /// The choice was ended because the model repeats itself; further text is ignored.
     over: bool,
 }
 
@@ -65,7 +65,7 @@ impl Writer {
 }
 
 impl Choice {
-    /// What the parser makes of a piece of text.
+    /// Parses a piece of text.
     fn read(&mut self, text: &str) -> Vec<Delta> {
         if self.over {
             return Vec::new();
@@ -74,12 +74,12 @@ impl Choice {
         filled(deltas)
     }
 
-    /// What it makes of the end, and how the choice ends.
+    /// Ends the parsing; returns the last deltas and the finish reason.
     fn finish(&mut self, reason: &FinishReason) -> (Vec<Delta>, &'static str) {
         let cut = self.over || *reason != FinishReason::Stop;
         let deltas = filled(self.parser.finish(cut));
         let reason = match finish_reason(reason) {
-            // Whether the engine heard of it in time makes no difference.
+            // The reason is the same whether or not the engine ended the choice in time.
             _ if self.over => "tool_calls",
             "stop" if self.parser.calls_are_complete() => "tool_calls",
             other => other,
@@ -87,7 +87,7 @@ impl Choice {
         (deltas, reason)
     }
 
-    /// Whether the choice is to end now; said once.
+    /// Whether the choice must end now because the model repeats itself. True only once.
     fn repeats_itself(&mut self) -> bool {
         !std::mem::replace(&mut self.over, self.parser.repeats_itself()) && self.over
     }
@@ -176,7 +176,7 @@ impl Writer {
         out.json(&Chunk { answer: &self.answer, choices, usage });
     }
 
-    /// One delta of a choice, with the log-probabilities that wait for one.
+    /// Writes one delta of a choice, with the pending log-probabilities.
     fn delta(
         &mut self,
         index: usize,
@@ -202,7 +202,7 @@ impl Writer {
     }
 }
 
-impl Transcript for Writer {
+impl EventWriter for Writer {
     fn event(&mut self, _prompt: usize, event: Event, out: &mut Sse) {
         match event {
             Event::Delta { choice, text, logprobs, .. } => {
@@ -242,7 +242,7 @@ impl Transcript for Writer {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Whole answers
+// Whole responses
 
 #[derive(Debug, Serialize)]
 struct Body<'a> {
@@ -263,7 +263,7 @@ struct BodyChoice {
 #[derive(Debug, Default, Serialize)]
 struct Message {
     role: &'static str,
-    /// Null where there are only tool calls.
+    /// Null if there are only tool calls.
     content: Option<String>,
     refusal: Option<()>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -306,8 +306,11 @@ impl Message {
     }
 }
 
-/// The answer of a request that does not stream.
-pub(super) async fn whole(mut running: Running, mut writer: Writer) -> Result<Response, ApiError> {
+/// The response to a request without streaming.
+pub(super) async fn whole(
+    mut running: GenerationStream,
+    mut writer: Writer,
+) -> Result<Response, ApiError> {
     let empty = |index| BodyChoice {
         index,
         message: Message { role: "assistant", ..Message::default() },

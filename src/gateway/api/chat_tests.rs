@@ -18,7 +18,7 @@ fn tools() -> Value {
     json!([{"type": "function", "function": {"name": "f"}}])
 }
 
-/// The answer to `request` if the engine sends `events`.
+/// The response to `request` if the engine sends `events`.
 async fn answer(request: Value, events: Vec<Event>) -> String {
     let request = read(request).unwrap();
     let constraint = Constraint {
@@ -53,7 +53,7 @@ fn events(stream: &str) -> Vec<Value> {
 fn calling() -> Vec<Event> {
     let text = "<think>\nhm</think>\n\nLet me see. <tool_call>\n{\"name\": \"f\", \
                 \"arguments\": {\"a\": 1}}\n</tool_call>";
-    // Cut at odd places.
+    // The text is split at arbitrary places.
     let mut list: Vec<Event> = text
         .as_bytes()
         .chunks(3)
@@ -184,7 +184,7 @@ async fn logprobs_are_never_lost() {
     use super::super::logprobs::tests::token;
     let events_of = || {
         vec![
-            // The parser holds this back: it may begin a marker.
+            // The parser holds this text back, because it may begin a marker.
             delta_with(0, "<thi", vec![token(b"<thi", Some(-1.0), &[])]),
             delta_with(0, "s", vec![token(b"s", Some(-2.0), &[(b"nk", -3.0)])]),
             delta_with(0, "", vec![token(b"", Some(-4.0), &[])]),

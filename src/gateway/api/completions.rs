@@ -1,4 +1,4 @@
-//! `POST /v1/completions`: text goes on as it began.
+//! `POST /v1/completions`: continues a text.
 
 use super::constraint::Part;
 use super::fields::{Fields, JsonBody, tokens};
@@ -10,7 +10,7 @@ use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::Served;
-use crate::gateway::stream::{self, Running, Sse, Transcript, Usage, UsageBody};
+use crate::gateway::stream::{self, EventWriter, GenerationStream, Sse, Usage, UsageBody};
 use crate::ipc::{
     Event, Generate, Grammar, GrammarSpec, ModelInfo, Prompt, RequestId, Token, TokenLogprob,
 };
@@ -21,7 +21,7 @@ use serde::Serialize;
 use serde_json::Value;
 use std::sync::Arc;
 
-/// Prompts in one request, and choices over all of them, at most.
+/// Maximum number of prompts in one request, and of choices over all prompts.
 const MAX_PROMPTS: usize = 128;
 const MAX_CHOICES: usize = 256;
 const MAX_TOKENS_GIVEN: usize = 1 << 20;
@@ -38,7 +38,7 @@ struct CompletionRequest {
     echo: bool,
     logprobs: Option<u32>,
     grammar: Option<Grammar>,
-    /// Whether the tokens that begin a text are put in front of prompts.
+    /// Whether prompts begin with the tokens that begin a text (such as BOS).
     add_special: bool,
 }
 
@@ -51,7 +51,7 @@ enum Input {
 /// `POST /v1/completions`.
 ///
 /// # Errors
-/// 400 for what the request says, 404 for its model, 429 and 503 for the state of the engine.
+/// 400 for an invalid request, 404 for an unknown model, 429 and 503 for the state of the engine.
 pub async fn handle(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
@@ -69,7 +69,7 @@ pub async fn handle(
     let writer = Writer::new(&request);
     let stream = request.common.stream;
     let prompts = request.into_generates(&served, identity);
-    let running = Running::start(&app, served, prompts).await?;
+    let running = GenerationStream::start(&app, served, prompts).await?;
     match stream {
         Some(_) => Ok(stream::respond(running, writer, app.config.listen.slow_client_timeout)),
         None => whole(running, writer).await,
@@ -80,7 +80,7 @@ impl CompletionRequest {
     fn read(mut fields: Fields) -> Result<Self, ApiError> {
         let mut common = Common::take(&mut fields)?;
         let echo = fields.boolean("echo")?.unwrap_or(false);
-        // No output at all makes sense only to see the prompt's own log-probabilities.
+        // An output of 0 tokens is useful only to get the log-probabilities of the prompt.
         let max_tokens = take_max_tokens(&mut fields, u32::from(!echo))?;
         common.stop.max_tokens = Some(max_tokens.unwrap_or(DEFAULT_MAX_TOKENS));
         let prompts = take_prompts(&mut fields)?;
@@ -105,7 +105,7 @@ impl CompletionRequest {
         Ok(Self { common, prompts, suffix, echo, logprobs, grammar, add_special })
     }
 
-    /// Checks what depends on the model.
+    /// Checks the parameters that depend on the model.
     fn check(&self, info: &ModelInfo) -> Result<(), ApiError> {
         if !info.can_generate {
             let message = "This model computes embeddings only; it does not generate text.";
@@ -131,7 +131,7 @@ impl CompletionRequest {
                 (Input::Text(prefix), Some(suffix)) => {
                     Prompt::Infill { prefix, suffix: suffix.clone() }
                 }
-                // Raw prompts are often rendered templates.
+                // Raw prompts are often rendered templates, so control tokens in them are parsed.
                 (Input::Text(text), None) => {
                     Prompt::Text { text, add_special, parse_special: true }
                 }
@@ -185,14 +185,14 @@ fn take_prompts(fields: &mut Fields) -> Result<Vec<Input>, ApiError> {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Answers
+// Responses
 
 #[derive(Debug, Serialize)]
 struct Body<'a> {
     #[serde(flatten)]
     answer: &'a Answer,
     choices: &'a [Choice],
-    /// Absent, or null until the last chunk of a stream that asked for it.
+    /// Absent, or null until the last chunk of a stream that requested it.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<UsageBody>>,
 }
@@ -205,7 +205,7 @@ struct Choice {
     finish_reason: Option<&'static str>,
 }
 
-/// Turns events into choices, for a stream or a whole answer.
+/// Converts events to choices, for a stream or a whole response.
 #[derive(Debug)]
 struct Writer {
     answer: Answer,
@@ -213,7 +213,7 @@ struct Writer {
     choices: usize,
     include_usage: bool,
     logprobs: bool,
-    /// Characters written so far, per choice over all prompts.
+    /// Number of characters written so far, per choice over all prompts.
     offsets: Vec<usize>,
 }
 
@@ -229,7 +229,7 @@ impl Writer {
         }
     }
 
-    /// Parts of choices that an event brings.
+    /// The parts of choices in one event.
     fn parts(&mut self, prompt: usize, event: Event) -> Vec<Choice> {
         let base = prompt * self.choices;
         match event {
@@ -265,7 +265,7 @@ impl Writer {
     }
 }
 
-impl Transcript for Writer {
+impl EventWriter for Writer {
     fn event(&mut self, prompt: usize, event: Event, out: &mut Sse) {
         for mut part in self.parts(prompt, event) {
             let empty = part.logprobs.as_ref().is_none_or(TextLogprobs::is_empty);
@@ -286,8 +286,8 @@ impl Transcript for Writer {
     }
 }
 
-/// The answer of a request that does not stream.
-async fn whole(mut running: Running, mut writer: Writer) -> Result<Response, ApiError> {
+/// The response to a request without streaming.
+async fn whole(mut running: GenerationStream, mut writer: Writer) -> Result<Response, ApiError> {
     let choice = |index| Choice {
         index,
         logprobs: writer.logprobs.then(TextLogprobs::default),

@@ -1,10 +1,10 @@
-//! What holds the output of a chat to its form: tool calls, formats, and reasoning before both.
+//! Constraints on the output of a chat: tool calls, formats, and the reasoning before them.
 //!
 //! | reasoning | constraint begins |
 //! |---|---|
 //! | none, or the prompt has closed it | at once |
 //! | the prompt has opened it | after its end |
-//! | the model decides | at once, with a reasoning block allowed in front by the grammar |
+//! | optional for the model | at once; the grammar allows a reasoning block in front |
 
 use super::chat::ChatRequest;
 use super::tools::Choice;
@@ -15,15 +15,16 @@ use crate::template::{
 };
 use serde_json::{Value, json};
 
-/// White space between JSON tokens; llguidance's own is unbounded, and models get lost in it.
+/// White space between JSON tokens. llguidance's default is unbounded, and models can generate
+/// white space forever.
 const JSON_WHITESPACE: &str = r"[ ]{1,2}|\r?\n[ \t]{0,48}";
 
 /// How the output is constrained and read.
 #[derive(Debug)]
 pub(super) struct Constraint {
     pub grammar: Option<GrammarSpec>,
-    /// What the grammar is made of, each with the parameter that it comes from: whatever of it is
-    /// refused alone is at fault when the grammar is.
+    /// Parts of the grammar, each with the parameter that it comes from. If the grammar is refused,
+    /// every part is compiled alone to find the parameter at fault.
     pub parts: Vec<Part>,
     pub family: Option<ToolFamily>,
     pub reasoning: Option<ReasoningFormat>,
@@ -33,15 +34,15 @@ pub(super) struct Constraint {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Part {
     pub param: String,
-    /// What it is, for a message: "the parameters of the tool `f`".
+    /// Description of the part for a message: "the parameters of the tool `f`".
     pub what: Option<String>,
     pub grammar: Grammar,
 }
 
-/// Builds what `request` asks for, for the output that follows `prompt`.
+/// Builds the constraint that `request` asks for, for the output that follows `prompt`.
 ///
 /// # Errors
-/// 400 for tools or formats that this model or their combination does not allow.
+/// 400 for tools or formats that the model, or their combination, does not allow.
 pub(super) fn build(
     template: &ChatTemplate,
     info: &ModelInfo,
@@ -75,18 +76,18 @@ pub(super) fn build(
         .grammar(&tools.definitions, &choice, tools.parallel, marker)
         .map_err(|error| ApiError::invalid("tools", error.to_string()))?;
     constraint.grammar = match (&request.format, choice) {
-        // The answer is a call, or else has the format.
+        // The output is either a call or follows the format.
         (Some(format), ToolChoice::Auto) => {
             Some(before.wrap_lark(either(&grammar.lark, format)?, has_json(format), &marker))
         }
         (None, ToolChoice::Auto) => on_trigger(grammar, reasoning.is_some()),
-        // The answer is a call, whatever format other answers have.
+        // The output is a call, whatever format other outputs have.
         _ => Some(before.wrap_lark(grammar.lark, true, &marker)),
     };
     Ok(constraint)
 }
 
-/// The tools' parameters, as their calls are held to them.
+/// The parameter schemas of the tools, which constrain the calls.
 fn tool_parts(definitions: &[Value]) -> impl Iterator<Item = Part> + '_ {
     definitions.iter().enumerate().filter_map(|(index, tool)| {
         let function = &tool["function"];
@@ -113,11 +114,11 @@ fn token(info: &ModelInfo, text: &str) -> Option<u32> {
     info.special_tokens.iter().find(|(known, _)| known == text).map(|(_, token)| *token)
 }
 
-/// A call is constrained once it has begun.
+/// A grammar that constrains a call once its trigger has been generated.
 fn on_trigger(grammar: ToolGrammar, reasons: bool) -> Option<GrammarSpec> {
     let trigger = grammar.trigger?;
     if reasons && trigger.at_start_only {
-        // The engine's start is that of the reasoning, not of the answer: calls stay free here.
+        // The engine would start at the reasoning, not at the answer: calls stay unconstrained.
         return None;
     }
     Some(GrammarSpec {
@@ -130,12 +131,12 @@ fn on_trigger(grammar: ToolGrammar, reasons: bool) -> Option<GrammarSpec> {
     })
 }
 
-/// What may or must come before the constrained part.
+/// Text that may or must come before the constrained part.
 enum Before<'a> {
     Nothing,
-    /// Reasoning that the prompt has opened: free until this text.
+    /// Reasoning that the prompt has opened: unconstrained until this text.
     Until(&'a str),
-    /// Reasoning if the model likes to.
+    /// Optional reasoning.
     Maybe(&'a ReasoningFormat),
 }
 
@@ -144,7 +145,7 @@ impl<'a> Before<'a> {
         match reasoning {
             None => Self::Nothing,
             Some(format) if format.starts_open => Self::Until(&format.close),
-            // Thinking was switched off: the template wrote an empty block.
+            // Thinking is disabled: the template wrote an empty block.
             Some(format) if prompt.trim_end().ends_with(&format.close) => Self::Nothing,
             Some(format) => Self::Maybe(format),
         }
@@ -152,7 +153,7 @@ impl<'a> Before<'a> {
 
     fn wrap_format(&self, format: Grammar, marker: &dyn Fn(&str) -> Option<u32>) -> GrammarSpec {
         let grammar = match (self, body(&format)) {
-            // A client's own Lark has rule names of its own: it is left alone, without reasoning.
+            // A client's own Lark grammar has its own rule names, so no reasoning is added to it.
             (Self::Nothing | Self::Until(_), _) | (Self::Maybe(_), None) => format,
             (Self::Maybe(_), Some(body)) => {
                 let json = has_json(&format);
@@ -162,7 +163,8 @@ impl<'a> Before<'a> {
         GrammarSpec { grammar, trigger: self.trigger() }
     }
 
-    /// `lark` begins with the rule `start`; `json` says that all of it is JSON and markers.
+    /// Adds the reasoning to `lark`, which begins with the rule `start`. `json` says that the
+    /// grammar consists only of JSON and markers.
     fn wrap_lark(
         &self,
         lark: String,
@@ -215,7 +217,7 @@ fn thoughts(format: &ReasoningFormat, marker: &dyn Fn(&str) -> Option<u32>) -> S
     )
 }
 
-/// A tool call in the grammar `calls`, or the format.
+/// A grammar for either a tool call by the grammar `calls`, or the format.
 fn either(calls: &str, format: &Grammar) -> Result<String, ApiError> {
     let Some(body) = body(format) else {
         let message = "a Lark grammar cannot be combined with tools unless tool_choice is \"none\"";
@@ -224,18 +226,18 @@ fn either(calls: &str, format: &Grammar) -> Result<String, ApiError> {
     Ok(format!("start: calling | form\n{}{body}", rename_start(calls, "calling")))
 }
 
-/// The first rule of a grammar of ours under another name.
+/// Renames the first rule of a grammar that this module wrote.
 fn rename_start(lark: &str, name: &str) -> String {
     lark.replacen("start:", &format!("{name}:"), 1)
 }
 
-/// A format as the rule `form`; `None` for a client's own Lark.
+/// Writes a format as the rule `form`; `None` for a client's own Lark grammar.
 fn body(format: &Grammar) -> Option<String> {
     let mut schema = match format {
         Grammar::Lark(_) | Grammar::JsonLark { .. } => return None,
         Grammar::Regex(regex) => return Some(format!("form: FORM\nFORM: /{}/\n", slashes(regex))),
         Grammar::JsonObject => json!({"type": "object"}),
-        // It was written by serde_json.
+        // serde_json wrote this text.
         Grammar::JsonSchema(text) | Grammar::LenientJsonSchema(text) => {
             serde_json::from_str(text).unwrap_or_else(|_| json!({}))
         }
@@ -244,14 +246,14 @@ fn body(format: &Grammar) -> Option<String> {
     Some(format!("form: %json {schema}\n"))
 }
 
-/// A regular expression between slashes: slashes and line breaks in it are escaped.
+/// A regular expression between slashes; slashes and line breaks in it are escaped.
 fn slashes(regex: &str) -> String {
     let mut out = String::with_capacity(regex.len());
     let mut escaped = false;
     for character in regex.chars() {
         match character {
             '/' if !escaped => out.push_str("\\/"),
-            // An escaped line break is a line break.
+            // A backslash before a line break means a line break.
             '\n' => out.push_str(if escaped { "n" } else { "\\n" }),
             other => out.push(other),
         }

@@ -199,7 +199,7 @@ fn an_answer_is_a_call_or_has_the_format() {
 fn a_complete_call_may_end_the_answer() {
     let grammar = lark("", "", tools("required"));
     let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
-    // White space behind a call leads nowhere else.
+    // White space after a call allows nothing else to follow.
     for text in [call.to_owned(), format!("{call}\n"), format!("{call}\n{call}")] {
         assert!(accepts(&grammar, &text), "{text}");
     }

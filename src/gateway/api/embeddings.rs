@@ -21,7 +21,8 @@ const MAX_TOKENS_GIVEN: usize = 1 << 20;
 struct EmbeddingRequest {
     model: String,
     inputs: Vec<Prompt>,
-    /// Little-endian `f32`s as base64 (what official clients ask for) instead of numbers.
+    /// Whether vectors are little-endian `f32`s as base64 (as official clients request), not
+    /// numbers.
     base64: bool,
     dimensions: Option<u32>,
 }
@@ -57,7 +58,7 @@ struct EmbeddingUsage {
 /// `POST /v1/embeddings`.
 ///
 /// # Errors
-/// 400 for what the request says, 404 for its model, 503 for the state of the engine, 504.
+/// 400 for an invalid request, 404 for an unknown model, 503 for the state of the engine, 504.
 pub async fn handle(
     State(app): State<Arc<App>>,
     JsonBody(fields): JsonBody,
@@ -112,7 +113,7 @@ impl EmbeddingRequest {
         Ok(Self { model, inputs, base64, dimensions })
     }
 
-    /// Checks what depends on the model.
+    /// Checks the parameters that depend on the model.
     fn check(&self, served: &Served, info: &ModelInfo) -> Result<(), ApiError> {
         if !info.can_embed {
             let message = format!("The model `{}` does not compute embeddings.", served.name);
@@ -143,7 +144,7 @@ impl EmbeddingRequest {
 fn take_inputs(fields: &mut Fields) -> Result<Vec<Prompt>, ApiError> {
     const EXPECTED: &str =
         "a string, a list of strings, a list of token ids, or a list of those, none of them empty";
-    // Text of a client is plain text: control tokens in it are not recognised.
+    // Text from a client is plain text: control tokens in it are not recognised.
     let text = |text| Prompt::Text { text, add_special: true, parse_special: false };
     let value = fields.take("input").ok_or_else(|| fields.missing("input"))?;
     let list = match value {

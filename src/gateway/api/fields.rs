@@ -1,5 +1,5 @@
-//! Reads a JSON body strictly: every field is taken by name and type, every error names its
-//! field, and what nobody took is refused.
+//! Strict reader of JSON bodies: every field is taken by name and type, every error names its
+//! field, and a field that was not taken is refused.
 
 use crate::gateway::error::ApiError;
 use axum::extract::{FromRequest, Request};
@@ -8,15 +8,15 @@ use http::{StatusCode, header};
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
-/// The fields of one JSON object that nobody has taken yet.
+/// The fields of one JSON object that have not been taken yet.
 #[derive(Debug)]
 pub struct Fields {
-    /// Where the object stands in the body: empty, or `stream_options`, or `messages[2]`.
+    /// Path of the object in the body: empty, or `stream_options`, or `messages[2]`.
     path: String,
     map: Map<String, Value>,
 }
 
-/// The body of a request: `application/json` and an object, or else an [`ApiError`].
+/// A request body, extracted if it is `application/json` and an object; otherwise an [`ApiError`].
 #[derive(Debug)]
 pub struct JsonBody(pub Fields);
 
@@ -43,7 +43,7 @@ impl<S: Send + Sync> FromRequest<S> for JsonBody {
     }
 }
 
-/// Whether a `Content-Type` names JSON, parameters aside.
+/// Whether a `Content-Type` is JSON, ignoring its parameters.
 fn is_json(content_type: &[u8]) -> bool {
     let essence = content_type.split(|byte| *byte == b';').next().unwrap_or_default();
     let essence = essence.trim_ascii();
@@ -68,7 +68,7 @@ impl Fields {
         }
     }
 
-    /// The fields of an object that stands at `path`, or an error that says it must be one.
+    /// The fields of the object at `path`, or an error if the value is not an object.
     pub fn of(path: String, value: Value) -> Result<Self, ApiError> {
         match value {
             Value::Object(map) => Ok(Self { path, map }),
@@ -76,32 +76,32 @@ impl Fields {
         }
     }
 
-    /// The full name of a field, as errors give it: `stream_options.include_usage`.
+    /// The full name of a field as used in errors: `stream_options.include_usage`.
     pub fn name(&self, key: &str) -> String {
         if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
     }
 
-    /// A field of any type; null counts as absent.
+    /// Takes a field of any type; null counts as absent.
     pub fn take(&mut self, key: &str) -> Option<Value> {
         self.map.swap_remove(key).filter(|value| !value.is_null())
     }
 
-    /// Takes fields that say nothing here, whatever they hold.
+    /// Takes fields that have no effect here, whatever their values.
     pub fn ignore(&mut self, keys: &[&str]) {
         keys.iter().for_each(|key| drop(self.map.swap_remove(*key)));
     }
 
-    /// Whether a field is there and not null.
+    /// Whether a field is present and not null.
     pub fn has(&self, key: &str) -> bool {
         self.map.get(key).is_some_and(|value| !value.is_null())
     }
 
-    /// Undoes [`Fields::take`].
+    /// Puts back a field that was taken with [`Fields::take`].
     pub fn put_back(&mut self, key: &str, value: Value) {
         self.map.insert(key.to_owned(), value);
     }
 
-    /// What an error says of a required field that is not there.
+    /// The error for a required field that is missing.
     pub fn missing(&self, key: &str) -> ApiError {
         let name = self.name(key);
         ApiError::invalid(&name, format!("Missing required parameter: '{name}'."))
@@ -113,7 +113,7 @@ impl Fields {
         wrong(&self.name(key), expected, got)
     }
 
-    /// Any number in the range, to its last digit.
+    /// Takes a number in the range, in full precision.
     pub fn float(
         &mut self,
         key: &str,
@@ -126,19 +126,19 @@ impl Fields {
         }
     }
 
-    /// Any number in the range.
+    /// Takes a number in the range.
     pub fn number(
         &mut self,
         key: &str,
         range: RangeInclusive<f32>,
     ) -> Result<Option<f32>, ApiError> {
-        // Compared as f64, so that nothing is rounded into the range.
+        // Compared as f64, so that no value is rounded into the range.
         let (least, most) = range.into_inner();
         let exact = |bound: f32| bound.to_string().parse().unwrap_or(f64::from(bound));
         Ok(self.float(key, exact(least)..=exact(most))?.map(|number| number as f32))
     }
 
-    /// A whole number in the range, written without a fraction.
+    /// Takes a whole number in the range, written without a fraction.
     pub fn integer(
         &mut self,
         key: &str,
@@ -151,7 +151,7 @@ impl Fields {
         }
     }
 
-    /// A whole number from `least` to the largest `u32`.
+    /// Takes a whole number from `least` to `most`, at most the largest `u32`.
     pub fn count(&mut self, key: &str, least: u32, most: u32) -> Result<Option<u32>, ApiError> {
         let number = self.integer(key, i64::from(least)..=i64::from(most))?;
         Ok(number.and_then(|number| u32::try_from(number).ok()))
@@ -165,7 +165,7 @@ impl Fields {
         }
     }
 
-    /// A string of at most `most` bytes.
+    /// Takes a string of at most `most` bytes.
     pub fn string(&mut self, key: &str, most: usize) -> Result<Option<String>, ApiError> {
         match self.take(key) {
             None => Ok(None),
@@ -178,7 +178,7 @@ impl Fields {
         }
     }
 
-    /// A nested object.
+    /// Takes a nested object.
     pub fn object(&mut self, key: &str) -> Result<Option<Self>, ApiError> {
         match self.take(key) {
             None => Ok(None),
@@ -186,7 +186,7 @@ impl Fields {
         }
     }
 
-    /// A list of at most `most` elements.
+    /// Takes a list of at most `most` elements.
     pub fn list(&mut self, key: &str, most: usize) -> Result<Option<Vec<Value>>, ApiError> {
         match self.take(key) {
             None => Ok(None),
@@ -199,7 +199,7 @@ impl Fields {
         }
     }
 
-    /// A list of strings, each of `1..=longest` bytes.
+    /// Takes a list of strings, each of `1..=longest` bytes.
     pub fn strings(
         &mut self,
         key: &str,
@@ -217,13 +217,14 @@ impl Fields {
         strings.collect::<Result<_, _>>().map(Some)
     }
 
-    /// A list of token ids.
+    /// Takes a list of token ids.
     pub fn tokens(&mut self, key: &str, most: usize) -> Result<Option<Vec<u32>>, ApiError> {
         let Some(list) = self.list(key, most)? else { return Ok(None) };
         tokens(&self.name(key), &list).map(Some)
     }
 
-    /// A field that exists elsewhere: its neutral values change nothing, any other is refused.
+    /// Takes a field of another API: values in `neutral` change nothing, any other value is
+    /// refused.
     pub fn only_neutral(&mut self, key: &str, neutral: &[Value]) -> Result<(), ApiError> {
         match self.take(key) {
             Some(value)
@@ -240,8 +241,8 @@ impl Fields {
         }
     }
 
-    /// Refuses what nobody took, unless it says nothing: null, nothing but nulls, or an empty text or list.
-    /// `false` does say something.
+    /// Refuses fields that were not taken, unless they are empty: null, nothing but nulls, or an
+    /// empty text or list. `false` is not empty.
     pub fn finish(self) -> Result<(), ApiError> {
         match self.map.iter().find(|(_, value)| !is_empty(value)) {
             None => Ok(()),
@@ -254,13 +255,13 @@ impl Fields {
         }
     }
 
-    /// The object with what is left in it.
+    /// The object with the remaining fields.
     pub fn into_map(self) -> Map<String, Value> {
         self.map
     }
 }
 
-/// Token ids; `name` is for the errors.
+/// Parses token ids; `name` is used in errors.
 pub fn tokens(name: &str, list: &[Value]) -> Result<Vec<u32>, ApiError> {
     let ids = list.iter().enumerate().map(|(index, value)| {
         value
@@ -281,7 +282,7 @@ fn between<T: std::fmt::Display>(what: &str, range: &RangeInclusive<T>) -> Strin
     format!("{what} between {} and {}", range.start(), range.end())
 }
 
-/// A value as an error quotes it: short.
+/// Shortens a value for a quotation in an error.
 fn show(value: &Value) -> String {
     const MOST: usize = 60;
     match value {
@@ -295,12 +296,12 @@ fn show(value: &Value) -> String {
     }
 }
 
-/// A body without the byte order mark that some editors and clients put in front.
+/// Strips the byte order mark that some editors and clients put in front of a body.
 pub fn without_mark(body: &[u8]) -> &[u8] {
     body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(body)
 }
 
-/// Says nothing: `null`, `""`, `[]`, `{}`, and objects of nothing but these.
+/// Whether a value is `null`, `""`, `[]`, `{}`, or an object that contains only such values.
 fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -311,7 +312,7 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// Equality that takes `1` and `1.0` for the same.
+/// Equality in which `1` equals `1.0`.
 fn equal(left: &Value, right: &Value) -> bool {
     match (left.as_f64(), right.as_f64()) {
         (Some(left), Some(right)) => left == right,
@@ -345,7 +346,7 @@ mod tests {
         let marked = [b"\xef\xbb\xbf", &b"{\"a\": 1}"[..]].concat();
         let mut fields = Fields::parse(&marked).unwrap();
         assert_eq!(fields.take("a"), Some(json!(1)));
-        // Only one, only in front, and only around JSON.
+        // Only one mark is accepted, only in front, and only before JSON.
         for body in [&b"\xef\xbb\xbf\xef\xbb\xbf{}"[..], b"{}\xef\xbb\xbf", b"\xef\xbb\xbf"] {
             assert_eq!(Fields::parse(body).unwrap_err().status, 400);
         }
@@ -357,7 +358,7 @@ mod tests {
             let found = fields(json!({"x": number})).float("x", 0.0..=1e6).unwrap();
             assert_eq!(found, Some(number));
         }
-        // A bound is the number that is written in the code, not the nearest f32.
+        // A bound is the decimal number in the code, not the nearest f32.
         assert!(fields(json!({"x": 0.01})).number("x", 0.01..=10.0).is_ok());
         assert!(fields(json!({"x": 0.009_999_999_9})).number("x", 0.01..=10.0).is_err());
         assert!(fields(json!({"x": 2.1})).float("x", 0.0..=2.0).is_err());

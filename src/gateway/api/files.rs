@@ -1,4 +1,4 @@
-//! `/v1/files`: what jobs read, and what they give back.
+//! `/v1/files`: input files and result files of jobs.
 //!
 //! Source: OpenAI's API reference, "Files". A key sees its own files; the admin key sees all.
 
@@ -25,17 +25,17 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Bytes of a file, as at OpenAI.
+/// Maximum size of a file in bytes, as at OpenAI.
 const MAX_FILE: u64 = 512 << 20;
-/// Parts of a form.
+/// Maximum number of parts of a form.
 const MAX_PARTS: usize = 16;
-/// What clients may upload files for.
+/// Purposes for which clients may upload files.
 const PURPOSES: [&str; 2] = ["fine-tune", "batch"];
 const CHUNK: usize = 256 << 10;
 
 type Answer = Result<Json<Value>, ApiError>;
 
-/// Which page of a list.
+/// Query parameters that select a page of a list.
 #[derive(Debug, Deserialize)]
 pub struct Page {
     pub after: Option<String>,
@@ -45,7 +45,7 @@ pub struct Page {
 }
 
 impl Page {
-    /// A part of `all`, after the entry of id `after`; whether there are more.
+    /// The page of `all` after the entry with the id `after`, and whether more entries follow.
     pub(super) fn cut<T>(
         &self,
         all: Vec<T>,
@@ -70,7 +70,7 @@ impl Page {
     }
 }
 
-/// A list as OpenAI's clients page through it.
+/// A list in the form that OpenAI's clients use for paging.
 pub(super) fn listed(data: Vec<Value>, more: bool) -> Json<Value> {
     let id = |entry: Option<&Value>| entry.map_or(Value::Null, |entry| entry["id"].clone());
     let (first, last) = (id(data.first()), id(data.last()));
@@ -79,7 +79,7 @@ pub(super) fn listed(data: Vec<Value>, more: bool) -> Json<Value> {
     }))
 }
 
-/// Whose entries a request sees; `None`: everybody's.
+/// Owner whose entries a request may see; `None` means the entries of all owners.
 pub(super) fn seen_by(app: &App, identity: Identity) -> Option<String> {
     (!identity.admin).then(|| app.auth.owner(identity))
 }
@@ -87,7 +87,7 @@ pub(super) fn seen_by(app: &App, identity: Identity) -> Option<String> {
 /// `POST /v1/files`: a form with `purpose` and `file`.
 ///
 /// # Errors
-/// 400 for what the form says, 413 past 512 MB, 507 if the disk is full.
+/// 400 for an invalid form, 413 if the file is larger than 512 MB, 507 if the disk is full.
 pub async fn upload(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
@@ -140,7 +140,7 @@ fn checked_purpose(purpose: String) -> Result<String, ApiError> {
     }
 }
 
-/// A file on its way in; removed unless it is kept.
+/// A file upload in progress; dropping it removes the file unless it was kept.
 struct Upload {
     path: PathBuf,
     name: String,
@@ -182,7 +182,7 @@ impl Upload {
         Ok(upload)
     }
 
-    /// The bytes first, then the row that makes them a file. Blocks.
+    /// Stores the bytes first, then the database row of the file. Blocks.
     fn keep(self, app: &App, purpose: String, owner: String) -> Result<StoredFile, ApiError> {
         let store = app.registry.store();
         let id = new_id("file-");
@@ -204,7 +204,7 @@ impl Upload {
 /// `GET /v1/files`.
 ///
 /// # Errors
-/// 400 for the page.
+/// 400 for invalid page parameters.
 pub async fn list(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
@@ -249,7 +249,7 @@ pub async fn content(
     download(app.registry.store().files_folder().join(&file.id), &file.name).await
 }
 
-/// `DELETE /v1/files/{id}`. Jobs that use it have a link of their own.
+/// `DELETE /v1/files/{id}`. Jobs that use the file keep their own hard link or copy.
 ///
 /// # Errors
 /// 404.
@@ -287,10 +287,10 @@ fn show(file: &StoredFile) -> Value {
     })
 }
 
-/// A file as a download, in pieces.
+/// A file as a download, sent in pieces.
 ///
 /// # Errors
-/// 404 if it is gone.
+/// 404 if the file no longer exists.
 pub(super) async fn download(path: PathBuf, name: &str) -> Result<Response, ApiError> {
     let gone = |_| ApiError::not_found("The file is not there any more.");
     let file = tokio::fs::File::open(path).await.map_err(gone)?;

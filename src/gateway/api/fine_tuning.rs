@@ -1,7 +1,7 @@
-//! `/v1/fine_tuning/jobs`: OpenAI's side of jobs, and what their clients call what jobs made.
+//! `/v1/fine_tuning/jobs`: OpenAI's API of jobs, and the names of the models that jobs made.
 //!
-//! Source: OpenAI's API reference, "Fine-tuning", and the types of its Python client. A key sees its
-//! own jobs; the admin key sees all.
+//! Source: OpenAI's API reference, "Fine-tuning", and the types of its Python client. A key sees
+//! its own jobs; the admin key sees all.
 
 use super::fields::{Fields, JsonBody};
 use super::files::{Page, listed, seen_by};
@@ -21,23 +21,23 @@ use axum::extract::{Extension, Path, Query, State};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
-/// Entries on a page, at most.
+/// Maximum number of entries on a page.
 const MAX_PAGE: usize = 1_000;
-/// Pairs of metadata, and characters of their keys and values.
+/// Maximum number of metadata pairs, and of characters of their keys and values.
 const METADATA: (usize, usize, usize) = (16, 64, 512);
-/// Steps that `auto` aims at where the data are few.
+/// Number of steps that `auto` aims at if there are few examples.
 const FEW_STEPS: u64 = 100;
-/// Tokens of an answer that is sampled and graded, at most.
+/// Maximum number of tokens of a completion that is sampled and graded.
 const ANSWER_TOKENS: usize = 256;
 
 type Answer = Result<Json<Value>, ApiError>;
 
-/// How a model is tuned, and by what.
+/// Training method of a job.
 #[derive(Debug, Default)]
 struct Method {
     kind: MethodKind,
     hyperparameters: Hyperparameters,
-    /// Of reinforcement, which has one.
+    /// Only for reinforcement, which needs one.
     grader: Option<Grader>,
 }
 
@@ -50,7 +50,7 @@ enum MethodKind {
 }
 
 impl MethodKind {
-    /// Of a job; `None`: it is no fine-tuning job of OpenAI's kinds.
+    /// Method of a job; `None` if the job is not one of OpenAI's kinds of fine-tuning.
     fn of(job: &StoredJob) -> Option<Self> {
         match job.kind.as_str() {
             "sft" => Some(Self::Supervised),
@@ -76,26 +76,26 @@ impl MethodKind {
         }
     }
 
-    /// What `learning_rate_multiplier` multiplies.
+    /// Learning rate that `learning_rate_multiplier` multiplies.
     fn learning_rate(self) -> f64 {
         let [of_adapter, _] = self.kind().learning_rates();
         of_adapter
     }
 }
 
-/// What a client asks for. `None` is `auto`.
+/// Hyperparameters that a client requests. `None` is `auto`.
 #[derive(Debug, Default, Clone, Copy)]
 struct Hyperparameters {
-    /// Of DPO.
+    /// DPO only.
     beta: Option<f64>,
     n_epochs: Option<u64>,
     batch_size: Option<u64>,
     learning_rate_multiplier: Option<f64>,
-    /// Of reinforcement: how much larger a group of answers is than usual.
+    /// Reinforcement only: factor on the usual number of completions per group.
     compute_multiplier: Option<f64>,
-    /// Of reinforcement: steps between two looks at the validation file.
+    /// Reinforcement only: steps between two evaluations on the validation file.
     eval_interval: Option<u64>,
-    /// Of reinforcement: answers to each of its prompts.
+    /// Reinforcement only: completions per prompt of an evaluation.
     eval_samples: Option<u64>,
 }
 
@@ -122,7 +122,7 @@ impl Hyperparameters {
         if kind == MethodKind::Reinforcement {
             (eval_interval, eval_samples) =
                 (count("eval_interval", 1_000_000)?, count("eval_samples", 256)?);
-            // Those that reason would do so as their template has it; nothing here turns that.
+            // Models that reason do so as their template specifies; no setting here changes it.
             fields.only_neutral("reasoning_effort", &["default".into(), "auto".into()])?;
         }
         Ok(Self {
@@ -136,11 +136,11 @@ impl Hyperparameters {
         })
     }
 
-    /// Decides what was left open, by the number of examples.
+    /// Replaces `auto` values, depending on the number of examples.
     fn decided(self, kind: MethodKind, examples: u64) -> (u64, u64, f64) {
         let (batch, least, multiplier) = match kind {
             MethodKind::Supervised | MethodKind::Dpo => ((examples / 250).clamp(1, 8), 3, 1.0),
-            // A batch is of prompts, each with its group.
+            // A batch consists of prompts, each with its group of completions.
             MethodKind::Reinforcement => (examples.clamp(1, 8), 1, 1.0),
         };
         let batch = self.batch_size.unwrap_or(batch);
@@ -150,7 +150,7 @@ impl Hyperparameters {
     }
 }
 
-/// A field, or nothing for `"auto"`.
+/// Reads a field; `"auto"` counts as absent.
 fn auto_or<T>(
     fields: &mut Fields,
     key: &str,
@@ -196,7 +196,7 @@ pub async fn create(
     let examples = examples(&app, &training_file).await;
     let (epochs, batch, multiplier) = hyperparameters.decided(kind, examples);
     let steps = (examples * epochs).div_ceil(batch).max(1);
-    // At the end of each epoch, as OpenAI does, but not more than some.
+    // Once per epoch, as OpenAI does, but at most ten times.
     let often = steps.div_ceil(epochs.min(10)).max(1);
     let eval_every = hyperparameters.eval_interval.unwrap_or(often);
     let beta = hyperparameters.beta.unwrap_or(Dpo::default().beta);
@@ -206,15 +206,15 @@ pub async fn create(
         "learning_rate_multiplier": multiplier,
     });
     if kind == MethodKind::Dpo {
-        // As it was given: 0.1 is no 0.10000000149.
+        // Rounded, so that an `f32` 0.1 is shown as 0.1 and not as 0.10000000149.
         shown["beta"] = json!((beta * 1e6).round() / 1e6);
     }
     let grpo = grader.map(|grader| {
         let usual = Grpo { max_tokens: ANSWER_TOKENS, ..Grpo::with(grader) };
         let more = hyperparameters.compute_multiplier.unwrap_or(1.0);
-        let group = (usual.group as f64 * more).round() as usize;
+        let num_generations = (usual.num_generations as f64 * more).round() as usize;
         let eval_samples = hyperparameters.eval_samples.map_or(1, |samples| samples as usize);
-        Grpo { group, eval_samples, ..usual }
+        Grpo { num_generations, eval_samples, ..usual }
     });
     if let Some(block) = &grpo {
         shown["compute_multiplier"] = json!(hyperparameters.compute_multiplier.unwrap_or(1.0));
@@ -263,7 +263,8 @@ pub async fn create(
     show(&app, &job).map(Json)
 }
 
-/// Lines of a file that may not be theirs, or not there: whoever admits the job says so.
+/// Number of lines of a file. The file may be missing or owned by another key; job admission
+/// reports that.
 async fn examples(app: &App, id: &str) -> u64 {
     let plain = id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
     let path = app.jobs.store().files_folder().join(id);
@@ -308,7 +309,7 @@ fn take_metadata(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
     }
 }
 
-/// `method`, or the older `hyperparameters` beside it.
+/// Takes `method`, or the older `hyperparameters`.
 fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
     let old = fields.object("hyperparameters")?;
     let Some(mut method) = fields.object("method")? else {
@@ -366,7 +367,7 @@ fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
 /// `GET /v1/fine_tuning/jobs`, the newest first.
 ///
 /// # Errors
-/// 400 for the page.
+/// 400 for invalid page parameters.
 pub async fn list(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
@@ -383,7 +384,7 @@ pub async fn list(
     Ok(listed(shown, more))
 }
 
-/// What the client noted beside the job.
+/// The metadata that the client sent with the job.
 fn metadata(job: &StoredJob) -> Option<Map<String, Value>> {
     let request: Value = serde_json::from_str(job.request.as_deref()?).ok()?;
     request["metadata"].as_object().cloned()
@@ -393,7 +394,7 @@ fn is_fine_tuning(job: &StoredJob) -> bool {
     MethodKind::of(job).is_some()
 }
 
-/// A fine-tuning job that a request may see.
+/// Finds a fine-tuning job that the request may see.
 fn find(app: &App, identity: Identity, id: &str) -> Result<StoredJob, ApiError> {
     let job = app.jobs.get(id, seen_by(app, identity).as_deref())?;
     match is_fine_tuning(&job) {
@@ -468,7 +469,7 @@ pub async fn events(
     let entries = app.jobs.events(&job.id)?;
     let shown = entries.iter().rev().map(|entry| event(&job.id, entry)).collect();
     let id = |event: &Value| event["id"].as_str().unwrap_or_default().to_owned();
-    // The id is made, not stored: it is looked up by its text.
+    // Event ids are derived, not stored, so the event is looked up by its id text.
     let named: Vec<(String, Value)> =
         Vec::into_iter(shown).map(|event: Value| (id(&event), event)).collect();
     let (named, more) = page.cut(named, |(id, _)| id, MAX_PAGE)?;
@@ -525,7 +526,8 @@ fn event(job: &str, entry: &Entry) -> Value {
     })
 }
 
-/// `GET /v1/fine_tuning/jobs/{id}/checkpoints`: those that can be called, the newest first.
+/// `GET /v1/fine_tuning/jobs/{id}/checkpoints`: checkpoints that can be used as models, the newest
+/// first.
 ///
 /// # Errors
 /// 404.
@@ -589,11 +591,11 @@ fn checkpoint(
     })
 }
 
-/// `DELETE /v1/models/{id}`: a model that a job made, with the models of the job's checkpoints; or one of
-/// these alone. Requests that use it end with it.
+/// `DELETE /v1/models/{id}`: deletes a model that a job made, with the models of the job's
+/// checkpoints, or one checkpoint model alone. Running requests finish with the model.
 ///
 /// # Errors
-/// 404 if there is none, 403 for what no job of this key made.
+/// 404 if the model does not exist, 403 if it was not made by a job of this key.
 pub async fn delete_model(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
@@ -631,7 +633,9 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
     let spec = parsed(Some(&job.spec));
     let succeeded = job.status == JobStatus::Succeeded;
     let eta = match job.status {
-        JobStatus::Running => app.jobs.progress(&job.id)?.step.map(|step| step.eta_seconds),
+        JobStatus::GenerationStream => {
+            app.jobs.progress(&job.id)?.step.map(|step| step.eta_seconds)
+        }
         _ => None,
     };
     let now = crate::job::now();
@@ -669,7 +673,7 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
         "organization_id": "ingot",
         "status": match job.status {
             JobStatus::Validating => "validating_files",
-            // The API has no word for it.
+            // The API has no status for a paused job.
             JobStatus::Paused => "queued",
             other => other.name(),
         },
@@ -706,7 +710,7 @@ mod tests {
             |body: &str, examples| method(body).unwrap().decided(MethodKind::Supervised, examples);
         assert_eq!(decided(inside, 1000), (2, 4, 0.5));
         assert_eq!(decided(r#"{"hyperparameters": {"n_epochs": 4}}"#, 20), (4, 1, 1.0));
-        // Few examples are seen more often.
+        // Few examples are trained on for more epochs.
         assert_eq!(decided("{}", 20), (5, 1, 1.0));
         assert_eq!(decided("{}", 10_000), (3, 8, 1.0));
         assert_eq!(decided("{}", 0), (25, 1, 1.0));

@@ -1,4 +1,4 @@
-//! Multipart forms, read piece by piece with patience and bounds.
+//! Reader of multipart forms, with time limits and size limits.
 
 use super::MAX_NAME;
 use crate::gateway::error::ApiError;
@@ -7,7 +7,7 @@ use axum::extract::{FromRequest, Multipart, Request};
 use http::header;
 use std::time::Duration;
 
-/// Bytes of a part that nobody needs, at most.
+/// Maximum size of an unused part, in bytes.
 const MAX_SKIPPED: u64 = 64 << 20;
 
 /// Whether a request's body is a form.

@@ -1,4 +1,4 @@
-//! `response_format`: what the output has to look like.
+//! `response_format`: the required form of the output.
 
 use super::fields::{Fields, wrong};
 use crate::gateway::error::ApiError;
@@ -6,11 +6,11 @@ use crate::ipc::Grammar;
 use crate::template::close_objects;
 use serde_json::Value;
 
-/// A schema or Lark grammar, in bytes of text.
+/// Maximum size of a schema or Lark grammar, in bytes of text.
 const MAX_GRAMMAR: usize = 256 << 10;
 const MAX_REGEX: usize = 16 << 10;
 
-/// Takes `response_format`; `None` is free text.
+/// Takes `response_format`; `None` means free text.
 ///
 /// Besides OpenAI's `text`, `json_object` and `json_schema` there are
 /// `{"type": "regex", "regex": "…"}` and `{"type": "grammar", "grammar": "…"}` (Lark).
@@ -19,7 +19,7 @@ pub fn take_response_format(fields: &mut Fields) -> Result<Option<Grammar>, ApiE
     let kind = format.string("type", 64)?.ok_or_else(|| format.missing("type"))?;
     let grammar = match kind.as_str() {
         "text" => None,
-        // llama-server takes a schema here too.
+        // llama-server accepts a schema here too.
         "json_object" => Some(match format.take("schema") {
             None => Grammar::JsonObject,
             Some(schema) => json_schema(&format.name("schema"), &schema)?,
@@ -51,7 +51,8 @@ pub fn take_response_format(fields: &mut Fields) -> Result<Option<Grammar>, ApiE
     Ok(grammar)
 }
 
-/// `{"name", "description", "strict", "schema"}`. The schema is enforced, strict or not.
+/// Takes `{"name", "description", "strict", "schema"}`. The schema is enforced whether or not
+/// `strict` is set.
 fn take_json_schema(mut fields: Fields) -> Result<Grammar, ApiError> {
     fields.string("name", 256)?;
     fields.string("description", MAX_GRAMMAR)?;
@@ -62,7 +63,7 @@ fn take_json_schema(mut fields: Fields) -> Result<Grammar, ApiError> {
     Ok(grammar)
 }
 
-/// A schema as the engine takes it; whether it can be enforced is the engine's to say.
+/// Serializes a schema for the engine, which decides whether the schema can be enforced.
 fn json_schema(name: &str, schema: &Value) -> Result<Grammar, ApiError> {
     if !schema.is_object() {
         return Err(wrong(name, "a JSON schema (an object)", schema));

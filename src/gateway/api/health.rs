@@ -1,6 +1,6 @@
-//! `GET /health`, `/ready`, `/version` and `/metrics`: for those who run the server. They need no
-//! key: they tell nothing of requests, and probes and scrapers should not hold one. `/metrics`
-//! names the loaded models; a server on a public address should have its proxy keep it inside.
+//! `GET /health`, `/ready`, `/version` and `/metrics`: for operators. These routes need no key:
+//! they disclose nothing about requests, and probes and scrapers should not hold a key. `/metrics`
+//! names the loaded models; if the server has a public address, its proxy should block `/metrics`.
 
 use crate::build_info::{BUILD, BuildInfo};
 use crate::gateway::app::App;
@@ -11,18 +11,18 @@ use http::{StatusCode, header};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// `GET /health`: the gateway lives.
+/// `GET /health`: the gateway is running.
 pub async fn health() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
-/// `GET /ready`: 200 if every loaded model takes requests, else 503 with the reasons.
+/// `GET /ready`: 200 if every loaded model accepts requests, otherwise 503 with the reasons.
 pub async fn ready(State(app): State<Arc<App>>) -> Response {
     let mut reasons: Vec<Value> = app
         .registry
         .not_ready()
         .into_iter()
-        // Engine logs are for the operator: the admin route has the whole text.
+        // Engine logs are for the operator: only the admin route returns the whole text.
         .map(|(model, reason)| {
             let state = reason.split(':').next().unwrap_or_default();
             json!({"model": model, "reason": state})

@@ -24,16 +24,16 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often the events of a running job are looked for.
+/// Interval at which new events of a running job are polled.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// Silence that is filled with a comment, so that proxies keep the connection.
+/// After this much silence a comment is sent, so that proxies keep the connection open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// Jobs on a page, at most.
+/// Maximum number of jobs on a page.
 const MAX_PAGE: usize = 1_000;
 
 type Answer = Result<Json<Value>, ApiError>;
 
-/// `POST /admin/jobs`: a specification, as [`crate::job::spec`] reads it.
+/// `POST /admin/jobs`: creates a job from a specification, in the format of [`crate::job::spec`].
 ///
 /// # Errors
 /// As [`Jobs::create`].
@@ -42,7 +42,7 @@ pub async fn create(
     Extension(identity): Extension<Identity>,
     body: Bytes,
 ) -> Result<Response, ApiError> {
-    // Says what is no JSON, and no object.
+    // Returns the error if the body is not JSON or not an object.
     Fields::parse(&body)?;
     let spec: Spec = serde_json::from_slice(without_mark(&body)).map_err(|error| {
         ApiError::bad_request(format!("The job's specification is not valid: {error}."))
@@ -55,7 +55,7 @@ pub async fn create(
 /// `GET /admin/jobs`, the newest first.
 ///
 /// # Errors
-/// 400 for the page.
+/// 400 for invalid page parameters.
 pub async fn list(
     State(app): State<Arc<App>>,
     query: Result<Query<Page>, QueryRejection>,
@@ -105,7 +105,7 @@ pub struct HowEvents {
 }
 
 /// `GET /admin/jobs/{id}/events`: server-sent events until the job has ended, or with
-/// `?stream=false` those that there are.
+/// `?stream=false` the events up to now.
 ///
 /// # Errors
 /// 404.
@@ -135,19 +135,19 @@ pub async fn events(
     Ok(response)
 }
 
-/// One client that follows a job.
+/// One client that follows the events of a job.
 struct Following {
     app: Arc<App>,
     id: String,
     follower: Follower,
     ready: VecDeque<Entry>,
-    /// Nothing new was found after the end.
+    /// The job has ended, and the last poll found nothing new.
     ends: bool,
     over: bool,
 }
 
 impl Following {
-    /// The next lines; `None` at the end.
+    /// The next lines; `None` at the end of the stream.
     async fn next(&mut self) -> Option<Bytes> {
         let since = Instant::now();
         loop {
@@ -162,7 +162,8 @@ impl Following {
             let ended = job.map_or(true, |job| job.status.is_final());
             self.ready.extend(self.follower.read().unwrap_or_default());
             if self.ready.is_empty() && (ended || self.app.life.is_draining()) {
-                // The last words of a job follow its status.
+                // The last events of a job may be written after its status, so it is polled once
+                // more.
                 if std::mem::replace(&mut self.ends, true) {
                     self.over = true;
                     return Some("data: [DONE]\n\n".into());
@@ -202,7 +203,7 @@ pub async fn artifacts(State(app): State<Arc<App>>, Path(id): Path<String>) -> A
     Ok(Json(json!({"object": "list", "data": shown_artifacts(&app.jobs, &job)?})))
 }
 
-/// `GET /admin/jobs/{id}/artifacts/{artifact}`: its bytes.
+/// `GET /admin/jobs/{id}/artifacts/{artifact}`: the content of an artifact.
 ///
 /// # Errors
 /// 404.
@@ -223,7 +224,7 @@ fn shown_artifacts(jobs: &Jobs, job: &StoredJob) -> Result<Vec<Value>, ApiError>
     let all = jobs.store().artifacts(&job.id).map_err(ApiError::internal)?;
     let show = |artifact: crate::gateway::store::StoredArtifact| {
         let name = match artifact.kind.as_str() {
-            // What requests name.
+            // The name that requests use.
             "adapter" | "model" => job.name.clone(),
             _ => {
                 let file = artifact.file.strip_prefix("artifacts").unwrap_or(&artifact.file);
@@ -257,7 +258,7 @@ fn show(jobs: &Jobs, job: &StoredJob) -> Result<Value, ApiError> {
             }
         }
     }
-    if job.status != JobStatus::Running
+    if job.status != JobStatus::GenerationStream
         && let Value::Object(shown) = &mut shown
     {
         shown.remove("eta_seconds");
@@ -278,7 +279,7 @@ fn show(jobs: &Jobs, job: &StoredJob) -> Result<Value, ApiError> {
     }))
 }
 
-/// JSON of the store.
+/// Parses JSON from the store.
 pub(super) fn parsed(text: Option<&str>) -> Value {
     text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or(Value::Null)
 }

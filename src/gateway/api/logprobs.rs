@@ -1,13 +1,13 @@
-//! Log-probabilities in OpenAI's two forms.
+//! Log-probabilities in OpenAI's two formats.
 
 use crate::ipc::TokenLogprob;
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
-/// What stands for minus infinity, which JSON cannot write; OpenAI's own choice.
+/// Replaces minus infinity, which JSON cannot represent. OpenAI uses the same value.
 const LEAST: f32 = -9999.0;
 
-/// The form of chat completions.
+/// Format of chat completions.
 #[derive(Debug, Default, Serialize)]
 pub struct ChatLogprobs {
     content: Vec<ChatToken>,
@@ -47,13 +47,13 @@ fn likely(bytes: &[u8], logprob: f32) -> Likely {
     }
 }
 
-/// The form of text completions: parallel lists.
+/// Format of text completions: parallel lists.
 #[derive(Debug, Default, Serialize)]
 pub struct TextLogprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
     top_logprobs: Vec<Option<TopTokens>>,
-    /// Where each token begins in the text, in characters.
+    /// Start of each token in the text, in characters.
     text_offset: Vec<usize>,
 }
 
@@ -72,12 +72,13 @@ impl Serialize for TopTokens {
 }
 
 impl TextLogprobs {
-    /// Appends tokens in the order of the text. `offset` is where the first one begins, in
-    /// characters; it is moved behind the last one.
+    /// Appends tokens in the order of the text. `offset` is the start of the first token in
+    /// characters; it is advanced past the last token.
     pub fn extend(&mut self, tokens: Vec<TokenLogprob>, offset: &mut usize) {
         for token in tokens {
             self.text_offset.push(*offset);
-            // A character counts where it begins, even if its bytes are spread over tokens.
+            // A character counts at its first byte, even if its bytes are spread over several
+            // tokens.
             *offset += token.bytes.iter().filter(|byte| **byte & 0xC0 != 0x80).count();
             let name = text_token(&token.bytes);
             let logprob = token.logprob.map(finite);
@@ -86,7 +87,8 @@ impl TextLogprobs {
                 let mut top: Vec<(String, f32)> = Vec::with_capacity(token.top.len() + 1);
                 for (_, bytes, logprob) in &token.top {
                     let name = text_token(bytes);
-                    // Two tokens may have one text; the likelier one comes first and stays.
+                    // Two tokens may have the same text; the more likely one comes first and is
+                    // kept.
                     if top.iter().all(|(other, _)| *other != name) {
                         top.push((name, finite(*logprob)));
                     }
@@ -100,7 +102,7 @@ impl TextLogprobs {
         }
     }
 
-    /// Appends what another part of the same text has.
+    /// Appends the log-probabilities of the next part of the same text.
     pub fn append(&mut self, mut more: Self) {
         self.tokens.append(&mut more.tokens);
         self.token_logprobs.append(&mut more.token_logprobs);
@@ -113,7 +115,8 @@ impl TextLogprobs {
     }
 }
 
-/// A token as text; one that is no whole UTF-8 as `bytes:\xe2\x80`, as OpenAI writes it.
+/// A token as text. A token that is not complete UTF-8 is written as `bytes:\xe2\x80`, as at
+/// OpenAI.
 fn text_token(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
         Ok(text) => text.to_owned(),

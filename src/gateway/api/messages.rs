@@ -1,4 +1,4 @@
-//! `messages`: checked in shape, then handed to the template as they are.
+//! `messages`: the structure is checked, then the messages are passed to the template unchanged.
 
 use super::fields::{Fields, wrong};
 use crate::gateway::error::ApiError;
@@ -7,11 +7,11 @@ use serde_json::{Map, Value, json};
 const MAX_MESSAGES: usize = 4096;
 const MAX_PARTS: usize = 1024;
 const MAX_CALLS: usize = 128;
-/// The body's limit bounds text; this only has to be larger.
+/// The body limit bounds text; this value only has to be larger.
 const ANY_LENGTH: usize = usize::MAX;
 const MAX_NAME: usize = 512;
-/// What agents and other servers add to messages, their parts and calls: notes of theirs about caching,
-/// signatures and earlier answers, which change nothing of what the model reads.
+/// Fields that agents and other servers add to messages, their parts and calls: data about caching,
+/// signatures and earlier responses, which do not change the prompt. They are ignored.
 pub const NOTES: [&str; 10] = [
     "annotations",
     "cache_control",
@@ -25,17 +25,17 @@ pub const NOTES: [&str; 10] = [
     "token_ids",
 ];
 
-/// Takes `messages`: at least one, each with a role and what the role allows.
+/// Takes `messages`: at least one message, each with a role and the fields that the role allows.
 ///
-/// The result has `role`, `content` (string, list of text parts, or null), and where they were
-/// given `name`, `tool_calls`, `tool_call_id` and `reasoning_content`. Whether roles may follow
-/// each other as they do is left to the template.
+/// Every resulting message has `role`, `content` (string, list of text parts, or null) and, if
+/// given, `name`, `tool_calls`, `tool_call_id` and `reasoning_content`. The order of roles is
+/// checked by the template.
 pub fn take_messages(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
     let list = fields.list("messages", MAX_MESSAGES)?.ok_or_else(|| fields.missing("messages"))?;
     checked("messages", list)
 }
 
-/// As [`take_messages`], of the field `name`.
+/// Checks the messages in `list` as [`take_messages`] does; `name` is the field's name in errors.
 pub fn checked(name: &str, list: Vec<Value>) -> Result<Vec<Value>, ApiError> {
     if !(1..=MAX_MESSAGES).contains(&list.len()) {
         let message = format!("{name} must hold at least one message, and at most {MAX_MESSAGES}");
@@ -88,7 +88,7 @@ fn message(mut fields: Fields) -> Result<Value, ApiError> {
 fn assistant(fields: &mut Fields, out: &mut Map<String, Value>) -> Result<(), ApiError> {
     let calls = fields.list("tool_calls", MAX_CALLS)?.filter(|calls| !calls.is_empty());
     let refusal = fields.string("refusal", ANY_LENGTH)?;
-    // Two names are in use; both come back from clients that replay what they received.
+    // Both names are in use; clients send back the field that they received.
     let reasoning = fields.string("reasoning_content", ANY_LENGTH)?;
     let reasoning = reasoning.or(fields.string("reasoning", ANY_LENGTH)?);
     let content = take_content(fields, "assistant")?.or(refusal.map(Value::String));
@@ -116,14 +116,15 @@ fn assistant(fields: &mut Fields, out: &mut Map<String, Value>) -> Result<(), Ap
     Ok(())
 }
 
-/// One call that the assistant made. Arguments may be text (as OpenAI sends them) or an object.
+/// Checks one tool call of the assistant. Arguments may be text (as OpenAI sends them) or an
+/// object.
 fn tool_call(mut fields: Fields) -> Result<Value, ApiError> {
     let id = fields.string("id", MAX_NAME)?.ok_or_else(|| fields.missing("id"))?;
     let kind = fields.string("type", 64)?.unwrap_or_else(|| "function".into());
     if kind != "function" {
         return Err(wrong(&fields.name("type"), "\"function\"", &json!(kind)));
     }
-    // A delta's position, where a client kept it.
+    // Position of a streamed delta, which some clients keep.
     fields.integer("index", 0..=i64::from(i32::MAX))?;
     let mut function = fields.object("function")?.ok_or_else(|| fields.missing("function"))?;
     let name = function.string("name", MAX_NAME)?.ok_or_else(|| function.missing("name"))?;
@@ -143,7 +144,7 @@ fn tool_call(mut fields: Fields) -> Result<Value, ApiError> {
     }))
 }
 
-/// A string, or a list of text parts.
+/// Takes `content`: a string, or a list of text parts.
 fn take_content(fields: &mut Fields, role: &str) -> Result<Option<Value>, ApiError> {
     let path = fields.name("content");
     match fields.take("content") {
@@ -219,7 +220,7 @@ mod tests {
 
     #[test]
     fn what_official_clients_replay_passes() {
-        // ChatCompletionMessage.model_dump() of the Python client.
+        // The output of ChatCompletionMessage.model_dump() in the Python client.
         let replayed = json!([{
             "content": "hi", "refusal": null, "role": "assistant", "annotations": [],
             "audio": null, "function_call": null, "tool_calls": null,
@@ -252,7 +253,7 @@ mod tests {
         let taken = taken.unwrap();
         assert_eq!(taken[0]["content"], json!([{"type": "text", "text": "u"}]));
         assert_eq!(taken[1]["tool_calls"][0].get("extra_content"), None);
-        // What would change the prompt is refused.
+        // Fields that would change the prompt are refused.
         for (key, value) in [("whatever", json!({"a": 1})), ("prefix", json!(false))] {
             let mut message = plain.clone();
             message[key] = value;

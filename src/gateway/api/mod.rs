@@ -1,19 +1,19 @@
 //! The HTTP API: one file per family of endpoints, wire types beside their handler.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `chat.rs`, `chat_answer.rs` | `/v1/chat/completions`: request, answer |
-//! | `completions.rs`, `embeddings.rs`, `score.rs`, `tokenize.rs` | their endpoints |
-//! | `graders.rs` | graders, checked and tried |
-//! | `policy.rs` | what jobs ask for over their own connections |
-//! | `models.rs`, `admin.rs`, `health.rs`, `openapi.rs` | their endpoints |
-//! | `files.rs`, `fine_tuning.rs`, `jobs.rs` | files, OpenAI's jobs, the operator's jobs |
-//! | `query.rs` | query parameters that a route knows |
-//! | `form.rs` | multipart forms within bounds |
-//! | `fields.rs` | strict reading of JSON bodies |
+//! | `chat.rs`, `chat_answer.rs` | `/v1/chat/completions`: request, response |
+//! | `completions.rs`, `embeddings.rs`, `score.rs`, `tokenize.rs` | endpoints of these names |
+//! | `graders.rs` | validation and trial runs of graders |
+//! | `policy.rs` | requests of jobs over their own connections |
+//! | `models.rs`, `admin.rs`, `health.rs`, `openapi.rs` | endpoints of these names |
+//! | `files.rs`, `fine_tuning.rs`, `jobs.rs` | files, OpenAI's jobs API, the operator's jobs API |
+//! | `query.rs` | check of query parameters |
+//! | `form.rs` | multipart forms with size limits |
+//! | `fields.rs` | strict reader of JSON bodies |
 //! | `params.rs`, `format.rs`, `messages.rs`, `tools.rs` | parameters, validated once |
-//! | `constraint.rs` | what a grammar makes of tools and formats |
-//! | `logprobs.rs` | both of OpenAI's forms |
+//! | `constraint.rs` | grammars from tools and formats |
+//! | `logprobs.rs` | OpenAI's two formats of log-probabilities |
 
 pub mod admin;
 pub mod chat;
@@ -50,10 +50,10 @@ use serde::Serialize;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Bytes of a name or source, at most.
+/// Maximum length of a name or source, in bytes.
 const MAX_NAME: usize = 200;
 
-/// What every body of one generated answer has in common.
+/// Fields that all bodies of one generated response share.
 #[derive(Debug, Serialize)]
 struct Answer {
     id: String,
@@ -84,8 +84,8 @@ fn finish_reason(reason: &FinishReason) -> &'static str {
     }
 }
 
-/// Compiles a client's grammar in the engine, so that a bad one is a 400 before anything is generated,
-/// which names the part of `parts` that is at fault.
+/// Compiles a client's grammar in the engine, so that an invalid grammar is a 400 before generation
+/// starts. The error names the part of `parts` that is at fault.
 async fn check_grammar(served: &Served, grammar: &Grammar, parts: &[Part]) -> Result<(), ApiError> {
     let check = async |grammar: &Grammar| {
         let call = Call::CheckGrammar { grammar: grammar.clone() };
@@ -97,7 +97,7 @@ async fn check_grammar(served: &Served, grammar: &Grammar, parts: &[Part]) -> Re
     }
     for part in parts {
         let error = match parts.len() {
-            // Most grammars are one part, and that is what was checked.
+            // Most grammars consist of one part, which has been checked already.
             1 if part.grammar == *grammar => whole.clone(),
             _ => match check(&part.grammar).await {
                 Ok(()) => continue,
@@ -110,19 +110,19 @@ async fn check_grammar(served: &Served, grammar: &Grammar, parts: &[Part]) -> Re
         };
         return Err(ApiError { message, ..error }.with_param(&part.param));
     }
-    // Each is fine alone: they are too much together.
+    // Each part is valid alone; only their combination is refused.
     let param = parts.last().map_or("response_format", |part| &part.param);
     Err(whole.with_param(param))
 }
 
-/// The model's chat template, or why it cannot chat.
+/// The model's chat template, or the reason why the model cannot chat.
 fn template(model: &Model) -> Result<&ChatTemplate, ApiError> {
     model.chat.as_ref().map_err(|error| ApiError::invalid("messages", error.to_string()))
 }
 
-/// Renders a conversation, away from the threads that serve sockets: templates are programs.
+/// Renders a conversation on a blocking thread, because templates are programs and may be slow.
 ///
-/// Control tokens that are spelled in users' and tools' texts are text, unless `parse_control`.
+/// Control tokens spelled in texts of users and tools are treated as text, unless `parse_control`.
 async fn render(
     model: Arc<Model>,
     input: RenderInput,
@@ -146,7 +146,7 @@ fn refused(error: TemplateError) -> ApiError {
     ApiError::invalid(param, error.to_string())
 }
 
-/// Endpoints that clients know from elsewhere: 404, but it says so.
+/// Endpoints that other servers have: 404 with a message that says so.
 pub async fn later(uri: Uri) -> ApiError {
     ApiError::not_found(format!(
         "{} is not served yet; it comes later. Use /v1/chat/completions or /v1/completions.",

@@ -1,4 +1,4 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`: what requests may name as `model`.
+//! `GET /v1/models` and `GET /v1/models/{id}`: names that requests may use as `model`.
 
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
@@ -9,7 +9,7 @@ use axum::extract::{Path, State};
 use serde::Serialize;
 use std::sync::Arc;
 
-/// A page of models; there is only one.
+/// A list of models. There is only one page.
 #[derive(Debug, Serialize)]
 pub struct ModelList {
     object: &'static str,
@@ -21,7 +21,7 @@ pub async fn list(State(app): State<Arc<App>>) -> Json<ModelList> {
     Json(ModelList { object: "list", data: app.registry.list() })
 }
 
-/// `GET /v1/models/{id}`. Ids may hold slashes and colons.
+/// `GET /v1/models/{id}`. Ids may contain slashes and colons.
 ///
 /// # Errors
 /// 404 `model_not_found`.

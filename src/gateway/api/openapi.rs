@@ -1,5 +1,6 @@
-//! `GET /openapi.json`: `docs/openapi.json`, without what this server does not have. Tests hold the document
-//! against the routes, and against requests and answers (`tests/e2e/test_document.py`).
+//! `GET /openapi.json`: `docs/openapi.json` without the routes that this server does not have.
+//! Tests compare the document with the routes, and with requests and responses
+//! (`tests/e2e/test_document.py`).
 
 use crate::gateway::app::App;
 use axum::Json;
@@ -9,13 +10,13 @@ use std::sync::Arc;
 
 const DOCUMENT: &str = include_str!("../../../docs/openapi.json");
 
-/// `GET /openapi.json`. Admin routes are listed only where they exist.
+/// `GET /openapi.json`. Admin routes are listed only if they exist.
 pub async fn document(State(app): State<Arc<App>>) -> Json<Value> {
     let keys = &app.config.keys;
     Json(describe(!keys.api_keys.is_empty(), keys.admin_key.is_some()))
 }
 
-/// The document, for a server with API keys or without, and with admin routes or without.
+/// The document for a server with or without API keys, and with or without admin routes.
 pub(crate) fn describe(keys: bool, admin: bool) -> Value {
     let mut document: Value =
         serde_json::from_str(DOCUMENT).expect("docs/openapi.json is JSON, as the tests see");
@@ -26,7 +27,7 @@ pub(crate) fn describe(keys: bool, admin: bool) -> Value {
         let items = paths.values_mut().filter_map(Value::as_object_mut);
         for operation in items.flat_map(|item| item.values_mut()).filter_map(Value::as_object_mut) {
             let is_guarded = operation.get("security").is_some_and(|list| *list != json!([]));
-            // Those of the operator are guarded by the admin key.
+            // Admin routes need the admin key instead.
             if is_guarded && !operation["security"].to_string().contains("adminKey") {
                 operation.insert("security".into(), json!([]));
                 if let Some(responses) = operation["responses"].as_object_mut() {

@@ -1,7 +1,7 @@
-//! The parameters that chat and text completions have in common, and their bounds.
+//! Parameters that chat and text completions share, and their bounds.
 //!
-//! Every bound is stated here. A value outside is a 400 that names the parameter; so is any
-//! parameter that nobody takes (see [`Fields::finish`]).
+//! Every bound is stated here. A value out of bounds is a 400 that names the parameter; so is an
+//! unknown parameter (see [`Fields::finish`]).
 
 use super::fields::{Fields, wrong};
 use crate::gateway::auth::Identity;
@@ -9,51 +9,52 @@ use crate::gateway::error::ApiError;
 use crate::ipc::{ModelInfo, SamplingParams, StopParams, Token};
 use serde_json::{Value, json};
 
-/// Continuations of one prompt, at most.
+/// Maximum number of completions of one prompt.
 pub const MAX_CHOICES: u32 = 16;
-/// Alternatives per position, at most.
+/// Maximum number of alternatives per position.
 pub const MAX_TOP_LOGPROBS: u32 = 20;
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
 const MAX_LOGIT_BIAS: usize = 1024;
-/// Look-back windows, in tokens.
+/// Maximum look-back window, in tokens.
 const MAX_WINDOW: u32 = 1 << 20;
 const MAX_TOKENS: u32 = i32::MAX as u32;
-/// A bound on drafts; the engine's own is lower.
+/// Upper bound of the draft length; the engine's own bound is lower.
 const MAX_DRAFTED: u32 = 1024;
-/// Names and other short strings that are only kept or looked up, in bytes.
+/// Maximum length of names and other short strings, in bytes.
 const MAX_NAME: usize = 512;
 
-/// What chat and text completions share, validated.
+/// The parameters that chat and text completions share, validated.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Common {
-    /// As the client wrote it; the registry resolves it.
+    /// Name as the client wrote it; the registry resolves it.
     pub model: String,
     /// OpenAI's `n`.
     pub choices: u32,
     pub sampling: SamplingParams,
-    /// `max_tokens` is left to the endpoint.
+    /// Stop parameters without `max_tokens`, which the endpoint sets.
     pub stop: StopParams,
-    /// Higher runs earlier.
+    /// Requests with a higher priority are scheduled earlier.
     pub priority: i32,
-    /// Tokens drafted for one step, at most; 0 is none, `None` leaves it to the server.
+    /// Maximum number of drafted tokens per step; 0 disables drafting, `None` uses the server's
+    /// value.
     pub max_drafted: Option<u32>,
-    /// Control tokens are written into the output too, but for those that end it.
+    /// Whether control tokens are written to the output, except those that end it.
     pub render_special: bool,
-    /// Cached prefixes may be used, and what is computed may be used by later requests.
+    /// Whether cached prefixes may be used, and later requests may use the prefixes of this one.
     pub share_prefix: bool,
     pub stream: Option<StreamOptions>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StreamOptions {
-    /// A last chunk carries the token counts.
+    /// Whether a last chunk carries the token counts.
     pub include_usage: bool,
 }
 
 impl Common {
-    /// Takes everything shared; also what is accepted without effect, and what exists elsewhere
-    /// but is not supported here.
+    /// Takes all shared parameters. Also takes parameters that have no effect, and refuses
+    /// parameters of other servers that are not supported.
     pub fn take(fields: &mut Fields) -> Result<Self, ApiError> {
         let model = take_model(fields)?.ok_or_else(|| fields.missing("model"))?;
         let choices = fields.count("n", 1, MAX_CHOICES)?.unwrap_or(1);
@@ -66,7 +67,7 @@ impl Common {
                 .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
                 .and_then(|priority| i32::try_from(priority).ok())
                 .unwrap_or(0),
-            // llama-server's name, with its dot.
+            // The name in llama-server, including the dot.
             max_drafted: fields.count("speculative.n_max", 0, MAX_DRAFTED)?,
             render_special: !fields.boolean("skip_special_tokens")?.unwrap_or(true),
             share_prefix: fields.boolean("cache_prompt")?.unwrap_or(true),
@@ -80,12 +81,13 @@ impl Common {
         Ok(common)
     }
 
-    /// Whose cached prefixes a request may use: one that shares none is a tenant of its own.
+    /// Tenant whose cached prefixes a request may use. Without sharing, it is a random new tenant.
     pub fn tenant(&self, identity: Identity) -> u64 {
         if self.share_prefix { identity.tenant } else { rand::random() }
     }
 
-    /// Checks what depends on the model: token ids lie within its vocabulary, and it can draft.
+    /// Checks what depends on the model: token ids lie in its vocabulary, and drafting is
+    /// supported.
     pub fn check_model(&self, info: &ModelInfo) -> Result<(), ApiError> {
         if self.max_drafted.is_some_and(|most| most > 0) && !info.speculates {
             let message = "speculative.n_max must be 0 for this model: the server was started with \
@@ -101,7 +103,7 @@ impl Common {
     }
 }
 
-/// Every token id lies within the model's vocabulary.
+/// Checks that every token id lies in the model's vocabulary.
 pub fn check_tokens<'a>(
     param: &str,
     tokens: impl IntoIterator<Item = &'a Token>,
@@ -119,12 +121,12 @@ pub fn check_tokens<'a>(
     }
 }
 
-/// The model's name, where there is one.
+/// Takes the model's name, if there is one.
 pub fn take_model(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     Ok(fields.string("model", MAX_NAME)?.filter(|name| !name.is_empty()))
 }
 
-/// What official clients send for their own books: accepted, checked for its type, without effect.
+/// Takes fields that official clients send for bookkeeping: type-checked, without effect.
 pub fn take_bookkeeping(fields: &mut Fields) -> Result<(), ApiError> {
     fields.boolean("store")?;
     fields.object("metadata")?;
@@ -136,7 +138,7 @@ pub fn take_bookkeeping(fields: &mut Fields) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Parameters of other servers that we do not support, each with the value that changes nothing.
+/// Unsupported parameters of other servers, each with the value that has no effect.
 fn neutral_elsewhere() -> [(&'static str, Value); 27] {
     [
         ("use_beam_search", json!(false)),
@@ -190,7 +192,7 @@ fn take_sampling(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
             *slot = number;
         }
     }
-    // transformers' name for greedy decoding.
+    // transformers' parameter for greedy decoding.
     if fields.boolean("do_sample")? == Some(false) {
         if warm && sampling.temperature > 0.0 {
             let message = "do_sample is false, which is temperature 0: leave one of them out";
@@ -198,7 +200,7 @@ fn take_sampling(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
         }
         sampling.temperature = 0.0;
     }
-    // vLLM writes "all tokens" as -1, llama.cpp as 0.
+    // "All tokens" is -1 in vLLM and 0 in llama.cpp.
     if let Some(top_k) = fields.integer("top_k", -1..=i64::from(MAX_TOKENS))? {
         sampling.top_k = u32::try_from(top_k).unwrap_or(0);
     }
@@ -220,7 +222,7 @@ fn take_sampling(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
     Ok(sampling)
 }
 
-/// The seed as given (any 64-bit integer), or a random one.
+/// Takes the seed (any 64-bit integer), or chooses a random one.
 fn take_seed(fields: &mut Fields) -> Result<u64, ApiError> {
     match fields.take("seed") {
         None => Ok(rand::random()),
@@ -288,14 +290,14 @@ fn take_stream(fields: &mut Fields) -> Result<Option<StreamOptions>, ApiError> {
             ));
         }
         options.include_usage = object.boolean("include_usage")?.unwrap_or(false);
-        // Padding against traffic analysis, which official clients may switch off: we send none.
+        // Padding against traffic analysis. This server sends none, so both values are accepted.
         object.boolean("include_obfuscation")?;
         object.finish()?;
     }
     Ok(stream.then_some(options))
 }
 
-/// `max_tokens`, and for chat its newer name; both only if they agree.
+/// Takes `max_tokens` or its newer name in chat; both are accepted only if they agree.
 pub fn take_max_tokens(fields: &mut Fields, least: u32) -> Result<Option<u32>, ApiError> {
     let old = fields.count("max_tokens", least, MAX_TOKENS)?;
     let new = fields.count("max_completion_tokens", least, MAX_TOKENS)?;

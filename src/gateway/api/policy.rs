@@ -5,8 +5,8 @@ use super::graders::answer;
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
-use crate::gateway::jobs::Link;
-use crate::gateway::stream::Running;
+use crate::gateway::jobs::JobConnection;
+use crate::gateway::stream::GenerationStream;
 use crate::grade::Question;
 use crate::ipc::{Event, FinishReason, Generate, Prompt, SamplingParams, StopParams};
 use crate::job::rollout::{Rollout, RolloutRequest};
@@ -24,7 +24,7 @@ const AT_ONCE: usize = 16;
 /// No key of the configuration has these numbers: jobs share prefixes with nobody else.
 const OF_JOBS: Identity = Identity { key: u64::MAX, tenant: u64::MAX, admin: true };
 
-type At = State<(Arc<App>, Arc<Link>)>;
+type At = State<(Arc<App>, Arc<JobConnection>)>;
 
 /// An adapter, by its file, answers from now on.
 ///
@@ -64,7 +64,7 @@ pub async fn rollouts(State((app, link)): At, body: Bytes) -> Result<Bytes, ApiE
     let mut found = vec![vec![empty; asked.answers as usize]; requests.len()];
     for (some, found) in requests.chunks(AT_ONCE).zip(found.chunks_mut(AT_ONCE)) {
         let _counted = link.count(some.len());
-        let mut running = Running::start(&app, served.clone(), some.to_vec()).await?;
+        let mut running = GenerationStream::start(&app, served.clone(), some.to_vec()).await?;
         while let Some(event) = running.next().await {
             let (prompt, event) = event?;
             take(&mut found[prompt], event);

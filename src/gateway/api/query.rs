@@ -1,4 +1,4 @@
-//! Query parameters: those that a route does not know are refused, not ignored.
+//! Query parameters. A parameter that a route does not know is refused, not ignored.
 
 use crate::gateway::error::ApiError;
 use axum::extract::rejection::QueryRejection;
@@ -11,10 +11,10 @@ use serde_json::{Map, Value};
 /// The pairs of a query, in order.
 pub type Pairs = Result<Query<Vec<(String, String)>>, QueryRejection>;
 
-/// A query's parameters as a type, or a 400 that names the parameter that is wrong.
+/// Parses the query parameters of a route.
 ///
 /// # Errors
-/// 400 for a query that does not parse.
+/// 400 that names the invalid parameter.
 pub fn read<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiError> {
     query.map(|Query(read)| read).map_err(|rejection| refused(&rejection))
 }
@@ -34,13 +34,13 @@ fn refused(rejection: &QueryRejection) -> ApiError {
     }
 }
 
-/// All parameters that any route takes.
+/// All parameters of all routes.
 const KNOWN: [&str; 6] = ["after", "limit", "order", "purpose", "metadata", "stream"];
 
-/// Azure's clients add it to every request.
+/// Parameter that Azure's clients add to every request.
 const ALWAYS: &str = "api-version";
 
-/// The parameters that a route of lists takes.
+/// The query parameters of a route.
 fn known(method: &Method, path: &str) -> &'static [&'static str] {
     match (method, path) {
         (&Method::GET, "/v1/files") => &["after", "limit", "order", "purpose"],
@@ -56,10 +56,10 @@ fn known(method: &Method, path: &str) -> &'static [&'static str] {
     }
 }
 
-/// Middleware: a 400 for parameters that the route does not know.
+/// Middleware that refuses parameters which the route does not know.
 ///
 /// # Errors
-/// 400, naming the parameter.
+/// 400 that names the parameter.
 pub async fn known_only(
     path: MatchedPath,
     pairs: Pairs,
@@ -69,7 +69,7 @@ pub async fn known_only(
     let pairs = read(pairs)?;
     let known = known(request.method(), path.as_str());
     for (key, _) in &pairs {
-        // `metadata[key]` is how clients write an object.
+        // Clients write an object as `metadata[key]`.
         let name = if key.starts_with("metadata[") { "metadata" } else { key };
         if name != ALWAYS && !known.contains(&name) {
             let key: String = key.chars().take(100).collect();
@@ -84,8 +84,8 @@ pub async fn known_only(
     Ok(next.run(request).await)
 }
 
-/// A filter by metadata: `metadata[key]=value` for each pair that an entry must have, `metadata=null`
-/// for entries without metadata.
+/// Filter by metadata: one `metadata[key]=value` for each pair that an entry must have, or
+/// `metadata=null` for entries without metadata.
 #[derive(Debug, PartialEq)]
 pub enum MetadataFilter {
     Pairs(Vec<(String, String)>),
@@ -93,10 +93,10 @@ pub enum MetadataFilter {
 }
 
 impl MetadataFilter {
-    /// The filter of a query.
+    /// Parses the filter from a query.
     ///
     /// # Errors
-    /// 400 for a form that is none of these.
+    /// 400 if the filter has another form.
     pub fn of(pairs: &[(String, String)]) -> Result<Self, ApiError> {
         let (mut wanted, mut without) = (Vec::new(), false);
         for (key, value) in pairs {
@@ -121,7 +121,7 @@ impl MetadataFilter {
         }
     }
 
-    /// Whether an entry with this metadata is wanted.
+    /// Whether an entry with this metadata passes the filter.
     pub fn takes(&self, metadata: Option<&Map<String, Value>>) -> bool {
         match self {
             Self::Without => metadata.is_none_or(Map::is_empty),

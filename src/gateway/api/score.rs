@@ -1,4 +1,4 @@
-//! `POST /v1/score`: what a reward model makes of texts and conversations.
+//! `POST /v1/score`: reward model scores of texts and conversations.
 
 use super::fields::{Fields, JsonBody, tokens};
 use super::messages::checked;
@@ -22,7 +22,7 @@ struct ScoreRequest {
     inputs: Vec<Input>,
 }
 
-/// What is scored.
+/// One input to score.
 #[derive(Debug, PartialEq)]
 pub(super) enum Input {
     Text(String),
@@ -32,10 +32,10 @@ pub(super) enum Input {
 
 /// `POST /v1/score`.
 ///
-/// A text is scored at its end, a conversation at the end of its last answer, as training saw them.
+/// A text is scored at its end, a conversation at the end of its last answer, as in training.
 ///
 /// # Errors
-/// 400 for what the request says, 404 for its model, 503 for the state of the engine, 504.
+/// 400 for an invalid request, 404 for an unknown model, 503 for the state of the engine, 504.
 pub async fn handle(
     State(app): State<Arc<App>>,
     JsonBody(fields): JsonBody,
@@ -60,7 +60,7 @@ pub async fn handle(
     })))
 }
 
-/// Scores, and the tokens that were read for them.
+/// Returns the scores, and the number of prompt tokens.
 pub(super) async fn score(
     served: Served,
     inputs: Vec<Input>,
@@ -74,7 +74,7 @@ pub(super) async fn score(
         }
     }
     let model = served.model.clone();
-    // Away from the threads that serve sockets: templates are programs.
+    // On a blocking thread, because templates are programs and may be slow.
     let prompts = move || -> Result<Vec<Prompt>, ApiError> {
         inputs
             .into_iter()
@@ -103,7 +103,7 @@ fn reward_model(served: &Served) -> Result<&AdapterVersion, ApiError> {
     })
 }
 
-/// An input as training would have seen it.
+/// The prompt of an input, formatted as in training.
 fn prompt(model: &Model, at: usize, input: Input, parse_control: bool) -> Result<Prompt, ApiError> {
     let example = match input {
         Input::Tokens(tokens) => return Ok(Prompt::Tokens(tokens)),
@@ -139,7 +139,8 @@ impl ScoreRequest {
     }
 }
 
-/// A text, or a list of texts, conversations and lists of token ids. One conversation may stand alone.
+/// Takes a text, or a list of texts, conversations and lists of token ids. A single conversation
+/// need not be in a list.
 fn take_inputs(fields: &mut Fields) -> Result<Vec<Input>, ApiError> {
     const EXPECTED: &str = "a text, a conversation (a list of messages), or a list of those or of \
                             lists of token ids, none of them empty";
@@ -171,7 +172,7 @@ fn take_inputs(fields: &mut Fields) -> Result<Vec<Input>, ApiError> {
     inputs.collect()
 }
 
-/// A conversation that ends with what is to be scored.
+/// Reads a conversation that ends with the answer to score.
 fn conversation(name: &str, list: Vec<Value>) -> Result<Input, ApiError> {
     let messages = checked(name, list)?;
     match messages.last().is_some_and(|last| last["role"] == "assistant") {

@@ -1,4 +1,4 @@
-//! `POST /tokenize`, `/detokenize` and `/apply-template`: looks at what a model is really given.
+//! `POST /tokenize`, `/detokenize` and `/apply-template`: show the exact input of a model.
 
 use super::fields::{Fields, JsonBody};
 use super::messages::take_messages;
@@ -20,15 +20,15 @@ use std::sync::Arc;
 
 const MAX_TOKENS_GIVEN: usize = 1 << 20;
 
-/// `POST /tokenize`, in llama-server's form or vLLM's.
+/// `POST /tokenize`, in llama-server's format or vLLM's.
 ///
 /// llama-server: `{"content", "add_special", "parse_special", "with_pieces"}` to `{"tokens"}`, with
-/// pieces as `{"id", "piece"}` (text, or bytes where it is no whole UTF-8). vLLM: `{"prompt",
-/// "add_special_tokens", "return_token_strs"}` or `{"messages", …}` (as [`apply_template`]) to
-/// `{"tokens", "count", "max_model_len", "token_strs"}`.
+/// pieces as `{"id", "piece"}` (text, or bytes if the piece is not complete UTF-8). vLLM:
+/// `{"prompt", "add_special_tokens", "return_token_strs"}` or `{"messages", …}` (as
+/// [`apply_template`]) to `{"tokens", "count", "max_model_len", "token_strs"}`.
 ///
 /// # Errors
-/// 400 for what the request says, 404 for its model, 503 for the state of the engine.
+/// 400 for an invalid request, 404 for an unknown model, 503 for the state of the engine.
 pub async fn tokenize(
     State(app): State<Arc<App>>,
     JsonBody(mut fields): JsonBody,
@@ -93,8 +93,8 @@ async fn tokens_of(served: &Served, call: Call) -> Result<(Vec<Token>, Vec<ByteB
     }
 }
 
-/// `POST /detokenize`: `{"tokens", "render_special"}` to `{"content", "prompt"}`, the same text under
-/// llama-server's name and vLLM's.
+/// `POST /detokenize`: `{"tokens", "render_special"}` to `{"content", "prompt"}`: the same text
+/// under llama-server's name and vLLM's.
 ///
 /// # Errors
 /// As [`tokenize`].
@@ -115,11 +115,12 @@ pub async fn detokenize(
     Ok(Json(json!({"content": text, "prompt": text})).into_response())
 }
 
-/// `GET /tokenizer_info`: the special tokens and the chat template of the only model, under the names
-/// of Hugging Face's `tokenizer_config.json`, as vLLM answers and lm-evaluation-harness asks.
+/// `GET /tokenizer_info`: special tokens and chat template of the only loaded model, under the
+/// names of Hugging Face's `tokenizer_config.json`, as in vLLM. lm-evaluation-harness uses this
+/// endpoint.
 ///
 /// # Errors
-/// 400 where several models are loaded, 503 where none is.
+/// 400 if several models are loaded, 503 if none is.
 pub async fn tokenizer_info(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     let served = resolve(&app, &mut Fields::of(String::new(), json!({}))?).await?;
     let info = served.model.engine.info()?;
@@ -143,7 +144,7 @@ pub async fn tokenizer_info(State(app): State<Arc<App>>) -> Result<Response, Api
 /// "continue_final_message"}` to `{"prompt"}`, as a chat completion would render it.
 ///
 /// # Errors
-/// As [`tokenize`], and what the template refuses.
+/// As [`tokenize`], and the errors that the template raises.
 pub async fn apply_template(
     State(app): State<Arc<App>>,
     JsonBody(mut fields): JsonBody,
@@ -153,7 +154,7 @@ pub async fn apply_template(
     Ok(Json(json!({ "prompt": prompt.text })).into_response())
 }
 
-/// The prompt of a conversation; takes all of the fields that are left.
+/// Renders the prompt of a conversation; takes all remaining fields.
 async fn rendered(
     app: &App,
     served: &Served,
@@ -176,7 +177,7 @@ async fn rendered(
     render(served.model.clone(), input, app.config.limits.parse_control_tokens).await
 }
 
-/// The model that the request names, or the only one there is.
+/// Resolves the model that the request names, or the only loaded model.
 async fn resolve(app: &App, fields: &mut Fields) -> Result<Served, ApiError> {
     if let Some(name) = take_model(fields)? {
         return app.registry.find(&name).await;

@@ -16,11 +16,11 @@ pub struct Tools {
     /// OpenAI's definitions: `{"type": "function", "function": {"name", …}}`.
     pub definitions: Vec<Value>,
     pub choice: Choice,
-    /// Whether one answer may hold several calls.
+    /// Whether one response may contain several calls.
     pub parallel: bool,
 }
 
-/// Which tools must or may be called. (`none` leaves no [`Tools`] at all.)
+/// Which tools must or may be called. For `none` there is no [`Tools`] at all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Choice {
     Auto,
@@ -28,7 +28,7 @@ pub enum Choice {
     Named(String),
 }
 
-/// Takes `tools`, `tool_choice` and `parallel_tool_calls`; `None` where no tool may be called.
+/// Takes `tools`, `tool_choice` and `parallel_tool_calls`; `None` if no tool may be called.
 pub fn take_tools(fields: &mut Fields) -> Result<Option<Tools>, ApiError> {
     for (old, new) in [("functions", "tools"), ("function_call", "tool_choice")] {
         if fields.take(old).is_some_and(|value| value != json!("none") && value != json!([])) {
@@ -68,7 +68,7 @@ pub fn take_tools(fields: &mut Fields) -> Result<Option<Tools>, ApiError> {
     Ok(Some(Tools { definitions, choice, parallel }))
 }
 
-/// `None` for `"none"`.
+/// Takes `tool_choice`; `None` for `"none"`.
 fn take_choice(fields: &mut Fields) -> Result<Option<Choice>, ApiError> {
     const EXPECTED: &str = "\"none\", \"auto\", \"required\" or \
                             {\"type\": \"function\", \"function\": {\"name\": …}}";
@@ -98,7 +98,7 @@ fn take_choice(fields: &mut Fields) -> Result<Option<Choice>, ApiError> {
     }
 }
 
-/// One definition, checked; its parameters are JSON schema and stay as they are.
+/// Checks one tool definition; its parameters, a JSON schema, are kept unchanged.
 fn definition(mut fields: Fields) -> Result<Value, ApiError> {
     let kind = fields.string("type", MAX_NAME)?.ok_or_else(|| fields.missing("type"))?;
     if kind != "function" {

@@ -8,23 +8,23 @@
 //! |---|---|
 //! | `admit.rs` | from a specification to a row and a folder, or why not |
 //! | `queue.rs` | which job runs when |
-//! | `life.rs` | one process of a job, watched |
-//! | `link.rs` | its connection, over which it asks models |
-//! | `courtesy.rs` | when a job makes room for requests |
+//! | `process.rs` | one process of a job, watched |
+//! | `connection.rs` | its connection, over which it asks models |
+//! | `throttle.rs` | when a job makes room for requests |
 //! | `publish.rs` | what a job made becomes what requests may name |
 
 mod admit;
-mod courtesy;
-mod life;
-mod link;
+mod connection;
+mod process;
 mod publish;
 mod queue;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 pub(in crate::gateway) use admit::new_id;
 pub use admit::{NewJob, fits};
-pub use link::{Link, Routes};
+pub use connection::{JobConnection, Routes};
 pub use publish::{checkpoint_name, rows};
 
 use crate::config::ServeConfig;
@@ -33,7 +33,7 @@ use crate::gateway::metrics::{JobSample, JobSamples};
 use crate::gateway::registry::Registry;
 use crate::gateway::store::{JobStatus, Store, StoredJob};
 use crate::job::{Entry, EventLog, Folder, Follower, JobEvent, Level, StepMetrics, Validation};
-use life::Wish;
+use process::DesiredState;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -68,7 +68,7 @@ impl fmt::Debug for Jobs {
 /// A job that has a process.
 struct Live {
     kind: String,
-    wish: watch::Sender<Wish>,
+    wish: watch::Sender<DesiredState>,
     progress: Mutex<Progress>,
 }
 
@@ -186,11 +186,11 @@ impl Jobs {
     /// # Errors
     /// 404, or 400 if it has ended already.
     pub fn cancel(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
-        use JobStatus::{Paused, Queued, Running, Validating};
-        let from = [Validating, Queued, Running, Paused];
+        use JobStatus::{GenerationStream, Paused, Queued, Validating};
+        let from = [Validating, Queued, GenerationStream, Paused];
         self.change(id, owner, &from, JobStatus::Cancelled, "cancelled")?;
         match self.live().get(id) {
-            Some(live) => drop(live.wish.send_replace(Wish::Die)),
+            Some(live) => drop(live.wish.send_replace(DesiredState::Die)),
             None => self.cancelled(id),
         }
         self.get(id, owner)
@@ -201,10 +201,10 @@ impl Jobs {
     /// # Errors
     /// 404, or 400 if it neither runs nor waits.
     pub fn pause(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
-        let from = [JobStatus::Queued, JobStatus::Running];
+        let from = [JobStatus::Queued, JobStatus::GenerationStream];
         self.change(id, owner, &from, JobStatus::Paused, "paused")?;
         match self.live().get(id) {
-            Some(live) => drop(live.wish.send_replace(Wish::Leave)),
+            Some(live) => drop(live.wish.send_replace(DesiredState::Leave)),
             None => self.say(id, Level::Info, "The job was paused."),
         }
         self.get(id, owner)

@@ -1,7 +1,7 @@
 //! Which job runs when: the oldest first, as many at once as the configuration allows, each once
 //! there is memory for it.
 
-use super::life::{End, Wish};
+use super::process::{DesiredState, End};
 use super::{Jobs, Live, Routes, now};
 use crate::config::ByteSize;
 use crate::gateway::memory::available;
@@ -24,7 +24,7 @@ impl Jobs {
     /// may ask for.
     pub fn start(self: &Arc<Self>, routes: Routes) {
         let _ = self.routes.set(routes);
-        if let Err(error) = self.take_up() {
+        if let Err(error) = self.recover() {
             tracing::error!("the jobs of before cannot be taken up: {error}");
         }
         let jobs = self.clone();
@@ -42,10 +42,16 @@ impl Jobs {
         });
     }
 
-    fn take_up(self: &Arc<Self>) -> Result<(), crate::gateway::store::StoreError> {
+    fn recover(self: &Arc<Self>) -> Result<(), crate::gateway::store::StoreError> {
         let store = self.store();
-        for job in store.jobs_in(JobStatus::Running)? {
-            store.move_job(&job.id, &[JobStatus::Running], JobStatus::Queued, None, now())?;
+        for job in store.jobs_in(JobStatus::GenerationStream)? {
+            store.move_job(
+                &job.id,
+                &[JobStatus::GenerationStream],
+                JobStatus::Queued,
+                None,
+                now(),
+            )?;
             self.say(&job.id, Level::Info, "The server was restarted; the job goes on.");
         }
         for job in store.jobs_in(JobStatus::Validating)? {
@@ -97,12 +103,17 @@ impl Jobs {
 
     fn begin(self: &Arc<Self>, job: StoredJob) {
         let id = job.id.clone();
-        let wish = watch::Sender::new(Wish::Run);
+        let wish = watch::Sender::new(DesiredState::Run);
         let live = Arc::new(Live { kind: job.kind.clone(), wish, progress: Default::default() });
         // Listed before the status says so: whoever cancels a running job finds it here.
         self.live().insert(id.clone(), live.clone());
-        let moved =
-            self.store().move_job(&id, &[JobStatus::Queued], JobStatus::Running, None, now());
+        let moved = self.store().move_job(
+            &id,
+            &[JobStatus::Queued],
+            JobStatus::GenerationStream,
+            None,
+            now(),
+        );
         if !matches!(moved, Ok(true)) {
             self.live().remove(&id);
             return;
@@ -121,7 +132,7 @@ impl Jobs {
         self.say(id, Level::Info, "The job started.");
         let (mut deaths, mut furthest) = (0, None);
         loop {
-            let end = self.live_once(id, live).await;
+            let end = self.run_process(id, live).await;
             let step = super::lock(&live.progress).step.as_ref().map(|step| step.step);
             if step > furthest {
                 (deaths, furthest) = (0, step);
@@ -129,11 +140,11 @@ impl Jobs {
             let wish = *live.wish.borrow();
             match end {
                 End::Done => return self.publish(job).await,
-                _ if wish == Wish::Die => return self.cancelled(id),
+                _ if wish == DesiredState::Die => return self.cancelled(id),
                 _ if *self.stopping.borrow() => return,
                 // Also one that was killed before it had written its checkpoint: it goes on from the
                 // one before.
-                _ if wish == Wish::Leave => {
+                _ if wish == DesiredState::Leave => {
                     return self.say(id, Level::Info, "The job was paused.");
                 }
                 End::Left => {}
@@ -167,7 +178,7 @@ impl Jobs {
     fn pause_for(&self, id: &str, code: &str, message: &str) {
         let failure = Failure { code: code.into(), message: message.into(), param: None };
         let error = serde_json::to_string(&failure).unwrap_or_default();
-        let (from, to) = ([JobStatus::Running], JobStatus::Paused);
+        let (from, to) = ([JobStatus::GenerationStream], JobStatus::Paused);
         match self.store().move_job(id, &from, to, Some(&error), now()) {
             Ok(true) => self.say(id, Level::Error, message),
             // Somebody else decided on it meanwhile.
@@ -186,9 +197,9 @@ impl Jobs {
     }
 
     pub(super) fn failed(&self, id: &str, failure: &Failure) {
-        use JobStatus::{Failed, Paused, Queued, Running, Validating};
+        use JobStatus::{Failed, GenerationStream, Paused, Queued, Validating};
         let error = serde_json::to_string(failure).unwrap_or_default();
-        let from = [Validating, Queued, Running, Paused];
+        let from = [Validating, Queued, GenerationStream, Paused];
         match self.store().move_job(id, &from, Failed, Some(&error), now()) {
             Ok(true) => {
                 self.say(id, Level::Error, &format!("The job failed: {}", failure.message));
@@ -206,9 +217,9 @@ impl Jobs {
         let live: Vec<_> = self.live().values().cloned().collect();
         for live in &live {
             live.wish.send_if_modified(|wish| {
-                let runs = *wish == Wish::Run;
+                let runs = *wish == DesiredState::Run;
                 if runs {
-                    *wish = Wish::Leave;
+                    *wish = DesiredState::Leave;
                 }
                 runs
             });

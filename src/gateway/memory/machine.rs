@@ -1,10 +1,10 @@
-//! How much memory this process tree may still take: the machine's, within its control groups'.
+//! Memory still available to this process tree: of the machine, and within its control groups.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Bytes that can be had without swapping: the smaller of `MemAvailable` and what each control
-/// group above us has left. Page cache counts as available: the kernel gives it back.
+/// Bytes available without swapping: the smaller of `MemAvailable` and the headroom of each
+/// control group above this process. Page cache counts as available: the kernel can reclaim it.
 pub fn available() -> u64 {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| mem_available(&text));
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -18,7 +18,7 @@ fn mem_available(meminfo: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// The least headroom of our group and all groups above it, for versions 1 and 2.
+/// The smallest headroom of this process's group and all groups above it, for versions 1 and 2.
 fn group_headroom(groups: &str, root: &Path) -> Option<u64> {
     let mut least = None;
     for line in groups.lines() {
@@ -32,7 +32,8 @@ fn group_headroom(groups: &str, root: &Path) -> Option<u64> {
             list if list.split(',').any(|name| name == "memory") => (root.join("memory"), V1),
             _ => continue,
         };
-        // Inside a container the path may not exist below the mount; its root then is ours.
+        // In a container the path may not exist below the mount; then the mount's root is the
+        // group.
         let full: PathBuf = base.join(path.trim_start_matches('/'));
         for folder in full.ancestors().take_while(|folder| folder.starts_with(&base)) {
             least = least.into_iter().chain(headroom(folder, files)).min();
@@ -41,7 +42,7 @@ fn group_headroom(groups: &str, root: &Path) -> Option<u64> {
     least
 }
 
-/// Names of limit and usage, and of the reclaimable part of the usage in `memory.stat`.
+/// Names of the files of limit and usage, and of the reclaimable entries of `memory.stat`.
 type Files = (&'static str, &'static str, [&'static str; 2]);
 const V2: Files = ("memory.max", "memory.current", ["inactive_file", "active_file"]);
 const V1: Files = (
@@ -54,7 +55,7 @@ fn headroom(folder: &Path, (limit, usage, cache): Files) -> Option<u64> {
     let number = |name: &str| -> Option<u64> {
         fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok()
     };
-    // "max" is no number: no limit.
+    // "max" is not a number: there is no limit.
     let limit = number(limit)?;
     let usage = number(usage)?;
     let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();

@@ -3,7 +3,7 @@ use crate::config::ServeOptions;
 
 const GIB: u64 = 1 << 30;
 
-/// SmolLM2-135M's shape.
+/// The dimensions of SmolLM2-135M.
 fn header() -> ModelHeader {
     let mut header = ModelHeader::mock();
     header.facts.n_layer = 30;
@@ -19,7 +19,7 @@ fn header() -> ModelHeader {
     header
 }
 
-/// llama.cpp, unless it is said otherwise.
+/// The configuration in `toml`; the runner is llama.cpp unless `toml` sets another.
 fn config(toml: &str) -> EngineConfig {
     let mut options: ServeOptions = toml::from_str(toml).unwrap();
     options.runner.get_or_insert(RunnerKind::LlamaCpp);
@@ -67,7 +67,7 @@ fn nearly_twice_the_tokens_fit_into_pages_of_q8_0() {
     let roomy = plan("", 16 * GIB);
     let little = roomy.total() - roomy.kv_cache + (160 << 20);
     let (f16, q8) = (plan("", little), plan("kv_type = \"q8_0\"", little));
-    // Half of what is left, in steps of 256 tokens.
+    // Half of the available memory, in steps of 256 tokens.
     for plan in [&f16, &q8] {
         assert!(plan.kv_cache <= 80 << 20 && plan.kv_cache > 75 << 20, "{plan}");
     }
@@ -163,7 +163,7 @@ fn models_without_a_cache_or_a_context_are_planned_too() {
     header.facts.causal = false;
     let plan = MemoryPlan::make(&file(header), None, &config(""), 16 * GIB).unwrap();
     assert_eq!((plan.kv_cache, plan.context_length), (0, 8_192));
-    // Both directions at once: the whole input is one batch.
+    // Bidirectional attention: the whole input is one batch.
     assert_eq!(plan.spec.batch_tokens, 8_192);
 }
 

@@ -1,4 +1,4 @@
-//! What engines report of themselves, read at the scrape.
+//! Metrics of engines, collected at the scrape.
 
 use super::{BATCH_BUCKETS, GaugeVec, HistogramVec, IntCounterVec, IntGaugeVec, Maker};
 use crate::gateway::supervisor::Engine;
@@ -6,20 +6,20 @@ use crate::ipc::Progress;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-/// One engine at one moment.
+/// State of one engine at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct EngineSample {
     pub model: String,
     pub progress: Progress,
-    /// Rows of every step since the sample before.
+    /// Batch sizes (rows) of all steps since the previous sample.
     pub batch_sizes: Vec<u32>,
     pub restarts: u64,
-    /// The running process.
+    /// Process id of the running process.
     pub pid: Option<u32>,
 }
 
 impl EngineSample {
-    /// Reads an engine. It hands each batch size out once; the histogram keeps them.
+    /// Samples an engine. Every batch size is returned once only; the histogram accumulates them.
     pub fn of(engine: &Engine) -> Self {
         Self {
             model: engine.name().to_owned(),
@@ -31,7 +31,8 @@ impl EngineSample {
     }
 }
 
-/// The counters of an engine process. They begin anew with every process; ours only grow.
+/// Counters of an engine process. They restart at 0 with every process; the exported ones only
+/// grow.
 #[derive(Debug, Clone, Copy, Default)]
 struct Counters {
     steps: u64,
@@ -94,7 +95,7 @@ impl EngineSeries {
 
     /// Sets the gauges and advances the counters. `names[i]` is the label of `engines[i]`.
     pub(super) fn collect(&self, engines: &[EngineSample], names: &[String]) {
-        // A model that was unloaded leaves no gauge behind.
+        // Gauges of unloaded models are removed.
         for gauge in [&self.running, &self.waiting, &self.kv_pages, &self.memory] {
             gauge.reset();
         }
@@ -145,14 +146,14 @@ impl EngineSeries {
         };
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let before = seen.insert(name.to_owned(), now).unwrap_or_default();
-        // Every counter of a process starts at 0; its steps tell best that it is a new one.
+        // Every counter of a process starts at 0. Fewer steps than before mean a new process.
         let before = if now.steps < before.steps {
             Counters { restarts: before.restarts, ..Counters::default() }
         } else {
             before
         };
         let grow = |series: &IntCounterVec, now: u64, before: u64| {
-            // Below the last value, it is another engine under the same name.
+            // A value below the previous one means another engine under the same name.
             let grown = if now < before { now } else { now - before };
             series.with_label_values(&[name]).inc_by(grown);
         };
@@ -174,7 +175,7 @@ impl EngineSeries {
     }
 }
 
-/// Resident bytes of a process, or of this one: the second field of `/proc/PID/statm`, in pages.
+/// Resident bytes of a process, or of this process: second field of `/proc/PID/statm`, in pages.
 fn resident_bytes(pid: Option<u32>) -> Option<u64> {
     let path = pid.map_or("/proc/self/statm".to_owned(), |pid| format!("/proc/{pid}/statm"));
     let text = std::fs::read_to_string(path).ok()?;

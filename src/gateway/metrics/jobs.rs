@@ -1,8 +1,8 @@
-//! What running jobs report of themselves, and how many jobs there are.
+//! Metrics of running jobs, and the number of jobs by status.
 
 use super::{GaugeVec, IntGaugeVec, Maker};
 
-/// A running job at one moment.
+/// State of a running job at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct JobSample {
     pub id: String,
@@ -12,10 +12,10 @@ pub struct JobSample {
     pub tokens: u64,
     pub memory_bytes: u64,
     pub epoch: f64,
-    /// Nats a token.
+    /// Nats per token.
     pub loss: f64,
     pub validation_loss: Option<f64>,
-    /// Of policies.
+    /// Only for reinforcement learning.
     pub reward: Option<f64>,
     pub validation_reward: Option<f64>,
     pub learning_rate: f64,
@@ -24,10 +24,10 @@ pub struct JobSample {
     pub eta_seconds: f64,
 }
 
-/// All jobs at one moment.
+/// State of all jobs at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct JobSamples {
-    /// By status.
+    /// Number of jobs by status.
     pub counts: Vec<(&'static str, usize)>,
     pub running: Vec<JobSample>,
 }
@@ -75,7 +75,7 @@ impl JobSeries {
         }
     }
 
-    /// Jobs that no longer run have no series.
+    /// Sets the gauges. Series of jobs that no longer run are removed.
     pub(super) fn collect(&self, samples: &JobSamples) {
         let counts = [&self.step, &self.total_steps, &self.tokens, &self.memory];
         let numbers = [

@@ -1,18 +1,18 @@
-//! One request's way through the series.
+//! Metrics of one request.
 
 use super::{Histogram, RequestSeries};
 use crate::ipc::{EngineError, EngineErrorKind, FinishReason, Timing};
 use prometheus::{IntCounter, IntCounterVec};
 use std::time::Instant;
 
-/// The label `kind` of `ingot_request_errors_total`.
+/// Values of the label `kind` of `ingot_request_errors_total`.
 pub(super) const ERROR_KINDS: [&str; 5] =
     ["invalid", "context_length", "overloaded", "unavailable", "internal"];
 
-/// Follows one request from its arrival; dropping it observes the end-to-end latency.
+/// Observes one request from its arrival; dropping it records the end-to-end latency.
 ///
-/// Feed it the engine's events in order. A request that is dropped while it runs (its client went
-/// away) counts as `abort`.
+/// The caller passes the engine's events in order. A request that is dropped while it runs (its
+/// client disconnected) counts as `abort`.
 #[derive(Debug)]
 pub struct RequestObserver {
     model: String,
@@ -30,7 +30,7 @@ pub struct RequestObserver {
     errors: IntCounterVec,
     rejected: IntCounterVec,
     prompt: u32,
-    /// When each choice's latest token came, by choice.
+    /// Arrival time of the latest token, by choice.
     latest: Vec<Option<Instant>>,
     seen_token: bool,
     over: bool,
@@ -61,19 +61,19 @@ impl RequestObserver {
         }
     }
 
-    /// The prompt fits.
+    /// Records that the engine accepted the prompt.
     pub fn accepted(&mut self, prompt_tokens: u32) {
         self.prompt = prompt_tokens;
     }
 
-    /// The first step is about to run.
+    /// Records that the first step is about to run.
     pub fn started(&mut self, cached_tokens: u32, queue_seconds: f32) {
         self.queue.observe(f64::from(queue_seconds));
         self.prompt_tokens.inc_by(u64::from(self.prompt));
         self.cached_tokens.inc_by(u64::from(cached_tokens));
     }
 
-    /// `count` tokens of a choice have come.
+    /// Records that `count` tokens of a choice have arrived.
     pub fn tokens(&mut self, choice: u32, count: u32) {
         self.tokens_at(choice, count, Instant::now());
     }
@@ -88,7 +88,7 @@ impl RequestObserver {
             self.first_token.observe(seconds(self.arrived, now));
         }
         let choice = choice as usize;
-        // The API bounds choices far below this; a wrong number from an engine must not allocate.
+        // The API bounds choices far below 1024; a wrong number from an engine must not allocate.
         if choice >= 1024 {
             return;
         }
@@ -101,7 +101,7 @@ impl RequestObserver {
         }
     }
 
-    /// A choice has ended.
+    /// Records the end of a choice.
     pub fn finish(&mut self, reason: &FinishReason) {
         let reason = match reason {
             FinishReason::Stop | FinishReason::StopString(_) => "stop",
@@ -110,14 +110,14 @@ impl RequestObserver {
         self.success.with_label_values(&[self.model.as_str(), reason]).inc();
     }
 
-    /// The request has ended well.
+    /// Records the end of the request without error.
     pub fn done(&mut self, timing: &Timing) {
         self.over = true;
         self.prefill.observe(f64::from(timing.prefill_seconds));
         self.decode.observe(f64::from(timing.decode_seconds));
     }
 
-    /// The engine refused the request, or failed it.
+    /// Records that the engine refused the request or that the request failed.
     pub fn failed(&mut self, error: &EngineError) {
         self.over = true;
         let kind = match error.kind {

@@ -35,7 +35,7 @@ fn a_request_is_counted_once_along_its_way() {
     assert_eq!(counted(r#"ingot_e2e_request_latency_seconds_count{model="m"}"#), 1.0);
     assert_eq!(counted(r#"ingot_request_success_total{finish_reason="length",model="m"}"#), 1.0);
     assert_eq!(counted(r#"ingot_request_success_total{finish_reason="stop",model="m"}"#), 1.0);
-    // Counters begin at 0, also those of what has not happened.
+    // Counters begin at 0, including those of events that have not happened.
     let aborted = r#"ingot_request_success_total{finish_reason="abort",model="m"}"#;
     assert_eq!(value(&text, aborted), Some(0.0));
     assert_eq!(value(&text, r#"ingot_request_errors_total{kind="internal",model="m"}"#), Some(0.0));
@@ -82,7 +82,7 @@ fn engine_counters_survive_a_restart() {
         assert_eq!(value(&text, r#"ingot_kv_cache_usage_ratio{model="m"}"#), Some(0.25));
         assert_eq!(value(&text, r#"ingot_kv_pages{model="m",state="free"}"#), Some(50.0));
     }
-    // Unloaded: gauges go, counters stay.
+    // After an unload, gauges are removed and counters stay.
     let text = metrics.render(&[], &JobSamples::default());
     assert_eq!(value(&text, r#"ingot_requests_running{model="m"}"#), None);
     assert_eq!(value(&text, r#"ingot_engine_steps_total{model="m"}"#), Some(157.0));

@@ -1,7 +1,7 @@
-//! LoRA adapters: from a folder or file to a version in an engine.
+//! Loading of LoRA adapters: from a folder or file to a version in an engine.
 //!
-//! What an engine loads is a private copy, checked against the base's header: nobody can change it
-//! between the check and the load, or before an engine restart loads it again.
+//! The engine loads a private copy that was checked against the base model's header, so the file
+//! cannot change between the check and the load, or before a restarted engine loads it again.
 
 use super::load::store_error;
 use super::{Model, Registry, blocking, check_name, conflict, seconds_since_1970};
@@ -18,35 +18,36 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Bytes of a LoRA GGUF, at most.
+/// Maximum size of a LoRA GGUF, in bytes.
 const MAX_GGUF: u64 = 4 << 30;
 
-/// What to load.
+/// Specification of an adapter to load.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterSpec {
     /// The name that requests use.
     pub name: String,
-    /// The loaded model that it was trained on; `None`: the only one there is.
+    /// The loaded model that the adapter was trained on; `None` means the only loaded model.
     pub base: Option<String>,
-    /// A PEFT folder, a LoRA GGUF, or a folder that holds one. Never a client's choice.
+    /// A PEFT folder, a LoRA GGUF, or a folder that holds one. Never taken from a request.
     pub path: PathBuf,
-    /// Multiplies the adapter's own scale; 1 is as trained.
+    /// Factor on the adapter's own scale; 1 is the scale of training.
     pub scale: f32,
-    /// Whether it must have finite weights and write a token before anybody may name it.
+    /// Whether to check, before requests can use the adapter, that its weights are finite and that
+    /// it can generate a token.
     pub check: bool,
 }
 
-/// One loaded version of an adapter. Dropping the last reference takes it out of its engine, so
-/// every request that uses it holds one until it has ended.
+/// One loaded version of an adapter. Dropping the last reference unloads it from its engine;
+/// every request that uses the version holds a reference until the request has ended.
 pub struct AdapterVersion {
     pub id: AdapterId,
     pub name: String,
     /// SHA-256 of the GGUF that the engine loaded.
     pub digest: [u8; 32],
     pub scale: f32,
-    /// Seconds since 1970.
+    /// Load time in seconds since 1970.
     pub created: u64,
-    /// What the check found; `None` with the mock runner.
+    /// Result of the check; `None` with the mock runner.
     pub info: Option<LoraInfo>,
     base: String,
     engine: Arc<Engine>,
@@ -60,12 +61,12 @@ impl fmt::Debug for AdapterVersion {
 }
 
 impl AdapterVersion {
-    /// Name of the model that it changes.
+    /// Name of the base model.
     pub fn base(&self) -> &str {
         &self.base
     }
 
-    /// Whether it gives scores instead of text.
+    /// Whether the adapter is a reward model, which returns scores instead of text.
     pub fn is_reward_model(&self) -> bool {
         self.info.as_ref().is_some_and(|info| info.reward_model)
     }
@@ -83,11 +84,11 @@ impl Drop for AdapterVersion {
 }
 
 impl Registry {
-    /// The path of an adapter by its id: a name in the store's list, or the name of a file or
-    /// folder inside `<data>/adapters`.
+    /// Resolves an adapter id to a path. The id is a name in the store's list, or the name of a
+    /// file or folder in `<data>/adapters`.
     ///
     /// # Errors
-    /// 400 for what is no id, 404 if there is none.
+    /// 400 for an invalid id, 404 if there is no such adapter.
     pub async fn adapter_path(&self, id: &str) -> Result<PathBuf, ApiError> {
         check_name("source", id)?;
         let (store, id) = (self.store.clone(), id.to_owned());
@@ -111,7 +112,7 @@ impl Registry {
                 ApiError::not_found(format!("There is no adapter `{id}`.")).with_param("source")
             };
             let path = path.canonicalize().map_err(missing)?;
-            // A link out of the folder is not followed.
+            // A link that leads out of the folders is not followed.
             if ![store.adapters_folder(), store.jobs_folder()]
                 .iter()
                 .any(|folder| folder.canonicalize().is_ok_and(|inside| path.starts_with(inside)))
@@ -123,8 +124,8 @@ impl Registry {
         .await
     }
 
-    /// Loads an adapter, and puts it in place of the version of the same name at once: a request
-    /// sees the old or the new one, whole.
+    /// Loads an adapter and atomically replaces the version of the same name: a request uses either
+    /// the old or the new version.
     ///
     /// # Errors
     /// 404 if the base is not loaded, 409 if the name is a model's, 422 if the adapter does not fit
@@ -139,7 +140,7 @@ impl Registry {
         }
         let base = self.adapter_base(spec.base.as_deref())?;
         let registry = self.clone();
-        // A task of its own: a client that goes away leaves no half-loaded adapter behind.
+        // Runs in its own task: if the client disconnects, no half-loaded adapter is left behind.
         let task = tokio::spawn(async move { registry.load_adapter_on(base, spec).await });
         task.await.unwrap_or_else(|error| Err(ApiError::internal(error)))
     }
@@ -185,7 +186,7 @@ impl Registry {
         Ok(version)
     }
 
-    /// A version that no request can name: only who holds it can use it.
+    /// Loads a version that requests cannot name; only the holder of the result can use it.
     ///
     /// # Errors
     /// As [`Registry::load_adapter`].
@@ -195,7 +196,7 @@ impl Registry {
         spec: AdapterSpec,
     ) -> Result<Arc<AdapterVersion>, ApiError> {
         let (registry, base) = (self.clone(), base.clone());
-        // A task of its own, as above.
+        // Runs in its own task, as in `load_adapter`.
         let task = tokio::spawn(async move { registry.version_on(&base, spec).await });
         task.await.unwrap_or_else(|error| Err(ApiError::internal(error)))
     }
@@ -253,10 +254,10 @@ impl Registry {
         Ok(())
     }
 
-    /// Forgets an adapter. Requests that started with it end with it.
+    /// Removes an adapter. Running requests finish with it.
     ///
     /// # Errors
-    /// 404 if there is none of that name.
+    /// 404 if there is no adapter of that name.
     pub fn unload_adapter(&self, name: &str) -> Result<(), ApiError> {
         let removed = {
             let mut state = self.lock();
@@ -273,7 +274,7 @@ impl Registry {
     }
 }
 
-/// A weight that is no number would spoil every answer.
+/// Refuses adapters with a weight that is not finite.
 fn check_finite(path: &Path) -> Result<(), ApiError> {
     let file = Gguf::open(path).map_err(ApiError::internal)?;
     for tensor in file.tensors() {
@@ -288,7 +289,7 @@ fn check_finite(path: &Path) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Has the adapter write one token, with a likelihood that is a number.
+/// Checks that the adapter generates one token with a finite log-probability.
 async fn check_generation(version: &AdapterVersion) -> Result<(), ApiError> {
     let refused =
         |why: String| ApiError::unprocessable(format!("The adapter does not work: {why}."));
@@ -312,7 +313,7 @@ async fn check_generation(version: &AdapterVersion) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Has a reward model score a word, with a number.
+/// Checks that a reward model scores a word with a finite number.
 async fn check_score(version: &AdapterVersion) -> Result<(), ApiError> {
     let refused =
         |why: String| ApiError::unprocessable(format!("The reward model does not work: {why}."));
@@ -352,7 +353,7 @@ fn prepare(source: &Path, base: &Model, out: &Path) -> Result<Option<LoraInfo>, 
     check_lora_gguf(out, &gguf).map(Some).map_err(|e| refused(&e))
 }
 
-/// The one GGUF in a folder without `adapter_config.json`.
+/// The only GGUF in a folder without `adapter_config.json`.
 fn only_gguf(folder: &Path) -> Result<PathBuf, ApiError> {
     let files = std::fs::read_dir(folder).map_err(ApiError::internal)?;
     let mut ggufs = files
@@ -389,7 +390,7 @@ pub(crate) fn digest_of(path: &Path) -> std::io::Result<[u8; 32]> {
     }
 }
 
-/// What tells cached prefixes apart: the same weights at another scale compute something else.
+/// Cache key of prefixes: the same weights with another scale compute other values.
 fn with_scale(digest: &[u8; 32], scale: f32) -> [u8; 32] {
     Sha256::new().chain_update(digest).chain_update(scale.to_le_bytes()).finalize().into()
 }
@@ -414,7 +415,7 @@ impl Drop for WorkFile {
     }
 }
 
-/// `<data>/run/<pid>`: what this process needs while it lives.
+/// `<data>/run/<pid>`: folder for files that this process needs while it runs.
 pub(crate) fn work_folder(store: &Store) -> PathBuf {
     store.folder().join("run").join(std::process::id().to_string())
 }
@@ -423,7 +424,7 @@ pub(super) fn remove_work_folder(store: &Store) {
     let _ = std::fs::remove_dir_all(work_folder(store));
 }
 
-/// Removes what processes that are gone left behind.
+/// Removes the work folders of processes that have ended.
 pub(super) fn sweep_work_folders(store: &Store) {
     let Ok(folders) = std::fs::read_dir(store.folder().join("run")) else { return };
     for folder in folders.flatten() {

@@ -1,6 +1,6 @@
 //! Loading and unloading models.
 //!
-//! Both run in tasks of their own: a client that goes away while it waits changes nothing.
+//! Both run in tasks of their own, so they continue if the client disconnects while it waits.
 
 use super::{Model, Registry, blocking, check_name, conflict, seconds_since_1970};
 use crate::gateway::error::ApiError;
@@ -13,15 +13,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A model that needs longer to load has hung.
+/// Time limit for loading a model; after it, the load is considered hung.
 const LOAD_PATIENCE: Duration = Duration::from_secs(15 * 60);
 
 impl Registry {
-    /// Loads a model that the data folder knows, by its name there or the reference it was pulled
-    /// by, and serves it as `name` (its own name where there is none).
+    /// Loads a model that the data folder knows, by its name there or by the reference it was
+    /// pulled with, and serves it as `name` (by default its own name).
     ///
     /// # Errors
-    /// 404 if the data folder does not know it; then as [`Registry::load_path`].
+    /// 404 if the data folder does not know the model; otherwise as [`Registry::load_path`].
     pub async fn load_model(
         self: &Arc<Self>,
         reference: &str,
@@ -41,12 +41,12 @@ impl Registry {
         self.load_path(name.unwrap_or(&stored.name), path, None).await
     }
 
-    /// Loads the model file at `path` (never a client's choice) and serves it as `name`; the model at
-    /// `draft` drafts for it. Returns when it takes requests.
+    /// Loads the model file at `path` (never taken from a request) and serves it as `name`, with
+    /// the model at `draft` as its draft model. Returns once the model accepts requests.
     ///
     /// # Errors
-    /// 409 if the name is taken, 422 with the numbers if it does not fit into memory, or with the
-    /// engine's last words if it does not load.
+    /// 409 if the name is taken; 422 with the numbers if the model does not fit into memory, or
+    /// with the last lines of the engine's log if it does not load.
     pub async fn load_path(
         self: &Arc<Self>,
         name: &str,
@@ -117,7 +117,7 @@ impl Registry {
         Ok(model)
     }
 
-    /// Plans for a new model, and unloads idle ones, the least recently used first, until it fits.
+    /// Plans for a new model and unloads idle models, the least recently used first, until it fits.
     async fn make_room(
         self: &Arc<Self>,
         model: &ModelFile,
@@ -153,15 +153,15 @@ impl Registry {
 
     /// Loaded models that no request uses.
     fn idle_models(&self) -> Vec<Arc<Model>> {
-        // One holder is the map.
+        // One reference is held by the map.
         self.lock().models.values().filter(|model| model.idle(1)).cloned().collect()
     }
 
-    /// Bytes that one more model may take.
+    /// Number of bytes available for one more model.
     fn room(&self) -> u64 {
         let state = self.lock();
         let loaded = || state.models.values().chain(state.leaving.values()).map(|m| &m.plan);
-        // Mapped weights look available to the system, though their models need them.
+        // The system reports mapped weights as available memory, but the loaded models need them.
         let mapped: u64 = loaded().map(|plan| plan.mapped_weights).sum();
         let machine = available().saturating_sub(mapped);
         let taken: u64 = loaded().map(MemoryPlan::total).sum();
@@ -170,10 +170,10 @@ impl Registry {
     }
 
     /// Unloads a model and its adapters: new requests get a 404 at once, running ones finish within
-    /// the grace time. Returns when the engine's process is gone.
+    /// the grace time. Returns once the engine's process has ended.
     ///
     /// # Errors
-    /// 404 if there is none of that name, 409 while it is loading.
+    /// 404 if there is no model of that name, 409 while it is being loaded.
     pub async fn unload_model(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
         let model = {
             let state = self.lock();
@@ -192,7 +192,7 @@ impl Registry {
         let adapters: Vec<_> = {
             let mut state = self.lock();
             match state.models.remove(name) {
-                // Somebody else removed it, and perhaps another of the same name is loaded.
+                // Another task removed the model, and another model of the same name may be loaded.
                 Some(other) if !Arc::ptr_eq(&other, &model) => {
                     state.models.insert(name.to_owned(), other);
                     return;
@@ -211,7 +211,7 @@ impl Registry {
         };
         drop(adapters);
         let deadline = Instant::now() + self.config.listen.grace_time;
-        // Two holders: `leaving`, and this function.
+        // Two references are held by `leaving` and by this function.
         while !model.idle(2) && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -221,7 +221,7 @@ impl Registry {
     }
 }
 
-/// A name that is being loaded; dropping it frees the name, whatever happened.
+/// Reservation of the name of a model that is being loaded; dropping it frees the name.
 struct Loading {
     registry: Arc<Registry>,
     name: String,
@@ -252,7 +252,7 @@ impl Drop for Loading {
     }
 }
 
-/// Whether both models are of those that draft and check.
+/// Checks that the draft model can draft for the model, and that the model can verify drafts.
 fn check_draft(
     plan: &MemoryPlan,
     header: &ModelHeader,

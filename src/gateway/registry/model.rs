@@ -1,4 +1,4 @@
-//! One loaded model.
+//! A loaded model.
 
 use super::ModelStatus;
 use crate::gateway::header::ModelHeader;
@@ -17,18 +17,18 @@ pub struct Model {
     pub name: String,
     pub engine: Arc<Engine>,
     pub facts: Arc<ModelFacts>,
-    /// The file's own template, compiled, or ChatML where it has none. A template that does not
-    /// compile makes chats a 400; completions work.
+    /// The file's own template, compiled, or ChatML if the file has none. If the template does not
+    /// compile, chat requests get a 400; text completions still work.
     pub chat: Result<ChatTemplate, TemplateError>,
-    /// Of the vocabulary, which is the same in every engine of the model.
+    /// Control tokens of the vocabulary, which is the same in every engine of the model.
     control_tokens: OnceLock<ControlTokens>,
     pub plan: MemoryPlan,
-    /// Seconds since 1970.
+    /// Load time in seconds since 1970.
     pub created: u64,
     pub(super) path: PathBuf,
-    /// The mock runner's model without a file.
+    /// Whether this is the mock runner's model without a file.
     pub(super) fileless: bool,
-    /// Counts up over all models of a registry.
+    /// Number of the last use, from a counter of the registry.
     last_used: AtomicU64,
 }
 
@@ -60,7 +60,7 @@ impl Model {
         }
     }
 
-    /// How the vocabulary's control tokens are spelled.
+    /// Texts of the vocabulary's control tokens.
     ///
     /// # Errors
     /// If no engine has loaded the model yet.
@@ -81,16 +81,16 @@ impl Model {
         self.last_used.load(Ordering::Relaxed)
     }
 
-    /// Whether no request holds it. `holders` is how many others than requests do.
+    /// Whether no request holds the model. `holders` is the number of other references to it.
     pub(super) fn idle(self: &Arc<Self>, holders: usize) -> bool {
         let progress = self.engine.progress();
         Arc::strong_count(self) <= holders && progress.running + progress.waiting == 0
     }
 
-    /// Ends the engine and waits until its process is gone, so that its memory is free again.
+    /// Stops the engine and waits until its process has ended, so that its memory is free.
     pub(super) async fn stop(&self) {
         let pid = self.engine.pid();
-        // A failed engine has no supervisor left that could report that it stopped.
+        // A failed engine has no supervisor left to report that it stopped.
         if !matches!(self.engine.state(), EngineState::Failed { .. }) {
             self.engine.stop().await;
         }

@@ -1,5 +1,5 @@
-//! What a name stands for beyond what is loaded: adapters of the store are loaded when somebody asks
-//! for them, and jobs train what the data folder has.
+//! Names beyond the loaded models: adapters of the store are loaded on demand, and jobs can train
+//! models of the data folder.
 
 use super::load::store_error;
 use super::{AdapterSpec, ModelCard, Registry, Served, blocking, check_name};
@@ -9,23 +9,23 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// A model to train further, and where it stands.
+/// A model or adapter that a job can train further, with its files.
 #[derive(Debug, Clone)]
 pub struct Trainable {
-    /// As it was asked for.
+    /// The name as requested.
     pub name: String,
     /// The model, or the base of the adapter.
     pub model: String,
     pub path: PathBuf,
-    /// SHA-256 of the file, where it is known.
+    /// SHA-256 of the file, if known.
     pub sha256: Option<String>,
-    /// The Hugging Face folder that it was converted from.
+    /// The Hugging Face folder from which the model was converted.
     pub parent: Option<PathBuf>,
-    /// A PEFT folder or a GGUF, where the name is an adapter's.
+    /// A PEFT folder or a GGUF, if the name is an adapter's.
     pub adapter: Option<PathBuf>,
 }
 
-/// See [`Registry::count_of_job`].
+/// Guard that counts requests of a job. See [`Registry::count_of_job`].
 #[derive(Debug)]
 pub struct OfJob {
     registry: Arc<Registry>,
@@ -39,10 +39,10 @@ impl Drop for OfJob {
 }
 
 impl Registry {
-    /// What `name` stands for now; an adapter of the store is loaded first, if its base is.
+    /// Resolves `name`. An adapter of the store is loaded first if its base model is loaded.
     ///
     /// # Errors
-    /// As [`Registry::resolve`], and what [`Registry::load_adapter`] refuses.
+    /// As [`Registry::resolve`] and [`Registry::load_adapter`].
     pub async fn find(self: &Arc<Self>, name: &str) -> Result<Served, ApiError> {
         match self.resolve(name) {
             Err(error) if error.code.as_deref() == Some("model_not_found") => {}
@@ -50,7 +50,7 @@ impl Registry {
         }
         let Some(stored) = self.on_demand(name).await? else { return self.resolve(name) };
         let _turn = self.one_adapter_at_a_time.lock().await;
-        // Somebody else asked for it first.
+        // Another request may have loaded it in the meantime.
         if let Ok(found) = self.resolve(name) {
             return Ok(found);
         }
@@ -65,7 +65,7 @@ impl Registry {
         self.resolve(name)
     }
 
-    /// The adapter of the store that a request for `name` loads.
+    /// The stored adapter that a request for `name` loads.
     async fn on_demand(&self, name: &str) -> Result<Option<StoredAdapter>, ApiError> {
         let (store, wanted) = (self.store.clone(), name.to_owned());
         let stored = blocking(move || store.adapter(&wanted).map_err(store_error)).await?;
@@ -75,7 +75,7 @@ impl Registry {
         }))
     }
 
-    /// Entries of adapters that a request would load.
+    /// Model cards of adapters that a request would load.
     pub(super) fn on_demand_cards(&self, loaded: &[ModelCard]) -> Vec<ModelCard> {
         let stored = self.store.adapters().unwrap_or_else(|error| {
             tracing::error!("the adapters cannot be listed: {error}");
@@ -98,10 +98,10 @@ impl Registry {
         stored.into_iter().filter_map(card).collect()
     }
 
-    /// A model or adapter that a job can train further: loaded, or in the data folder.
+    /// Finds a model or adapter that a job can train further: loaded, or in the data folder.
     ///
     /// # Errors
-    /// 404 if there is none of that name, 422 if it has no file.
+    /// 404 if there is no such name, 422 if it has no file.
     pub async fn trainable(self: &Arc<Self>, name: &str) -> Result<Trainable, ApiError> {
         check_name("model", name)?;
         let loaded = {
@@ -161,7 +161,7 @@ impl Registry {
         })
     }
 
-    /// Whether any engine has a request of somebody else than a job.
+    /// Whether any engine has a request that does not come from a job.
     pub fn is_busy(&self) -> bool {
         let state = self.lock();
         let models = state.models.values().chain(state.leaving.values());
@@ -169,7 +169,8 @@ impl Registry {
         all > self.of_jobs.load(Ordering::Relaxed)
     }
 
-    /// Counts requests of a job until it is dropped: jobs make no room for themselves.
+    /// Counts requests of a job until the guard is dropped. [`Registry::is_busy`] excludes them, so
+    /// a job is not throttled because of its own requests.
     pub fn count_of_job(self: &Arc<Self>, requests: usize) -> OfJob {
         self.of_jobs.fetch_add(requests, Ordering::Relaxed);
         OfJob { registry: self.clone(), requests }

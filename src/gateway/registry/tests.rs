@@ -1,4 +1,4 @@
-//! What needs no engine; the rest is tested through the whole server in `tests/`.
+//! Tests without an engine; the rest is tested through the whole server in `tests/`.
 
 use super::*;
 use crate::config::ServeOptions;
@@ -79,7 +79,7 @@ fn work_folders_of_the_dead_are_swept() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path()).unwrap();
     let run = folder.path().join("run");
-    // Process ids end below 2^22 on Linux.
+    // Process ids are below 2^22 on Linux.
     for name in ["99999999", "1", "notes"] {
         std::fs::create_dir_all(run.join(name)).unwrap();
     }

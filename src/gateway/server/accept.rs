@@ -1,4 +1,4 @@
-//! Takes connections and serves each in a task of its own, within limits of number, size and time.
+//! Accepts connections and serves each in its own task, with limits on number, size and time.
 
 use super::routes::router;
 use super::socket::{Socket, bare_response};
@@ -14,12 +14,12 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Request line and headers together, in bytes; more is a 431.
+/// Maximum size of request line and headers together, in bytes; more is a 431.
 const MAX_HEADER_BYTES: usize = 32 << 10;
 const MAX_HEADERS: usize = 100;
-/// What hyper buffers of a connection, each way.
+/// Maximum buffer of hyper per connection and direction, in bytes.
 const MAX_BUFFER: usize = 64 << 10;
-/// Bytes that the system may hold for a client that does not read. Small, so that a slow reader is
+/// Send buffer of the system per connection, in bytes. It is small, so that a slow reader is
 /// noticed (and its request paused) after some hundred events, not after megabytes.
 const SEND_BUFFER: usize = 64 << 10;
 
@@ -30,7 +30,7 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    /// Starts taking connections.
+    /// Starts accepting connections.
     pub(super) fn start(listener: TcpListener, app: Arc<App>) -> Self {
         let connections = Self { stop: CancellationToken::new(), tasks: TaskTracker::new() };
         let (stop, tasks) = (connections.stop.clone(), connections.tasks.clone());
@@ -43,7 +43,7 @@ impl Connections {
         connections
     }
 
-    /// Closes the listener and every connection, giving answers under way `patience` to leave.
+    /// Closes the listener and every connection; responses in progress get `patience` to finish.
     pub(super) async fn stop(self, patience: Duration) {
         self.stop.cancel();
         self.tasks.close();
@@ -63,7 +63,7 @@ async fn accept(
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of descriptors, or a client that left in the meantime: wait a moment.
+                // Out of file descriptors, or the client disconnected already: retry after a pause.
                 tracing::warn!("a connection could not be taken: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
@@ -106,7 +106,7 @@ async fn serve_connection(stream: TcpStream, router: Router, app: &App, stop: Ca
     }
 }
 
-/// Tells a client that there is no place for it, without waiting for it.
+/// Sends a client the error that there are too many connections, without waiting for the client.
 fn refuse(stream: &TcpStream) {
     let message = "The server has too many connections open; try again soon.";
     let _ = stream.try_write(&bare_response("503 Service Unavailable", message));

@@ -1,4 +1,4 @@
-//! Bodies of requests: JSON within limits, and what becomes of the bytes that no handler read.
+//! Request bodies: JSON within limits, and draining of bodies that no handler read.
 
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
@@ -16,13 +16,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// Bodies that may be held at the same time, in bytes over all requests.
+/// Maximum size of all bodies held at the same time, in bytes over all requests.
 const ALL_BODIES: usize = 256 << 20;
-/// A body that nobody read is read to its end for so long, and up to so many bytes.
+/// Limits for draining an unread body: time and bytes.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 64 << 20;
 
-/// Middleware of every route that takes JSON: reads the body, within limits of type, size and time,
+/// Middleware of routes that take JSON: reads the body, within limits of type, size and time,
 /// before the handler runs.
 pub(super) async fn json_body(
     State(app): State<Arc<App>>,
@@ -93,7 +93,7 @@ async fn read_body(
     Ok(bytes.into())
 }
 
-/// Bytes of bodies that are held now, over all requests.
+/// Size of the bodies held now, in bytes over all requests.
 static BODIES: AtomicUsize = AtomicUsize::new(0);
 
 /// One request's share of [`BODIES`].
@@ -117,21 +117,22 @@ impl Drop for Held {
     }
 }
 
-/// The body of a request, kept for the case that it is answered unread.
+/// Body of a request, recovered if the response was made without reading it.
 ///
-/// An answer to a request whose body is still under way leaves those bytes on the connection: it
-/// can serve no other request, but a client that sees no `Connection: close` sends one, and gets
-/// a reset; and one that is still sending gets it before it has seen the answer (RFC 9112, 9.6).
+/// If a request is answered before its body has arrived, the rest of the body stays on the
+/// connection, which then cannot serve another request. A client that sees no `Connection: close`
+/// sends one anyway and gets a reset. A client that is still sending its body gets the reset
+/// before it has read the response (RFC 9112, 9.6).
 pub(super) struct Unread {
     rest: oneshot::Receiver<Body>,
     awaits_continue: bool,
 }
 
-/// The connection cannot be used again.
+/// Error: unread bytes remain, so the connection cannot be reused.
 pub(super) struct LeftOver;
 
 impl Unread {
-    /// The request with its body under watch.
+    /// Wraps the body of a request, so that an unread rest can be recovered.
     pub(super) fn watch(request: Request) -> (Request, Self) {
         let (back, rest) = oneshot::channel();
         let awaits_continue = request.headers().contains_key(header::EXPECT);
@@ -142,11 +143,11 @@ impl Unread {
         (request, Self { rest, awaits_continue })
     }
 
-    /// Reads what was left, once the request has its answer.
+    /// Drains the unread rest of the body after the response was made.
     ///
     /// # Errors
-    /// [`LeftOver`] if that is too much, takes too long, or would ask the client for bytes that it
-    /// sends only when told to.
+    /// [`LeftOver`] if the rest is too large or too slow, or if the client sends it only after a
+    /// `100 Continue`.
     pub(super) async fn finish(mut self) -> Result<(), LeftOver> {
         let Ok(mut body) = self.rest.try_recv() else { return Ok(()) };
         if self.awaits_continue {
@@ -166,7 +167,7 @@ impl Unread {
     }
 }
 
-/// A body that goes back when it is dropped before its end.
+/// A body that is returned to [`Unread`] if it is dropped before its end.
 struct Lent {
     body: Body,
     back: Option<oneshot::Sender<Body>>,

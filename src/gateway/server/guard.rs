@@ -1,4 +1,4 @@
-//! What every request passes on its way in and out.
+//! Checks that apply to every request and response.
 
 use super::body::Unread;
 use crate::gateway::app::{App, RequestTag};
@@ -14,15 +14,15 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use tracing::Instrument;
 
-/// Longest request target, in bytes; more is a 414.
+/// Maximum length of a request target, in bytes; more is a 414.
 const MAX_URI: usize = 8 << 10;
-/// Routes that answer at every time, to everyone, and hold nothing up.
+/// Routes that are always available and open to everyone; a drain does not wait for them.
 const OPEN: &[&str] = &["/health", "/ready", "/version", "/metrics", "/openapi.json"];
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// The outermost middleware: id, log, panic net, then everything that is refused without looking
-/// at the route.
+/// The outermost middleware: assigns the id, logs, catches panics, then makes the checks that do
+/// not depend on the route.
 pub(super) async fn outer(
     State(app): State<Arc<App>>,
     mut request: Request,
@@ -114,7 +114,7 @@ fn check_target(app: &App, request: &Request) -> Result<(), ApiError> {
     }
 }
 
-/// Every name that the request calls us by: of the `Host` header, and of an absolute target.
+/// Every host name in the request: from the `Host` header, and from an absolute target.
 fn hosts<'a>(
     uri: &'a Uri,
     headers: &'a HeaderMap,
@@ -126,14 +126,14 @@ fn hosts<'a>(
         (Some(host), None) => hosts.push(
             host.to_str().map_err(|_| ApiError::bad_request("The Host header is not valid."))?,
         ),
-        // HTTP/1.0 knows no hosts, and no browser speaks it.
+        // HTTP/1.0 has no `Host` header, and no browser uses HTTP/1.0.
         (None, _) if version == Version::HTTP_10 => {}
         _ => return Err(ApiError::bad_request("The request must carry one Host header.")),
     }
     Ok(hosts)
 }
 
-/// A fresh id: `req-` and 128 random bits.
+/// A new request id: `req-` and 128 random bits.
 pub(super) fn new_request_id() -> String {
     let mut id = String::with_capacity(36);
     let _ = write!(id, "req-{:032x}", rand::random::<u128>());

@@ -1,13 +1,13 @@
-//! Where `tracing` goes: standard error, as text or JSON.
+//! Output of `tracing`: standard error, as text or JSON.
 
 use crate::config::{LogConfig, LogFormat};
 use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
-/// Starts logging. Does nothing where a log was started before.
+/// Starts logging. Has no effect if logging was started before.
 ///
 /// # Errors
-/// What is wrong with the level.
+/// A message if the level is invalid.
 pub(super) fn start(config: &LogConfig) -> Result<(), String> {
     let filter = EnvFilter::try_new(&config.level).map_err(|error| error.to_string())?;
     let log = tracing_subscriber::fmt()

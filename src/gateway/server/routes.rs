@@ -1,4 +1,4 @@
-//! The table of routes, each group with who may use it. What is not listed is a 404.
+//! Table of routes, each group with its access rule. A route that is not listed is a 404.
 
 use super::body::json_body;
 use super::guard::outer;
@@ -19,13 +19,13 @@ use axum::routing::{any, delete, get, post};
 use http::{Method, StatusCode, Uri};
 use std::sync::Arc;
 
-/// Everything that the server answers.
+/// All routes of the server.
 pub fn router(app: Arc<App>) -> Router {
     let json = || from_fn_with_state(app.clone(), json_body);
     let key = || from_fn_with_state(app.clone(), require_key);
     let admin = || from_fn_with_state(app.clone(), require_admin);
     let known_query = || from_fn(query::known_only);
-    // Layers added last run first: who asks is settled before a byte of the body is read.
+    // The layer added last runs first: authentication comes before any byte of the body is read.
     let api = Router::new()
         .route("/v1/chat/completions", post(chat::handle))
         .route("/v1/completions", post(completions::handle))
@@ -101,7 +101,7 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(from_fn_with_state(app, outer))
 }
 
-/// What a job may ask for over its own connection.
+/// The routes that a job may use over its own connection.
 pub fn of_jobs(app: Arc<App>) -> Routes {
     Arc::new(move |link| {
         Router::new()
@@ -129,7 +129,7 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
 }
 
-/// Targets without a path (`CONNECT host:port`, `OPTIONS *`) name no route.
+/// Refuses targets without a path (`CONNECT host:port`, `OPTIONS *`), which match no route.
 async fn absolute_path(
     request: axum::extract::Request,
     next: axum::middleware::Next,
@@ -145,7 +145,7 @@ async fn absolute_path(
     Ok(next.run(request).await)
 }
 
-/// Whether a path is text once its percent-encoded bytes are decoded.
+/// Whether a path is UTF-8 after its percent-encoded bytes are decoded.
 fn decodes(path: &str) -> bool {
     let (mut bytes, mut rest) = (Vec::with_capacity(path.len()), path.as_bytes());
     while let [first, behind @ ..] = rest {

@@ -1,8 +1,8 @@
-//! One connection's socket, between hyper and TCP.
+//! Wrapper of a connection's TCP socket, used by hyper.
 //!
-//! It drops clients that do not read what they asked for, and it gives a body to the errors that
-//! hyper answers by itself: a request that is not HTTP gets a bare `400` with an empty body there,
-//! before any of our code runs.
+//! It drops clients that do not read their responses. It also gives a body to the errors that hyper
+//! answers by itself: for a request that is not HTTP, hyper sends a bare `400` with an empty body
+//! before any code of the gateway runs.
 
 use serde_json::json;
 use std::io::{self, IoSlice};
@@ -13,16 +13,16 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
-/// Longer than any bare response of hyper.
+/// Upper bound of the length of hyper's bare responses, in bytes.
 const LONGEST_BARE: usize = 512;
 
 /// A socket whose writes have a time-out.
 pub(super) struct Socket<S = TcpStream> {
     inner: S,
     patience: Duration,
-    /// Runs while the peer takes nothing.
+    /// Timer that runs while the peer reads nothing.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// A response of ours in place of a bare one; the rest of it is still to be written.
+    /// Unwritten rest of a response that replaces a bare one.
     instead: Vec<u8>,
 }
 
@@ -31,7 +31,7 @@ impl<S: AsyncWrite + Unpin> Socket<S> {
         Self { inner, patience, stalled: None, instead: Vec::new() }
     }
 
-    /// Passes a write's outcome on; one that has been waiting for too long becomes an error.
+    /// Returns the result of a write; a write that has been pending for too long becomes an error.
     fn timed<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -47,7 +47,7 @@ impl<S: AsyncWrite + Unpin> Socket<S> {
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read")))
     }
 
-    /// Writes what stands in for a bare response.
+    /// Writes the response that replaces a bare one.
     fn poll_instead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.instead.is_empty() {
             let written = Pin::new(&mut self.inner).poll_write(cx, &self.instead);
@@ -79,7 +79,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
         ready!(self.poll_instead(cx))?;
         if let Some(instead) = dressed(buffer) {
             self.instead = instead;
-            // A partial write goes on when hyper flushes.
+            // A partial write continues when hyper flushes.
             if let Poll::Ready(Err(error)) = self.poll_instead(cx) {
                 return Poll::Ready(Err(error));
             }
@@ -119,9 +119,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
     }
 }
 
-/// Our response instead of `written`, where that is a bare error of hyper. Every response of ours
-/// carries `x-request-id`, and none of our bodies holds a raw line end, so they are never mistaken
-/// for one.
+/// The response that replaces `written` if `written` is a bare error of hyper. Responses of the
+/// gateway carry `x-request-id`, and their bodies contain no raw line ends, so they are never
+/// mistaken for a bare error.
 fn dressed(written: &[u8]) -> Option<Vec<u8>> {
     let is_error = written.starts_with(b"HTTP/1.1 4") || written.starts_with(b"HTTP/1.0 4");
     if !is_error || written.len() > LONGEST_BARE || !written.ends_with(b"\r\n\r\n") {
@@ -140,7 +140,7 @@ fn dressed(written: &[u8]) -> Option<Vec<u8>> {
     Some(bare_response(status, message))
 }
 
-/// A whole error response as bytes, for where there is no request to answer.
+/// A complete error response as bytes, for a connection without a request.
 pub(super) fn bare_response(status: &str, message: &str) -> Vec<u8> {
     let kind =
         if status.starts_with('5') { "service_unavailable_error" } else { "invalid_request_error" };

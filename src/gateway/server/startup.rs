@@ -1,4 +1,4 @@
-//! Models and adapters of the command line, and what is printed about them.
+//! Loads the models and adapters of the command line and prints messages about them.
 
 use super::ServeError;
 use crate::config::{AdapterArg, ByteSize};
@@ -14,8 +14,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Gets and loads the models of the command line, in its order, then the adapters. The draft model is
-/// the first one's.
+/// Fetches and loads the models of the command line in order, then the adapters. The draft model
+/// belongs to the first model.
 pub(super) async fn load_all(app: &Arc<App>) -> Result<(), ServeError> {
     let mock = app.config.engine.runner == Some(RunnerKind::Mock);
     let default = if mock { "mock" } else { DEFAULT_MODEL };
@@ -56,7 +56,7 @@ async fn find(
     })
 }
 
-/// The file behind a reference, downloaded if need be. `None`: the mock runner needs no file.
+/// The file of a reference, downloaded if necessary. `None`: the mock runner needs no file.
 async fn locate(
     app: &Arc<App>,
     reference: &str,
@@ -134,7 +134,7 @@ fn describe(model: &Model) -> String {
     )
 }
 
-/// The address, in a line that scripts read, and something to try.
+/// Prints the address, in a line that scripts parse, and an example command.
 pub(super) fn announce(app: &App, address: SocketAddr) {
     say(&format!("listening on http://{address}"));
     let mut near = address;
@@ -165,7 +165,7 @@ pub(super) fn announce(app: &App, address: SocketAddr) {
     ));
 }
 
-/// Writes a line for the person who started the server; nobody may be listening.
+/// Writes a line to standard output; errors are ignored, because it may be closed.
 fn say(line: &str) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());

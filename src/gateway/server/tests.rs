@@ -1,4 +1,4 @@
-//! The server over real sockets, without models.
+//! Tests of the server over real sockets, without models.
 
 use super::accept::Connections;
 use crate::config::ServeOptions;
@@ -33,13 +33,13 @@ async fn server(toml: &str) -> Server {
     Server { app, address, connections, _folder: folder }
 }
 
-/// Status, headers and body of the answer to raw bytes; `None` if the connection was closed.
+/// Status, headers and body of the response to raw bytes; `None` if the connection was closed.
 async fn raw(address: SocketAddr, request: &[u8]) -> Option<(u16, String, Vec<u8>)> {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let _ = stream.write_all(request).await;
     let mut answer = Vec::new();
     let read = stream.read_to_end(&mut answer);
-    // An error is a reset, which may follow an answer.
+    // An error is a connection reset, which may follow a response.
     let _ =
         tokio::time::timeout(Duration::from_secs(5), read).await.expect("an answer, or the end");
     let end = answer.windows(4).position(|window| window == b"\r\n\r\n")?;
@@ -122,7 +122,7 @@ async fn what_is_not_http_gets_an_error_or_the_end() {
 #[tokio::test]
 async fn slow_senders_are_cut_off() {
     let server = server("header_timeout = \"200ms\"\nbody_timeout = \"200ms\"").await;
-    // Half a header: the connection ends.
+    // Half a header: the connection is closed.
     assert!(raw(server.address, b"GET /health HTTP/1.1\r\nho").await.is_none());
     // Half a body: a 408.
     let half =
@@ -132,7 +132,7 @@ async fn slow_senders_are_cut_off() {
     assert_eq!(status, 408, "{}", String::from_utf8_lossy(&body));
 }
 
-/// Reads one answer with a `content-length`, and leaves the connection open.
+/// Reads one response with a `content-length` and leaves the connection open.
 async fn answer_on(stream: &mut TcpStream) -> std::io::Result<(u16, String)> {
     let mut bytes = Vec::new();
     loop {
@@ -155,7 +155,7 @@ async fn a_connection_survives_a_refusal_whose_body_comes_late() {
     let server = server("api_key = [\"k\"]").await;
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     stream.set_nodelay(true).unwrap();
-    // Nobody, an unknown route, and a route that comes later: none of them reads the body.
+    // A request without key, an unknown route, and an unimplemented route: none reads the body.
     for (path, headers, expected) in [
         ("/v1/completions", "", 401),
         ("/nothing", "authorization: Bearer k\r\n", 404),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// One step per schema version; a step is never edited once it was released, only followed.
+/// One step per schema version. A released step is never edited; changes are appended as new steps.
 const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE models (
@@ -63,7 +63,7 @@ const MIGRATIONS: &[&str] = &[
 ",
 ];
 
-/// Why the data folder could not be used.
+/// Reason why the data folder cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error(
@@ -84,19 +84,19 @@ pub enum StoreError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredModel {
     pub name: String,
-    /// Relative to the data folder.
+    /// Path relative to the data folder.
     pub file: PathBuf,
     /// Lower-case hexadecimal.
     pub sha256: String,
     pub bytes: u64,
-    /// The reference it was pulled by.
+    /// The reference with which the model was pulled.
     pub source: String,
     /// Seconds since 1970.
     pub created_at: i64,
 }
 
 impl StoredModel {
-    /// The Hugging Face folder that it was converted from, if that is still there.
+    /// The Hugging Face folder from which the model was converted, if the folder still exists.
     pub fn parent(&self) -> Option<PathBuf> {
         Some(PathBuf::from(&self.source)).filter(|folder| is_hugging_face(folder))
     }
@@ -106,7 +106,7 @@ impl StoredModel {
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoredAdapter {
     pub name: String,
-    /// Name of the model that it was made for.
+    /// Name of the base model.
     pub base_model: String,
     /// File or folder, relative to the data folder.
     pub file: PathBuf,
@@ -114,12 +114,12 @@ pub struct StoredAdapter {
     pub format: String,
     pub sha256: String,
     pub bytes: u64,
-    /// Multiplies the adapter's own scale.
+    /// Factor on the adapter's own scale.
     pub scale: f32,
     pub created_at: i64,
 }
 
-/// The data folder, open. Calls block for a disk access: milliseconds.
+/// The opened data folder. Calls block for a disk access of some milliseconds.
 #[derive(Debug)]
 pub struct Store {
     folder: PathBuf,
@@ -127,7 +127,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the folder, makes what is missing, and migrates the database.
+    /// Opens the folder, creates what is missing, and migrates the database.
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
         let unusable = |source| StoreError::Folder { path: folder.to_owned(), source };
         std::fs::create_dir_all(folder).map_err(unusable)?;
@@ -149,12 +149,12 @@ impl Store {
         Ok(Self { folder, connection: Mutex::new(connection) })
     }
 
-    /// The data folder, absolute.
+    /// The absolute path of the data folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Where adapters live.
+    /// The folder of adapters.
     pub fn adapters_folder(&self) -> PathBuf {
         self.folder.join("adapters")
     }
@@ -167,14 +167,14 @@ impl Store {
         self.folder.join("downloads")
     }
 
-    /// All models, by name.
+    /// All models, sorted by name.
     pub fn models(&self) -> Result<Vec<StoredModel>, StoreError> {
         self.with(|c| {
             c.prepare("SELECT * FROM models ORDER BY name")?.query_map([], model)?.collect()
         })
     }
 
-    /// The model of a name or source reference.
+    /// The model with a name or source reference.
     pub fn model(&self, name_or_source: &str) -> Result<Option<StoredModel>, StoreError> {
         self.with(|c| {
             let sql = "SELECT * FROM models WHERE name = ?1 OR source = ?1 \
@@ -188,19 +188,19 @@ impl Store {
         self.with(|c| insert_model(c, model))
     }
 
-    /// Forgets a model; its file stays. False if there was none.
+    /// Removes a model from the list; its file stays. False if there was none.
     pub fn remove_model(&self, name: &str) -> Result<bool, StoreError> {
         self.with(|c| c.execute("DELETE FROM models WHERE name = ?1", [name])).map(|n| n > 0)
     }
 
-    /// All adapters, by name.
+    /// All adapters, sorted by name.
     pub fn adapters(&self) -> Result<Vec<StoredAdapter>, StoreError> {
         self.with(|c| {
             c.prepare("SELECT * FROM adapters ORDER BY name")?.query_map([], adapter)?.collect()
         })
     }
 
-    /// The adapter of a name.
+    /// The adapter with a name.
     pub fn adapter(&self, name: &str) -> Result<Option<StoredAdapter>, StoreError> {
         self.with(|c| {
             c.query_row("SELECT * FROM adapters WHERE name = ?1", [name], adapter).optional()
@@ -212,7 +212,7 @@ impl Store {
         self.with(|c| insert_adapter(c, adapter))
     }
 
-    /// Forgets an adapter; its file stays. False if there was none.
+    /// Removes an adapter from the list; its file stays. False if there was none.
     pub fn remove_adapter(&self, name: &str) -> Result<bool, StoreError> {
         self.with(|c| c.execute("DELETE FROM adapters WHERE name = ?1", [name])).map(|n| n > 0)
     }
@@ -224,7 +224,7 @@ impl Store {
         work(&self.connection()).map_err(|source| self.broken(source))
     }
 
-    /// All of `work`, or nothing.
+    /// Runs `work` in a transaction, which is rolled back on an error.
     pub(super) fn transaction<T>(
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T>,
@@ -241,7 +241,7 @@ impl Store {
     }
 
     fn connection(&self) -> MutexGuard<'_, Connection> {
-        // A panic inside the work leaves SQLite's own state sound, so the lock may be taken over.
+        // A panic in a call leaves SQLite's own state valid, so a poisoned lock may be used.
         self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -285,7 +285,7 @@ pub(super) fn insert_adapter(c: &Connection, adapter: &StoredAdapter) -> rusqlit
     .map(drop)
 }
 
-/// Brings the schema up to date; returns the version found where it is newer than we know.
+/// Migrates the schema; returns the version found if it is newer than this program supports.
 fn migrate(connection: &mut Connection) -> rusqlite::Result<i64> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let version: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;

@@ -1,7 +1,7 @@
-//! One file over HTTP: resumed by range, checked by SHA-256.
+//! Download of one file over HTTP: resumed by range, checked by SHA-256.
 //!
-//! The bytes that are here already are kept in `<key>.part`; a cut connection, a stopped process or
-//! a reboot costs at most what was not yet written.
+//! Received bytes are kept in `<key>.part`. A lost connection, a stopped process or a reboot loses
+//! at most the bytes that were not written yet.
 
 use super::hex;
 use super::pull::{PullError, PullEvent, io_error};
@@ -17,28 +17,28 @@ use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two reads of a body, and from a request to its answer's headers.
+/// Time limit between two reads of a body, and between a request and the headers of its response.
 const SILENCE: Duration = Duration::from_secs(30);
-/// Tries that bring no byte, before giving up.
+/// Number of consecutive attempts without a received byte after which the download fails.
 const FRUITLESS_TRIES: u32 = 4;
 
-/// Where a file is, and what it has to be.
+/// Location and expected properties of a file.
 #[derive(Debug, Clone)]
 pub(super) struct Remote {
     pub url: String,
     pub token: Option<Secret>,
-    /// Lower-case hexadecimal; `None` takes the hub's word.
+    /// Lower-case hexadecimal; `None` accepts any content that the hub sends.
     pub sha256: Option<String>,
     pub bytes: Option<u64>,
-    /// For messages.
+    /// Name of the file in messages.
     pub what: String,
 }
 
-/// Fetches over HTTP. `patient` retries a server that cannot be reached.
+/// HTTP downloader. `patient` retries a server that cannot be reached.
 pub(super) struct Downloader {
     agent: Agent,
     patient: bool,
-    /// The first pause before another try; it doubles.
+    /// The pause before the first retry; it doubles with every retry.
     pause: Duration,
 }
 
@@ -61,10 +61,10 @@ impl Downloader {
         Self { agent, patient, pause }
     }
 
-    /// Asks the server what the file is: fills in digest and size from the headers.
+    /// Requests the headers of the file and sets its digest and size.
     ///
-    /// The hub answers with a redirect to where the bytes are; the digest of a large file is in
-    /// that first answer (`x-linked-etag`), so redirects are followed by hand, on one host only.
+    /// The hub responds with a redirect to the storage server. The digest of a large file is in
+    /// that first response (`x-linked-etag`), so redirects are followed by hand, on one host only.
     pub fn describe(&self, remote: &mut Remote) -> Result<(), PullError> {
         let mut url = remote.url.clone();
         for _ in 0..5 {
@@ -80,7 +80,8 @@ impl Downloader {
             }
             let location = headers.get("location").and_then(|value| value.to_str().ok());
             match location {
-                // Only a move within the hub; anything else is where the bytes are.
+                // Follow only redirects within the hub; any other redirect leads to the storage
+                // server.
                 Some(path) if response.status().is_redirection() && path.starts_with('/') => {
                     let host_end = url.find("://").map_or(0, |at| at + 3);
                     let end = url[host_end..].find('/').map_or(url.len(), |at| host_end + at);
@@ -97,7 +98,7 @@ impl Downloader {
         Ok(())
     }
 
-    /// Downloads into `part`, going on where an earlier try ended. Returns the SHA-256.
+    /// Downloads into `part` and resumes an earlier attempt. Returns the SHA-256.
     pub fn fetch(
         &self,
         remote: &Remote,
@@ -130,7 +131,7 @@ impl Downloader {
             Some(expected) if *expected != found => {
                 let _ = std::fs::remove_file(part);
                 if resumed {
-                    // The older bytes may have been at fault: once more, from the start.
+                    // The bytes of the earlier attempt may be damaged: retry once from the start.
                     events(PullEvent::Note("The resumed file is damaged: starting over.".into()));
                     return self.fetch(remote, part, events);
                 }
@@ -151,7 +152,7 @@ impl Downloader {
         let resumes = response.status() == StatusCode::PARTIAL_CONTENT
             && range_start(response.headers()) == Some(file.len);
         if !resumes {
-            // No range support, or other bytes than those asked for.
+            // The server does not support ranges, or sent another range than requested.
             file.restart()?;
             events(PullEvent::Start { total: remote.bytes, done: 0 });
             if response.status() != StatusCode::OK {
@@ -193,7 +194,7 @@ impl Downloader {
         if let Some(token) = &remote.token {
             request = request.header("authorization", format!("Bearer {}", token.expose()));
         }
-        // Compressed transfers would break ranges and sizes.
+        // Compressed transfers would make ranges and sizes wrong.
         request = request.header("accept-encoding", "identity");
         if from > 0 {
             request = request.header("range", format!("bytes={from}-"));
@@ -232,7 +233,7 @@ impl Remote {
     }
 }
 
-/// The file on its way, with the digest of what is there.
+/// The partial file, with the digest of its bytes so far.
 pub(super) struct Part {
     file: File,
     hasher: Sha256,
@@ -240,7 +241,7 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// Opens or creates it, and takes in what an earlier try left.
+    /// Opens or creates the file, and hashes the bytes of an earlier attempt.
     pub fn open(path: &Path) -> Result<Self, PullError> {
         let file = OpenOptions::new()
             .read(true)
@@ -275,7 +276,7 @@ impl Part {
         Ok(())
     }
 
-    /// Puts everything on the disk; returns the SHA-256.
+    /// Syncs the file to disk; returns the SHA-256.
     pub fn finish(self, path: &Path) -> Result<String, PullError> {
         self.file.sync_all().map_err(io_error("write", path))?;
         Ok(hex(&self.hasher.finalize()))
@@ -286,7 +287,7 @@ fn write_error(source: std::io::Error) -> PullError {
     PullError::Io { action: "write", path: "the download".into(), source }
 }
 
-/// The SHA-256 that the hub gives for a large file; small files carry a Git digest instead.
+/// The SHA-256 that the hub sends for a large file; small files have a Git digest instead.
 fn linked_digest(headers: &HeaderMap) -> Option<String> {
     ["x-linked-etag", "etag"].iter().find_map(|name| {
         let value = headers.get(*name)?.to_str().ok()?;
@@ -299,7 +300,7 @@ fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
     headers.get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
-/// The first byte of `content-range: bytes 5-9/10`.
+/// The first byte position in `content-range: bytes 5-9/10`.
 fn range_start(headers: &HeaderMap) -> Option<u64> {
     let value = headers.get("content-range")?.to_str().ok()?;
     value.strip_prefix("bytes ")?.split('-').next()?.trim().parse().ok()

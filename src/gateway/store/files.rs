@@ -1,33 +1,33 @@
-//! Uploaded files: a row each, and the bytes in `files/<id>`.
+//! Uploaded files: one database row each, and the bytes in `files/<id>`.
 
 use super::database::{Store, StoreError};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use std::path::PathBuf;
 
-/// A file that a client sent, or that a job made for one.
+/// A file that a client uploaded, or that a job made for a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredFile {
     /// `file-…`
     pub id: String,
-    /// As its sender called it; never a path of ours.
+    /// The client's name of the file; never used as a path.
     pub name: String,
     pub purpose: String,
     pub bytes: u64,
     /// Lower-case hexadecimal.
     pub sha256: String,
-    /// Whose it is: see [`crate::gateway::auth::Identity`].
+    /// Owner of the file: see [`crate::gateway::auth::Identity`].
     pub owner: String,
     /// Seconds since 1970.
     pub created_at: i64,
 }
 
 impl Store {
-    /// Where the bytes of files are.
+    /// The folder with the bytes of the files.
     pub fn files_folder(&self) -> PathBuf {
         self.folder().join("files")
     }
 
-    /// All files of an owner (`None`: of everybody), the newest first.
+    /// All files of an owner (`None`: of all owners), the newest first.
     pub fn files(&self, owner: Option<&str>) -> Result<Vec<StoredFile>, StoreError> {
         self.with(|c| {
             let sql = "SELECT * FROM files WHERE ?1 IS NULL OR owner = ?1 ORDER BY rowid DESC";
@@ -43,7 +43,7 @@ impl Store {
         self.with(|c| insert(c, file))
     }
 
-    /// Forgets a file; its bytes stay. False if there was none.
+    /// Removes a file from the list; its bytes stay. False if there was none.
     pub fn remove_file(&self, id: &str) -> Result<bool, StoreError> {
         self.with(|c| c.execute("DELETE FROM files WHERE id = ?1", [id])).map(|n| n > 0)
     }

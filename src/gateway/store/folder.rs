@@ -1,4 +1,4 @@
-//! Hugging Face folders: converted once, and then a model of the data folder like any other.
+//! Hugging Face folders: converted once to a model of the data folder.
 
 use super::database::Store;
 use super::pull::{
@@ -11,10 +11,10 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
-/// Of the folder that a file was made from.
+/// GGUF key with the fingerprint of the folder from which the file was converted.
 const FINGERPRINT: &str = "ingot.folder_fingerprint";
 
-/// The model of a folder; it is converted if that was not done before, or if the folder has changed.
+/// The model of a folder. The folder is converted if it was not before, or if it has changed.
 pub(super) fn from_folder(
     store: &Store,
     folder: &Path,
@@ -46,7 +46,7 @@ pub(super) fn from_folder(
     publish(store, &reference, &part, sha256)
 }
 
-/// What was made of the folder as it is now.
+/// The converted model of the folder in its present state, if there is one.
 fn current(
     store: &Store,
     reference: &ModelRef,
@@ -59,7 +59,7 @@ fn current(
     }))
 }
 
-/// About what the GGUF will take.
+/// Approximate size of the converted GGUF, in bytes.
 fn weight_bytes(folder: &Path) -> u64 {
     let files = fs::read_dir(folder).into_iter().flatten().flatten();
     let weights =

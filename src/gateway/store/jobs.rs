@@ -1,7 +1,7 @@
-//! Jobs: a row each, and a folder `jobs/<id>`.
+//! Jobs: one database row each, and a folder `jobs/<id>`.
 //!
-//! A status changes in one statement that names the statuses it may change from: two who want to
-//! change it at once cannot both succeed, and a crash leaves the old one or the new one.
+//! A status is changed by one SQL statement that names the allowed previous statuses. So of two
+//! concurrent changes only one succeeds, and a crash leaves either the old or the new status.
 
 use super::database::{Store, StoreError};
 use super::files::{self, StoredFile};
@@ -10,13 +10,13 @@ use rusqlite::{OptionalExtension, Row, params};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Where a job stands.
+/// Status of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum JobStatus {
-    /// Its files are being read.
+    /// The job's files are being validated.
     Validating,
     Queued,
-    Running,
+    GenerationStream,
     Paused,
     Succeeded,
     Failed,
@@ -27,7 +27,7 @@ impl JobStatus {
     pub const ALL: [Self; 7] = [
         Self::Validating,
         Self::Queued,
-        Self::Running,
+        Self::GenerationStream,
         Self::Paused,
         Self::Succeeded,
         Self::Failed,
@@ -38,7 +38,7 @@ impl JobStatus {
         match self {
             Self::Validating => "validating",
             Self::Queued => "queued",
-            Self::Running => "running",
+            Self::GenerationStream => "running",
             Self::Paused => "paused",
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
@@ -46,7 +46,7 @@ impl JobStatus {
         }
     }
 
-    /// Nothing will change it any more.
+    /// Whether the status can no longer change.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
@@ -61,25 +61,25 @@ impl FromStr for JobStatus {
     }
 }
 
-/// A job.
+/// A job, as stored in the database.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoredJob {
     /// `ftjob-…`
     pub id: String,
     pub kind: String,
     pub status: JobStatus,
-    /// The specification with every default, JSON.
+    /// The specification with all defaults, as JSON.
     pub spec: String,
-    /// What the OpenAI endpoint was asked for, JSON.
+    /// The request to the OpenAI endpoint, as JSON.
     pub request: Option<String>,
-    /// The name of what it makes.
+    /// Name of the model or adapter that the job makes.
     pub name: String,
     pub owner: String,
-    /// Seconds since 1970, as the others.
+    /// All times are in seconds since 1970.
     pub created_at: i64,
     pub started_at: Option<i64>,
     pub finished_at: Option<i64>,
-    /// Why it failed or was paused by the server, JSON.
+    /// Reason why the job failed or was paused by the server, as JSON.
     pub error: Option<String>,
     pub trained_tokens: Option<u64>,
 }
@@ -89,25 +89,25 @@ pub struct StoredJob {
 pub struct StoredArtifact {
     pub id: String,
     pub kind: String,
-    /// Below the job's folder.
+    /// Path below the job's folder.
     pub file: PathBuf,
     pub bytes: u64,
     pub sha256: String,
 }
 
-/// What a succeeded job leaves behind, written with its status in one transaction.
+/// Results of a succeeded job, written with its status in one transaction.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Products {
     pub trained_tokens: u64,
     pub artifacts: Vec<StoredArtifact>,
-    /// Files that its owner can read by `/v1/files`.
+    /// Files that the owner can read through `/v1/files`.
     pub results: Vec<StoredFile>,
     pub adapter: Option<StoredAdapter>,
     pub model: Option<super::StoredModel>,
 }
 
 impl Store {
-    /// Where the folders of jobs are.
+    /// The folder that holds the job folders.
     pub fn jobs_folder(&self) -> PathBuf {
         self.folder().join("jobs")
     }
@@ -136,7 +136,7 @@ impl Store {
         self.with(|c| c.query_row("SELECT * FROM jobs WHERE id = ?1", [id], job).optional())
     }
 
-    /// Jobs of an owner (`None`: of everybody), the newest first.
+    /// Jobs of an owner (`None`: of all owners), the newest first.
     pub fn jobs(&self, owner: Option<&str>) -> Result<Vec<StoredJob>, StoreError> {
         self.with(|c| {
             let sql = "SELECT * FROM jobs WHERE ?1 IS NULL OR owner = ?1 ORDER BY rowid DESC";
@@ -144,7 +144,7 @@ impl Store {
         })
     }
 
-    /// Jobs of a status, the oldest first.
+    /// Jobs with a status, the oldest first.
     pub fn jobs_in(&self, status: JobStatus) -> Result<Vec<StoredJob>, StoreError> {
         self.with(|c| {
             let sql = "SELECT * FROM jobs WHERE status = ?1 ORDER BY rowid";
@@ -152,7 +152,7 @@ impl Store {
         })
     }
 
-    /// How many jobs there are of each status.
+    /// Number of jobs by status.
     pub fn job_counts(&self) -> Result<Vec<(&'static str, usize)>, StoreError> {
         self.with(|c| {
             let mut count = c.prepare("SELECT count(*) FROM jobs WHERE status = ?1")?;
@@ -164,11 +164,11 @@ impl Store {
         })
     }
 
-    /// Changes a job's status, if it is one of `from` now. `error` stays with a job that failed, or
-    /// that the server paused; a status without one clears it.
+    /// Changes a job's status if the present status is one of `from`. `error` is stored for a job
+    /// that failed or that the server paused; without `error` the stored error is cleared.
     ///
     /// # Errors
-    /// Only of the database; `false` says that the status was another one.
+    /// Only database errors. `false` means that the job had another status.
     pub fn move_job(
         &self,
         id: &str,
@@ -193,12 +193,12 @@ impl Store {
         .map(|changed| changed > 0)
     }
 
-    /// Makes a running or paused job a succeeded one, with everything that it made.
+    /// Changes a running or paused job to succeeded, and stores its results.
     ///
     /// # Errors
-    /// Only of the database; `false` says that the status was another one, and nothing is kept.
+    /// Only database errors. `false` means that the job had another status; nothing is stored then.
     pub fn finish_job(&self, id: &str, made: &Products, now: i64) -> Result<bool, StoreError> {
-        let from = names(&[JobStatus::Running, JobStatus::Paused]);
+        let from = names(&[JobStatus::GenerationStream, JobStatus::Paused]);
         self.transaction(|c| {
             let changed = c.execute(
                 &format!(
@@ -237,7 +237,7 @@ impl Store {
         })
     }
 
-    /// What a job made.
+    /// The artifacts of a job.
     pub fn artifacts(&self, job: &str) -> Result<Vec<StoredArtifact>, StoreError> {
         self.with(|c| {
             let sql = "SELECT * FROM artifacts WHERE job = ?1 ORDER BY rowid";
@@ -246,7 +246,7 @@ impl Store {
     }
 }
 
-/// A list for `IN`: constants of ours, nothing to escape.
+/// A list for SQL's `IN`. Status names are constants, so nothing needs to be escaped.
 fn names(statuses: &[JobStatus]) -> String {
     let quoted: Vec<_> = statuses.iter().map(|status| format!("'{}'", status.name())).collect();
     quoted.join(", ")

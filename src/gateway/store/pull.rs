@@ -1,4 +1,4 @@
-//! From a reference to a whole, checked model in the data folder.
+//! Pulls a reference: from a reference to a complete, checked model in the data folder.
 
 use super::database::{Store, StoreError, StoredModel};
 use super::download::{Downloader, Part, Remote};
@@ -14,34 +14,34 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A model that can be loaded.
+/// A model that is ready to load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PulledModel {
     pub name: String,
-    /// Absolute.
+    /// Absolute path.
     pub path: PathBuf,
     /// `None` for a file outside the data folder, which is used in place.
     pub sha256: Option<String>,
     pub bytes: u64,
     pub source: String,
-    /// It was here before.
+    /// Whether the model was in the data folder before.
     pub already_here: bool,
 }
 
-/// What happens during a pull, for a progress bar.
+/// Progress of a pull, for a progress bar.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PullEvent {
-    /// Bytes flow from here on; `done` of them are here already.
+    /// A transfer begins; `done` bytes are present already.
     Start {
         total: Option<u64>,
         done: u64,
     },
     Bytes(u64),
-    /// A sentence for the person who waits.
+    /// A message for the user.
     Note(String),
 }
 
-/// Why there is no model; each a sentence that names what to do.
+/// Reason why a pull failed; each message names what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
     #[error(transparent)]
@@ -90,7 +90,7 @@ pub enum PullError {
 }
 
 impl PullError {
-    /// Whether the same request may succeed a moment later.
+    /// Whether a retry may succeed.
     pub(super) fn is_passing(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::OtherFile { .. })
     }
@@ -104,8 +104,8 @@ pub(super) fn io_error(
     move |source| PullError::Io { action, path, source }
 }
 
-/// Makes a model ready to load: a file is used in place, a Hugging Face folder is converted, a model that was pulled before is found,
-/// anything else is pulled.
+/// Makes a model ready to load: a file is used in place, a Hugging Face folder is converted, a
+/// model that was pulled before is found in the data folder, and anything else is pulled.
 pub fn ensure(
     store: &Store,
     reference: &ModelRef,
@@ -131,9 +131,10 @@ pub fn ensure(
     }
 }
 
-/// Gets a model into the data folder; a model that is there already is left as it is.
+/// Pulls a model into the data folder; a model that is present already is left unchanged.
 ///
-/// It becomes visible only whole and checked. Processes that pull the same model take turns.
+/// The model becomes visible only when it is complete and checked. Processes that pull the same
+/// model wait for each other.
 pub fn pull(
     store: &Store,
     reference: &ModelRef,
@@ -164,7 +165,7 @@ pub fn pull(
             let downloader = Downloader::new(true);
             downloader.describe(&mut remote)?;
             check_space(store, &part, remote.bytes)?;
-            // Parts of another version of the file must not be continued.
+            // A partial download of another version of the file must not be continued.
             let version = remote.sha256.as_deref().unwrap_or("unknown");
             let versioned = store.downloads_folder().join(format!("{key}.{version:.16}.part"));
             let sha256 = downloader.fetch(&remote, &versioned, events)?;
@@ -186,7 +187,7 @@ pub(super) fn find(store: &Store, reference: &ModelRef) -> Result<Option<PulledM
     };
     Ok(store.model(&source)?.and_then(|model| {
         let path = store.folder().join(&model.file);
-        // A file that somebody removed or cut is pulled anew.
+        // A file that was removed or truncated is pulled again.
         let whole = path.metadata().is_ok_and(|metadata| metadata.len() == model.bytes);
         whole.then_some(PulledModel {
             name: model.name,
@@ -199,7 +200,7 @@ pub(super) fn find(store: &Store, reference: &ModelRef) -> Result<Option<PulledM
     }))
 }
 
-/// The hub's address of a file; hf-hub knows where the hub is, `HF_ENDPOINT` may say otherwise.
+/// The file's URL on the hub. hf-hub knows the default host, which `HF_ENDPOINT` may change.
 fn remote(
     store: &Store,
     repo: &str,
@@ -207,7 +208,7 @@ fn remote(
     revision: &str,
     hub: &HubAccess,
 ) -> Result<Remote, PullError> {
-    // Only the address is taken from hf-hub: its downloads neither resume nor check sums.
+    // Only the URL is taken from hf-hub: its downloads neither resume nor check digests.
     let mut builder = ApiBuilder::from_cache(Cache::new(store.downloads_folder()));
     if let Some(endpoint) = &hub.endpoint {
         builder = builder.with_endpoint(endpoint.clone());
@@ -250,7 +251,7 @@ fn pull_alias(
     }
 }
 
-/// Copies a local file in.
+/// Copies a local file into the data folder.
 fn import(
     store: &Store,
     source: &Path,
@@ -274,7 +275,7 @@ fn import(
     }
 }
 
-/// Checks the finished file, moves it to its place and lists it.
+/// Checks the downloaded file, moves it to its final path and lists it in the database.
 pub(super) fn publish(
     store: &Store,
     reference: &ModelRef,
@@ -292,7 +293,7 @@ pub(super) fn publish(
         }
         other => other.to_string(),
     };
-    // Another file of the same name keeps it; this one gets its whole reference as a name.
+    // A model of the same name keeps its name; the new one is named by its whole reference.
     let name = match store.model(&reference.model_name())? {
         Some(other) if other.source != source && other.name == reference.model_name() => {
             source.clone()
@@ -309,7 +310,7 @@ pub(super) fn publish(
     std::fs::create_dir_all(folder).map_err(io_error("make", folder))?;
     std::fs::rename(part, &path).map_err(io_error("move", part))?;
     for synced in [folder, &store.models_folder()] {
-        // Some file systems cannot sync a folder; the rename is atomic all the same.
+        // Some file systems cannot sync a folder; the rename is atomic nevertheless.
         let _ = File::open(synced).and_then(|handle| handle.sync_all());
     }
     let created_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
@@ -341,7 +342,7 @@ pub(super) fn check_space(store: &Store, part: &Path, bytes: Option<u64>) -> Res
     }
 }
 
-/// Held until dropped, also by the death of the process.
+/// A file lock, held until it is dropped or the process ends.
 pub(super) fn lock(path: &Path, events: &mut dyn FnMut(PullEvent)) -> Result<File, PullError> {
     let mut file = File::options()
         .create(true)
@@ -358,12 +359,12 @@ pub(super) fn lock(path: &Path, events: &mut dyn FnMut(PullEvent)) -> Result<Fil
         }
         Err(TryLockError::Error(source)) => return Err(io_error("lock", path)(source)),
     }
-    // For people who wonder what the file is.
+    // For users who look into the lock file.
     let _ = writeln!(file, "held by process {}", std::process::id());
     Ok(file)
 }
 
-/// A name that is safe as one path component, and different for different references.
+/// A name that is safe as one path component; different references get different names.
 pub(super) fn folder_name(name: &str) -> String {
     let safe: String = name
         .trim_start_matches("hf:")
@@ -374,7 +375,7 @@ pub(super) fn folder_name(name: &str) -> String {
     if safe == name && safe.len() <= 96 {
         return safe.to_owned();
     }
-    // What the replacement made equal, a digest keeps apart.
+    // References that become equal by the replacement are distinguished by a digest.
     use sha2::{Digest, Sha256};
     let digest = super::hex(&Sha256::digest(name.as_bytes()));
     let cut: String = safe.chars().take(96).collect();

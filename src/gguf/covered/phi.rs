@@ -1,8 +1,9 @@
 //! Phi-3 and Phi-4-mini (arXiv:2404.14219): Llama's layer, stored with queries, keys and values in
-//! one tensor, and gate and up in another; LongRoPE; a sliding window in some.
+//! one tensor, and gate and up in another; LongRoPE; some models have a sliding window.
 //!
-//! The window is taken as the model's own code takes it: a query sees that many tokens, its own
-//! the last. llama.cpp reads the key and leaves it unused, so the two runners differ beyond it.
+//! The window is interpreted as in the model's own code: a query sees that many tokens, including
+//! its own as the last. llama.cpp reads the key but ignores it, so the two runners differ beyond
+//! the window.
 
 use super::{Covered, Family, Keys, RopeFactors, Uncovered};
 

@@ -1,7 +1,7 @@
 //! Qwen2 and Qwen2.5 (arXiv:2407.10671): Llama's layer, with biases on queries, keys and values.
 //! Qwen3 (arXiv:2505.09388): without them, and with an RMS norm on every query and key head.
 //!
-//! The halves of a rotated pair are half a head apart.
+//! The elements of a rotated pair are half a head apart.
 
 use super::{Covered, Family, Keys, Uncovered};
 

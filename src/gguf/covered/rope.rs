@@ -1,42 +1,44 @@
-//! Rotary positions as a header describes them.
+//! Rotary positions (RoPE) as described by a header.
 
 use super::{Keys, Uncovered, other};
 
-/// Rotary positions (Su et al. 2021, arXiv:2104.09864) and how they are stretched.
+/// Rotary positions (Su et al. 2021, arXiv:2104.09864) and their scaling to longer contexts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeFacts {
-    /// The halves of a pair are neighbours; otherwise half the rotated elements apart.
+    /// Whether the elements of a pair are adjacent; otherwise they are half the rotated elements
+    /// apart.
     pub adjacent: bool,
-    /// Rotated elements of a head.
+    /// Number of rotated elements of a head.
     pub dims: usize,
     pub base: f32,
-    /// Positions are multiplied by it.
+    /// Factor on positions.
     pub scale: f32,
-    /// Cosines and sines are multiplied by it, besides what YaRN does.
+    /// Factor on cosines and sines, in addition to that of YaRN.
     pub magnitude: f32,
     pub yarn: Option<Yarn>,
     pub factors: RopeFactors,
 }
 
-/// YaRN (Peng et al. 2023, arXiv:2309.00071): pairs that turn often in the original context keep
-/// their frequency, those that hardly turn are scaled.
+/// YaRN (Peng et al. 2023, arXiv:2309.00071): pairs that rotate often within the original context
+/// keep their frequency; the frequencies of pairs that rotate rarely are scaled.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Yarn {
-    /// Tokens of the context that the model was first trained with.
+    /// Context length in tokens with which the model was first trained.
     pub original_context: usize,
-    /// Turns above which nothing is scaled, and below which everything is.
+    /// Number of rotations above which no pair is scaled, and (`beta_slow`) below which every pair
+    /// is.
     pub beta_fast: f32,
     pub beta_slow: f32,
 }
 
-/// Tensors whose elements divide the frequencies, where the file has them.
+/// Tensors whose elements divide the frequencies, if the file has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeFactors {
     None,
     /// `rope_freqs.weight` (Llama 3.1).
     Always,
     /// LongRoPE (Ding et al. 2024, arXiv:2402.13753): one set for sequences that fit the original
-    /// context, one for longer ones.
+    /// context, another for longer ones.
     ByContext {
         original: usize,
     },
@@ -64,7 +66,7 @@ impl Keys<'_> {
         }
     }
 
-    /// Tokens of the context before it was stretched.
+    /// Context length in tokens before it was extended.
     pub(super) fn original_context(&self) -> Result<usize, Uncovered> {
         match self.optional("rope.scaling.original_context_length")? {
             Some(tokens) if tokens > 0 => Ok(tokens),

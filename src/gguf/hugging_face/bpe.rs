@@ -1,4 +1,4 @@
-//! Byte-level BPE out of `tokenizer.json`.
+//! Reader of byte-level BPE in `tokenizer.json`.
 
 use super::ConvertError;
 use super::folder::{Object, TOKENIZER};
@@ -7,7 +7,7 @@ use super::tokenizer::{Base, NORMAL, Token};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
 
-/// Whether tokens are spelled in bytes as GPT-2 does it.
+/// Whether tokens represent bytes as in GPT-2.
 pub fn is_byte_level(tokenizer: &Object) -> bool {
     let pre = tokenizer.get("pre_tokenizer").unwrap_or(&Json::Null);
     let bytes = |part: &Json| part["type"] == "ByteLevel";
@@ -35,12 +35,12 @@ pub fn read(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<Base, Conve
     Ok(Base { model: "gpt2", pre, tokens, scored: false, merges, space_prefix: None })
 }
 
-/// What readers of a GGUF leave undone.
+/// Note that a GGUF does not carry a Unicode normalization form.
 pub fn form_note(form: &str) -> String {
     format!("texts are not brought to the form {form} before they are tokenized")
 }
 
-/// The steps of `normalizer`.
+/// The parts of `normalizer`.
 pub fn normalizers(tokenizer: &Object) -> Vec<&Json> {
     match tokenizer.get("normalizer") {
         None | Some(Json::Null) => Vec::new(),
@@ -48,7 +48,7 @@ pub fn normalizers(tokenizer: &Object) -> Vec<&Json> {
     }
 }
 
-/// The BPE within.
+/// The BPE model in a tokenizer.
 pub fn model(tokenizer: &Object) -> Result<&Json, ConvertError> {
     let model = tokenizer.get("model").unwrap_or(&Json::Null);
     let kind = model["type"].as_str().unwrap_or("BPE");
@@ -94,7 +94,8 @@ pub fn merges(model: &Json) -> Result<Vec<(&str, &str)>, ConvertError> {
     let mut merges = Vec::with_capacity(listed.len());
     for merge in listed {
         let sides = match merge {
-            // The old way; a side has no space.
+            // The older format: both sides in one string, separated by a space; a side contains no
+            // space.
             Json::String(text) => text.split_once(' '),
             _ => match (merge[0].as_str(), merge[1].as_str()) {
                 (Some(a), Some(b)) => Some((a, b)),

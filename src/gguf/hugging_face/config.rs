@@ -1,4 +1,4 @@
-//! `config.json`: which architecture it is, what its GGUF says, and the tensors that it must have.
+//! `config.json`: the architecture, the GGUF metadata, and the tensors that the model must have.
 
 use super::ConvertError;
 use super::folder::{CONFIG, Object};
@@ -8,46 +8,46 @@ use super::weights::Weights;
 use crate::gguf::{Array, Value, is_interleaved};
 use serde_json::Value as Json;
 
-/// A key without the architecture's name before it.
+/// A key without the prefix of the architecture's name.
 pub type Key = &'static str;
 
-/// What is written besides the tokenizer.
+/// Everything that is written except the tokenizer.
 pub struct Plan {
     pub architecture: &'static str,
     pub keys: Vec<(Key, Value)>,
     /// Rows of the embedding.
     pub vocab: u64,
     pub tensors: Vec<Wanted>,
-    /// Vectors that follow from the configuration.
+    /// Vectors that are computed from the configuration.
     pub computed: Vec<(&'static str, Vec<f32>)>,
 }
 
-/// A tensor of the GGUF, and where it comes from.
+/// A tensor of the GGUF, and its source.
 pub struct Wanted {
     pub name: String,
     pub from: String,
-    /// In ggml's order: the columns first.
+    /// In ggml's order: the number of columns first.
     pub dims: Vec<u64>,
     pub change: Change,
 }
 
-/// What happens to a tensor on the way.
+/// Change of a tensor during conversion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
     None,
-    /// Rows of halves become rows of neighbours, within so many heads.
+    /// Rows in halves are reordered to adjacent rows, within each of this many heads.
     Neighbours(u64),
-    /// 1 is added: Gemma's norms.
+    /// 1 is added, for Gemma's norms.
     PlusOne,
 }
 
-/// An object of the configuration, with errors that name it.
+/// An object of the configuration; its errors name the object.
 #[derive(Clone, Copy)]
 pub struct Config<'a>(pub &'a Object);
 
-/// Numbers of tokens and the like, at most.
+/// Maximum of token counts and similar numbers.
 const MAX_NUMBER: u64 = 1 << 31;
-/// Far beyond any model; room is made by these.
+/// Limits far above any model, because memory is allocated by these numbers.
 const MAX_LAYERS: u64 = 4096;
 const MAX_HEAD: u64 = 1 << 16;
 
@@ -56,7 +56,7 @@ impl<'a> Config<'a> {
         ConvertError::new(CONFIG, reason)
     }
 
-    /// A value that is there and not null.
+    /// A value that is present and not null.
     pub fn get(&self, key: &str) -> Option<&'a Json> {
         self.0.get(key).filter(|value| !value.is_null())
     }
@@ -85,7 +85,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// A whole number from 1 on.
+    /// A whole number of at least 1.
     pub fn number(&self, key: &str) -> Result<Option<u64>, ConvertError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64().filter(|number| (1..MAX_NUMBER).contains(number)) {
@@ -107,7 +107,7 @@ impl<'a> Config<'a> {
         self.positive(key)?.ok_or_else(|| self.wrong(format!("`{key}` is missing")))
     }
 
-    /// A whole number, or what the family's configuration class takes for it.
+    /// A whole number, or the default of the family's configuration class.
     fn number_or(&self, key: &str, default: Option<u64>) -> Result<u64, ConvertError> {
         match self.number(key)?.or(default) {
             Some(number) => Ok(number),
@@ -116,7 +116,7 @@ impl<'a> Config<'a> {
     }
 }
 
-/// The architectures: `model_type` there, and the name here.
+/// The architectures: `model_type` in transformers, and the name in a GGUF.
 const ARCHITECTURES: [(&str, &str); 8] = [
     ("llama", "llama"),
     ("mistral", "llama"),
@@ -147,7 +147,7 @@ impl Shape {
     }
 }
 
-/// Reads the configuration. What it says and a GGUF does not is `lacking`.
+/// Reads the configuration. Settings that a GGUF cannot represent are added to `lacking`.
 pub fn plan(
     config: &Object,
     weights: &Weights,
@@ -176,7 +176,7 @@ pub fn plan(
     keys.extend(of_rope);
     match shape.architecture {
         "phi3" => {
-            // llama.cpp tells Phi-4 from Phi-3 by a zero.
+            // llama.cpp distinguishes Phi-4 from Phi-3 by a window of zero.
             let window = config.number("sliding_window")?.unwrap_or(0);
             keys.push(("attention.sliding_window", number(window)));
         }
@@ -198,7 +198,7 @@ fn shape(config: &Config) -> Result<Shape, ConvertError> {
             known.join(", ")
         )));
     };
-    // Gemma's first configurations leave out what the class knows.
+    // Gemma's first configurations omit values that are defaults of the class.
     let gemma = |number: u64| (*architecture == "gemma3").then_some(number);
     let (width, heads) = (
         config.number_or("hidden_size", None)?,
@@ -238,7 +238,7 @@ fn shape(config: &Config) -> Result<Shape, ConvertError> {
     })
 }
 
-/// What would make another model of it.
+/// Refuses settings that would make another model.
 fn refuse(config: &Config, shape: &Shape) -> Result<(), ConvertError> {
     if let Some(quantized) = config.object("quantization_config")? {
         let how = quantized.text("quant_method")?.unwrap_or("somehow");
@@ -248,7 +248,7 @@ fn refuse(config: &Config, shape: &Shape) -> Result<(), ConvertError> {
     }
     let activation = config.text("hidden_activation")?.or(config.text("hidden_act")?);
     let known: &[&str] = match shape.gemma() {
-        // Older configurations say `gelu` and mean its approximation by tanh.
+        // Older configurations say `gelu` but mean its tanh approximation.
         true => &["gelu_pytorch_tanh", "gelu"],
         false => &["silu", "swish"],
     };
@@ -264,7 +264,7 @@ fn refuse(config: &Config, shape: &Shape) -> Result<(), ConvertError> {
     Ok(())
 }
 
-/// Elements of a head that turn.
+/// Number of rotated elements of a head.
 fn rotated(config: &Config, shape: &Shape) -> Result<u64, ConvertError> {
     let outer = config.positive("partial_rotary_factor")?;
     let inner = match config.object("rope_parameters")? {
@@ -280,7 +280,7 @@ fn rotated(config: &Config, shape: &Shape) -> Result<u64, ConvertError> {
     }
 }
 
-/// These families have no window in a GGUF.
+/// Handles windows in families whose GGUF cannot represent one.
 fn windowless(
     config: &Config,
     shape: &Shape,
@@ -298,13 +298,13 @@ fn windowless(
     Ok(())
 }
 
-/// Windows, caps, and the scale of scores, which a GGUF takes from the width of a head.
+/// Sets windows and caps, and checks the attention scale, which a GGUF derives from the head width.
 fn gemma(config: &Config, shape: &Shape, keys: &mut Vec<(Key, Value)>) -> Result<(), ConvertError> {
     let caps = ["attn_logit_softcapping", "final_logit_softcapping"];
     let [attention, last] = caps.map(|cap| config.positive(cap));
     let (attention, last) = (attention?, last?);
     if shape.architecture == "gemma2" {
-        // A null means none; a key that is not there would mean Gemma's usual one.
+        // Null means no cap; a missing key would mean Gemma's default.
         let usual = |key: &str, cap: Option<f64>, usual: f32| match config.0.contains_key(key) {
             true => cap.map_or(0.0, |cap| cap as f32),
             false => usual,
@@ -333,7 +333,7 @@ fn gemma(config: &Config, shape: &Shape, keys: &mut Vec<(Key, Value)>) -> Result
         let expected = |layer: usize| period == 0 || layer as u64 % period < period - 1;
         windowed.iter().enumerate().all(|(layer, windowed)| *windowed == expected(layer))
     };
-    // What every reader assumes is not written.
+    // A pattern that every reader assumes is not written.
     if !of_period(period) {
         let found = (0..=shape.layers).find(|period| of_period(*period));
         let pattern = match found {
@@ -345,7 +345,7 @@ fn gemma(config: &Config, shape: &Shape, keys: &mut Vec<(Key, Value)>) -> Result
     Ok(())
 }
 
-/// By layer, whether it has the window.
+/// For each layer, whether it has the window.
 fn windowed(config: &Config, shape: &Shape, period: u64) -> Result<Vec<bool>, ConvertError> {
     let Some(listed) = config.get("layer_types") else {
         let period = config
@@ -378,7 +378,7 @@ fn tied(config: &Config, shape: &Shape, weights: &Weights) -> Result<bool, Conve
     }
 }
 
-/// Every tensor that the model has.
+/// All tensors of the model.
 fn tensors(shape: &Shape, weights: &Weights, tied: bool) -> Vec<Wanted> {
     let mut wanted = Vec::new();
     let interleaved = is_interleaved(shape.architecture);

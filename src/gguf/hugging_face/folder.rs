@@ -1,4 +1,4 @@
-//! Files of a folder: JSON, bounded; the name; what it is known by.
+//! Files of a folder: bounded JSON, the model's name, the fingerprint.
 
 use super::ConvertError;
 use serde_json::{Map, Value as Json};
@@ -12,20 +12,20 @@ pub const TOKENIZER: &str = "tokenizer.json";
 pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub const TOKENIZER_MODEL: &str = "tokenizer.model";
 
-/// Bytes of a file that is read as a whole, at most: the tokenizers of vocabularies of 256k tokens
-/// have 35 MB.
+/// Maximum size of a file that is read as a whole, in bytes. Tokenizers with vocabularies of 256k
+/// tokens have 35 MB.
 const MAX_FILE: u64 = 256 << 20;
 
 /// A JSON object.
 pub type Object = Map<String, Json>;
 
-/// Whether `folder` looks like a model of Hugging Face's.
+/// Whether `folder` looks like a Hugging Face model.
 pub fn is_hugging_face(folder: &Path) -> bool {
     folder.is_dir() && folder.join(CONFIG).is_file()
 }
 
-/// A digest of the folder's small files, and of the names, sizes and times of its large ones: as long
-/// as it is the same, so is what [`convert`](super::convert) makes of it.
+/// A digest of the folder's small files, and of the names, sizes and times of its large ones. If
+/// the digest is unchanged, so is the output of [`convert`](super::convert).
 ///
 /// # Errors
 /// [`ConvertError`] if the folder cannot be read.
@@ -34,7 +34,7 @@ pub fn fingerprint(folder: &Path) -> Result<String, ConvertError> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).map_err(ConvertError::io(shown()))? {
         let entry = entry.map_err(ConvertError::io(shown()))?;
-        // Through links, as hub caches have them.
+        // Follows links, which hub caches use.
         let about = fs::metadata(entry.path()).map_err(ConvertError::io(shown()))?;
         if about.is_file() {
             files.push((entry.file_name(), about));
@@ -42,7 +42,7 @@ pub fn fingerprint(folder: &Path) -> Result<String, ConvertError> {
     }
     files.sort_by(|a, b| a.0.cmp(&b.0));
     let mut hash = Sha256::new();
-    // Another version of the conversion may make another file.
+    // Another version of the conversion may produce another file.
     hash.update(env!("CARGO_PKG_VERSION"));
     for (name, about) in files {
         let changed = about.modified().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
@@ -55,13 +55,13 @@ pub fn fingerprint(folder: &Path) -> Result<String, ConvertError> {
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// What the model is called: as its folder is.
+/// The model's name, which is that of its folder.
 pub fn name(folder: &Path) -> String {
     let whole = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
     whole.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
-/// A file as a whole; `None` if there is none.
+/// Reads a whole file; `None` if it does not exist.
 pub fn bytes(folder: &Path, file: &str) -> Result<Option<Vec<u8>>, ConvertError> {
     let path = folder.join(file);
     let about = match fs::metadata(&path) {
@@ -74,7 +74,7 @@ pub fn bytes(folder: &Path, file: &str) -> Result<Option<Vec<u8>>, ConvertError>
     fs::read(&path).map(Some).map_err(ConvertError::io(file))
 }
 
-/// A file that holds a JSON object; `None` if there is none.
+/// Reads a file that holds a JSON object; `None` if it does not exist.
 pub fn object(folder: &Path, file: &str) -> Result<Option<Object>, ConvertError> {
     let Some(bytes) = bytes(folder, file)? else { return Ok(None) };
     let object = serde_json::from_slice(&bytes);
@@ -83,7 +83,7 @@ pub fn object(folder: &Path, file: &str) -> Result<Option<Object>, ConvertError>
     })
 }
 
-/// `config.json`: of a model that also sees, the part about text.
+/// Reads `config.json`; for a multimodal model, its part about text.
 pub fn config(folder: &Path) -> Result<Object, ConvertError> {
     if !folder.is_dir() {
         let reason = "there is no such folder; name one that holds config.json";

@@ -1,20 +1,21 @@
-//! Hugging Face folders: [`convert`] makes a GGUF of one, which everything else then reads.
+//! Hugging Face folders: [`convert`] converts a folder to a GGUF, which all other code then reads.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `folder.rs` | [`Json`] files, bounded; what a folder is known by |
-//! | `config.rs` | `config.json` → a [`Plan`](config::Plan): metadata and the tensors that must be there |
-//! | `rope.rs` | how positions turn, in both spellings of transformers |
-//! | `names.rs` | [`hugging_face_name`]: what a tensor is called there |
+//! | `folder.rs` | bounded [`Json`] files; fingerprint of a folder |
+//! | `config.rs` | `config.json` → a [`Plan`](config::Plan): metadata and the required tensors |
+//! | `rope.rs` | RoPE settings, in both formats of transformers |
+//! | `names.rs` | [`hugging_face_name`]: Hugging Face's names of tensors |
 //! | `weights.rs` | `*.safetensors`, mapped: tensors by name, written one at a time |
-//! | `tokenizer.rs` | which tokenizer a folder has; special tokens, chat templates |
-//! | `bpe.rs`, `pre_tokenizer.rs` | `tokenizer.json` of byte-level BPE; the table of pre-tokenizers |
-//! | `pieces.rs`, `sentencepiece.rs` | SentencePiece, out of `tokenizer.json` or `tokenizer.model` |
+//! | `tokenizer.rs` | kind of the folder's tokenizer; special tokens, chat templates |
+//! | `bpe.rs`, `pre_tokenizer.rs` | `tokenizer.json` of byte-level BPE; the table of pre-tokenizers
+//! |
+//! | `pieces.rs`, `sentencepiece.rs` | SentencePiece, from `tokenizer.json` or `tokenizer.model` |
 //!
-//! Keys, tensors and tokens are those that `convert_hf_to_gguf.py` of llama.cpp writes, so that the
-//! file is the same to whatever reads it. Nothing of a folder is believed before it is checked; what
-//! cannot be carried over is an error where the model would be another one, and is said in words
-//! where it only lacks something.
+//! Keys, tensors and tokens are those that `convert_hf_to_gguf.py` of llama.cpp writes, so that all
+//! readers treat the file the same. Every part of a folder is checked before it is used. A setting
+//! that a GGUF cannot represent is an error if ignoring it would change the model, and is reported
+//! as a note if only a feature is missing.
 
 mod bpe;
 mod config;
@@ -37,14 +38,14 @@ use super::{GgufError, GgufWriter, TensorType};
 use std::io;
 use std::path::Path;
 
-/// Why a folder was not converted. The text names the file at fault within the folder, and what to
-/// change.
+/// Reason why a folder was not converted. The message names the file at fault within the folder,
+/// and what to change.
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
-    /// The operating system refused.
+    /// An operation of the operating system failed.
     #[error("{file}: {source}")]
     Io { file: String, source: io::Error },
-    /// A file of the folder says what cannot be, or what is not carried over.
+    /// A file of the folder is invalid or has an unsupported setting.
     #[error("{file}: {reason}")]
     File { file: String, reason: String },
     /// The GGUF cannot be written.
@@ -63,15 +64,14 @@ impl ConvertError {
     }
 }
 
-/// The key under which a converted file keeps what it lacks of its folder, for those who use it later.
+/// Key under which a converted file stores the notes about missing features, for later loads.
 pub const LACKING: &str = "ingot.lacking";
 
-/// Makes a GGUF of a folder, at `out`, with further keys, `facts`. F32, F16 and BF16 stay what they
-/// are; vectors become F32. One tensor is held at a time. Returns what the file lacks of what the
-/// folder has, in words.
+/// Converts a folder to a GGUF at `out`, with the further keys `facts`. Matrices keep their type
+/// F32, F16 or BF16; vectors become F32. One tensor is held at a time. Returns notes about features
+/// of the folder that the file lacks.
 ///
-/// # Errors
-/// [`ConvertError`]; nothing half-written is left.
+/// [`ConvertError`]; no partial file is left. [`ConvertError`]; nothing half-written is left.
 pub fn convert(
     folder: &Path,
     out: &Path,
@@ -87,7 +87,7 @@ pub fn convert(
     for (key, value) in plan.keys {
         writer.set(&format!("{}.{key}", plan.architecture), value);
     }
-    // Shapes first: the vocabulary is padded to what the embedding really has.
+    // Tensors first: the vocabulary is padded to the actual rows of the embedding.
     weights.write(&plan.tensors, &mut writer, &mut lacking)?;
     tokenizer::write(folder, &config, plan.vocab, &mut writer, &mut lacking)?;
     for (key, value) in facts {

@@ -1,9 +1,9 @@
-//! What tensors are called at Hugging Face.
+//! Names of tensors in Hugging Face folders.
 
 use crate::gguf::layer_module;
 
-/// The name in a folder of the tensor that a GGUF of the architecture calls `name`; `None` for one
-/// that has no counterpart there.
+/// Hugging Face's name of the tensor that a GGUF of the architecture calls `name`; `None` for a
+/// tensor without a counterpart.
 pub fn hugging_face_name(name: &str, architecture: &str) -> Option<String> {
     let Some(part) = name.strip_prefix("blk.") else {
         let whole = match name {
@@ -25,7 +25,7 @@ pub fn hugging_face_name(name: &str, architecture: &str) -> Option<String> {
         "post_ffw_norm" => "post_feedforward_layernorm",
         "attn_q_norm" => "self_attn.q_norm",
         "attn_k_norm" => "self_attn.k_norm",
-        // Gate and up in one, on both sides.
+        // Gate and up are one tensor in both formats.
         "ffn_up" if architecture == "phi3" => "mlp.gate_up_proj",
         other => layer_module(other)?,
     };

@@ -1,4 +1,4 @@
-//! SentencePiece's BPE out of a `tokenizer.json`: merges by rank become scores of tokens.
+//! SentencePiece BPE from a `tokenizer.json`: ranks of merges are converted to scores of tokens.
 
 use super::ConvertError;
 use super::bpe::{form_note, merges, model, normalizers, vocabulary};
@@ -7,8 +7,8 @@ use super::tokenizer::{BYTE, Base, NORMAL, SPACE, Token, UNKNOWN};
 use serde_json::Value as Json;
 use std::collections::{HashMap, HashSet};
 
-/// Reads it. Pairs merge there by their rank, and here by the score of what they make: where the
-/// tokenizer was made from SentencePiece's own file, the two are the same.
+/// Reads the tokenizer. In `tokenizer.json` pairs merge by rank, in a GGUF by the score of the
+/// merged token. If the tokenizer was converted from a SentencePiece file, both are equivalent.
 pub fn read(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<Base, ConvertError> {
     let wrong = |reason: String| ConvertError::new(TOKENIZER, reason);
     let model = model(tokenizer)?;
@@ -63,8 +63,8 @@ pub fn read(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<Base, Conve
     })
 }
 
-/// Merges out of line: two neighbours that SentencePiece would merge and this tokenizer would not,
-/// or at another time.
+/// Number of inconsistent merges: pairs of adjacent tokens that SentencePiece would merge although
+/// they are not listed, or would merge in another order.
 fn unlisted(
     listed: &[(&str, &str)],
     scores: &HashMap<String, f32>,
@@ -86,7 +86,7 @@ fn unlisted(
     let mut before = 0.0f32;
     for (a, b) in listed {
         let score = scores.get(&format!("{a}{b}")).copied().unwrap_or(0.0);
-        // All merges to one token stand together.
+        // All merges that result in the same token must be consecutive.
         late += usize::from(score > before);
         before = before.min(score);
     }
@@ -99,7 +99,7 @@ fn is_byte(text: &str) -> bool {
     digits.is_some_and(|digits| digits.len() == 2 && u8::from_str_radix(digits, 16).is_ok())
 }
 
-/// Whether a text gets a space in front. An error is what cannot be told of it.
+/// Whether a text gets a space in front. An error describes an unsupported part.
 fn space_prefix(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<bool, String> {
     let mut prefix = false;
     for part in normalizers(tokenizer) {
@@ -118,7 +118,7 @@ fn space_prefix(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<bool, S
                 let scheme = part["prepend_scheme"].as_str().unwrap_or("always");
                 prefix |= scheme != "never" && part["add_prefix_space"] != false;
             }
-            // Gemma's: no space is left when it is its turn.
+            // Gemma's pre-tokenizer: no spaces are left when it runs, so it has no effect.
             "Split" if part["pattern"]["String"] == " " => {}
             other => return Err(format!("the pre-tokenizer `{other}`")),
         }

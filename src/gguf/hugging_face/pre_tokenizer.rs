@@ -1,9 +1,9 @@
-//! The table of byte-level pre-tokenizers: what `tokenizer.json` says of them, and their names in a
-//! GGUF. Both ways go through it.
+//! The table of byte-level pre-tokenizers: their definition in `tokenizer.json`, and their names in
+//! a GGUF. Conversions in both directions use the table.
 
 use serde_json::{Value as Json, json};
 
-/// What GPT-4o and its kin take for letters that may start a word, and that may end it.
+/// Regular expression of words in GPT-4o and related models; `$behind` is the end of a word.
 macro_rules! words {
     ($behind:literal) => {
         concat!(
@@ -15,7 +15,7 @@ macro_rules! words {
     };
 }
 
-/// What cl100k (GPT-4) tells apart, for a given expression for digits.
+/// Regular expression of cl100k (GPT-4), for a given expression for digits.
 macro_rules! cl100k {
     ($digits:literal) => {
         concat!(
@@ -29,19 +29,20 @@ macro_rules! cl100k {
 /// One step of a pre-tokenizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step<'a> {
-    /// Digits, each by itself.
+    /// Splits off every digit.
     Digits,
-    /// What the expression matches, and what lies between.
+    /// Splits into the matches of the expression and the text between them.
     Split(&'a str),
-    /// GPT-2's own expression.
+    /// GPT-2's own regular expression.
     Gpt2,
 }
 
-/// A row: the name, the steps, and whether a word that is a token is that token (`ignore_merges`);
-/// `None` where that makes no difference.
+/// A row: the name, the steps, and whether a word that is a token becomes that token without
+/// merging (`ignore_merges`); `None` if that makes no difference.
 type Row = (&'static str, &'static [Step<'static>], Option<bool>);
 
-/// The first of equal rows is what a folder becomes. A test holds it against the native tokenizer.
+/// If rows are equal, a folder gets the name of the first. A test compares the table with the
+/// native tokenizer.
 const TABLE: &[Row] = &[
     ("gpt-2", &[Step::Gpt2], None),
     ("smollm", &[Step::Digits, Step::Gpt2], None),
@@ -66,12 +67,12 @@ const TABLE: &[Row] = &[
     ),
 ];
 
-/// Contractions in any case, as some write them out.
+/// Contractions in any case, as some models' expressions spell them out.
 const WRITTEN_OUT: &str = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])";
 const CONTRACTIONS: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)";
 
-/// The `pre_tokenizer` of `tokenizer.json` for a name of a GGUF, and its `ignore_merges`; `None` for
-/// a name that is not in the table.
+/// The `pre_tokenizer` of `tokenizer.json` for a name of a GGUF, and its `ignore_merges`; `None`
+/// for a name that is not in the table.
 pub fn pre_tokenizer(name: &str) -> Option<(Json, bool)> {
     let (_, steps, whole_words) = TABLE.iter().find(|(known, ..)| *known == name)?;
     let byte_level = |regex: bool| {
@@ -102,14 +103,14 @@ pub fn pre_tokenizer(name: &str) -> Option<(Json, bool)> {
         1 => listed.remove(0),
         _ => json!({"type": "Sequence", "pretokenizers": listed}),
     };
-    // What is a token as a whole is one with every tokenizer that was trained on such words.
+    // A word that is a token results from merges in every tokenizer trained on such words.
     Some((json, whole_words.unwrap_or(name == "tekken")))
 }
 
-/// The name of a `pre_tokenizer` as a GGUF has it.
+/// The GGUF name of a `pre_tokenizer`.
 ///
 /// # Errors
-/// What is not known of it, in words.
+/// A description of the unsupported part.
 pub(super) fn name_of(json: &Json, ignore_merges: bool) -> Result<&'static str, String> {
     let mut listed = Vec::new();
     flatten(json, &mut listed);
@@ -122,7 +123,7 @@ pub(super) fn name_of(json: &Json, ignore_merges: bool) -> Result<&'static str, 
                 if part["add_prefix_space"] == true {
                     return Err("ByteLevel with `add_prefix_space`".into());
                 }
-                // What is left out means yes.
+                // A missing key means true.
                 if part["use_regex"] != false {
                     steps.push(Step::Gpt2);
                 }
@@ -158,7 +159,7 @@ pub(super) fn name_of(json: &Json, ignore_merges: bool) -> Result<&'static str, 
 
 fn flatten<'a>(json: &'a Json, out: &mut Vec<&'a Json>) {
     match json["pretokenizers"].as_array() {
-        // A sequence within a sequence is nobody's.
+        // A nested sequence inside a sequence is not supported; no known tokenizer has one.
         Some(list) => out.extend(list),
         None => out.push(json),
     }
@@ -166,7 +167,7 @@ fn flatten<'a>(json: &'a Json, out: &mut Vec<&'a Json>) {
 
 fn expression(part: &Json) -> Result<&str, String> {
     let isolated = part["behavior"] == "Isolated" && part["invert"] != true;
-    // Throws away what does not match, and every character matches.
+    // Removes text that does not match; but every character matches, so nothing is removed.
     let kept = part["behavior"] == "Removed" && part["invert"] == true;
     match part["pattern"]["Regex"].as_str() {
         Some(expression) if isolated || kept => Ok(expression),

@@ -1,4 +1,4 @@
-//! How positions turn: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of 5.
+//! RoPE settings: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of 5.
 
 use super::ConvertError;
 use super::config::{Config, Key};
@@ -6,15 +6,15 @@ use crate::gguf::Value;
 use serde_json::Value as Json;
 use std::f64::consts::PI;
 
-/// What a GGUF says of rope.
+/// RoPE settings of a GGUF.
 pub struct Rope {
     pub keys: Vec<(Key, Value)>,
     /// Tensors whose elements divide the frequencies.
     pub tensors: Vec<(&'static str, Vec<f32>)>,
 }
 
-/// Of a model whose heads have `dims` rotated elements. Where layers differ, that of those which see
-/// all tokens.
+/// Reads the settings of a model whose heads have `dims` rotated elements. If layers differ, these
+/// are the settings of the layers with full attention.
 pub fn rope(
     config: &Config,
     architecture: &str,
@@ -38,7 +38,7 @@ pub fn rope(
             }
             _ => config.positive("rope_local_base_freq")?,
         };
-        // What every reader assumes is not written.
+        // A value that every reader assumes is not written.
         if let Some(local) = local.filter(|local| *local != 1e4) {
             rope.keys.push(("rope.freq_base_swa", (local as f32).into()));
         }
@@ -73,7 +73,7 @@ fn dims32(dims: u64) -> Value {
     (dims as u32).into()
 }
 
-/// What stretches positions, for a kind of layers where kinds differ.
+/// The scaling of positions; for one kind of layers if kinds differ.
 fn parameters<'a>(config: &Config<'a>, kind: &str) -> Result<Option<Config<'a>>, ConvertError> {
     match config.object("rope_parameters")? {
         Some(parameters) => match parameters.get(kind) {
@@ -96,7 +96,7 @@ fn linear(scaling: &Config, rope: &mut Rope) -> Result<(), ConvertError> {
     Ok(())
 }
 
-/// Tokens of the context before it was stretched.
+/// Context length in tokens before it was extended.
 fn original(config: &Config, scaling: &Config) -> Result<u64, ConvertError> {
     let key = "original_max_position_embeddings";
     match scaling.number(key)?.or(config.number(key)?).or(config.number("max_position_embeddings")?)
@@ -106,7 +106,7 @@ fn original(config: &Config, scaling: &Config) -> Result<u64, ConvertError> {
     }
 }
 
-/// YaRN (arXiv:2309.00071). Readers of a GGUF multiply by `0.1 ln(factor) + 1` themselves.
+/// YaRN (arXiv:2309.00071). Readers of a GGUF apply the factor `0.1 ln(factor) + 1` themselves.
 fn yarn(config: &Config, scaling: &Config, rope: &mut Rope) -> Result<(), ConvertError> {
     let factor = scaling.needed("factor")?;
     if scaling.flag("truncate")? == Some(false) {
@@ -136,7 +136,7 @@ fn yarn(config: &Config, scaling: &Config, rope: &mut Rope) -> Result<(), Conver
     Ok(())
 }
 
-/// What Llama 3.1 divides its frequencies by, one number for each pair.
+/// Divisors of the frequencies in Llama 3.1, one per pair.
 fn llama3(scaling: &Config, base: f64, dims: u64) -> Result<Vec<f32>, ConvertError> {
     let factor = scaling.needed("factor")?;
     let low = scaling.needed("low_freq_factor")?;
@@ -159,7 +159,7 @@ fn llama3(scaling: &Config, base: f64, dims: u64) -> Result<Vec<f32>, ConvertErr
     Ok((0..dims / 2).map(factor_of).collect())
 }
 
-/// LongRoPE (arXiv:2402.13753), as Phi-3 has it.
+/// LongRoPE (arXiv:2402.13753), in Phi-3's variant.
 fn longrope(
     config: &Config,
     scaling: &Config,

@@ -14,7 +14,7 @@ pub fn read(bytes: &[u8]) -> Result<Base, ConvertError> {
     let wrong = |reason: &str| ConvertError::new(TOKENIZER_MODEL, reason);
     let torn = || wrong("it is torn, or no file of SentencePiece: download it again");
     let mut tokens = BTreeMap::new();
-    // What the format means where nothing is said: unigram, a space in front.
+    // The format's defaults: unigram, a space in front.
     let (mut kind, mut prefix) = (1, true);
     for field in Fields(bytes) {
         match field.ok_or_else(torn)? {
@@ -73,7 +73,7 @@ fn token(message: &[u8]) -> Option<Token> {
     score.is_finite().then_some(Token { text, kind, score })
 }
 
-/// The last number in a field of a message, which is the one that holds.
+/// The last number in a field of a message; in protocol buffers the last value counts.
 fn number(message: &[u8], wanted: u64) -> Option<Option<u64>> {
     let mut found = None;
     for field in Fields(message) {
@@ -94,7 +94,7 @@ enum Field<'a> {
     Eight,
 }
 
-/// The fields of a message; `None` where it is torn, and that is the last.
+/// The fields of a message; ends with `None` if the message is truncated.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Iterator for Fields<'a> {
@@ -134,7 +134,7 @@ impl<'a> Fields<'a> {
         Some(taken)
     }
 
-    /// Seven bits a byte, the lowest first.
+    /// Reads a varint: seven bits per byte, the lowest first.
     fn varint(&mut self) -> Option<u64> {
         let mut number = 0u64;
         for at in 0..10 {

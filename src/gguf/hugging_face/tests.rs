@@ -1,4 +1,4 @@
-//! Folders that our own export wrote, whole, sharded and spoiled.
+//! Tests on folders written by Ingot's own export: complete, sharded and damaged.
 
 use super::*;
 use crate::gguf::fixture::{CHATML, TinyDecoder};
@@ -18,7 +18,7 @@ use tempfile::TempDir;
 const TEXT: &str = "In the inn: he'll tell 1597 thin lies,  don't WE?\r\n\r\n\t éà 文字 \u{1f600} \
                     x=3.14*(2+7) <|im_end|>\n";
 
-/// A folder of our own making, and what it was made from.
+/// An exported folder, and the model from which it was made.
 struct Made {
     _folder: TempDir,
     base: Arc<Gguf>,
@@ -42,7 +42,7 @@ impl Made {
         Ok((Gguf::open(&self.out).unwrap(), lacking))
     }
 
-    /// What is said once a file is changed so. Nothing is left behind.
+    /// The error after a file was damaged. No file may be left behind.
     fn refused(&self, why: &str) -> String {
         let error = self.convert().map(drop).expect_err(why);
         assert!(!self.out.exists(), "{why}");
@@ -59,7 +59,7 @@ impl Made {
         fs::write(self.hf.join(file), json.to_string()).unwrap();
     }
 
-    /// Changes a file for as long as `try_it` runs.
+    /// Changes a file while `try_it` runs.
     fn with<T>(&self, file: &str, change: impl FnOnce(&mut Json), try_it: impl FnOnce() -> T) -> T {
         let path = self.hf.join(file);
         let before = fs::read(&path).unwrap();
@@ -71,7 +71,8 @@ impl Made {
         result
     }
 
-    /// Writes the tensors anew, in files by `place`, with an index if there is more than one.
+    /// Rewrites the tensors into the files chosen by `place`, with an index if there are several
+    /// files.
     fn rewrite(&self, files: &[&str], place: impl Fn(&str) -> Option<usize>) {
         let bytes = fs::read(self.hf.join("model.safetensors")).unwrap();
         fs::remove_file(self.hf.join("model.safetensors")).unwrap();
@@ -101,13 +102,13 @@ fn assert_same(ours: &Gguf, base: &Gguf, what: &str) {
         assert_eq!(ours.tensor(name).unwrap().ty(), tensor.ty(), "{what}: {name}");
         assert!(ours.data(name).unwrap() == base.data(name).unwrap(), "{what}: {name}");
     }
-    // All that decides how it is computed.
+    // Everything that determines the computation.
     assert_eq!(Covered::read(ours).unwrap(), Covered::read(base).unwrap(), "{what}");
     let context = format!("{}.context_length", base.str("general.architecture").unwrap().unwrap());
     assert_eq!(ours.u32(&context).unwrap(), base.u32(&context).unwrap(), "{what}");
 }
 
-/// One of each family, with what is its own.
+/// One model of each family, with its special settings.
 fn families() -> Vec<TinyDecoder> {
     let scaled = TinyDecoder::new("qwen3").key("rope.scaling.type", "linear");
     vec![
@@ -138,7 +139,7 @@ fn what_we_wrote_comes_back_bit_for_bit() {
             let tiny = TinyDecoder { ty, ..tiny.clone() };
             let made = made(&tiny, TensorType::F32);
             let what = format!("{} {ty}", tiny.architecture);
-            // Matrices in their own type, vectors exact.
+            // Matrices keep their type, vectors are exact.
             if ty != TensorType::F32 {
                 halve(&made, ty);
             }
@@ -167,7 +168,7 @@ fn what_we_wrote_comes_back_bit_for_bit() {
     }
 }
 
-/// Matrices of the folder in the given type.
+/// Converts the folder's matrices to the given type.
 fn halve(made: &Made, ty: TensorType) {
     let path = made.hf.join("model.safetensors");
     let bytes = fs::read(&path).unwrap();
@@ -210,7 +211,7 @@ fn roles_and_templates_come_along() {
             assert!(!facts.add_bos);
         },
     );
-    // A second end, and a template that puts the first token.
+    // A second end token, and a post-processor that adds the first token.
     made.put("generation_config.json", &json!({"eos_token_id": [2, 0]}));
     let start = json!({"SpecialToken": {"id": "<|im_start|>", "type_id": 0}});
     let post = json!({"type": "TemplateProcessing", "single": [start, {"Sequence": {"id": "A"}}]});
@@ -250,7 +251,7 @@ fn what_is_not_looked_at_is_said() {
     let tiny = TinyDecoder { tied: true, ..TinyDecoder::new("qwen2") };
     let made = made(&tiny, TensorType::F32);
     assert_eq!(made.convert().unwrap().1, [""; 0]);
-    // A file of the older kind is no news, a newer one is.
+    // An older pickled file is not reported, a newer one is.
     let pickled = made.hf.join("pytorch_model.bin");
     fs::write(&pickled, "x").unwrap();
     let time = |path: &Path, seconds: u64| {
@@ -263,7 +264,7 @@ fn what_is_not_looked_at_is_said() {
         let (_, lacking) = made.convert().unwrap();
         assert_eq!(lacking.iter().any(|what| what.contains("pytorch_model.bin is newer")), newer);
     }
-    // A head of its own, in a model whose configuration says that it has none.
+    // A separate head in a model whose configuration says that it has none.
     let untied = self::made(&TinyDecoder::new("llama"), TensorType::F32);
     let names_head =
         |lacking: &[String]| lacking.iter().any(|what| what.contains("`lm_head.weight`"));
@@ -271,7 +272,7 @@ fn what_is_not_looked_at_is_said() {
     let tie = |json: &mut Json| json["tie_word_embeddings"] = json!(true);
     let (file, lacking) = untied.with("config.json", tie, || untied.convert()).unwrap();
     assert!(names_head(&lacking) && file.tensor("output.weight").is_none(), "{lacking:?}");
-    // Those who load the file later hear of it too.
+    // Later loads of the file report the notes too.
     let kept = file.get(LACKING).and_then(Value::as_array);
     assert!(matches!(kept, Some(Array::String(kept)) if *kept == lacking), "{kept:?}");
 }
@@ -360,7 +361,7 @@ fn spoiled_weights_are_refused_by_name() {
         let error = made.refused("torn");
         assert!(error.contains("model.safetensors: it is torn"), "{error}");
     }
-    // Every byte of the header's beginning, turned: an error or the same model, never a panic.
+    // Each of the first 300 bytes is inverted: an error or the same model, never a panic.
     for at in 0..300 {
         let mut spoiled = whole.clone();
         spoiled[at] ^= 0x15;
@@ -436,7 +437,7 @@ fn spoiled_tokenizers_are_refused_by_name() {
     let twice = |json: &mut Json| json["added_tokens"][0]["content"] = json!("<|im_end|>");
     let error = made.with("tokenizer.json", twice, || made.refused("twice"));
     assert!(error.contains("both"), "{error}");
-    // Rows without a token get a name, as llama.cpp names them.
+    // Rows without a token get the name that llama.cpp gives them.
     let fewer = |json: &mut Json| {
         let vocab = json["model"]["vocab"].as_object_mut().unwrap();
         vocab.retain(|_, id| id.as_u64().unwrap() != u64::from(rows) - 1);
@@ -455,7 +456,7 @@ fn spoiled_tokenizers_are_refused_by_name() {
 
 #[test]
 fn every_row_of_the_table_has_a_native_pre_tokenizer() {
-    // The table is the way in and the way out, and must mean the same as what then runs.
+    // Both conversions use the table, so it must agree with the native tokenizer.
     let made = made(&TinyDecoder::new("llama"), TensorType::F32);
     let whole = made.json("tokenizer.json");
     for name in ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "gpt-4o", "tekken"] {
@@ -474,7 +475,7 @@ fn every_row_of_the_table_has_a_native_pre_tokenizer() {
     }
 }
 
-/// SentencePiece's BPE: letters, bytes, a few words; as the crate `tokenizers` has it.
+/// SentencePiece BPE: letters, bytes, a few words; in the format of the crate `tokenizers`.
 fn pieces() -> Json {
     let mut vocab = serde_json::Map::new();
     let mut add = |text: String| {
@@ -482,7 +483,7 @@ fn pieces() -> Json {
         vocab.entry(text).or_insert(json!(id));
     };
     ["<unk>", "<s>", "</s>"].into_iter().for_each(|text| add(text.to_owned()));
-    // Those that the texts need, so that the tiny embedding has rows for all tokens and some more.
+    // Only the bytes that the texts need, so that the tiny embedding has rows for all tokens.
     [10].into_iter().chain(128..=255).for_each(|byte| add(format!("<0x{byte:02X}>")));
     "▁abcdefghijklmnopqrstuvwxyz'.,".chars().for_each(|c| add(c.to_string()));
     let merges = [
@@ -518,7 +519,7 @@ fn pieces() -> Json {
     })
 }
 
-/// The same as a `tokenizer.model`.
+/// The same tokenizer as a `tokenizer.model`.
 fn proto(json: &Json) -> Vec<u8> {
     let message = |field: u8, body: &[u8]| {
         let mut out = vec![field << 3 | 2, body.len() as u8 & 0x7f | 0x80, (body.len() >> 7) as u8];
@@ -591,7 +592,7 @@ fn sentencepiece_comes_from_either_file() {
         fs::write(made.hf.join("tokenizer.model"), &whole[..length]).unwrap();
         assert!(made.refused("torn").contains("tokenizer.model"), "{length}");
     }
-    // A unigram's merges are another algorithm.
+    // A unigram model merges by another algorithm.
     let mut unigram = whole.clone();
     let at = whole.len() - 6;
     assert_eq!(unigram[at], 2);

@@ -1,4 +1,4 @@
-//! The tokenizer's keys: which kind a folder has, added tokens, roles, chat templates.
+//! The tokenizer's keys: kind of the tokenizer, added tokens, special tokens, chat templates.
 
 use super::folder::{Object, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, bytes, object};
 use super::{ConvertError, bpe, pieces, sentencepiece};
@@ -17,19 +17,19 @@ pub const BYTE: i32 = 6;
 
 /// SentencePiece writes a space as this character.
 pub const SPACE: &str = "\u{2581}";
-/// What added tokens and padding score in files of llama.cpp.
+/// Score of added tokens and padding in llama.cpp's files.
 const ADDED_SCORE: f32 = -1000.0;
 
-/// A tokenizer without what was added to it.
+/// A tokenizer without its added tokens.
 pub struct Base {
     /// `tokenizer.ggml.model`
     pub model: &'static str,
     pub pre: &'static str,
     pub tokens: BTreeMap<u64, Token>,
-    /// Whether tokens have scores; else they have merges.
+    /// Whether tokens have scores; otherwise there are merges.
     pub scored: bool,
     pub merges: Vec<String>,
-    /// Whether a text gets a space in front; only SentencePiece asks.
+    /// Whether a text gets a space in front; only SentencePiece uses it.
     pub space_prefix: Option<bool>,
 }
 
@@ -40,7 +40,7 @@ pub struct Token {
     pub score: f32,
 }
 
-/// The files that together are a tokenizer.
+/// The files of a tokenizer.
 struct Files<'a> {
     folder: &'a Path,
     config: &'a Object,
@@ -49,7 +49,7 @@ struct Files<'a> {
     specials: Object,
 }
 
-/// Sets the `tokenizer.*` keys for an embedding of so many rows.
+/// Sets the `tokenizer.*` keys for an embedding with `rows` rows.
 pub fn write(
     folder: &Path,
     config: &Object,
@@ -96,7 +96,7 @@ pub fn write(
     files.set_templates(writer)
 }
 
-/// Ids by text; a text that stands twice would never be found.
+/// Ids by text. A duplicate text is an error, because its second token could never be found.
 fn ids(base: &Base, file: &str) -> Result<HashMap<String, u64>, ConvertError> {
     let mut ids = HashMap::with_capacity(base.tokens.len());
     for (id, token) in &base.tokens {
@@ -132,14 +132,14 @@ impl Files<'_> {
         if bpe::is_byte_level(tokenizer) {
             return bpe::read(tokenizer, lacking);
         }
-        // With the scores that it was made from.
+        // Preferred, because it has the scores from which `tokenizer.json` was made.
         match model()? {
             Some(model) => sentencepiece::read(&model),
             None => pieces::read(tokenizer, lacking),
         }
     }
 
-    /// Tokens that were added, in place of what stood there.
+    /// Adds the added tokens, which replace tokens of the same id.
     fn add_tokens(&self, base: &mut Base, lacking: &mut Vec<String>) -> Result<(), ConvertError> {
         let mut added: BTreeMap<u64, (String, bool)> = BTreeMap::new();
         let mut stripping = Vec::new();
@@ -173,7 +173,7 @@ impl Files<'_> {
         for (id, (text, special)) in added {
             let was = base.tokens.get(&id).map(|token| token.kind);
             let kind = match special || looks_special(&text) {
-                // The model's own word for it, which it says in no other way.
+                // The unknown token has no other mark in the folder, so its type is kept.
                 true if was == Some(UNKNOWN) => UNKNOWN,
                 true => CONTROL,
                 false => USER_DEFINED,
@@ -181,7 +181,7 @@ impl Files<'_> {
             let text = if kind == USER_DEFINED { text.replace(SPACE, " ") } else { text };
             base.tokens.insert(id, Token { text, kind, score: ADDED_SCORE });
         }
-        // llama.cpp knows by its name that Phi-3's do.
+        // llama.cpp recognizes Phi-3 by the model's name and strips for it.
         let phi = self.config.get("model_type").is_some_and(|kind| kind == "phi3")
             && super::folder::name(self.folder).to_lowercase().contains("phi-3");
         if let Some(first) = stripping.first().filter(|_| !phi) {
@@ -234,7 +234,7 @@ impl Files<'_> {
         if eos.is_none() {
             lacking.push("a token that ends a text: no `eos_token` is said".to_owned());
         }
-        // Models that talk end a turn with a token of its own.
+        // Chat models end a turn with a separate token.
         let ends = [&generation, self.config].map(|from| numbers(from, "eos_token_id"));
         let mut ends = ends.into_iter().find(|ends| !ends.is_empty()).unwrap_or_default();
         ends.retain(|end| Some(*end) != eos);
@@ -252,7 +252,7 @@ impl Files<'_> {
         let (starts, stops) = self.template();
         let said = |key: &str| self.settings.get(key).and_then(Json::as_bool);
         let class = self.settings.get("tokenizer_class").and_then(Json::as_str).unwrap_or("");
-        // These put the token there themselves, whatever tokenizer.json says.
+        // These classes add the token themselves, whatever `tokenizer.json` says.
         let own = ["Llama", "CodeLlama", "Gemma"].iter().any(|name| class.starts_with(name));
         let around = |said: Option<bool>, found: Option<bool>| match own {
             true => said.or(found),
@@ -266,7 +266,7 @@ impl Files<'_> {
         Ok(())
     }
 
-    /// Whether `tokenizer.json` puts a token before a text, and behind it; `None` if it does not say.
+    /// Whether `tokenizer.json` adds a token before and after a text; `None` if it does not say.
     fn template(&self) -> (Option<bool>, Option<bool>) {
         let Some(Json::Object(post)) =
             self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.get("post_processor"))
@@ -319,7 +319,7 @@ impl Files<'_> {
     }
 }
 
-/// What llama.cpp takes for control tokens, whatever the folder says.
+/// Whether llama.cpp takes a text for a control token, whatever the folder says.
 fn looks_special(text: &str) -> bool {
     let between = |start: &str, end: &str| text.starts_with(start) && text.ends_with(end);
     ["<pad>", "<mask>", "<2mass>", "[@BOS@]"].contains(&text)

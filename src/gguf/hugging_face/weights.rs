@@ -1,5 +1,5 @@
-//! `model.safetensors`, or the files that `model.safetensors.index.json` lists: mapped, checked, and
-//! written tensor by tensor.
+//! `model.safetensors`, or the files that `model.safetensors.index.json` lists: mapped, checked,
+//! and written tensor by tensor.
 
 use super::ConvertError;
 use super::config::{Change, Wanted};
@@ -17,30 +17,30 @@ use std::path::Path;
 
 const WHOLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// Weights in PyTorch's own form.
+/// Weights in PyTorch's pickle format.
 const PICKLED: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 
-/// Tensors that follow from the configuration, or that no forward pass reads.
+/// Tensors that are computed from the configuration, or that no forward pass reads.
 const IDLE: &[&str] =
     &["rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "rotary_emb.cos_cached"];
-/// Parts of models that also see or hear.
+/// Name prefixes of the vision and audio parts of multimodal models.
 const OTHER_SENSES: &[&str] =
     &["vision_tower.", "multi_modal_projector.", "audio_tower.", "embed_vision.", "embed_audio."];
 
 /// All tensors of a folder.
 pub struct Weights {
     files: Vec<(String, Mmap)>,
-    /// By the name that a model of text alone has for them.
+    /// Positions by the name that a text-only model uses.
     places: BTreeMap<String, Place>,
-    /// Those left out, by what they begin with.
+    /// Prefixes of tensors that are left out.
     left: BTreeSet<&'static str>,
-    /// Files with weights in another form that were written later.
+    /// Files with weights in another format that were written later.
     newer: Vec<&'static str>,
 }
 
 struct Place {
     file: usize,
-    /// As the file has it.
+    /// Name in the file.
     name: String,
     dtype: Dtype,
     shape: Vec<usize>,
@@ -68,7 +68,7 @@ impl Weights {
         for (tensor, file) in names.tensors {
             let found = weights.files.iter().position(|(name, _)| *name == file);
             let there = |place: &Place| place.name == tensor && Some(place.file) == found;
-            // What is left out is not looked for.
+            // Tensors that are left out need not be present.
             let plain = plain(&tensor);
             if plain.as_ref().is_ok_and(|plain| !weights.places.get(plain).is_some_and(there)) {
                 let reason =
@@ -118,7 +118,7 @@ impl Weights {
         Ok(())
     }
 
-    /// Checks every tensor, and adds them to the writer. Nothing is read before its turn.
+    /// Checks every tensor and adds all to the writer. Data is read only when it is written.
     pub fn write<'a>(
         &'a self,
         wanted: &[Wanted],
@@ -134,7 +134,7 @@ impl Weights {
                 *types.entry(ty).or_default() += data.len() as u64;
             }
             let row = (wanted.dims[0] * ty.block_bytes()) as usize;
-            // Vectors are exact everywhere.
+            // Vectors are always exact F32.
             let to = if matrix { ty } else { TensorType::F32 };
             writer.tensor_with(&wanted.name, &wanted.dims, to, move |out| match change {
                 Change::None if matrix => out.write_all(data),
@@ -149,7 +149,7 @@ impl Weights {
                 "{file} is newer than the weights that are read, which are those in safetensors"
             )
         }));
-        // `general.file_type` as llama.cpp numbers it, by what most of the weights are.
+        // `general.file_type` in llama.cpp's numbering, by the type of most weights.
         let most = types.into_iter().max_by_key(|(_, bytes)| *bytes);
         let file_type = match most {
             Some((TensorType::F16, _)) => 1u32,
@@ -197,8 +197,8 @@ impl Weights {
         Ok((place, ty))
     }
 
-    /// A tied model has one matrix: what its file holds as the other is not looked at, as transformers
-    /// does.
+    /// A tied model has one matrix for embedding and output: a separate head in its file is
+    /// ignored, as in transformers.
     fn note_unused_head(&self, wanted: &[Wanted], lacking: &mut Vec<String>) {
         const HEAD: &str = "lm_head.weight";
         let bytes = |place: &Place| &self.files[place.file].1[place.bytes.clone()];
@@ -214,11 +214,11 @@ impl Weights {
         }
     }
 
-    /// Nothing may be there that would be left out.
+    /// Refuses tensors that would be left out.
     fn check_rest(&self, wanted: &[Wanted]) -> Result<(), ConvertError> {
         let taken: BTreeSet<&str> = wanted.iter().map(|wanted| &wanted.from[..]).collect();
         let rest = self.places.iter().find(|(name, _)| {
-            // A copy of the embedding, where that is the output matrix.
+            // The head of a tied model is a copy of the embedding.
             !taken.contains(&name[..]) && *name != "lm_head.weight"
         });
         match rest {
@@ -236,8 +236,8 @@ impl Weights {
     }
 }
 
-/// The name that a model of text alone has for a tensor; else what it belongs to, if that is a part
-/// of a model that may be missed.
+/// The name that a text-only model uses for a tensor; otherwise the optional part of the model to
+/// which the tensor belongs.
 fn plain(name: &str) -> Result<String, Option<&'static str>> {
     if IDLE.iter().any(|idle| name.ends_with(idle)) {
         return Err(None);
@@ -257,7 +257,7 @@ fn plain(name: &str) -> Result<String, Option<&'static str>> {
     }
 }
 
-/// Files with weights, and which tensor is said to be in which.
+/// Files with weights, and the file of each tensor according to the index.
 struct Names {
     files: BTreeSet<String>,
     tensors: Vec<(String, String)>,
@@ -284,7 +284,7 @@ fn names(folder: &Path) -> Result<Names, ConvertError> {
     let mut names = Names { files: BTreeSet::new(), tensors: Vec::new() };
     for (tensor, file) in listed {
         let file = file.as_str().unwrap_or("");
-        // A name, and no way out of the folder.
+        // A plain file name, which cannot lead out of the folder.
         if !file.ends_with(".safetensors") || file.contains(['/', '\\']) {
             return Err(wrong(format!(
                 "`{tensor}` is in `{file}`, which is no *.safetensors beside"
@@ -306,13 +306,13 @@ fn map(path: &Path, name: &str) -> Result<Mmap, ConvertError> {
         return Err(ConvertError::new(name, "it is torn, or no file of safetensors"));
     }
     let file = File::open(path).map_err(ConvertError::io(name))?;
-    // SAFETY: the mapping is read-only and private to this value. It is sound as long as nobody
-    // shrinks or rewrites the file meanwhile, which is the caller's own, named on its command line;
-    // download tools and `save_pretrained` replace such files by rename.
+    // SAFETY: the mapping is read-only and private to this value. It is sound as long as no process
+    // shrinks or rewrites the file meanwhile. The file belongs to the caller, who named it on the
+    // command line; download tools and `save_pretrained` replace such files by rename.
     unsafe { Mmap::map(&file) }.map_err(ConvertError::io(name))
 }
 
-/// Rows of halves as rows of neighbours: row i + j·half of a head becomes row 2i + j.
+/// Reorders rows from halves to adjacent pairs: row i + j·half of a head becomes row 2i + j.
 fn neighbours(out: &mut dyn Write, data: &[u8], heads: usize, row: usize) -> io::Result<()> {
     let dim = data.len() / row / heads;
     for head in data.chunks_exact(dim * row) {
@@ -325,7 +325,7 @@ fn neighbours(out: &mut dyn Write, data: &[u8], heads: usize, row: usize) -> io:
     Ok(())
 }
 
-/// Numbers as F32, with 1 added for Gemma's norms.
+/// Writes numbers as F32, with 1 added for Gemma's norms.
 fn vector(out: &mut dyn Write, values: &[f32], change: Change) -> io::Result<()> {
     let more = if change == Change::PlusOne { 1.0 } else { 0.0 };
     let bytes: Vec<u8> = values.iter().flat_map(|x| (x + more).to_le_bytes()).collect();

@@ -1,4 +1,4 @@
-//! Counts what a thread allocates, in the library's test binary only.
+//! Allocator that counts the allocations of a thread, only in the library's test binary.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -9,50 +9,51 @@ struct Counting;
 static COUNTING: Counting = Counting;
 
 thread_local! {
-    /// Bytes that this thread has more than it gave back; negative where another's were freed here.
+    /// Bytes allocated minus bytes freed by this thread; negative if it freed memory of other
+    /// threads.
     static LIVE: Cell<isize> = const { Cell::new(0) };
     static PEAK: Cell<isize> = const { Cell::new(0) };
 }
 
-/// Counted before it is asked for, so that what the system refuses counts as well.
+/// Counts before the allocation, so that a refused allocation counts as well.
 fn note(bytes: isize) {
     let live = LIVE.get() + bytes;
     LIVE.set(live);
     PEAK.set(PEAK.get().max(live));
 }
 
-// SAFETY: everything is passed on to the system's allocator; the counters are plain cells, whose
-// access allocates nothing.
+// SAFETY: every call is forwarded to the system's allocator; the counters are plain cells, whose
+// access does not allocate.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         note(layout.size() as isize);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         note(layout.size() as isize);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `alloc_zeroed`.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
         note(-(layout.size() as isize));
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `dealloc`.
         unsafe { System.dealloc(place, layout) }
     }
 
     unsafe fn realloc(&self, place: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // Old and new may exist together.
+        // The old and the new block may exist at the same time.
         note(size as isize);
         note(-(layout.size() as isize));
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `realloc`.
         unsafe { System.realloc(place, layout, size) }
     }
 }
 
-/// What `work` returns, and the most bytes that this thread had allocated at once meanwhile, over
-/// what it had before.
+/// The result of `work`, and the peak of bytes that this thread had allocated during it, in excess
+/// of the bytes allocated before.
 pub fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = LIVE.get();
     PEAK.set(before);

@@ -1,4 +1,4 @@
-//! What headers say of a model that our own kernels may run.
+//! Tests of the configurations that the native runner reads from headers.
 
 use super::folder;
 use crate::gguf::fixture::TinyDecoder;
@@ -39,7 +39,7 @@ fn gemma_has_windows_in_most_layers() {
     assert!(of(vec![1f32; 4].into()).is_err());
     let none = read(&TinyDecoder::new("gemma3")).unwrap();
     assert_eq!((windowed(&none).as_str(), none.ropes.len()), ("...", 1));
-    // 27B, by its number of layers: queries by the width over the heads.
+    // The 27B model, by its number of layers: queries are scaled by the width over the heads.
     let large = TinyDecoder { width: 96, ff: 32, ..gemma(62) };
     assert_eq!(read(&large).unwrap().attention_scale, 1.0 / 24f32.sqrt());
     let second = read(&TinyDecoder { layers: 4, ..TinyDecoder::new("gemma2") }).unwrap();

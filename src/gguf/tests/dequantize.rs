@@ -1,4 +1,4 @@
-//! Every decoder against ggml's own, bit for bit.
+//! Compares every decoder with ggml's own, bit for bit.
 
 use llama_cpp_sys_2 as sys;
 
@@ -9,9 +9,9 @@ use crate::gguf::{
     quantize_q8_0, write_dequantized,
 };
 
-/// What ggml makes of `bytes`; `None` where it has no decoder.
+/// ggml's decoding of `bytes`; `None` if it has no decoder.
 fn ggml(ty: TensorType, bytes: &[u8], elements: usize) -> Option<Vec<f32>> {
-    // ggml reads blocks as structs of u16 or u32, so they have to be aligned.
+    // ggml reads blocks as structs of u16 or u32, so they must be aligned.
     let words: Vec<u64> = bytes
         .chunks(8)
         .map(|part| {
@@ -21,8 +21,8 @@ fn ggml(ty: TensorType, bytes: &[u8], elements: usize) -> Option<Vec<f32>> {
         })
         .collect();
     let mut out = vec![f32::NAN; elements];
-    // SAFETY: the traits of a type that ggml defines are a constant of its own; `words` holds whole
-    // blocks, checked by the caller, of `elements` elements, for which `out` has room.
+    // SAFETY: the traits of a type that ggml defines are a constant; `words` holds whole blocks of
+    // `elements` elements, checked by the caller, and `out` has room for them.
     unsafe {
         let to_float = (*sys::ggml_get_type_traits(ty as sys::ggml_type)).to_float?;
         to_float(words.as_ptr().cast(), out.as_mut_ptr(), elements as i64);
@@ -41,7 +41,7 @@ fn assert_same_bits(ty: TensorType, bytes: &[u8]) {
     assert_eq!(ty.bytes_for(elements), Some(bytes.len() as u64), "{ty}: whole blocks");
     let ours = ours(ty, bytes, elements as usize);
     let theirs = ggml(ty, bytes, elements as usize).expect("ggml decodes what we decode");
-    // A NaN may be quieted on the way.
+    // A signalling NaN may become a quiet one.
     let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
     for (at, (&a, &b)) in ours.iter().zip(&theirs).enumerate() {
         assert!(same(a, b), "{ty}: element {at} is {a:e}, but {b:e} in ggml");
@@ -52,8 +52,8 @@ fn assert_same_bits(ty: TensorType, bytes: &[u8]) {
 
 #[test]
 fn random_blocks_decode_as_in_ggml() {
-    // Arbitrary bytes: codes and scales of all values and signs, subnormal ones too, and now and
-    // then a scale that is infinite or not a number.
+    // Random bytes: codes and scales of all values and signs, including subnormal ones, and
+    // sometimes a scale that is infinite or NaN.
     let mut rng = Rng(7);
     for ty in TensorType::all().filter(|&ty| can_dequantize(ty) && ty != TensorType::F32) {
         let bytes: Vec<u8> = (0..2000 * ty.block_bytes()).map(|_| rng.next() as u8).collect();
@@ -111,7 +111,7 @@ fn lengths_have_to_agree() {
     assert_eq!(dequantize(TensorType::Q4_0, &[], &mut []), Ok(()));
 }
 
-/// ggml's whole list, by its own account.
+/// Checks all types in ggml's own list.
 #[test]
 fn nothing_of_ggml_is_forgotten() {
     let mut left = Vec::new();
@@ -133,7 +133,7 @@ fn nothing_of_ggml_is_forgotten() {
     assert!(TensorType::all().all(|ty| (ty as u32) < sys::GGML_TYPE_COUNT));
 }
 
-/// The copy's numbers are those of the decoder, whole rows and all.
+/// The copy's numbers are those of the decoder.
 #[test]
 fn the_copy_is_the_dequantized_model() {
     let folder = folder();
@@ -166,14 +166,14 @@ fn q8_0_has_the_bytes_of_ggml() {
             x * 10f32.powi(at as i32 / 32 % 17 - 9)
         })
         .collect();
-    // Nothing at all, halves of a step, and both signs of the largest.
+    // All zeros, halves of a step, and both signs of the largest value.
     values.extend([0.0; 32]);
     values.extend((0..32).map(|at| (at as f32 - 16.0) / 2.0 + if at == 0 { -119.0 } else { 0.0 }));
     values.extend((0..32).map(|at| if at % 2 == 0 { 127.0 } else { -(at as f32) - 0.5 }));
     let ours = quantize_q8_0(&values);
     let mut theirs = vec![0u16; ours.len() / 2];
-    // SAFETY: the traits of a type that ggml defines are a constant of its own; `values` are whole
-    // blocks, and `theirs` has their bytes, aligned as blocks are.
+    // SAFETY: the traits of a type that ggml defines are a constant; `values` are whole blocks, and
+    // `theirs` has room for their bytes, aligned as blocks are.
     unsafe {
         let quantize =
             (*sys::ggml_get_type_traits(TensorType::Q8_0 as sys::ggml_type)).from_float_ref;

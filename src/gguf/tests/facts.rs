@@ -77,7 +77,7 @@ fn caches_of_unusual_architectures() {
     let shared = [("attention.shared_kv_layers", 3u32.into())];
     assert_eq!(read("gemma4", &shared).unwrap().kv_elements[1], (0, 0));
     assert!(read("mamba", &[]).unwrap().is_recurrent);
-    // Nonsense is refused before anything is allocated for it.
+    // Invalid values are refused before anything is allocated.
     assert!(read("llama", &[(kv, vec![1u32; 3].into())]).is_err());
     assert!(read("llama", &[("block_count", 513u32.into())]).is_err());
     assert!(read("llama", &[("embedding_length", u32::MAX.into())]).is_err());

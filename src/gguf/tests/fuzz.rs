@@ -1,6 +1,7 @@
-//! 20,000 mutated files through everything that reads one: an answer or an error, never a panic, a
-//! read past the end (the files are mapped: that would be a SIGBUS, or numbers of a neighbour), or an
-//! allocation that the file's size does not explain.
+//! Passes 20,000 mutated files through all code that reads a file. The outcome must be a result or
+//! an error: never a panic, never a read past the end (the files are mapped, so that would be a
+//! SIGBUS or numbers of a neighbouring tensor), and no allocation out of proportion to the file's
+//! size.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -14,12 +15,12 @@ use crate::gguf::{
     can_dequantize, check_lora_gguf, peft_to_gguf,
 };
 
-/// Bytes allocated at once for each byte of the file, at most: a bit becomes an f32, and short
-/// strings have their lengths, capacities and pointers.
+/// Maximum allocation per byte of the file: one bit becomes an f32, and short strings have lengths,
+/// capacities and pointers.
 const PER_BYTE: usize = 40;
 /// The reader's buffer.
 const BUFFER: usize = 64 << 10;
-/// And apart from that: the reader's buffer, and facts of up to 512 layers.
+/// Allowance in addition: the reader's buffer, and facts of up to 512 layers.
 const BASE: usize = 96 << 10;
 
 #[test]
@@ -133,7 +134,7 @@ fn attack(original: &Path, rounds: usize, seed: u64) -> usize {
     accepted
 }
 
-/// Reads everything that there is to read; whether the file was accepted.
+/// Reads everything in the file; returns whether the file was accepted.
 fn exercise(path: &Path) -> bool {
     let header = Gguf::open_header(path).is_ok();
     let Ok(gguf) = Gguf::open(path) else {
@@ -147,7 +148,7 @@ fn exercise(path: &Path) -> bool {
     }
     let _ = TokenizerFacts::read(&gguf);
     if let Ok(covered) = Covered::read(&gguf) {
-        // What a runner makes room for before it has seen a tensor.
+        // Sizes by which a runner allocates memory before it reads a tensor.
         let largest = gguf.tensors().iter().map(|tensor| tensor.elements()).max().unwrap_or(0);
         assert!(covered.layers <= gguf.tensors().len());
         assert!((covered.heads * covered.head_dim) as u64 <= largest, "{covered:?}");
@@ -167,11 +168,11 @@ fn exercise(path: &Path) -> bool {
     true
 }
 
-/// Writes mutations of one file, seeded.
+/// Writes seeded mutations of one file.
 struct Attack {
     original: Vec<u8>,
     header: usize,
-    /// Where lengths, counts, types, dimensions and offsets are, more or less.
+    /// Approximate positions of lengths, counts, types, dimensions and offsets.
     fields: Vec<usize>,
     rng: Rng,
     target: std::path::PathBuf,
@@ -199,13 +200,13 @@ impl Attack {
         (self.rng.next() % end.max(1) as u64) as usize
     }
 
-    /// Puts the next mutation in its place; returns its size.
+    /// Writes the next mutation to the target; returns its size.
     fn mutated(&mut self) -> usize {
         let mut bytes = self.original.clone();
         for _ in 0..=self.below(3) {
             self.mutate(&mut bytes);
         }
-        // Not truncated to nothing first, which makes some file systems flush.
+        // Not truncated to zero first, because that makes some file systems flush.
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(false).open(&self.target).unwrap();
         file.write_all(&bytes).unwrap();
@@ -238,7 +239,7 @@ impl Attack {
         }
     }
 
-    /// Sets a field of four or eight bytes to what breaks sums, products and loops.
+    /// Sets a field of four or eight bytes to a value that tests sums, products and loops.
     fn overwrite(&mut self, bytes: &mut [u8], at: usize) {
         const EXTREMES: [u64; 20] = [
             0,

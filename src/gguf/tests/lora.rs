@@ -1,4 +1,4 @@
-//! Converted adapters against direct computation, and adapters that must be refused.
+//! Compares converted adapters with direct computation, and tests adapters that must be refused.
 
 use std::fs;
 use std::path::Path;
@@ -22,7 +22,7 @@ fn matmul(a: &[f32], b: &[f32], rows: usize, inner: usize, cols: usize) -> Vec<f
     out
 }
 
-/// Rotates one head at `position`; `pair(i)` gives the two rows that turn together.
+/// Rotates one head at `position`; `pair(i)` returns the two rows that rotate together.
 fn rotate(head: &mut [f32], position: f32, pair: impl Fn(usize) -> (usize, usize)) {
     let half = head.len() / 2;
     for i in 0..half {
@@ -42,9 +42,10 @@ fn read_peft(dir: &Path, name: &str) -> Vec<f32> {
     data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
-/// Attention scores of the update alone, Hugging Face's way (halves rotate) from the PEFT folder and
-/// llama.cpp's way (neighbours rotate) from the GGUF, must agree: the reordering of rows is right
-/// exactly then. Also the plain tensors must be untouched.
+/// Attention scores of the update alone must agree between Hugging Face's convention (halves
+/// rotate), computed from the PEFT folder, and llama.cpp's (adjacent rows rotate), computed from
+/// the GGUF. They agree exactly if the reordering of rows is right. Plain tensors must be
+/// unchanged.
 #[test]
 fn converted_q_and_k_score_like_the_originals() {
     let dir = folder();
@@ -97,8 +98,8 @@ fn converted_q_and_k_score_like_the_originals() {
     }
 }
 
-/// `permute` of `conversion/llama.py`, as a reshape to (head, 2, width / 2, col) with the middle axes
-/// swapped.
+/// `permute` of `conversion/llama.py`, as a reshape to (head, 2, width / 2, col) with the middle
+/// axes swapped.
 fn permute(w: &[f32], heads: usize, rows: usize, cols: usize) -> Vec<f32> {
     let half = rows / heads / 2;
     let mut out = Vec::new();

@@ -1,4 +1,4 @@
-//! Round trips, attacks on the reader, and adapters against direct computation.
+//! Tests: round trips, malformed files, and adapters compared with direct computation.
 
 mod alloc;
 mod covered;

@@ -1,4 +1,4 @@
-//! The writer's files come back as they were, and no bytes whatsoever make the reader panic.
+//! Written files are read back unchanged, and no bytes make the reader panic.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::folder;
 use crate::gguf::{Array, Gguf, GgufError, GgufWriter, TensorType, Value};
 
-/// A header of our own making: `keys` and `tensors` are raw bytes.
+/// A raw header: `keys` and `tensors` are raw bytes.
 fn header(n_tensors: u64, n_keys: u64, rest: &[u8]) -> Vec<u8> {
     let mut out = b"GGUF".to_vec();
     out.extend(3u32.to_le_bytes());

@@ -9,18 +9,18 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct Grpo {
     pub grader: Grader,
-    /// Answers to a prompt.
-    #[serde(default = "group")]
-    pub group: usize,
-    /// Tokens of an answer, at most.
+    /// Completions that are sampled of a prompt.
+    #[serde(default = "group", alias = "group")]
+    pub num_generations: usize,
+    /// Tokens of a completion, at most.
     #[serde(default = "max_tokens")]
     pub max_tokens: usize,
     #[serde(default = "one")]
     pub temperature: f64,
-    /// Steps on every batch of answers.
-    #[serde(default = "updates")]
-    pub updates: usize,
-    /// Answers that were cut off are not trained on.
+    /// Optimizer steps on every batch of completions.
+    #[serde(default = "updates", alias = "updates")]
+    pub num_iterations: usize,
+    /// Completions that were cut off are not trained on.
     #[serde(default)]
     pub mask_overlong: bool,
     #[serde(default)]
@@ -31,11 +31,11 @@ pub struct Grpo {
     pub epsilon_high: Option<f64>,
     #[serde(default = "loss")]
     pub loss: PolicyLoss,
-    #[serde(default = "correction")]
-    pub correction: Correction,
-    #[serde(default = "cap")]
-    pub cap: f64,
-    /// Answers to each held-out prompt.
+    #[serde(default = "correction", alias = "correction")]
+    pub importance_sampling_correction: Correction,
+    #[serde(default = "cap", alias = "cap")]
+    pub importance_sampling_cap: f64,
+    /// Completions of each held-out prompt.
     #[serde(default = "eval_samples")]
     pub eval_samples: usize,
 }
@@ -73,17 +73,17 @@ impl Grpo {
     pub fn with(grader: Grader) -> Self {
         Self {
             grader,
-            group: group(),
+            num_generations: group(),
             max_tokens: max_tokens(),
             temperature: one(),
-            updates: updates(),
+            num_iterations: updates(),
             mask_overlong: false,
             beta: 0.0,
             epsilon: epsilon(),
             epsilon_high: None,
             loss: loss(),
-            correction: correction(),
-            cap: cap(),
+            importance_sampling_correction: correction(),
+            importance_sampling_cap: cap(),
             eval_samples: eval_samples(),
         }
     }
@@ -95,22 +95,22 @@ impl Grpo {
             epsilon_high: self.epsilon_high,
             beta: self.beta,
             loss: self.loss,
-            correction: self.correction,
-            cap: self.cap,
+            correction: self.importance_sampling_correction,
+            cap: self.importance_sampling_cap,
         }
     }
 
     /// # Errors
     /// The key at fault and what it may be.
     pub(super) fn check(&self, max_length: usize) -> Result<(), String> {
-        within("grpo.group", self.group as f64, 2.0, 256.0)?;
+        within("grpo.num_generations", self.num_generations as f64, 2.0, 256.0)?;
         within("grpo.max_tokens", self.max_tokens as f64, 1.0, max_length as f64 - 1.0)?;
         within("grpo.temperature", self.temperature, 0.01, 10.0)?;
-        within("grpo.updates", self.updates as f64, 1.0, 64.0)?;
+        within("grpo.num_iterations", self.num_iterations as f64, 1.0, 64.0)?;
         within("grpo.eval_samples", self.eval_samples as f64, 1.0, 256.0)?;
         within("grpo.beta", self.beta, 0.0, 100.0)?;
         within("grpo.epsilon", self.epsilon, f64::MIN_POSITIVE, 100.0)?;
         within("grpo.epsilon_high", self.epsilon_high.unwrap_or(1.0), f64::MIN_POSITIVE, 100.0)?;
-        within("grpo.cap", self.cap, f64::MIN_POSITIVE, 1e6)
+        within("grpo.importance_sampling_cap", self.importance_sampling_cap, f64::MIN_POSITIVE, 1e6)
     }
 }

@@ -1,11 +1,11 @@
-//! Scores and weighted sums of one page in plain code: the oracle of the others, to the bit.
+//! Scores and weighted sums of one page in scalar code: the bit-exact oracle of the other versions.
 
 use super::Scores;
 use crate::kernels::cache::PAGE;
 use crate::kernels::pack::{BLOCK, wide};
 use std::ops::Range;
 
-/// What a page's numbers are held as.
+/// The element type of a page.
 pub trait Number: Copy {
     fn number(self) -> f32;
 }
@@ -17,33 +17,33 @@ impl Number for u16 {
     }
 }
 
-/// Of a block, without its scale.
+/// Integers of a q8_0 block, without their scale.
 impl Number for i8 {
     fn number(self) -> f32 {
         f32::from(self)
     }
 }
 
-/// Widened from either.
+/// Numbers already converted from either type.
 impl Number for f32 {
     fn number(self) -> f32 {
         self
     }
 }
 
-/// What the numbers of a page are multiplied by. A type, not an option: the inner loops are compiled
-/// for each.
+/// The scales of a page's numbers. A type, not an option, so that the inner loops are compiled for
+/// each case.
 pub trait Scales: Copy {
-    /// (blocks, 32) bits of f16, if anything.
+    /// (blocks, 32) bits of f16, or `None` for numbers without scales.
     fn bits(&self) -> Option<&[u16]>;
 
-    /// Dimensions that are summed before they are scaled.
+    /// Number of dimensions that are summed before scaling.
     fn width(&self, dim: usize) -> usize {
         if self.bits().is_some() { BLOCK } else { dim }
     }
 }
 
-/// Nothing.
+/// No scales.
 impl Scales for () {
     fn bits(&self) -> Option<&[u16]> {
         None
@@ -84,8 +84,8 @@ pub fn score<N: Number, S: Scales>(
     }
 }
 
-/// `out[row] += scores[row][at + t] * values[t]` for `tokens` of a page that begins at `at`;
-/// `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim).
+/// `out[row] += scores[row][at + t] * values[t]` for the tokens `tokens` of a page that begins at
+/// `at`; `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim).
 pub fn weigh<N: Number, S: Scales>(
     scores: &[Scores],
     at: usize,

@@ -1,4 +1,4 @@
-//! Which queries walk which pages together.
+//! Determines which queries process which pages together.
 
 use super::{RUN, Scope, TILE};
 use crate::kernels::cache::PAGE;
@@ -6,20 +6,22 @@ use crate::kernels::ops::Span;
 use std::cmp::Reverse;
 use std::ops::Range;
 
-/// Rows of a span up to which its runs are computed apart: decoding, and the check of a draft.
+/// Spans of at most this many rows have their runs computed separately: decoding, and verifying
+/// drafts.
 const SHORT: usize = 8;
-/// Chunks for each thread, where there are enough rows: the last ones to finish are small.
+/// Chunks per thread, if there are enough rows: small chunks keep the threads evenly busy at the
+/// end.
 const CHUNKS: usize = 4;
 
-/// One row's queries.
+/// The queries of one row.
 #[derive(Debug, Clone)]
 pub struct Query<'a> {
     pub row: usize,
-    /// Tokens that it sees, by position.
+    /// Positions of the tokens that it attends to.
     pub seen: Range<usize>,
     /// Pages of its sequence.
     pub pages: &'a [u32],
-    /// Where the sums of its first run go, if there are several and somebody else merges them.
+    /// Index of the sums of its first run, if it has several runs that are merged afterwards.
     pub slot: Option<usize>,
 }
 
@@ -28,7 +30,7 @@ impl Query<'_> {
         self.seen.start / RUN..self.seen.end.div_ceil(RUN)
     }
 
-    /// What it sees of a run, from the run's beginning.
+    /// The tokens of a run that it attends to, relative to the run's beginning.
     pub fn seen_of(&self, run: usize) -> Range<usize> {
         let first = run * RUN;
         let end = self.seen.end.clamp(first, first + RUN);
@@ -36,25 +38,26 @@ impl Query<'_> {
     }
 }
 
-/// Queries that walk the same pages of some runs.
+/// Queries that share the pages of some runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tile {
     pub queries: Range<usize>,
     pub runs: Range<usize>,
 }
 
-/// The attention of a step: the same for all layers of a kind.
+/// The attention of a step; the same for all layers of a kind.
 pub struct Plan<'a> {
     pub scope: Scope,
     pub(in crate::kernels) queries: Vec<Query<'a>>,
-    /// Largest first.
+    /// Sorted, largest first.
     pub(in crate::kernels) tiles: Vec<Tile>,
-    /// Sums to be merged, for each head of the cache.
+    /// Number of sums to be merged, per head of the cache.
     pub(in crate::kernels) slots: usize,
 }
 
 impl<'a> Plan<'a> {
-    /// For rows whose `group` query heads share each of `kv_heads` heads of the cache.
+    /// Creates the plan for rows in which `group` query heads share each of the cache's `kv_heads`
+    /// heads.
     pub fn new(
         spans: &'a [Span],
         scope: Scope,
@@ -72,7 +75,7 @@ impl<'a> Plan<'a> {
         };
         let (short, long): (Vec<_>, Vec<_>) =
             spans.iter().partition(|span| span.rows.len() <= SHORT);
-        // Sequences with the same beginning become neighbours.
+        // Sequences with a common prefix become adjacent.
         let mut queries: Vec<_> = short.into_iter().flat_map(rows_of).collect();
         queries.sort_by(|a, b| a.pages.cmp(b.pages));
         let mut slots = 0;
@@ -103,19 +106,19 @@ impl<'a> Plan<'a> {
         Self { scope, queries, tiles, slots }
     }
 
-    /// Queries whose runs were computed apart.
+    /// Queries whose runs are computed separately.
     pub(in crate::kernels) fn split(&self) -> impl Iterator<Item = &Query<'a>> {
         self.queries.iter().filter(|query| query.slot.is_some())
     }
 }
 
-/// Rows of a tile: as many as share a page's conversion well, if enough chunks are left for all
-/// threads.
+/// Most rows of a tile: as many as can share the conversion of a page, but so few that enough
+/// chunks are left for all threads.
 fn largest_tile(work: usize, group: usize, threads: usize) -> usize {
     (work / (CHUNKS * threads)).clamp(1, (TILE / group).max(1))
 }
 
-/// Tiles of one run each, of neighbours that have its first page in common.
+/// Adds tiles of one run each, of adjacent queries that share the run's first page.
 fn share(queries: &[Query], most: usize, tiles: &mut Vec<Tile>) {
     let runs = queries.iter().map(|query| query.runs().end).max().unwrap_or(0);
     for run in 0..runs {

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 const KV_HEADS: usize = 2;
 const TOKENS: usize = 1_100;
-/// With a whole block of q8_0, and with a half and a quarter of one.
+/// With a whole q8_0 block, and with half and a quarter of one.
 const FORMS: [(KvType, usize); 4] =
     [(KvType::F16, 32), (KvType::Q8_0, 32), (KvType::Q8_0, 80), (KvType::Q8_0, 40)];
 
@@ -18,13 +18,13 @@ struct Case {
     cache: Cache,
     dim: usize,
     pages: Vec<u32>,
-    /// As the cache holds them.
+    /// As stored in the cache.
     k: Vec<f32>,
     v: Vec<f32>,
     q: Vec<f32>,
 }
 
-/// Tokens of one sequence on shuffled pages.
+/// The tokens of one sequence on shuffled pages.
 fn case(ty: KvType, dim: usize, heads: usize) -> Case {
     let mut rng = StdRng::seed_from_u64(heads as u64);
     let mut numbers = |count: usize, size: f32| -> Vec<f32> {
@@ -38,7 +38,7 @@ fn case(ty: KvType, dim: usize, heads: usize) -> Case {
     let writer = cache.writer();
     for token in 0..TOKENS {
         let (at, page) = (token * dim..(token + 1) * dim, pages[token / PAGE]);
-        // SAFETY: one thread.
+        // SAFETY: there is only one thread.
         unsafe { writer.write(1, page, 1, token % PAGE, &k[at.clone()], &v[at]) };
     }
     let places = || (0..TOKENS).flat_map(|token| (0..dim).map(move |d| (token, d)));
@@ -99,7 +99,7 @@ fn equals_a_softmax_in_double_precision() {
     }
 }
 
-/// e^score of what is seen.
+/// e^score of the visible tokens.
 fn weights(case: &Case, q: &[f32], seen: Range<usize>, cap: Option<f32>) -> Vec<f64> {
     let weight = |k: &[f32]| {
         let dot: f64 = k.iter().zip(q).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
@@ -137,7 +137,7 @@ fn pages_are_copied_whole() {
     }
 }
 
-/// Sequences of a batch that share beginnings of different lengths, some decoding, some reading.
+/// Sequences of a batch that share prefixes of different lengths; some decode, some prefill.
 fn spans(rng: &mut StdRng) -> Vec<Span> {
     let mut free = 0u32..;
     let mut pages = |count: usize| free.by_ref().take(count).collect::<Vec<_>>();
@@ -172,7 +172,7 @@ fn company_changes_no_bit(ty: KvType, dim: usize, group: usize) {
         for (head, token) in (0..KV_HEADS).flat_map(|head| (0..PAGE).map(move |t| (head, t))) {
             let mut numbers = || (0..dim).map(|_| rng.random_range(-2.0f32..2.0)).collect();
             let (k, v): (Vec<f32>, Vec<f32>) = (numbers(), numbers());
-            // SAFETY: one thread.
+            // SAFETY: there is only one thread.
             unsafe { writer.write(0, page, head, token, &k, &v) };
         }
     }

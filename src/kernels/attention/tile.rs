@@ -1,4 +1,4 @@
-//! One tile: some rows' queries of one head, over some runs.
+//! Computes one tile of attention: some rows' queries of one head, over some runs.
 
 #[cfg(not(target_arch = "x86_64"))]
 use super::plain::Number;
@@ -11,10 +11,10 @@ use crate::kernels::matmul::Isa;
 use crate::kernels::vector::{exp, soft_cap};
 use std::ops::Range;
 
-/// Pages of a run.
+/// Pages per run.
 const PAGES: usize = RUN / PAGE;
 
-/// One head of one layer's cache, and the `group` query heads that read it.
+/// One head of one layer's cache, and the `group` query heads that use it.
 #[derive(Clone, Copy)]
 pub struct Head<'a> {
     pub isa: Isa,
@@ -22,11 +22,11 @@ pub struct Head<'a> {
     pub layer: usize,
     pub head: usize,
     pub group: usize,
-    /// Of the scores.
+    /// Soft cap of the scores.
     pub cap: Option<f32>,
 }
 
-/// A softmax's largest score, and the sum of its e^(score - largest).
+/// A softmax's largest score, and its sum of e^(score - largest).
 #[derive(Debug, Clone, Copy)]
 pub struct Sum {
     max: f32,
@@ -37,25 +37,26 @@ impl Sum {
     const NOTHING: Self = Self { max: f32::NEG_INFINITY, total: 0.0 };
 }
 
-/// Room for a tile, kept by each thread.
+/// Scratch buffers for a tile, one per thread.
 #[derive(Default)]
 pub struct Scratch {
     /// (queries, group, head_dim), already scaled.
     pub q: Vec<f32>,
-    /// (queries, group) of one run.
+    /// (queries, group) scores of one run.
     scores: Vec<Scores>,
     sums: Vec<Sum>,
-    /// (queries, group, head_dim) sums of one run.
+    /// (queries, group, head_dim) weighted sums of one run.
     partial: Vec<f32>,
-    /// Of all runs so far.
+    /// Sums of all runs so far.
     totals: Vec<Sum>,
     pub out: Vec<f32>,
-    /// (head_dim, 32) keys or (32, head_dim) values of a page, widened.
+    /// (head_dim, 32) keys or (32, head_dim) values of a page, converted to f32.
     page: Vec<f32>,
 }
 
 impl Head<'_> {
-    /// The queries in `scratch.q` over all of `runs`; the result is in `scratch.out`.
+    /// Computes attention of the queries in `scratch.q` over all of `runs`; the result is in
+    /// `scratch.out`.
     pub fn attend(&self, queries: &[Query], runs: Range<usize>, scratch: &mut Scratch) {
         let (dim, group) = (self.cache.head_dim(), self.group);
         scratch.out.clear();
@@ -80,13 +81,13 @@ impl Head<'_> {
         }
     }
 
-    /// Numbers that [`Head::keep`] writes: for each query head the softmax's largest score, its sum,
-    /// and (head_dim) what it weighs.
+    /// Numbers that [`Head::keep`] writes: for each query head the softmax's largest score, its
+    /// sum, and (head_dim) the weighted sum.
     pub fn kept(&self) -> usize {
         self.group * (self.cache.head_dim() + 2)
     }
 
-    /// Writes the `index`-th query's sums of the run that [`Head::sum_run`] summed last.
+    /// Writes the `index`-th query's sums of the last run computed by [`Head::sum_run`].
     pub fn keep(&self, scratch: &Scratch, index: usize, kept: &mut [f32]) {
         let dim = self.cache.head_dim();
         for (row, kept) in kept.chunks_exact_mut(dim + 2).enumerate() {
@@ -96,7 +97,7 @@ impl Head<'_> {
         }
     }
 
-    /// Sums of one run, of all queries that see some of it.
+    /// Computes the sums of one run, for all queries that attend to part of it.
     pub fn sum_run(&self, queries: &[Query], run: usize, scratch: &mut Scratch) {
         let (dim, group) = (self.cache.head_dim(), self.group);
         let rows = queries.len() * group;
@@ -219,7 +220,8 @@ impl Head<'_> {
     }
 }
 
-/// Calls `each` with every longest stretch of queries that have the same place, if they have one.
+/// Calls `each` for every maximal sequence of adjacent queries whose `place` is equal and not
+/// `None`.
 fn stretches<P: PartialEq>(
     queries: &[Query],
     place: impl Fn(&Query) -> Option<P>,
@@ -237,7 +239,7 @@ fn stretches<P: PartialEq>(
     }
 }
 
-/// One query's runs in their order, as [`Head::keep`] wrote them, become its result: `out` (group,
+/// Merges one query's runs, as written by [`Head::keep`], in order into its result: `out` (group,
 /// head_dim).
 pub fn merge_runs(runs: &[f32], out: &mut [f32], dim: usize) {
     let group = out.len() / dim;
@@ -252,10 +254,10 @@ pub fn merge_runs(runs: &[f32], out: &mut [f32], dim: usize) {
     }
 }
 
-/// Adds the next run of a query to what is there.
+/// Merges the next run of a query into its sums so far.
 fn merge(sum: &mut Sum, out: &mut [f32], run: Sum, partial: &[f32]) {
     let max = sum.max.max(run.max);
-    // The first run: e^-inf is 0.
+    // For the first run the old weight is e^-inf = 0.
     let (old, new) = (exp(sum.max - max), exp(run.max - max));
     for (out, partial) in out.iter_mut().zip(partial) {
         *out = out.mul_add(old, partial * new);
@@ -267,17 +269,18 @@ fn divide(out: &mut [f32], sum: Sum) {
     out.iter_mut().for_each(|x| *x /= sum.total);
 }
 
-/// Without their scales.
+/// Converts numbers to f32, without their scales.
 fn widen<N: Number>(isa: Isa, from: &[N], to: &mut [f32]) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::widen(from, to),
-        // The plain kernels read what is there.
+        // The scalar kernels read the numbers directly.
         _ => {}
     }
 }
 
-/// Turns scores into e^(score - largest); returns the largest, and the sum in lanes of eight.
+/// Replaces scores by e^(score - largest); returns the largest score, and the sum in lanes of
+/// eight.
 fn softmax(scores: &mut [f32]) -> Sum {
     let mut largest = [f32::NEG_INFINITY; 8];
     let (whole, rest) = scores.as_chunks::<8>();

@@ -1,4 +1,4 @@
-//! Scores and weighted sums of one page.
+//! Scores and weighted sums of one page, for AVX2.
 
 use crate::kernels::attention::plain::{self, Scales};
 use crate::kernels::attention::{RUN, Scores};
@@ -7,17 +7,17 @@ use crate::kernels::pack::BLOCK;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// What a page's numbers are held as.
+/// The element type of a page.
 pub trait Number: plain::Number {
     /// # Safety
-    /// Eight numbers are there, and the CPU has AVX2 and F16C.
+    /// Eight numbers must be readable, and the CPU must have AVX2 and F16C.
     unsafe fn eight(from: *const Self) -> __m256;
 }
 
 impl Number for u16 {
     #[inline(always)]
     unsafe fn eight(from: *const u16) -> __m256 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
 }
@@ -25,7 +25,7 @@ impl Number for u16 {
 impl Number for i8 {
     #[inline(always)]
     unsafe fn eight(from: *const i8) -> __m256 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
     }
 }
@@ -33,24 +33,24 @@ impl Number for i8 {
 impl Number for f32 {
     #[inline(always)]
     unsafe fn eight(from: *const f32) -> __m256 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { _mm256_loadu_ps(from) }
     }
 }
 
-/// To f32; the lengths are equal multiples of eight. The CPU must have AVX2 and F16C.
+/// Converts to f32; the lengths must be equal multiples of eight. The CPU must have AVX2 and F16C.
 pub fn widen<N: Number>(from: &[N], to: &mut [f32]) {
     assert!(from.len() == to.len() && from.len().is_multiple_of(8));
     /// # Safety
-    /// Both have `count` numbers, a multiple of eight, and the CPU AVX2 and F16C.
+    /// Both must have `count` numbers, a multiple of eight, and the CPU must have AVX2 and F16C.
     #[target_feature(enable = "avx2,f16c")]
     unsafe fn widen<N: Number>(from: *const N, to: *mut f32, count: usize) {
         for at in (0..count).step_by(8) {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { _mm256_storeu_ps(to.add(at), N::eight(from.add(at))) };
         }
     }
-    // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
+    // SAFETY: the lengths match; these kernels are chosen only after checking the CPU's features.
     unsafe { widen(from.as_ptr(), to.as_mut_ptr(), from.len()) }
 }
 
@@ -70,7 +70,7 @@ pub fn score<N: Number, S: Scales>(
     let dim = keys.len() / PAGE;
     assert!(keys.len() == dim * PAGE && at + PAGE <= RUN && q.len() == scores.len() * dim);
     assert!(fit(scales, dim));
-    // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
+    // SAFETY: the lengths match; these kernels are chosen only after checking the CPU's features.
     unsafe {
         match scores.len() {
             1 => score_rows::<1, N, S>(q, keys, scales, scores, at, dim),
@@ -83,8 +83,8 @@ pub fn score<N: Number, S: Scales>(
 }
 
 /// # Safety
-/// `q` has `R` rows of `dim`, `keys` `dim` rows of 32 and `scales` one for every block of them; and
-/// the CPU has AVX2, FMA and F16C.
+/// `q` must have `R` rows of `dim`, `keys` `dim` rows of 32 and `scales` one row for every block of
+/// them; the CPU must have AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn score_rows<const R: usize, N: Number, S: Scales>(
     q: &[f32],
@@ -99,13 +99,13 @@ unsafe fn score_rows<const R: usize, N: Number, S: Scales>(
         for (block, from) in (0..dim).step_by(width).enumerate() {
             let mut sums = [[_mm256_setzero_ps(); 2]; R];
             for d in from..(from + width).min(dim) {
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 let (k0, k1) = unsafe {
                     let k = keys.add(d * PAGE + half);
                     (N::eight(k), N::eight(k.add(8)))
                 };
                 for r in 0..R {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: guaranteed by the caller.
                     let x = unsafe { _mm256_broadcast_ss(&*q.add(r * dim + d)) };
                     sums[r][0] = _mm256_fmadd_ps(k0, x, sums[r][0]);
                     sums[r][1] = _mm256_fmadd_ps(k1, x, sums[r][1]);
@@ -114,7 +114,7 @@ unsafe fn score_rows<const R: usize, N: Number, S: Scales>(
             for r in 0..R {
                 for w in 0..2 {
                     let place = scores[r][at + half + 8 * w..][..8].as_mut_ptr();
-                    // SAFETY: eight numbers each.
+                    // SAFETY: eight numbers are read and written.
                     unsafe {
                         let sum = match scales.bits() {
                             Some(scales) => {
@@ -135,9 +135,9 @@ unsafe fn score_rows<const R: usize, N: Number, S: Scales>(
     }
 }
 
-/// `out[row] += scores[row][at + t] * values[t]` for `tokens` of a page that begins at `at`;
-/// `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim), at most four rows, `dim` a multiple
-/// of 8. The CPU must have AVX2, FMA and F16C.
+/// `out[row] += scores[row][at + t] * values[t]` for the tokens `tokens` of a page that begins at
+/// `at`; `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim), at most four rows, `dim` a
+/// multiple of 8. The CPU must have AVX2, FMA and F16C.
 pub fn weigh<N: Number, S: Scales>(
     scores: &[Scores],
     at: usize,
@@ -149,7 +149,7 @@ pub fn weigh<N: Number, S: Scales>(
     let dim = values.len() / PAGE;
     assert!(values.len() == dim * PAGE && dim.is_multiple_of(8) && fit(scales, dim));
     assert!(tokens.end <= PAGE && at + PAGE <= RUN && out.len() == scores.len() * dim);
-    // SAFETY: the lengths fit; whoever chose these kernels has seen the CPU's features.
+    // SAFETY: the lengths match; these kernels are chosen only after checking the CPU's features.
     unsafe {
         match scores.len() {
             1 => weigh_rows::<1, N, S>(scores, at, tokens, values, scales, out, dim),
@@ -162,8 +162,8 @@ pub fn weigh<N: Number, S: Scales>(
 }
 
 /// # Safety
-/// `values` has 32 rows of `dim`, a multiple of 8, `out` `R` such rows, and `scales` 32 for every
-/// block of them; and the CPU has AVX2, FMA and F16C.
+/// `values` must have 32 rows of `dim`, a multiple of 8, `out` `R` such rows, and `scales` 32 for
+/// every block of them; the CPU must have AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn weigh_rows<const R: usize, N: Number, S: Scales>(
     scores: &[Scores],
@@ -185,7 +185,7 @@ unsafe fn weigh_rows<const R: usize, N: Number, S: Scales>(
             let scales = &scales[block * PAGE..][..PAGE];
             for (r, scaled) in scaled.iter_mut().enumerate() {
                 for t in (0..PAGE).step_by(8) {
-                    // SAFETY: eight numbers each.
+                    // SAFETY: eight numbers are read and written.
                     unsafe {
                         let score = _mm256_loadu_ps(scores[r].as_ptr().add(at + t));
                         let scale = Number::eight(scales.as_ptr().add(t));
@@ -197,7 +197,7 @@ unsafe fn weigh_rows<const R: usize, N: Number, S: Scales>(
         }
         let (mut d, end) = (from, (from + width).min(dim));
         while d + 16 <= end {
-            // SAFETY: sixteen columns of every row are there, and 32 weights.
+            // SAFETY: every row has sixteen columns from here on, and there are 32 weights.
             unsafe {
                 let (values, out) = (values.add(d), out.add(d));
                 weigh_columns::<R, 2, N>(weights, values, out, count, dim);
@@ -215,8 +215,8 @@ unsafe fn weigh_rows<const R: usize, N: Number, S: Scales>(
 }
 
 /// # Safety
-/// There are weights and rows of values for all of `tokens`, and `R` rows of `out`, `dim` apart, each
-/// with `8 W` columns; and the CPU has AVX2, FMA and F16C.
+/// There must be weights and rows of values for all of `tokens`, and `R` rows of `out`, `dim`
+/// apart, each with `8 W` columns; the CPU must have AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 unsafe fn weigh_columns<const R: usize, const W: usize, N: Number>(
@@ -229,18 +229,18 @@ unsafe fn weigh_columns<const R: usize, const W: usize, N: Number>(
     let mut sums = [[_mm256_setzero_ps(); W]; R];
     for r in 0..R {
         for w in 0..W {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             sums[r][w] = unsafe { _mm256_loadu_ps(out.add(r * dim + 8 * w)) };
         }
     }
     for t in 0..tokens {
         let mut v = [_mm256_setzero_ps(); W];
         for w in 0..W {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             v[w] = unsafe { N::eight(values.add(t * dim + 8 * w)) };
         }
         for r in 0..R {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             let weight = unsafe { _mm256_broadcast_ss(&*weights[r].add(t)) };
             for w in 0..W {
                 sums[r][w] = _mm256_fmadd_ps(v[w], weight, sums[r][w]);
@@ -249,7 +249,7 @@ unsafe fn weigh_columns<const R: usize, const W: usize, N: Number>(
     }
     for r in 0..R {
         for w in 0..W {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { _mm256_storeu_ps(out.add(r * dim + 8 * w), sums[r][w]) };
         }
     }

@@ -1,55 +1,57 @@
-//! [`Block`]: what the kernel sees of a block of quantized weights.
+//! [`Block`]: the kernel's view of a block of quantized weights.
 
 use super::{signed_whole, whole, wide};
 use crate::gguf::IQ4_LEVELS;
 use crate::kernels::pack::*;
 use std::arch::x86_64::*;
 
-/// Eight rows of `SUBS` times 32 columns. With several sub-blocks, scales and minima are whole
-/// numbers times one float for all.
+/// Eight rows of `SUBS` times 32 columns. With several sub-blocks, scales and minima are integers
+/// multiplied by one float per block.
 pub trait Block {
     const SUBS: usize;
-    /// The largest weight.
+    /// The largest magnitude of a weight.
     const MOST: i32;
-    /// Whether weights have signs.
+    /// Whether the weights are signed.
     const SIGNED: bool;
-    /// Whether 16 columns share a scale and a minimum, not 32.
+    /// Whether 16 columns, not 32, share a scale and a minimum.
     const SIXTEENS: bool;
-    /// Whether something is added to the weights.
+    /// Whether the weights have an addend.
     const MINS: bool;
 
-    /// Columns `4 * part` and following of a sub-block: byte `4 * row + c` is column `c` of them.
+    /// Four columns of a sub-block, from column `4 * part` on: byte `4 * row + c` is the `c`-th of
+    /// them.
     ///
     /// # Safety
-    /// The CPU has AVX2, here and below, and F16C.
+    /// The CPU must have AVX2 and F16C; this also applies to the methods below.
     unsafe fn weights(&self, sub: usize, part: usize) -> __m256i;
 
-    /// Whole scales, each twice in 16 bits; 1 where a scale is a float. `i` counts what has one.
+    /// The integer scales, each twice in 16 bits; 1 if scales are floats. `i` counts the units that
+    /// have a scale.
     ///
     /// # Safety
     /// As above.
     unsafe fn scales(&self, i: usize) -> __m256i;
 
-    /// The scale, or what the whole scales are multiplied by.
+    /// The scale, or the factor of the integer scales.
     ///
     /// # Safety
     /// As above.
     unsafe fn d(&self) -> __m256;
 
-    /// What is added to a weight, or the whole number in it.
+    /// The addend of the weights, or its integer.
     ///
     /// # Safety
     /// As above.
     unsafe fn min(&self, i: usize) -> __m256;
 
-    /// What the whole minima are multiplied by.
+    /// The factor of the integer minima.
     ///
     /// # Safety
     /// As above.
     unsafe fn m(&self) -> __m256;
 }
 
-/// A block, given its constants and what the methods answer.
+/// Implements a block from its constants and the results of its methods.
 macro_rules! block {
     (
         $block:ty, subs: $subs:expr, most: $most:expr, signed: $signed:expr,
@@ -195,11 +197,11 @@ fn times(bits: &[u16; LANES], by: f32) -> __m256 {
     _mm256_mul_ps(wide(bits), _mm256_set1_ps(by))
 }
 
-/// Each byte twice, in 16 bits.
+/// Each byte twice, extended to 16 bits.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn twice(scales: &[i8; LANES]) -> __m256i {
-    // SAFETY: eight bytes.
+    // SAFETY: eight bytes are read.
     let bytes = unsafe { _mm_loadl_epi64(scales.as_ptr().cast()) };
     _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(bytes, bytes))
 }
@@ -207,7 +209,7 @@ fn twice(scales: &[i8; LANES]) -> __m256i {
 #[target_feature(enable = "avx2")]
 #[inline]
 fn unsigned_twice(scales: &[u8; LANES]) -> __m256i {
-    // SAFETY: eight bytes.
+    // SAFETY: eight bytes are read.
     let bytes = unsafe { _mm_loadl_epi64(scales.as_ptr().cast()) };
     _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(bytes, bytes))
 }
@@ -221,21 +223,21 @@ fn low_twice(both: &[u8; LANES]) -> __m256i {
 #[target_feature(enable = "avx2")]
 #[inline]
 fn high_whole(both: &[u8; LANES]) -> __m256 {
-    // SAFETY: eight bytes.
+    // SAFETY: eight bytes are read.
     let both = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(both.as_ptr().cast()) });
     _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(both))
 }
 
-/// Register `at` of bytes.
+/// Loads the 32 bytes of register number `at`.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn load<T, const N: usize>(bytes: &[T; N], at: usize) -> __m256i {
     assert!(size_of::<T>() == 1 && 32 * (at + 1) <= N, "the register is inside");
-    // SAFETY: 32 bytes that are inside.
+    // SAFETY: the 32 bytes are inside, as asserted.
     unsafe { _mm256_loadu_si256(bytes.as_ptr().add(32 * at).cast()) }
 }
 
-/// To the left, or to the right if negative. Bits from the neighbouring byte come in.
+/// Shifts left, or right if `by` is negative. Bits of the neighbouring byte are shifted in.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn shifted(v: __m256i, by: i32) -> __m256i {
@@ -257,12 +259,12 @@ fn nibbles(qs: &[u8; 128], part: usize) -> __m256i {
 #[target_feature(enable = "avx2")]
 #[inline]
 fn levels(qs: &[u8; 128], part: usize) -> __m256i {
-    // SAFETY: 16 bytes.
+    // SAFETY: 16 bytes are read.
     let levels = unsafe { _mm_loadu_si128(IQ4_LEVELS.as_ptr().cast()) };
     _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles(qs, part))
 }
 
-/// Bit `part` of each byte as bit `to`.
+/// Moves bit `part` of each byte to bit `to`.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn bit(bits: &[u8; 32], part: usize, to: i32) -> __m256i {
@@ -270,7 +272,7 @@ fn bit(bits: &[u8; 32], part: usize, to: i32) -> __m256i {
     _mm256_and_si256(v, _mm256_set1_epi8(1 << to))
 }
 
-/// Bits `2 * (part % 4)` of each byte of a half, and one more, as bits `to`.
+/// Moves bits `2 * (part % 4)` and the next of each byte of a half to bits `to` and the next.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn pair(bits: &[[u8; 32]; 2], part: usize, to: i32) -> __m256i {

@@ -1,9 +1,9 @@
-//! Tiles of dense products in f32.
+//! Tiles of dense products in f32, for AVX2.
 
 use crate::kernels::gemm::{PACKED, STRIP, Tile};
 use std::arch::x86_64::*;
 
-/// The tile of so many rows, with these strides; the CPU must have AVX2 and FMA.
+/// The kernel for this number of rows and these strides; the CPU must have AVX2 and FMA.
 pub fn tile(rows: usize, strides: [usize; 2]) -> Tile<f32> {
     if strides == PACKED { of::<true>(rows) } else { of::<false>(rows) }
 }
@@ -20,11 +20,11 @@ fn of<const P: bool>(rows: usize) -> Tile<f32> {
     }
 }
 
-/// Two registers of columns a row: twelve sums hide the latency of an FMA. With `P` the strides are
-/// [`PACKED`], and known to the compiler.
+/// Computes a tile with two registers of columns per row: twelve sums hide the latency of an FMA.
+/// With `P` the strides are [`PACKED`], as compile-time constants.
 ///
 /// # Safety
-/// As [`Tile`] says, and the CPU has AVX2 and FMA.
+/// As for [`Tile`]; the CPU must have AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn run<const R: usize, const P: bool>(
     depth: usize,
@@ -36,9 +36,9 @@ unsafe fn run<const R: usize, const P: bool>(
     add: bool,
 ) {
     let [row, col] = if P { PACKED } else { strides };
-    // The result's lines are fetched while sums are made.
+    // Prefetch the result's cache lines while the sums are computed.
     for r in 0..R {
-        // SAFETY: an address inside `out`; fetching changes nothing.
+        // SAFETY: the address is inside `out`, and a prefetch changes nothing.
         unsafe {
             _mm_prefetch::<_MM_HINT_T0>(out.add(r * stride).cast());
             _mm_prefetch::<_MM_HINT_T0>(out.add(r * stride + STRIP - 1).cast());
@@ -47,7 +47,7 @@ unsafe fn run<const R: usize, const P: bool>(
     let mut sums = [[_mm256_setzero_ps(); 2]; R];
     let (mut x, mut w) = (a, strip);
     for _ in 0..depth {
-        // SAFETY: the caller's promise; the pointers end behind the last numbers.
+        // SAFETY: guaranteed by the caller; the pointers end after the last numbers.
         unsafe {
             let cols = [_mm256_loadu_ps(w), _mm256_loadu_ps(w.add(8))];
             for r in 0..R {
@@ -61,7 +61,7 @@ unsafe fn run<const R: usize, const P: bool>(
     }
     for r in 0..R {
         for half in 0..2 {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 let at = out.add(r * stride + 8 * half);
                 let sum = match add {
@@ -74,16 +74,16 @@ unsafe fn run<const R: usize, const P: bool>(
     }
 }
 
-/// Turns a square of eight by eight numbers, whose rows lie by the strides.
+/// Transposes a block of eight by eight numbers, whose rows are the strides apart.
 ///
 /// # Safety
-/// All of it can be read and written, and the CPU has AVX2.
+/// All of these numbers must be readable and writable, and the CPU must have AVX2.
 #[target_feature(enable = "avx2")]
 pub unsafe fn turn(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let r: [__m256; 8] =
         std::array::from_fn(|i| unsafe { _mm256_loadu_ps(from.add(i * from_stride)) });
-    // Pairs, then fours, then halves.
+    // Interleave pairs, then groups of four, then halves.
     let two = |a, b| [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)];
     let four = |a, b| [_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xEE>(a, b)];
     let ([a, b], [c, d]) = (two(r[0], r[1]), two(r[2], r[3]));
@@ -92,7 +92,7 @@ pub unsafe fn turn(from: *const f32, from_stride: usize, to: *mut f32, to_stride
     let ([e, g], [f, h]) = (four(e, g), four(f, h));
     let (low, high) = ([a, c, b, d], [e, g, f, h]);
     for i in 0..4 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let top = _mm256_permute2f128_ps::<0x20>(low[i], high[i]);
             let bottom = _mm256_permute2f128_ps::<0x31>(low[i], high[i]);

@@ -1,4 +1,4 @@
-//! Weights that are plain numbers, in f32 arithmetic.
+//! Kernels for floating-point weights, in f32 arithmetic.
 
 use super::{LINE, ask};
 use crate::kernels::activation::Row;
@@ -6,10 +6,10 @@ use crate::kernels::pack::LANES;
 use half::bf16;
 use std::arch::x86_64::*;
 
-/// Eight weights of one column.
+/// A column of eight weights.
 pub trait Lanes {
     /// # Safety
-    /// `at` has eight readable numbers; the CPU has AVX2 and F16C.
+    /// `at` must have eight readable numbers; the CPU must have AVX2 and F16C.
     unsafe fn load(at: *const u8) -> __m256;
 }
 
@@ -19,7 +19,7 @@ impl Lanes for [u16; LANES] {
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
     unsafe fn load(at: *const u8) -> __m256 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
     }
 }
@@ -30,7 +30,7 @@ impl Lanes for [bf16; LANES] {
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
     unsafe fn load(at: *const u8) -> __m256 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let bits = unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast())) };
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
     }
@@ -42,15 +42,15 @@ impl Lanes for [f32; LANES] {
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
     unsafe fn load(at: *const u8) -> __m256 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { _mm256_loadu_ps(at.cast()) }
     }
 }
 
-/// `G` groups by `T` tokens.
+/// Computes a tile of `G` groups by `T` tokens.
 ///
 /// # Safety
-/// As `matmul::Tile` says, and the CPU has AVX2, FMA and F16C.
+/// As for `matmul::Tile`; the CPU must have AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn tile<L: Lanes + Sized, const G: usize, const T: usize>(
     weights: *const u8,
@@ -80,7 +80,7 @@ pub unsafe fn tile<L: Lanes + Sized, const G: usize, const T: usize>(
     }
     for g in 0..G {
         for t in 0..T {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { _mm256_storeu_ps(out.add(t * stride + 8 * g), acc[g][t]) };
         }
     }

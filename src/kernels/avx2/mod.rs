@@ -1,4 +1,4 @@
-//! AVX2 with FMA and F16C.
+//! Kernels for AVX2 with FMA and F16C.
 
 mod attention;
 mod block;
@@ -15,31 +15,32 @@ use super::pack::*;
 use half::bf16;
 use std::arch::x86_64::*;
 
-/// Bytes that memory gives at a time.
+/// Bytes per cache line.
 const LINE: usize = 64;
 
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn wide(bits: &[u16; 8]) -> __m256 {
-    // SAFETY: sixteen bytes.
+    // SAFETY: sixteen bytes are read.
     _mm256_cvtph_ps(unsafe { _mm_loadu_si128(bits.as_ptr().cast()) })
 }
 
 #[target_feature(enable = "avx2")]
 #[inline]
 fn whole(bytes: &[u8; 8]) -> __m256 {
-    // SAFETY: eight bytes.
+    // SAFETY: eight bytes are read.
     _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }))
 }
 
 #[target_feature(enable = "avx2")]
 #[inline]
 fn signed_whole(bytes: &[i8; 8]) -> __m256 {
-    // SAFETY: eight bytes.
+    // SAFETY: eight bytes are read.
     _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }))
 }
 
-/// A kernel for a tile of `groups` groups and `tokens` tokens; the CPU must have AVX2, FMA and F16C.
+/// The kernel for a tile of `groups` groups and `tokens` tokens; the CPU must have AVX2, FMA and
+/// F16C.
 pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
     match (groups, tokens) {
         (2, 2) => of_floats::<2, 2>(kind),
@@ -59,10 +60,10 @@ pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
     }
 }
 
-/// Asks for the lines that begin in some bytes ahead. A product with one token waits for memory, and
-/// a group of a small matrix ends before the hardware has seen a stream in it: so the tile asks for
-/// the next one's bytes while it reads its own. Behind the last there may be none; asking is
-/// harmless.
+/// Prefetches the cache lines that begin in `bytes` bytes from `from` on. A product with one token
+/// is limited by memory, and a group of a small matrix ends before the hardware prefetcher detects
+/// a stream: so a tile prefetches the next tile's bytes while it reads its own. After the last tile
+/// the address may be invalid, which is harmless.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn ask(from: *const u8, bytes: usize) {

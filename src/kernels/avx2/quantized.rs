@@ -1,7 +1,7 @@
-//! Quantized weights of all types, in one kernel.
+//! One kernel for quantized weights of all types, for AVX2.
 //!
-//! Products of unsigned weights and signed activations are summed in 16 bits over as many columns as
-//! cannot overflow, and only then widened, and multiplied by the scales where these are whole.
+//! Products of unsigned weights and signed activations are summed in 16 bits over as many columns
+//! as cannot overflow, then widened to 32 bits, and multiplied by the scales if these are integers.
 
 use super::ask;
 use super::block::Block;
@@ -10,10 +10,10 @@ use crate::kernels::pack::BLOCK;
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-/// Registers of four columns each in a block of 32.
+/// Registers of four columns each in a block of 32 columns.
 const PARTS: usize = 8;
 
-/// Runs the body for each, unrolled: which bits a part has is then known to the compiler.
+/// Repeats the body for each part, unrolled, so that the compiler knows the bits of each part.
 macro_rules! each_part {
     ($part:ident => $body:block) => {
         each_part!($part => $body, 0 1 2 3 4 5 6 7)
@@ -23,7 +23,8 @@ macro_rules! each_part {
     };
 }
 
-/// Registers of products that 16 bits can add up: all of a scale's, or as many as fit.
+/// Number of registers of products that can be summed in 16 bits: all that share a scale, or as
+/// many as cannot overflow.
 const fn run<B: Block>() -> usize {
     if B::SIGNED {
         return 1;
@@ -35,10 +36,10 @@ const fn run<B: Block>() -> usize {
     parts
 }
 
-/// `G` groups by `T` tokens.
+/// Computes a tile of `G` groups by `T` tokens.
 ///
 /// # Safety
-/// As `matmul::Tile` says, and the CPU has AVX2, FMA and F16C.
+/// As for `matmul::Tile`; the CPU must have AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn tile<B: Block, const G: usize, const T: usize>(
     weights: *const u8,
@@ -57,7 +58,7 @@ pub unsafe fn tile<B: Block, const G: usize, const T: usize>(
             // SAFETY: as above.
             block[g] = unsafe { &*weights.add(g * blocks + b) };
         }
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             if B::SUBS == 1 {
                 single(block, b, x, &mut acc, blocks);
@@ -68,7 +69,7 @@ pub unsafe fn tile<B: Block, const G: usize, const T: usize>(
     }
     for g in 0..G {
         for t in 0..T {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { _mm256_storeu_ps(out.add(t * stride + 8 * g), acc[g][t]) };
         }
     }
@@ -77,7 +78,7 @@ pub unsafe fn tile<B: Block, const G: usize, const T: usize>(
 /// Adds block `b`, 32 columns.
 ///
 /// # Safety
-/// The CPU has AVX2, FMA and F16C, and the rows have a block `b`.
+/// The CPU must have AVX2, FMA and F16C, and the rows must have a block `b`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 unsafe fn single<B: Block, const G: usize, const T: usize>(
@@ -87,10 +88,10 @@ unsafe fn single<B: Block, const G: usize, const T: usize>(
     acc: &mut [[__m256; T]; G],
     blocks: usize,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let sums = unsafe { sums(block, 0, b, x, blocks) };
     for g in 0..G {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let (d, min) = unsafe { (block[g].d(), block[g].min(0)) };
         for t in 0..T {
             // SAFETY: the row has a scale and a sum for each block.
@@ -106,11 +107,11 @@ unsafe fn single<B: Block, const G: usize, const T: usize>(
     }
 }
 
-/// Adds block `b`, `B::SUBS` times 32 columns. Scales and minima are whole numbers times one float
-/// for the whole block, which is not multiplied before the end.
+/// Adds block `b`, `B::SUBS` times 32 columns. Scales and minima are integers multiplied by one
+/// float for the whole block, which is applied at the end.
 ///
 /// # Safety
-/// As [`single`].
+/// As for [`single`].
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 unsafe fn several<B: Block, const G: usize, const T: usize>(
@@ -123,7 +124,7 @@ unsafe fn several<B: Block, const G: usize, const T: usize>(
     let mut products = [[_mm256_setzero_ps(); T]; G];
     for sub in 0..B::SUBS {
         let at = b * B::SUBS + sub;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let sums = unsafe { sums(block, sub, at, x, blocks) };
         for t in 0..T {
             // SAFETY: the row has a scale for each block.
@@ -135,7 +136,7 @@ unsafe fn several<B: Block, const G: usize, const T: usize>(
         }
     }
     for g in 0..G {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let d = unsafe { block[g].d() };
         for t in 0..T {
             acc[g][t] = _mm256_fmadd_ps(d, products[g][t], acc[g][t]);
@@ -144,23 +145,23 @@ unsafe fn several<B: Block, const G: usize, const T: usize>(
     if !B::MINS {
         return;
     }
-    // Two chains of sums each: one alone would wait for its own additions.
+    // Two chains of sums each: a single one would wait for the latency of its own additions.
     let mut mins = [[[_mm256_setzero_ps(); T]; G]; 2];
     let each = if B::SIXTEENS { 2 } else { 1 };
     for i in 0..B::SUBS * each {
         for g in 0..G {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             let min = unsafe { block[g].min(i) };
             for t in 0..T {
                 let sums = if B::SIXTEENS { x[t].h } else { x[t].s };
-                // SAFETY: the row has a sum for each block, and two of its halves.
+                // SAFETY: the row has a sum for each block, and two sums for its halves.
                 let xs = unsafe { _mm256_broadcast_ss(&*sums.add(b * B::SUBS * each + i)) };
                 mins[i % 2][g][t] = _mm256_fmadd_ps(min, xs, mins[i % 2][g][t]);
             }
         }
     }
     for g in 0..G {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let m = unsafe { block[g].m() };
         for t in 0..T {
             let sum = _mm256_add_ps(mins[0][g][t], mins[1][g][t]);
@@ -169,23 +170,23 @@ unsafe fn several<B: Block, const G: usize, const T: usize>(
     }
 }
 
-/// The same, from an empty instruction that the compiler moves past no other of its kind. On its own
-/// it makes all of a block's weights before it uses one, and spills them.
+/// Returns its argument through an empty instruction that the compiler does not reorder with others
+/// of its kind. Otherwise the compiler would compute all of a block's weights first and spill them.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn in_order(mut v: __m256i) -> __m256i {
-    // SAFETY: nothing is done.
+    // SAFETY: the assembly is a comment: it does nothing.
     unsafe {
         asm!("/* {0} */", inout(ymm_reg) v, options(nomem, nostack, preserves_flags));
     }
     v
 }
 
-/// Sums of 32 columns, sub-block `sub` of the weights and block `at` of the rows, times the scales if
-/// they are whole. A group has `blocks` blocks.
+/// Sums over 32 columns, sub-block `sub` of the weights and block `at` of the rows, multiplied by
+/// the scales if these are integers. A group has `blocks` blocks.
 ///
 /// # Safety
-/// As [`single`].
+/// As for [`single`].
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 unsafe fn sums<B: Block, const G: usize, const T: usize>(
@@ -208,7 +209,7 @@ unsafe fn sums<B: Block, const G: usize, const T: usize>(
     each_part!(part => {
         let mut w = [zero; G];
         for g in 0..G {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             w[g] = in_order(unsafe { block[g].weights(sub, part) });
         }
         for t in 0..T {
@@ -226,7 +227,7 @@ unsafe fn sums<B: Block, const G: usize, const T: usize>(
                 narrow[g][t] = in_order(_mm256_add_epi16(narrow[g][t], products));
                 if part % run == run - 1 {
                     let i = if B::SIXTEENS { 2 * sub + 2 * part / PARTS } else { sub };
-                    // SAFETY: the caller's promise.
+                    // SAFETY: guaranteed by the caller.
                     let scales = unsafe { block[g].scales(i) };
                     let wide = _mm256_madd_epi16(narrow[g][t], scales);
                     sums[g][t] = in_order(_mm256_add_epi32(sums[g][t], wide));

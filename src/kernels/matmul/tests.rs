@@ -6,7 +6,7 @@ use half::f16;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-/// Random rows as ggml stores them, and their values.
+/// Random rows in ggml's format, and their values.
 fn weights(ty: TensorType, rows: usize, cols: usize, rng: &mut StdRng) -> (Vec<u8>, Vec<f32>) {
     let (mut bytes, mut values) = (Vec::new(), Vec::new());
     let number = |rng: &mut StdRng| rng.random_range(-1.0f32..1.0);
@@ -40,8 +40,8 @@ fn weights(ty: TensorType, rows: usize, cols: usize, rng: &mut StdRng) -> (Vec<u
     (bytes, values)
 }
 
-/// Any bytes are a block of these types, but for the numbers at `scales`, which must be finite; what
-/// they stand for is `gguf::dequantize`'s to say.
+/// A random block. In these types any bytes are valid, except that the numbers at `scales` must be
+/// finite; `gguf::dequantize` gives the values.
 fn random_block<const N: usize>(
     ty: TensorType,
     scales: &[usize],
@@ -60,7 +60,7 @@ fn random_block<const N: usize>(
     values.extend(out);
 }
 
-/// The formats of `ggml-common.h`, written once more.
+/// An independent implementation of the formats of `ggml-common.h`.
 fn quantized_block(ty: TensorType, rng: &mut StdRng, bytes: &mut Vec<u8>, values: &mut Vec<f32>) {
     let bits = match ty {
         TensorType::Q8_0 => 8,
@@ -109,7 +109,7 @@ fn case(ty: TensorType, rows: usize, cols: usize) -> Case {
     let mut quantized = Quantized::default();
     quantized.resize(TOKENS_OF_CASE, cols);
     for (row, x) in x.chunks(cols).enumerate() {
-        // SAFETY: one thread.
+        // SAFETY: there is only one thread.
         unsafe { quantized.writer().write(row, 0, x) };
     }
     Case { matrix, values, x, quantized }
@@ -129,12 +129,12 @@ impl Case {
         let mut out = vec![f32::NAN; tokens.len() * stride];
         let part = Disjoint::new(&mut out);
         let groups = 0..self.matrix.groups();
-        // SAFETY: one thread.
+        // SAFETY: there is only one thread.
         unsafe { multiply(isa, &self.matrix, groups, &self.input(), tokens, part, 0, stride) };
         out
     }
 
-    /// What the kernels should give, from the values themselves.
+    /// The expected result, computed in f64 from the values themselves.
     fn expected(&self, token: usize, row: usize) -> (f64, f64) {
         let cols = self.matrix.cols();
         let mut sums = (0.0, 0.0);
@@ -197,7 +197,7 @@ fn a_token_is_the_same_in_any_company() {
     }
 }
 
-/// The sums of 16 bits at their largest; all weights of a block are the same.
+/// The 16-bit sums at their largest; all weights of a block are equal.
 #[test]
 fn extreme_weights_do_not_overflow() {
     let one = [0u8, 60];
@@ -220,20 +220,20 @@ fn extreme_weights_do_not_overflow() {
         let matrix = Matrix::pack(ty, 1, cols, &block, &mut Pool::new(1).unwrap()).unwrap();
         let mut quantized = Quantized::default();
         quantized.resize(1, cols);
-        // SAFETY: one thread.
+        // SAFETY: there is only one thread.
         unsafe { quantized.writer().write(0, 0, &vec![-127.0; cols]) };
         for isa in [isa(), Isa::Scalar] {
             let mut out = [0f32; 8];
             let part = Disjoint::new(&mut out);
             let input = Input::Quantized(&quantized);
-            // SAFETY: one thread.
+            // SAFETY: there is only one thread.
             unsafe { multiply(isa, &matrix, 0..1, &input, 0..1, part, 0, 8) };
             assert_eq!(out[0], weight * -127.0 * cols as f32, "{ty:?}, {isa:?}");
         }
     }
 }
 
-/// What the types are for: as few bytes as in the file, but for scales that are bytes of their own.
+/// Packed weights take as few bytes as in the file, except for scales, which are unpacked to bytes.
 #[test]
 fn packed_weights_stay_small() {
     let mut pool = Pool::new(1).unwrap();

@@ -1,4 +1,4 @@
-//! Layouts of blocks: eight rows side by side.
+//! Layouts of packed blocks: eight rows interleaved.
 
 use super::{BLOCK, LANES};
 
@@ -50,9 +50,9 @@ pub struct BlockT4 {
     pub qs: [u8; 128],
 }
 
-/// Columns of a block of the K types.
+/// Columns per block of the K types.
 pub const SUPER: usize = 256;
-/// Blocks of 32 in it.
+/// Blocks of 32 columns in it.
 pub const SUBS: usize = SUPER / BLOCK;
 
 /// Eight rows by 256 columns of 4-bit weights with 6-bit scales and minima for every 32, value
@@ -88,9 +88,9 @@ pub struct BlockT4K {
     pub qs: [[u8; 128]; SUBS],
 }
 
-/// Eight rows by 256 columns of 2-bit weights with 4-bit scales and minima for every 16 (the low and
-/// the high half of a byte of `sc`), value `d * scale * q - m * minimum`: bits `2 * part` and one
-/// more of byte `4 * row + c` of `qs[sub][half]` are column `16 * half + 4 * part + c`.
+/// Eight rows by 256 columns of 2-bit weights with 4-bit scales and minima for every 16 (the low
+/// and the high half of a byte of `sc`), value `d * scale * q - m * minimum`. Bits `2 * part` and
+/// `2 * part + 1` of byte `4 * row + c` of `qs[sub][half]` are column `16 * half + 4 * part + c`.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct BlockU2K {

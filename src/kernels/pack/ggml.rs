@@ -1,7 +1,7 @@
-//! From blocks as ggml stores them (`gguf::dequantize` lists the layouts) to ours.
+//! Converts blocks from ggml's layouts (listed in `gguf::dequantize`) to ours.
 //!
-//! Weights are moved four columns at a time, a byte each, in words; what a word has beside the bits
-//! that are wanted is masked away where it is placed.
+//! Weights are moved four columns at a time, one byte each, in 32-bit words; surplus bits of a word
+//! are masked when it is placed.
 
 use super::*;
 
@@ -23,8 +23,8 @@ const fn each(byte: u8) -> u32 {
     u32::from_le_bytes([byte; 4])
 }
 
-/// ggml keeps column `i` of a 4-bit block in the low half of byte `i`, column `16 + i` in its high
-/// half.
+/// Four weights of a 4-bit block. ggml stores column `i` in the low half of byte `i`, column `16 +
+/// i` in its high half.
 #[inline(always)]
 fn nibbles(qs: &[u8], column: usize) -> u32 {
     u32_at(qs, column % 16) >> (column / 16 * 4)
@@ -34,7 +34,7 @@ fn interleave_nibbles(rows: [&[u8]; LANES]) -> [u8; 128] {
     interleave(|lane, column| nibbles(rows[lane], column))
 }
 
-/// Places eight words, one after the other, one of each row.
+/// Writes words in groups of eight, one word of each row.
 #[inline(always)]
 fn place<const N: usize>(word: impl Fn(usize, usize) -> u32) -> [u8; N] {
     let mut placed = [0; N];
@@ -44,7 +44,8 @@ fn place<const N: usize>(word: impl Fn(usize, usize) -> u32) -> [u8; N] {
     placed
 }
 
-/// Packs the low four bits of 32 weights a row. `q` gives four of a row from a column on.
+/// Packs the low four bits of 32 weights per row. `q` returns four weights of a row from a column
+/// on.
 #[inline(always)]
 fn interleave(q: impl Fn(usize, usize) -> u32) -> [u8; 128] {
     place(|j, lane| {
@@ -53,13 +54,13 @@ fn interleave(q: impl Fn(usize, usize) -> u32) -> [u8; 128] {
     })
 }
 
-/// Packs 32 single bits a row.
+/// Packs 32 single bits per row.
 #[inline(always)]
 fn interleave_bits(q: impl Fn(usize, usize) -> u32) -> [u8; 32] {
     place(|_, lane| (0..8).map(|part| (q(lane, 4 * part) & each(1)) << part).sum())
 }
 
-/// Packs 32 pairs of bits a row, 16 in each half.
+/// Packs 32 two-bit values per row, 16 in each half.
 #[inline(always)]
 fn interleave_pairs(q: impl Fn(usize, usize) -> u32) -> [[u8; 32]; 2] {
     std::array::from_fn(|half| {
@@ -70,11 +71,11 @@ fn interleave_pairs(q: impl Fn(usize, usize) -> u32) -> [[u8; 32]; 2] {
     })
 }
 
-/// Four bits of a row of them, from `column` on, in a byte each.
+/// Four bits of a row's bit field, from `column` on, each in its own byte.
 #[inline(always)]
 fn bits_at(bits: &[u8], column: usize) -> u32 {
     let four = bits[column / 8] >> (column % 8) & 15;
-    // A copy of the four for each, shifted so that its own is the byte's lowest.
+    // Copy the four bits once per byte, shifted so that each byte's own bit is its lowest.
     (u32::from(four) * 0x0020_4081) & each(1)
 }
 
@@ -107,8 +108,8 @@ pub fn q5_1(rows: [&[u8]; LANES]) -> BlockU5Min {
     }
 }
 
-/// Scale and minimum of sub-block `sub`: six bits each, in twelve bytes (`get_scale_min_k4` in
-/// `ggml-quants.c` describes the layout).
+/// Scale and minimum of sub-block `sub`: six bits each, packed in twelve bytes (`get_scale_min_k4`
+/// in `ggml-quants.c` describes the layout).
 fn scale_and_min(packed: &[u8], sub: usize) -> (u8, u8) {
     match sub {
         0..4 => (packed[sub] & 63, packed[sub + 4] & 63),
@@ -189,7 +190,8 @@ pub fn q2_k(rows: [&[u8]; LANES]) -> BlockU2K {
     }
 }
 
-/// Scale `sixteen` of a Q3_K block: four bits, and two in the bytes after those of all.
+/// Scale number `sixteen` of a Q3_K block: the four low bits, and two high bits stored after all
+/// low bits.
 fn three_bit_scale(packed: &[u8], sixteen: usize) -> i8 {
     let low = packed[sixteen % 8] >> (sixteen / 8 * 4) & 15;
     let high = packed[8 + sixteen % 4] >> (sixteen / 4 * 2) & 3;
@@ -213,7 +215,7 @@ pub fn iq4_nl(rows: [&[u8]; LANES]) -> BlockT4 {
     BlockT4 { d: rows.map(|row| u16_at(row, 0)), qs: interleave_nibbles(rows.map(|row| &row[2..])) }
 }
 
-/// Scale `sub` of an IQ4_XS block: two bits, and four in the bytes after those of all.
+/// Scale `sub` of an IQ4_XS block: two high bits, and four low bits stored after all high bits.
 fn table_scale(packed: &[u8], sub: usize) -> i8 {
     let high = packed[sub / 4] >> (2 * (sub % 4)) & 3;
     let low = packed[2 + sub / 2] >> (4 * (sub % 2)) & 15;

@@ -1,7 +1,7 @@
-//! [`Bpe`]: merges by rank within words, through the crate `tokenizers`.
+//! [`Bpe`]: merges by rank within words, using the crate `tokenizers`.
 //!
-//! Source: `llm_tokenizer_bpe_session` in `src/llama-vocab.cpp`. Crate and llama.cpp agree as long
-//! as all parts and results of merges are tokens; other files are not covered.
+//! Source: `llm_tokenizer_bpe_session` in `src/llama-vocab.cpp`. The crate and llama.cpp agree if
+//! all parts and results of merges are tokens; files that violate this are rejected.
 
 use super::NativeError;
 use super::lexicon::{Lexicon, MERGES, SPACE, byte_chars, not_covered};
@@ -13,14 +13,14 @@ use std::collections::HashSet;
 use tokenizers::Model;
 use tokenizers::models::bpe::{BPE, Merges};
 
-/// Words whose tokens are remembered, per thread; the crate keeps those below 256 bytes.
+/// Words whose tokens are cached, per thread; the crate caches those below 256 bytes.
 const CACHED_WORDS: usize = 4096;
 
 pub struct Bpe {
     splitter: Splitter,
     units: Units,
     whole_words: bool,
-    /// GPT-2's spelling of every byte, and whether it is a token.
+    /// GPT-2's character for each byte, and whether it is a token.
     chars: [char; 256],
     known: [bool; 256],
     merges: BPE,
@@ -38,7 +38,7 @@ impl Bpe {
         }
         let listed = match gguf.strings(MERGES)? {
             Some(listed) => listed,
-            // Kimi K2 may come without: every word is a token.
+            // Kimi K2 files may have no merges: every word is a token.
             None if name == "kimi-k2" => &[],
             None => return Err(GgufError::MissingKey(MERGES.to_owned()).into()),
         };
@@ -53,7 +53,7 @@ impl Bpe {
         Ok(Self { splitter, units, whole_words, chars, known, merges })
     }
 
-    /// Whether tokens are spelled in bytes as GPT-2 does it.
+    /// Whether tokens are spelled in GPT-2's byte alphabet.
     pub fn is_byte_level(&self) -> bool {
         self.units == Units::Bytes
     }
@@ -73,13 +73,13 @@ impl Bpe {
         }
     }
 
-    /// `spelled` is scratch space.
+    /// Tokenizes a word; `spelled` is scratch space.
     fn encode_bytes(&self, word: &[u8], spelled: &mut String, tokens: &mut Vec<Token>) {
         self.spell(word, spelled);
         if self.is_known(word) || self.whole_word(spelled).is_some() {
             return self.encode_word(spelled, tokens);
         }
-        // A byte without a token is dropped, and what stood beside it does not merge.
+        // A byte without a token is dropped, and its neighbours do not merge.
         for run in word.split(|&byte| !self.known[usize::from(byte)]) {
             self.spell(run, spelled);
             self.merge(spelled, tokens);
@@ -95,7 +95,7 @@ impl Bpe {
         word.iter().all(|&byte| self.known[usize::from(byte)])
     }
 
-    /// A line, or a run of newlines, with its spaces written as U+2581.
+    /// Tokenizes a line, or a run of newlines, with spaces written as U+2581.
     fn encode_line(&self, line: &str, tokens: &mut Vec<Token>) {
         if self.units != Units::Characters && line.starts_with('\n') {
             return match self.merges.token_to_id(line) {
@@ -106,7 +106,7 @@ impl Bpe {
         if self.units != Units::Metaspace {
             return self.encode_word(line, tokens);
         }
-        // Every space starts a word, and the line does too.
+        // Every space starts a word; so does the beginning of the line.
         let line = if line.starts_with(SPACE) { line } else { &format!("{SPACE}{line}") };
         let starts = line.match_indices(SPACE).map(|(at, _)| at);
         let ends = starts.clone().skip(1).chain([line.len()]);
@@ -133,19 +133,20 @@ impl Bpe {
     }
 }
 
-/// `<0x00>` to `<0xFF>`.
+/// Whether the vocabulary has the tokens `<0x00>` to `<0xFF>`.
 fn has_byte_tokens(lexicon: &Lexicon) -> bool {
     (0..=255u8).all(|byte| lexicon.id(&format!("<{byte:#04X}>")).is_some())
 }
 
-/// The merges in order, the first of equal ones; the crate checks that all parts are tokens.
+/// Reads the merges in order, keeping the first of equal ones; the crate checks that all parts are
+/// tokens.
 fn read_merges(listed: &[String], lexicon: &Lexicon) -> Result<Merges, NativeError> {
     let longest = lexicon.texts.iter().map(String::len).max().unwrap_or(0);
     let mut merges = Vec::with_capacity(listed.len());
     let mut seen = HashSet::with_capacity(listed.len());
     for merge in listed {
         let Some((left, right)) = parts(merge) else { continue };
-        // The crate would panic.
+        // The crate would panic on such a merge.
         if left.len() + right.len() > longest {
             return Err(not_covered(format!("a merge longer than any token: '{merge}'")));
         }
@@ -156,7 +157,7 @@ fn read_merges(listed: &[String], lexicon: &Lexicon) -> Result<Merges, NativeErr
     Ok(merges)
 }
 
-/// Both sides of a merge's first space. The left one may start with a space, but is not empty.
+/// Splits a merge at its first space. The left part may start with a space, but is not empty.
 fn parts(merge: &str) -> Option<(&str, &str)> {
     let (space, _) = merge.char_indices().skip(1).find(|&(_, c)| c == ' ')?;
     Some((&merge[..space], &merge[space + 1..]))

@@ -1,4 +1,5 @@
-//! [`Lexicon`]: every token with its text and kind, and the roles that llama.cpp gives by text.
+//! [`Lexicon`]: every token with its text and kind, and the roles that llama.cpp derives from
+//! texts.
 //!
 //! Source: `llama_vocab::impl::load` and `token_to_piece` in `src/llama-vocab.cpp`.
 
@@ -14,8 +15,8 @@ pub const MERGES: &str = "tokenizer.ggml.merges";
 /// SentencePiece writes a space as this character.
 pub const SPACE: &str = "\u{2581}";
 
-/// What a token is (`enum llama_token_type`). llama.cpp keeps a set of attributes; where it adds
-/// "control" to another one, nothing but "control" shows.
+/// The kind of a token (`enum llama_token_type`). llama.cpp keeps a set of attributes; if it adds
+/// "control" to another attribute, only "control" has an effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Undefined,
@@ -40,13 +41,13 @@ impl Kind {
         }
     }
 
-    /// Whether the token is found in a text by its spelling, before the text is split.
+    /// Whether the token is matched in a text by its spelling, before the text is split.
     pub fn is_mark(self) -> bool {
         matches!(self, Kind::Control | Kind::UserDefined | Kind::Unknown)
     }
 }
 
-/// Texts that end generation wherever they are tokens.
+/// Texts of tokens that end generation.
 const ENDS: &[&str] = &[
     "<|eot_id|>",
     "<|im_end|>",
@@ -71,22 +72,23 @@ const ENDS: &[&str] = &[
     "<｜end▁of▁sentence｜>",
     "[e~[",
 ];
-/// Text for the reader, whatever the file says (gpt-oss).
+/// Tokens that are shown as text regardless of the file (gpt-oss).
 const SHOWN: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
-/// Roles in filling in that end generation: by key, or else by the first text that is there.
+/// Infill roles that end generation: identified by key, otherwise by the first of the texts that
+/// exists.
 const INFILL_ENDS: &[(&str, &[&str])] = &[
     ("fim_pad", &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"]),
     ("fim_rep", &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"]),
     ("fim_sep", &["<|file_sep|>"]),
 ];
 
-/// A vocabulary as its file lists it, resolved. Only needed while a tokenizer is made.
+/// A vocabulary read from a file. Only needed to construct a tokenizer.
 pub struct Lexicon {
     pub facts: TokenizerFacts,
     /// By token id.
     pub texts: Vec<String>,
     pub kinds: Vec<Kind>,
-    /// By text; the crate's map, which hashes faster than that of the standard library.
+    /// Token ids by text; the crate's map type, which hashes faster than the standard library's.
     pub ids: Ids,
     ends: BTreeSet<Token>,
 }
@@ -98,7 +100,7 @@ impl Lexicon {
         if gguf.lossy_keys().iter().any(|key| key == TOKENS || key == MERGES) {
             return Err(not_covered("a vocabulary that is not UTF-8"));
         }
-        // llama.cpp gives an empty token a name, so that it is never found.
+        // As in llama.cpp: an empty token gets a name, so that it is never matched.
         let named = |(id, text): (usize, &String)| match text.is_empty() {
             true => format!("[EMPTY_{id}]"),
             false => text.clone(),
@@ -121,7 +123,7 @@ impl Lexicon {
         self.ids.get(text).copied()
     }
 
-    /// Tokens that are found in a text by their spelling.
+    /// Tokens that are matched in a text by their spelling.
     pub fn marks(&self) -> impl Iterator<Item = Token> {
         (0..self.texts.len()).filter(|&at| self.kinds[at].is_mark()).map(|at| at as Token)
     }
@@ -134,7 +136,7 @@ impl Lexicon {
         self.kinds[token as usize]
     }
 
-    /// The name of the pre-tokenizer; the `gemma4` model brings its own.
+    /// The name of the pre-tokenizer; the `gemma4` model implies its own.
     pub fn pre(&self) -> &str {
         match self.facts.model.as_deref() {
             Some("gemma4") => "gemma4",
@@ -147,7 +149,7 @@ impl Lexicon {
         bpe && matches!(self.pre(), "gemma4" | "granite-embed-multi-311m")
     }
 
-    /// Later rules overrule earlier ones, as in llama.cpp.
+    /// Assigns token roles. Later rules override earlier ones, as in llama.cpp.
     fn assign_roles(&mut self, gguf: &Gguf) {
         let facts = &self.facts;
         let id = |token: &Option<SpecialToken>| token.as_ref().map(|token| token.id);
@@ -159,7 +161,7 @@ impl Lexicon {
         let by_key: Vec<Token> =
             [&facts.eos, &facts.eot, &facts.eom].into_iter().filter_map(id).collect();
         for (keys, token) in infill {
-            // What was found by its text must be a control token.
+            // A token found by its text, not by its key, becomes a control token.
             if !keys.iter().any(|key| has_key(gguf, key, self.texts.len())) {
                 self.set(token, Kind::Control);
             }
@@ -184,7 +186,8 @@ impl Lexicon {
         self.take_back_ends();
     }
 
-    /// Two texts that end generation in most vocabularies, but not beside certain others.
+    /// Unmarks two texts that end generation in most vocabularies, but not if certain other tokens
+    /// exist.
     fn take_back_ends(&mut self) {
         let ends = |text: &str| self.id(text).filter(|token| self.ends.contains(token));
         let calls = ends("<|call|>").or(ends("<|calls|>")).is_some();
@@ -208,7 +211,7 @@ impl Lexicon {
         keyed(gguf, name).filter(|&id| (id as usize) < self.texts.len())
     }
 
-    /// The tokens' bytes and roles; `bytes` says that texts are spelled in bytes as GPT-2 does it.
+    /// The tokens' bytes and roles; `bytes` means that texts are spelled in GPT-2's byte alphabet.
     pub fn vocab(&self, bytes: bool) -> Vocab {
         let decode = bytes.then(byte_values);
         let pieces = self.texts.iter().zip(&self.kinds).zip(0..).map(|((text, kind), token)| {
@@ -232,7 +235,7 @@ pub fn not_covered(what: impl Into<String>) -> NativeError {
     NativeError::NotCovered(what.into())
 }
 
-/// These have no BOS by default, unlike other BPE vocabularies.
+/// GLM vocabularies have no BOS by default, unlike other BPE vocabularies.
 fn is_glm(pre: Option<&str>) -> bool {
     matches!(pre, Some("chatglm-bpe" | "glm4" | "glm5"))
 }
@@ -241,7 +244,7 @@ fn keyed(gguf: &Gguf, name: &str) -> Option<u32> {
     gguf.u32(&format!("tokenizer.ggml.{name}_token_id")).ok().flatten()
 }
 
-/// Whether a key names a token for the role; ids past the vocabulary's end are ignored.
+/// Whether a key names a token for the role; ids beyond the vocabulary's end are ignored.
 fn has_key(gguf: &Gguf, name: &str, n_tokens: usize) -> bool {
     keyed(gguf, name).is_some_and(|id| (id as usize) < n_tokens)
 }
@@ -266,7 +269,7 @@ fn read_kinds(gguf: &Gguf, n_tokens: usize) -> Result<Vec<Kind>, NativeError> {
     }
 }
 
-/// A token's bytes. Tokens without a use of their own have none.
+/// A token's bytes; empty for kinds that are not used in text.
 fn piece(text: &str, kind: Kind, decode: Option<&HashMap<char, u8>>) -> Vec<u8> {
     match kind {
         Kind::Control | Kind::Unknown | Kind::UserDefined => text.as_bytes().to_vec(),
@@ -283,7 +286,8 @@ fn piece(text: &str, kind: Kind, decode: Option<&HashMap<char, u8>>) -> Vec<u8> 
     }
 }
 
-/// The bytes that a byte-level text stands for; llama.cpp's words for a character that is none.
+/// The bytes that a byte-level text represents; for a character outside the alphabet, llama.cpp's
+/// replacement text.
 fn spelled_bytes(text: &str, values: &HashMap<char, u8>) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(text.len());
     for c in text.chars() {
@@ -298,8 +302,8 @@ fn spelled_bytes(text: &str, values: &HashMap<char, u8>) -> Vec<u8> {
     bytes
 }
 
-/// The characters by which byte-level BPE writes bytes (`bytes_to_unicode` of GPT-2): printable
-/// Latin-1 stands for itself, the others get characters from U+0100 on.
+/// The characters that represent bytes in byte-level BPE (`bytes_to_unicode` of GPT-2): printable
+/// Latin-1 represents itself, the other bytes get characters from U+0100 on.
 pub fn byte_chars() -> [char; 256] {
     let mut next = 0x100;
     std::array::from_fn(|byte| match byte as u8 {

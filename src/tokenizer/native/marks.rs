@@ -1,10 +1,10 @@
-//! [`Marks`]: special tokens found in a text before it is tokenized.
+//! [`Marks`]: finds special tokens in a text before it is tokenized.
 //!
-//! Source: `tokenizer_st_partition` in `src/llama-vocab.cpp`. llama.cpp looks for each special
-//! token in turn, longest first, in all that longer ones left; so a long one wins even over a
-//! shorter one that starts before it. Here one automaton finds them all, and there is a round per
-//! length that occurs in the text, not per token. Which of two overlapping marks of one length wins
-//! is undefined in llama.cpp; here it is the first.
+//! Source: `tokenizer_st_partition` in `src/llama-vocab.cpp`. llama.cpp searches for each special
+//! token in turn, longest first, in the text that longer ones left; so a longer token wins even
+//! over a shorter one that starts before it. Here one automaton finds all of them, with one round
+//! per length that occurs in the text, not per token. Which of two overlapping marks of equal
+//! length wins is undefined in llama.cpp; here it is the first.
 
 use super::super::spans_barrier;
 use super::NativeError;
@@ -15,7 +15,7 @@ use aho_corasick::{AhoCorasick, Match};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// A stretch of a text.
+/// A part of a text: a special token or plain text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fragment<'t> {
     Mark(Token),
@@ -24,9 +24,9 @@ pub enum Fragment<'t> {
 
 struct Mark {
     token: Token,
-    /// Found even if special tokens are not to be parsed.
+    /// Matched even if special tokens are not parsed.
     always: bool,
-    /// Swallows white space before it, behind it.
+    /// Whether the mark removes white space before or after it.
     strip: Strip,
 }
 
@@ -36,16 +36,16 @@ struct Strip {
     right: bool,
 }
 
-/// Which marks are looked for in a text.
+/// The marks that are searched for in a text.
 struct Wanted<'b> {
     all: bool,
     barriers: &'b [usize],
-    /// The address of the whole text: where its parts lie in it.
+    /// The address of the whole text, from which the offsets of its parts are computed.
     start: usize,
 }
 
 impl Wanted<'_> {
-    /// `part` is a part of the whole text, in which the mark was found at `range`.
+    /// Whether the mark found at `range` of `part` counts. `part` is a slice of the whole text.
     fn takes(&self, mark: &Mark, part: &str, range: Range<usize>) -> bool {
         let offset = part.as_ptr() as usize - self.start;
         let range = range.start + offset..range.end + offset;
@@ -54,7 +54,7 @@ impl Wanted<'_> {
 }
 
 pub struct Marks {
-    /// Patterns are the texts of `marks`, in their order.
+    /// The pattern indices are those of `marks`.
     finder: AhoCorasick,
     marks: Vec<Mark>,
 }
@@ -72,8 +72,9 @@ impl Marks {
         Ok(Self { finder, marks })
     }
 
-    /// `text` in order; `all` finds control tokens too, not only those that users may type, unless they
-    /// span one of the ascending byte offsets `barriers`.
+    /// Splits `text` into fragments, in order. With `all`, control tokens are matched too, not only
+    /// user-defined tokens; control tokens that span one of the ascending byte offsets `barriers`
+    /// are not matched.
     pub fn cut<'t>(&self, text: &'t str, all: bool, barriers: &[usize]) -> Vec<Fragment<'t>> {
         let mut fragments = Vec::new();
         push_text(text, &mut fragments);
@@ -91,14 +92,14 @@ impl Marks {
         fragments
     }
 
-    /// The lengths of the marks in `text`, in bytes.
+    /// The lengths of the marks that occur in `text`, in bytes.
     fn lengths(&self, text: &str, wanted: &Wanted) -> BTreeSet<usize> {
         let found = self.finder.find_overlapping_iter(text);
         let wanted = |m: &Match| wanted.takes(&self.marks[m.pattern()], text, m.range());
         found.filter(wanted).map(|m| m.len()).collect()
     }
 
-    /// Cuts out the marks of one length.
+    /// Splits a text at the marks of one length.
     fn cut_one<'t>(
         &self,
         text: &'t str,
@@ -106,7 +107,7 @@ impl Marks {
         wanted: &Wanted,
         out: &mut Vec<Fragment<'t>>,
     ) {
-        // From here on nothing is cut yet.
+        // The text from `rest` on has not been split yet.
         let mut rest = 0;
         for found in self.finder.find_overlapping_iter(text) {
             let mark = &self.marks[found.pattern()];
@@ -133,17 +134,18 @@ fn push_text<'t>(text: &'t str, out: &mut Vec<Fragment<'t>>) {
     }
 }
 
-/// C's `isspace`.
+/// Whether C's `isspace` holds for the character.
 fn is_space(c: char) -> bool {
     matches!(c, ' ' | '\t'..='\r')
 }
 
-/// Which marks swallow white space. Files do not say; llama.cpp knows some models by their names.
+/// The marks that remove white space. Files do not specify this; llama.cpp recognises some models
+/// by name.
 enum Strips {
     None,
-    /// Before this one mark.
+    /// Removes white space before this mark.
     Before(&'static str),
-    /// Phi 3: behind all marks but three.
+    /// Phi 3: removes white space after all marks except three.
     Phi3,
 }
 

@@ -1,21 +1,22 @@
-//! A tokenizer of our own, made from a GGUF header alone: no weights, no llama.cpp.
+//! A native tokenizer, built from a GGUF header alone, without weights or llama.cpp.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `lexicon.rs` | tokens, their kinds and roles, as `llama_vocab::impl::load` resolves them |
-//! | `marks.rs` | special tokens found in a text before anything else |
+//! | `marks.rs` | finds special tokens in a text before it is split |
 //! | `pretokenize.rs` | the table of pre-tokenizers by name |
-//! | `split.rs` | what runs that table: a text into words |
+//! | `split.rs` | applies that table: splits a text into words |
 //! | `bpe.rs` | byte-level BPE and BPE over characters (`gpt2`, `gemma4`) |
 //! | `spm.rs` | SentencePiece's merges by score (`llama`) |
 //!
-//! Everything follows `src/llama-vocab.cpp` and `src/unicode.cpp` of llama.cpp, which is the oracle
-//! of the tests. Work and memory are linear in the text, up to the logarithm of a heap.
+//! The rules follow `src/llama-vocab.cpp` and `src/unicode.cpp` of llama.cpp, which is the oracle
+//! of the tests. Time and memory are linear in the text, up to the logarithm of a heap.
 //!
-//! Of the crate `tokenizers` only the merges of BPE are used. Its pre-tokenizers and added tokens do
-//! what a model's authors wrote, and llama.cpp does not: it knows no case of letters and no
-//! characters since Unicode 15.1, and its longest special token wins over the first one. Also, the
-//! crate's expressions backtrack, and it cannot merge by the score of the result (see `spm.rs`).
+//! Of the crate `tokenizers` only the BPE merges are used. Its pre-tokenizers and added tokens
+//! implement what the models' authors specified, and llama.cpp differs: it does not distinguish the
+//! case of letters, does not know characters added after Unicode 15.1, and prefers the longest
+//! special token over the first one. Also, the crate's expressions backtrack, and it cannot merge
+//! by the score of the result (see `spm.rs`).
 
 mod bpe;
 mod lexicon;
@@ -35,22 +36,22 @@ pub use lexicon::byte_chars;
 use marks::{Fragment, Marks};
 use spm::Spm;
 
-/// Why a header makes no tokenizer here.
+/// The reason why no native tokenizer can be built from a header.
 #[derive(Debug, thiserror::Error)]
 pub enum NativeError {
     #[error(transparent)]
     Header(#[from] GgufError),
-    /// The file may be fine: llama.cpp's vocabulary is the one to use.
+    /// The file may be valid: use llama.cpp's vocabulary instead.
     #[error("the native tokenizer does not cover {0}")]
     NotCovered(String),
 }
 
-/// A vocabulary and the algorithm that goes with it. Immutable.
+/// A vocabulary with its tokenization algorithm. Immutable.
 pub struct NativeTokenizer {
     vocab: Vocab,
     marks: Marks,
     model: Model,
-    /// Whether BOS and EOS are put around a prompt.
+    /// Whether BOS is added before, and EOS after, a prompt.
     add_bos: bool,
     add_eos: bool,
 }
@@ -61,11 +62,11 @@ enum Model {
 }
 
 impl NativeTokenizer {
-    /// Reads the `tokenizer.*` keys.
+    /// Builds a tokenizer from the `tokenizer.*` keys.
     ///
     /// # Errors
     /// [`NativeError::NotCovered`] for models other than BPE and SentencePiece's BPE and for
-    /// pre-tokenizers without a row in the table; [`NativeError::Header`] if the keys contradict
+    /// pre-tokenizers that are not in the table; [`NativeError::Header`] if the keys contradict
     /// each other.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, NativeError> {
         let lexicon = Lexicon::read(gguf)?;
@@ -81,7 +82,8 @@ impl NativeTokenizer {
         Ok(Self {
             vocab: lexicon.vocab(bytes),
             marks: Marks::new(gguf, &lexicon)?,
-            // Gemma 4's files say no and mean yes (llama.cpp's pull request 21500).
+            // Gemma 4's files set this key to false although they need BOS (llama.cpp's pull
+            // request 21500).
             add_bos: lexicon.facts.add_bos || lexicon.pre_is_gemma4(),
             add_eos: lexicon.facts.add_eos,
             model,
@@ -132,8 +134,8 @@ impl Tokenizer for NativeTokenizer {
 }
 
 impl NativeTokenizer {
-    /// Appends the tokens of a text's fragments. With `add_spaces` SentencePiece puts a space in front of
-    /// it, and behind each special token.
+    /// Appends the tokens of a text's fragments. With `add_spaces`, SentencePiece adds a space
+    /// before the text and after each special token.
     fn append(&self, fragments: Vec<Fragment>, add_spaces: bool, tokens: &mut Vec<Token>) {
         let mut starts = add_spaces;
         for fragment in fragments {

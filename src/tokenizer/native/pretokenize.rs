@@ -1,35 +1,37 @@
-//! The table of pre-tokenizers: which expressions part a text into words, by `tokenizer.ggml.pre`.
+//! The table of pre-tokenizers: the expressions that split a text into words, by
+//! `tokenizer.ggml.pre`.
 //!
 //! Source: `llm_tokenizer_bpe` and `llama_vocab::impl::load` in `src/llama-vocab.cpp`. The
-//! expressions are what llama.cpp applies, which is not always what the model's authors wrote: it
-//! knows no case of letters (all of `\p{Lu}`, `\p{Ll}`, … are `\p{L}` to it), and where it has code
-//! in place of an expression, the one here says what that code does.
+//! expressions are those that llama.cpp applies, which are not always those of the model's authors:
+//! llama.cpp does not distinguish the case of letters (it treats `\p{Lu}`, `\p{Ll}`, … as `\p{L}`),
+//! and where it uses code instead of an expression, the expression here is equivalent to that code.
 
-/// One way to cut. [`Splitter`](super::split::Splitter) applies a list of them in turn.
+/// One splitting rule. [`Splitter`](super::split::Splitter) applies a list of them in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Pieces that match, and what lies between them.
+    /// Splits into the matches and the text between them.
     Match(&'static str),
-    /// The same with `|\s+(?!\S)|\s+` behind the expression.
+    /// As `Match`, with `|\s+(?!\S)|\s+` appended to the expression.
     Words(&'static str),
-    /// The same with `|\s{512}(?!\S)|\s{256}(?!\S)|…|\s{4}(?!\S)|\s{1,2}(?!\S)|\s{1}` behind it.
+    /// As `Match`, with `|\s{512}(?!\S)|\s{256}(?!\S)|…|\s{4}(?!\S)|\s{1,2}(?!\S)|\s{1}` appended.
     Halves(&'static str),
-    /// Numbers in groups of three from the right.
+    /// Splits numbers into groups of three digits from the right.
     Threes,
-    /// `(?=(\d{3})+(?!\d))`.
+    /// Splits at `(?=(\d{3})+(?!\d))`.
     AsciiThrees,
 }
 
-/// What merges start from.
+/// The initial units of merging.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Units {
     /// Bytes, each written as a character of GPT-2's alphabet.
     Bytes,
-    /// Characters, a space as U+2581; what is no token becomes bytes (`<0x0A>`).
+    /// Characters, with a space as U+2581; a character that is not a token becomes bytes
+    /// (`<0x0A>`).
     Characters,
-    /// The same, and a run of newlines that is a token is that token.
+    /// As `Characters`, but a run of newlines that is a token becomes that token.
     Lines,
-    /// The same, and every word starts with U+2581.
+    /// As `Characters`, and every word starts with U+2581.
     Metaspace,
 }
 
@@ -38,7 +40,7 @@ pub enum Units {
 pub struct Pre {
     pub steps: &'static [Step],
     pub units: Units,
-    /// A word that is a token is that token, whatever merges would make of it (`ignore_merges`).
+    /// Whether a word that is a token becomes that token without merging (`ignore_merges`).
     pub whole_words: bool,
 }
 
@@ -55,7 +57,7 @@ impl Pre {
         Self { steps: &[Match(r"[^\n]+|[\n]+")], units, whole_words: false }
     }
 
-    /// The row for a name that llama.cpp knows; `None` if it is not in the table.
+    /// The row for a name that llama.cpp knows; `None` if the name is not in the table.
     pub fn by_name(name: &str) -> Option<Self> {
         Some(match name {
             "" | "default" => Self::new(DEFAULT),
@@ -106,7 +108,7 @@ impl Pre {
 
 use Step::{AsciiThrees, Halves, Match, Threes, Words};
 
-/// English contractions as GPT-2 parts them, and in any case.
+/// English contractions as GPT-2 splits them, and in any case.
 macro_rules! contractions {
     () => {
         r"'s|'t|'re|'ve|'m|'ll|'d"
@@ -116,14 +118,14 @@ macro_rules! contractions {
     };
 }
 
-/// What GPT-2 tells apart: contractions, letters, digits, the rest.
+/// GPT-2's classes: contractions, letters, digits, the rest.
 macro_rules! gpt2 {
     () => {
         Words(concat!(contractions!(), r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"))
     };
 }
 
-/// What cl100k (GPT-4) tells apart, for a given expression for digits.
+/// The classes of cl100k (GPT-4), with a given expression for digits.
 macro_rules! cl100k {
     ($digits:literal) => {
         concat!(
@@ -135,8 +137,8 @@ macro_rules! cl100k {
     };
 }
 
-/// What o200k (GPT-4o) tells apart, for given letters: those that may start a word and those that
-/// may end it, and a given expression behind them.
+/// The classes of o200k (GPT-4o), with given letters that may start a word and that may end it, and
+/// a given expression after them.
 macro_rules! o200k {
     ($start:literal, $end:literal, $behind:expr, $digits:literal) => {
         concat!(
@@ -160,7 +162,7 @@ macro_rules! o200k {
     };
 }
 
-/// ASCII punctuation before letters, letters with marks, punctuation: DeepSeek 3 and its kin.
+/// ASCII punctuation before letters, letters with marks, punctuation: DeepSeek 3 and its variants.
 macro_rules! deepseek3 {
     ($behind:literal) => {
         concat!(
@@ -171,7 +173,7 @@ macro_rules! deepseek3 {
     };
 }
 
-/// The range from U+0800 on has spaces in it, which llama.cpp takes out of every text beforehand.
+/// The range from U+0800 on includes white space, which llama.cpp replaces before matching.
 const CJK_WITHOUT_SPACES: Step = Match(r"[[一-龥ࠀ-一가-퟿]&&\S]+");
 const KANJI_AND_KANA: Step = Match("[一-龥぀-ゟ゠-ヿ]+");
 
@@ -214,7 +216,7 @@ const EXAONE_MOE: &[Step] = &[Words(concat!(
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]"
 ))];
 
-// Letters without a case may stand on both sides, and so may all that are not ASCII.
+// Letters without case, and all non-ASCII letters, may be on either side.
 const TEKKEN: &[Step] = &[Words(o200k!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", "", r"\p{N}"))];
 const GPT4O: &[Step] = &[Words(o200k!(
     r"[\p{L}&&[^a-z]]",
@@ -247,7 +249,7 @@ const YOUTU: &[Step] = &[
     )),
 ];
 
-/// Chinese characters as `unicode_cpt_is_han` counts them.
+/// Chinese characters as defined by `unicode_cpt_is_han`.
 macro_rules! han {
     () => {
         concat!(
@@ -284,7 +286,7 @@ const DEEPSEEK_CODER: &[Step] = &[
     Match(r"\p{N}"),
 ];
 
-/// Letters with a case, listed: those that DeepSeek's first model knew.
+/// The list of cased letters in DeepSeek's first model.
 macro_rules! cased_letters {
     () => {
         concat!(

@@ -1,15 +1,16 @@
-//! [`Splitter`]: a text into the words that merges do not cross.
+//! [`Splitter`]: splits a text into words, which merges do not cross.
 //!
-//! Source: `unicode_regex_split` in `src/unicode.cpp`: expressions in turn, each applied to the
-//! pieces that the one before it left; what lies between its matches is a piece too. llama.cpp has
+//! Source: `unicode_regex_split` in `src/unicode.cpp`: expressions are applied in turn, each to the
+//! pieces that the previous one left; the text between matches is a piece too. llama.cpp uses
 //! backtracking expressions, and code for some of them; here every expression runs in linear time.
-//! For that `\s+(?!\S)`, the one look-ahead that they share, is replaced by a rule.
+//! For that, `\s+(?!\S)`, the one look-ahead that they share, is replaced by a rule.
 
 use super::pretokenize::Step;
 use regex_automata::Input;
 use regex_automata::meta::Regex;
 
-/// In expressions whose white space follows a rule, that of white space; the other is 0.
+/// Index of the white-space expression where a rule handles white space; the other expression has
+/// index 0.
 const WHITE_SPACE: usize = 1;
 
 pub struct Splitter(Vec<Splitting>);
@@ -34,7 +35,7 @@ impl Splitter {
         Self(steps.iter().map(compile).collect())
     }
 
-    /// The words of `text`, in order and without gaps.
+    /// Splits `text` into words, in order and without gaps.
     pub fn split<'t>(&self, text: &'t str) -> Vec<&'t str> {
         let mut words = vec![text];
         for splitting in &self.0 {
@@ -48,14 +49,14 @@ impl Splitter {
     }
 }
 
-/// Compiles one of our own expressions.
+/// Compiles an expression of the table.
 fn regex(expressions: &[&str]) -> Regex {
     let expressions: Vec<String> = expressions.iter().map(|text| dated(text)).collect();
     Regex::builder().build_many(&expressions).expect("every expression in the table is valid")
 }
 
-/// Confines general categories to the characters of Unicode 15.1, which llama.cpp's tables hold;
-/// those added since are neither letters nor digits to the oracle.
+/// Restricts general categories to the characters of Unicode 15.1, which llama.cpp's tables
+/// contain; to the oracle, later characters are neither letters nor digits.
 fn dated(expression: &str) -> String {
     ["L", "N", "P", "S", "M"].iter().fold(expression.to_owned(), |text, category| {
         let class = format!(r"\p{{{category}}}");
@@ -63,7 +64,7 @@ fn dated(expression: &str) -> String {
     })
 }
 
-/// Pieces without the empty ones.
+/// A list of pieces that omits empty ones.
 struct Pieces<'t>(Vec<&'t str>);
 
 impl<'t> Pieces<'t> {
@@ -86,9 +87,9 @@ impl Splitting {
     }
 }
 
-/// Cuts `text` at the matches of `regex`. A run of white space is taken in parts as `part` says:
-/// the bytes of its next part, or `None` for the rest, given the run and whether the text ends
-/// with it.
+/// Splits `text` at the matches of `regex`. A run of white space is split further by `part`: given
+/// the run and whether the text ends with it, `part` returns the length of the next part in bytes,
+/// or `None` for the rest.
 fn each<'t>(
     regex: &Regex,
     text: &'t str,
@@ -104,7 +105,7 @@ fn each<'t>(
             continue;
         }
         let (mut run, ends) = (&text[found.range()], at == text.len());
-        // The last character may begin a word: the next search decides about it.
+        // The last character may begin a word: the next search decides.
         while let Some(length) = part(run, ends) {
             out.push(&run[..length]);
             run = &run[length..];
@@ -117,15 +118,15 @@ fn each<'t>(
     out.push(&text[at..]);
 }
 
-/// `\s+(?!\S)|\s+`: a run leaves its last character to the word behind it, if there is one.
+/// `\s+(?!\S)|\s+`: leaves the last character of a run to the word after it, if there is one.
 fn all_but_last(run: &str, ends: bool) -> Option<usize> {
     let (last, _) = run.char_indices().next_back()?;
     (!ends && last > 0).then_some(last)
 }
 
-/// `\s{512}(?!\S)|\s{256}(?!\S)|…|\s{1,2}(?!\S)|\s{1}`: parts of a power of two each.
+/// `\s{512}(?!\S)|\s{256}(?!\S)|…|\s{1,2}(?!\S)|\s{1}`: parts whose lengths are powers of two.
 fn half(run: &str, ends: bool) -> Option<usize> {
-    // Nothing past the largest part matters.
+    // Characters beyond the largest part do not matter.
     let length = run.chars().take(513).count();
     let room = if ends { length } else { length - 1 };
     if room == 0 || (ends && length == 1) {
@@ -135,8 +136,8 @@ fn half(run: &str, ends: bool) -> Option<usize> {
     Some(run.char_indices().nth(part).map_or(run.len(), |(at, _)| at))
 }
 
-/// Digits in groups of three from the right. As in llama.cpp, the text before the digits stays with
-/// their first group: the expressions that follow part the two.
+/// Splits digits into groups of three from the right. As in llama.cpp, the text before the digits
+/// stays with their first group: later expressions split the two.
 fn threes<'t>(regex: &Regex, text: &'t str, out: &mut Pieces<'t>) {
     let mut done = 0;
     for digits in regex.find_iter(text) {
@@ -151,7 +152,7 @@ fn threes<'t>(regex: &Regex, text: &'t str, out: &mut Pieces<'t>) {
     out.push(&text[done..]);
 }
 
-/// `(?=(\d{3})+(?!\d))`: cuts before every group of three ASCII digits, from the right.
+/// `(?=(\d{3})+(?!\d))`: splits before every group of three ASCII digits, from the right.
 fn ascii_threes<'t>(text: &'t str, out: &mut Pieces<'t>) {
     let bytes = text.as_bytes();
     let mut done = 0;

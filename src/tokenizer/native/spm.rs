@@ -1,7 +1,7 @@
-//! [`Spm`]: SentencePiece's BPE: neighbours that make a token merge, the best score first.
+//! [`Spm`]: SentencePiece's BPE: adjacent symbols that form a token are merged, best score first.
 //!
 //! Source: `llm_tokenizer_spm_session` in `src/llama-vocab.cpp`. The crate `tokenizers` cannot do
-//! this: it ranks pairs, and here tokens of equal score go by their place in the text.
+//! this: it ranks pairs, while here tokens of equal score are merged by their position in the text.
 
 use super::NativeError;
 use super::lexicon::{Lexicon, SPACE};
@@ -13,24 +13,25 @@ use tokenizers::models::bpe::Vocab as Ids;
 
 pub struct Spm {
     ids: Ids,
-    /// Log probabilities, by token.
+    /// Log probabilities by token id.
     scores: Vec<f32>,
-    /// Characters that some token has before a space.
+    /// Characters that precede a space in some token.
     before_space: HashSet<char>,
-    /// Of the longest text, in bytes.
+    /// Length of the longest token text, in bytes.
     longest: usize,
-    /// What a byte becomes that is in no token.
+    /// The token for each byte of a character that is not in the vocabulary.
     bytes: [Option<Token>; 256],
-    /// Whether a text gets a space in front.
+    /// Whether a space is added before a text.
     space_prefix: bool,
 }
 
-/// A stretch of the text, a character at first. Merging extends the left one and empties the right.
+/// A part of the text, initially one character. A merge extends the left symbol and empties the
+/// right one.
 #[derive(Clone, Copy)]
 struct Symbol {
     start: usize,
     end: usize,
-    /// Indices of the neighbours; `NONE` at the ends.
+    /// Indices of the neighbouring symbols; `NONE` at the ends.
     left: usize,
     right: usize,
 }
@@ -43,17 +44,17 @@ impl Symbol {
     }
 }
 
-/// Two neighbours that make a token. Outdated once either has changed.
+/// Two adjacent symbols that form a token. Outdated once either has changed.
 struct Bigram {
     score: f32,
     left: usize,
     right: usize,
-    /// Bytes of both when this was found.
+    /// Total length of both symbols in bytes when the bigram was found.
     length: usize,
 }
 
 impl Ord for Bigram {
-    /// The greatest is the next to merge: by score, then the leftmost.
+    /// The greatest bigram is merged next: best score, then leftmost.
     fn cmp(&self, other: &Self) -> Ordering {
         self.score.total_cmp(&other.score).then(other.left.cmp(&self.left))
     }
@@ -91,7 +92,7 @@ impl Spm {
         })
     }
 
-    /// Appends the tokens of `text`. `starts` says that nothing or a mark stands before it.
+    /// Appends the tokens of `text`. `starts`: the text is at the beginning or follows a mark.
     pub fn encode(&self, text: &str, starts: bool, tokens: &mut Vec<Token>) {
         let prefix = if self.space_prefix && starts { SPACE } else { "" };
         let text = format!("{prefix}{}", text.replace(' ', SPACE));
@@ -100,8 +101,8 @@ impl Spm {
         }
     }
 
-    /// Stretches that no merge can join, as no token has the end of one and the beginning of the
-    /// next. The merges are the same as in the whole text, on short queues.
+    /// Splits the text where no merge can join the parts, because no token contains the characters
+    /// on both sides. The merges are the same as in the whole text, with shorter queues.
     fn words<'t>(&self, text: &'t str) -> impl Iterator<Item = &'t str> {
         let mut rest = text;
         std::iter::from_fn(move || {
@@ -130,7 +131,8 @@ impl Spm {
         }
     }
 
-    /// All symbols, also the emptied ones; the first is never emptied and leads to the others.
+    /// Merges the symbols of a text. Returns all symbols, including emptied ones; the first is
+    /// never emptied and links to the others.
     fn merge(&self, text: &str) -> Vec<Symbol> {
         let mut symbols = characters(text);
         let mut heap = BinaryHeap::with_capacity(symbols.len());
@@ -156,7 +158,7 @@ impl Spm {
 
     fn bigram(&self, text: &str, symbols: &[Symbol], left: usize, right: usize) -> Option<Bigram> {
         let (start, end) = (symbols.get(left)?.start, symbols.get(right)?.end);
-        // Spares a hash of what is longer than any token.
+        // Avoids hashing text that is longer than any token.
         let both = (end - start <= self.longest).then(|| &text[start..end])?;
         let token = *self.ids.get(both)?;
         Some(Bigram { score: self.scores[token as usize], left, right, length: both.len() })
@@ -178,12 +180,12 @@ fn before_spaces(text: &str) -> impl Iterator<Item = char> {
     text.match_indices(SPACE).filter_map(|(at, _)| text[..at].chars().next_back())
 }
 
-/// Log probabilities by token; all zero where the file has none.
+/// Log probabilities by token id; all zero if the file has none.
 fn read_scores(gguf: &Gguf, n_tokens: usize) -> Result<Vec<f32>, NativeError> {
     let key = "tokenizer.ggml.scores";
     let scores: Vec<f32> = match gguf.get(key) {
         None => return Ok(vec![0.0; n_tokens]),
-        // The sum makes a zero of a negative zero, which must not sort apart.
+        // Adding zero turns -0.0 into 0.0, so that the two compare equal.
         Some(Value::Array(Array::F32(scores))) => scores.iter().map(|score| score + 0.0).collect(),
         Some(Value::Array(Array::I32(scores))) => scores.iter().map(|&n| n as f32).collect(),
         Some(other) => {

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// The folder with `ggml-vocab-*.gguf`, from `scripts/vocabs.sh`; `None` to skip a test.
+/// The folder with `ggml-vocab-*.gguf` from `scripts/vocabs.sh`; `None` to skip a test.
 fn folder() -> Option<PathBuf> {
     let folder = std::env::var_os("INGOT_TEST_VOCABS").map(PathBuf::from);
     if folder.is_none() {
@@ -25,10 +25,10 @@ fn folder() -> Option<PathBuf> {
     folder
 }
 
-/// Its name, its header and where it is.
+/// A vocabulary's name, its header and its path.
 type Vocabulary = (String, Gguf, PathBuf);
 
-/// That of the default model; CI has it.
+/// The default model's vocabulary; always present in CI.
 fn default_model() -> Option<Vocabulary> {
     let path = std::env::var_os("INGOT_TEST_MODEL").map(PathBuf::from);
     assert!(path.is_some() || std::env::var_os("CI").is_none(), "CI sets INGOT_TEST_MODEL");
@@ -52,7 +52,7 @@ fn vocabularies(folder: &Path) -> Vec<Vocabulary> {
     found
 }
 
-/// A vocabulary made for a test.
+/// A tokenizer built from header keys set by a test.
 fn made(set: impl FnOnce(&mut GgufWriter<'static>)) -> NativeTokenizer {
     try_made(set).unwrap_or_else(|error| panic!("{error}"))
 }
@@ -76,7 +76,7 @@ fn decode(tokenizer: &NativeTokenizer, tokens: &[Token]) -> Vec<u8> {
     tokens.iter().flat_map(|&token| tokenizer.vocab().piece(token)).copied().collect()
 }
 
-/// Every name of a pre-tokenizer that llama.cpp knows, but for `whitespace`.
+/// The names of all pre-tokenizers in llama.cpp, except `whitespace`.
 const NAMES: &[&str] = &[
     "default",
     "minicpm5",
@@ -171,7 +171,8 @@ const NAMES: &[&str] = &[
     "mellum2",
 ];
 
-/// A splitter for each row of the table, by one of the row's names; compiled once in the process.
+/// A splitter for each row of the table, keyed by one of the row's names; compiled once per
+/// process.
 fn splitters() -> &'static BTreeMap<&'static str, Splitter> {
     static MADE: OnceLock<BTreeMap<&'static str, Splitter>> = OnceLock::new();
     MADE.get_or_init(|| {
@@ -188,7 +189,7 @@ fn splitters() -> &'static BTreeMap<&'static str, Splitter> {
     })
 }
 
-/// A vocabulary of the 256 bytes, a merge and a mark.
+/// A vocabulary of the 256 bytes, one merge and one mark.
 fn every_byte() -> &'static NativeTokenizer {
     static MADE: OnceLock<NativeTokenizer> = OnceLock::new();
     MADE.get_or_init(|| {

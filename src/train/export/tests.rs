@@ -245,10 +245,11 @@ fn tokenizer_json_gives_the_same_ids() {
                 I'LL go;\r\n\r\n  éà 文字 \u{1f600} x=3.14*(2+7)\t\t#end \n";
     std::fs::write(path("data"), text.repeat(40)).unwrap();
     let block = r#"{"depth": 1, "tokenizer": {"vocab_size": 400}}"#;
-    let vocabulary = crate::train::vocabulary::Vocabulary::train(&path("data"), 400).unwrap();
+    let vocabulary =
+        crate::train::tokenizer_training::Vocabulary::train(&path("data"), 400).unwrap();
     let shape = serde_json::from_str::<crate::job::spec::Pretrain>(block).unwrap();
     let shape = shape.shape(vocabulary.len()).unwrap();
-    crate::train::fresh::write(&shape, &vocabulary, "x", 1, &path("trained.gguf")).unwrap();
+    crate::train::random_init::write(&shape, &vocabulary, "x", 1, &path("trained.gguf")).unwrap();
     let mut files = vec![path("trained.gguf")];
     // The tables of llama.cpp, where they are: `scripts/vocabs.sh`.
     if let Some(tables) = std::env::var_os("INGOT_TEST_VOCABS") {

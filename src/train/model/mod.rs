@@ -19,7 +19,7 @@ pub(in crate::train) mod torch_tests;
 mod weight;
 
 pub use gradients::Gradients;
-pub use outputs::{Outputs, SCORE, Slopes, Wanted};
+pub use outputs::{OutputGrads, Outputs, SCORE, Wanted};
 pub use weight::Training;
 
 use crate::gguf::{Covered, Gguf};

@@ -40,7 +40,7 @@ pub struct Outputs {
 
 /// What a loss's slopes are by each of [`Outputs`]; empty for those that were not wanted.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Slopes {
+pub struct OutputGrads {
     pub log_probs: Vec<f64>,
     pub values: Vec<f64>,
 }
@@ -75,13 +75,13 @@ impl Model {
     ///
     /// # Errors
     /// As [`Model::losses`].
-    pub fn train_by(
+    pub fn train_with(
         &self,
         batch: &Batch,
         pass: Pass,
         wanted: Wanted,
         gradients: &mut Gradients,
-        loss: impl FnOnce(&Outputs) -> Slopes + Send,
+        loss: impl FnOnce(&Outputs) -> OutputGrads + Send,
     ) -> Result<()> {
         self.back(batch, pass, gradients, |x| {
             let (normed, targets) = self.wanted(x, batch, wanted)?;

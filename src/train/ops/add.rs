@@ -1,7 +1,7 @@
 //! Sums, and tensors of another shape: what little a model needs besides the other operations.
 
-use super::fused::{Fused, Number, View, apply, covers};
-use super::tape::{self, Back};
+use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
+use super::tape::{self, Backward};
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -15,11 +15,11 @@ const ROWS: usize = 32;
 /// # Errors
 /// If the shapes differ.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    if !covers(x) || !tape::recording() {
+    if !has_cpu_kernel(x) || !tape::recording() {
         return x + y;
     }
     let out = sum(x, y)?;
-    tape::note(Box::new(Same), &[x, y], &out);
+    tape::record_op(Box::new(Same), &[x, y], &out);
     Ok(out)
 }
 
@@ -28,7 +28,7 @@ pub fn sum(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.dims() != y.dims() {
         bail!("{:?} and {:?} cannot be added", x.dims(), y.dims());
     }
-    if covers(x) { super::fused::plain(Add, &[x, y]) } else { x + y }
+    if has_cpu_kernel(x) { super::fused::plain(Add, &[x, y]) } else { x + y }
 }
 
 /// The same numbers in another shape.
@@ -37,11 +37,11 @@ pub fn sum(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 /// If it holds another number of them.
 pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
-    if !covers(x) || !tape::recording() {
+    if !has_cpu_kernel(x) || !tape::recording() {
         return x.reshape(shape);
     }
     let out = x.detach().reshape(shape)?;
-    tape::note(Box::new(Same), &[x], &out);
+    tape::record_op(Box::new(Same), &[x], &out);
     Ok(out)
 }
 
@@ -53,7 +53,7 @@ pub fn weighed(x: &Tensor, weights: &Arc<Vec<f64>>) -> Result<Tensor> {
     if x.elem_count() != weights.len() {
         bail!("{} numbers and {} weights", x.elem_count(), weights.len());
     }
-    if covers(x) {
+    if has_cpu_kernel(x) {
         return apply(Weighed(weights.clone()), &[x]);
     }
     let weights = Tensor::new(&weights[..], x.device())?.to_dtype(x.dtype())?;
@@ -87,7 +87,7 @@ impl Fused for Weighed {
 /// # Errors
 /// If the shapes do not fit.
 pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    if covers(x) { apply(Bias, &[x, bias]) } else { x.broadcast_add(bias) }
+    if has_cpu_kernel(x) { apply(Bias, &[x, bias]) } else { x.broadcast_add(bias) }
 }
 
 /// `x` times a number.
@@ -95,13 +95,13 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If memory gives out.
 pub fn scale(x: &Tensor, by: f64) -> Result<Tensor> {
-    if covers(x) { apply(Scale(by), &[x]) } else { x * by }
+    if has_cpu_kernel(x) { apply(Scale(by), &[x]) } else { x * by }
 }
 
 /// Gradients pass as they are.
 struct Same;
 
-impl Back for Same {
+impl Backward for Same {
     fn back(
         &self,
         args: &[&Tensor],

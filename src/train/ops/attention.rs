@@ -1,7 +1,7 @@
 //! Causal attention over packed documents, of which only log-sum-exp is kept for the way back
 //! (FlashAttention-2: Dao 2023, arXiv:2307.08691).
 
-use super::fused::{Fused, Number, View, apply, covers};
+use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use super::lanes;
 use crate::kernels::gemm::{Mat, product_here};
 use crate::kernels::real::Real;
@@ -56,14 +56,14 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Te
     if scope.documents.first() != Some(&0) {
         bail!("the first document does not begin with the first row");
     }
-    if covers(q) {
+    if has_cpu_kernel(q) {
         let op = Attention { scope: scope.clone(), kept: Mutex::new(None) };
         return apply(op, &[q, k, v]);
     }
-    composed(q, k, v, scope)
+    candle_fallback(q, k, v, scope)
 }
 
-fn composed(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
+fn candle_fallback(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
     let ((rows, heads, dim), kv_heads) = (q.dims3()?, k.dim(1)?);
     let group = heads / kv_heads;
     let spread = |x: &Tensor| -> Result<Tensor> {

@@ -1,6 +1,6 @@
 //! Cross-entropy of a model's output, without the logits of all rows at once.
 
-use super::fused::{Fused, Number, View, apply, covers, plain};
+use super::fused::{Fused, Number, View, apply, has_cpu_kernel, plain};
 use super::lanes;
 use super::linear::Frozen;
 use super::tape::tracked;
@@ -94,8 +94,8 @@ impl Targets {
 pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
     let vocab = head.vocab()?;
     targets.check(hidden.dim(0)?, vocab)?;
-    if !covers(hidden) {
-        return composed(hidden, head, targets);
+    if !has_cpu_kernel(hidden) {
+        return candle_fallback(hidden, head, targets);
     }
     let correct = Arc::new(OnceLock::new());
     let trained = matches!(head, Head::Trained(head) if tracked(head));
@@ -117,7 +117,7 @@ pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> 
 pub fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<LogProbs> {
     let vocab = head.vocab()?;
     targets.check(hidden.dim(0)?, vocab)?;
-    let found = match covers(hidden) {
+    let found = match has_cpu_kernel(hidden) {
         true => {
             let op = Said { logits: Logits::new(head, vocab), targets: targets.clone() };
             head.apply(op, hidden, plain)?
@@ -148,7 +148,7 @@ fn composed_logits(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Te
     logits / targets.temperature
 }
 
-fn composed(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
+fn candle_fallback(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
     let logits = composed_logits(hidden, head, targets)?;
     let device = hidden.device();
     let most = logits.max_keepdim(1)?.detach();

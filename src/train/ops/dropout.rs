@@ -1,6 +1,6 @@
 //! Dropout (Srivastava et al. 2014, JMLR 15): some numbers become zero, the others larger.
 
-use super::fused::{Fused, Number, View, apply, covers};
+use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -62,7 +62,7 @@ pub fn mixed(key: u64, at: u64) -> u64 {
 /// # Errors
 /// If memory gives out.
 pub fn dropout(x: &Tensor, draw: Draw) -> Result<Tensor> {
-    if covers(x) {
+    if has_cpu_kernel(x) {
         return apply(Dropout(draw), &[x]);
     }
     let mask = draw.applied(&vec![1f32; x.elem_count()]);

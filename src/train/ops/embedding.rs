@@ -1,6 +1,6 @@
 //! Rows of a table.
 
-use super::fused::{Fused, Number, View, apply, covers};
+use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub fn embedding(table: &Tensor, tokens: &Arc<Vec<u32>>) -> Result<Tensor> {
     if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab) {
         bail!("token {token} is not below {vocab}");
     }
-    if covers(table) {
+    if has_cpu_kernel(table) {
         return apply(Embedding(tokens.clone()), &[table]);
     }
     table.index_select(&Tensor::new(&tokens[..], table.device())?, 0)

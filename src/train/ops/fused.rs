@@ -53,7 +53,7 @@ pub fn apply<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
     if tape::recording() {
         let op = Node(op);
         let result = op.plain(args)?;
-        tape::note(Box::new(op), args, &result);
+        tape::record_op(Box::new(op), args, &result);
         return Ok(result);
     }
     let args: Vec<_> = args.iter().map(|arg| arg.contiguous()).collect::<Result<_>>()?;
@@ -75,7 +75,7 @@ pub fn plain<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
 }
 
 /// Whether the fused operation exists for a tensor.
-pub fn covers(x: &Tensor) -> bool {
+pub fn has_cpu_kernel(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && matches!(x.dtype(), DType::F32 | DType::F64)
 }
 

@@ -1,6 +1,6 @@
 //! SwiGLU and GeGLU (Shazeer 2020, arXiv:2002.05202).
 
-use super::fused::{Fused, Number, View, apply, covers};
+use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use crate::gguf::Gating;
 use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -15,7 +15,7 @@ const CUBIC: f64 = 0.044_715;
 /// # Errors
 /// If the shapes differ.
 pub fn gated(gate: &Tensor, up: &Tensor, act: Gating) -> Result<Tensor> {
-    if covers(gate) {
+    if has_cpu_kernel(gate) {
         return apply(Gated(act), &[gate, up]);
     }
     match act {

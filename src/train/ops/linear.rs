@@ -1,6 +1,6 @@
 //! Products with weights: frozen as the file has them, with LoRA beside, or trained.
 
-use super::fused::{Fused, Number, View, apply, covers};
+use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use crate::gguf::{Gguf, TensorType, dequantize};
 use crate::kernels::gemm::{Mat, Right, STRIP, pack_columns, pack_row, sum_of_products};
 use candle_core::{Result, Shape, Tensor, bail};
@@ -156,7 +156,7 @@ impl<T: Number> Right<T> for Turned<'_> {
 /// # Errors
 /// If the shapes do not fit, or the file cannot be read.
 pub fn frozen_linear(x: &Tensor, weights: &Arc<Frozen>) -> Result<Tensor> {
-    if covers(x) {
+    if has_cpu_kernel(x) {
         return apply(FrozenLinear(weights.clone()), &[x]);
     }
     x.matmul(&weights.tensor(x)?.t()?)
@@ -167,7 +167,7 @@ pub fn frozen_linear(x: &Tensor, weights: &Arc<Frozen>) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if covers(x) { apply(Linear, &[x, weight]) } else { x.matmul(&weight.t()?) }
+    if has_cpu_kernel(x) { apply(Linear, &[x, weight]) } else { x.matmul(&weight.t()?) }
 }
 
 /// `x W + scale (x A) B`: (rows, outputs) of `x` (rows, inputs), `a` (rank, inputs), `b` (outputs,
@@ -182,7 +182,7 @@ pub fn lora_linear(
     b: &Tensor,
     scale: f64,
 ) -> Result<Tensor> {
-    if covers(x) {
+    if has_cpu_kernel(x) {
         let low = Mutex::new(None);
         return apply(LoraLinear { weights: weights.clone(), scale, low }, &[x, a, b]);
     }

@@ -1,6 +1,6 @@
 //! RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-use super::fused::{Fused, Number, View, apply, covers};
+use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use super::lanes::dot;
 use candle_core::{D, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -13,7 +13,7 @@ const ROWS: usize = 32;
 /// # Errors
 /// If the shapes do not fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
-    if covers(x) {
+    if has_cpu_kernel(x) {
         return apply(RmsNorm { epsilon }, &[x, weight]);
     }
     let mean = (x.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?;

@@ -1,6 +1,6 @@
 //! Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-use super::fused::{Fused, Number, View, apply, covers};
+use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use crate::kernels::vector::{Rope, RopePairs};
 use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -42,7 +42,7 @@ impl Rotation {
 /// # Errors
 /// If the shapes do not fit.
 pub fn rotate(x: &Tensor, rotation: &Rotation) -> Result<Tensor> {
-    if covers(x) {
+    if has_cpu_kernel(x) {
         return apply(Rotate(rotation.clone()), &[x]);
     }
     let (rows, _, dims) = x.dims3()?;

@@ -4,7 +4,7 @@
 //! the first gradient of a tensor is taken as it is, and what an operation kept is dropped as soon as
 //! its gradients are there. Operations on devices other than the CPU leave the way back to candle.
 
-use super::fused::{Fused, Node, covers};
+use super::fused::{Fused, Node, has_cpu_kernel};
 use candle_core::{Result, Tensor, TensorId, bail};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -13,7 +13,7 @@ use std::collections::{HashMap, HashSet};
 pub type Grads = HashMap<TensorId, Tensor>;
 
 /// How gradients pass an operation.
-pub trait Back {
+pub trait Backward {
     /// Those of the arguments that are wanted.
     fn back(
         &self,
@@ -25,7 +25,7 @@ pub trait Back {
 }
 
 struct Entry {
-    op: Box<dyn Back>,
+    op: Box<dyn Backward>,
     args: Vec<Tensor>,
     wanted: Vec<bool>,
     result: Tensor,
@@ -80,7 +80,7 @@ pub fn recording() -> bool {
 }
 
 /// Writes an operation down, if the gradient of any argument is asked for.
-pub fn note(op: Box<dyn Back>, args: &[&Tensor], result: &Tensor) {
+pub fn record_op(op: Box<dyn Backward>, args: &[&Tensor], result: &Tensor) {
     let wanted: Vec<bool> = args.iter().map(|arg| tracked(arg)).collect();
     if !wanted.contains(&true) {
         return;
@@ -104,7 +104,7 @@ impl Tape {
             Some(grad) => grad.clone(),
             None => out.ones_like()?,
         };
-        if !covers(out) {
+        if !has_cpu_kernel(out) {
             return Self::candles(out, &grad);
         }
         let mut grads = Grads::from([(out.id(), grad)]);
@@ -140,7 +140,7 @@ fn given<'a>(
     grad.filter(|_| *wanted).map(|grad| (arg, grad))
 }
 
-impl<F: Fused> Back for Node<F> {
+impl<F: Fused> Backward for Node<F> {
     fn back(
         &self,
         args: &[&Tensor],

@@ -19,7 +19,7 @@ use std::sync::Arc;
 /// By kind of job.
 pub(super) enum Data {
     Examples { train: Prepared, validation: Option<Prepared> },
-    Pairs { train: PreparedPairs, validation: Option<PreparedPairs> },
+    Preference { train: PreparedPairs, validation: Option<PreparedPairs> },
     Prompts { train: PreparedPrompts, validation: Option<PreparedPrompts> },
     Text { train: Stream, validation: Option<Stream> },
 }
@@ -67,7 +67,7 @@ pub(super) fn read(
             };
             let (train, validation) = both(folder, order, each)?;
             let (validation, report) = validation.unzip();
-            (Data::Pairs { train: train.0, validation }, train.1, report)
+            (Data::Preference { train: train.0, validation }, train.1, report)
         }
         Some(DatasetKind::PromptOnly) => {
             let encoder = encoder()?;

@@ -17,8 +17,8 @@ const RECENT: f64 = 0.1;
 /// Steps without a signal after which a policy's job warns.
 const SILENT_STEPS: u64 = 5;
 /// Names among the metrics of policies.
-const SILENT: &str = "silent_groups";
-const LENGTH: &str = "answer_tokens";
+const SILENT: &str = "frac_reward_zero_std";
+const LENGTH: &str = "completion_length";
 
 /// Writes down what happens.
 pub(super) struct Reporter<'a> {
@@ -118,14 +118,14 @@ impl Reporter<'_> {
             () if step.last && whole_run => format!(
                 "Nothing was learned: in all {} steps the answers to each prompt had equal rewards. Check \
                  the grader on some answers (POST /v1/fine_tuning/alpha/graders/run), make the task \
-                 easier, or raise grpo.group or grpo.temperature.",
+                 easier, or raise grpo.num_generations or grpo.temperature.",
                 step.step
             ),
             () if self.silent == SILENT_STEPS => format!(
                 "For {SILENT_STEPS} steps the answers to each prompt have had equal rewards (now {:.3} in \
                  the mean): there is nothing to learn from. If that is the highest reward, the task is \
                  learned, and the job can be stopped. If not, check the grader on some answers, make \
-                 the task easier, or raise grpo.group or grpo.temperature.",
+                 the task easier, or raise grpo.num_generations or grpo.temperature.",
                 step.reward().unwrap_or(f64::NAN)
             ),
             () => return Ok(()),

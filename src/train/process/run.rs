@@ -13,7 +13,9 @@ use crate::train::checkpoint::Checkpoints;
 use crate::train::data::PreparedPrompts;
 use crate::train::export::{self, ExportError};
 use crate::train::model::{Model, Training};
-use crate::train::recipes::{self, Objective, Pairs, Policy, Pretrain, Sft, TrainError};
+use crate::train::recipes::{
+    self, GrpoTrainer, Objective, PreferenceTrainer, Pretrain, Sft, TrainError,
+};
 use candle_core::Device;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -134,7 +136,7 @@ fn tidy(folder: &Folder) {
     }
 }
 
-/// Held while the file is open.
+/// RolloutBuffer while the file is open.
 fn lock(folder: &Path) -> Result<File, JobError> {
     let file = File::create(folder.join("lock"))?;
     let start = Instant::now();
@@ -192,13 +194,13 @@ fn work(
             let validation = validation.as_ref();
             Sft { model, settings, train, validation, checkpoints, shuffle }.run(stop, tell)
         }
-        Data::Pairs { train, validation } => {
+        Data::Preference { train, validation } => {
             let (validation, reference) = (validation.as_ref(), &folder.reference());
             let objective = match spec.kind {
                 Kind::Reward => Objective::Reward(spec.reward.unwrap_or_default()),
                 _ => Objective::Dpo(spec.dpo.unwrap_or_default()),
             };
-            let run = Pairs {
+            let run = PreferenceTrainer {
                 model,
                 settings,
                 objective,
@@ -231,7 +233,7 @@ fn work(
                 written.map(drop).map_err(|error| io::Error::other(error).into())
             };
             let adapter = AdapterFile::new(&order.id, &folder.cache());
-            let run = Policy {
+            let run = GrpoTrainer {
                 model,
                 settings,
                 block,
@@ -325,6 +327,6 @@ fn base(folder: &Folder, order: &Order, log: &mut EventLog) -> Result<Arc<Gguf>,
     let block = order.spec.pretrain.clone().unwrap_or_default();
     let parent = order.tokenizer.as_ref().map(Gguf::open).transpose()?;
     let (data, name, seed) = (&order.train, &order.name, order.spec.seed);
-    recipes::start(&block, parent.as_ref(), data, name, seed, &path)?;
+    recipes::init_pretrain(&block, parent.as_ref(), data, name, seed, &path)?;
     Ok(Arc::new(Gguf::open(&path)?))
 }

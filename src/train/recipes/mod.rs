@@ -5,14 +5,14 @@
 //! | `run.rs` | the loop that they share |
 //! | `sft.rs` | supervised fine-tuning |
 //! | `pretrain.rs` | pretraining |
-//! | `pairs.rs` | DPO and reward models |
-//! | `policy.rs` | GRPO |
+//! | `preference.rs` | DPO and reward models |
+//! | `grpo.rs` | GRPO |
 //! | `sample.rs` | text on the way |
 
-mod pairs;
+mod grpo;
+mod preference;
 #[cfg(test)]
-mod pairs_tests;
-mod policy;
+mod preference_tests;
 mod pretrain;
 #[cfg(test)]
 mod pretrain_tests;
@@ -24,8 +24,8 @@ mod tests;
 #[cfg(test)]
 mod trl_tests;
 
-pub use pairs::{Objective, Pairs};
-pub use policy::Policy;
-pub use pretrain::{Pretrain, start};
+pub use grpo::GrpoTrainer;
+pub use preference::{Objective, PreferenceTrainer};
+pub use pretrain::{Pretrain, init_pretrain};
 pub use run::{Event, Outcome, TrainError};
 pub use sft::Sft;

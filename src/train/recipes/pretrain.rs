@@ -1,6 +1,6 @@
 //! Pretraining: predict the next token of any text, with all weights. From nothing, or further.
 
-use super::run::{Each, Event, Extent, Outcome, Run, Source, TrainError};
+use super::run::{BatchSource, Each, Event, Outcome, Run, StepCount, TrainError};
 use super::sample::sample;
 use crate::gguf::Gguf;
 use crate::job::Validation;
@@ -8,9 +8,9 @@ use crate::job::spec::{self, Resolved, TokenizerPlan};
 use crate::tokenizer::Tokenizer;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Stream, Windows};
-use crate::train::fresh;
 use crate::train::model::{Batch, Model};
-use crate::train::vocabulary::Vocabulary;
+use crate::train::random_init;
+use crate::train::tokenizer_training::Vocabulary;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -39,7 +39,7 @@ pub struct Pretrain<'a> {
 ///
 /// # Errors
 /// [`TrainError`].
-pub fn start(
+pub fn init_pretrain(
     block: &spec::Pretrain,
     parent: Option<&Gguf>,
     data: &Path,
@@ -58,7 +58,7 @@ pub fn start(
         }
     };
     let shape = block.shape(vocabulary.len()).map_err(TrainError::Spec)?;
-    fresh::write(&shape, &vocabulary, name, seed, path)?;
+    random_init::write(&shape, &vocabulary, name, seed, path)?;
     Ok(())
 }
 
@@ -113,11 +113,11 @@ struct Text<'a> {
     windows: Windows<'a>,
 }
 
-impl Source for Text<'_> {
-    type Part = Batch;
+impl BatchSource for Text<'_> {
+    type MicroBatch = Batch;
 
-    fn extent(&self) -> Extent {
-        Extent::new(self.windows.count(), self.run.settings)
+    fn extent(&self) -> StepCount {
+        StepCount::new(self.windows.count(), self.run.settings)
     }
 
     fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Batch>, TrainError> {

@@ -53,7 +53,7 @@ fn job(text: &str, block: &str, train: &str, parent: Option<&Path>) -> Job {
     let settings = spec.resolve().unwrap();
     let block = spec.pretrain.clone().unwrap();
     let begin = parent.map_or(path("start.gguf"), Path::to_owned);
-    start(&block, None, &path("data"), "fresh", spec.seed, &begin).unwrap();
+    init_pretrain(&block, None, &path("data"), "fresh", spec.seed, &begin).unwrap();
     let file = Arc::new(Gguf::open(&begin).unwrap());
     let tokenizer = NativeTokenizer::from_gguf(&file).unwrap();
     let (all, _) = prepare_stream(&path("data"), &tokenizer, &path("tokens"), |_| {}).unwrap();
@@ -190,16 +190,16 @@ fn a_tokenizer_can_be_taken_from_a_model() {
     std::fs::write(path("data"), "some text, some more text".repeat(20)).unwrap();
     let block = |text: &str| serde_json::from_str::<crate::job::spec::Pretrain>(text).unwrap();
     let trained = block(r#"{"depth": 1, "tokenizer": {"vocab_size": 270}}"#);
-    start(&trained, None, &path("data"), "a", 1, &path("a.gguf")).unwrap();
+    init_pretrain(&trained, None, &path("data"), "a", 1, &path("a.gguf")).unwrap();
     let parent = Gguf::open(path("a.gguf")).unwrap();
     let taken = block(r#"{"depth": 2, "tokenizer": {"from": "a"}}"#);
-    start(&taken, Some(&parent), &path("none"), "b", 1, &path("b.gguf")).unwrap();
+    init_pretrain(&taken, Some(&parent), &path("none"), "b", 1, &path("b.gguf")).unwrap();
     let made = Gguf::open(path("b.gguf")).unwrap();
     for key in ["tokens", "merges", "token_type", "pre", "eos_token_id"] {
         let key = format!("tokenizer.ggml.{key}");
         assert_eq!(made.get(&key), parent.get(&key), "{key}");
     }
     assert_eq!(made.tensor("token_embd.weight").unwrap().dims(), [128, 270]);
-    let error = start(&taken, None, &path("data"), "c", 1, &path("c.gguf")).unwrap_err();
+    let error = init_pretrain(&taken, None, &path("data"), "c", 1, &path("c.gguf")).unwrap_err();
     assert!(error.to_string().contains("`a` is not open"), "{error}");
 }

@@ -10,7 +10,7 @@ use crate::train::model::{Batch, Gradients, Model, Pass};
 use crate::train::ops::Losses;
 use crate::train::optim::Optimization;
 use crate::train::rollout::RolloutError;
-use crate::train::vocabulary::VocabularyError;
+use crate::train::tokenizer_training::VocabularyError;
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -86,13 +86,13 @@ struct State {
     /// Time spent, before and after resuming.
     #[serde(default)]
     seconds: f64,
-    /// [`Source::save`].
+    /// [`BatchSource::save`].
     #[serde(default, with = "serde_bytes", skip_serializing_if = "Vec::is_empty")]
     source: Vec<u8>,
 }
 
 /// What is computed at once.
-pub(super) trait Part {
+pub(super) trait MicroBatch {
     /// Trained or context.
     fn tokens(&self) -> usize;
 
@@ -102,13 +102,13 @@ pub(super) trait Part {
         model: &Model,
         pass: Pass,
         gradients: &mut Gradients,
-    ) -> Result<Sums, TrainError>;
+    ) -> Result<LossSums, TrainError>;
 
     /// The loss alone.
-    fn judge(&self, model: &Model) -> Result<Sums, TrainError>;
+    fn evaluate_part(&self, model: &Model) -> Result<LossSums, TrainError>;
 }
 
-impl Part for Batch {
+impl MicroBatch for Batch {
     fn tokens(&self) -> usize {
         self.tokens.len()
     }
@@ -118,24 +118,28 @@ impl Part for Batch {
         model: &Model,
         pass: Pass,
         gradients: &mut Gradients,
-    ) -> Result<Sums, TrainError> {
-        Sums::of(self, &model.train(self, pass, gradients)?)
+    ) -> Result<LossSums, TrainError> {
+        LossSums::of(self, &model.train(self, pass, gradients)?)
     }
 
-    fn judge(&self, model: &Model) -> Result<Sums, TrainError> {
-        Sums::of(self, &model.losses(self)?)
+    fn evaluate_part(&self, model: &Model) -> Result<LossSums, TrainError> {
+        LossSums::of(self, &model.losses(self)?)
     }
 }
 
 /// Where a step's parts come from.
-pub(super) trait Source {
-    type Part: Part;
+pub(super) trait BatchSource {
+    type MicroBatch: MicroBatch;
 
     /// How far the run goes.
-    fn extent(&self) -> Extent;
+    fn extent(&self) -> StepCount;
 
     /// The next `count` examples, in the parts that are computed at once; moves the cursor on.
-    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Self::Part>, TrainError>;
+    fn next(
+        &mut self,
+        cursor: &mut Cursor,
+        count: usize,
+    ) -> Result<Vec<Self::MicroBatch>, TrainError>;
 
     /// What a checkpoint keeps of a step that is not over.
     fn save(&self) -> Result<Vec<u8>, TrainError> {
@@ -148,14 +152,14 @@ pub(super) trait Source {
     }
 
     /// Gives `each` all that is held out, part by part; `false` if nothing is.
-    fn held_out(&self, _each: &mut Each<Self::Part>) -> Result<bool, TrainError> {
+    fn held_out(&self, _each: &mut Each<Self::MicroBatch>) -> Result<bool, TrainError> {
         Ok(false)
     }
 
-    /// What counts of the step beside the parts that [`Source::next`] gave: their weight in the loss, and
+    /// What counts of the step beside the parts that [`BatchSource::next`] gave: their weight in the loss, and
     /// what was measured. A step may be of nothing else.
-    fn besides(&self) -> Sums {
-        Sums::default()
+    fn extra_losses(&self) -> LossSums {
+        LossSums::default()
     }
 
     /// What is measured of all that is held out, where that is no loss.
@@ -164,7 +168,7 @@ pub(super) trait Source {
     }
 
     /// Bytes of text that a part's targets stand for, if that is of interest.
-    fn bytes(&self, _: &Self::Part) -> Option<u64> {
+    fn bytes(&self, _: &Self::MicroBatch) -> Option<u64> {
         None
     }
 
@@ -187,7 +191,7 @@ impl Run<'_> {
     /// Trains from the newest checkpoint to the end, or until told to stop.
     pub fn run(
         &self,
-        source: &mut impl Source,
+        source: &mut impl BatchSource,
         stop: &AtomicBool,
         event: &mut impl FnMut(Event),
     ) -> Result<Outcome, TrainError> {
@@ -215,12 +219,12 @@ impl Run<'_> {
             let parts = source.next(&mut state.cursor, due)?;
             let factor = settings.schedule.factor(step, total, warmup);
             step += 1;
-            let (sums, gradients) = self.gradients(&parts, source.besides(), step)?;
+            let (sums, gradients) = self.gradients(&parts, source.extra_losses(), step)?;
             let rate = settings.learning_rate;
             let stepped = optimization
                 .step(params, &gradients, sums.divisor(), rate, factor)
                 .map_err(|source| TrainError::Update { step, source })?;
-            let tokens: usize = parts.iter().map(Part::tokens).sum();
+            let tokens: usize = parts.iter().map(MicroBatch::tokens).sum();
             state.tokens += tokens as u64;
             let due = state.seconds + started.elapsed().as_secs_f64() >= limit;
             let last = step == total || due;
@@ -265,7 +269,7 @@ impl Run<'_> {
 
     fn report(
         &self,
-        source: &impl Source,
+        source: &impl BatchSource,
         step: u64,
         event: &mut impl FnMut(Event),
     ) -> Result<(), TrainError> {
@@ -280,12 +284,12 @@ impl Run<'_> {
 
     fn gradients(
         &self,
-        parts: &[impl Part],
-        besides: Sums,
+        parts: &[impl MicroBatch],
+        extra_losses: LossSums,
         step: u64,
-    ) -> Result<(Sums, Vec<candle_core::Tensor>), TrainError> {
+    ) -> Result<(LossSums, Vec<candle_core::Tensor>), TrainError> {
         let mut gradients = Gradients::default();
-        let mut sums = besides;
+        let mut sums = extra_losses;
         let checkpoint = self.settings.activation_checkpointing;
         for (number, part) in (0u64..).zip(parts) {
             let pass = Pass { number: step << 32 | number, checkpoint };
@@ -305,17 +309,17 @@ impl Run<'_> {
     /// The loss over all that is held out, or what else is measured of it.
     pub fn evaluate(
         &self,
-        source: &impl Source,
+        source: &impl BatchSource,
         step: u64,
     ) -> Result<Option<Validation>, TrainError> {
         if let Some(metrics) = source.examine()? {
             let (loss, accuracy, bits_per_byte) = (None, None, None);
             return Ok(Some(Validation { step, loss, accuracy, bits_per_byte, metrics }));
         }
-        let (mut sums, mut bytes) = (Sums::default(), 0);
+        let (mut sums, mut bytes) = (LossSums::default(), 0);
         let there = source.held_out(&mut |part| {
             bytes += source.bytes(&part).unwrap_or_default();
-            sums.add(part.judge(self.model)?);
+            sums.add(part.evaluate_part(self.model)?);
             Ok(())
         })?;
         if !there {
@@ -330,7 +334,7 @@ impl Run<'_> {
 
 /// How far a run goes through its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Extent {
+pub(super) struct StepCount {
     /// Examples of an epoch.
     count: u64,
     batch_size: u64,
@@ -340,7 +344,7 @@ pub(super) struct Extent {
     pub steps: u64,
 }
 
-impl Extent {
+impl StepCount {
     /// Of `count` examples.
     pub fn new(count: usize, settings: &Resolved) -> Self {
         let batch_size = settings.batch_size as u64;
@@ -384,7 +388,7 @@ impl Extent {
 
 /// Sums over the parts of a batch.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Sums {
+pub(super) struct LossSums {
     pub loss: f64,
     /// Of those that can be right.
     pub correct: Option<f64>,
@@ -394,7 +398,7 @@ pub(super) struct Sums {
     pub measured: BTreeMap<Cow<'static, str>, (f64, f64)>,
 }
 
-impl Sums {
+impl LossSums {
     fn of(batch: &Batch, losses: &Losses) -> Result<Self, TrainError> {
         let loss = losses.sum.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
         let weight = batch.weights.iter().map(|weight| f64::from(*weight)).sum();
@@ -455,10 +459,10 @@ mod tests {
             );
             let spec: Spec = serde_json::from_str(&text).unwrap();
             let settings = spec.resolve().unwrap();
-            assert_eq!(Extent::new(count, &settings).steps, steps, "{train}");
+            assert_eq!(StepCount::new(count, &settings).steps, steps, "{train}");
             // The same when the stored specification is read again.
             let again = spec.filled(&settings).resolve().unwrap();
-            assert_eq!(Extent::new(count, &again).steps, steps, "{train}");
+            assert_eq!(StepCount::new(count, &again).steps, steps, "{train}");
         }
     }
 }

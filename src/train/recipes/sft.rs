@@ -1,6 +1,6 @@
 //! Supervised fine-tuning: predict the answers of examples, with LoRA or with all weights.
 
-use super::run::{Each, Event, Extent, Outcome, Run, Source, TrainError};
+use super::run::{BatchSource, Each, Event, Outcome, Run, StepCount, TrainError};
 use crate::job::Validation;
 use crate::job::spec::Resolved;
 use crate::train::checkpoint::Checkpoints;
@@ -70,11 +70,11 @@ impl Examples<'_> {
     }
 }
 
-impl Source for Examples<'_> {
-    type Part = Batch;
+impl BatchSource for Examples<'_> {
+    type MicroBatch = Batch;
 
-    fn extent(&self) -> Extent {
-        Extent::new(self.sft.train.len(), self.sft.settings)
+    fn extent(&self) -> StepCount {
+        StepCount::new(self.sft.train.len(), self.sft.settings)
     }
 
     fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Batch>, TrainError> {

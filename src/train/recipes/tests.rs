@@ -1,4 +1,4 @@
-use super::run::{Extent, Run, Source, Sums};
+use super::run::{BatchSource, LossSums, Run, StepCount};
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
 use crate::gguf::{Gguf, Target};
@@ -74,7 +74,7 @@ fn losses_fall_and_are_reported() {
             checkpoints: &checkpoints,
             shuffle: Some(1),
         };
-        let extent = Extent::new(sft.train.len(), &settings);
+        let extent = StepCount::new(sft.train.len(), &settings);
         assert_eq!((extent.examples, extent.steps), (120, 30));
         let (mut steps, mut evaluated, mut saved) = (Vec::new(), Vec::new(), Vec::new());
         let outcome = sft.run(&AtomicBool::new(false), |event| match event {
@@ -242,11 +242,11 @@ struct Gaps {
     step: u64,
 }
 
-impl Source for Gaps {
-    type Part = Batch;
+impl BatchSource for Gaps {
+    type MicroBatch = Batch;
 
-    fn extent(&self) -> Extent {
-        Extent::new(8, &settings(r#", "epochs": 2"#))
+    fn extent(&self) -> StepCount {
+        StepCount::new(8, &settings(r#", "epochs": 2"#))
     }
 
     fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Batch>, TrainError> {
@@ -255,9 +255,9 @@ impl Source for Gaps {
         Ok(if self.step.is_multiple_of(2) { Vec::new() } else { vec![self.batch.clone()] })
     }
 
-    fn besides(&self) -> Sums {
-        let mut sums = Sums::default();
-        sums.measure_all("masked_answers", 3.0, 4.0);
+    fn extra_losses(&self) -> LossSums {
+        let mut sums = LossSums::default();
+        sums.measure_all("masked_ratio", 3.0, 4.0);
         sums
     }
 }
@@ -281,5 +281,5 @@ fn a_step_without_anything_to_compute_has_no_loss_and_goes_on() {
     let losses: Vec<bool> = steps.iter().map(|step| step.loss == 0.0).collect();
     assert_eq!(losses, [false, true, false, true]);
     assert!(steps.iter().all(|step| step.grad_norm.is_finite()), "{steps:?}");
-    assert!(steps.iter().all(|step| step.metrics["masked_answers"] == 0.75), "{steps:?}");
+    assert!(steps.iter().all(|step| step.metrics["masked_ratio"] == 0.75), "{steps:?}");
 }

@@ -1,7 +1,7 @@
-//! Pairs of answers as TRL's own trainers take them: `tests/train/trl.json`, made by
+//! Preference pairs as TRL's own trainers take them: `tests/train/trl.json`, made by
 //! `scripts/trl_reference.py`.
 
-use super::{Event, Objective, Pairs};
+use super::{Event, Objective, PreferenceTrainer};
 use crate::gguf::Gguf;
 use crate::job::spec::{Dpo, DpoLoss, Lora, Reward, Spec};
 use crate::template::{CHATML, ChatTemplate};
@@ -114,7 +114,7 @@ fn pairs_are_trained_as_in_trl() {
             other => panic!("{other:?}"),
         };
         let runs = tempfile::tempdir().unwrap();
-        let run = Pairs {
+        let run = PreferenceTrainer {
             model: &model,
             settings: &spec.resolve().unwrap(),
             objective,

@@ -1,8 +1,8 @@
-//! A small JSON schema checker, for what the tests use.
+//! A small JSON schema checker that supports what the tests use.
 
 use super::Value;
 
-/// Whether `value` fits `schema`; `root` is where `$ref` starts from.
+/// Whether `value` satisfies `schema`; `$ref` is resolved from `root`.
 pub fn fits(root: &Value, schema: &Value, value: &Value) -> bool {
     if let Some(path) = schema["$ref"].as_str() {
         let target = root.pointer(path.trim_start_matches('#')).expect("a known $ref");
@@ -40,7 +40,7 @@ fn is_a(name: &str, value: &Value) -> bool {
     }
 }
 
-/// More digits than 64 bits hold, and -0, are read as a float.
+/// Integers of more than 64 bits, and -0, are parsed as floats.
 fn is_whole(value: &Value) -> bool {
     value.as_f64().is_some_and(|x| x.fract() == 0.0)
 }

@@ -1,4 +1,4 @@
-//! Grammars that are wrong, too large, or built to be slow.
+//! Tests of grammars that are invalid, too large, or built to be slow.
 
 use super::*;
 use std::time::{Duration, Instant};
@@ -32,8 +32,8 @@ fn refusals_name_the_field_and_the_cause() {
     }
 }
 
-/// Compiles, takes the first mask where it can, and looks at the clock. Nothing else matters: the
-/// grammar may be refused or not.
+/// Compiles the grammar, computes the first mask if possible, and checks the elapsed time. The
+/// grammar may be refused or accepted.
 fn survive(world: &World, name: &str, grammar: Grammar) {
     let start = Instant::now();
     let outcome = match world.engine.compile(&grammar) {
@@ -125,7 +125,7 @@ fn hostile_grammars_end_in_bounded_time() {
         .collect();
     let chain = format!(r##"{{"$defs":{{{}}},"$ref":"#/$defs/d0"}}"##, chain.join(","));
     survive(&world, "chain", schema(chain));
-    // After all of that an ordinary grammar still works.
+    // An ordinary grammar still works afterwards.
     assert!(world.takes(&world.compile(Grammar::Regex("ok".into())), "ok"));
 }
 
@@ -140,7 +140,7 @@ fn the_cache_keeps_what_is_used() {
     }
     assert!(first.is_same(&world.compile(grammar(1))), "in constant use");
     assert!(!world.compile(Grammar::Lark("start: \"a\"".into())).is_same(&first));
-    // The same text as another kind of grammar is another grammar.
+    // The same text as another kind of grammar is a different grammar.
     let text = r#"{"type":"null"}"#;
     assert!(world.takes(&world.compile(Grammar::JsonSchema(text.into())), "null"));
     assert!(
@@ -159,7 +159,7 @@ fn a_panic_inside_llguidance_costs_only_the_walks_of_its_grammar() {
     assert_eq!(first.mask().expect_err("over"), error);
     assert!(second.accept(b'a'.into()).is_err(), "shares the tables");
     assert!(compiled.matcher().accept(b'a'.into()).is_err(), "so do walks begun later");
-    // The next request compiles anew; other grammars never noticed.
+    // The next request compiles again; other grammars are unaffected.
     assert!(world.takes(&world.compile(grammar), "abb"));
     assert!(world.takes(&bystander, "acc"));
 }

@@ -1,4 +1,4 @@
-//! Triggers, however the output is cut into tokens.
+//! Tests of triggers under all tokenizations of the output.
 
 use super::*;
 
@@ -7,15 +7,15 @@ fn trigger(texts: &[&str], at_start_only: bool, inclusive: bool) -> GrammarTrigg
     GrammarTrigger { texts, at_start_only, inclusive }
 }
 
-/// What became of a grammar that has seen some output.
+/// The state of a grammar after some output.
 #[derive(Debug, PartialEq)]
 enum Outcome {
     Free,
     Constrained { accepting: bool },
 }
 
-/// Feeds `text`, cut after every byte whose bit in `cuts` is set. The pieces need not be in the
-/// vocabulary while the output is free; afterwards they go in byte by byte.
+/// Feeds `text`, cut after every byte whose bit in `cuts` is set. While the output is unconstrained
+/// the pieces need not be in the vocabulary; afterwards they are fed byte by byte.
 fn run(grammar: &CompiledGrammar, trigger: &GrammarTrigger, text: &str, cuts: u64) -> Outcome {
     let mut state = TriggeredGrammar::new(grammar, Some(trigger));
     let mut piece: Vec<u8> = Vec::new();
@@ -27,7 +27,7 @@ fn run(grammar: &CompiledGrammar, trigger: &GrammarTrigger, text: &str, cuts: u6
         }
         piece.push(byte);
         if cuts >> (i % 64) & 1 == 1 || i + 1 == text.len() {
-            // A piece of several bytes stands for a token that the vocabulary need not have.
+            // A piece of several bytes represents a token that need not exist in the vocabulary.
             let token = if piece.len() == 1 { Token::from(piece[0]) } else { 1_000_000 };
             state.observe(token, &piece).expect("free or fitting");
             piece.clear();
@@ -39,7 +39,7 @@ fn run(grammar: &CompiledGrammar, trigger: &GrammarTrigger, text: &str, cuts: u6
     }
 }
 
-/// All cuts of short texts, many of long ones.
+/// All cuts of short texts, a sample for long ones.
 fn every_cut(text: &str) -> impl Iterator<Item = u64> {
     let all = if text.len() <= 13 { 1 << text.len() } else { 3000 };
     (0..all).map(move |i| if text.len() <= 13 { i } else { i * 0x9e37_79b9_7f4a_7c15 })
@@ -65,14 +65,14 @@ fn exclusive_triggers_at_any_place() {
     expect(&grammar, &end, "a</t>42", DONE);
     expect(&grammar, &end, "a</t", Outcome::Free);
     expect(&grammar, &end, "", Outcome::Free);
-    // Repetitive beginnings.
+    // Repetitive prefixes.
     let aab = trigger(&["aab"], false, false);
     expect(&grammar, &aab, "aaaab42", DONE);
     expect(&grammar, &aab, "aaaaaa", Outcome::Free);
-    // Of two, the one that is complete first.
+    // Of several triggers, the one that is complete first.
     let two = trigger(&["long", "lon", "on"], false, false);
     expect(&grammar, &two, "lon42", DONE);
-    // Nothing to wait for, and nothing that could come.
+    // An empty trigger acts at once; an empty list of triggers never acts.
     expect(&grammar, &trigger(&[""], false, false), "42", DONE);
     expect(&grammar, &trigger(&[], false, false), "42", Outcome::Free);
 }
@@ -114,7 +114,7 @@ fn text_after_the_trigger_that_does_not_fit_frees_the_output() {
     };
     assert!(after(">"));
     assert!(after(">{"));
-    // White space that the marker's last token carries is not the grammar's business.
+    // White space in the marker's last token is not part of the grammar's text.
     assert!(after(">\n\n"));
     assert!(after(">\n\n {\""));
     assert!(!after(">x"));
@@ -127,7 +127,7 @@ fn control_tokens_as_triggers() {
     let as_token = world.compile(Grammar::Lark("start: <tool_call> \"{\\\"\" /[a-z]/".into()));
     let as_text = world.compile(Grammar::Lark("start: \"<tool_call>\" \"{\\\"\" /[a-z]/".into()));
     let tool = trigger(&["<tool_call>"], false, true);
-    // The token or its text came, and the grammar names the token or its text.
+    // The marker is output as token or as text, and the grammar names it as token or as text.
     for grammar in [&as_token, &as_text] {
         let text = ["<tool", "_call", ">{"].map(|piece| (world.token(piece), piece));
         let outputs: [&[(Token, &str)]; 2] = [&[(marker, "<tool_call>"), (brace, "{\"")], &text];

@@ -1,4 +1,4 @@
-//! What grammars let through: random walks, special tokens, the end.
+//! Tests of the texts that grammars allow: random generation, special tokens, the end.
 
 use super::*;
 
@@ -40,7 +40,7 @@ fn walks_under_the_mask_are_valid_json() {
                 let out = world.walk(&grammar, seed, 60);
                 let value: Value = match serde_json::from_str(&out) {
                     Ok(value) => value,
-                    // JSON, but not an f64: 1e999.
+                    // Valid JSON, but not an f64: 1e999.
                     Err(error) if error.to_string().contains("out of range") => continue,
                     Err(error) => panic!("{error}: {out:?} under {text}"),
                 };
@@ -64,7 +64,7 @@ fn white_space_is_allowed_but_bounded() {
     assert!(world.takes(&grammar, "{\n  \"name\": \"x\",\n  \"age\": 3\n}"));
     assert!(!world.takes(&grammar, "{\n\n\"name\":\"x\",\"age\":3}"));
     assert!(!world.takes(&grammar, &format!("{{{}\"name\":\"x\",\"age\":3}}", " ".repeat(50))));
-    // Nor may it trail on for ever.
+    // White space must not follow without end.
     let mut state = grammar.matcher();
     assert!(world.feed(&mut state, r#"{"name":"x","age":3}"#));
     let allowed = world.allowed(&mut state);
@@ -104,7 +104,7 @@ fn an_early_end_and_a_wrong_token_are_errors_that_last() {
         assert_eq!(state.accept(Token::from(b'a')).expect_err("over"), error);
         assert!(!state.is_finished());
     }
-    // Other walks of the same grammar are not touched.
+    // Other states of the same grammar are unaffected.
     assert!(world.takes(&world.compile(Grammar::Regex("abc".into())), "abc"));
 }
 
@@ -133,9 +133,9 @@ call: %json {"type":"object","properties":{"name":{"enum":["red"]}},"required":[
     assert_eq!(world.allowed(&mut state), [world.special("<tool_call>")]);
     let out = world.walk(&grammar, 1, 5);
     assert_eq!(out, "<tool_call>\n{\"name\":\"red\"}\n</tool_call>");
-    // The marker as text is something else.
+    // The marker as text is not the marker token.
     assert!(!state.accept_text(b"<tool_call>").expect("no failure"));
-    // By number, for markers that are not written in angle brackets.
+    // By id, for markers that are not written in angle brackets.
     let by_id = format!("start: <[{}]> \"a\"", world.special("<tool_call>"));
     let grammar = world.compile(Grammar::Lark(by_id));
     assert_eq!(world.walk(&grammar, 1, 5), "<tool_call>a");
@@ -195,7 +195,7 @@ fn the_worker_gives_masks_back() {
         }
     }
     assert!(grammars.iter().all(|(_, grammar)| grammar.is_finished()));
-    // One that is broken fails alone.
+    // A failed grammar affects no others.
     let mut broken = world.engine.start(&spec).expect("a grammar");
     assert!(broken.observe(b'x'.into(), b"x").is_err());
     worker.submit(0, broken);
@@ -203,6 +203,6 @@ fn the_worker_gives_masks_back() {
     let results: Vec<(usize, bool)> =
         worker.collect().into_iter().map(|masked| (masked.key, masked.result.is_ok())).collect();
     assert!(results.contains(&(0, false)) && results.contains(&(1, true)));
-    // Dropped with work outstanding.
+    // The worker is dropped with work outstanding.
     worker.submit(2, world.engine.start(&spec).expect("a grammar"));
 }

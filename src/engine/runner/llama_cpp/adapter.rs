@@ -14,20 +14,20 @@ pub struct Adapter {
     model: Arc<Model>,
 }
 
-// SAFETY: an adapter is plain data; it is read by one context at a time, and the model's list of
-// adapters, which loading and freeing change, is guarded by `Model::adapters`.
+// SAFETY: an adapter is plain data, read by one context at a time. Loading and freeing change the
+// model's list of adapters, which `Model::adapters` guards.
 unsafe impl Send for Adapter {}
 
 impl Drop for Adapter {
     fn drop(&mut self) {
         let _guard = self.model.adapters.lock();
-        // SAFETY: the pointer came from `llama_adapter_lora_init`, is freed once, and the model
-        // that lists it is kept alive by `self.model`.
+        // SAFETY: the pointer came from `llama_adapter_lora_init` and is freed once; `self.model`
+        // keeps alive the model that lists the adapter.
         unsafe { sys::llama_adapter_lora_free(self.raw.as_ptr()) }
     }
 }
 
-/// Reads adapter files beside the step loop.
+/// Reads adapter files on a thread beside the step loop.
 pub struct Loader {
     model: Arc<Model>,
 }
@@ -43,7 +43,8 @@ impl AdapterLoader for Loader {
         let file = c_path(path)?;
         let guard = self.model.adapters.lock();
         // SAFETY: the model outlives the adapter, which holds an `Arc` of it; the string is
-        // NUL-terminated; the guard keeps other threads from the model's list of adapters.
+        // NUL-terminated; the guard prevents other threads from accessing the model's list of
+        // adapters.
         let raw = unsafe { sys::llama_adapter_lora_init(self.model.as_ptr(), file.as_ptr()) };
         drop(guard);
         let raw = NonNull::new(raw).ok_or_else(|| {

@@ -1,4 +1,4 @@
-//! A llama.cpp context: cache, compute buffers, and the batch on its way in.
+//! A llama.cpp context: cache, compute buffers and the input batch.
 
 use super::super::{Batch, BatchSequence, MAX_PROMPT_LOGITS, Ran, RunnerError, SeqSlot, Wants};
 use super::adapter::Adapter;
@@ -26,11 +26,11 @@ pub struct Context {
     unified: bool,
     vocab_size: usize,
     rows: Rows,
-    /// Where the logits of the last batch's rows are.
+    /// Location of the logits of each row of the last batch.
     logits: Vec<Logits>,
-    /// (rows saved, vocabulary) logits of all but the last part of the batch.
+    /// (rows saved, vocabulary) logits of all parts of the batch but the last.
     saved: Vec<f32>,
-    /// Applies to all rows.
+    /// The adapter of all rows.
     adapter: Option<AdapterId>,
     /// Keeps the weights alive.
     _model: Arc<Model>,
@@ -39,13 +39,13 @@ pub struct Context {
 #[derive(Clone, Copy, PartialEq)]
 enum Logits {
     Unwanted,
-    /// In llama.cpp's buffer, by the row's index in its last call.
+    /// In llama.cpp's buffer, at the row's index in the last `llama_decode` call.
     InContext(i32),
-    /// From this index of `Context::saved` on.
+    /// In `Context::saved`, from this index on.
     Saved(usize),
 }
 
-/// A part of a batch in llama.cpp's shape, reused from step to step.
+/// A part of a batch in llama.cpp's layout, reused from step to step.
 #[derive(Default)]
 struct Rows {
     tokens: Vec<sys::llama_token>,
@@ -74,14 +74,15 @@ impl Context {
         Self::with_callback(model, spec, kind, (None, std::ptr::null_mut()))
     }
 
-    /// With a callback, and its argument, that is shown tensors as they are computed.
+    /// Creates a context with a callback (and its argument) that receives tensors as they are
+    /// computed.
     pub(super) fn with_callback(
         model: &Arc<Model>,
         spec: &LoadSpec,
         kind: ContextKind,
         callback: (sys::ggml_backend_sched_eval_callback, *mut c_void),
     ) -> Result<Self, RunnerError> {
-        // SAFETY: takes nothing, returns plain data.
+        // SAFETY: the function takes no arguments and returns plain data.
         let mut params = unsafe { sys::llama_context_default_params() };
         let threads = i32::try_from(spec.threads.max(1)).unwrap_or(1);
         params.n_threads = threads;
@@ -89,7 +90,7 @@ impl Context {
         params.no_perf = true;
         (params.cb_eval, params.cb_eval_user_data) = callback;
         params.kv_unified = true;
-        // Windowed layers keep all their tokens: a shared prefix needs those outside the window.
+        // Sliding-window layers keep all tokens: a shared prefix needs those outside the window.
         params.swa_full = true;
         let cache_type = match spec.kv_type {
             KvCacheType::F16 => sys::GGML_TYPE_F16,
@@ -102,13 +103,13 @@ impl Context {
         };
         let slots = match kind {
             ContextKind::Generate { slots, exact } => {
-                // Divided among the slots, where each has its own.
+                // Divided among the slots if each slot has its own buffer.
                 params.n_ctx = spec.kv_tokens;
                 params.kv_unified = spec.kv_layout == KvLayout::Unified;
                 params.n_batch = spec.batch_tokens;
                 params.n_ubatch = spec.batch_tokens;
                 params.n_seq_max = slots;
-                // The compute buffer holds this many rows of the whole vocabulary.
+                // The compute buffer holds this many rows of logits.
                 params.n_outputs_max = slots + MAX_PROMPT_LOGITS as u32;
                 params.n_outputs_max_per_seq = 0;
                 let cache_type = if exact { sys::GGML_TYPE_F32 } else { cache_type };
@@ -117,7 +118,8 @@ impl Context {
                 slots
             }
             ContextKind::Embed => {
-                // llama.cpp rounds a short context up, past the rows of a position table.
+                // llama.cpp rounds a short context up, beyond the number of rows of a position
+                // table.
                 let length = spec.context_length.min(MAX_POOLED_TOKENS);
                 let rows = match model.pools_in_chunks() {
                     true => length.min(spec.batch_tokens),
@@ -154,8 +156,8 @@ impl Context {
         })
     }
 
-    /// Computes the batch, unless `interrupt` answers true; on an error the caller gives up all
-    /// sequences in it.
+    /// Computes the batch, unless `interrupt` returns true. On an error the caller drops all
+    /// sequences in the batch.
     pub fn decode(
         &mut self,
         batch: &Batch,
@@ -178,8 +180,9 @@ impl Context {
         self.saved.clear();
         self.logits.clear();
         self.logits.resize(batch.tokens.len(), Logits::Unwanted);
-        // Streams that are computed together walk as many cells each as the longest has: a long
-        // prompt would make every decoding row as dear as its own.
+        // llama.cpp computes all streams of a call over as many cells as the longest stream has: a
+        // long prompt would make every decoding row as expensive as its own rows. Decode the two
+        // kinds separately.
         let chunk = |sequence: &BatchSequence| sequence.rows.len() > 1;
         let chunks = batch.sequences.iter().filter(|sequence| chunk(sequence)).count();
         if self.unified || chunks == 0 || chunks == batch.sequences.len() {
@@ -203,7 +206,7 @@ impl Context {
         let argument: *mut c_void = (&raw mut interrupt).cast();
         // SAFETY: all arrays have `n_tokens` elements and live in `self.rows`; every sequence id
         // was checked to be below `n_seq_max`. `interrupt` outlives the call of `llama_decode`,
-        // after which the callback is taken away; llama.cpp asks it on the thread that called.
+        // after which the callback is removed; llama.cpp calls it on the calling thread.
         let code = unsafe {
             sys::llama_set_abort_callback(self.raw.as_ptr(), Some(interrupted), argument);
             let code = sys::llama_decode(self.raw.as_ptr(), raw);
@@ -227,7 +230,7 @@ impl Context {
         Ok(Ran::Complete)
     }
 
-    /// Copies what the next call would overwrite.
+    /// Copies the logits that the next `llama_decode` call would overwrite.
     fn save_logits(&mut self) -> Result<(), RunnerError> {
         for row in 0..self.logits.len() {
             if let Logits::InContext(index) = self.logits[row] {
@@ -251,19 +254,19 @@ impl Context {
     }
 
     fn logits_in_context(&mut self, index: i32) -> Result<&mut [f32], RunnerError> {
-        // SAFETY: the row was part of the last call and asked for logits; llama.cpp answers null
-        // if it has none.
+        // SAFETY: the row was part of the last call and requested logits; llama.cpp returns null if
+        // it has none.
         let raw = unsafe { sys::llama_get_logits_ith(self.raw.as_ptr(), index) };
         let raw = NonNull::new(raw)
             .ok_or_else(|| RunnerError(format!("llama.cpp has no logits for row {index}")))?;
-        // SAFETY: a row of logits is one float per token of the vocabulary, in a buffer that
-        // stays until the next decode, for which `&mut self` is needed.
+        // SAFETY: a row of logits is one float per vocabulary token, in a buffer that stays valid
+        // until the next decode, which needs `&mut self`.
         Ok(unsafe { std::slice::from_raw_parts_mut(raw.as_ptr(), self.vocab_size) })
     }
 
     pub fn copy_sequence(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize) {
         assert!(from.0 < self.slots && to.0 < self.slots, "slots are below the limit");
-        // Between streams llama.cpp copies whole sequences only: the tail is removed afterwards.
+        // Between streams llama.cpp only copies whole sequences: the tail is removed afterwards.
         let end = if self.unified { tokens as i32 } else { -1 };
         // SAFETY: both ids are below `n_seq_max`; a null memory is accepted.
         unsafe {
@@ -275,7 +278,7 @@ impl Context {
         }
     }
 
-    /// Forgets all but the first `keep` tokens of a sequence.
+    /// Discards all but the first `keep` tokens of a sequence.
     pub fn remove_tokens(&mut self, slot: SeqSlot, keep: usize) {
         assert!(slot.0 < self.slots, "slots are below the limit");
         let from = if keep == 0 { -1 } else { keep as i32 };
@@ -286,8 +289,8 @@ impl Context {
         }
     }
 
-    /// Has an adapter apply to all rows of later batches. llama.cpp plans its graph anew, so a change
-    /// is dear. The runner keeps adapters alive while a context uses them.
+    /// Applies an adapter to all rows of later batches. llama.cpp then rebuilds its graph, so a
+    /// change is expensive. The runner keeps adapters alive while a context uses them.
     pub fn adapt(
         &mut self,
         id: Option<AdapterId>,
@@ -305,7 +308,7 @@ impl Context {
         Ok(())
     }
 
-    /// Forgets an adapter that is about to be freed.
+    /// Stops using an adapter that is about to be freed.
     pub fn leave_adapter(&mut self, id: AdapterId) {
         if self.adapter == Some(id) && self.use_adapter(None).is_ok() {
             self.adapter = None;
@@ -331,7 +334,8 @@ impl Context {
         Err(RunnerError(format!("llama.cpp refused the adapter (code {code})")))
     }
 
-    /// Rows of an input that is pooled; with the last of them, the vector of `size` elements.
+    /// Computes rows of an input to be pooled; with the last row, returns the pooled vector of
+    /// `size` elements.
     pub fn pool(
         &mut self,
         input: &[Token],
@@ -357,8 +361,8 @@ impl Context {
         if rows.end < input.len() {
             return Ok(None);
         }
-        // SAFETY: the context was made with embeddings and pooling; llama.cpp answers null if it
-        // has none for the sequence.
+        // SAFETY: the context was created with embeddings and pooling; llama.cpp returns null if it
+        // has no embedding for the sequence.
         let raw = unsafe { sys::llama_get_embeddings_seq(self.raw.as_ptr(), 0) };
         let raw = NonNull::new(raw)
             .ok_or_else(|| RunnerError("llama.cpp returned no embedding".into()))?;
@@ -367,16 +371,17 @@ impl Context {
     }
 }
 
-/// llama.cpp's question before each node of a graph. `argument` is the `&mut dyn FnMut() -> bool` of
-/// [`Context::decode_part`].
+/// Abort callback, which llama.cpp calls before each node of a graph. `argument` is the `&mut dyn
+/// FnMut() -> bool` of [`Context::decode_part`].
 unsafe extern "C" fn interrupted(argument: *mut c_void) -> bool {
-    // SAFETY: see there: it lives as long as the call, and nobody else uses it meanwhile.
+    // SAFETY: the closure lives as long as the `llama_decode` call, and nothing else uses it
+    // meanwhile.
     let interrupt = unsafe { &mut *argument.cast::<&mut dyn FnMut() -> bool>() };
     interrupt()
 }
 
-/// The file's own pooling; a causal model without one is pooled by its last token, as vLLM does,
-/// any other by the mean.
+/// The pooling type that the file names. Without one, a causal model is pooled by its last token,
+/// as in vLLM, any other model by the mean.
 pub(super) fn pooling(model: &Model) -> sys::llama_pooling_type {
     match model.pooling() {
         Some(named) if named > sys::LLAMA_POOLING_TYPE_NONE => named,

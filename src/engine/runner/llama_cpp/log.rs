@@ -1,15 +1,15 @@
-//! llama.cpp's log, into `tracing`.
+//! Forwards llama.cpp's log to `tracing`.
 
 use llama_cpp_sys_2 as sys;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::Mutex;
 
-/// A line under construction: llama.cpp prints some of them in pieces.
+/// An incomplete line: llama.cpp prints some lines in pieces.
 static LINE: Mutex<(u32, String)> = Mutex::new((0, String::new()));
 
 pub fn install() {
-    // SAFETY: the callback is a plain function that lives as long as the program and uses no
-    // user data.
+    // SAFETY: the callback is a plain function that lives as long as the program and uses no user
+    // data.
     unsafe { sys::llama_log_set(Some(on_line), std::ptr::null_mut()) }
 }
 
@@ -33,7 +33,7 @@ unsafe extern "C" fn on_line(level: sys::ggml_log_level, text: *const c_char, _:
     let whole = std::mem::take(&mut line.1);
     let whole = whole.trim_end();
     match line.0 {
-        // llama.cpp tells at INFO what only its developers need, several hundred lines a load.
+        // llama.cpp's INFO level is only of use to its developers: several hundred lines per load.
         sys::GGML_LOG_LEVEL_ERROR => tracing::error!("{whole}"),
         sys::GGML_LOG_LEVEL_WARN => tracing::warn!("{whole}"),
         _ => tracing::debug!("{whole}"),

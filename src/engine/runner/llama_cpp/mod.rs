@@ -1,13 +1,13 @@
 //! The llama.cpp runner: any GGUF that llama.cpp can load.
 //!
-//! Built on `llama-cpp-sys-2` directly: adapters at run time, bounded sequence ids and logits
-//! without a copy are out of reach through `llama-cpp-2` (its adapter type leaks, its batch does
-//! not check ids, its logits accessor panics).
+//! Built on `llama-cpp-sys-2` directly, because `llama-cpp-2` offers no adapters at run time (its
+//! adapter type leaks), no bounded sequence ids (its batch does not check them) and no logits
+//! without a copy (its logits accessor panics).
 //!
 //! A slot is a llama.cpp sequence id, of which there are 256. Cache layout: by default one unified
-//! buffer, so that a shared prefix costs nothing but metadata and rows of all kinds share one
-//! graph; or a buffer per slot (streams), where decoding rows never walk other slots' cells, but a
-//! shared prefix is a copy, and every slot takes a whole context's memory.
+//! buffer, in which a shared prefix costs only metadata and rows of all kinds share one graph.
+//! Alternatively one buffer per slot (streams): decoding rows never scan other slots' cells, but a
+//! shared prefix is copied, and every slot takes the memory of a whole context.
 
 mod adapter;
 mod context;
@@ -38,7 +38,7 @@ use std::time::Instant;
 const MAX_SEQUENCE_IDS: u32 = 256;
 
 pub struct LlamaCpp {
-    // Declared before the model, and so dropped before it.
+    // Declared before the model, so that they are dropped before it.
     context: Option<Context>,
     embedding: Option<Context>,
     adapters: HashMap<AdapterId, Adapter>,
@@ -54,7 +54,8 @@ impl LlamaCpp {
         Self::load_with(spec, false)
     }
 
-    /// As [`LlamaCpp::load`], with keys and values in F32: what others are measured against.
+    /// Loads the file as [`LlamaCpp::load`] does, with keys and values in F32: the reference that
+    /// other runners are measured against.
     pub fn load_exact(spec: &LoadSpec) -> Result<Self, RunnerError> {
         Self::load_with(spec, true)
     }
@@ -71,7 +72,7 @@ impl LlamaCpp {
             )));
         }
         let generates = model.has_decoder() && model.is_causal();
-        // Recurrent state is big and cannot be cut: no resident sequences.
+        // Recurrent state is large and cannot be truncated: no resident sequences.
         let residents = if model.shares_prefixes() { spec.max_sequences + 32 } else { 0 };
         let slots = match spec.kv_layout {
             KvLayout::Unified => spec.max_sequences.saturating_add(residents),
@@ -134,7 +135,7 @@ fn no_generator() -> RunnerError {
     RunnerError("this model cannot generate text".into())
 }
 
-/// The vocabulary of a model, without its weights.
+/// Loads the vocabulary of a model, without its weights.
 pub fn tokenizer(model: &Path) -> Result<Arc<dyn Tokenizer>, RunnerError> {
     log::install();
     Ok(Arc::new(Model::load_vocabulary(model)?))
@@ -155,7 +156,8 @@ fn info(model: &Model, spec: &LoadSpec, slots: u32, generates: bool) -> ModelInf
         can_infill: model.vocab().infill.is_some(),
         shares_prefixes: model.shares_prefixes(),
         mixes_adapters: false,
-        // Its kernels differ by the batch's shape: checked drafts would not be what it says alone.
+        // Its kernels differ by the batch's shape: verified drafts would not match the output
+        // without speculation.
         speculates: false,
         kv_pages: spec.kv_tokens / PAGE_TOKENS as u32,
         page_tokens: PAGE_TOKENS as u32,
@@ -198,7 +200,7 @@ impl ModelRunner for LlamaCpp {
         if self.info.shares_prefixes {
             context.decode(batch, interrupt)
         } else {
-            // The state of a recurrent model cannot be taken back to where the step began.
+            // The state of a recurrent model cannot be restored to the start of the step.
             context.decode(batch, &mut || false)
         }
     }

@@ -15,14 +15,14 @@ static BACKEND: Once = Once::new();
 pub struct Model {
     raw: NonNull<sys::llama_model>,
     vocab: Vocab,
-    /// Guards llama.cpp's list of adapters inside the model.
+    /// Guards llama.cpp's list of adapters in the model.
     pub(super) adapters: Mutex<()>,
 }
 
-// SAFETY: after loading, weights and vocabulary are only read; the one part that changes, the list
-// of adapters, is guarded by `adapters`.
+// SAFETY: after loading, weights and vocabulary are only read; `adapters` guards the one part that
+// changes, the list of adapters.
 unsafe impl Send for Model {}
-// SAFETY: as above.
+// SAFETY: as for `Send` above.
 unsafe impl Sync for Model {}
 
 impl Drop for Model {
@@ -34,19 +34,20 @@ impl Drop for Model {
 
 impl Model {
     pub fn load(spec: &LoadSpec) -> Result<Self, RunnerError> {
-        // SAFETY: takes nothing, returns plain data.
+        // SAFETY: the function takes no arguments and returns plain data.
         let mut params = unsafe { sys::llama_model_default_params() };
         params.n_gpu_layers = i32::try_from(spec.gpu_layers).unwrap_or(i32::MAX);
         params.load_mode =
             if spec.mmap { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
-        // Would read every weight before the first is used; a bad one makes bad text, not a crash.
+        // The check would read every weight before the first is used. A corrupt weight produces bad
+        // text, not a crash.
         params.check_tensors = false;
         Self::load_with(&spec.model, params)
     }
 
-    /// Only what tokenizing needs.
+    /// Loads only the vocabulary, which is all that tokenizing needs.
     pub fn load_vocabulary(path: &Path) -> Result<Self, RunnerError> {
-        // SAFETY: takes nothing, returns plain data.
+        // SAFETY: the function takes no arguments and returns plain data.
         let mut params = unsafe { sys::llama_model_default_params() };
         params.vocab_only = true;
         Self::load_with(path, params)
@@ -56,8 +57,8 @@ impl Model {
         // SAFETY: called once, before any other llama.cpp function.
         BACKEND.call_once(|| unsafe { sys::llama_backend_init() });
         let file = c_path(path)?;
-        // SAFETY: the path is NUL-terminated and the parameters are llama.cpp's own defaults but
-        // for plain values.
+        // SAFETY: the path is NUL-terminated; the parameters are llama.cpp's defaults, changed only
+        // in plain values.
         let raw = unsafe { sys::llama_model_load_from_file(file.as_ptr(), params) };
         let raw = NonNull::new(raw)
             .ok_or_else(|| RunnerError(format!("llama.cpp could not load {}", path.display())))?;
@@ -74,7 +75,7 @@ impl Model {
         &self.vocab
     }
 
-    /// llama.cpp's one line about the model, such as "llama 135M Q4_1".
+    /// llama.cpp's one-line description of the model, such as "llama 135M Q4_1".
     pub fn description(&self) -> String {
         let mut buffer = [0u8; 256];
         // SAFETY: the length passed is the buffer's.
@@ -87,7 +88,7 @@ impl Model {
     pub fn metadata(&self, key: &str) -> Option<String> {
         let key = CString::new(key).ok()?;
         let mut buffer = [0u8; 1024];
-        // SAFETY: the key is NUL-terminated, the length passed is the buffer's.
+        // SAFETY: the key is NUL-terminated; the length passed is the buffer's.
         let written = unsafe {
             sys::llama_model_meta_val_str(
                 self.as_ptr(),
@@ -120,13 +121,13 @@ impl Model {
         self.has_decoder() && unsafe { sys::llama_model_has_encoder(self.as_ptr()) }
     }
 
-    /// False for BERT and its kin.
+    /// Whether attention is causal; false for BERT-like models.
     pub fn is_causal(&self) -> bool {
         let architecture = self.metadata("general.architecture").unwrap_or_default();
         self.metadata(&format!("{architecture}.attention.causal")).as_deref() != Some("false")
     }
 
-    /// Recurrent and hybrid models cannot give back part of a sequence.
+    /// Whether a sequence can be truncated. Recurrent and hybrid models cannot do that.
     pub fn shares_prefixes(&self) -> bool {
         // SAFETY: the model is live.
         unsafe {
@@ -135,19 +136,19 @@ impl Model {
         }
     }
 
-    /// Pooling as the file names it, or `None`.
+    /// The pooling type that the file names, or `None`.
     pub fn pooling(&self) -> Option<sys::llama_pooling_type> {
         let architecture = self.metadata("general.architecture").unwrap_or_default();
         self.metadata(&format!("{architecture}.pooling_type"))?.parse().ok()
     }
 
-    /// Whether an input may be pooled chunk by chunk: no token attends to a later one, and the last one
-    /// stands for all.
+    /// Whether an input may be pooled in chunks: no token attends to a later one, and the last row
+    /// is the pooled row.
     pub fn pools_in_chunks(&self) -> bool {
         self.is_causal() && super::context::pooling(self) == sys::LLAMA_POOLING_TYPE_LAST
     }
 
-    /// Rerankers have a classification head in place of an embedding.
+    /// Whether the model produces embeddings. Rerankers have a classification head instead.
     pub fn can_embed(&self) -> bool {
         self.pooling() != Some(sys::LLAMA_POOLING_TYPE_RANK)
     }
@@ -162,7 +163,7 @@ impl Tokenizer for Model {
         // SAFETY: the model is live.
         let vocab = unsafe { sys::llama_model_get_vocab(self.as_ptr()) };
         let Ok(length) = i32::try_from(text.len()) else { return Vec::new() };
-        // No tokenizer makes more tokens than bytes, a leading space, BOS and EOS apart.
+        // No tokenizer produces more tokens than bytes, apart from a leading space, BOS and EOS.
         let mut tokens = vec![0i32; text.len() + 8];
         loop {
             let room = i32::try_from(tokens.len()).unwrap_or(i32::MAX);
@@ -200,7 +201,7 @@ impl Tokenizer for Model {
 /// # Safety
 /// `vocab` must belong to a live model.
 unsafe fn read_vocab(vocab: *const sys::llama_vocab) -> Vocab {
-    // SAFETY: by the caller's promise the vocabulary is live in all calls below; buffers are
+    // SAFETY: the caller guarantees that the vocabulary is live in all calls below; buffers are
     // passed with their own lengths; token ids are below the vocabulary's size.
     unsafe {
         let count = sys::llama_vocab_n_tokens(vocab).max(0);

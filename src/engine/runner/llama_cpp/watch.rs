@@ -1,4 +1,4 @@
-//! What llama.cpp computes layer by layer, for tests.
+//! Captures llama.cpp's output of each layer, for tests.
 
 use super::super::{Batch, RunnerError};
 use super::context::{Context, ContextKind};
@@ -8,14 +8,14 @@ use llama_cpp_sys_2 as sys;
 use std::ffi::{CStr, c_void};
 use std::sync::{Arc, Mutex};
 
-/// A model whose layers' outputs are kept.
+/// A model whose layer outputs are captured.
 pub struct Watched {
-    // Declared before what its callback writes to, and so dropped before it.
+    // Declared before the outputs that its callback writes to, so that it is dropped before them.
     context: Context,
     outputs: Box<Outputs>,
 }
 
-/// (layers, rows * width), in the order of the layers.
+/// (layers, rows * width), in layer order.
 type Outputs = Mutex<Vec<Vec<f32>>>;
 
 impl Watched {
@@ -30,14 +30,15 @@ impl Watched {
     }
 
     /// (layers, rows * width) the residual stream after each layer. All rows must want logits: the
-    /// last layer computes no others.
+    /// last layer computes no other rows.
     pub fn layers(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>, RunnerError> {
         self.context.decode(batch, &mut || false)?;
         Ok(std::mem::take(&mut *self.outputs.lock().expect("no other thread")))
     }
 }
 
-/// `ggml_backend_sched_eval_callback`: asked first whether a tensor is wanted, then given it.
+/// `ggml_backend_sched_eval_callback`: called first to ask whether a tensor is needed, then with
+/// the computed tensor.
 extern "C" fn keep_outputs(tensor: *mut sys::ggml_tensor, ask: bool, outputs: *mut c_void) -> bool {
     // SAFETY: llama.cpp calls with a live tensor, whose name is NUL-terminated.
     let (name, tensor) = unsafe { (CStr::from_ptr((*tensor).name.as_ptr()), &*tensor) };

@@ -1,4 +1,4 @@
-//! LoRA adapters, from llama.cpp's LoRA GGUF.
+//! LoRA adapters for the native runner, read from llama.cpp's LoRA GGUF.
 
 use super::super::{AdapterHandle, AdapterLoader, RunnerError};
 use crate::gguf::{Covered, Gguf, TARGETS, Target, rows_of};
@@ -6,10 +6,10 @@ use crate::kernels::LoraPair;
 use std::ops::Range;
 use std::path::Path;
 
-/// An adapter, ready for the kernels.
+/// An adapter in the layout of the kernels.
 pub struct Adapter {
     layers: Vec<[Option<LoraPair>; TARGETS]>,
-    /// Of the output matrix.
+    /// LoRA of the output matrix.
     pub head: Option<LoraPair>,
 }
 
@@ -32,8 +32,7 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Puts the LoRA of the tensor `base` where it belongs, in parts where the tensor holds several
-    /// matrices.
+    /// Installs the LoRA of the tensor `base`; splits it if the tensor holds several matrices.
     fn install(&mut self, base: &str, factors: &Factors, shape: &Covered) -> Result<(), String> {
         let refused = || format!("the native runner cannot adapt `{base}`");
         if base == "output.weight" {
@@ -54,7 +53,7 @@ impl Adapter {
     }
 }
 
-/// The two matrices of a LoRA as they are stored.
+/// The two matrices of a LoRA as stored in the file.
 struct Factors {
     rank: usize,
     /// (rank, columns)
@@ -76,13 +75,13 @@ impl Factors {
         if rank == 0 || !a.len().is_multiple_of(rank) || !b.len().is_multiple_of(rank) {
             return Err(format!("the LoRA of `{base}` has no rank"));
         }
-        // As llama.cpp: without an alpha the scale stands alone.
+        // As in llama.cpp: without an alpha the scale is used unchanged.
         let alpha = alpha.filter(|alpha| *alpha != 0.0);
         let scale = alpha.map_or(scale, |alpha| scale * alpha / rank as f32);
         Ok(Self { rank, a, b, scale })
     }
 
-    /// That of some of the rows of a tensor of `total` rows and `cols` columns.
+    /// The LoRA of some rows of a tensor of `total` rows and `cols` columns.
     fn pair(
         &self,
         base: &str,
@@ -98,7 +97,7 @@ impl Factors {
     }
 }
 
-/// Reads adapter files beside the step loop.
+/// Reads adapter files on a thread beside the step loop.
 pub struct Loader {
     shape: Covered,
 }

@@ -1,7 +1,7 @@
-//! One step of the transformer over a batch of rows.
+//! The forward pass of one step: the transformer over a batch of rows.
 //!
-//! Eight jobs of the pool a layer, ten with Gemma's norms behind each half. A row's numbers never
-//! depend on the other rows.
+//! Each layer takes eight jobs of the thread pool, ten with Gemma's norms after each half. A row's
+//! numbers never depend on the other rows.
 
 use super::super::Ran;
 use super::adapter::Adapter;
@@ -13,19 +13,19 @@ use crate::kernels::ops::{self, Activations, Gates, Heads, Product, Span};
 use crate::kernels::{Adapted, Cache, LANES, Pool, Scope};
 use std::ops::Range;
 
-/// What a step computes.
+/// The input of a step.
 pub struct Rows<'a> {
     pub tokens: &'a [Token],
-    /// The sequences' rows, one after another.
+    /// The rows of each sequence, one sequence after another.
     pub spans: &'a [Span],
-    /// Rows whose logits are wanted, in order.
+    /// Rows whose logits are needed, in order.
     pub wanted: &'a [usize],
     /// Rows with an adapter, in order.
     pub adapted: &'a [(Range<usize>, &'a Adapter)],
 }
 
 impl<'a> Rows<'a> {
-    /// The LoRA of each adapted range that changes a matrix.
+    /// The LoRA pair of each adapted row range for one matrix, where its adapter has one.
     fn pairs(&self, layer: usize, target: Target) -> Adapted<'a> {
         let pair = |(rows, adapter): &(Range<usize>, &'a Adapter)| {
             Some((rows.clone(), adapter.pair(layer, target)?))
@@ -33,7 +33,7 @@ impl<'a> Rows<'a> {
         self.adapted.iter().filter_map(pair).collect()
     }
 
-    /// The same for the output matrix, by place in `wanted`.
+    /// The LoRA pairs of the output matrix; row ranges are indices into `wanted`.
     fn head_pairs(&self) -> Adapted<'a> {
         let place = |row: usize| self.wanted.partition_point(|&wanted| wanted < row);
         let pair = |(rows, adapter): &(Range<usize>, &'a Adapter)| {
@@ -43,7 +43,7 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Buffers of a step, kept from one to the next.
+/// Buffers of a step, reused from step to step.
 #[derive(Default)]
 pub struct Forward {
     /// (rows, width) the residual stream.
@@ -54,10 +54,10 @@ pub struct Forward {
     v: Vec<f32>,
     attended: Activations,
     hidden: Activations,
-    /// For scratch: what a sublayer adds, and what lies between the halves of a LoRA.
+    /// Scratch: the output of a sublayer, and the intermediate result of a LoRA.
     delta: Vec<f32>,
     low: Vec<f32>,
-    /// Sums of the attention's runs.
+    /// Partial sums of attention, one per run of positions.
     kept: Vec<f32>,
     /// (ropes, rows) cosine and sine of each rotated pair.
     angles: Vec<Vec<Vec<(f32, f32)>>>,
@@ -74,10 +74,11 @@ impl Forward {
         Self { normed, attended, hidden, ..Self::default() }
     }
 
-    /// Computes the rows, unless `interrupt`, asked before each layer, answers true.
+    /// Computes the rows. `interrupt` is called before each layer; if it returns true, the step is
+    /// abandoned.
     ///
     /// # Errors
-    /// If a token is not in the vocabulary, or its embedding cannot be read.
+    /// If a token is not in the vocabulary, or if its embedding cannot be read.
     pub fn run(
         &mut self,
         weights: &Weights,
@@ -133,8 +134,8 @@ impl Forward {
         &mut self.logits[at..at + vocab]
     }
 
-    /// (width) the output norm's result for the `index`-th wanted row: what the head reads, and
-    /// what embeddings are made of.
+    /// (width) the output norm's result for the `index`-th wanted row: the input of the head, and
+    /// the basis of embeddings.
     pub fn hidden(&self, index: usize) -> &[f32] {
         self.normed.row(index)
     }
@@ -187,8 +188,8 @@ impl Forward {
         ops::gated(pool, &self.normed, &gates, &mut self.hidden, &mut self.low);
     }
 
-    /// Adds what attention (`Output`) or the feed-forward half (`Down`) made to the residual
-    /// stream, through the norm behind it where there is one.
+    /// Adds the output of attention (`Output`) or of the feed-forward half (`Down`) to the residual
+    /// stream, after the post-norm if there is one.
     fn add(
         &mut self,
         pool: &mut Pool,
@@ -235,7 +236,7 @@ impl Forward {
         ops::rotate(pool, heads, spans, cache, number);
     }
 
-    /// Logits of the wanted rows, and of no others.
+    /// Computes the logits of the wanted rows only.
     fn finish(&mut self, weights: &Weights, pool: &mut Pool, rows: &Rows) {
         let (width, head, wanted) = (weights.shape.width, &weights.head, rows.wanted);
         let last = wanted.iter().flat_map(|&row| &self.x[row * width..(row + 1) * width]);
@@ -252,7 +253,7 @@ impl Forward {
     }
 }
 
-/// The attention of a step, for each kind of layer.
+/// The attention plans of a step, one for each kind of layer.
 pub(super) fn plans<'a>(weights: &Weights, spans: &'a [Span], threads: usize) -> Vec<Plan<'a>> {
     let shape = &weights.shape;
     let mut plans: Vec<Plan> = Vec::new();

@@ -1,8 +1,8 @@
 //! The native runner: our own kernels over real pages, for the architectures of
 //! [`weights`](weights).
 //!
-//! A row's numbers never depend on what else is in the batch, on how a prompt was cut into chunks,
-//! or on what was found in the cache: the same request gives the same bits.
+//! A row's numbers do not depend on the other rows of the batch, on how a prompt was cut into
+//! chunks, or on what was found in the cache: the same request gives bit-identical results.
 
 mod adapter;
 mod forward;
@@ -34,15 +34,15 @@ use std::sync::Arc;
 use std::time::Instant;
 use weights::Weights;
 
-/// The cache of pooled inputs grows by so many pages.
+/// Number of pages by which the cache of pooled inputs grows.
 const POOLING_PAGES: usize = 1024 / PAGE_TOKENS;
 
 pub struct Native {
-    /// A draft model's jobs are done by the same threads.
+    /// Shared with the draft model, which computes on the same threads.
     pool: Rc<RefCell<Pool>>,
     weights: Weights,
     cache: Cache,
-    /// Pages for one pooled input at a time, always in f16, and how many they are.
+    /// Pages for one pooled input at a time, always in f16, and their number.
     pooling_cache: Option<(Cache, usize)>,
     forward: Forward,
     adapters: HashMap<AdapterId, Adapter>,
@@ -56,7 +56,7 @@ impl Native {
     /// Loads the file and computes one token.
     ///
     /// # Errors
-    /// [`Unsupported`] where llama.cpp may do better.
+    /// [`Unsupported`] if the native runner cannot run the file; llama.cpp may be able to.
     pub fn load(spec: &LoadSpec) -> Result<Self, Unsupported> {
         let pool = Pool::new(spec.threads.max(1) as usize);
         let pool = pool.map_err(|error| Unsupported::Other(error.to_string()))?;
@@ -119,7 +119,7 @@ impl Native {
     }
 }
 
-/// A vocabulary that ours does not cover is llama.cpp's.
+/// Loads the native tokenizer, or llama.cpp's if the native one does not support the vocabulary.
 fn tokenizer(file: &Gguf, path: &Path) -> Result<Arc<dyn Tokenizer>, RunnerError> {
     match NativeTokenizer::from_gguf(file) {
         Ok(tokenizer) => Ok(Arc::new(tokenizer)),
@@ -209,7 +209,7 @@ impl ModelRunner for Native {
         let (tokens, wanted) = (&batch.tokens[..], &self.wanted[..]);
         let rows = Rows { tokens, spans: &spans, wanted, adapted: &adapted };
         let (forward, pool) = (&mut self.forward, &mut self.pool.borrow_mut());
-        // Rows that were written into pages count only once the step is complete.
+        // Rows written into pages count only once the step is complete.
         forward.run(&self.weights, &mut self.cache, pool, &rows, interrupt).map_err(RunnerError)
     }
 
@@ -217,11 +217,11 @@ impl ModelRunner for Native {
         let index = self.wanted.binary_search(&row);
         let index = index.map_err(|_| RunnerError(format!("row {row} has no logits")))?;
         let logits = self.forward.logits(index, self.weights.shape.vocab);
-        // A file may have more rows than tokens.
+        // The head may have more rows than the vocabulary has tokens.
         Ok(&mut logits[..self.info.vocab_size as usize])
     }
 
-    /// Sequences are their pages: nothing is kept under a slot.
+    /// A sequence consists of its pages: no state is kept per slot.
     fn fork(&mut self, _from: SeqSlot, _to: SeqSlot, _tokens: usize) {}
 
     fn truncate(&mut self, _slot: SeqSlot, _tokens: usize) {}
@@ -257,7 +257,7 @@ impl ModelRunner for Native {
         let part = part.ok_or_else(|| RunnerError("there is nothing to pool".into()))?;
         let adapter = adapter.map(|id| installed(&self.adapters, id)).transpose()?;
         let wanted_pages = input.len().div_ceil(PAGE_TOKENS).next_multiple_of(POOLING_PAGES);
-        // What the cache holds of an input is lost when it grows: only its first part may ask for more.
+        // Growing the cache loses its contents, so only the first chunk of an input may grow it.
         if rows.start == 0 && self.pooling_cache.as_ref().is_none_or(|(_, had)| *had < wanted_pages)
         {
             let shape = &self.weights.shape;

@@ -1,4 +1,4 @@
-//! The native runner against llama.cpp, and against itself.
+//! Tests of the native runner against llama.cpp and against itself.
 
 mod families;
 mod layers;
@@ -11,7 +11,7 @@ use crate::ipc::{KvCacheType, KvLayout, RunnerKind};
 use crate::tokenizer::native::NativeError;
 use std::path::PathBuf;
 
-/// The default model's file; CI has it.
+/// The path of the default model's file; always set in CI.
 fn model() -> Option<PathBuf> {
     let path = std::env::var_os("INGOT_TEST_MODEL").map(PathBuf::from);
     assert!(path.is_some() || std::env::var_os("CI").is_none(), "CI sets INGOT_TEST_MODEL");
@@ -28,7 +28,7 @@ const TEXT: &str = "The sea was calm that morning, and the fishermen set out ear
     summers, said that it was time to go home. Nobody listened. In 1987 the harbour was rebuilt with \
     stone from the quarry (see page 12), and `let x = 3;` was carved into the wall as a joke.";
 
-/// One sequence's rows of a batch, on pages from `first` on.
+/// One sequence's rows in a batch, on 64 pages of its own.
 fn part(rows: std::ops::Range<usize>, position: usize, slot: u32, wants: Wants) -> BatchSequence {
     let pages = (0..64).map(|page| slot * 64 + page).collect();
     BatchSequence { slot: SeqSlot(slot), rows, position, wants, pages, adapter: None }
@@ -49,7 +49,8 @@ fn kl(p: &[f64], q: &[f64]) -> f64 {
     p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
-/// Mean KL of the other's predictions from the reference's, and how many have the same best token.
+/// Mean KL divergence of the other runner's predictions from the reference's, and the number of
+/// positions where both have the same most probable token.
 fn apart(
     reference: &mut impl ModelRunner,
     other: &mut impl ModelRunner,
@@ -72,7 +73,7 @@ fn apart(
     (sum / tokens.len() as f64, same)
 }
 
-/// WordPiece is not ours.
+/// The native tokenizer does not support WordPiece.
 #[test]
 fn a_vocabulary_that_is_not_covered_is_llama_cpps() {
     let Some(folder) = std::env::var_os("INGOT_TEST_VOCABS") else {
@@ -95,7 +96,7 @@ fn predicts_what_llama_cpp_predicts() {
     let count = tokens.len();
     let (mean, same) = apart(&mut oracle, &mut native, tokens);
     println!("mean KL {mean:.5}, same best token {same} of {count}");
-    // Both round activations to eight bits, each in its own way.
+    // Both runners round activations to eight bits, with different methods.
     assert!(mean < 0.01, "{mean}");
     assert!(same * 10 >= count * 9, "{same} of {count}");
 }
@@ -112,7 +113,7 @@ fn a_request_gives_the_same_bits_in_any_company() {
     }
 }
 
-/// What eight bits cost, and what they cost llama.cpp.
+/// The effect of an 8-bit cache, compared with its effect in llama.cpp.
 #[test]
 fn a_q8_0_cache_moves_predictions_little() {
     let Some(model) = model() else { return };
@@ -136,13 +137,13 @@ fn a_q8_0_cache_moves_predictions_little() {
     let (mut f16, mut q8) = (llama_cpp(KvCacheType::F16), llama_cpp(KvCacheType::Q8_0));
     let theirs = apart(&mut f16, &mut q8, tokens);
     println!("mean KL and same best tokens of 384: {ours:?}, llama.cpp {theirs:?}");
-    // The distance is that of any two roundings of activations (docs/log/rounding.md): whatever moves
-    // a number a little tips some of the next ones over.
+    // The distance is that of any two roundings of activations (docs/log/rounding.md): a slightly
+    // changed value makes some of the following values round differently.
     assert!(ours.0 < 0.008 && ours.0 < 1.5 * theirs.0, "{ours:?}, llama.cpp {theirs:?}");
     assert!(ours.1 * 100 >= tokens.len() * 94, "{ours:?}");
 }
 
-/// Computes `tokens` alone and in other ways.
+/// Computes `tokens` alone and in other ways, and compares the bits.
 fn same_bits(native: &mut Native, tokens: &[Token], others: &[Token]) {
     let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
     let count = tokens.len();
@@ -164,7 +165,7 @@ fn same_bits(native: &mut Native, tokens: &[Token], others: &[Token]) {
         }
     }
     assert_eq!(at, count);
-    // With the beginning copied from another sequence's pages, and on one thread.
+    // With the prefix copied from another sequence's pages, and on one thread.
     *native.pool.borrow_mut() = Pool::new(1).unwrap();
     let cached = count / 2;
     for page in 0..cached.div_ceil(PAGE_TOKENS) as u32 {

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 const EMBEDDING: &str = "token_embd.weight";
 
-/// Why the native runner does not take a file; llama.cpp may.
+/// The reason why the native runner rejects a file; llama.cpp may accept it.
 #[derive(Debug, thiserror::Error)]
 pub enum Unsupported {
     #[error("{0}")]
@@ -26,7 +26,7 @@ fn unsupported<T>(why: impl Into<String>) -> Result<T, Unsupported> {
     Err(Unsupported::Other(why.into()))
 }
 
-/// One layer; what a family lacks is `None`.
+/// The weights of one layer; `None` for parts that the architecture lacks.
 pub struct Layer {
     pub kind: LayerKind,
     pub attention_norm: Vec<f32>,
@@ -38,31 +38,31 @@ pub struct Layer {
     /// Norms of single query and key heads (Qwen3, Gemma 3).
     pub qk_norm: Option<[Vec<f32>; 2]>,
     pub output: Matrix,
-    /// Of what attention adds to the residual stream (Gemma).
+    /// Norm of attention's output before it is added to the residual stream (Gemma).
     pub attention_post_norm: Option<Vec<f32>>,
     pub ff_norm: Vec<f32>,
     pub gate: Matrix,
     pub up: Matrix,
     pub down: Matrix,
-    /// Of what the feed-forward half adds (Gemma).
+    /// Norm of the feed-forward half's output before it is added (Gemma).
     pub ff_post_norm: Option<Vec<f32>>,
 }
 
 pub struct Weights {
     pub shape: Covered,
-    /// As [`LayerKind::rope`] counts them.
+    /// In the order of the indices in [`LayerKind::rope`].
     pub ropes: Vec<Rope>,
     pub layers: Vec<Layer>,
     pub output_norm: Vec<f32>,
     pub head: Matrix,
     pub parameters: u64,
-    /// The embedding's rows are read where they lie.
+    /// Embedding rows are read directly from the file.
     pub file: Gguf,
 }
 
 impl Weights {
-    /// Reads and packs everything, on all threads of the pool. Sequences will have up to `context`
-    /// tokens.
+    /// Reads and packs all weights, on all threads of the pool. `context` is the most tokens of a
+    /// sequence.
     pub fn load(file: Gguf, context: usize, pool: &mut Pool) -> Result<Self, Unsupported> {
         let shape = Covered::read(&file)?;
         let ropes = shape.ropes.iter().map(|facts| rope(&file, facts, context));
@@ -78,7 +78,7 @@ impl Weights {
         Ok(Self { shape, ropes, layers, output_norm, head, parameters, file })
     }
 
-    /// Whether any of the matrices takes quantized activations.
+    /// Whether any matrix takes quantized activations.
     pub fn take_quantized(&self) -> bool {
         let of = |layer: &Layer| {
             let Layer { q, k, v, output, gate, up, down, .. } = layer;
@@ -143,7 +143,7 @@ impl Reader<'_> {
         })
     }
 
-    /// The layer's matrices, whichever tensors hold them.
+    /// The layer's matrices, from whichever tensors hold them.
     fn matrices(&mut self, layer: usize) -> Result<[Option<Matrix>; TARGETS], Unsupported> {
         let mut matrices = [const { None }; TARGETS];
         for part in PARTS {
@@ -161,7 +161,7 @@ impl Reader<'_> {
         Ok(matrices)
     }
 
-    /// Of queries, keys and values: all or none.
+    /// Biases of queries, keys and values: all three or none.
     fn biases(&self, layer: usize) -> Result<Option<[Vec<f32>; 3]>, Unsupported> {
         let mut biases = [const { None }; TARGETS];
         for part in &PARTS[..4] {
@@ -190,7 +190,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Some of the `total` rows of a tensor.
+    /// Reads and packs some of the `total` rows of a tensor.
     fn matrix(
         &mut self,
         name: &str,

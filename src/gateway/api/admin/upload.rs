@@ -1,5 +1,5 @@
-//! Adapters that come as a form: streamed into a folder of this process, loaded from there, and
-//! moved into the adapters folder once an engine has taken them.
+//! Adapters uploaded as a form: streamed into a folder of this process, loaded from there, and
+//! moved into the adapters folder once an engine has loaded them.
 
 use crate::gateway::api::form::{next_chunk, next_field, skip, text};
 use crate::gateway::app::App;
@@ -13,19 +13,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 
-/// Parts of a form, at most.
+/// Maximum number of parts of a form.
 const MAX_PARTS: usize = 16;
-/// Bytes of a text field or of `adapter_config.json`, at most.
+/// Maximum length of a text field or of `adapter_config.json`, in bytes.
 const MAX_TEXT: u64 = 1 << 20;
-/// Bytes of all files together, at most.
+/// Maximum size of all files together, in bytes.
 const MAX_UPLOAD: u64 = 4 << 30;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
-/// What a GGUF is called here, whatever its sender calls it.
+/// File name under which a GGUF adapter is stored, whatever its name in the form.
 const GGUF: &str = "adapter.gguf";
 
-/// An adapter on its way in. What is not [kept](Upload::keep) is removed.
+/// An adapter upload in progress. Dropping it removes the files unless it was
+/// [kept](Upload::keep).
 #[derive(Debug)]
 pub(super) struct Upload {
     folder: PathBuf,
@@ -75,14 +76,14 @@ impl Upload {
         Ok(Self { folder, bytes: 0, digest: Sha256::new(), files: Vec::new() })
     }
 
-    /// Writes one file of the form, under the name that it has in an adapter folder.
+    /// Writes one file of the form, under the name that the file has in an adapter folder.
     async fn take(&mut self, mut field: Field<'_>, patience: Duration) -> Result<(), ApiError> {
         let sent = field.file_name().or(field.name()).unwrap_or_default();
         let (file_name, limit) = match sent.rsplit(['/', '\\']).next().unwrap_or_default() {
             CONFIG => (CONFIG, MAX_TEXT),
             WEIGHTS => (WEIGHTS, MAX_UPLOAD),
             other if other.ends_with(".gguf") => (GGUF, MAX_UPLOAD),
-            // `tokenizer.json`, `README.md` and the like of a PEFT folder change nothing.
+            // `tokenizer.json`, `README.md` and similar files of a PEFT folder have no effect.
             _ => return skip(field, patience).await,
         };
         if self.files.contains(&file_name) {
@@ -140,7 +141,7 @@ impl Upload {
         let Some(before) = before.filter(|before| before.file != adapter.file) else {
             return Ok(());
         };
-        // The upload that this one replaces, unless another name still stands for it.
+        // The upload that this one replaces, unless another name still refers to it.
         let adapters = store.adapters().map_err(ApiError::internal)?;
         let ours = before
             .file

@@ -1,4 +1,4 @@
-//! llama.cpp's own tokenizer as the oracle, over the same files without their weights.
+//! Compares with llama.cpp's tokenizer as the oracle, on the same files without their weights.
 
 use super::{NAMES, corpus, default_model, folder, vocabularies};
 use crate::engine::runner::llama_cpp;
@@ -11,16 +11,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// llama.cpp's expressions recurse for every character of a match.
+/// Stack size in bytes: llama.cpp's expressions recurse once per character of a match.
 const STACK: usize = 256 << 20;
-/// (add special tokens, parse special tokens): all pairs that a request can ask for.
+/// (add special tokens, parse special tokens): all combinations that a request can ask for.
 const FLAGS: [(bool, bool); 3] = [(false, false), (true, true), (false, true)];
 
 fn oracle(path: &Path) -> Arc<dyn Tokenizer> {
     llama_cpp::tokenizer(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Everything that a vocabulary answers.
+/// Compares all properties of two vocabularies.
 fn compare_facts(what: &str, ours: &Vocab, theirs: &Vocab) {
     assert_eq!(ours.len(), theirs.len(), "{what}");
     let roles = |vocab: &Vocab| (vocab.bos, vocab.eos, vocab.infill);
@@ -51,7 +51,7 @@ fn compare(
     }
 }
 
-/// Panics with the first token that differs, and what stands around it.
+/// Panics with the first token that differs and the text around it.
 fn report(
     what: &str,
     native: &NativeTokenizer,
@@ -74,7 +74,7 @@ fn report(
     );
 }
 
-/// Runs on a stack that holds llama.cpp's recursion.
+/// Runs on a stack large enough for llama.cpp's recursion.
 fn with_stack(work: impl FnOnce() + Send + 'static) {
     let thread = std::thread::Builder::new().stack_size(STACK).spawn(work);
     if let Err(panic) = thread.expect("a thread").join() {
@@ -82,7 +82,8 @@ fn with_stack(work: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// The pairs of texts and tokens that llama.cpp keeps beside a vocabulary; says how many there are.
+/// Compares with the texts and tokens that llama.cpp stores beside a vocabulary; returns their
+/// number.
 fn compare_pairs(what: &str, native: &NativeTokenizer, path: &Path) -> usize {
     let read = |end: &str| std::fs::read_to_string(format!("{}.{end}", path.display()));
     let (Ok(texts), Ok(expected)) = (read("inp"), read("out")) else { return 0 };
@@ -98,7 +99,7 @@ fn compare_pairs(what: &str, native: &NativeTokenizer, path: &Path) -> usize {
     expected.len()
 }
 
-/// Texts that continue other tokens: llama.cpp's tokenizers leave no space out by themselves.
+/// Compares texts that continue other tokens; llama.cpp's own tokenizers cannot omit the spaces.
 fn compare_continuations(what: &str, native: &NativeTokenizer, oracle: &dyn Tokenizer) {
     assert_eq!(native.adds_eos(), oracle.adds_eos(), "{what}");
     let eos = native.vocab().eos.map(|eos| native.vocab().piece(eos)).unwrap_or_default();
@@ -142,8 +143,8 @@ fn every_vocabulary_agrees_with_llama_cpp() {
     });
 }
 
-/// One of each algorithm, of those that llama.cpp has code for: its expressions would recurse a
-/// million deep.
+/// One vocabulary per algorithm, chosen from those that llama.cpp implements in code: its
+/// expressions would recurse a million levels deep.
 #[test]
 fn a_megabyte_of_one_letter_agrees_with_llama_cpp() {
     let Some(folder) = folder() else { return };
@@ -158,7 +159,7 @@ fn a_megabyte_of_one_letter_agrees_with_llama_cpp() {
     }
 }
 
-/// All pre-tokenizers by name, on vocabularies that are not theirs: a long text for each row of the
+/// All pre-tokenizers by name, on other models' vocabularies: a long text for each row of the
 /// table, a short one for each name.
 #[test]
 fn every_pre_tokenizer_agrees_with_llama_cpp() {
@@ -190,7 +191,7 @@ fn every_pre_tokenizer_agrees_with_llama_cpp() {
     });
 }
 
-/// The first tokens and merges of a byte-level vocabulary, which loads sooner.
+/// The first tokens and merges of a byte-level vocabulary, which load faster.
 fn beginning(from: &Gguf) -> GgufWriter<'static> {
     const TOKENS: usize = 4000;
     let first = |key: &str, count: usize| -> Vec<String> {
@@ -201,7 +202,7 @@ fn beginning(from: &Gguf) -> GgufWriter<'static> {
     with_vocabulary(from, tokens, vec![1; TOKENS], merges)
 }
 
-/// Tokens spelled in characters, and all bytes.
+/// A vocabulary of tokens spelled in characters, and all bytes.
 fn of_characters(from: &Gguf) -> GgufWriter<'static> {
     let mut tokens: Vec<String> = (0..=255u8).map(|byte| format!("<{byte:#04X}>")).collect();
     tokens.extend(('!'..='~').chain("\n▁é中".chars()).map(String::from));
@@ -213,7 +214,7 @@ fn of_characters(from: &Gguf) -> GgufWriter<'static> {
     with_vocabulary(from, tokens, types, merges)
 }
 
-/// The header of `from`, which llama.cpp wants to see, with another vocabulary.
+/// The header of `from`, which llama.cpp requires, with another vocabulary.
 fn with_vocabulary(
     from: &Gguf,
     tokens: Vec<String>,
@@ -230,8 +231,8 @@ fn with_vocabulary(
     writer
 }
 
-/// Load time and speed beside llama.cpp's, on the sources of this crate:
-/// `cargo test --release --lib how_fast -- --ignored --nocapture`.
+/// Prints load time and speed compared with llama.cpp's, on the sources of this crate: `cargo test
+/// --release --lib how_fast -- --ignored --nocapture`.
 #[test]
 #[ignore = "prints figures"]
 fn how_fast() {
@@ -257,14 +258,14 @@ fn how_fast() {
     });
 }
 
-/// Seconds, and the result.
+/// Runs `work`; returns the elapsed seconds and the result.
 fn timed<T>(work: impl FnOnce() -> T) -> (f64, T) {
     let started = Instant::now();
     let done = work();
     (started.elapsed().as_secs_f64(), done)
 }
 
-/// All files below a folder, one after another.
+/// The concatenated contents of all files in a folder and its subfolders.
 fn sources(folder: &Path) -> String {
     let entries = std::fs::read_dir(folder).expect("a folder");
     let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect("readable").path()).collect();

@@ -1,16 +1,16 @@
-//! Bad inputs: no text may take more than its length deserves.
+//! Tests with hostile inputs: tokenization takes time linear in the length of the text.
 
 use super::{folder, splitters, vocabularies};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::native::NativeTokenizer;
 
-/// Bytes of a text; a megabyte of one letter is compared with llama.cpp.
+/// Length of a text in bytes; a megabyte of one letter is compared with llama.cpp elsewhere.
 const LENGTH: usize = 1 << 18;
-/// Of processor time; a square would take minutes.
+/// Limit of CPU time; quadratic work would take minutes.
 const LIMIT_SECONDS: f64 = 5.0;
-/// One for each algorithm, and the most merges.
+/// One vocabulary per algorithm, and the one with the most merges.
 const CHOSEN: &[&str] = &["gpt-2", "llama-bpe", "gemma-4", "llama-spm"];
-/// Repeated, these are long words, long runs, or many words.
+/// Repeated, these units give long words, long runs, or many words.
 const UNITS: &[&str] =
     &["a", " ", "\n", "\t ", "0", "!", "中", "a ", " \n ", "\n   ", "<|", "e\u{301}", "éA"];
 
@@ -22,10 +22,10 @@ fn in_time(what: &str, unit: &str, bytes: usize, work: impl FnOnce(&str)) {
     assert!(took < LIMIT_SECONDS, "{what}: {unit:?} took {took} s");
 }
 
-/// Time of the processor in this thread: a busy machine must not fail a test.
+/// CPU time of this thread: a busy machine must not make a test fail.
 fn thread_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/thread-self/stat").expect("Linux");
-    // The name in front may have spaces in it, but ends with the last parenthesis.
+    // The name may contain spaces, but ends with the last parenthesis.
     let (_, fields) = stat.rsplit_once(") ").expect("a name");
     let ticks: f64 = fields.split(' ').nth(11).expect("utime").parse().expect("a number");
     ticks / 100.0

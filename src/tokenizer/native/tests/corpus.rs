@@ -1,8 +1,8 @@
-//! Texts that are hard on a tokenizer, the same in every run.
+//! Difficult texts for a tokenizer, the same in every run.
 
 use crate::gguf::fixture::Rng;
 
-/// Runs of one of these are the edge of most expressions.
+/// Runs of these units exercise the edges of most expressions.
 const UNITS: &[&str] = &[
     " ",
     "\n",
@@ -49,7 +49,7 @@ const UNITS: &[&str] = &[
     "\u{feff}",
     "\u{10ffff}",
 ];
-/// Words and bits of code.
+/// Words and fragments of code.
 const WORDS: &[&str] = &[
     "the",
     " The",
@@ -129,7 +129,7 @@ const WORDS: &[&str] = &[
     "   \t ",
 ];
 
-/// Texts of some `bytes` in all, each of a few hundred.
+/// Random texts of about `bytes` bytes in total, each of a few hundred bytes.
 pub fn texts(bytes: usize) -> Vec<String> {
     let mut rng = Rng(0x70_6b_65_6e);
     let mut texts = Vec::new();
@@ -142,8 +142,8 @@ pub fn texts(bytes: usize) -> Vec<String> {
     texts
 }
 
-/// Every `stride`-th character of all planes, behind a letter and between spaces, in texts of some
-/// thousand. Planes without letters (4 to 13) and of private use are sampled.
+/// Every `stride`-th character of all planes, after a letter and between spaces, in texts of some
+/// thousand characters. Planes without letters (4 to 13) and of private use are sampled.
 pub fn planes(stride: usize) -> Vec<String> {
     let dense = (0..0x3_2350u32).step_by(stride);
     let sparse = (0x3_2350..0x11_0000u32).step_by(stride * 101);
@@ -171,7 +171,7 @@ fn part(rng: &mut Rng) -> String {
     }
 }
 
-/// A character of any plane, with those in use far more often than their share.
+/// A random character of any plane; commonly used characters are overrepresented.
 fn character(rng: &mut Rng) -> char {
     let end = [0x80, 0x250, 0x3000, 0xffff, 0x2_0000, 0x11_0000][below(rng, 6) as usize];
     char::from_u32(below(rng, end) as u32).unwrap_or('\u{fffd}')

@@ -1,4 +1,4 @@
-//! Single rules, on vocabularies made for them.
+//! Tests of single rules, on vocabularies made for them.
 
 use super::super::NativeError;
 use super::super::pretokenize::Pre;
@@ -14,7 +14,7 @@ const CONTROL: i32 = 3;
 const USER: i32 = 4;
 const BYTE: i32 = 6;
 
-/// Tokens and their types, in the order of their ids.
+/// Sets tokens and their types, in id order.
 fn list(w: &mut GgufWriter, model: &str, tokens: &[(&str, i32)]) {
     let texts: Vec<&str> = tokens.iter().map(|token| token.0).collect();
     let types: Vec<i32> = tokens.iter().map(|token| token.1).collect();
@@ -193,7 +193,7 @@ fn continuations_get_no_spaces_and_prompts_no_eos() {
             ("", &[]),
         ] {
             assert_eq!(t.encode_continuation(text, true, &[]), expected, "{text:?}");
-            // As tokenizers do it that cannot leave the spaces out.
+            // The generic method, for tokenizers that cannot omit the spaces.
             let encode = |text: &str| t.encode(text, false, true);
             let found = crate::tokenizer::without_added_spaces(text, &encode, t.vocab());
             assert_eq!(found, expected, "{text:?}");

@@ -1,5 +1,5 @@
-//! Tiny random models of every family against llama.cpp: a few hundred random tokens in chunks and
-//! single steps.
+//! Tiny random models of every family, compared with llama.cpp: a few hundred random tokens in
+//! chunks and single steps.
 
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
@@ -8,16 +8,17 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tempfile::TempDir;
 
-/// What logits over F32 weights may differ by, relative in the Euclidean norm; a single row by three
-/// times that. Keys and values are f16 in both caches; llama.cpp also rounds queries, softmax weights
-/// and GELU's argument to f16 (2^-11 = 5e-4 each).
+/// Tolerance of logits over F32 weights, relative in the Euclidean norm; a single row may differ by
+/// three times that. Keys and values are f16 in both caches; llama.cpp also rounds queries, softmax
+/// weights and GELU's argument to f16 (2^-11 = 5e-4 each).
 const EXACT: f64 = 1e-3;
-/// F16 and BF16: llama.cpp rounds activations to the same.
+/// F16 and BF16: llama.cpp rounds activations to the same type.
 const HALVES: f64 = 6e-3;
-/// Both quantize activations to 8 bits, each with scales of its own.
+/// Both runners quantize activations to 8 bits, with different scales.
 const QUANTIZED: f64 = 3e-2;
 
-/// Rows of the steps: prompts in pieces longer and shorter than a run of the attention, and decode.
+/// Rows of the steps: chunks of prompt that are longer and shorter than a run of attention, and
+/// decode rows.
 const LONG: [usize; 7] = [60, 1, 500, 3, 200, 512, 40];
 const SHORT: [usize; 4] = [60, 1, 200, 30];
 
@@ -33,7 +34,8 @@ pub fn random_tokens(count: usize) -> Vec<Token> {
     (0..count).map(|_| rng.random_range(0..TinyDecoder::vocab())).collect()
 }
 
-/// How far logits are apart, relative to the oracle's: over all rows, and in the worst.
+/// Distance of logits from the oracle's, relative to the oracle's norm: over all rows, and of the
+/// worst row.
 struct Distance {
     mean: f64,
     worst: f64,
@@ -149,7 +151,7 @@ fn phi() {
     check("phi3", &TinyDecoder::new("phi3"), &LONG, EXACT);
     let partial = TinyDecoder { seed: 3, ..TinyDecoder::new("phi3") };
     check("phi3, partly rotated", &partial.key("rope.dimension_count", 12u32), &SHORT, EXACT);
-    // llama.cpp knows no window here: the same as long as it holds everything.
+    // llama.cpp ignores the window here: the results agree as long as the window holds all tokens.
     let windowed = TinyDecoder::new("phi3").key("attention.sliding_window", 291u32);
     check("phi3, windowed", &windowed, &SHORT, EXACT);
 }
@@ -195,9 +197,9 @@ fn quantized() {
     }
 }
 
-/// Against F32 arithmetic on the same weights: what is left is each runner's own rounding. (From one
-/// another the two are as far as both errors together, 4e-2 with Q3_K, of which the greater part is
-/// llama.cpp's: it gives 256 activations one scale where a K type meets them, ours are 32.)
+/// Compares with F32 arithmetic on the same weights, which leaves each runner's own rounding error.
+/// (The distance between the two runners is the sum of both errors, 4e-2 with Q3_K. The greater
+/// part is llama.cpp's: with K types it uses one scale per 256 activations, ours one per 32.)
 #[test]
 fn rounding_is_no_worse_than_llama_cpps() {
     let tiny = TinyDecoder { width: 256, head_dim: 64, ff: 512, ..TinyDecoder::new("llama") };

@@ -1,4 +1,4 @@
-//! Single layers against llama.cpp's, each fed llama.cpp's own input.
+//! Compares single layers with llama.cpp's, each given llama.cpp's own input.
 
 use super::families::{random_tokens, write};
 use super::*;
@@ -7,12 +7,12 @@ use crate::gguf::fixture::TinyDecoder;
 use crate::gguf::{GgufWriter, TensorType};
 use std::path::Path;
 
-/// What a layer adds to the residual stream may differ by this much, relative in the Euclidean norm
-/// over some sixty rows. With F32 weights only f16 roundings are left: of keys and values in both
-/// runners, of queries, softmax weights and GELU's argument in llama.cpp (2^-11 = 5e-4 each).
+/// Tolerance of a layer's contribution to the residual stream, relative in the Euclidean norm over
+/// some sixty rows. With F32 weights only f16 roundings remain: of keys and values in both runners,
+/// of queries, softmax weights and GELU's argument in llama.cpp (2^-11 = 5e-4 each).
 const EXACT: f64 = 1e-3;
 
-/// Computes pieces of `tokens` layer by layer; returns the largest distance of any layer.
+/// Computes chunks of `tokens` layer by layer; returns the largest distance of any layer.
 fn distance(path: &Path, tokens: &[Token]) -> f64 {
     let mut native = Native::load(&spec(path.into(), RunnerKind::Native)).unwrap();
     let mut oracle = llama_cpp::Watched::load(&spec(path.into(), RunnerKind::LlamaCpp)).unwrap();
@@ -60,7 +60,7 @@ fn of_every_family() {
     }
 }
 
-/// A model's first layers with their matrices in F32; embedding and head stay as they are.
+/// Writes a model's first layers with their matrices in F32; embedding and head stay as they are.
 fn exact_layers(model: &Path, layers: u32, to: &Path) {
     let file = Gguf::open(model).unwrap();
     let mut w = GgufWriter::new();
@@ -84,8 +84,9 @@ fn exact_layers(model: &Path, layers: u32, to: &Path) {
     w.write(to).unwrap();
 }
 
-/// In F32, and as stored. Of quantized weights both runners round the activations to 8 bits, each in
-/// its own way: about a hundredth for each of a layer's four products.
+/// Checks the layers in F32 and as stored. With quantized weights both runners round the
+/// activations to 8 bits, with different methods: an error of about a hundredth for each of a
+/// layer's four products.
 fn check_model(name: &str, model: &Path, layers: u32, count: usize, stored: f64) {
     let native = Native::load(&spec(model.into(), RunnerKind::Native)).unwrap();
     let tokens = native.tokenizer().encode(TEXT, false, false);
@@ -103,9 +104,9 @@ fn of_smollm2() {
     check_model("SmolLM2", &model, 4, 120, 3e-2);
 }
 
-/// Gemma 3 270M, where `INGOT_TEST_GEMMA` names its file; past its window of 512 tokens. As stored it
-/// is five times as far off as SmolLM2, though not in F32. Why is not known: perhaps because two of
-/// its matrices are K types, for which llama.cpp rounds 256 activations with one scale.
+/// Gemma 3 270M, if `INGOT_TEST_GEMMA` names its file; beyond its window of 512 tokens. As stored
+/// its error is five times that of SmolLM2, but not in F32. The cause is not known: possibly that
+/// two of its matrices are K types, for which llama.cpp rounds 256 activations with one scale.
 #[test]
 fn of_gemma3() {
     let Some(model) = std::env::var_os("INGOT_TEST_GEMMA") else {

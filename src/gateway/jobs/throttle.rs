@@ -16,14 +16,14 @@ const WAIT: Duration = Duration::from_millis(900);
 
 /// Whether the process may run, decided again at every look.
 #[derive(Debug)]
-pub(super) struct Courtesy {
+pub(super) struct Throttle {
     runs: bool,
     /// Since when.
     since: Instant,
     busy: Option<Instant>,
 }
 
-impl Courtesy {
+impl Throttle {
     pub(super) fn new(now: Instant) -> Self {
         Self { runs: true, since: now, busy: None }
     }
@@ -56,18 +56,18 @@ mod tests {
     fn a_job_halts_for_requests_and_moves_under_lasting_load() {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
-        let mut courtesy = Courtesy::new(start);
-        assert_eq!(courtesy.look(false, at(1_000)), None);
-        assert_eq!(courtesy.look(true, at(1_010)), Some(false));
-        assert_eq!(courtesy.look(false, at(1_020)), None);
-        assert_eq!(courtesy.look(false, at(1_111)), Some(true));
+        let mut throttle = Throttle::new(start);
+        assert_eq!(throttle.look(false, at(1_000)), None);
+        assert_eq!(throttle.look(true, at(1_010)), Some(false));
+        assert_eq!(throttle.look(false, at(1_020)), None);
+        assert_eq!(throttle.look(false, at(1_111)), Some(true));
         let (mut ran, mut last, mut runs) = (0, 1_111, true);
         for ms in (1_112..61_112).step_by(5) {
             if runs {
                 ran += ms - last;
             }
             last = ms;
-            runs = courtesy.look(true, at(ms)).unwrap_or(runs);
+            runs = throttle.look(true, at(ms)).unwrap_or(runs);
         }
         assert!((4_000..=8_000).contains(&ran), "{ran} ms of 60 s");
     }

@@ -1,7 +1,7 @@
 //! Policy gradient: answers are sampled from what is served, graded, and made more or less likely
 //! (GRPO; Shao et al. 2024, arXiv:2402.03300; Yu et al. 2025, DAPO, arXiv:2503.14476).
 
-use super::run::{Event, Extent, Outcome, Part, Run, Source, Sums, TrainError};
+use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
 use crate::grade::{Context, Grader};
 use crate::job::Metrics;
 use crate::job::rollout::{Rollout, RolloutRequest};
@@ -9,7 +9,7 @@ use crate::job::spec::{self, PolicyLoss, Resolved};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, EncodedPrompt, Order, PreparedPrompts, pack};
 use crate::train::loss::{Completion, advantages};
-use crate::train::model::{Batch, Gradients, Model, Outputs, Pass, Slopes, Wanted};
+use crate::train::model::{Batch, Gradients, Model, OutputGrads, Outputs, Pass, Wanted};
 use crate::train::rollout::{RolloutClient, RolloutError};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ const TRIES: u32 = 30;
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 
 /// A run.
-pub struct Policy<'a> {
+pub struct GrpoTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
     pub block: &'a spec::Grpo,
@@ -63,7 +63,7 @@ struct Group {
 
 /// One answer, graded.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Answered {
+struct ScoredCompletion {
     prompt: Vec<u32>,
     tokens: Vec<u32>,
     /// The engine's, of each token.
@@ -77,8 +77,8 @@ struct Answered {
 
 /// What was sampled for a step, and what is left to do with it: a part of the checkpoint.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-struct Held {
-    answers: Vec<Answered>,
+struct RolloutBuffer {
+    answers: Vec<ScoredCompletion>,
     /// Tokens of answers that are not among them, for nothing is to be learned from them.
     silent_tokens: f64,
     silent_answers: f64,
@@ -87,7 +87,7 @@ struct Held {
     measured: Measured,
 }
 
-impl Policy<'_> {
+impl GrpoTrainer<'_> {
     /// Trains from the newest checkpoint to the end, or until told to stop. `model` is as it began.
     ///
     /// # Errors
@@ -106,12 +106,13 @@ impl Policy<'_> {
     }
 
     /// Answers to train on.
-    fn sample(&self, prompts: &[usize], cursor: &Cursor) -> Result<Held, TrainError> {
+    fn sample(&self, prompts: &[usize], cursor: &Cursor) -> Result<RolloutBuffer, TrainError> {
         let first = (cursor.epoch << 32) + cursor.taken;
         let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
-        let mut held = Held { updates: self.block.updates as u64, ..Held::default() };
+        let mut held =
+            RolloutBuffer { updates: self.block.num_iterations as u64, ..RolloutBuffer::default() };
         (self.export)(self.adapter)?;
-        let answers = self.block.group;
+        let answers = self.block.num_generations;
         for group in self.groups(self.train, prompts, seeds, answers, &mut held.measured)? {
             held.take_group(group, self.block);
         }
@@ -164,8 +165,8 @@ impl Policy<'_> {
             .flat_map(|(prompt, group)| group.iter().map(|answer| (&prompt.item, answer)))
             .collect();
         for (_, answer) in &samples {
-            measure(measured, "answer_tokens", answer.tokens.len() as f64);
-            measure(measured, "answers_ended", f64::from(u8::from(answer.ended)));
+            measure(measured, "completion_length", answer.tokens.len() as f64);
+            measure(measured, "terminated_ratio", f64::from(u8::from(answer.ended)));
         }
         let started = Instant::now();
         let rewards = self.grade(&block.grader, &samples, measured)?;
@@ -236,18 +237,18 @@ impl Policy<'_> {
     }
 }
 
-impl Held {
+impl RolloutBuffer {
     /// Takes the answers to one prompt; those from which nothing is to be learned are only counted.
     fn take_group(&mut self, group: Group, block: &spec::Grpo) {
         let Group { prompt, answers, rewards } = group;
         let advantages = advantages(&rewards);
         let silent = advantages.iter().all(|advantage| *advantage == 0.0) && block.beta == 0.0;
         measure(&mut self.measured, "reward_std", deviation(&rewards));
-        measure(&mut self.measured, "silent_groups", f64::from(u8::from(silent)));
+        measure(&mut self.measured, "frac_reward_zero_std", f64::from(u8::from(silent)));
         for (answer, advantage) in answers.into_iter().zip(advantages) {
             let overlong = block.mask_overlong && !answer.ended;
             if block.mask_overlong {
-                measure(&mut self.measured, "masked_answers", f64::from(u8::from(overlong)));
+                measure(&mut self.measured, "masked_ratio", f64::from(u8::from(overlong)));
             }
             if answer.tokens.is_empty() || overlong {
                 continue;
@@ -257,7 +258,7 @@ impl Held {
                 self.silent_answers += 1.0;
                 continue;
             }
-            self.answers.push(Answered {
+            self.answers.push(ScoredCompletion {
                 prompt: prompt.clone(),
                 tokens: answer.tokens,
                 sampled: answer.log_probs.into_iter().map(f64::from).collect(),
@@ -288,16 +289,16 @@ fn mixed(seed: u64, at: u64) -> u64 {
 
 /// Answers step by step.
 struct Steps<'a, 'b> {
-    run: &'a Policy<'b>,
+    run: &'a GrpoTrainer<'b>,
     order: Order,
     /// (parameters) as the job began.
     began: Vec<Tensor>,
-    held: Rc<RefCell<Held>>,
+    held: Rc<RefCell<RolloutBuffer>>,
 }
 
 impl Steps<'_, '_> {
     /// What the model as it began says of the answers.
-    fn refer(&self, rows: &[Row]) -> Result<(), TrainError> {
+    fn compute_reference(&self, rows: &[Row]) -> Result<(), TrainError> {
         let params = self.run.model.params();
         let now: Vec<Tensor> =
             params.iter().map(|param| param.var.as_tensor().copy()).collect::<Result<_, _>>()?;
@@ -354,12 +355,13 @@ impl Steps<'_, '_> {
     }
 }
 
-impl Source for Steps<'_, '_> {
-    type Part = Row;
+impl BatchSource for Steps<'_, '_> {
+    type MicroBatch = Row;
 
-    fn extent(&self) -> Extent {
+    fn extent(&self) -> StepCount {
         let block = self.run.block;
-        Extent::new(self.run.train.len(), self.run.settings).with_updates(block.updates as u64)
+        StepCount::new(self.run.train.len(), self.run.settings)
+            .with_updates(block.num_iterations as u64)
     }
 
     fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Row>, TrainError> {
@@ -372,20 +374,20 @@ impl Source for Steps<'_, '_> {
         }
         let rows = self.rows();
         if fresh && self.run.block.beta > 0.0 {
-            self.refer(&rows)?;
+            self.compute_reference(&rows)?;
         }
         self.held.borrow_mut().updates -= 1;
         Ok(rows)
     }
 
     /// What is not computed counts all the same.
-    fn besides(&self) -> Sums {
+    fn extra_losses(&self) -> LossSums {
         let held = self.held.borrow();
         let weight = match self.run.block.loss {
             PolicyLoss::Dapo => held.silent_tokens,
             PolicyLoss::Grpo => held.silent_answers,
         };
-        let mut sums = Sums { weight, ..Sums::default() };
+        let mut sums = LossSums { weight, ..LossSums::default() };
         for (name, (sum, count)) in &held.measured {
             sums.measure_all(name.clone(), *sum, *count);
         }
@@ -418,7 +420,7 @@ struct Row {
     batch: Batch,
     wanted: Wanted,
     loss: Loss,
-    held: Rc<RefCell<Held>>,
+    held: Rc<RefCell<RolloutBuffer>>,
 }
 
 /// What is made of a row's outputs.
@@ -430,9 +432,10 @@ struct Loss {
 
 impl Loss {
     /// The loss, its slopes, and what was measured.
-    fn of(&self, held: &Held, outputs: &Outputs) -> (Sums, Slopes) {
-        let mut sums = Sums::default();
-        let mut slopes = Slopes { log_probs: vec![0.0; outputs.log_probs.len()], values: vec![] };
+    fn of(&self, held: &RolloutBuffer, outputs: &Outputs) -> (LossSums, OutputGrads) {
+        let mut sums = LossSums::default();
+        let mut slopes =
+            OutputGrads { log_probs: vec![0.0; outputs.log_probs.len()], values: vec![] };
         for (answer, range) in &self.answers {
             let answer = &held.answers[*answer];
             let found = self.objective.completion(
@@ -450,9 +453,9 @@ impl Loss {
             let tokens = range.len() as f64;
             let entropy: f64 = outputs.entropies[range.clone()].iter().sum();
             sums.measure_all("entropy", entropy, tokens);
-            sums.measure_all("clip_share", found.clipped, tokens);
-            sums.measure_all("engine_gap", found.gap, tokens);
-            sums.measure_all("correction", found.correction, tokens);
+            sums.measure_all("clip_ratio", found.clipped, tokens);
+            sums.measure_all("sampling_logp_difference", found.gap, tokens);
+            sums.measure_all("importance_sampling_ratio", found.correction, tokens);
             if answer.reference.is_some() {
                 sums.measure_all("kl", found.kl, tokens);
             }
@@ -461,7 +464,7 @@ impl Loss {
     }
 }
 
-impl Part for Row {
+impl MicroBatch for Row {
     fn tokens(&self) -> usize {
         self.batch.tokens.len()
     }
@@ -471,12 +474,12 @@ impl Part for Row {
         model: &Model,
         pass: Pass,
         gradients: &mut Gradients,
-    ) -> Result<Sums, TrainError> {
-        let mut found = (Sums::default(), Vec::new());
+    ) -> Result<LossSums, TrainError> {
+        let mut found = (LossSums::default(), Vec::new());
         {
             let held = self.held.borrow();
             let (held, loss, found) = (&*held, &self.loss, &mut found);
-            model.train_by(&self.batch, pass, self.wanted, gradients, |outputs| {
+            model.train_with(&self.batch, pass, self.wanted, gradients, |outputs| {
                 let (sums, slopes) = loss.of(held, outputs);
                 *found = (sums, outputs.log_probs.clone());
                 slopes
@@ -491,7 +494,7 @@ impl Part for Row {
         Ok(sums)
     }
 
-    fn judge(&self, model: &Model) -> Result<Sums, TrainError> {
+    fn evaluate_part(&self, model: &Model) -> Result<LossSums, TrainError> {
         Ok(self.loss.of(&self.held.borrow(), &model.outputs(&self.batch, self.wanted)?).0)
     }
 }

@@ -1,6 +1,6 @@
 //! One process of a job, watched until it is gone.
 
-use super::courtesy::Courtesy;
+use super::throttle::Throttle;
 use super::{Jobs, LEAVE_PATIENCE, Live, lock};
 use crate::config::ByteSize;
 use crate::gateway::memory::available;
@@ -20,7 +20,7 @@ const LAST_WORDS: u64 = 2_000;
 
 /// What a job's process is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wish {
+pub(super) enum DesiredState {
     Run,
     /// Write a checkpoint and leave.
     Leave,
@@ -41,7 +41,7 @@ pub(super) enum End {
 }
 
 impl Jobs {
-    pub(super) async fn live_once(self: &std::sync::Arc<Self>, id: &str, live: &Live) -> End {
+    pub(super) async fn run_process(self: &std::sync::Arc<Self>, id: &str, live: &Live) -> End {
         let folder = self.folder(id);
         let threads = folder.order().ok().and_then(|order| order.spec.train.threads).unwrap_or(1);
         // Before the process writes: what is there already was told of already.
@@ -83,7 +83,7 @@ impl Jobs {
             pid.map(|pid| kill_process(pid, signal));
         };
         let mut wish = live.wish.subscribe();
-        let mut courtesy = Courtesy::new(Instant::now());
+        let mut throttle = Throttle::new(Instant::now());
         let mut each = tokio::time::interval(COURTESY_EVERY);
         each.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let (mut looked, mut leaves) = (Instant::now(), None::<Instant>);
@@ -94,15 +94,16 @@ impl Jobs {
             }
             let now = Instant::now();
             let told = *wish.borrow_and_update();
-            if told == Wish::Die || leaves.is_some_and(|since| now - since > LEAVE_PATIENCE) {
+            if told == DesiredState::Die || leaves.is_some_and(|since| now - since > LEAVE_PATIENCE)
+            {
                 child.start_kill()?;
-            } else if told == Wish::Leave || short.is_some() {
+            } else if told == DesiredState::Leave || short.is_some() {
                 if leaves.is_none() {
                     leaves = Some(now);
                     signal(Signal::TERM);
                     signal(Signal::CONT);
                 }
-            } else if let Some(runs) = courtesy.look(self.registry.is_busy(), now) {
+            } else if let Some(runs) = throttle.look(self.registry.is_busy(), now) {
                 signal(if runs { Signal::CONT } else { Signal::STOP });
             }
             if now - looked > LOOK_EVERY {

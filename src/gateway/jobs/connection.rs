@@ -14,10 +14,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 /// Makes the routes of a link; those that know the routes stand above the jobs.
-pub type Routes = Arc<dyn Fn(Arc<Link>) -> Router + Send + Sync>;
+pub type Routes = Arc<dyn Fn(Arc<JobConnection>) -> Router + Send + Sync>;
 
 /// What a job has on this side.
-pub struct Link {
+pub struct JobConnection {
     pub job: String,
     /// The model that it trains.
     base: String,
@@ -25,13 +25,13 @@ pub struct Link {
     policy: Mutex<Option<Arc<AdapterVersion>>>,
 }
 
-impl fmt::Debug for Link {
+impl fmt::Debug for JobConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Link").field(&self.job).finish()
+        f.debug_tuple("JobConnection").field(&self.job).finish()
     }
 }
 
-impl Link {
+impl JobConnection {
     /// Puts an adapter of the job in the place of the one before. Answers that have begun end with
     /// that.
     ///
@@ -70,7 +70,7 @@ impl Jobs {
         ours.set_nonblocking(true)?;
         let ours = tokio::net::UnixStream::from_std(ours)?;
         let (job, registry) = (job.to_owned(), self.registry.clone());
-        let link = Arc::new(Link { job, base, registry, policy: Mutex::default() });
+        let link = Arc::new(JobConnection { job, base, registry, policy: Mutex::default() });
         let service = TowerToHyperService::new(routes(link));
         tokio::spawn(async move {
             let served = http1::Builder::new().serve_connection(TokioIo::new(ours), service);

@@ -1,6 +1,6 @@
-//! Pairs of answers: what is known beforehand, and what has to be learned.
+//! Preference pairs: what is known beforehand, and what has to be learned.
 
-use super::{Event, Objective, Outcome, Pairs};
+use super::{Event, Objective, Outcome, PreferenceTrainer};
 use crate::gguf::Gguf;
 use crate::gguf::fixture::TinyDecoder;
 use crate::job::StepMetrics;
@@ -91,7 +91,7 @@ fn run(folder: &Path, objective: Objective, settings: &Resolved, stops: &[u64]) 
     let (mut steps, mut accuracy) = (Vec::new(), None);
     for stop_at in stops.iter().copied().chain([u64::MAX]) {
         let model = model(folder, scored);
-        let pairs = Pairs {
+        let pairs = PreferenceTrainer {
             model: &model,
             settings,
             objective,

@@ -1,7 +1,7 @@
 //! Models with random weights: what pretraining begins with. Llama's layers (Touvron et al. 2023,
 //! arXiv:2302.13971), in F32.
 
-use super::vocabulary::Vocabulary;
+use super::tokenizer_training::Vocabulary;
 use crate::gguf::{GgufError, GgufWriter, TensorType};
 use crate::job::spec::Shape;
 use rand::rngs::StdRng;

@@ -1,13 +1,15 @@
 //! What is made of pairs of answers: a policy that prefers the better ones (DPO), or a model that says
 //! which they are (a reward model).
 
-use super::run::{Each, Event, Extent, Outcome, Part, Run, Source, Sums, TrainError};
+use super::run::{
+    BatchSource, Each, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError,
+};
 use crate::dataset::PairFacts;
 use crate::job::spec::{Dpo, Resolved, Reward};
 use crate::job::write_whole;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, EncodedPair, Order, PreparedPairs, pack};
-use crate::train::model::{Batch, Gradients, Model, Outputs, Pass, Slopes, Wanted};
+use crate::train::model::{Batch, Gradients, Model, OutputGrads, Outputs, Pass, Wanted};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;
@@ -28,7 +30,7 @@ pub enum Objective {
 }
 
 /// A run.
-pub struct Pairs<'a> {
+pub struct PreferenceTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
     pub objective: Objective,
@@ -44,7 +46,7 @@ pub struct Pairs<'a> {
 /// By pair, the chosen answer's first.
 type Reference = BTreeMap<usize, [f64; 2]>;
 
-impl Pairs<'_> {
+impl PreferenceTrainer<'_> {
     /// Trains from the newest checkpoint to the end, or until told to stop. `model` is as it began.
     ///
     /// # Errors
@@ -115,7 +117,7 @@ impl Pairs<'_> {
     /// Training pairs that will be seen.
     fn seen(&self) -> BTreeSet<usize> {
         let all = self.train.len();
-        let seen = Extent::new(all, self.settings).seen().min(all as u64);
+        let seen = StepCount::new(all, self.settings).seen().min(all as u64);
         Order::new(all, self.shuffle)
             .next(&mut Cursor::default(), seen as usize)
             .into_iter()
@@ -211,9 +213,9 @@ impl Row {
     }
 
     /// The loss, and its slopes.
-    fn loss(&self, outputs: &Outputs) -> (Sums, Slopes) {
-        let mut sums = Sums { weight: self.pairs.len() as f64, ..Sums::default() };
-        let mut slopes = Slopes {
+    fn loss(&self, outputs: &Outputs) -> (LossSums, OutputGrads) {
+        let mut sums = LossSums { weight: self.pairs.len() as f64, ..LossSums::default() };
+        let mut slopes = OutputGrads {
             log_probs: vec![0.0; outputs.log_probs.len()],
             values: vec![0.0; outputs.values.len()],
         };
@@ -252,7 +254,7 @@ impl Row {
     }
 }
 
-impl Part for Row {
+impl MicroBatch for Row {
     fn tokens(&self) -> usize {
         self.batch.tokens.len()
     }
@@ -262,9 +264,9 @@ impl Part for Row {
         model: &Model,
         pass: Pass,
         gradients: &mut Gradients,
-    ) -> Result<Sums, TrainError> {
-        let mut found = Sums::default();
-        model.train_by(&self.batch, pass, self.wanted(), gradients, |outputs| {
+    ) -> Result<LossSums, TrainError> {
+        let mut found = LossSums::default();
+        model.train_with(&self.batch, pass, self.wanted(), gradients, |outputs| {
             let (sums, slopes) = self.loss(outputs);
             found = sums;
             slopes
@@ -272,14 +274,14 @@ impl Part for Row {
         Ok(found)
     }
 
-    fn judge(&self, model: &Model) -> Result<Sums, TrainError> {
+    fn evaluate_part(&self, model: &Model) -> Result<LossSums, TrainError> {
         Ok(self.loss(&model.outputs(&self.batch, self.wanted())?).0)
     }
 }
 
-/// Pairs step by step.
+/// The batches of preference pairs, one a step.
 struct Examples<'a> {
-    run: &'a Pairs<'a>,
+    run: &'a PreferenceTrainer<'a>,
     order: Order,
     references: [Reference; 2],
 }
@@ -290,11 +292,11 @@ impl Examples<'_> {
     }
 }
 
-impl Source for Examples<'_> {
-    type Part = Row;
+impl BatchSource for Examples<'_> {
+    type MicroBatch = Row;
 
-    fn extent(&self) -> Extent {
-        Extent::new(self.run.train.len(), self.run.settings)
+    fn extent(&self) -> StepCount {
+        StepCount::new(self.run.train.len(), self.run.settings)
     }
 
     fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Row>, TrainError> {
