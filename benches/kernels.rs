@@ -6,7 +6,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ingot::gguf::{KERNEL_TYPES, KvType};
 use ingot::kernels::attention::{Plan, Scope};
 use ingot::kernels::ops::{self, Activations, Product, Span};
-use ingot::kernels::{Cache, Matrix, Pool};
+use ingot::kernels::{KvCache, Matrix, Pool};
 use std::time::Duration;
 
 /// The binary's own: its huge pages are worth a fifth of a token's time.
@@ -81,7 +81,7 @@ fn attention(criterion: &mut Criterion) {
     ];
     for (heads, kv_heads, dim) in [(9, 3, 64), (32, 8, 64), (32, 8, 128)] {
         for ty in [KvType::F16, KvType::Q8_0] {
-            let cache = Cache::new(ty, 1, 8 * PAGES, kv_heads, dim);
+            let cache = KvCache::new(ty, 1, 8 * PAGES, kv_heads, dim);
             let name = format!("attention {heads}/{kv_heads}x{dim}, {ty:?}");
             let mut group = criterion.benchmark_group(name);
             for (name, spans) in &works {
@@ -113,7 +113,7 @@ fn attention_from_memory(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(name);
         for (ty, threads) in [KvType::F16, KvType::Q8_0].map(|ty| [(ty, 1), (ty, 2)]).concat() {
             let mut pool = Pool::new(threads).expect("a thread starts");
-            let mut cache = Cache::new(ty, layers, 128, kv_heads, dim);
+            let mut cache = KvCache::new(ty, layers, 128, kv_heads, dim);
             let (writer, row) = (cache.writer(), vec![0.3; dim]);
             // What was never written would be one page of zeros.
             for at in 0..layers * 128 * kv_heads * 32 {

@@ -105,8 +105,8 @@ impl Bench {
         [
             last.drafted_tokens as f64,
             last.accepted_tokens as f64,
-            last.modelled_tokens as f64,
-            last.accepted_modelled as f64,
+            last.draft_model_tokens as f64,
+            last.draft_model_accepted as f64,
         ]
     }
 }

@@ -5,20 +5,20 @@
 //! the cache; the *loader* reads adapter files; the *writer* encodes frames. The threads
 //! communicate through channels; they share only the vocabulary.
 //!
-//! A request passes through `intake` → `scheduler` → `kv` → `runner` → `sampler` → `text` →
-//! `outbox`. Speculative tokens are drafted and verified in the same step (`speculate`). Text is
+//! A request passes through `input_processor` → `scheduler` → `kv` → `runner` → `sampler` → `text` →
+//! `output`. Speculative tokens are drafted and verified in the same step (`speculate`). Text is
 //! assembled on the step loop, not on a separate thread: it costs microseconds, and a stop string
 //! then ends its sequence in the same step that completes the string.
 
-mod attend;
+mod commands;
 mod cost;
 pub mod grammar;
-mod intake;
+mod handle_commands;
+mod input_processor;
 pub mod kv;
-mod orders;
-mod outbox;
+mod output_processor;
+mod postprocess;
 pub mod runner;
-mod sample;
 pub mod sampler;
 mod scheduler;
 mod sequence;
@@ -31,9 +31,9 @@ pub mod verify;
 
 use crate::gguf::{Gguf, score_head};
 use crate::ipc::{self, Call, EngineError, FrameError, FromEngine, LoadSpec, RequestId, ToEngine};
+use commands::{AdapterFacts, Command};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
-use intake::{Desk, Job};
-use orders::{AdapterFacts, Order};
+use input_processor::{InputProcessor, Job};
 use rustix::process::{Signal, getpid, kill_process};
 use sequence::SeqKey;
 use std::io::{BufReader, Write};
@@ -72,7 +72,7 @@ pub fn main() -> ExitCode {
 fn run() -> Result<(), FrameError> {
     let socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     let mut reader = BufReader::new(socket.try_clone()?);
-    let (reception, work, to_write) = wire();
+    let (reception, work, to_write) = channels();
     std::thread::Builder::new()
         .name("writer".into())
         .spawn(move || write_frames(socket, &to_write))?;
@@ -82,22 +82,24 @@ fn run() -> Result<(), FrameError> {
     };
     // Start reading before the model loads, so that the gateway's death is noticed during loading.
     std::thread::Builder::new().name("reader".into()).spawn(move || reception.receive(reader))?;
-    host(&spec, work)?;
+    load_and_serve(&spec, work)?;
     Ok(())
 }
 
 /// An engine on threads of this process, without the socket. The baseline for measuring the cost of
 /// the process boundary.
 pub struct Local {
-    reception: Reception,
+    reception: FrameRouter,
     frames: Receiver<FromEngine>,
 }
 
 impl Local {
     /// Starts to load the model; the first frame reports success or failure.
     pub fn start(spec: LoadSpec) -> std::io::Result<Self> {
-        let (reception, work, frames) = wire();
-        std::thread::Builder::new().name("engine".into()).spawn(move || host(&spec, work))?;
+        let (reception, work, frames) = channels();
+        std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || load_and_serve(&spec, work))?;
         Ok(Self { reception, frames })
     }
 
@@ -112,24 +114,25 @@ impl Local {
 
 /// The channel ends that the engine's own threads hold.
 struct Work {
-    orders: Sender<Order>,
-    to_do: Receiver<Order>,
+    commands: Sender<Command>,
+    to_do: Receiver<Command>,
     to_check: Receiver<Job>,
     to_load: Receiver<AdapterJob>,
     frames: Sender<FromEngine>,
 }
 
-fn wire() -> (Reception, Work, Receiver<FromEngine>) {
+fn channels() -> (FrameRouter, Work, Receiver<FromEngine>) {
     let (frames, to_write) = unbounded();
-    let (orders, to_do) = unbounded();
+    let (commands, to_do) = unbounded();
     let (jobs, to_check) = bounded(INTAKE_QUEUE);
     let (adapters, to_load) = unbounded();
-    let reception = Reception { orders: orders.clone(), jobs, adapters, frames: frames.clone() };
-    (reception, Work { orders, to_do, to_check, to_load, frames }, to_write)
+    let reception =
+        FrameRouter { commands: commands.clone(), jobs, adapters, frames: frames.clone() };
+    (reception, Work { commands, to_do, to_check, to_load, frames }, to_write)
 }
 
 /// Loads the model and runs its step loop on this thread until shutdown.
-fn host(spec: &LoadSpec, work: Work) -> std::io::Result<()> {
+fn load_and_serve(spec: &LoadSpec, work: Work) -> std::io::Result<()> {
     let frames = work.frames.clone();
     let loaded = runner::load(spec);
     let loaded = loaded.and_then(|runner| Ok((runner::load_draft(&*runner, spec)?, runner)));
@@ -153,16 +156,16 @@ fn serve(
     spec: &LoadSpec,
     work: Work,
 ) -> std::io::Result<Result<(), EngineError>> {
-    let Work { orders, to_do, to_check, to_load, frames } = work;
+    let Work { commands, to_do, to_check, to_load, frames } = work;
     let mut info = runner.info().clone();
     // A sequence longer than the whole cache could never run.
     info.context_length = info.context_length.min(info.kv_pages * info.page_tokens);
-    Desk::new(runner.tokenizer(), info.clone()).open(&to_check, &orders, &frames)?;
+    InputProcessor::new(runner.tokenizer(), info.clone()).open(&to_check, &commands, &frames)?;
     let loader = runner.adapter_loader();
     let replies = frames.clone();
     std::thread::Builder::new()
         .name("loader".into())
-        .spawn(move || load_adapters(&*loader, &to_load, &orders, &replies))?;
+        .spawn(move || load_adapters(&*loader, &to_load, &commands, &replies))?;
     Ok(step::StepLoop::new(runner, draft, spec, to_do, frames.clone()).map(|steps| {
         let _ = frames.send(FromEngine::Loaded(Box::new(info)));
         steps.run();
@@ -178,21 +181,21 @@ struct AdapterJob {
 }
 
 /// Routes incoming frames to the threads that handle them.
-struct Reception {
-    orders: Sender<Order>,
+struct FrameRouter {
+    commands: Sender<Command>,
     jobs: Sender<Job>,
     adapters: Sender<AdapterJob>,
     frames: Sender<FromEngine>,
 }
 
-impl Reception {
+impl FrameRouter {
     /// Reads frames until the gateway closes the socket, then ends the process at once: no client
     /// is left to serve, and the model's memory should be freed.
     fn receive(self, mut from: BufReader<UnixStream>) {
         loop {
             match ipc::read_frame(&mut from) {
                 Ok(ToEngine::Shutdown) => {
-                    let _ = self.orders.send(Order::Shutdown);
+                    let _ = self.commands.send(Command::Shutdown);
                 }
                 Ok(frame) => self.pass_on(frame),
                 Err(_) => {
@@ -204,7 +207,7 @@ impl Reception {
     }
 
     fn pass_on(&self, frame: ToEngine) {
-        let order = match frame {
+        let command = match frame {
             ToEngine::Generate(request) => {
                 let id = request.id;
                 return self.check(Job::Generate(request, Instant::now()), |error| {
@@ -216,28 +219,28 @@ impl Reception {
                     let _ = self.adapters.send(AdapterJob { call, adapter, path, digest, scale });
                     return;
                 }
-                Call::UnloadAdapter { adapter } => Order::UnloadAdapter { call, adapter },
-                Call::Ping => Order::Ping { call },
+                Call::UnloadAdapter { adapter } => Command::UnloadAdapter { call, adapter },
+                Call::Ping => Command::Ping { call },
                 what => {
                     return self
                         .check(Job::Call { call, what }, |error| Answer::Reply(call, error));
                 }
             },
-            ToEngine::Cancel(request) => Order::Cancel(request),
-            ToEngine::Finish { request, choice } => Order::Finish(SeqKey { request, choice }),
-            ToEngine::Pause(request) => Order::Pause(request, true),
-            ToEngine::Resume(request) => Order::Pause(request, false),
+            ToEngine::Cancel(request) => Command::Cancel(request),
+            ToEngine::Finish { request, choice } => Command::Finish(SeqKey { request, choice }),
+            ToEngine::Pause(request) => Command::Pause(request, true),
+            ToEngine::Resume(request) => Command::Pause(request, false),
             ToEngine::Load(_) | ToEngine::Shutdown => return,
         };
-        let _ = self.orders.send(order);
+        let _ = self.commands.send(command);
     }
 
     /// Hands a job to intake, or refuses the job if the intake queue is full.
     fn check(&self, job: Job, answer: impl FnOnce(EngineError) -> Answer) {
         if let Err(TrySendError::Full(_)) = self.jobs.try_send(job) {
-            match answer(attend::overloaded()) {
+            match answer(handle_commands::overloaded()) {
                 Answer::Refuse(request, error) => {
-                    let _ = self.orders.send(Order::Refuse(request, error));
+                    let _ = self.commands.send(Command::Refuse(request, error));
                 }
                 Answer::Reply(call, error) => {
                     let _ = self.frames.send(FromEngine::Reply { call, result: Err(error) });
@@ -255,7 +258,7 @@ enum Answer {
 fn load_adapters(
     loader: &dyn runner::AdapterLoader,
     jobs: &Receiver<AdapterJob>,
-    orders: &Sender<Order>,
+    commands: &Sender<Command>,
     replies: &Sender<FromEngine>,
 ) {
     for AdapterJob { call, adapter, path, digest, scale } in jobs {
@@ -263,7 +266,7 @@ fn load_adapters(
             Ok(handle) => {
                 let head = Gguf::open_header(&path).ok().and_then(|file| score_head(&file));
                 let facts = AdapterFacts { digest, head: head.map(Into::into) };
-                let _ = orders.send(Order::InstallAdapter { call, adapter, facts, handle });
+                let _ = commands.send(Command::InstallAdapter { call, adapter, facts, handle });
             }
             Err(error) => {
                 let result = Err(EngineError::invalid("adapter", error.to_string()));

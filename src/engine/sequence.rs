@@ -3,7 +3,7 @@
 use super::grammar::TriggeredGrammar;
 use super::kv::{CacheKey, SequencePages};
 use super::sampler::Sampler;
-use super::speculate::{Draftee, Speculation};
+use super::speculate::{DraftRequest, Speculation};
 use super::text::TextAssembler;
 use crate::ipc::{AdapterId, EngineError, Generate, RequestId, StopParams, Token, TokenLogprob};
 use std::sync::Arc;
@@ -33,7 +33,7 @@ pub struct RequestFacts {
 }
 
 /// A request that has been tokenized and validated; intake sends it to the step loop.
-pub struct Admissible {
+pub struct ValidRequest {
     pub request: Generate,
     pub tokens: Vec<Token>,
     pub max_tokens: usize,
@@ -110,10 +110,10 @@ impl Sequence {
 
     /// The view of this sequence for a draft model that may draft `most` tokens. `None` if nothing
     /// is drafted.
-    pub fn draftee(&mut self, most: usize) -> Option<Draftee<'_>> {
+    pub fn draftee(&mut self, most: usize) -> Option<DraftRequest<'_>> {
         let most = most.min(self.draft_limit());
         let left = self.facts.max_tokens.saturating_sub(self.output_len());
-        Some(Draftee {
+        Some(DraftRequest {
             tokens: &self.tokens,
             tenant: self.facts.cache_key.tenant,
             sampler: &self.sampler,

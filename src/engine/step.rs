@@ -1,12 +1,12 @@
 //! The step loop: schedule -> run -> sample -> emit.
 
+use super::commands::{AdapterFacts, Command};
 use super::grammar::MaskWorker;
-use super::kv::KvCache;
-use super::orders::{AdapterFacts, Order};
-use super::outbox::Outbox;
+use super::kv::KvCacheManager;
+use super::output_processor::OutputProcessor;
 use super::runner::{Batch, BatchSequence, ModelRunner, Ran, RunnerError, Wants};
 use super::sampler::Scratch;
-use super::scheduler::{Limits, Plan, Scheduler, Work};
+use super::scheduler::{Limits, ScheduledSequence, Scheduler, SchedulerOutput};
 use super::sequence::SeqKey;
 use super::speculate::DraftModel;
 use crate::ipc::{AdapterId, EngineError, FromEngine, LoadSpec, RequestId, Speculate, Token};
@@ -39,11 +39,11 @@ pub struct StepLoop {
     pub(super) runner: Box<dyn ModelRunner>,
     pub(super) tokenizer: Arc<dyn Tokenizer>,
     pub(super) scheduler: Scheduler,
-    pub(super) kv: KvCache,
-    pub(super) outbox: Outbox,
-    pub(super) orders: Receiver<Order>,
+    pub(super) kv: KvCacheManager,
+    pub(super) output: OutputProcessor,
+    pub(super) commands: Receiver<Command>,
     /// Commands that arrived while a step was running.
-    pub(super) early: VecDeque<Order>,
+    pub(super) early: VecDeque<Command>,
     /// Requests that were cancelled before they left intake.
     pub(super) cancelled: HashSet<RequestId>,
     pub(super) poolings: VecDeque<Pooling>,
@@ -66,7 +66,7 @@ impl StepLoop {
         runner: Box<dyn ModelRunner>,
         draft: Option<Box<dyn ModelRunner>>,
         spec: &LoadSpec,
-        orders: Receiver<Order>,
+        commands: Receiver<Command>,
         frames: Sender<FromEngine>,
     ) -> Result<Self, EngineError> {
         let info = runner.info();
@@ -79,7 +79,7 @@ impl StepLoop {
             mixes_adapters: info.mixes_adapters,
             speculate: if info.speculates { spec.speculate } else { Speculate::Off },
         };
-        let kv = KvCache::new(
+        let kv = KvCacheManager::new(
             info.kv_pages,
             runner.slots(),
             runner.slots_hold_pages(),
@@ -89,8 +89,8 @@ impl StepLoop {
             tokenizer: runner.tokenizer(),
             scheduler: Scheduler::new(limits),
             kv,
-            outbox: Outbox::new(frames),
-            orders,
+            output: OutputProcessor::new(frames),
+            commands,
             early: VecDeque::new(),
             cancelled: HashSet::new(),
             poolings: VecDeque::new(),
@@ -109,11 +109,11 @@ impl StepLoop {
     /// Runs until shutdown.
     pub fn run(mut self) {
         let mut idle = true;
-        while self.take_orders(idle) {
+        while self.drain_commands(idle) {
             let pooled = self.pool_chunk();
             let stepped = self.step();
             idle = !pooled && !stepped;
-            self.outbox.report(&self.scheduler, &self.kv, self.adapters.len(), idle);
+            self.output.report(&self.scheduler, &self.kv, self.adapters.len(), idle);
         }
     }
 
@@ -127,8 +127,8 @@ impl StepLoop {
         }
         self.submit_masks(&plan);
         // Clients learn that they were admitted before a long step, not after it.
-        self.outbox.flush();
-        self.outbox.expect(self.scheduler.expected(&plan));
+        self.output.flush();
+        self.output.expect(self.scheduler.expected(&plan));
         let started = Instant::now();
         let ran = self.run_batch(&plan);
         let took = started.elapsed();
@@ -139,37 +139,39 @@ impl StepLoop {
             Ok(Ran::Complete) => {
                 tracing::trace!(decoding = plan.decoding, prefill = plan.prefill, ?took, "step");
                 self.scheduler.observe(&plan, took);
-                self.outbox.stepped(self.batch.tokens.len(), plan.decoding, plan.prefill);
+                self.output.stepped(self.batch.tokens.len(), plan.decoding, plan.prefill);
                 for (key, rows) in self.commit(&plan) {
                     self.sample(key, rows);
                 }
             }
             Err(error) => self.fail_batch(&plan, &error),
         }
-        self.outbox.flush();
+        self.output.flush();
         true
     }
 
     /// Runs the batch. A step of prompts alone may take long: it is abandoned on shutdown, or when
     /// the clients of half its rows have disconnected.
-    fn run_batch(&mut self, plan: &Plan) -> Result<Ran, RunnerError> {
+    fn run_batch(&mut self, plan: &SchedulerOutput) -> Result<Ran, RunnerError> {
         if plan.decoding > 0 {
             return self.runner.step(&self.batch).map(|()| Ran::Complete);
         }
         let rows_of = |request: RequestId| {
-            let mine = |work: &&Work| self.scheduler.running[work.index].key.request == request;
+            let mine = |work: &&ScheduledSequence| {
+                self.scheduler.running[work.index].key.request == request
+            };
             plan.work.iter().filter(mine).map(|work| work.rows).sum::<usize>()
         };
-        let (orders, early) = (&self.orders, &mut self.early);
+        let (commands, early) = (&self.commands, &mut self.early);
         let mut gone = 0;
         let mut interrupt = || {
-            while let Ok(order) = orders.try_recv() {
-                match &order {
-                    Order::Cancel(request) => gone += rows_of(*request),
-                    Order::Shutdown => gone = usize::MAX / 2,
+            while let Ok(command) = commands.try_recv() {
+                match &command {
+                    Command::Cancel(request) => gone += rows_of(*request),
+                    Command::Shutdown => gone = usize::MAX / 2,
                     _ => {}
                 }
-                early.push_back(order);
+                early.push_back(command);
             }
             gone > 0 && 2 * gone >= plan.prefill
         };
@@ -177,10 +179,10 @@ impl StepLoop {
     }
 
     /// Applies the plan's cache changes to the runner and fills the batch.
-    fn prepare(&mut self, plan: &Plan) {
+    fn prepare(&mut self, plan: &SchedulerOutput) {
         self.kv.apply_changes(&mut *self.runner);
         for &(request, cached) in &plan.admitted {
-            self.outbox.started(request, cached);
+            self.output.started(request, cached);
         }
         self.batch.clear();
         self.batch.adapter = plan.adapter;
@@ -203,7 +205,7 @@ impl StepLoop {
 
     /// Starts to compute grammar masks. They depend only on tokens already sampled, so they are
     /// computed while the model runs.
-    fn submit_masks(&mut self, plan: &Plan) {
+    fn submit_masks(&mut self, plan: &SchedulerOutput) {
         for work in plan.work.iter().filter(|work| work.samples) {
             let sequence = &mut self.scheduler.running[work.index];
             if let Some(grammar) = sequence.grammar.take_if(|grammar| grammar.needs_mask()) {
@@ -224,7 +226,7 @@ impl StepLoop {
     /// Marks the plan's rows as computed. Returns the sequences whose next token can be sampled,
     /// each with the rows of its logits: the first row is the next token's, the rows of a draft
     /// follow.
-    fn commit(&mut self, plan: &Plan) -> Vec<(SeqKey, Range<usize>)> {
+    fn commit(&mut self, plan: &SchedulerOutput) -> Vec<(SeqKey, Range<usize>)> {
         let (mut complete, mut echoed) = (Vec::new(), Vec::new());
         for (work, rows) in plan.work.iter().zip(&self.batch.sequences) {
             let sequence = &mut self.scheduler.running[work.index];
@@ -248,7 +250,7 @@ impl StepLoop {
     }
 
     /// Handles a failed runner step: every request in the batch fails, all others continue.
-    fn fail_batch(&mut self, plan: &Plan, error: &RunnerError) {
+    fn fail_batch(&mut self, plan: &SchedulerOutput, error: &RunnerError) {
         tracing::error!("a step of {} rows failed: {error}", self.batch.tokens.len());
         let requests: Vec<_> =
             plan.work.iter().map(|work| self.scheduler.running[work.index].key.request).collect();

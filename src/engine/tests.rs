@@ -1,8 +1,8 @@
 //! Tests of the whole step loop over the mock runner. The mock's logits depend only on the contents
 //! of a slot: a request must produce the same output as it does alone, whatever other requests run.
 
-use super::intake::{Desk, Job};
-use super::orders::{AdapterFacts, Order};
+use super::commands::{AdapterFacts, Command};
+use super::input_processor::{InputProcessor, Job};
 use super::runner::mock::Mock;
 use super::runner::{AdapterHandle, ModelRunner, PAGE_TOKENS, load_draft};
 use super::sequence::SeqKey;
@@ -41,21 +41,21 @@ fn load_spec(kv_pages: u32, max_sequences: u32, batch_tokens: u32) -> LoadSpec {
 /// An engine without its own process.
 struct Engine {
     jobs: Sender<Job>,
-    orders: Sender<Order>,
+    commands: Sender<Command>,
     frames: Receiver<FromEngine>,
     steps: JoinHandle<()>,
 }
 
 impl Engine {
     fn start(spec: LoadSpec) -> Self {
-        let (orders, to_do) = unbounded();
+        let (commands, to_do) = unbounded();
         let (jobs, to_check) = unbounded();
         let (to_gateway, frames) = unbounded();
-        let (for_desk, loading) = (orders.clone(), orders.clone());
+        let (for_desk, loading) = (commands.clone(), commands.clone());
         let steps = std::thread::spawn(move || {
             let runner = Box::new(Mock::load(&spec));
             let draft = load_draft(&*runner, &spec).unwrap();
-            let desk = Desk::new(runner.tokenizer(), runner.info().clone());
+            let desk = InputProcessor::new(runner.tokenizer(), runner.info().clone());
             desk.open(&to_check, &for_desk, &to_gateway).unwrap();
             drop(for_desk);
             StepLoop::new(runner, draft, &spec, to_do, to_gateway).unwrap().run();
@@ -63,17 +63,17 @@ impl Engine {
         for id in 1..=ADAPTERS {
             let facts = AdapterFacts { digest: [id as u8; 32], head: None };
             let (adapter, handle) = (AdapterId(id), AdapterHandle::Mock);
-            let _ = loading.send(Order::InstallAdapter { call: id, adapter, facts, handle });
+            let _ = loading.send(Command::InstallAdapter { call: id, adapter, facts, handle });
         }
-        Self { jobs, orders, frames, steps }
+        Self { jobs, commands, frames, steps }
     }
 
     fn ask(&self, request: Generate) {
         let _ = self.jobs.send(Job::Generate(Box::new(request), Instant::now()));
     }
 
-    fn order(&self, order: Order) {
-        let _ = self.orders.send(order);
+    fn command(&self, command: Command) {
+        let _ = self.commands.send(command);
     }
 
     /// Receives events until the requests `ids` have ended.
@@ -127,7 +127,7 @@ impl Engine {
                 && progress.running + progress.waiting == 0
                 && self.frames.is_empty()
             {
-                self.order(Order::Shutdown);
+                self.command(Command::Shutdown);
                 self.steps.join().expect("the step loop does not panic");
                 return progress;
             }
@@ -318,8 +318,8 @@ proptest! {
             }
             match fate {
                 Fate::Peace => {}
-                Fate::Cancel => engine.order(Order::Cancel(id)),
-                Fate::Pause => engine.order(Order::Pause(id, true)),
+                Fate::Cancel => engine.command(Command::Cancel(id)),
+                Fate::Pause => engine.command(Command::Pause(id, true)),
             }
         }
         let ids = |wanted: fn(&Fate) -> bool| -> Vec<u64> {
@@ -330,7 +330,7 @@ proptest! {
         let mut together = BTreeMap::new();
         engine.listen(&mut together, &ids(|fate| matches!(fate, Fate::Peace)));
         for id in ids(|fate| matches!(fate, Fate::Pause)) {
-            engine.order(Order::Pause(RequestId(id), false));
+            engine.command(Command::Pause(RequestId(id), false));
         }
         engine.listen(&mut together, &ids(|fate| !matches!(fate, Fate::Cancel)));
         for (id, outcome) in &together {
@@ -435,7 +435,7 @@ fn what_a_draft_model_foresees_saves_steps() {
         }
         texts.push(engine.outcomes(12));
         let progress = engine.settle();
-        let (drafted, stood) = (progress.modelled_tokens, progress.accepted_modelled);
+        let (drafted, stood) = (progress.draft_model_tokens, progress.draft_model_accepted);
         match (draft, adapter) {
             (false, _) => assert_eq!(drafted, 0),
             (true, None) => assert!(drafted > 600 && stood == drafted, "{stood} of {drafted}"),
@@ -490,7 +490,7 @@ fn a_long_input_is_pooled_between_other_steps() {
     let spec = LoadSpec { mock_step_us: 500, ..load_spec(700, 4, 32) };
     let engine = Engine::start(spec);
     let inputs = vec![vec![5; 20_000]];
-    engine.order(Order::Pool { call: 77, inputs, scored_by: None });
+    engine.command(Command::Pool { call: 77, inputs, scored_by: None });
     let stop = StopParams { max_tokens: Some(40), ignore_eos: true, ..StopParams::default() };
     engine.ask(Generate { stop, ..request(0, vec![FORGETS, 1, 2]) });
     let deadline = Instant::now() + PATIENCE;
@@ -521,7 +521,7 @@ fn a_step_ends_when_its_clients_are_gone() {
     let mut outcomes = BTreeMap::new();
     engine.announced(&mut outcomes);
     assert!(outcomes[&0].accepted && outcomes[&0].started, "a client hears of it before the step");
-    engine.order(Order::Cancel(RequestId(0)));
+    engine.command(Command::Cancel(RequestId(0)));
     // No step completed: the step of 15 s was abandoned.
     assert_eq!(engine.settle().steps, 0);
 }
@@ -535,7 +535,7 @@ fn a_step_goes_on_for_the_clients_that_stay() {
     engine.ask(Generate { stop, ..request(1, vec![2; 300]) });
     let mut outcomes = BTreeMap::new();
     engine.announced(&mut outcomes);
-    engine.order(Order::Cancel(RequestId(0)));
+    engine.command(Command::Cancel(RequestId(0)));
     engine.listen(&mut outcomes, &[1]);
     assert_eq!(outcomes[&1].failed, None);
     engine.settle();
@@ -568,11 +568,11 @@ fn a_choice_can_be_ended_from_outside() {
         }
     }
     for choice in [1, 0] {
-        engine.order(Order::Finish(SeqKey { request: RequestId(0), choice }));
+        engine.command(Command::Finish(SeqKey { request: RequestId(0), choice }));
     }
     // Finishing an unknown or already finished sequence has no effect.
-    engine.order(Order::Finish(SeqKey { request: RequestId(0), choice: 1 }));
-    engine.order(Order::Finish(SeqKey { request: RequestId(9), choice: 0 }));
+    engine.command(Command::Finish(SeqKey { request: RequestId(0), choice: 1 }));
+    engine.command(Command::Finish(SeqKey { request: RequestId(9), choice: 0 }));
     let mut outcomes = BTreeMap::from([(0, outcome)]);
     engine.listen(&mut outcomes, &[0]);
     for choice in outcomes[&0].choices.values() {

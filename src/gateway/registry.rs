@@ -1,10 +1,11 @@
-//! Models and adapters by name.
+//! Registry of loaded models and adapters by name.
 //!
-//! A name resolves to a model and, where it names an adapter, to one version of it. Whoever holds
-//! the result keeps both alive: an adapter version leaves its engine when the last request that
-//! started with it has ended, so a reload under the same name is atomic; a model that is unloaded
-//! answers its running requests first. Loading is done one model at a time, so that memory plans
-//! see each other; while it does not fit, the least recently used idle model is unloaded.
+//! A name resolves to a model and, if it names an adapter, to one version of that adapter. The
+//! result ([`Served`]) keeps both alive. An adapter version is unloaded from its engine when the
+//! last request that started with it has ended, so a reload under the same name is atomic. An
+//! unloaded model finishes its running requests first. Only one model is loaded at a time, so that
+//! each memory plan includes the models loaded before. If a model does not fit, the least recently
+//! used idle model is unloaded.
 
 mod adapters;
 mod load;
@@ -28,7 +29,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Longest name of a model or adapter.
+/// Maximum length of the name of a model or adapter.
 const MAX_NAME: usize = 200;
 
 /// All loaded models and adapters.
@@ -39,11 +40,12 @@ pub struct Registry {
     state: Mutex<State>,
     /// Held while a model is loaded or unloaded.
     one_at_a_time: tokio::sync::Mutex<()>,
-    /// Held while an adapter is loaded because a request names it.
+    /// Held while an adapter is loaded on demand by a request.
     one_adapter_at_a_time: tokio::sync::Mutex<()>,
-    /// Numbers adapter versions, and orders uses of models.
+    /// Next number of an adapter version or of a use of a model (for the least-recently-used
+    /// order).
     next: AtomicU64,
-    /// Requests of jobs that run now, at least.
+    /// Lower bound of the number of running requests that belong to jobs.
     of_jobs: AtomicUsize,
 }
 
@@ -52,16 +54,16 @@ struct State {
     models: BTreeMap<String, Arc<Model>>,
     adapters: BTreeMap<String, Arc<AdapterVersion>>,
     loading: BTreeSet<String>,
-    /// Adapters that an operator took out: no request brings them back.
+    /// Adapters that an operator unloaded: requests do not load them again.
     unloaded: BTreeSet<String>,
-    /// Engines that still answer their last requests, for the metrics and the memory plan.
+    /// Unloaded models that still finish their last requests, for the metrics and the memory plan.
     leaving: BTreeMap<String, Arc<Model>>,
 }
 
-/// What a request's `model` names. Hold it until the request has ended.
+/// Model and adapter that a request's `model` names. Hold it until the request has ended.
 #[derive(Debug, Clone)]
 pub struct Served {
-    /// As the request wrote it.
+    /// The name as the request wrote it.
     pub name: String,
     pub model: Arc<Model>,
     pub adapter: Option<Arc<AdapterVersion>>,
@@ -72,10 +74,10 @@ pub struct Served {
 pub struct ModelCard {
     pub id: String,
     pub object: &'static str,
-    /// Seconds since 1970 at which it was loaded.
+    /// Load time in seconds since 1970.
     pub created: u64,
     pub owned_by: &'static str,
-    /// The base model of an adapter, else the model itself.
+    /// The base model of an adapter; for a model, the model itself.
     pub root: String,
     /// The base model of an adapter.
     pub parent: Option<String>,
@@ -83,7 +85,7 @@ pub struct ModelCard {
     pub max_model_len: u32,
 }
 
-/// What operators see of a model.
+/// State of a model as shown to operators.
 #[derive(Debug, Clone, Serialize)]
 pub struct ModelStatus {
     pub name: String,
@@ -98,13 +100,13 @@ pub struct ModelStatus {
     pub waiting: u32,
     pub restarts: u64,
     pub adapters: Vec<String>,
-    /// Of the plan, in bytes.
+    /// Total of the memory plan, in bytes.
     pub memory_total: u64,
     pub memory: MemoryPlan,
 }
 
 impl Registry {
-    /// An empty registry; relative names of models and adapters are those of `store`.
+    /// Creates an empty registry; relative names of models and adapters are resolved in `store`.
     pub fn new(config: Arc<ServeConfig>, store: Arc<Store>) -> Arc<Self> {
         adapters::sweep_work_folders(&store);
         Arc::new(Self {
@@ -118,15 +120,15 @@ impl Registry {
         })
     }
 
-    /// The data folder behind names.
+    /// The data folder in which names are resolved.
     pub fn store(&self) -> &Arc<Store> {
         &self.store
     }
 
-    /// What `name` stands for now.
+    /// Resolves `name` to the model and adapter it stands for now.
     ///
     /// # Errors
-    /// 404 `model_not_found`, or 503 while it is loading.
+    /// 404 `model_not_found`, or 503 while the model is loading.
     pub fn resolve(&self, name: &str) -> Result<Served, ApiError> {
         let state = self.lock();
         let adapter = state.adapters.get(name);
@@ -143,8 +145,8 @@ impl Registry {
         Ok(Served { name: name.to_owned(), model: model.clone(), adapter: adapter.cloned() })
     }
 
-    /// Everything that `find` finds: models, adapters, and those that a request would load, each by
-    /// name.
+    /// Everything that `find` finds, sorted by name: models, adapters, and those that a request
+    /// would load.
     pub fn list(&self) -> Vec<ModelCard> {
         let mut loaded = self.loaded();
         loaded.extend(self.on_demand_cards(&loaded));
@@ -171,7 +173,7 @@ impl Registry {
         models.chain(adapters).collect()
     }
 
-    /// The entry of one name.
+    /// The model card of one name.
     ///
     /// # Errors
     /// 404 `model_not_found`.
@@ -180,23 +182,23 @@ impl Registry {
         found.ok_or_else(|| ApiError::model_not_found(name))
     }
 
-    /// Loaded adapters, by name.
+    /// Loaded adapters, sorted by name.
     pub fn adapters(&self) -> Vec<Arc<AdapterVersion>> {
         self.lock().adapters.values().cloned().collect()
     }
 
-    /// The engine of every model, those that are leaving included.
+    /// The engines of all models, including models that are being unloaded.
     pub fn engines(&self) -> Vec<Arc<Engine>> {
         let state = self.lock();
         state.models.values().chain(state.leaving.values()).map(|m| m.engine.clone()).collect()
     }
 
-    /// What the metrics show of each engine.
+    /// Metric samples of all engines.
     pub fn samples(&self) -> Vec<EngineSample> {
         self.engines().iter().map(|engine| EngineSample::of(engine)).collect()
     }
 
-    /// What operators see.
+    /// Status of all models, for operators.
     pub fn status(&self) -> Vec<ModelStatus> {
         let state = self.lock();
         let status = |model: &Arc<Model>, leaving: bool| {
@@ -207,12 +209,12 @@ impl Registry {
         models.chain(state.leaving.values().map(|model| status(model, true))).collect()
     }
 
-    /// Names that are being loaded.
+    /// Names of models that are being loaded.
     pub fn loading(&self) -> Vec<String> {
         self.lock().loading.iter().cloned().collect()
     }
 
-    /// Models that cannot take requests now, each with the reason.
+    /// Models that cannot accept requests now, each with the reason.
     pub fn not_ready(&self) -> Vec<(String, String)> {
         let state = self.lock();
         let loading = state.loading.iter().map(|name| (name.clone(), "loading".to_owned()));
@@ -229,7 +231,7 @@ impl Registry {
         loading.chain(down).collect()
     }
 
-    /// Ends every engine; running requests fail.
+    /// Stops every engine; running requests fail.
     pub async fn stop(&self) {
         let (models, adapters) = {
             let mut state = self.lock();
@@ -248,7 +250,7 @@ impl Registry {
     }
 }
 
-/// Refuses names that could not be told from anything else in a log or a URL.
+/// Refuses names that would be ambiguous in a log or a URL.
 fn check_name(param: &str, name: &str) -> Result<(), ApiError> {
     let plain = |c: char| !c.is_control() && !c.is_whitespace();
     if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(plain) {
@@ -265,7 +267,7 @@ fn conflict(message: impl Into<String>) -> ApiError {
     ApiError::new(http::StatusCode::CONFLICT, "invalid_request_error", message)
 }
 
-/// Runs `work` off the async threads.
+/// Runs `work` on a blocking thread.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {

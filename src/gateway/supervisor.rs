@@ -220,8 +220,8 @@ impl Engine {
         lock(&connection.requests).insert(id, sink.clone());
         let generation =
             Generation { id, events, sink, connection: connection.clone(), over: false };
-        // The reader sets `dead` before it fails all sinks of the connection. If `dead` is not set
-        // here, the sink inserted below is failed with the others.
+        // `Connection::fail_all` sets `dead` before it fails the sinks. If `dead` is not set here,
+        // the sink inserted above will be failed with the others.
         if connection.dead.load(Ordering::Acquire) {
             return Err(unavailable("the engine process ended; it is being restarted"));
         }

@@ -599,6 +599,6 @@ pub struct Progress {
     pub drafted_tokens: u64,
     pub accepted_tokens: u64,
     /// The drafted and accepted tokens that came from a draft model.
-    pub modelled_tokens: u64,
-    pub accepted_modelled: u64,
+    pub draft_model_tokens: u64,
+    pub draft_model_accepted: u64,
 }

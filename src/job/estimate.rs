@@ -1,31 +1,32 @@
-//! What a job will take, from the model's header and the settings.
+//! Estimates the memory and disk space of a job from the model's header and the settings.
 
 use super::spec::{Resolved, Shape, Spec, TokenizerPlan};
 use crate::dataset::DatasetKind;
 use crate::gguf::{Covered, Gguf};
 
-/// Code, thread stacks, tokenizer and buffers of the process.
+/// Bytes for the process itself: code, thread stacks, tokenizer and buffers.
 const PROCESS: u64 = 160 << 20;
-/// An f32 weight, its gradient and both moments.
+/// Bytes per trained parameter in memory: the f32 weight, its gradient and both moments.
 const TRAINED_BYTES: u64 = 16;
-/// A weight and both moments.
+/// Bytes per trained parameter in a checkpoint: the weight and both moments.
 const CHECKPOINT_BYTES: u64 = 12;
-/// Rows of logits that are held at once, forth and back (`ops::linear_cross_entropy`).
+/// Rows of logits in memory at once, in the forward and the backward pass
+/// (`ops::linear_cross_entropy`).
 const LOGIT_ROWS: u64 = 2 * 128;
-/// Tokens of a vocabulary that is taken from another model, for the estimate.
+/// Assumed vocabulary size if the tokenizer is taken from another model.
 const TAKEN_VOCABULARY: usize = 65_536;
 
-/// Bytes of memory and disk.
+/// Estimated memory and disk space in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResourceEstimate {
     pub memory: u64,
-    /// Two checkpoints and what is made of them at the end.
+    /// Two checkpoints and the artifacts.
     pub disk: u64,
-    /// Numbers that are trained.
+    /// Number of trained parameters.
     pub trained: u64,
 }
 
-/// The numbers of a model that count here.
+/// The model dimensions that the estimate needs.
 struct Dimensions {
     layers: u64,
     width: u64,
@@ -36,7 +37,7 @@ struct Dimensions {
 }
 
 impl ResourceEstimate {
-    /// An estimate, rather too high than too low. `model` is the one that is trained further.
+    /// Estimates rather too much than too little. `model` is the base model.
     ///
     /// # Errors
     /// If the model's family cannot be trained, or the adapter's targets are unknown.
@@ -94,13 +95,14 @@ impl Dimensions {
         spec: &Spec,
         settings: &Resolved,
     ) -> ResourceEstimate {
-        // What a layer keeps of a token for the way back, as `block.rs` computes it.
+        // Activations that a layer stores per token for the backward pass, as `block.rs` computes
+        // it.
         let layer = 5 * self.width + 3 * self.query + 4 * self.kv + 4 * self.ff;
         let kept = match settings.activation_checkpointing {
             true => self.layers * self.width + 2 * layer,
             false => (self.layers + 1) * layer,
         };
-        // Both answers of a pair stand in one row.
+        // Both completions of a pair are in one row.
         let answers = if spec.kind.dataset() == Some(DatasetKind::Preference) { 2 } else { 1 };
         let tokens = answers * settings.micro_batch as u64 * settings.max_length as u64;
         let logits = LOGIT_ROWS * self.vocab;

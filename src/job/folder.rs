@@ -41,18 +41,18 @@ impl Folder {
         self.0.join("checkpoints").join(format!("adapter-{step}.gguf"))
     }
 
-    /// What the model said of pairs of answers before it was trained.
+    /// The reference model's log-probabilities of the chosen and rejected completions (DPO).
     pub fn reference(&self) -> PathBuf {
         self.cache().join("reference")
     }
 
-    /// Tokens of the data.
+    /// Folder with the tokenized data.
     pub fn cache(&self) -> PathBuf {
         self.0.join("cache")
     }
 
     /// # Errors
-    /// If it cannot be read, or is not of this version.
+    /// If the order cannot be read, or has another version.
     pub fn order(&self) -> io::Result<Order> {
         let order: Order = read_json(&self.0.join("order.json"))?;
         match order.version {
@@ -61,19 +61,19 @@ impl Folder {
         }
     }
 
-    /// Makes the folder with its order.
+    /// Creates the folder and writes the order into it.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If the folder or the order cannot be written.
     pub fn create(&self, order: &Order) -> io::Result<()> {
         fs::create_dir_all(&self.0)?;
         write_json(&self.0.join("order.json"), order)
     }
 
-    /// How the job ended, if it has.
+    /// The outcome of the job; `None` while it has not ended.
     ///
     /// # Errors
-    /// If it cannot be read.
+    /// If the outcome cannot be read.
     pub fn outcome(&self) -> io::Result<Option<Outcome>> {
         match read_json(&self.0.join("outcome.json")) {
             Ok(outcome) => Ok(Some(outcome)),
@@ -82,10 +82,10 @@ impl Folder {
         }
     }
 
-    /// Writes how the job ended; the last file that is written.
+    /// Writes the outcome of the job. This is the last file that a job writes.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If the outcome cannot be written.
     pub fn end(&self, outcome: &Outcome) -> io::Result<()> {
         write_json(&self.0.join("outcome.json"), outcome)
     }
@@ -95,15 +95,15 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     serde_json::from_slice(&fs::read(path)?).map_err(io::Error::from)
 }
 
-/// Whole or not at all.
+/// Writes JSON atomically ([`write_whole`]).
 fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
     write_whole(path, &serde_json::to_vec_pretty(value)?)
 }
 
-/// Writes a file that is there whole or not at all.
+/// Writes a file atomically: the path holds either the complete new content or its previous state.
 ///
 /// # Errors
-/// If it cannot be written.
+/// If the file cannot be written.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let part = path.with_extension("part");
     let mut file = File::create(&part)?;

@@ -1,33 +1,36 @@
-//! What a job is: plain data that the gateway, the command line and the job's process share. No tensors.
+//! Jobs as plain data, shared by the gateway, the command line and the job process. There are no
+//! tensors in this module.
 //!
-//! A job is an order in a folder, a process that carries it out, and what the folder then holds:
+//! A job consists of an order in a folder, a process that carries it out, and the files in that
+//! folder:
 //!
 //! ```text
-//! order.json      what to do; written once, before anything else
-//! events.jsonl    what happened, a line each
-//! log.txt         what the process said on standard error
-//! cache/          tokens of the data
-//! checkpoints/    step-N/, whole or not there
-//! artifacts/      the files that the job made
-//! outcome.json    how it ended; written last, whole or not there
+//! order.json      the resolved specification; written once, before anything else
+//! events.jsonl    the event log, one event per line
+//! log.txt         standard error of the process
+//! cache/          tokenized data
+//! checkpoints/    step-N/, written atomically
+//! artifacts/      the files that the job produces
+//! outcome.json    how the job ended; written last and atomically
 //! ```
 //!
-//! The folder is all that a job and its starter share. If either process dies, the other finds the
-//! whole state there. The process stops at SIGTERM (it writes a checkpoint first) and when its standard
-//! input closes, which is when its starter has ended.
+//! The folder is the only state shared by a job and the process that started it. If either process
+//! dies, the other finds the whole state in the folder. The job process stops at SIGTERM, after it
+//! has written a checkpoint, and when its standard input closes, which means that its parent has
+//! ended.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `spec/` | [`Spec`](spec::Spec): the specification, its defaults and checks |
-//! | `resolve.rs` | [`ResolvedJob`]: from a specification and the files that it names to an order |
-//! | `order.rs` | [`Order`]: a specification with every name looked up |
-//! | `folder.rs` | [`Folder`]: the paths above, read and written |
-//! | `events.rs` | [`EventLog`], [`Follower`]: the lines of `events.jsonl` |
+//! | `resolve.rs` | [`ResolvedJob`]: resolves a specification and the files that it names to an order |
+//! | `order.rs` | [`Order`]: a specification with every name replaced by a file |
+//! | `folder.rs` | [`Folder`]: reads and writes the files above |
+//! | `events.rs` | [`EventLog`], [`Follower`]: write and read `events.jsonl` |
 //! | `outcome.rs` | [`Outcome`]: how the job ended, and its files |
-//! | `estimate.rs` | [`ResourceEstimate`]: memory and disk that a job takes, before it runs |
+//! | `estimate.rs` | [`ResourceEstimate`]: memory and disk space that a job needs |
 //! | `rollout.rs` | messages between a job that trains a policy and the gateway |
-//! | `process.rs` | how the job's process is started, and its exit codes |
-//! | `plot.rs` | curves of a job as SVG |
+//! | `process.rs` | starting the job process, and its exit codes |
+//! | `plot.rs` | plots of a job as SVG |
 
 mod estimate;
 mod events;

@@ -1,48 +1,48 @@
-//! What a job is to do, with every name looked up.
+//! [`Order`]: the resolved description of a job.
 
 use super::now;
 use super::spec::Spec;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// The version of [`Order`]'s form.
+/// Version of the [`Order`] format.
 pub(super) const VERSION: u32 = 1;
 
-/// What a job is to do, with everything looked up.
+/// The resolved description of a job: every name is replaced by a file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Order {
     pub version: u32,
     pub id: String,
-    /// With every default filled in.
+    /// The specification with every default filled in.
     pub spec: Spec,
-    /// The name of what it makes.
+    /// Name of the model or adapter that the job produces.
     pub name: String,
-    /// The model that is trained further, a GGUF.
+    /// The base model, a GGUF file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<PathBuf>,
-    /// SHA-256 of it, where it is known.
+    /// SHA-256 of `model`, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_sha256: Option<String>,
-    /// The Hugging Face folder that the model was converted from.
+    /// The Hugging Face folder from which the model was converted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<PathBuf>,
     pub train: PathBuf,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<PathBuf>,
-    /// The adapter to go on from: a PEFT folder or a GGUF.
+    /// The adapter to continue training from: a PEFT folder or a GGUF file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
-    /// The model whose tokenizer a fresh model takes.
+    /// The model whose tokenizer a new model uses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
-    /// When the job was created, in seconds since 1970: the date that chat templates write, however
-    /// often and whenever the job goes on.
+    /// When the job was created, in seconds since 1970. Chat templates print this date, so it stays
+    /// the same when the job resumes.
     #[serde(default)]
     pub created_at: i64,
 }
 
 impl Order {
-    /// An order that names only its data.
+    /// An order with only its data files set.
     pub fn new(id: String, spec: Spec, name: String, train: PathBuf) -> Self {
         Self {
             version: VERSION,
@@ -61,7 +61,7 @@ impl Order {
     }
 }
 
-/// `ft:<base>:<organization>:<suffix>:<id>`, or the name that the specification gives.
+/// `ft:<base>:<organization>:<suffix>:<id>`, or the `name` of the specification.
 pub fn name_of(spec: &Spec, id: &str) -> String {
     if let Some(name) = &spec.name {
         return name.clone();

@@ -1,4 +1,4 @@
-//! How a job ended, and the files that it made.
+//! How a job ended, and the files that it produced.
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -8,14 +8,14 @@ use std::path::PathBuf;
 #[serde(tag = "status", rename_all = "snake_case")]
 pub enum Outcome {
     Succeeded {
-        /// Tokens of all steps, context included.
+        /// Tokens processed in all steps, including context tokens.
         trained_tokens: u64,
         artifacts: Vec<Artifact>,
     },
     Failed(Failure),
 }
 
-/// Why it failed, as OpenAI's job objects say it.
+/// Why a job failed, in the form of OpenAI's job objects.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Failure {
     pub code: String,
@@ -24,37 +24,37 @@ pub struct Failure {
     pub param: Option<String>,
 }
 
-/// A file that a job made.
+/// A file that a job produced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Artifact {
     #[serde(rename = "type")]
     pub kind: ArtifactKind,
-    /// Below the job's folder.
+    /// Path relative to the job's folder.
     pub file: PathBuf,
     pub bytes: u64,
     pub sha256: String,
 }
 
-/// What a file is for.
+/// The kind of an artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ArtifactKind {
-    /// A LoRA adapter as llama.cpp reads it; what is served.
+    /// A LoRA adapter in llama.cpp's format; this file is served.
     Adapter,
-    /// A file of the same adapter as PEFT reads it.
+    /// A file of the same adapter in PEFT's format.
     Peft,
-    /// A model, GGUF.
+    /// A model as GGUF.
     Model,
-    /// A file of the same model as transformers reads it.
+    /// A file of the same model in transformers' format.
     HuggingFace,
-    /// Losses by step, CSV.
+    /// Losses by step, as CSV.
     Results,
-    /// Where all this comes from.
+    /// The origin of the artifacts: base model, data and settings.
     Provenance,
 }
 
 impl ArtifactKind {
-    /// As the API says it.
+    /// The name in the API.
     pub fn name(self) -> &'static str {
         match self {
             Self::Adapter => "adapter",

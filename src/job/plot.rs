@@ -1,5 +1,5 @@
-//! Curves of a job as SVG: the loss (of policies: the reward), what else the kind of job measures, and the
-//! learning rate.
+//! Plots of a job as SVG: the loss (for policies the reward), other metrics of the kind of job, and
+//! the learning rate.
 
 use super::{Entry, JobEvent, StepMetrics};
 use plotters::coord::Shift;
@@ -7,33 +7,33 @@ use plotters::prelude::*;
 use std::error::Error;
 
 const WIDTH: u32 = 900;
-/// Heights in pixels: of the first panel, of one with further measurements, of the learning rate's.
+/// Panel heights in pixels: the first panel, a panel of other metrics, the learning rate's panel.
 const MAIN: u32 = 400;
 const FURTHER: u32 = 200;
 const RATE: u32 = 180;
-/// A curve has no more points than one can see.
+/// Maximum number of points drawn for a curve.
 const POINTS: usize = 1_000;
 const FONT: &str = "sans-serif";
-/// Measurements that have a panel of their own, with their names in the legend.
+/// Metrics that have their own panel, with their names in the legend.
 const MEASURED: [(&str, &str); 3] =
     [("accuracy", "accuracy"), ("reward_margin", "reward margin"), ("kl", "KL to the reference")];
 
-/// A curve by step.
+/// (step, value) points of a curve.
 type Curve = Vec<(f64, f64)>;
 
-/// Curves with one axis.
+/// Curves that share their axes.
 struct Panel {
     height: u32,
     what: &'static str,
     curves: Vec<(&'static str, RGBColor, Curve)>,
-    /// Shows running means beside the points themselves.
+    /// Also draws a running mean of each curve.
     smoothed: bool,
 }
 
-/// Draws the curves of a job that is called `title`. Without steps the axes are empty.
+/// Draws the curves of the job named `title`. Without steps the axes are empty.
 ///
 /// # Errors
-/// If the drawing library refuses.
+/// If the drawing library fails.
 pub fn plot(entries: &[Entry], title: &str) -> Result<String, String> {
     let mut svg = String::new();
     draw(&mut svg, &panels(entries), title).map_err(|error| error.to_string())?;
@@ -66,7 +66,7 @@ fn panels(entries: &[Entry]) -> Vec<Panel> {
     }
     let what = if is_policy { "reward" } else { "loss (nats)" };
     let mut panels = vec![Panel { height: MAIN, what, curves, smoothed: true }];
-    // Of preferences and policies: other jobs measure nothing beside the loss that people look for.
+    // Only preference and policy jobs have further metrics.
     if steps.iter().any(|step| !step.metrics.is_empty()) {
         for ((name, what), color) in MEASURED.into_iter().zip([MAGENTA, CYAN, BLACK]) {
             let curve = of_steps(&|step| match name {
@@ -123,7 +123,7 @@ fn draw_panel(
         .configure_mesh()
         .x_desc("step")
         .y_desc(panel.what)
-        // Steps are whole.
+        // Labels at whole steps only.
         .x_labels((last as usize + 1).min(11))
         .x_label_formatter(&|step| format!("{step:.0}"))
         .y_label_formatter(if panel.smoothed { &plain } else { &rate })
@@ -133,7 +133,7 @@ fn draw_panel(
         .draw()?;
     for (label, color, curve) in &panel.curves {
         let line = color.stroke_width(2);
-        // Few points are validations: they are shown as they are.
+        // Curves with few points, such as validation, are drawn without smoothing.
         let shown = if panel.smoothed && curve.len() > 50 {
             chart.draw_series(LineSeries::new(thinned(curve), color.mix(0.25)))?;
             smooth(curve)
@@ -161,7 +161,7 @@ fn draw_panel(
     Ok(())
 }
 
-/// From the least to the greatest, with some room.
+/// The range from the smallest to the largest value, with a margin.
 fn range<'a>(points: impl Iterator<Item = &'a (f64, f64)>) -> std::ops::Range<f64> {
     let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
     for (_, y) in points {
@@ -171,12 +171,12 @@ fn range<'a>(points: impl Iterator<Item = &'a (f64, f64)>) -> std::ops::Range<f6
         return 0.0..1.0;
     }
     let room = 0.05 * (most - least).max(1e-9 + 1e-3 * most.abs());
-    // What is never below 0 has no axis below it.
+    // The axis of values that are never negative does not extend below 0.
     let floor = if least >= 0.0 { 0.0 } else { f64::NEG_INFINITY };
     (least - room).max(floor)..most + room
 }
 
-/// A running mean, as wide as a fiftieth of the curve.
+/// A running mean over about a fiftieth of the curve.
 fn smooth(points: &[(f64, f64)]) -> Curve {
     let share = 1.0 / (points.len() as f64 / 50.0).max(1.0);
     let mut mean = points.first().map_or(0.0, |(_, y)| *y);

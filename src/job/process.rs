@@ -1,4 +1,4 @@
-//! How the process of a job is started, and how it leaves: `ingot job FOLDER`.
+//! Starting the process of a job (`ingot job FOLDER`), and its exit codes.
 
 use super::Folder;
 use std::fs::OpenOptions;
@@ -7,24 +7,27 @@ use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use tokio::process::{Child, ChildStdin, Command};
 
-/// Exit codes: it has an outcome;
+/// Exit code: the job has an outcome.
 pub const DONE: u8 = 0;
-/// it was told to stop, and goes on from its last checkpoint when started again;
+/// Exit code: the process was asked to stop. When started again, it resumes from the last
+/// checkpoint.
 pub const STOPPED: u8 = 75;
-/// the disk is full: the same, once there is room.
+/// Exit code: the disk is full. Once there is space, the job can be resumed as after [`STOPPED`].
 pub const DISK_FULL: u8 = 74;
 
-/// A started process; killed when it is dropped.
+/// A running job process. Dropping it kills the process.
 pub struct Process {
     pub child: Child,
-    /// It leaves when this is closed; waiting for the child would close it.
+    /// The process stops when this pipe is closed. It is kept apart from `child` because waiting
+    /// for the child would close it.
     _leash: Option<ChildStdin>,
 }
 
-/// Starts the process. `link` is its connection to somebody who answers (see `link.rs`).
+/// Starts the process. `link` is its connection to the gateway (see
+/// `train/process/gateway_client.rs`).
 ///
 /// # Errors
-/// If it cannot be started.
+/// If the process cannot be started.
 pub fn spawn(folder: &Folder, threads: usize, link: Option<OwnedFd>) -> io::Result<Process> {
     let log = OpenOptions::new().append(true).create(true).open(folder.log())?;
     let mut child = Command::new("/proc/self/exe")
@@ -32,14 +35,17 @@ pub fn spawn(folder: &Folder, threads: usize, link: Option<OwnedFd>) -> io::Resu
         .arg("job")
         .arg(folder.path())
         .env("RAYON_NUM_THREADS", threads.to_string())
-        // Ours is the pool that counts; candle's spins at a barrier after every small operation.
+        // Only rayon's pool needs threads; candle's threads spin at a barrier after every small
+        // operation.
         .env("CANDLE_NUM_THREADS", "1")
-        // A step's buffers are those of the step before: giving pages back costs a fifth of its time.
+        // Each step reuses the buffers of the previous step: returning pages to the system costs a
+        // fifth of the step time.
         .env("MIMALLOC_PURGE_DELAY", "-1")
         .stdin(Stdio::piped())
         .stdout(link.map_or_else(Stdio::null, Stdio::from))
         .stderr(Stdio::from(log))
-        // Ctrl-C in a terminal is for whoever started us: it says SIGTERM when it wants us to stop.
+        // A separate process group, so that Ctrl-C in a terminal does not reach the job. The parent
+        // sends SIGTERM to stop it.
         .process_group(0)
         .kill_on_drop(true)
         .spawn()?;

@@ -1,5 +1,5 @@
-//! From a specification to an order. The server and the command line find models in different places;
-//! everything after that is the same for both.
+//! Resolves a specification to an order. The server and the command line look up models in
+//! different places; everything after that is the same for both.
 
 use super::estimate::ResourceEstimate;
 use super::order::{Order, name_of};
@@ -18,34 +18,35 @@ pub struct Sources {
     pub tokenizer: Option<PathBuf>,
 }
 
-/// The model that is trained further.
+/// The model to continue training from.
 #[derive(Debug, Clone)]
 pub struct BaseModel {
-    /// The name by which it is served.
+    /// The name under which the model is served.
     pub name: String,
-    /// GGUF.
+    /// The GGUF file.
     pub path: PathBuf,
-    /// SHA-256 of the file, where it is known.
+    /// SHA-256 of the file, if known.
     pub sha256: Option<String>,
-    /// The Hugging Face folder that the file was converted from.
+    /// The Hugging Face folder from which the file was converted.
     pub parent: Option<PathBuf>,
-    /// Where the specification's `model` names an adapter: its name and file. Training goes on from it.
+    /// Name and file of the adapter, if the specification's `model` names an adapter. Training
+    /// continues from this adapter.
     pub adapter: Option<(String, PathBuf)>,
 }
 
-/// An adapter that is trained further.
+/// An adapter to continue training from.
 #[derive(Debug, Clone)]
 pub struct InitAdapter {
-    /// A PEFT folder or a GGUF.
+    /// A PEFT folder or a GGUF file.
     pub path: PathBuf,
-    /// The name of its base model, where it is known.
+    /// The name of the adapter's base model, if known.
     pub base: Option<String>,
 }
 
 /// Why a specification cannot become a job.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ResolveError {
-    /// `key: what it may be`
+    /// `key: allowed values`
     #[error("{0}")]
     Spec(String),
     #[error("adapter.init must name an adapter of the model")]
@@ -59,7 +60,7 @@ pub enum ResolveError {
 }
 
 impl ResolveError {
-    /// The key of the specification at fault.
+    /// The key of the specification that is wrong.
     pub fn param(&self) -> Option<&str> {
         match self {
             Self::Spec(why) => {
@@ -72,10 +73,11 @@ impl ResolveError {
     }
 }
 
-/// A specification that can be run: its models are found, its settings decided.
+/// A specification that can be run: its models are found and its settings resolved.
 #[derive(Debug)]
 pub struct ResolvedJob {
-    /// With the name of the base model in place of an adapter's, and that adapter as `adapter.init`.
+    /// If `model` named an adapter, it now names the base model, and `adapter.init` names the
+    /// adapter.
     pub spec: Spec,
     pub settings: Resolved,
     pub estimate: ResourceEstimate,
@@ -85,10 +87,10 @@ pub struct ResolvedJob {
 }
 
 impl ResolvedJob {
-    /// Decides the settings, and reads the header of the base model.
+    /// Resolves the settings, and reads the header of the base model.
     ///
     /// # Errors
-    /// [`ResolveError`]: what the specification says, or the model's family, is not supported.
+    /// [`ResolveError`] if a setting or the model's family is not supported.
     pub fn new(mut spec: Spec, sources: Sources) -> Result<Self, ResolveError> {
         let settings = spec.resolve().map_err(ResolveError::Spec)?;
         let Sources { base, init, tokenizer } = sources;
@@ -121,7 +123,7 @@ impl ResolvedJob {
         converted.and_then(|base| base.sha256.as_deref())
     }
 
-    /// The order of this job, whose data are the files `train` and `validation`.
+    /// The order of this job, with the data files `train` and `validation`.
     pub fn order(self, id: String, train: PathBuf, validation: Option<PathBuf>) -> Order {
         let name = name_of(&self.spec, &id);
         let mut order = Order::new(id, self.spec.filled(&self.settings), name, train);
@@ -172,13 +174,13 @@ mod tests {
         assert_eq!(order.name, "ft:base:ingot::12345678");
         assert_eq!((order.init, order.model_sha256.as_deref()), (None, Some("00")));
         assert!(order.spec.train.learning_rate.is_some());
-        // The model named is an adapter: training goes on from it.
+        // If `model` names an adapter, training continues from it.
         let order = of(Some(("mine", "mine.gguf")), None, "").unwrap();
         assert_eq!(order.init, Some("mine.gguf".into()));
         assert_eq!(order.spec.adapter.unwrap().init.as_deref(), Some("mine"));
         let error = of(Some(("mine", "mine.gguf")), None, r#", "adapter": null"#).unwrap_err();
         assert_eq!((error.param(), &error), (Some("adapter"), &ResolveError::AllWeightsOfAdapter));
-        // adapter.init goes before it, and is of the same base.
+        // `adapter.init` takes precedence over an adapter in `model`, and must have the same base.
         for known in [Some("base"), None] {
             let order = of(Some(("mine", "mine.gguf")), Some(("other.gguf", known)), "").unwrap();
             assert_eq!(order.init, Some("other.gguf".into()));

@@ -1,39 +1,40 @@
-//! What a job and its gateway say to each other while a policy is trained.
+//! Messages between a job that trains a policy and its gateway.
 //!
-//! A job asks over the connection that the gateway gave it; requests and replies are these types, in
-//! MessagePack.
+//! The job sends requests over the connection that the gateway gave it. Requests and replies are
+//! the types of this file, encoded as MessagePack.
 
 use serde::{Deserialize, Serialize};
 
-/// Where rollouts are asked for.
+/// Path of rollout requests.
 pub const ROLLOUTS: &str = "/job/rollouts";
-/// Where an adapter is put in place.
+/// Path of requests that load an adapter.
 pub const POLICY: &str = "/job/policy";
-/// Where questions of graders are asked.
+/// Path of requests that query grader models.
 pub const ANSWERS: &str = "/job/answers";
 
-/// Prompts to be answered by the policy. What cuts or penalizes tokens is off: samples are the
-/// distribution's own.
+/// A request to sample completions from the policy. Sampling filters and penalties are disabled, so
+/// completions follow the model's own distribution.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RolloutRequest {
     pub prompts: Vec<Vec<u32>>,
-    /// (prompts) a draw depends on it, the answer's number and the position, and on nothing else.
+    /// (prompts) random seeds. A drawn token depends only on the seed, the completion's number and
+    /// the position.
     pub seeds: Vec<u64>,
-    /// Answers to each prompt.
+    /// Completions per prompt.
     pub answers: u32,
-    /// Tokens of an answer, at most.
+    /// Maximum number of tokens of a completion.
     pub max_tokens: u32,
     pub temperature: f32,
 }
 
-/// One sampled answer.
+/// One sampled completion.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Rollout {
-    /// As they were drawn, the one that ends the turn included.
+    /// The tokens in the order of sampling, including the end-of-turn token.
     pub tokens: Vec<u32>,
-    /// (tokens) the sampler's log-probabilities, at the temperature.
+    /// (tokens) the sampler's log-probabilities at the request's temperature.
     pub log_probs: Vec<f32>,
     pub text: String,
-    /// It ended by itself.
+    /// Whether the completion ended with an end-of-turn token, not at `max_tokens`.
     pub ended: bool,
 }

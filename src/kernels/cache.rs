@@ -15,7 +15,7 @@ pub const PAGE: usize = 32;
 /// All layers of a page are adjacent, so the operating system allocates memory one page at a time.
 /// With a layer-major layout it allocated memory for 5,000 tokens at once, whenever a sequence
 /// touched a new huge page in every layer.
-pub struct Cache {
+pub struct KvCache {
     shape: Shape,
     /// Memory is resident only where it has been written.
     store: Store,
@@ -73,7 +73,7 @@ impl Shape {
     }
 }
 
-impl Cache {
+impl KvCache {
     pub fn new(ty: KvType, layers: usize, pages: usize, kv_heads: usize, head_dim: usize) -> Self {
         let shape = Shape { layers, pages, kv_heads, head_dim };
         let (count, numbers) = (pages * shape.of_page(), shape.numbers());
@@ -241,7 +241,7 @@ mod tests {
     const DIM: usize = 80;
 
     /// Reads a token's key and value of the second head of the second layer.
-    fn read(cache: &Cache, page: u32, token: usize) -> [Vec<f32>; 2] {
+    fn read(cache: &KvCache, page: u32, token: usize) -> [Vec<f32>; 2] {
         let (keys, values) = (cache.keys(1, page, 1), cache.values(1, page, 1));
         [
             (0..DIM).map(|d| keys.number(d * PAGE + token, token, d)).collect(),
@@ -262,7 +262,7 @@ mod tests {
     #[test]
     fn numbers_come_back_within_half_a_step_and_later_tokens_change_nothing() {
         for ty in [KvType::F16, KvType::Q8_0] {
-            let mut cache = Cache::new(ty, 2, 3, 2, DIM);
+            let mut cache = KvCache::new(ty, 2, 3, 2, DIM);
             assert_eq!(cache.bytes() as u64, 2 * 2 * 3 * 32 * 2 * ty.row_bytes(80, 80));
             let mut kept = Vec::new();
             for token in 0..PAGE {

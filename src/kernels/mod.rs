@@ -27,7 +27,7 @@ pub mod vector;
 
 pub use activation::{Quantized, QuantizedWriter};
 pub use attention::Scope;
-pub use cache::Cache;
+pub use cache::KvCache;
 pub use lora::{Adapted, LoraPair};
 pub use matmul::{Input, Isa, isa, multiply};
 pub use pack::{BLOCK, LANES, Matrix, can_pack};

@@ -4,7 +4,7 @@
 
 use super::activation::Quantized;
 use super::attention::{self, Head, Plan, Scratch};
-use super::cache::{Cache, PAGE};
+use super::cache::{KvCache, PAGE};
 use super::lora::{Adapted, add_second_halves, first_halves};
 use super::matmul::{Input, isa, multiply};
 use super::pack::{LANES, Matrix};
@@ -301,7 +301,7 @@ pub struct Heads<'a> {
 }
 
 /// Rotates and scales queries, rotates keys, and writes keys and values into their pages.
-pub fn rotate(pool: &mut Pool, heads: Heads, spans: &[Span], cache: &mut Cache, layer: usize) {
+pub fn rotate(pool: &mut Pool, heads: Heads, spans: &[Span], cache: &mut KvCache, layer: usize) {
     let rows = spans.last().map_or(0, |span| span.rows.end);
     let (dim, kv_cols) = (cache.head_dim(), cache.kv_heads() * cache.head_dim());
     let q_cols = heads.q.len() / rows.max(1);
@@ -345,7 +345,7 @@ pub fn attend(
     pool: &mut Pool,
     q: &[f32],
     plan: &Plan,
-    cache: &Cache,
+    cache: &KvCache,
     layer: usize,
     out: &mut Activations,
     kept: &mut Vec<f32>,

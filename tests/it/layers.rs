@@ -49,16 +49,16 @@ const GATEWAY: Table = &[
     ("error", &[]),
 ];
 
-/// Rooms of the engine. `verify` is beside the walk: it measures runners. `step`, `attend` and `sample` are one type in three files, the loop.
+/// Rooms of the engine. `verify` is beside the walk: it measures runners. `step`, `handle_commands` and `postprocess` are one type in three files, the loop.
 const ENGINE: Table = &[
     ("verify", &["runner"]),
-    ("mod", &["intake", "step", "orders", "runner"]),
+    ("mod", &["input_processor", "step", "commands", "runner"]),
     (
         "step",
         &[
-            "outbox",
+            "output_processor",
             "scheduler",
-            "orders",
+            "commands",
             "sequence",
             "speculate",
             "kv",
@@ -68,10 +68,10 @@ const ENGINE: Table = &[
             "text",
         ],
     ),
-    ("intake", &["orders", "sequence", "grammar", "sampler", "text"]),
-    ("outbox", &["scheduler", "sequence", "kv"]),
+    ("input_processor", &["commands", "sequence", "grammar", "sampler", "text"]),
+    ("output_processor", &["scheduler", "sequence", "kv"]),
     ("scheduler", &["sequence", "speculate", "kv", "runner", "grammar", "sampler", "cost"]),
-    ("orders", &["sequence", "runner"]),
+    ("commands", &["sequence", "runner"]),
     ("sequence", &["speculate", "kv", "grammar", "sampler", "text"]),
     ("speculate", &["kv", "runner", "sampler", "cost"]),
     ("kv", &["runner"]),
@@ -283,7 +283,7 @@ fn rooms_import_only_what_stands_below_them() {
     let mut wrong = violations(ROOMS, "", &edges(&[], plain));
     wrong.extend(violations(GATEWAY, "gateway/", &edges(&["gateway"], plain)));
     let the_loop = |room: &str| match room {
-        "attend" | "sample" => "step".to_owned(),
+        "handle_commands" | "postprocess" => "step".to_owned(),
         other => other.to_owned(),
     };
     wrong.extend(violations(ENGINE, "engine/", &edges(&["engine"], the_loop)));
@@ -321,7 +321,8 @@ fn every_room_is_in_a_table() {
         for file in files.keys().filter(|file| !is_test(file)) {
             let Some(rest) = file.strip_prefix(within) else { continue };
             let room = rest.split('/').next().unwrap_or_default().trim_end_matches(".rs");
-            let room = if ["attend", "sample"].contains(&room) { "step" } else { room };
+            let room =
+                if ["handle_commands", "postprocess"].contains(&room) { "step" } else { room };
             let known =
                 table.iter().any(|(name, _)| *name == room) || ["lib", "mod"].contains(&room);
             assert!(known, "{file}: the room {room} is in no table");

@@ -61,7 +61,7 @@ impl SequencePages {
 
 /// The prefix match of a prompt, in whole pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Prospect {
+pub struct PrefixMatch {
     /// Tokens whose pages are computed.
     pub cached: usize,
     /// The part of `cached` whose pages are held by running sequences: sharing them takes no
@@ -80,7 +80,7 @@ pub struct Admission {
 }
 
 #[derive(Debug)]
-pub struct KvCache {
+pub struct KvCacheManager {
     pool: PagePool,
     index: PrefixIndex,
     /// Whether the runner stores page contents in slots (llama.cpp).
@@ -97,7 +97,7 @@ pub struct KvCache {
     changes: Vec<SlotChange>,
 }
 
-impl KvCache {
+impl KvCacheManager {
     /// `slots` is the number of sequences that the runner can hold, running and resident together.
     pub fn new(pages: u32, slots: u32, slots_hold_pages: bool, shares_prefixes: bool) -> Self {
         Self {
@@ -149,13 +149,13 @@ impl KvCache {
 
     /// The prefix match of `tokens` at this moment. The last token is never taken from the cache,
     /// because its logits are needed.
-    pub fn prospect(&self, key: CacheKey, tokens: &[Token]) -> Prospect {
+    pub fn prefix_match(&self, key: CacheKey, tokens: &[Token]) -> PrefixMatch {
         if !self.shares_prefixes {
-            return Prospect::default();
+            return PrefixMatch::default();
         }
         let found = self.index.lookup(key, &tokens[..tokens.len().saturating_sub(1)]);
         let held = found.computed.iter().filter(|&&node| self.index.page(node).is_held());
-        Prospect {
+        PrefixMatch {
             cached: found.computed.len() * PAGE_TOKENS,
             held: held.count() * PAGE_TOKENS,
             pending: found.pending * PAGE_TOKENS,
@@ -199,7 +199,7 @@ impl KvCache {
     }
 
     /// Creates a sequence that shares the first `tokens` tokens of `from`; a partially filled last
-    /// page is copied. Returns `None` under the conditions of [`KvCache::admit`].
+    /// page is copied. Returns `None` under the conditions of [`KvCacheManager::admit`].
     pub fn fork(&mut self, from: &SequencePages, tokens: usize) -> Option<SequencePages> {
         let shared = from.path.len().min(tokens / PAGE_TOKENS).min(from.computed);
         let wanted = tokens.div_ceil(PAGE_TOKENS).max(1) - shared;
@@ -253,7 +253,7 @@ impl KvCache {
     /// tokens do not need. Used after rejected drafts.
     pub fn roll_back(&mut self, of: &mut SequencePages, computed: usize) {
         let needed = computed.div_ceil(PAGE_TOKENS).max(1);
-        debug_assert!(of.path.len() <= needed, "what others may share stands");
+        debug_assert!(of.path.len() <= needed, "what others may share accepts");
         of.pages.truncate(needed);
         if self.slots_hold_pages {
             self.changes.push(SlotChange::Truncate(of.slot, computed));
@@ -261,7 +261,7 @@ impl KvCache {
     }
 
     /// Frees a finished sequence. Its computed pages stay cached; the others become free.
-    pub fn retire(&mut self, mut of: SequencePages) {
+    pub fn free_sequence(&mut self, mut of: SequencePages) {
         self.index.touch(&of.path);
         for &node in of.path[of.computed..].iter().rev() {
             self.index.remove(node);

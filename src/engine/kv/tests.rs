@@ -82,7 +82,7 @@ impl Live {
 }
 
 struct World {
-    kv: KvCache,
+    kv: KvCacheManager,
     slots: Vec<Vec<Cell>>,
     /// The contents of each page: all tokens from the start of the sequence to the end of the page,
     /// since keys and values depend on all tokens before them.
@@ -93,7 +93,7 @@ struct World {
 impl World {
     fn new(pages: u32, slots: u32, slots_hold_pages: bool, shares: bool) -> Self {
         Self {
-            kv: KvCache::new(pages, slots, slots_hold_pages, shares),
+            kv: KvCacheManager::new(pages, slots, slots_hold_pages, shares),
             slots: vec![Vec::new(); slots as usize],
             contents: BTreeMap::new(),
             live: Vec::new(),
@@ -153,7 +153,7 @@ impl World {
             Op::Retire { which } => {
                 if let Some(index) = pick(which, &self.live) {
                     let live = self.live.swap_remove(index);
-                    self.kv.retire(live.pages);
+                    self.kv.free_sequence(live.pages);
                 }
             }
             Op::Evict => {
@@ -171,9 +171,9 @@ impl World {
         if let Some(token) = tokens.get_mut(cut * texts.len()) {
             *token = 2 + (cut % 3) as Token;
         }
-        let prospect = self.kv.prospect(KEYS[key], &tokens);
-        let reused = if reuse { prospect.cached / PAGE_TOKENS } else { 0 };
-        let shared = if reuse { prospect.held / PAGE_TOKENS } else { 0 };
+        let prefix_match = self.kv.prefix_match(KEYS[key], &tokens);
+        let reused = if reuse { prefix_match.cached / PAGE_TOKENS } else { 0 };
+        let shared = if reuse { prefix_match.held / PAGE_TOKENS } else { 0 };
         let room = self.kv.free_pages() + self.kv.cached_pages();
         let fits = tokens.len().div_ceil(PAGE_TOKENS) - shared <= room
             && self.live.len() < self.slots.len();
@@ -229,7 +229,7 @@ impl World {
         if !self.kv.grow(&mut live.pages, live.tokens.len()) {
             assert_eq!(self.kv.cached_pages(), 0);
             let live = self.live.swap_remove(index);
-            self.kv.retire(live.pages);
+            self.kv.free_sequence(live.pages);
         }
     }
 
@@ -329,7 +329,7 @@ impl World {
 
     fn wind_up(&mut self) {
         while let Some(live) = self.live.pop() {
-            self.kv.retire(live.pages);
+            self.kv.free_sequence(live.pages);
             self.check();
         }
         while self.kv.evict_one() {
@@ -378,33 +378,33 @@ fn text(pages: usize) -> Vec<Token> {
 
 #[test]
 fn pending_pages_are_seen_but_not_given_away() {
-    let mut kv = KvCache::new(16, 4, true, true);
+    let mut kv = KvCacheManager::new(16, 4, true, true);
     let tokens = text(3);
     let mut first = kv.admit(KEYS[0], &tokens, true).unwrap();
     // The last token is never taken from the cache.
-    let pending = Prospect { pending: 2 * PAGE_TOKENS, ..Default::default() };
-    assert_eq!(kv.prospect(KEYS[0], &tokens), pending);
-    assert_eq!(kv.prospect(KEYS[1], &tokens), Prospect::default());
+    let pending = PrefixMatch { pending: 2 * PAGE_TOKENS, ..Default::default() };
+    assert_eq!(kv.prefix_match(KEYS[0], &tokens), pending);
+    assert_eq!(kv.prefix_match(KEYS[1], &tokens), PrefixMatch::default());
     kv.commit(&mut first.pages, &tokens[..PAGE_TOKENS + 1]);
-    let half = Prospect { cached: PAGE_TOKENS, held: PAGE_TOKENS, pending: PAGE_TOKENS };
-    assert_eq!(kv.prospect(KEYS[0], &tokens), half);
+    let half = PrefixMatch { cached: PAGE_TOKENS, held: PAGE_TOKENS, pending: PAGE_TOKENS };
+    assert_eq!(kv.prefix_match(KEYS[0], &tokens), half);
     let second = kv.admit(KEYS[0], &tokens, true).unwrap();
     assert_eq!(second.cached, PAGE_TOKENS);
-    kv.retire(first.pages);
-    assert_eq!(kv.prospect(KEYS[0], &tokens), Prospect { pending: 0, ..half });
-    kv.retire(second.pages);
+    kv.free_sequence(first.pages);
+    assert_eq!(kv.prefix_match(KEYS[0], &tokens), PrefixMatch { pending: 0, ..half });
+    kv.free_sequence(second.pages);
     assert_eq!(kv.cached_pages(), 1);
 }
 
 #[test]
 fn a_conversation_needs_one_slot() {
-    let mut kv = KvCache::new(64, 8, true, true);
+    let mut kv = KvCacheManager::new(64, 8, true, true);
     for turn in 1..20 {
         let tokens = text(turn);
         let mut admitted = kv.admit(KEYS[0], &tokens, true).unwrap();
         assert_eq!(admitted.cached, (turn - 1) * PAGE_TOKENS);
         kv.commit(&mut admitted.pages, &tokens);
-        kv.retire(admitted.pages);
+        kv.free_sequence(admitted.pages);
         assert_eq!(kv.residents.len(), 1);
     }
 }
@@ -413,7 +413,7 @@ fn a_conversation_needs_one_slot() {
 /// sequence instead of copying it.
 #[test]
 fn prompts_share_part_of_a_page() {
-    let mut kv = KvCache::new(64, 2, true, true);
+    let mut kv = KvCacheManager::new(64, 2, true, true);
     for turn in 0..6 {
         let mut tokens = vec![1; PAGE_TOKENS + 9];
         tokens.extend([10 + turn; 2 * PAGE_TOKENS]);
@@ -426,7 +426,7 @@ fn prompts_share_part_of_a_page() {
             _ => assert!(matches!(changes[..], [.., SlotChange::Truncate(_, 41)]), "{changes:?}"),
         }
         kv.commit(&mut admitted.pages, &tokens);
-        kv.retire(admitted.pages);
+        kv.free_sequence(admitted.pages);
     }
     // Tokens of another key are not shared.
     assert_eq!(kv.admit(KEYS[1], &[1; 20], true).unwrap().cached, 0);
@@ -435,12 +435,12 @@ fn prompts_share_part_of_a_page() {
 /// Making room must not release the slot that is about to be copied.
 #[test]
 fn the_donor_outlives_what_is_evicted() {
-    let mut kv = KvCache::new(6, 4, true, true);
+    let mut kv = KvCacheManager::new(6, 4, true, true);
     let tokens = text(4);
     let mut first = kv.admit(KEYS[0], &tokens, true).unwrap();
     let old = first.pages.slot;
     kv.commit(&mut first.pages, &tokens);
-    kv.retire(first.pages);
+    kv.free_sequence(first.pages);
     let second = kv.admit(KEYS[0], &tokens[..2 * PAGE_TOKENS + 1], true).unwrap();
     kv.take_changes();
     let mut other = tokens[..2 * PAGE_TOKENS].to_vec();
@@ -461,12 +461,12 @@ fn the_donor_outlives_what_is_evicted() {
 /// Counting happens at every admission: its time must not depend on the size of the cache.
 #[test]
 fn counting_pages_is_cheap() {
-    let mut kv = KvCache::new(30_000, 64, true, true);
+    let mut kv = KvCacheManager::new(30_000, 64, true, true);
     for branch in 0..30 {
         let tokens: Vec<_> = (0..999 * PAGE_TOKENS).map(|at| (at + branch) as Token).collect();
         let mut admitted = kv.admit(KEYS[0], &tokens, true).unwrap();
         kv.commit(&mut admitted.pages, &tokens);
-        kv.retire(admitted.pages);
+        kv.free_sequence(admitted.pages);
     }
     assert_eq!(kv.cached_pages(), 30 * 999);
     let started = Instant::now();

@@ -14,10 +14,10 @@
 //! and of the pages after every sequence has those it needs. Their pages are released after the
 //! step, so no sequence is ever preempted for a draft.
 
-use super::{Plan, Scheduler};
+use super::{Scheduler, SchedulerOutput};
 use crate::engine::cost::Pace;
 use crate::engine::grammar::TriggeredGrammar;
-use crate::engine::kv::KvCache;
+use crate::engine::kv::KvCacheManager;
 use crate::engine::sequence::{SeqKey, Sequence};
 use crate::engine::speculate::DraftModel;
 use crate::ipc::Speculate;
@@ -27,7 +27,12 @@ const RELUCTANCE: f32 = 1.25;
 
 impl Scheduler {
     /// Gives rows to drafts, as far as the step has rows left.
-    pub fn draft(&mut self, plan: &mut Plan, kv: &mut KvCache, model: Option<&mut DraftModel>) {
+    pub fn draft(
+        &mut self,
+        plan: &mut SchedulerOutput,
+        kv: &mut KvCacheManager,
+        model: Option<&mut DraftModel>,
+    ) {
         if self.limits.speculate == Speculate::Off || plan.decoding == 0 {
             return;
         }
@@ -52,12 +57,12 @@ impl Scheduler {
             work.drafted = with_room(sequence, work.drafted, kv);
             self.drafts += u64::from(work.drafted > 0);
             self.drafted_tokens += work.drafted as u64;
-            self.modelled_tokens += sequence.modelled(work.drafted) as u64;
+            self.draft_model_tokens += sequence.modelled(work.drafted) as u64;
         }
     }
 
     /// Lets every decoding sequence propose the tokens that cost nothing: forced and copied ones.
-    fn propose(&mut self, plan: &Plan) {
+    fn propose(&mut self, plan: &SchedulerOutput) {
         for work in &plan.work {
             let sequence = &mut self.running[work.index];
             let (decoding, most) = (sequence.is_decoding(), sequence.draft_limit());
@@ -73,8 +78,8 @@ impl Scheduler {
     fn consult(
         &mut self,
         model: &mut DraftModel,
-        plan: &Plan,
-        kv: &KvCache,
+        plan: &SchedulerOutput,
+        kv: &KvCacheManager,
         mut pace: Pace,
     ) -> f32 {
         for (chance, _) in self.chances(plan) {
@@ -97,7 +102,7 @@ impl Scheduler {
 
     /// For each drafted token, the probability that it is accepted and the index of its sequence in
     /// the plan; most probable first.
-    fn chances(&self, plan: &Plan) -> Vec<(f32, usize)> {
+    fn chances(&self, plan: &SchedulerOutput) -> Vec<(f32, usize)> {
         let mut chances = Vec::new();
         for (at, work) in plan.work.iter().enumerate() {
             let sequence = &self.running[work.index];
@@ -127,7 +132,7 @@ impl Scheduler {
 
     /// Whether the newest of the `given` tokens of this step equals the drafted one. If so, the
     /// logits of the following row are valid and its page can be shared.
-    pub fn stands(&mut self, key: SeqKey, given: usize, kv: &mut KvCache) -> bool {
+    pub fn accepts(&mut self, key: SeqKey, given: usize, kv: &mut KvCacheManager) -> bool {
         let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.key == key) else {
             return false;
         };
@@ -140,12 +145,13 @@ impl Scheduler {
         kv.commit(pages, &sequence.tokens[..sequence.computed]);
         self.shares.charge(sequence.facts.fair_key, 0, 1);
         self.accepted_tokens += 1;
-        self.accepted_modelled += (sequence.modelled(given) - sequence.modelled(given - 1)) as u64;
+        self.draft_model_accepted +=
+            (sequence.modelled(given) - sequence.modelled(given - 1)) as u64;
         true
     }
 
     /// Discards the rows of a sequence's draft that were rejected.
-    pub fn roll_back(&mut self, key: SeqKey, kv: &mut KvCache) {
+    pub fn roll_back(&mut self, key: SeqKey, kv: &mut KvCacheManager) {
         let Some(sequence) = self.running.iter_mut().find(|s| s.key == key) else { return };
         if let Some(pages) = &mut sequence.pages {
             kv.roll_back(pages, sequence.computed);
@@ -155,7 +161,7 @@ impl Scheduler {
 
 /// Number of drafted tokens that have pages. Cached pages may be evicted for a draft: its sequence
 /// would need those pages a few tokens later anyway.
-fn with_room(sequence: &mut Sequence, drafted: usize, kv: &mut KvCache) -> usize {
+fn with_room(sequence: &mut Sequence, drafted: usize, kv: &mut KvCacheManager) -> usize {
     let length = sequence.tokens.len();
     let Some(pages) = &mut sequence.pages else { return 0 };
     if pages.capacity() < length + drafted {

@@ -13,7 +13,7 @@ mod queue;
 mod tests;
 
 use super::cost::CostModel;
-use super::kv::KvCache;
+use super::kv::KvCacheManager;
 use super::runner::{MAX_PROMPT_LOGITS, Wants};
 use super::sequence::{SeqKey, Sequence};
 use super::speculate::Speculation;
@@ -40,7 +40,7 @@ pub struct Limits {
 
 /// One sequence's rows in the next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Work {
+pub struct ScheduledSequence {
     /// Index into [`Scheduler::running`].
     pub index: usize,
     pub rows: usize,
@@ -53,8 +53,8 @@ pub struct Work {
 
 /// The next step.
 #[derive(Debug, Default)]
-pub struct Plan {
-    pub work: Vec<Work>,
+pub struct SchedulerOutput {
+    pub work: Vec<ScheduledSequence>,
     pub adapter: Option<AdapterId>,
     /// Sequences that got their pages for this step, with the number of cached tokens.
     pub admitted: Vec<(RequestId, usize)>,
@@ -86,8 +86,8 @@ pub struct Scheduler {
     pub drafted_tokens: u64,
     pub accepted_tokens: u64,
     /// The drafted and accepted tokens that came from the draft model.
-    pub modelled_tokens: u64,
-    pub accepted_modelled: u64,
+    pub draft_model_tokens: u64,
+    pub draft_model_accepted: u64,
 }
 
 impl Scheduler {
@@ -109,8 +109,8 @@ impl Scheduler {
             drafts: 0,
             drafted_tokens: 0,
             accepted_tokens: 0,
-            modelled_tokens: 0,
-            accepted_modelled: 0,
+            draft_model_tokens: 0,
+            draft_model_accepted: 0,
         }
     }
 
@@ -129,8 +129,8 @@ impl Scheduler {
     }
 
     /// The plan of the next step, without drafts; empty if no sequence can run.
-    pub fn schedule(&mut self, kv: &mut KvCache) -> Plan {
-        let mut plan = Plan::default();
+    pub fn schedule(&mut self, kv: &mut KvCacheManager) -> SchedulerOutput {
+        let mut plan = SchedulerOutput::default();
         self.admit(kv, &mut plan);
         self.grow(kv);
         self.take_turns();
@@ -162,7 +162,7 @@ impl Scheduler {
             } else {
                 plan.prefill += rows;
             }
-            plan.work.push(Work { index, rows, wants, samples, drafted: 0 });
+            plan.work.push(ScheduledSequence { index, rows, wants, samples, drafted: 0 });
         }
         plan.spare = budget;
         // Keeps the rows of one adapter together. Also, llama.cpp's streams compute neighbouring
@@ -175,7 +175,7 @@ impl Scheduler {
     }
 
     /// Records the duration of a step, and charges the keys of its sequences.
-    pub fn observe(&mut self, plan: &Plan, took: Duration) {
+    pub fn observe(&mut self, plan: &SchedulerOutput, took: Duration) {
         let drafted = plan.work.iter().map(|work| work.drafted).sum();
         self.cost.observe(plan.decoding, drafted, plan.prefill, took);
         for work in &plan.work {
@@ -186,7 +186,7 @@ impl Scheduler {
     }
 
     /// Expected seconds of the step.
-    pub fn expected(&self, plan: &Plan) -> f32 {
+    pub fn expected(&self, plan: &SchedulerOutput) -> f32 {
         self.cost.expected(plan.decoding, plan.prefill)
     }
 
@@ -292,7 +292,7 @@ impl Scheduler {
 
     /// Makes sure that every decoding sequence has a page for its next token; preempts other
     /// sequences if necessary.
-    fn grow(&mut self, kv: &mut KvCache) {
+    fn grow(&mut self, kv: &mut KvCacheManager) {
         let mut index = 0;
         while index < self.running.len() {
             let sequence = &mut self.running[index];
@@ -325,10 +325,10 @@ impl Scheduler {
 
     /// Moves a sequence back into the waiting queue. When it is admitted again, only tokens whose
     /// pages were evicted meanwhile are recomputed.
-    fn preempt(&mut self, index: usize, kv: &mut KvCache) {
+    fn preempt(&mut self, index: usize, kv: &mut KvCacheManager) {
         let mut sequence = self.running.remove(index);
         if let Some(pages) = sequence.pages.take() {
-            kv.retire(pages);
+            kv.free_sequence(pages);
         }
         sequence.computed = 0;
         sequence.speculation.iter_mut().for_each(Speculation::make_room);

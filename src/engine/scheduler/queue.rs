@@ -4,8 +4,8 @@
 //! key, those with the longest cached prefix come first, except that requests which have waited
 //! long come before all others.
 
-use super::{Plan, Scheduler};
-use crate::engine::kv::{KvCache, Prospect};
+use super::{Scheduler, SchedulerOutput};
+use crate::engine::kv::{KvCacheManager, PrefixMatch};
 use crate::engine::runner::PAGE_TOKENS;
 use crate::engine::sequence::{SeqKey, Sequence};
 use std::cmp::Reverse;
@@ -21,14 +21,14 @@ const CANDIDATES: usize = 32;
 
 impl Scheduler {
     /// Moves waiting sequences into the cache while there are slots and pages.
-    pub(super) fn admit(&mut self, kv: &mut KvCache, plan: &mut Plan) {
+    pub(super) fn admit(&mut self, kv: &mut KvCacheManager, plan: &mut SchedulerOutput) {
         if self.waiting.is_empty() || (self.free_slots() == 0 && !self.any_stalled()) {
             return;
         }
         for key in self.candidates(kv) {
             let Some(at) = self.waiting.iter().position(|s| s.key == key) else { continue };
             // A running sequence is computing this prefix, possibly one admitted in this very loop.
-            if prospect(&self.waiting[at], kv).pending > 0 && self.may_wait(&self.waiting[at]) {
+            if prefix_match(&self.waiting[at], kv).pending > 0 && self.may_wait(&self.waiting[at]) {
                 continue;
             }
             // A sequence that waits for a slow client is preempted: the wait has no known end.
@@ -78,8 +78,8 @@ impl Scheduler {
 
     /// Whether a sequence can be admitted while every running sequence can still grow by one page:
     /// an admission is not worth a preemption.
-    fn fits(&self, sequence: &Sequence, kv: &KvCache) -> bool {
-        let shared = prospect(sequence, kv).held;
+    fn fits(&self, sequence: &Sequence, kv: &KvCacheManager) -> bool {
+        let shared = prefix_match(sequence, kv).held;
         let needed = (sequence.tokens.len() - shared).div_ceil(PAGE_TOKENS);
         let room = kv.total_pages() - kv.held_pages();
         let alone = self.running.is_empty();
@@ -87,14 +87,14 @@ impl Scheduler {
     }
 
     /// Waiting sequences in the order of admission.
-    fn candidates(&self, kv: &KvCache) -> Vec<SeqKey> {
+    fn candidates(&self, kv: &KvCacheManager) -> Vec<SeqKey> {
         let mut waiting: Vec<_> = self.waiting.iter().filter(|s| !s.is_stalled()).collect();
         waiting.sort_by_key(|sequence| (sequence.facts.arrived, sequence.key));
         self.take_fair_turns(&mut waiting);
         waiting.truncate(CANDIDATES);
         waiting.sort_by_cached_key(|sequence| {
             let old = is_old(sequence);
-            let cached = if old { 0 } else { prospect(sequence, kv).cached };
+            let cached = if old { 0 } else { prefix_match(sequence, kv).cached };
             (!old, Reverse(cached), sequence.facts.arrived, sequence.key)
         });
         self.take_fair_turns(&mut waiting);
@@ -117,9 +117,9 @@ fn is_old(sequence: &Sequence) -> bool {
 }
 
 /// The prefix match of a sequence in the cache.
-fn prospect(sequence: &Sequence, kv: &KvCache) -> Prospect {
+fn prefix_match(sequence: &Sequence, kv: &KvCacheManager) -> PrefixMatch {
     if sequence.wants_prompt_logits() {
-        return Prospect::default();
+        return PrefixMatch::default();
     }
-    kv.prospect(sequence.facts.cache_key, &sequence.tokens)
+    kv.prefix_match(sequence.facts.cache_key, &sequence.tokens)
 }

@@ -51,7 +51,7 @@ impl Spec {
 
 struct Sim {
     scheduler: Scheduler,
-    kv: KvCache,
+    kv: KvCacheManager,
     slots: Vec<Vec<Token>>,
     start: Instant,
     specs: Vec<Spec>,
@@ -72,7 +72,7 @@ impl Sim {
     fn new(limits: Limits, pages: u32) -> Self {
         Self {
             scheduler: Scheduler::new(limits),
-            kv: KvCache::new(pages, limits.max_sequences as u32 + 2, true, true),
+            kv: KvCacheManager::new(pages, limits.max_sequences as u32 + 2, true, true),
             slots: vec![Vec::new(); limits.max_sequences + 2],
             start: Instant::now(),
             specs: Vec::new(),
@@ -120,12 +120,12 @@ impl Sim {
     fn cancel(&mut self, id: u64) {
         for sequence in self.scheduler.remove(RequestId(id)) {
             if let Some(pages) = sequence.pages {
-                self.kv.retire(pages);
+                self.kv.free_sequence(pages);
             }
         }
     }
 
-    fn check(&self, plan: &Plan) {
+    fn check(&self, plan: &SchedulerOutput) {
         let (limits, running) = (self.scheduler.limits, &self.scheduler.running);
         let rows: usize = plan.work.iter().map(|work| work.rows).sum();
         assert_eq!(rows, plan.decoding + plan.prefill);
@@ -162,7 +162,7 @@ impl Sim {
     }
 
     /// Runs one step as the step loop does.
-    fn step(&mut self) -> Plan {
+    fn step(&mut self) -> SchedulerOutput {
         let mut plan = self.scheduler.schedule(&mut self.kv);
         self.scheduler.draft(&mut plan, &mut self.kv, self.model.as_mut());
         self.check(&plan);
@@ -198,7 +198,7 @@ impl Sim {
         }
         for (key, count) in drafted {
             for given in 1..=count {
-                if !self.scheduler.stands(key, given, &mut self.kv) {
+                if !self.scheduler.accepts(key, given, &mut self.kv) {
                     break;
                 }
                 give(self.scheduler.sequence_mut(key).unwrap(), self.next);
@@ -215,7 +215,7 @@ impl Sim {
         }
         for key in over {
             let sequence = self.scheduler.take(key).unwrap();
-            self.kv.retire(sequence.pages.unwrap());
+            self.kv.free_sequence(sequence.pages.unwrap());
             self.done.push((key.request.0, sequence.tokens));
         }
         plan
@@ -364,8 +364,8 @@ proptest! {
         prop_assert_eq!(sim.done.len() + cancelled, sim.specs.len());
         prop_assert_eq!(sim.kv.held_pages(), 0);
         prop_assert_eq!(sim.scheduler.accepted_tokens, sim.accepted as u64);
-        prop_assert!(sim.scheduler.accepted_modelled <= sim.scheduler.modelled_tokens);
-        prop_assert!(sim.model.is_some() || sim.scheduler.modelled_tokens == 0);
+        prop_assert!(sim.scheduler.draft_model_accepted <= sim.scheduler.draft_model_tokens);
+        prop_assert!(sim.model.is_some() || sim.scheduler.draft_model_tokens == 0);
         if let (Some(model), Some(pages)) = (&mut sim.model, draft_pages) {
             prop_assert_eq!(model.held_pages(), 0);
             prop_assert_eq!(model.free_pages(), pages as usize);
@@ -408,9 +408,9 @@ fn a_draft_model_adds_to_what_is_copied() {
         sim.step();
     }
     sim.check_results();
-    let Scheduler { modelled_tokens, accepted_modelled, preemptions, .. } = sim.scheduler;
-    println!("{accepted_modelled} of {modelled_tokens} stood, {preemptions} put back");
-    assert!(accepted_modelled > 500 && accepted_modelled < modelled_tokens);
+    let Scheduler { draft_model_tokens, draft_model_accepted, preemptions, .. } = sim.scheduler;
+    println!("{draft_model_accepted} of {draft_model_tokens} stood, {preemptions} put back");
+    assert!(draft_model_accepted > 500 && draft_model_accepted < draft_model_tokens);
     assert!(preemptions > 0);
 }
 

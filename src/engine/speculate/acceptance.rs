@@ -1,6 +1,6 @@
 //! Estimates the probability that a drafted token is accepted.
 
-use super::lookup::LONGEST_MATCH;
+use super::ngram::LONGEST_MATCH;
 
 /// Weight of the newest observation.
 const ALPHA: f32 = 0.125;

@@ -12,16 +12,16 @@
 //! samples row after row until a token differs, and rolls the remaining rows back.
 
 mod acceptance;
-mod lookup;
+mod draft_state;
 mod model;
-mod seat;
+mod ngram;
 
-pub use model::{DraftModel, Draftee};
+pub use model::{DraftModel, DraftRequest};
 
 use crate::ipc::Token;
 use acceptance::Acceptance;
-use lookup::Lookup;
-use seat::Seat;
+use draft_state::DraftState;
+use ngram::NgramProposer;
 
 /// Most tokens drafted for a sequence in one step. Longer drafts gain little: every step pays for
 /// its first token anyway.
@@ -34,10 +34,10 @@ const FORCED: f32 = 0.98;
 /// The draft of one sequence, and the acceptance statistics of its earlier drafts.
 #[derive(Debug, Default)]
 pub struct Speculation {
-    lookup: Lookup,
+    lookup: NgramProposer,
     acceptance: Acceptance,
     /// `None` until a draft model is consulted for this sequence.
-    seat: Option<Seat>,
+    seat: Option<DraftState>,
     draft: Vec<Token>,
     /// Number of first tokens of the draft that the grammar forces.
     forced: usize,
@@ -60,7 +60,7 @@ impl Speculation {
         self.draft.extend_from_slice(&forced[..self.forced]);
         if let Some(found) = self.lookup.find(tokens, &self.draft) {
             self.matched = found.length;
-            lookup::copy(tokens, found, most, &mut self.draft);
+            ngram::copy(tokens, found, most, &mut self.draft);
         }
     }
 
@@ -118,21 +118,21 @@ impl Speculation {
 
     /// Releases the draft model's pages of this sequence. Called when the sequence must wait.
     pub fn make_room(&mut self) {
-        self.seat.iter_mut().for_each(Seat::leave);
+        self.seat.iter_mut().for_each(DraftState::leave);
     }
 
     /// Updates the acceptance statistics with a sampled token, whether its draft was computed or
     /// not.
     pub fn observe(&mut self, token: Token) {
         let Some(&foreseen) = self.draft.get(self.confirmed) else { return };
-        let stands = foreseen == token;
+        let accepts = foreseen == token;
         let modelled = self.is_modelled();
         match (self.confirmed.checked_sub(self.forced), &mut self.seat) {
             (None, _) => {}
-            (Some(at), Some(seat)) if modelled => seat.observe(self.confidence[at], stands),
-            (Some(copied), _) => self.acceptance.observe(self.matched + copied, stands),
+            (Some(at), Some(seat)) if modelled => seat.observe(self.confidence[at], accepts),
+            (Some(copied), _) => self.acceptance.observe(self.matched + copied, accepts),
         }
-        if stands {
+        if accepts {
             self.confirmed += 1;
         } else {
             self.draft.clear();

@@ -10,9 +10,9 @@
 //! prefilled, some tokens per step, once it is expected to run long enough to repay that.
 
 use super::Speculation;
-use super::seat::{Left, Seat, Trust};
+use super::draft_state::{AcceptanceRate, DraftState, Left};
 use crate::engine::cost::{CostModel, Pace};
-use crate::engine::kv::{CacheKey, KvCache};
+use crate::engine::kv::{CacheKey, KvCacheManager};
 use crate::engine::runner::{Batch, BatchSequence, ModelRunner, RunnerError, Wants};
 use crate::engine::sampler::{Sampler, Scratch, logprobs};
 use crate::ipc::Token;
@@ -31,9 +31,9 @@ const RELUCTANCE: f32 = 1.25;
 pub struct DraftModel {
     runner: Box<dyn ModelRunner>,
     tokenizer: Arc<dyn Tokenizer>,
-    kv: KvCache,
+    kv: KvCacheManager,
     cost: CostModel,
-    everyone: Rc<Cell<Trust>>,
+    everyone: Rc<Cell<AcceptanceRate>>,
     left: Left,
     /// Size of the served model's vocabulary.
     vocab: usize,
@@ -47,7 +47,7 @@ pub struct DraftModel {
 }
 
 /// A decoding sequence that may be drafted for.
-pub struct Draftee<'a> {
+pub struct DraftRequest<'a> {
     pub tokens: &'a [Token],
     /// The tenant that may share its prefix.
     pub tenant: u64,
@@ -63,7 +63,7 @@ pub struct Draftee<'a> {
 
 /// A sequence in a draft model pass.
 struct Turn<'a> {
-    of: Draftee<'a>,
+    of: DraftRequest<'a>,
     /// A copy of the sequence's sampler that has accepted the draft.
     sampler: Option<Sampler>,
     /// Rows needed before a token can be sampled, and rows computed in this pass.
@@ -82,7 +82,7 @@ impl DraftModel {
         let mut cost = CostModel::new(Duration::ZERO, usize::MAX, Duration::ZERO);
         cost.observe(1, 0, 0, Duration::from_secs_f32(info.step_seconds.max(0.0)));
         Self {
-            kv: KvCache::new(
+            kv: KvCacheManager::new(
                 info.kv_pages,
                 runner.slots(),
                 runner.slots_hold_pages(),
@@ -105,7 +105,12 @@ impl DraftModel {
     /// Drafts at most `spare` tokens while that raises the step's tokens per second, or up to the
     /// limits if there is no `pace`. Prefills at most `spare` tokens of sequences that are new to
     /// the draft model. Returns the seconds that the passes took.
-    pub fn draft(&mut self, draftees: Vec<Draftee>, mut pace: Option<Pace>, spare: usize) -> f32 {
+    pub fn draft(
+        &mut self,
+        draftees: Vec<DraftRequest>,
+        mut pace: Option<Pace>,
+        spare: usize,
+    ) -> f32 {
         self.take_back();
         let (mut seconds, mut left) = (0.0, spare);
         let mut turns = match self.failed {
@@ -139,14 +144,14 @@ impl DraftModel {
     /// Frees the pages of sequences that have finished.
     fn take_back(&mut self) {
         for pages in self.left.borrow_mut().drain(..) {
-            self.kv.retire(pages);
+            self.kv.free_sequence(pages);
         }
     }
 
     /// The sequences of the first pass.
     fn begin<'a>(
         &mut self,
-        draftees: Vec<Draftee<'a>>,
+        draftees: Vec<DraftRequest<'a>>,
         pace: Option<Pace>,
         spare: usize,
     ) -> Vec<Turn<'a>> {
@@ -180,11 +185,11 @@ impl DraftModel {
     }
 
     /// `None` if a likelier draft is already known, or nothing may be drafted.
-    fn turn<'a>(&self, of: Draftee<'a>) -> Option<Turn<'a>> {
+    fn turn<'a>(&self, of: DraftRequest<'a>) -> Option<Turn<'a>> {
         let begun = of.speculation.begun().len();
         let chance = of.speculation.chances().take(begun).last().unwrap_or(1.0);
         let (left, everyone) = (&self.left, &self.everyone);
-        let seat = of.speculation.seat.get_or_insert_with(|| Seat::new(left, everyone));
+        let seat = of.speculation.seat.get_or_insert_with(|| DraftState::new(left, everyone));
         seat.trust.forget();
         let worth = chance * (seat.trust.next() - of.speculation.copied_chance());
         let may = worth > 0.0 && begun < of.most;
@@ -192,13 +197,13 @@ impl DraftModel {
     }
 
     /// Rows that a sequence needs before a token can be sampled for it.
-    fn behind(&mut self, of: &mut Draftee) -> usize {
+    fn behind(&mut self, of: &mut DraftRequest) -> usize {
         let key = share(of);
         let all = of.tokens.len() + of.speculation.begun().len();
         let seat = of.speculation.seat.as_mut().expect("it has a turn");
         let known = match seat.pages {
             Some(_) => self.settle(seat, of.tokens),
-            None => self.kv.prospect(key, of.tokens).cached,
+            None => self.kv.prefix_match(key, of.tokens).cached,
         };
         all - known
     }
@@ -206,7 +211,7 @@ impl DraftModel {
     /// Checks which of the drafted tokens in the cache were sampled and rolls the others back.
     /// Returns the number of valid tokens, which excludes the last one, because its logits are
     /// needed.
-    fn settle(&mut self, seat: &mut Seat, tokens: &[Token]) -> usize {
+    fn settle(&mut self, seat: &mut DraftState, tokens: &[Token]) -> usize {
         let Some(pages) = &mut seat.pages else { return 0 };
         let (computed, last) = (seat.computed + seat.ahead.len(), tokens.len() - 1);
         let came = seat.ahead.iter().zip(&tokens[seat.computed..]);
@@ -245,7 +250,7 @@ impl DraftModel {
 
     /// Allocates pages for the tokens to be prefilled. Returns false if there are not enough, or if
     /// the draft model does not know a token.
-    fn seat(&mut self, of: &mut Draftee) -> bool {
+    fn seat(&mut self, of: &mut DraftRequest) -> bool {
         let (key, known) = (share(of), self.runner.info().vocab_size);
         if of.speculation.begun().iter().any(|&token| token >= known) {
             return false;
@@ -290,7 +295,7 @@ impl DraftModel {
     fn fill(&mut self, turn: &mut Turn) -> bool {
         let (behind, rows) = (turn.behind, turn.rows);
         assert!(rows > 0, "the last token is never known already");
-        let Draftee { tokens, speculation, .. } = &mut turn.of;
+        let DraftRequest { tokens, speculation, .. } = &mut turn.of;
         let end = tokens.len() + speculation.begun().len() - behind + rows;
         let begun = speculation.begun().to_vec();
         let seat = speculation.seat.as_mut().expect("it has a turn");
@@ -317,7 +322,7 @@ impl DraftModel {
 
     /// Records that a sequence's rows have been computed.
     fn commit(&mut self, turn: &mut Turn) {
-        let Draftee { tokens, speculation, .. } = &mut turn.of;
+        let DraftRequest { tokens, speculation, .. } = &mut turn.of;
         let end = tokens.len() + speculation.begun().len() - turn.behind + turn.rows;
         let ahead = speculation.begun()[..end.saturating_sub(tokens.len())].to_vec();
         let seat = speculation.seat.as_mut().expect("it has a turn");
@@ -353,14 +358,14 @@ impl DraftModel {
 }
 
 impl Turn<'_> {
-    fn seat(&self) -> &Seat {
+    fn seat(&self) -> &DraftState {
         self.of.speculation.seat.as_ref().expect("it has a turn")
     }
 }
 
 /// The cache key of a sequence. It has no adapter: adapters change the served model, not the draft
 /// model.
-fn share(of: &Draftee) -> CacheKey {
+fn share(of: &DraftRequest) -> CacheKey {
     CacheKey { adapter: [0; 32], tenant: of.tenant }
 }
 

@@ -48,9 +48,9 @@ impl Drafted {
         self.tokens.push(token);
     }
 
-    fn draftee(&mut self, most: usize) -> Draftee<'_> {
+    fn draftee(&mut self, most: usize) -> DraftRequest<'_> {
         self.speculation.propose(&self.tokens, &[], most);
-        Draftee {
+        DraftRequest {
             tokens: &self.tokens,
             tenant: 0,
             sampler: &self.sampler,
@@ -103,8 +103,8 @@ fn what_it_says_is_drafted_whatever_came_instead() {
             // first token.
             let own = (step as Token * 13 + at as Token) % 256;
             let own = (step % 3 > 0 || oracle.len() < 2).then_some(own);
-            let stands = if own.is_some() { step % 5 } else { 1 };
-            for token in oracle.into_iter().take(stands).chain(own) {
+            let accepts = if own.is_some() { step % 5 } else { 1 };
+            for token in oracle.into_iter().take(accepts).chain(own) {
                 one.give(token);
             }
         }
@@ -183,7 +183,7 @@ fn it_drafts_while_that_pays() {
         let (mut drafted, mut first) = (0, None);
         for step in 0..60 {
             let draftee = one.draftee(8);
-            let seconds = model.draft(vec![Draftee { horizon, ..draftee }], Some(pace), 40);
+            let seconds = model.draft(vec![DraftRequest { horizon, ..draftee }], Some(pace), 40);
             assert_eq!(seconds > 0.0, one.speculation.is_modelled());
             if one.speculation.is_modelled() {
                 first.get_or_insert(step);
@@ -212,7 +212,7 @@ fn one_that_is_never_right_is_left_alone() {
     let mut asked = 0;
     for step in 0..400usize {
         let draftee = one.draftee(8);
-        model.draft(vec![Draftee { horizon: 1000, ..draftee }], Some(pace), 40);
+        model.draft(vec![DraftRequest { horizon: 1000, ..draftee }], Some(pace), 40);
         asked += usize::from(one.speculation.is_modelled());
         one.give(((step * step * 7) % 251) as Token);
     }

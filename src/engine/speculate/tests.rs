@@ -213,12 +213,12 @@ fn a_draft_model_changes_no_bit() {
             engine.ask(&requests, &mut answers);
             assert!(plain == answers, "{turn}, {speculate:?}:\n{plain:?}\n{answers:?}");
         }
-        let Progress { modelled_tokens, accepted_modelled, preemptions, .. } = engine.last;
+        let Progress { draft_model_tokens, draft_model_accepted, preemptions, .. } = engine.last;
         println!(
-            "{speculate:?}: {accepted_modelled} of the {modelled_tokens} tokens of the draft model \
+            "{speculate:?}: {draft_model_accepted} of the {draft_model_tokens} tokens of the draft model \
              accepted, {preemptions} put back"
         );
-        shares.push((accepted_modelled, modelled_tokens));
+        shares.push((draft_model_accepted, draft_model_tokens));
     }
     let [(right, all), (few, many), ..] = shares[..] else { unreachable!() };
     // The number of drafted tokens depends on the composition of the batches: from 266 to 387 have

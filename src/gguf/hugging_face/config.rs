@@ -280,7 +280,7 @@ fn rotated(config: &Config, shape: &Shape) -> Result<u64, ConvertError> {
     }
 }
 
-/// Handles windows in families whose GGUF cannot represent one.
+/// Notes a sliding window in families whose GGUF cannot represent one.
 fn windowless(
     config: &Config,
     shape: &Shape,

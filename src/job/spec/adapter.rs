@@ -1,13 +1,13 @@
-//! The block `adapter`.
+//! The block `adapter` of a specification.
 
 use crate::gguf::Target;
 use serde::{Deserialize, Serialize};
 
-/// Low-rank matrices beside frozen weights.
+/// A LoRA adapter: low-rank matrices added to frozen weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Adapter {
-    /// An adapter to go on from; rank, alpha and targets are then its own.
+    /// The adapter to continue training from. Its rank, alpha and targets replace the ones below.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
     #[serde(default = "rank")]
@@ -18,12 +18,12 @@ pub struct Adapter {
     pub targets: Targets,
     #[serde(default)]
     pub rslora: bool,
-    /// The share of a matrix's inputs that its adapter does not see in a step.
+    /// Dropout rate of the inputs of the adapter's matrices.
     #[serde(default)]
     pub dropout: f64,
 }
 
-/// `"all-linear"`, or a list of PEFT's names.
+/// `"all-linear"`, or a list of PEFT's module names.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum Targets {
     #[default]
@@ -55,7 +55,7 @@ impl<'de> Deserialize<'de> for Targets {
             fn visit_str<E>(self, name: &str) -> Result<Targets, E> {
                 Ok(match name {
                     ALL_LINEAR => Targets::All,
-                    // One name stands for a list of one, as in PEFT.
+                    // A single name stands for a list with that name, as in PEFT.
                     name => Targets::Some(vec![name.to_owned()]),
                 })
             }
@@ -75,7 +75,7 @@ impl<'de> Deserialize<'de> for Targets {
     }
 }
 
-/// Names of the matrices as PEFT has them.
+/// PEFT's module names.
 const NAMES: [(&str, Target); 7] = [
     ("q_proj", Target::Q),
     ("k_proj", Target::K),
@@ -94,16 +94,16 @@ fn alpha() -> f64 {
 }
 
 impl Adapter {
-    /// What a job trains if nothing is said.
+    /// The adapter that a job trains by default.
     pub fn usual() -> Option<Self> {
         let (init, targets) = (None, Targets::All);
         Some(Self { init, r: rank(), alpha: alpha(), targets, rslora: false, dropout: 0.0 })
     }
 
-    /// As the model takes it.
+    /// Resolves the block to the settings that the model takes.
     ///
     /// # Errors
-    /// What cannot be, in words.
+    /// If a target is unknown or there is none.
     pub fn lora(&self, seed: u64) -> Result<Lora, String> {
         let targets = match &self.targets {
             Targets::All => NAMES.iter().map(|(_, target)| *target).collect(),
@@ -135,7 +135,7 @@ pub struct Lora {
     pub targets: Vec<Target>,
     /// Scales by alpha/√rank instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732).
     pub rank_stabilized: bool,
-    /// The share of a matrix's inputs that its adapter does not see in a step.
+    /// Dropout rate of the inputs of the adapter's matrices.
     pub dropout: f64,
     pub seed: u64,
 }

@@ -1,26 +1,26 @@
-//! The block `grpo`.
+//! The block `grpo` of a specification.
 
 use super::{Correction, GrpoLoss, PolicyLoss, within};
 use crate::grade::Grader;
 use serde::{Deserialize, Serialize};
 
-/// Group relative policy optimization: what is sampled, how it is graded, and the loss.
+/// Group relative policy optimization: settings of sampling, grading and the loss.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grpo {
     pub grader: Grader,
-    /// Completions that are sampled of a prompt.
+    /// Completions sampled for each prompt (the group size).
     #[serde(default = "group", alias = "group")]
     pub num_generations: usize,
-    /// Tokens of a completion, at most.
+    /// Maximum number of tokens of a completion.
     #[serde(default = "max_tokens")]
     pub max_tokens: usize,
     #[serde(default = "one")]
     pub temperature: f64,
-    /// Optimizer steps on every batch of completions.
+    /// Optimizer steps on each batch of completions.
     #[serde(default = "updates", alias = "updates")]
     pub num_iterations: usize,
-    /// Completions that were cut off are not trained on.
+    /// Excludes completions that were truncated at `max_tokens` from training.
     #[serde(default)]
     pub mask_overlong: bool,
     #[serde(default)]
@@ -35,7 +35,7 @@ pub struct Grpo {
     pub importance_sampling_correction: Correction,
     #[serde(default = "cap", alias = "cap")]
     pub importance_sampling_cap: f64,
-    /// Completions of each held-out prompt.
+    /// Completions sampled for each validation prompt.
     #[serde(default = "eval_samples")]
     pub eval_samples: usize,
 }
@@ -69,7 +69,7 @@ fn eval_samples() -> usize {
 }
 
 impl Grpo {
-    /// The usual, with a grader.
+    /// The default settings, with this grader.
     pub fn with(grader: Grader) -> Self {
         Self {
             grader,
@@ -88,7 +88,7 @@ impl Grpo {
         }
     }
 
-    /// The loss of its answers.
+    /// Settings of the policy loss.
     pub fn objective(&self) -> GrpoLoss {
         GrpoLoss {
             epsilon: self.epsilon,
@@ -101,7 +101,7 @@ impl Grpo {
     }
 
     /// # Errors
-    /// The key at fault and what it may be.
+    /// The key that is wrong and the values it may have.
     pub(super) fn check(&self, max_length: usize) -> Result<(), String> {
         within("grpo.num_generations", self.num_generations as f64, 2.0, 256.0)?;
         within("grpo.max_tokens", self.max_tokens as f64, 1.0, max_length as f64 - 1.0)?;

@@ -1,4 +1,5 @@
-//! What a job is asked to do: as people write it, and as it is stored, with every default filled in.
+//! Job specifications: as users write them ([`Spec`]), and with every default filled in
+//! ([`Resolved`]).
 
 mod adapter;
 mod grpo;
@@ -19,10 +20,11 @@ pub use schedule::Schedule;
 use crate::dataset::DatasetKind;
 use serde::{Deserialize, Serialize};
 
-/// Of the form that [`Spec`] is written in. A later one reads this one's, or says that it does not.
+/// Version of the [`Spec`] format. A newer Ingot either reads this version or rejects it with an
+/// error.
 pub const VERSION: u32 = 1;
 
-/// Kinds of jobs.
+/// The kind of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -37,7 +39,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// As specifications have it.
+    /// The name in specifications.
     pub fn name(self) -> &'static str {
         match self {
             Self::Sft => "sft",
@@ -48,7 +50,7 @@ impl Kind {
         }
     }
 
-    /// What the files of its data hold; `None`: any text.
+    /// The kind of dataset that the job reads; `None` means plain text.
     pub fn dataset(self) -> Option<DatasetKind> {
         match self {
             Self::Sft => Some(DatasetKind::PromptCompletion),
@@ -58,39 +60,39 @@ impl Kind {
         }
     }
 
-    /// Learning rates if nothing is said: of an adapter, and of all weights (of pretraining: where the
-    /// model is 512 wide).
+    /// Default learning rates: for an adapter, and for all weights. For pretraining, the rate of a
+    /// model of width 512.
     pub fn learning_rates(self) -> [f64; 2] {
         match self {
             Self::Sft => [2e-4, 2e-5],
             Self::Pretrain => [1e-3; 2],
             Self::Dpo => [1e-5, 1e-6],
-            // At TRL's 1e-6 to 1e-5 small tasks take thousands of steps.
+            // With TRL's 1e-6 to 1e-5, small tasks need thousands of steps.
             Self::Grpo => [2e-4, 1e-6],
             Self::Reward => [1e-4, 1e-5],
         }
     }
 }
 
-/// A job, in JSON or TOML. Unknown keys are errors.
+/// The specification of a job, in JSON or TOML. Unknown keys are errors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Written")]
 pub struct Spec {
-    /// Of this form of specifications.
+    /// Version of the specification format, [`VERSION`].
     pub version: u32,
     pub kind: Kind,
-    /// The model that is trained further.
+    /// The model to continue training from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// The name of a model that is trained from nothing.
+    /// Name of the new model if it is trained from random weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// A part of the new model's name.
+    /// Part of the new model's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub suffix: Option<String>,
     pub seed: u64,
     pub data: Data,
-    /// `null` trains all weights, as pretraining always does.
+    /// `null` trains all weights. Pretraining always trains all weights.
     pub adapter: Option<Adapter>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pretrain: Option<Pretrain>,
@@ -105,32 +107,32 @@ pub struct Spec {
     pub export: Export,
 }
 
-/// What is written at the end, besides an adapter.
+/// Files written at the end of the job in addition to the adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {
-    /// How the model's matrices are stored; F16 if nothing is said.
+    /// Storage type of the model's matrices; F16 by default.
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub ty: Option<WeightType>,
-    /// Also the base with an adapter added to it, as a model of its own.
+    /// Also writes the base model with the adapter merged into it, as a separate model.
     pub merged: bool,
-    /// Also a folder that transformers loads; pretraining always writes one.
+    /// Also writes a folder that transformers can load. Pretraining always writes one.
     pub hugging_face: bool,
 }
 
-/// How matrices are stored.
+/// Storage type of matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WeightType {
     F32,
     F16,
     BF16,
-    /// Blocks of 32 that share a scale, as llama.cpp quantizes them. Transformers knows nothing of
-    /// it: a folder is then F16.
+    /// llama.cpp's Q8_0: blocks of 32 weights that share a scale. Transformers cannot load this
+    /// type, so a Hugging Face folder is then stored as F16.
     #[serde(rename = "Q8_0")]
     Q8,
 }
 
-/// A spec before its kind has decided what is there if it is not written.
+/// A specification as it is written, before defaults that depend on the kind are filled in.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Written {
@@ -143,7 +145,7 @@ struct Written {
     #[serde(default)]
     seed: u64,
     data: Data,
-    /// `Some(None)` is a `null`.
+    /// `Some(None)` means that `null` was written.
     #[serde(default, deserialize_with = "some")]
     adapter: Option<Option<Adapter>>,
     pretrain: Option<Pretrain>,
@@ -208,7 +210,7 @@ impl TryFrom<Written> for Spec {
     }
 }
 
-/// Where examples come from: ids of uploaded files, or paths on the command line.
+/// Sources of the examples: ids of uploaded files, or paths on the command line.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
@@ -217,12 +219,13 @@ pub struct Data {
     pub validation: Option<String>,
     #[serde(default = "yes")]
     pub shuffle: bool,
-    /// Control tokens that are spelled in users' and tools' messages are control tokens, not text.
+    /// Parses control tokens that are spelled out in the text of user and tool messages as control
+    /// tokens. By default they are tokenized as plain text.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub parse_control_tokens: bool,
 }
 
-/// How training goes. What is not given depends on the rest.
+/// Training settings. The defaults of missing ones depend on the other settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
@@ -230,35 +233,35 @@ pub struct Train {
     pub epochs: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
-    /// Ends training after this time, wherever the steps stand. The schedule is not shortened.
+    /// Ends training after this number of minutes. The learning-rate schedule is not shortened.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_minutes: Option<f64>,
-    /// Examples of a step.
+    /// Examples per optimizer step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<usize>,
-    /// Packed rows that are computed at once.
+    /// Packed rows per forward and backward pass.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batch: Option<usize>,
-    /// Tokens of a row.
+    /// Maximum number of tokens in a row.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_length: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub schedule: Option<Schedule>,
-    /// The share of the steps in which the learning rate climbs.
+    /// Fraction of the steps in which the learning rate rises.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_every: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_every: Option<u64>,
-    /// Checkpoints that are kept.
+    /// Number of checkpoints to keep.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_checkpoints: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
-    /// Computes a layer's inner values again on the way back instead of keeping them.
+    /// Recomputes the inner activations of each layer in the backward pass instead of storing them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub activation_checkpointing: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -271,10 +274,10 @@ fn version() -> u32 {
 fn yes() -> bool {
     true
 }
-/// How training goes, decided.
+/// Training settings with every default filled in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolved {
-    /// Passes over the data; `None`: as many as `max_steps` take.
+    /// Passes over the data; `None`: as many as `max_steps` needs.
     pub epochs: Option<f64>,
     pub max_steps: Option<u64>,
     pub max_minutes: Option<f64>,
@@ -293,7 +296,7 @@ pub struct Resolved {
 }
 
 impl Spec {
-    /// The same with nothing left open, for those who want to know how a job was done.
+    /// The specification with every default filled in, as a record of the settings that a job used.
     pub fn filled(&self, settings: &Resolved) -> Self {
         let settings = settings.clone();
         let train = Train {
@@ -316,10 +319,10 @@ impl Spec {
         Self { train, ..self.clone() }
     }
 
-    /// Fills in what is not given, and checks everything that needs neither model nor data.
+    /// Fills in the defaults, and checks everything that needs neither the model nor the data.
     ///
     /// # Errors
-    /// The key at fault and what it may be.
+    /// The key that is wrong and the values it may have.
     pub fn resolve(&self) -> Result<Resolved, String> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         let fits = |text: &str| (1..=64).contains(&text.len()) && text.chars().all(plain);
@@ -365,7 +368,7 @@ impl Spec {
         Ok(resolved)
     }
 
-    /// Of a model that there is.
+    /// [`Spec::resolve`] for kinds that train an existing model.
     fn resolve_tuning(&self) -> Result<Resolved, String> {
         if self.model.is_none() {
             return Err(format!("model: a job of kind `{}` needs one", self.kind.name()));

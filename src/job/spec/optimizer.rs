@@ -1,12 +1,12 @@
-//! The settings of an optimizer. The arithmetic is in `train/optim.rs`.
+//! Optimizer settings. The arithmetic is in `train/optim.rs`.
 
 use serde::{Deserialize, Serialize};
 
-/// The settings of an optimizer.
+/// Optimizer settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Optimizer {
-    /// Loshchilov and Hutter 2017, arXiv:1711.05101.
+    /// AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101).
     #[serde(rename = "adamw")]
     AdamW {
         #[serde(default = "betas")]
@@ -15,7 +15,7 @@ pub enum Optimizer {
         eps: f64,
         #[serde(default = "weight_decay")]
         weight_decay: f64,
-        /// The gradients' norm at most; 0 for any.
+        /// Maximum norm of the gradients; 0 disables clipping.
         #[serde(default = "clip")]
         clip: f64,
     },

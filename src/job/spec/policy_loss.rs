@@ -1,43 +1,45 @@
-//! Settings of the losses of policies. The losses are in `train/loss/policy.rs`.
+//! Settings of policy losses. The losses are in `train/loss/policy.rs`.
 
 use serde::{Deserialize, Serialize};
 
-/// Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) with the engine's
-/// correction: a part of the block `grpo` of a specification.
+/// The loss of group relative policy optimization (Shao et al. 2024, arXiv:2402.03300), with an
+/// importance-sampling correction for the engine's log-probabilities. These settings are part of
+/// the block `grpo` of a specification.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GrpoLoss {
-    /// How far below 1 a ratio still counts.
+    /// Clip range of the policy ratio below 1.
     pub epsilon: f64,
-    /// How far above 1 (Yu et al. 2025, arXiv:2503.14476); as far as below without it.
+    /// Clip range of the policy ratio above 1 (Yu et al. 2025, arXiv:2503.14476); `epsilon` if
+    /// missing.
     pub epsilon_high: Option<f64>,
-    /// What the distance to the reference counts.
+    /// Weight of the KL divergence from the reference model.
     pub beta: f64,
     pub loss: PolicyLoss,
     pub correction: Correction,
-    /// The greatest weight that a correction gives.
+    /// Maximum importance-sampling weight.
     pub cap: f64,
 }
 
-/// What a batch's loss is the mean of.
+/// How the loss is averaged over the tokens of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PolicyLoss {
-    /// All tokens (Yu et al. 2025, arXiv:2503.14476)
+    /// Mean over all tokens (Yu et al. 2025, arXiv:2503.14476).
     Dapo,
-    /// The completions' own means: a token of a long one counts less.
+    /// Mean over the completions' own means: a token of a long completion has less weight.
     Grpo,
 }
 
-/// What is done about sampler and trainer not computing the same numbers: a weight w =
-/// exp(ln π_old − ln π_engine), of a token or of a whole completion (Yao et al. 2025,
-/// fengyao.notion.site/off-policy-rl).
+/// Importance-sampling correction for differences between the engine's and the trainer's
+/// log-probabilities. The weight of a token or of a whole completion is w = exp(ln π_old − ln
+/// π_engine) (Yao et al. 2025, fengyao.notion.site/off-policy-rl).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Correction {
-    /// min(w, cap)
+    /// min(w, cap).
     TokenTruncate,
-    /// w, and 0 above the cap
+    /// w, or 0 if w is above the cap.
     TokenMask,
     SequenceTruncate,
     SequenceMask,
@@ -61,21 +63,21 @@ impl Default for GrpoLoss {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Ppo {
-    /// What a token's reward counts one token earlier.
+    /// Discount factor of rewards, per token.
     pub gamma: f64,
-    /// How far advantages look past the values' own errors (Schulman et al. 2015, arXiv:1506.02438).
+    /// λ of generalized advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
     pub lambda: f64,
-    /// How far from 1 a ratio still counts.
+    /// Clip range of the policy ratio around 1.
     pub clip: f64,
-    /// How far a value may move from what it was.
+    /// Clip range of a value around the old value.
     pub value_clip: f64,
-    /// What the values' loss counts.
+    /// Weight of the value loss.
     pub value_weight: f64,
-    /// What a nat away from the reference costs.
+    /// Reward penalty per nat of divergence from the reference model.
     pub kl: f64,
-    /// How often each batch of completions is gone through.
+    /// Number of passes over each batch of completions.
     pub updates: usize,
-    /// Whether a batch's advantages are brought to mean 0 and variance 1.
+    /// Whether the advantages of a batch are normalized to mean 0 and variance 1.
     pub whiten: bool,
 }
 

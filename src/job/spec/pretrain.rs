@@ -1,23 +1,24 @@
-//! The block `pretrain`: what a fresh model is, and what it is told and shown on the way.
+//! The block `pretrain`: dimensions of a new model, its tokenizer, its validation data and the
+//! prompt of its samples.
 
 use super::{Optimizer, Resolved, Schedule, Spec, within};
 use serde::{Deserialize, Serialize};
 
-/// Width of a head, unless heads are counted.
+/// Default width of an attention head.
 const HEAD: usize = 64;
-/// Parameters below which the embedding serves as output too.
+/// Number of parameters below which the embedding is also used as the output matrix.
 const TIED: usize = 100_000_000;
-/// Bytes alone, no merges.
+/// Vocabulary of single bytes, without merges.
 pub const BYTES: usize = 256;
 const MOST_TOKENS: usize = 1 << 18;
-/// Tokens of a row that are computed at once, unless `micro_batch` says otherwise.
+/// Default number of tokens per forward and backward pass, unless `micro_batch` is given.
 const ROW: usize = 4096;
 
-/// `{"depth": 4}` or dimensions; what is not given follows from the rest.
+/// Dimensions of the model, for example `{"depth": 4}`. Missing ones are derived from the others.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct Pretrain {
-    /// The dial: so many layers, 64 times as wide.
+    /// Number of layers; the width is 64 times this number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub depth: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -31,37 +32,37 @@ pub struct Pretrain {
     /// Width of the feed-forward layers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ffn: Option<usize>,
-    /// Tokens that the model sees.
+    /// Context length in tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rope_theta: Option<f64>,
-    /// Whether the embedding is the output matrix too.
+    /// Whether the embedding is also used as the output matrix.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tied: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<Tokenizer>,
-    /// The share at the end of the data that is not trained on, where no validation data is given:
-    /// 0.05 unless told otherwise, and 131,072 tokens at most.
+    /// Fraction at the end of the data that is used for validation if no validation data is given.
+    /// 0.05 by default, and at most 131,072 tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_out: Option<f64>,
-    /// What samples begin with; else the first words that are held out.
+    /// Beginning of the generated samples. By default, the first words of the validation data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt: Option<String>,
 }
 
-/// A tokenizer to train, or a model to take it from.
+/// A tokenizer to train, or the model whose tokenizer is used.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tokenizer {
-    /// Tokens in all; 256 for bytes alone, beside which the end of text is one more.
+    /// Vocabulary size. 256 means single bytes; the end-of-text token is then added to these 256.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vocab_size: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from: Option<String>,
 }
 
-/// The dimensions of a fresh model, decided.
+/// The dimensions of a new model, with every default filled in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Shape {
     pub width: usize,
@@ -72,21 +73,21 @@ pub struct Shape {
     pub context: usize,
     pub rope_theta: f64,
     pub tied: bool,
-    /// Tokens.
+    /// Vocabulary size.
     pub vocab: usize,
 }
 
-/// Where the tokenizer comes from, decided.
+/// Source of the tokenizer, with defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TokenizerPlan {
-    /// Trained on the data, with so many tokens.
+    /// Train a tokenizer with this vocabulary size on the data.
     Train { vocab_size: usize },
-    /// That of a model.
+    /// Use the tokenizer of this model.
     From(String),
 }
 
 impl Shape {
-    /// Numbers that are trained.
+    /// Number of parameters.
     pub fn parameters(&self) -> usize {
         let (d, head) = (self.width, self.width / self.heads);
         let attention = 2 * d * d + 2 * d * self.kv_heads * head;
@@ -97,10 +98,10 @@ impl Shape {
 }
 
 impl Pretrain {
-    /// The model's dimensions over a vocabulary of so many tokens.
+    /// The model's dimensions for a vocabulary of `vocab` tokens.
     ///
     /// # Errors
-    /// The key at fault and what it may be.
+    /// The key that is wrong and the values it may have.
     pub fn shape(&self, vocab: usize) -> Result<Shape, String> {
         let from_width = self.width.map(|width| (width / HEAD).max(1));
         let depth = self.depth.or(self.layers).or(from_width).unwrap_or(4);
@@ -138,10 +139,10 @@ impl Pretrain {
         Ok(shape)
     }
 
-    /// Where the tokenizer comes from.
+    /// The source of the tokenizer.
     ///
     /// # Errors
-    /// The key at fault and what it may be.
+    /// The key that is wrong and the values it may have.
     pub fn tokenizer(&self) -> Result<TokenizerPlan, String> {
         let key = "pretrain.tokenizer";
         match self.tokenizer.clone().unwrap_or_default() {
@@ -157,7 +158,7 @@ impl Pretrain {
         }
     }
 
-    /// The share that is held out at the end of the data.
+    /// Fraction at the end of the data that is used for validation.
     pub fn held_out(&self) -> f64 {
         self.held_out.unwrap_or(0.05)
     }
@@ -170,7 +171,7 @@ impl Pretrain {
 }
 
 impl Spec {
-    /// [`Spec::resolve`] of pretraining.
+    /// [`Spec::resolve`] for pretraining.
     pub(super) fn resolve_pretrain(&self) -> Result<Resolved, String> {
         let pretrain = self.pretrain.clone().unwrap_or_default();
         match (&self.model, &self.name) {
@@ -213,7 +214,8 @@ impl Spec {
         let batch_size = train.batch_size.unwrap_or(32);
         let (betas, eps, weight_decay, clip) = ([0.9, 0.95], 1e-8, 0.1, 1.0);
         let adamw = Optimizer::AdamW { betas, eps, weight_decay, clip };
-        // What a model knows already is lost at the rate of a fresh one.
+        // A lower rate for an existing model: the rate of a new model would destroy what it has
+        // learned.
         let [_, rate] = self.kind.learning_rates();
         let rate = if fresh { rate * (512.0 / shape.width as f64).sqrt() } else { 5e-5 };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -237,7 +239,7 @@ impl Spec {
     }
 }
 
-/// The largest divisor of `whole` that is not above `most`.
+/// The largest divisor of `whole` that is at most `most`.
 fn divisor(whole: usize, most: usize) -> usize {
     (1..=most).rev().find(|part| whole.is_multiple_of(*part)).unwrap_or(1)
 }
@@ -269,14 +271,14 @@ mod tests {
         let four = shape(r#"{"depth": 4}"#, 4096).unwrap();
         assert_eq!((four.width, four.layers, four.heads, four.kv_heads), (256, 4, 4, 4));
         assert_eq!((four.ffn, four.context, four.rope_theta, four.tied), (704, 512, 1e4, true));
-        // 8/3 of 768 is 2,048; 12 heads share 3.
+        // 8/3 of 768 is 2,048; 12 query heads share 3 key-value heads.
         let twelve = shape(r#"{"depth": 12}"#, 32_768).unwrap();
         assert_eq!((twelve.ffn, twelve.heads, twelve.kv_heads), (2048, 12, 3));
         let ten = shape(r#"{"depth": 10}"#, 32_768).unwrap();
         assert_eq!((ten.heads, ten.kv_heads), (10, 2));
         let twenty = shape(r#"{"depth": 20}"#, 32_768).unwrap();
         assert!(!twenty.tied && twenty.parameters() > TIED);
-        // nanoGPT's, by dimensions.
+        // nanoGPT's dimensions, given one by one.
         let text = r#"{"width": 128, "layers": 4, "heads": 4, "context": 64, "tied": false}"#;
         let own = shape(text, 65).unwrap();
         assert_eq!((own.width, own.kv_heads, own.ffn, own.tied), (128, 4, 384, false));

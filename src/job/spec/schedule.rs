@@ -1,25 +1,26 @@
-//! Learning rates over time.
+//! Learning-rate schedules.
 
 use serde::{Deserialize, Serialize};
 
-/// How the learning rate changes after the warm-up.
+/// How the learning rate changes after warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
     Constant,
-    /// Linearly to zero.
+    /// Linear decay to zero.
     Linear,
-    /// Half a cosine to zero (Loshchilov and Hutter 2016, arXiv:1608.03983).
+    /// Half a cosine, decaying to zero (Loshchilov and Hutter 2016, arXiv:1608.03983).
     Cosine,
-    /// Half a cosine to a tenth, as nanoGPT's.
+    /// Half a cosine, decaying to a tenth, as in nanoGPT.
     CosineToTenth,
-    /// Constant, then linearly to a tenth over the last 40% (Hägele et al. 2024, arXiv:2405.18392).
+    /// Constant, then linear decay to a tenth over the last 40% (Hägele et al. 2024,
+    /// arXiv:2405.18392).
     WarmupStableDecay,
 }
 
 impl Schedule {
-    /// The factor of step `step` of `total`, counted from 0, of which the first `warmup` climb
-    /// linearly to 1.
+    /// The factor of the learning rate at step `step` of `total`, counted from 0. It rises linearly
+    /// to 1 in the first `warmup` steps.
     pub fn factor(self, step: u64, total: u64, warmup: u64) -> f64 {
         if step < warmup {
             return (step + 1) as f64 / warmup as f64;

@@ -1,6 +1,6 @@
 use super::*;
 use crate::gguf::KvType;
-use crate::kernels::cache::{Cache, PAGE};
+use crate::kernels::cache::{KvCache, PAGE};
 use crate::kernels::matmul::{Isa, isa};
 use crate::kernels::ops::{self, Activations, Span};
 use crate::kernels::pool::Pool;
@@ -15,7 +15,7 @@ const FORMS: [(KvType, usize); 4] =
     [(KvType::F16, 32), (KvType::Q8_0, 32), (KvType::Q8_0, 80), (KvType::Q8_0, 40)];
 
 struct Case {
-    cache: Cache,
+    cache: KvCache,
     dim: usize,
     pages: Vec<u32>,
     /// As stored in the cache.
@@ -31,7 +31,7 @@ fn case(ty: KvType, dim: usize, heads: usize) -> Case {
         (0..count * dim).map(|_| rng.random_range(-size..size)).collect()
     };
     let count = TOKENS.div_ceil(PAGE);
-    let mut cache = Cache::new(ty, 2, count, KV_HEADS, dim);
+    let mut cache = KvCache::new(ty, 2, count, KV_HEADS, dim);
     let pages: Vec<u32> = (0..count as u32).map(|page| (page * 3 + 1) % count as u32).collect();
     let (k, v) = (numbers(TOKENS, 3.0), numbers(TOKENS, 1.0));
     let q = numbers(heads, (32.0 / dim as f32).sqrt());
@@ -166,7 +166,7 @@ fn company_changes_no_bit(ty: KvType, dim: usize, group: usize) {
     let pages = 800;
     let cols = KV_HEADS * group * dim;
     let mut rng = StdRng::seed_from_u64(3);
-    let mut cache = Cache::new(ty, 1, pages, KV_HEADS, dim);
+    let mut cache = KvCache::new(ty, 1, pages, KV_HEADS, dim);
     let writer = cache.writer();
     for page in 0..pages as u32 {
         for (head, token) in (0..KV_HEADS).flat_map(|head| (0..PAGE).map(move |t| (head, t))) {

@@ -6,7 +6,7 @@ use super::plain::{self, Scales};
 use super::{Query, ROWS, RUN, Scores};
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::avx2::{self, Number};
-use crate::kernels::cache::{Cache, Numbers, PAGE};
+use crate::kernels::cache::{KvCache, Numbers, PAGE};
 use crate::kernels::matmul::Isa;
 use crate::kernels::vector::{exp, soft_cap};
 use std::ops::Range;
@@ -18,7 +18,7 @@ const PAGES: usize = RUN / PAGE;
 #[derive(Clone, Copy)]
 pub struct Head<'a> {
     pub isa: Isa,
-    pub cache: &'a Cache,
+    pub cache: &'a KvCache,
     pub layer: usize,
     pub head: usize,
     pub group: usize,

@@ -10,7 +10,7 @@ use crate::gguf::Target;
 use crate::ipc::Token;
 use crate::kernels::attention::Plan;
 use crate::kernels::ops::{self, Activations, Gates, Heads, Product, Span};
-use crate::kernels::{Adapted, Cache, LANES, Pool, Scope};
+use crate::kernels::{Adapted, KvCache, LANES, Pool, Scope};
 use std::ops::Range;
 
 /// The input of a step.
@@ -82,7 +82,7 @@ impl Forward {
     pub fn run(
         &mut self,
         weights: &Weights,
-        cache: &mut Cache,
+        cache: &mut KvCache,
         pool: &mut Pool,
         rows: &Rows,
         interrupt: &mut dyn FnMut() -> bool,
@@ -103,7 +103,7 @@ impl Forward {
     pub(super) fn layer(
         &mut self,
         weights: &Weights,
-        cache: &mut Cache,
+        cache: &mut KvCache,
         pool: &mut Pool,
         rows: &Rows,
         plans: &[Plan],
@@ -220,7 +220,7 @@ impl Forward {
         weights: &Weights,
         layer: &Layer,
         spans: &[Span],
-        cache: &mut Cache,
+        cache: &mut KvCache,
         number: usize,
     ) {
         let heads = Heads {

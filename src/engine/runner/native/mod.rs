@@ -22,7 +22,7 @@ use crate::ipc::{
     AdapterId, KvCacheType, LoadSpec, MAX_POOLED_TOKENS, ModelInfo, Speculate, Token,
 };
 use crate::kernels::ops::Span;
-use crate::kernels::{Cache, Pool};
+use crate::kernels::{KvCache, Pool};
 use crate::tokenizer::{Tokenizer, native::NativeTokenizer};
 use forward::{Forward, Rows};
 use std::cell::RefCell;
@@ -41,9 +41,9 @@ pub struct Native {
     /// Shared with the draft model, which computes on the same threads.
     pool: Rc<RefCell<Pool>>,
     weights: Weights,
-    cache: Cache,
+    cache: KvCache,
     /// Pages for one pooled input at a time, always in f16, and their number.
-    pooling_cache: Option<(Cache, usize)>,
+    pooling_cache: Option<(KvCache, usize)>,
     forward: Forward,
     adapters: HashMap<AdapterId, Adapter>,
     tokenizer: Arc<dyn Tokenizer>,
@@ -81,7 +81,7 @@ impl Native {
             KvCacheType::F16 => KvType::F16,
             KvCacheType::Q8_0 => KvType::Q8_0,
         };
-        let cache = Cache::new(ty, shape.layers, pages, shape.kv_heads, shape.head_dim);
+        let cache = KvCache::new(ty, shape.layers, pages, shape.kv_heads, shape.head_dim);
         let mut runner = Self {
             info: info(spec, &weights, &*tokenizer),
             cache,
@@ -262,7 +262,7 @@ impl ModelRunner for Native {
         {
             let shape = &self.weights.shape;
             let (layers, heads, width) = (shape.layers, shape.kv_heads, shape.head_dim);
-            let cache = Cache::new(KvType::F16, layers, wanted_pages, heads, width);
+            let cache = KvCache::new(KvType::F16, layers, wanted_pages, heads, width);
             self.pooling_cache = Some((cache, wanted_pages));
         }
         let Some((cache, pages)) = &mut self.pooling_cache else {

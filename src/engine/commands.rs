@@ -1,7 +1,7 @@
 //! Commands that the step loop handles between two steps.
 
 use super::runner::AdapterHandle;
-use super::sequence::{Admissible, SeqKey};
+use super::sequence::{SeqKey, ValidRequest};
 use crate::ipc::{AdapterId, EngineError, RequestId, Token};
 use std::sync::Arc;
 
@@ -13,9 +13,9 @@ pub struct AdapterFacts {
     pub head: Option<Arc<[f32]>>,
 }
 
-pub enum Order {
+pub enum Command {
     /// Admits a request that has been tokenized and validated.
-    Admit(Box<Admissible>),
+    Admit(Box<ValidRequest>),
     /// Reports a request that intake rejected.
     Refuse(RequestId, EngineError),
     Cancel(RequestId),

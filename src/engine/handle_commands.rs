@@ -1,9 +1,9 @@
 //! Work between two steps: admits and cancels requests, swaps adapters, embeds inputs.
 
+use super::commands::{AdapterFacts, Command};
 use super::kv::CacheKey;
-use super::orders::{AdapterFacts, Order};
 use super::runner::RunnerError;
-use super::sequence::{Admissible, RequestFacts, Sequence};
+use super::sequence::{RequestFacts, Sequence, ValidRequest};
 use super::speculate::MAX_DRAFTED;
 use super::step::{Pooling, StepLoop};
 use crate::ipc::{AdapterId, EngineError, EngineErrorKind, FinishReason, Reply, RequestId, Token};
@@ -23,12 +23,12 @@ const MAX_EARLY_CANCELS: usize = 4096;
 impl StepLoop {
     /// Handles the pending commands; waits for one first if the engine is idle. Returns false on
     /// shutdown.
-    pub(super) fn take_orders(&mut self, idle: bool) -> bool {
+    pub(super) fn drain_commands(&mut self, idle: bool) -> bool {
         if idle && self.early.is_empty() {
             let patience = if self.scheduler.is_empty() { IDLE } else { BLOCKED };
-            match self.orders.recv_timeout(patience) {
-                Ok(order) => {
-                    if !self.obey(order) {
+            match self.commands.recv_timeout(patience) {
+                Ok(command) => {
+                    if !self.handle(command) {
                         return false;
                     }
                 }
@@ -36,8 +36,8 @@ impl StepLoop {
                 Err(RecvTimeoutError::Disconnected) => return false,
             }
         }
-        while let Some(order) = self.early.pop_front().or_else(|| self.orders.try_recv().ok()) {
-            if !self.obey(order) {
+        while let Some(command) = self.early.pop_front().or_else(|| self.commands.try_recv().ok()) {
+            if !self.handle(command) {
                 return false;
             }
         }
@@ -45,54 +45,54 @@ impl StepLoop {
         true
     }
 
-    fn obey(&mut self, order: Order) -> bool {
-        match order {
-            Order::Admit(admissible) => self.admit(*admissible),
-            Order::Refuse(request, error) => {
+    fn handle(&mut self, command: Command) -> bool {
+        match command {
+            Command::Admit(admissible) => self.admit(*admissible),
+            Command::Refuse(request, error) => {
                 if !self.cancelled.remove(&request) {
-                    self.outbox.failed(request, error);
+                    self.output.failed(request, error);
                 }
             }
-            Order::Cancel(request) => self.cancel(request),
-            Order::Finish(key) => {
+            Command::Cancel(request) => self.cancel(request),
+            Command::Finish(key) => {
                 if self.scheduler.sequence_mut(key).is_some() {
                     self.finish(key, FinishReason::Stop);
                 }
             }
-            Order::Pause(request, paused) => {
+            Command::Pause(request, paused) => {
                 let mine = |sequence: &&mut Sequence| sequence.key.request == request;
                 self.scheduler.sequences_mut().filter(mine).for_each(|s| s.paused = paused);
             }
-            Order::Pool { call, inputs, scored_by } => self.pool(call, inputs, scored_by),
-            Order::InstallAdapter { call, adapter, facts, handle } => {
+            Command::Pool { call, inputs, scored_by } => self.pool(call, inputs, scored_by),
+            Command::InstallAdapter { call, adapter, facts, handle } => {
                 self.runner.install_adapter(adapter, handle);
                 self.adapters.insert(adapter, facts);
-                self.outbox.reply(call, Ok(Reply::Done));
+                self.output.reply(call, Ok(Reply::Done));
             }
-            Order::UnloadAdapter { call, adapter } => {
+            Command::UnloadAdapter { call, adapter } => {
                 self.retiring.push(adapter);
-                self.outbox.reply(call, Ok(Reply::Done));
+                self.output.reply(call, Ok(Reply::Done));
             }
-            Order::Ping { call } => self.outbox.reply(call, Ok(Reply::Done)),
-            Order::Shutdown => return false,
+            Command::Ping { call } => self.output.reply(call, Ok(Reply::Done)),
+            Command::Shutdown => return false,
         }
         true
     }
 
-    fn admit(&mut self, admissible: Admissible) {
+    fn admit(&mut self, admissible: ValidRequest) {
         let request = &admissible.request;
         let id = request.id;
         if self.cancelled.remove(&id) {
             return;
         }
         if self.scheduler.is_full() {
-            return self.outbox.failed(id, overloaded());
+            return self.output.failed(id, overloaded());
         }
         let adapter = match request.adapter {
             None => [0; 32],
             Some(adapter) => match self.adapters.get(&adapter) {
                 Some(facts) => facts.digest,
-                None => return self.outbox.failed(id, unknown_adapter(adapter)),
+                None => return self.output.failed(id, unknown_adapter(adapter)),
             },
         };
         let facts = Arc::new(RequestFacts {
@@ -117,7 +117,7 @@ impl StepLoop {
             choices: admissible.choices.len() as u32,
             arrived: admissible.arrived,
         });
-        self.outbox.accepted(&facts);
+        self.output.accepted(&facts);
         let mut choices = admissible.choices.into_iter();
         let first = choices.next().expect("a request has at least one choice");
         self.scheduler.push(Sequence::new(facts, admissible.tokens, first, choices.collect()));
@@ -125,7 +125,7 @@ impl StepLoop {
 
     /// Cancels a request: its pages are free before the next step.
     fn cancel(&mut self, request: RequestId) {
-        self.outbox.forget(request);
+        self.output.forget(request);
         if !self.drop_sequences(request) {
             // The request is still in intake, or has just finished.
             if self.cancelled.len() >= MAX_EARLY_CANCELS {
@@ -154,11 +154,11 @@ impl StepLoop {
             None => None,
             Some((_, Some(AdapterFacts { head: Some(head), .. }))) => Some(head.clone()),
             Some((adapter, None)) => {
-                return self.outbox.reply(call, Err(unknown_adapter(adapter)));
+                return self.output.reply(call, Err(unknown_adapter(adapter)));
             }
             Some((_, Some(_))) => {
                 let error = EngineError::invalid("model", "this adapter is no reward model");
-                return self.outbox.reply(call, Err(error));
+                return self.output.reply(call, Err(error));
             }
         };
         self.poolings.push_back(Pooling {
@@ -184,7 +184,7 @@ impl StepLoop {
                     true => left.min(self.scheduler.pooling_rows()),
                     false => left,
                 };
-                self.outbox.expect(self.scheduler.expected_pooling(rows));
+                self.output.expect(self.scheduler.expected_pooling(rows));
                 let started = Instant::now();
                 let range = pooling.done..pooling.done + rows;
                 let row = self.runner.pool(input, range, pooling.adapter);
@@ -206,7 +206,7 @@ impl StepLoop {
                 }
                 (Err(error), _) => Err(EngineError::internal(error.to_string())),
             };
-            self.outbox.reply(pooling.call, reply);
+            self.output.reply(pooling.call, reply);
         }
         true
     }

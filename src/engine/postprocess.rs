@@ -18,7 +18,7 @@ impl StepLoop {
     pub(super) fn sample(&mut self, key: SeqKey, rows: Range<usize>) {
         let drafted = rows.len() > 1;
         for (given, row) in rows.enumerate() {
-            if given > 0 && !self.scheduler.stands(key, given, &mut self.kv) {
+            if given > 0 && !self.scheduler.accepts(key, given, &mut self.kv) {
                 break;
             }
             self.sample_row(key, row);
@@ -87,7 +87,7 @@ impl StepLoop {
         let bytes: Vec<u8> =
             sequence.tokens.iter().flat_map(|&token| vocab.piece(token)).copied().collect();
         let logprobs = std::mem::take(&mut sequence.prompt_logprobs);
-        self.outbox.prompt(key.request, String::from_utf8_lossy(&bytes).into_owned(), logprobs);
+        self.output.prompt(key.request, String::from_utf8_lossy(&bytes).into_owned(), logprobs);
     }
 
     fn draw(&mut self, key: SeqKey, row: usize, restore: bool) -> Result<(), EngineError> {
@@ -162,13 +162,13 @@ impl StepLoop {
             Progressed::Text(text) => text,
             Progressed::Stopped { text, stop } => {
                 let logprobs = release_logprobs(sequence, vocab);
-                self.outbox.delta(key, text, logprobs);
+                self.output.delta(key, text, logprobs);
                 self.finish(key, FinishReason::StopString(stop));
                 return Ok(());
             }
         };
         let logprobs = release_logprobs(sequence, vocab);
-        self.outbox.delta(key, text, logprobs);
+        self.output.delta(key, text, logprobs);
         if sequence.output_len() >= facts.max_tokens {
             self.end_text(key, FinishReason::Length);
         } else if sequence.grammar.as_ref().is_some_and(|grammar| grammar.is_finished()) {
@@ -186,7 +186,7 @@ impl StepLoop {
         };
         let logprobs = release_logprobs(sequence, self.tokenizer.vocab());
         if !text.is_empty() || !logprobs.is_empty() {
-            self.outbox.tail(key, text, logprobs);
+            self.output.tail(key, text, logprobs);
         }
         self.finish(key, reason);
     }
@@ -194,16 +194,16 @@ impl StepLoop {
     /// Finishes a choice; its pages become free or cached.
     pub(super) fn finish(&mut self, key: SeqKey, reason: FinishReason) {
         let Some(sequence) = self.scheduler.take(key) else { return };
-        self.outbox.finish(key, reason, sequence.output_len());
+        self.output.finish(key, reason, sequence.output_len());
         if let Some(pages) = sequence.pages {
-            self.kv.retire(pages);
+            self.kv.free_sequence(pages);
         }
     }
 
     /// Fails a request with an error.
     pub(super) fn fail(&mut self, request: RequestId, error: EngineError) {
         if self.drop_sequences(request) {
-            self.outbox.failed(request, error);
+            self.output.failed(request, error);
         }
     }
 
@@ -213,7 +213,7 @@ impl StepLoop {
         let any = !removed.is_empty();
         for sequence in removed {
             if let Some(pages) = sequence.pages {
-                self.kv.retire(pages);
+                self.kv.free_sequence(pages);
             }
         }
         any

@@ -19,7 +19,7 @@ const SPARSE: usize = 4;
 
 /// An index over the tokens of one sequence, which must only grow between calls.
 #[derive(Debug, Default)]
-pub struct Lookup {
+pub struct NgramProposer {
     /// By hash: the position after the last occurrence of an n-gram; 0 if there is none.
     table: Vec<u32>,
     bits: u32,
@@ -36,7 +36,7 @@ pub struct Match {
     pub length: usize,
 }
 
-impl Lookup {
+impl NgramProposer {
     /// Finds the latest position in `tokens` that is preceded by the longest known n-gram at the
     /// end of `tokens` + `ahead`. `tokens` must begin with the tokens of the previous call.
     pub fn find(&mut self, tokens: &[Token], ahead: &[Token]) -> Option<Match> {
@@ -127,7 +127,7 @@ mod tests {
             tokens in prop::collection::vec(0..5 as Token, 1..300),
             start in 1..300usize,
         ) {
-            let mut lookup = Lookup::default();
+            let mut lookup = NgramProposer::default();
             for end in start.min(tokens.len())..=tokens.len() {
                 let Some(found) = lookup.find(&tokens[..end], &[]) else { continue };
                 prop_assert!(found.next < end && found.length >= 2);
@@ -147,7 +147,7 @@ mod tests {
         })
         .take(5000)
         .collect();
-        let mut lookup = Lookup::default();
+        let mut lookup = NgramProposer::default();
         let (mut same, mut asked) = (0, 0);
         for end in (10..tokens.len()).step_by(7) {
             let best = oracle(&tokens[..end]);
@@ -161,14 +161,14 @@ mod tests {
     #[test]
     fn a_loop_is_drafted_for_as_long_as_wanted() {
         let tokens = [9, 1, 2, 3, 1, 2, 3, 1];
-        let found = Lookup::default().find(&tokens, &[]).unwrap();
+        let found = NgramProposer::default().find(&tokens, &[]).unwrap();
         assert_eq!(found, Match { next: 5, length: 4 });
         let mut draft = Vec::new();
         copy(&tokens, found, 7, &mut draft);
         assert_eq!(draft, [2, 3, 1, 2, 3, 1, 2]);
         // The draft begins with two given tokens.
         let mut draft = vec![2, 3];
-        let found = Lookup::default().find(&tokens, &draft).unwrap();
+        let found = NgramProposer::default().find(&tokens, &draft).unwrap();
         assert_eq!(found, Match { next: 7, length: 6 });
         copy(&tokens, found, 5, &mut draft);
         assert_eq!(draft, [2, 3, 1, 2, 3]);
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn nothing_is_found_where_nothing_repeats() {
-        let mut lookup = Lookup::default();
+        let mut lookup = NgramProposer::default();
         for end in 0..2000 {
             let tokens: Vec<_> = (0..end as Token).collect();
             if end % 100 == 0 {
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn a_token_costs_the_same_at_any_length() {
         let tokens: Vec<_> = (0..200_000).map(|at: u32| at.wrapping_mul(at) % 5003).collect();
-        let mut lookup = Lookup::default();
+        let mut lookup = NgramProposer::default();
         lookup.find(&tokens[..190_000], &[]);
         let started = std::time::Instant::now();
         for end in 190_000..200_000 {

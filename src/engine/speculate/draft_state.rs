@@ -19,19 +19,19 @@ const CLASSES: [(f32, f32); 5] = [(0.0, 0.15), (0.25, 0.4), (0.5, 0.65), (0.8, 0
 
 /// Acceptance rates of a draft model's tokens: decaying means.
 #[derive(Debug, Clone, Copy)]
-pub struct Trust {
+pub struct AcceptanceRate {
     /// Rate of the next token, before its probability is known.
     next: f32,
     by_confidence: [f32; CLASSES.len()],
 }
 
-impl Default for Trust {
+impl Default for AcceptanceRate {
     fn default() -> Self {
         Self { next: NEXT, by_confidence: CLASSES.map(|(_, rate)| rate) }
     }
 }
 
-impl Trust {
+impl AcceptanceRate {
     /// Probability that the next token of the draft model will be accepted.
     pub fn next(&self) -> f32 {
         self.next
@@ -64,7 +64,7 @@ pub type Left = Rc<RefCell<Vec<SequencePages>>>;
 
 /// A sequence's state in a draft model. Dropping it releases its pages.
 #[derive(Debug)]
-pub struct Seat {
+pub struct DraftState {
     /// `None` until the draft model prefills the sequence, and after the pages have been released.
     pub(super) pages: Option<SequencePages>,
     left: Left,
@@ -72,12 +72,12 @@ pub struct Seat {
     pub(super) computed: usize,
     /// Drafted tokens that the draft model has computed after them.
     pub(super) ahead: Vec<Token>,
-    pub(super) trust: Trust,
-    everyone: Rc<Cell<Trust>>,
+    pub(super) trust: AcceptanceRate,
+    everyone: Rc<Cell<AcceptanceRate>>,
 }
 
-impl Seat {
-    pub(super) fn new(left: &Left, everyone: &Rc<Cell<Trust>>) -> Self {
+impl DraftState {
+    pub(super) fn new(left: &Left, everyone: &Rc<Cell<AcceptanceRate>>) -> Self {
         Self {
             pages: None,
             left: left.clone(),
@@ -104,7 +104,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for DraftState {
     fn drop(&mut self) {
         self.leave();
     }
@@ -116,8 +116,8 @@ mod tests {
 
     #[test]
     fn trust_follows_what_is_seen_and_comes_back() {
-        let everyone = Rc::new(Cell::new(Trust::default()));
-        let mut seat = Seat::new(&Left::default(), &everyone);
+        let everyone = Rc::new(Cell::new(AcceptanceRate::default()));
+        let mut seat = DraftState::new(&Left::default(), &everyone);
         for turn in 0..200 {
             seat.observe(0.97, true);
             seat.observe(0.3, turn % 4 == 0);
@@ -128,7 +128,7 @@ mod tests {
         (0..200).for_each(|_| seat.observe(0.97, false));
         assert!(seat.trust.next() < 0.01);
         // A new sequence starts with the statistics of all sequences.
-        assert!(Seat::new(&Left::default(), &everyone).trust.next() < 0.1);
+        assert!(DraftState::new(&Left::default(), &everyone).trust.next() < 0.1);
         (0..1000).for_each(|_| seat.trust.forget());
         assert!(seat.trust.next() > 0.5);
     }

@@ -4,10 +4,10 @@
 //! Intake runs on its own threads, with a large stack and bounded work, so that neither a huge
 //! prompt nor a slow grammar delays the step loop.
 
+use super::commands::Command;
 use super::grammar::{GrammarEngine, VocabSource, VocabToken};
-use super::orders::Order;
 use super::sampler::{Sampler, overlapping_sequences};
-use super::sequence::{Admissible, Choice};
+use super::sequence::{Choice, ValidRequest};
 use crate::ipc::{
     Call, EngineError, EngineErrorKind, FromEngine, Generate, ModelInfo, Prompt, PromptPiece,
     Reply, Token,
@@ -41,14 +41,14 @@ enum Use {
 }
 
 /// Validates requests against the model's properties.
-pub struct Desk {
+pub struct InputProcessor {
     tokenizer: Arc<dyn Tokenizer>,
     info: ModelInfo,
     longest_piece: usize,
     grammars: OnceLock<Result<GrammarEngine, EngineError>>,
 }
 
-impl Desk {
+impl InputProcessor {
     pub fn new(tokenizer: Arc<dyn Tokenizer>, info: ModelInfo) -> Self {
         let vocab = tokenizer.vocab();
         let longest_piece =
@@ -60,17 +60,17 @@ impl Desk {
     pub fn open(
         self,
         jobs: &Receiver<Job>,
-        orders: &Sender<Order>,
+        commands: &Sender<Command>,
         replies: &Sender<FromEngine>,
     ) -> std::io::Result<Vec<JoinHandle<()>>> {
         let desk = Arc::new(self);
         let work = |index: usize| {
             let (desk, jobs) = (desk.clone(), jobs.clone());
-            let (orders, replies) = (orders.clone(), replies.clone());
+            let (commands, replies) = (commands.clone(), replies.clone());
             std::thread::Builder::new().name(format!("intake-{index}")).stack_size(STACK).spawn(
                 move || {
                     for job in jobs {
-                        desk.handle_safely(job, &orders, &replies);
+                        desk.handle_safely(job, &commands, &replies);
                     }
                 },
             )
@@ -80,30 +80,30 @@ impl Desk {
 
     /// Answers the request with an error if handling it panics. A panic is a bug, but the client
     /// must get a reply.
-    fn handle_safely(&self, job: Job, orders: &Sender<Order>, replies: &Sender<FromEngine>) {
+    fn handle_safely(&self, job: Job, commands: &Sender<Command>, replies: &Sender<FromEngine>) {
         let who = match &job {
             Job::Generate(request, _) => Ok(request.id),
             Job::Call { call, .. } => Err(*call),
         };
-        let handled = catch_unwind(AssertUnwindSafe(|| self.handle(job, orders, replies)));
+        let handled = catch_unwind(AssertUnwindSafe(|| self.handle(job, commands, replies)));
         if handled.is_err() {
             let error = EngineError::internal("the request could not be read: a bug in Ingot");
             let _ = match who {
-                Ok(request) => orders.send(Order::Refuse(request, error)).is_ok(),
+                Ok(request) => commands.send(Command::Refuse(request, error)).is_ok(),
                 Err(call) => replies.send(FromEngine::Reply { call, result: Err(error) }).is_ok(),
             };
         }
     }
 
-    fn handle(&self, job: Job, orders: &Sender<Order>, replies: &Sender<FromEngine>) {
+    fn handle(&self, job: Job, commands: &Sender<Command>, replies: &Sender<FromEngine>) {
         match job {
             Job::Generate(request, arrived) => {
                 let id = request.id;
                 let outcome = match self.check(*request, arrived) {
-                    Ok(admissible) => Order::Admit(Box::new(admissible)),
-                    Err(error) => Order::Refuse(id, error),
+                    Ok(admissible) => Command::Admit(Box::new(admissible)),
+                    Err(error) => Command::Refuse(id, error),
                 };
-                let _ = orders.send(outcome);
+                let _ = commands.send(outcome);
             }
             Job::Call { call, what } => {
                 let (inputs, scored_by) = match what {
@@ -119,7 +119,7 @@ impl Desk {
                     inputs.iter().map(|input| self.pooled_tokens(input)).collect();
                 match tokens {
                     Ok(inputs) => {
-                        let _ = orders.send(Order::Pool { call, inputs, scored_by });
+                        let _ = commands.send(Command::Pool { call, inputs, scored_by });
                     }
                     Err(error) => {
                         let _ = replies.send(FromEngine::Reply { call, result: Err(error) });
@@ -165,7 +165,7 @@ impl Desk {
         Reply::Tokens { tokens, pieces }
     }
 
-    fn check(&self, request: Generate, arrived: Instant) -> Result<Admissible, EngineError> {
+    fn check(&self, request: Generate, arrived: Instant) -> Result<ValidRequest, EngineError> {
         if !self.info.can_generate {
             return Err(EngineError::invalid(
                 "model",
@@ -207,7 +207,7 @@ impl Desk {
         };
         let choices =
             (0..request.choices.max(1)).map(choice).collect::<Result<_, EngineError>>()?;
-        Ok(Admissible { request, tokens, max_tokens, choices, arrived })
+        Ok(ValidRequest { request, tokens, max_tokens, choices, arrived })
     }
 
     fn sampler(&self, request: &Generate, choice: u32) -> Sampler {

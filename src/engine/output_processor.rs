@@ -1,6 +1,6 @@
 //! Sends events to the gateway: one frame per step, and a periodic progress report.
 
-use super::kv::KvCache;
+use super::kv::KvCacheManager;
 use super::scheduler::Scheduler;
 use super::sequence::{RequestFacts, SeqKey};
 use crate::ipc::{
@@ -15,7 +15,7 @@ const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// In seconds. The watchdog tolerates any step up to this long without an announcement.
 const ANNOUNCED: f32 = 1.0;
 
-pub struct Outbox {
+pub struct OutputProcessor {
     frames: Sender<FromEngine>,
     events: Vec<(RequestId, Event)>,
     requests: HashMap<RequestId, InFlight>,
@@ -37,7 +37,7 @@ struct InFlight {
     completion: usize,
 }
 
-impl Outbox {
+impl OutputProcessor {
     pub fn new(frames: Sender<FromEngine>) -> Self {
         Self {
             frames,
@@ -158,7 +158,13 @@ impl Outbox {
 
     /// Sends a snapshot every 50 ms, when the engine becomes idle, and when the reported counts
     /// change while it is idle (a paused request whose client leaves).
-    pub fn report(&mut self, scheduler: &Scheduler, kv: &KvCache, adapters: usize, idle: bool) {
+    pub fn report(
+        &mut self,
+        scheduler: &Scheduler,
+        kv: &KvCacheManager,
+        adapters: usize,
+        idle: bool,
+    ) {
         self.flush();
         let shown = [scheduler.running.len(), scheduler.waiting.len(), kv.held_pages(), adapters];
         let due = match idle {
@@ -186,8 +192,8 @@ impl Outbox {
         progress.drafts = scheduler.drafts;
         progress.drafted_tokens = scheduler.drafted_tokens;
         progress.accepted_tokens = scheduler.accepted_tokens;
-        progress.modelled_tokens = scheduler.modelled_tokens;
-        progress.accepted_modelled = scheduler.accepted_modelled;
+        progress.draft_model_tokens = scheduler.draft_model_tokens;
+        progress.draft_model_accepted = scheduler.draft_model_accepted;
         progress.adapters_resident = adapters as u32;
         progress.adapters_waiting = scheduler.adapters_waiting() as u32;
         let snapshot = progress.clone();
