@@ -6,7 +6,7 @@
 //! `scripts/bench_train.py` runs it in turn with PyTorch.
 
 use ingot::gguf::fixture::TinyDecoder;
-use ingot::gguf::{Gguf, Target};
+use ingot::gguf::{Gguf, Projection};
 use ingot::job::spec::{Lora, Optimizer};
 use ingot::train::data::Encoded;
 use ingot::train::model::{Batch, Gradients, Model, Pass, Training};
@@ -32,8 +32,15 @@ struct Shape {
 
 fn shape(args: &[String], folder: &Path) -> Result<Shape, Error> {
     let number = |at: usize, or: u32| args.get(at).map_or(Ok(or), |text| text.parse());
-    let all =
-        [Target::Q, Target::K, Target::V, Target::Output, Target::Gate, Target::Up, Target::Down];
+    let all = [
+        Projection::Q,
+        Projection::K,
+        Projection::V,
+        Projection::O,
+        Projection::Gate,
+        Projection::Up,
+        Projection::Down,
+    ];
     let lora = Lora {
         rank: 16,
         alpha: 32.0,

@@ -1,7 +1,7 @@
 //! Model properties that are read from the file header before the model is loaded.
 
 use crate::gateway::error::ApiError;
-use crate::gguf::{Covered, Gguf, ModelFacts, TensorType, TokenizerFacts};
+use crate::gguf::{Gguf, ModelConfig, ModelFacts, TensorType, TokenizerFacts};
 use crate::ipc::RunnerKind;
 use std::path::Path;
 
@@ -64,7 +64,7 @@ impl ModelHeader {
             repackable_bytes,
             uncovered: match facts.split {
                 Some(_) => Some("it is split over several files".into()),
-                None => Covered::read(&gguf).err().map(|reason| reason.to_string()),
+                None => ModelConfig::read(&gguf).err().map(|reason| reason.to_string()),
             },
             facts,
             fileless: false,

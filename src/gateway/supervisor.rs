@@ -54,7 +54,7 @@ pub enum EngineState {
     Stopped,
 }
 
-/// A LoRA adapter that every process of this engine loads before it takes requests.
+/// A LoRA adapter that every process of this engine loads before it accepts requests.
 #[derive(Debug, Clone)]
 pub struct EngineAdapter {
     pub path: PathBuf,

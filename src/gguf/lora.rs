@@ -14,7 +14,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 use super::lora_check::SCORE_HEAD;
-use super::peft::{self, Half, Layout, MAX_RANK, PeftConfig, Target};
+use super::peft::{self, Half, Layout, MAX_RANK, PeftConfig, PeftTensor};
 use super::writer::write_f32;
 use crate::gguf::{Gguf, GgufError, GgufWriter, ModelFacts, TensorInfo, TensorType};
 
@@ -211,7 +211,7 @@ impl<'d> Pair<'d> {
         path: &str,
         a: &TensorView<'d>,
         b: &TensorView<'d>,
-        target: &Target,
+        target: &PeftTensor,
         base: &Gguf,
         config: &PeftConfig,
     ) -> Result<Pair<'d>, LoraError> {
@@ -253,7 +253,7 @@ impl<'d> Pair<'d> {
     fn write<'w>(
         &self,
         writer: &mut GgufWriter<'w>,
-        target: &Target,
+        target: &PeftTensor,
         correction: f32,
     ) -> Result<(), LoraError>
     where

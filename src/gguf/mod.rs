@@ -8,8 +8,8 @@
 //! | `reader.rs` | [`Gguf`]: checked header, memory-mapped tensors |
 //! | `dequantize.rs` | [`dequantize()`]: stored tensors as `f32`, bit for bit as in ggml |
 //! | `dequantized.rs` | [`write_dequantized`]: a model's copy in F32, to measure rounding against |
-//! | `covered.rs` | [`Covered`]: configuration of a model that the native runner supports |
-//! | `covered/` | one file per family of models, their RoPE settings, and the layout of matrices |
+//! | `arch.rs` | [`ModelConfig`]: configuration of a model that the native runner supports |
+//! | `arch/` | one file per family of models, their RoPE settings, and the layout of matrices |
 //! | `facts.rs` | [`ModelFacts`]: properties of a model that serving needs, from its header alone |
 //! | `tokens.rs` | [`TokenizerFacts`]: the special tokens and templates within those facts |
 //! | `writer.rs` | [`GgufWriter`] |
@@ -23,7 +23,7 @@
 //! Every file is untrusted input: no length, offset, count or shape is used before it was compared
 //! with the size of the file, and no allocation is larger than a small multiple of that size.
 
-mod covered;
+mod arch;
 mod dequantize;
 mod dequantized;
 mod error;
@@ -43,9 +43,9 @@ mod tokens;
 mod types;
 mod writer;
 
-pub use covered::{
-    Covered, Gating, KERNEL_TYPES, LayerKind, PARTS, RopeFactors, RopeFacts, TARGETS, Target,
-    Uncovered, Yarn, rows_of,
+pub use arch::{
+    Gating, KERNEL_TYPES, LayerKind, ModelConfig, PARTS, PROJECTIONS, Projection, RopeFactors,
+    RopeFacts, UnsupportedModel, Yarn, rows_of,
 };
 pub use dequantize::{DequantizeError, IQ4_LEVELS, can_dequantize, dequantize};
 pub use dequantized::{dequantized_bytes, write_dequantized};

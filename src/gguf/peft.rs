@@ -183,7 +183,7 @@ pub(crate) enum Layout {
 
 /// A base tensor that a module of the adapter changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Target {
+pub(crate) struct PeftTensor {
     /// Name in the GGUF, such as `blk.3.attn_q.weight`.
     pub tensor: String,
     /// The same without layer and ending: `attn_q`.
@@ -248,12 +248,12 @@ pub(crate) fn target(
     path: &str,
     arch: &str,
     heads: impl Fn(usize) -> Option<(u64, u64)>,
-) -> Result<Target, String> {
+) -> Result<PeftTensor, String> {
     if !INTERLEAVED.contains(&arch) && !SAME_ORDER.contains(&arch) {
         return Err(format!("PEFT adapters for the architecture '{arch}' are not supported"));
     }
     let whole = |short: &'static str, layout| {
-        Ok(Target { tensor: format!("{short}.weight"), short, layout })
+        Ok(PeftTensor { tensor: format!("{short}.weight"), short, layout })
     };
     // Multimodal wrappers add further prefixes to the text model's names, in either order.
     let mut inner = path;
@@ -279,7 +279,7 @@ pub(crate) fn target(
         "attn_k" if INTERLEAVED.contains(&arch) => Layout::Heads(n_head_kv),
         _ => Layout::Plain,
     };
-    Ok(Target { tensor: format!("blk.{layer}.{short}.weight"), short, layout })
+    Ok(PeftTensor { tensor: format!("blk.{layer}.{short}.weight"), short, layout })
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::spec::{Resolved, Shape, Spec, TokenizerPlan};
 use crate::dataset::DatasetKind;
-use crate::gguf::{Covered, Gguf};
+use crate::gguf::{Gguf, ModelConfig};
 
 /// Bytes for the process itself: code, thread stacks, tokenizer and buffers.
 const PROCESS: u64 = 160 << 20;
@@ -43,7 +43,7 @@ impl ResourceEstimate {
     /// If the model's family cannot be trained, or the adapter's targets are unknown.
     pub fn of(model: Option<&Gguf>, spec: &Spec, settings: &Resolved) -> Result<Self, String> {
         let Some(model) = model else { return Self::of_fresh(spec, settings) };
-        let shape = Covered::read(model).map_err(|error| error.to_string())?;
+        let shape = ModelConfig::read(model).map_err(|error| error.to_string())?;
         let all: u64 = model.tensors().iter().map(|tensor| tensor.elements()).sum();
         let trained = match &spec.adapter {
             None => all,

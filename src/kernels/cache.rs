@@ -225,10 +225,12 @@ fn q8_0(numbers: &[f32]) -> ([i8; BLOCK], u16) {
 impl Numbers<'_> {
     /// The number at index `at`, which is dimension `d` of a token.
     pub fn number(self, at: usize, token: usize, d: usize) -> f32 {
-        use super::pack::wide;
+        use super::pack::f16_to_f32;
         match self {
-            Self::F16(bits) => wide(bits[at]),
-            Self::Q8 { q, d: scales } => f32::from(q[at]) * wide(scales[d / BLOCK * PAGE + token]),
+            Self::F16(bits) => f16_to_f32(bits[at]),
+            Self::Q8 { q, d: scales } => {
+                f32::from(q[at]) * f16_to_f32(scales[d / BLOCK * PAGE + token])
+            }
         }
     }
 }

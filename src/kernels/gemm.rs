@@ -151,7 +151,7 @@ fn pack_strip<T: Real>(
             let at = &data[from + c * col + k..];
             assert!(at.len() > 7 * col + 7, "eight columns are there");
             // SAFETY: the assertion checks the source, and the strip has eight rows from here on.
-            unsafe { T::turn(at.as_ptr(), col, packed[k * STRIP + c..].as_mut_ptr(), STRIP) };
+            unsafe { T::transpose(at.as_ptr(), col, packed[k * STRIP + c..].as_mut_ptr(), STRIP) };
         }
     }
     for (k, packed) in packed.chunks_exact_mut(STRIP).enumerate().skip(square) {

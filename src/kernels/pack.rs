@@ -246,6 +246,6 @@ impl Source<'_> {
 }
 
 /// Converts the bits of an f16 to f32.
-pub fn wide(bits: u16) -> f32 {
+pub fn f16_to_f32(bits: u16) -> f32 {
     f16::from_bits(bits).to_f32()
 }

@@ -40,7 +40,7 @@ struct Shared {
     panicked: AtomicBool,
     stop: AtomicBool,
     /// Address and length of the data that idle threads prefetch.
-    ahead: Line<[AtomicUsize; 2]>,
+    prefetch_next: Line<[AtomicUsize; 2]>,
     sleepers: AtomicUsize,
     bed: Mutex<()>,
     bell: Condvar,
@@ -79,7 +79,7 @@ impl Pool {
             job: UnsafeCell::new(Job { data: std::ptr::null(), call: |_, _| {} }),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            ahead: Line::default(),
+            prefetch_next: Line::default(),
             sleepers: AtomicUsize::new(0),
             bed: Mutex::new(()),
             bell: Condvar::new(),
@@ -98,8 +98,8 @@ impl Pool {
     /// caller has other work before it): idle threads prefetch the beginnings of their shares of
     /// it. A job for one token is limited by memory bandwidth, which is otherwise unused while
     /// threads wait for each other.
-    pub fn ahead(&self, bytes: &[u8]) {
-        let [from, len] = &self.shared.ahead.0;
+    pub fn prefetch_next(&self, bytes: &[u8]) {
+        let [from, len] = &self.shared.prefetch_next.0;
         // A thread may see only one of the two new values; prefetching any address is harmless.
         from.store(bytes.as_ptr().addr(), Ordering::Relaxed);
         len.store(bytes.len(), Ordering::Relaxed);
@@ -173,7 +173,7 @@ impl Drop for Pool {
 impl Shared {
     /// Prefetches the announced data on an idle thread.
     fn pass_time(&self, thread: usize, asked: &mut Asked) {
-        let [from, len] = self.ahead.0.each_ref().map(|x| x.load(Ordering::Relaxed));
+        let [from, len] = self.prefetch_next.0.each_ref().map(|x| x.load(Ordering::Relaxed));
         if asked.from != from {
             let [at, end] = [thread, thread + 1].map(|t| from + len / self.shares.len() * t);
             *asked = Asked { from, at, end: end.min(at + AHEAD) };

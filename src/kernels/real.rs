@@ -45,7 +45,7 @@ pub trait Real:
     ///
     /// # Safety
     /// All of these numbers must be readable and writable.
-    unsafe fn turn(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
+    unsafe fn transpose(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
         // SAFETY: guaranteed by the caller.
         unsafe { plain_turn(from, from_stride, to, to_stride) };
     }
@@ -63,7 +63,7 @@ thread_local! {
 }
 
 /// # Safety
-/// As for [`Real::turn`].
+/// As for [`Real::transpose`].
 unsafe fn plain_turn<T: Copy>(from: *const T, from_stride: usize, to: *mut T, to_stride: usize) {
     for (r, c) in (0..8).flat_map(|r| (0..8).map(move |c| (r, c))) {
         // SAFETY: guaranteed by the caller.
@@ -128,12 +128,12 @@ impl Real for f32 {
     }
     // SAFETY: both branches need only what the trait requires of the caller.
     #[inline(always)]
-    unsafe fn turn(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
+    unsafe fn transpose(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
         // SAFETY: guaranteed by the caller, and `isa` has checked the CPU.
         unsafe {
             match isa() {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => super::avx2::dense::turn(from, from_stride, to, to_stride),
+                Isa::Avx2 => super::avx2::dense::transpose(from, from_stride, to, to_stride),
                 _ => plain_turn(from, from_stride, to, to_stride),
             }
         }

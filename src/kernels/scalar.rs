@@ -13,7 +13,7 @@ pub(super) fn tile(kind: Kind, groups: usize) -> Tile {
         1 => of_kind::<1>(kind),
         2 => of_kind::<2>(kind),
         4 => of_kind::<4>(kind),
-        _ => unreachable!("tiles are 1, 2 or 4 groups wide"),
+        _ => unreachable!("tiles are 1, 2 or 4 groups f16_to_f32"),
     }
 }
 
@@ -91,7 +91,7 @@ macro_rules! block {
                 $q
             }
             fn d(&self, lane: usize) -> f32 {
-                wide(self.d[lane])
+                f16_to_f32(self.d[lane])
             }
             fn min(&self, $lane: usize, $i: usize) -> Option<f32> {
                 let ($b, _, _) = (self, $lane, $i);
@@ -112,39 +112,39 @@ macro_rules! block {
 }
 
 block!(BlockU4Min, |b, lane, sub, column| nibble(&b.qs, lane, column);
-    min: |i| Some(wide(b.m[lane])));
+    min: |i| Some(f16_to_f32(b.m[lane])));
 block!(BlockU4, |b, lane, sub, column| nibble(&b.qs, lane, column);
-    min: |i| Some(wide(b.d[lane]) * -8.0));
+    min: |i| Some(f16_to_f32(b.d[lane]) * -8.0));
 block!(BlockU5Min, |b, lane, sub, column| nibble(&b.qs, lane, column)
     | bit(&b.high, lane, column) << 4;
-    min: |i| Some(wide(b.m[lane])));
+    min: |i| Some(f16_to_f32(b.m[lane])));
 block!(BlockU5, |b, lane, sub, column| nibble(&b.qs, lane, column)
     | bit(&b.high, lane, column) << 4;
-    min: |i| Some(wide(b.d[lane]) * -16.0));
+    min: |i| Some(f16_to_f32(b.d[lane]) * -16.0));
 block!(BlockT4, |b, lane, sub, column| level(&b.qs, lane, column); min: |i| None);
 block!(BlockI8, |b, lane, sub, column|
     i32::from(b.qs[32 * (column / 4) + 4 * lane + column % 4]); min: |i| None);
 block!(BlockU4K, |b, lane, sub, column| nibble(&b.qs[sub], lane, column);
     subs: SUBS, sixteens: false;
-    min: |i| Some(b.mn[i][lane].into()); scale: b.sc[i][lane]; m: -wide(b.m[lane]));
+    min: |i| Some(b.mn[i][lane].into()); scale: b.sc[i][lane]; m: -f16_to_f32(b.m[lane]));
 block!(BlockU5K, |b, lane, sub, column| nibble(&b.qs[sub], lane, column)
     | bit(&b.high[sub], lane, column) << 4;
     subs: SUBS, sixteens: false;
-    min: |i| Some(b.mn[i][lane].into()); scale: b.sc[i][lane]; m: -wide(b.m[lane]));
+    min: |i| Some(b.mn[i][lane].into()); scale: b.sc[i][lane]; m: -f16_to_f32(b.m[lane]));
 block!(BlockT4K, |b, lane, sub, column| level(&b.qs[sub], lane, column);
     subs: SUBS, sixteens: false;
     min: |i| None; scale: b.sc[i][lane]; m: 0.0);
 block!(BlockU2K, |b, lane, sub, column| pair(&b.qs[sub], lane, column);
     subs: SUBS, sixteens: true;
-    min: |i| Some((b.sc[i][lane] >> 4).into()); scale: b.sc[i][lane] & 15; m: -wide(b.m[lane]));
+    min: |i| Some((b.sc[i][lane] >> 4).into()); scale: b.sc[i][lane] & 15; m: -f16_to_f32(b.m[lane]));
 block!(BlockU3K, |b, lane, sub, column| pair(&b.qs[sub], lane, column)
     | bit(&b.high[sub], lane, column) << 2;
     subs: SUBS, sixteens: true;
-    min: |i| Some(b.sc[i][lane].into()); scale: b.sc[i][lane]; m: wide(b.d[lane]) * -4.0);
+    min: |i| Some(b.sc[i][lane].into()); scale: b.sc[i][lane]; m: f16_to_f32(b.d[lane]) * -4.0);
 block!(BlockU6K, |b, lane, sub, column| nibble(&b.qs[sub], lane, column)
     | pair(&b.high[sub], lane, column) << 4;
     subs: SUBS, sixteens: true;
-    min: |i| Some(b.sc[i][lane].into()); scale: b.sc[i][lane]; m: wide(b.d[lane]) * -32.0);
+    min: |i| Some(b.sc[i][lane].into()); scale: b.sc[i][lane]; m: f16_to_f32(b.d[lane]) * -32.0);
 
 /// # Safety
 /// As for [`Tile`]: `G` groups of `blocks` blocks, rows of `x` of the same length, and `out` large
@@ -221,7 +221,7 @@ trait Number: Copy {
 
 impl Number for [u16; LANES] {
     fn lane(&self, lane: usize) -> f32 {
-        wide(self[lane])
+        f16_to_f32(self[lane])
     }
 }
 

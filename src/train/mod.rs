@@ -10,7 +10,7 @@
 //! | `random_init.rs` | models with random weights |
 //! | `tokenizer_training.rs` | tokenizers trained on data, or taken from a model |
 //! | `data/` | tokens, packing, order; the formats of files are [`crate::dataset`] |
-//! | `model/` | the decoders of `gguf::Covered`, trainable; LoRA |
+//! | `model/` | the decoders of `gguf::ModelConfig`, trainable; LoRA |
 //! | `loss/` | losses of preferences and policies, as numbers and their gradients |
 //! | `ops/` | candle operations with backward passes by hand |
 //! | `optim.rs` | AdamW and Muon |

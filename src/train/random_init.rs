@@ -129,7 +129,7 @@ fn normals(out: &mut dyn Write, rng: &mut StdRng, count: usize, deviation: f64) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gguf::{Covered, Gguf};
+    use crate::gguf::{Gguf, ModelConfig};
     use crate::job::spec::Pretrain;
 
     fn made(text: &str, seed: u64, path: &Path) -> (Shape, Gguf) {
@@ -149,7 +149,7 @@ mod tests {
             r#"{"width": 96, "layers": 3, "heads": 6, "kv_heads": 3, "ffn": 160, "tied": false}"#,
         ] {
             let (shape, file) = made(text, 1, &path("a"));
-            let covered = Covered::read(&file).unwrap();
+            let covered = ModelConfig::read(&file).unwrap();
             assert_eq!(
                 (covered.layers, covered.width, covered.heads, covered.kv_heads, covered.ff),
                 (shape.layers, shape.width, shape.heads, shape.kv_heads, shape.ffn)

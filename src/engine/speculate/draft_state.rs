@@ -71,7 +71,7 @@ pub struct DraftState {
     /// Tokens of the sequence that the draft model has computed.
     pub(super) computed: usize,
     /// Drafted tokens that the draft model has computed after them.
-    pub(super) ahead: Vec<Token>,
+    pub(super) prefetch_next: Vec<Token>,
     pub(super) trust: AcceptanceRate,
     everyone: Rc<Cell<AcceptanceRate>>,
 }
@@ -82,7 +82,7 @@ impl DraftState {
             pages: None,
             left: left.clone(),
             computed: 0,
-            ahead: Vec::new(),
+            prefetch_next: Vec::new(),
             trust: everyone.get(),
             everyone: everyone.clone(),
         }
@@ -100,7 +100,7 @@ impl DraftState {
     pub(super) fn leave(&mut self) {
         self.left.borrow_mut().extend(self.pages.take());
         self.computed = 0;
-        self.ahead.clear();
+        self.prefetch_next.clear();
     }
 }
 

@@ -213,11 +213,11 @@ impl DraftModel {
     /// needed.
     fn settle(&mut self, seat: &mut DraftState, tokens: &[Token]) -> usize {
         let Some(pages) = &mut seat.pages else { return 0 };
-        let (computed, last) = (seat.computed + seat.ahead.len(), tokens.len() - 1);
-        let came = seat.ahead.iter().zip(&tokens[seat.computed..]);
+        let (computed, last) = (seat.computed + seat.prefetch_next.len(), tokens.len() - 1);
+        let came = seat.prefetch_next.iter().zip(&tokens[seat.computed..]);
         let came = came.take_while(|(drafted, token)| drafted == token).count();
         seat.computed = (seat.computed + came).min(last);
-        seat.ahead.clear();
+        seat.prefetch_next.clear();
         self.kv.commit(pages, &tokens[..seat.computed]);
         if seat.computed < computed {
             self.kv.roll_back(pages, seat.computed);
@@ -324,10 +324,10 @@ impl DraftModel {
     fn commit(&mut self, turn: &mut Turn) {
         let DraftRequest { tokens, speculation, .. } = &mut turn.of;
         let end = tokens.len() + speculation.begun().len() - turn.behind + turn.rows;
-        let ahead = speculation.begun()[..end.saturating_sub(tokens.len())].to_vec();
+        let prefetch_next = speculation.begun()[..end.saturating_sub(tokens.len())].to_vec();
         let seat = speculation.seat.as_mut().expect("it has a turn");
-        seat.computed = end - ahead.len();
-        seat.ahead = ahead;
+        seat.computed = end - prefetch_next.len();
+        seat.prefetch_next = prefetch_next;
         if let Some(pages) = &mut seat.pages {
             self.kv.commit(pages, &tokens[..seat.computed]);
         }
@@ -342,8 +342,9 @@ impl DraftModel {
         self.row.clear();
         self.row.extend_from_slice(logits);
         let position = (turn.of.tokens.len() + turn.of.speculation.begun().len()) as u64;
-        let sampler =
-            turn.sampler.get_or_insert_with(|| ahead(turn.of.sampler, turn.of.speculation.begun()));
+        let sampler = turn
+            .sampler
+            .get_or_insert_with(|| prefetch_next(turn.of.sampler, turn.of.speculation.begun()));
         let drawn = sampler.sample(logits, None, position, &mut self.scratch);
         // No token can follow an end-of-generation token.
         let vocab = self.tokenizer.vocab();
@@ -370,7 +371,7 @@ fn share(of: &DraftRequest) -> CacheKey {
 }
 
 /// A copy of `sampler` that has accepted `tokens`.
-fn ahead(sampler: &Sampler, tokens: &[Token]) -> Sampler {
+fn prefetch_next(sampler: &Sampler, tokens: &[Token]) -> Sampler {
     let mut sampler = sampler.clone();
     tokens.iter().for_each(|&token| sampler.accept(token));
     sampler

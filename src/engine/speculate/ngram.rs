@@ -38,11 +38,11 @@ pub struct Match {
 
 impl NgramProposer {
     /// Finds the latest position in `tokens` that is preceded by the longest known n-gram at the
-    /// end of `tokens` + `ahead`. `tokens` must begin with the tokens of the previous call.
-    pub fn find(&mut self, tokens: &[Token], ahead: &[Token]) -> Option<Match> {
+    /// end of `tokens` + `prefetch_next`. `tokens` must begin with the tokens of the previous call.
+    pub fn find(&mut self, tokens: &[Token], prefetch_next: &[Token]) -> Option<Match> {
         self.extend(tokens);
         let kept = tokens.len().saturating_sub(LONGEST_MATCH);
-        let newest = [&tokens[kept..], ahead].concat();
+        let newest = [&tokens[kept..], prefetch_next].concat();
         LENGTHS.rev().filter(|&n| n <= newest.len()).find_map(|n| {
             let ngram = &newest[newest.len() - n..];
             let next = self.table[self.slot(ngram)] as usize;

@@ -633,9 +633,7 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
     let spec = parsed(Some(&job.spec));
     let succeeded = job.status == JobStatus::Succeeded;
     let eta = match job.status {
-        JobStatus::GenerationStream => {
-            app.jobs.progress(&job.id)?.step.map(|step| step.eta_seconds)
-        }
+        JobStatus::Running => app.jobs.progress(&job.id)?.step.map(|step| step.eta_seconds),
         _ => None,
     };
     let now = crate::job::now();

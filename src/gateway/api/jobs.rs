@@ -258,7 +258,7 @@ fn show(jobs: &Jobs, job: &StoredJob) -> Result<Value, ApiError> {
             }
         }
     }
-    if job.status != JobStatus::GenerationStream
+    if job.status != JobStatus::Running
         && let Value::Object(shown) = &mut shown
     {
         shown.remove("eta_seconds");

@@ -186,8 +186,8 @@ impl Jobs {
     /// # Errors
     /// 404, or 400 if it has ended already.
     pub fn cancel(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
-        use JobStatus::{GenerationStream, Paused, Queued, Validating};
-        let from = [Validating, Queued, GenerationStream, Paused];
+        use JobStatus::{Paused, Queued, Running, Validating};
+        let from = [Validating, Queued, Running, Paused];
         self.change(id, owner, &from, JobStatus::Cancelled, "cancelled")?;
         match self.live().get(id) {
             Some(live) => drop(live.wish.send_replace(DesiredState::Die)),
@@ -201,7 +201,7 @@ impl Jobs {
     /// # Errors
     /// 404, or 400 if it neither runs nor waits.
     pub fn pause(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
-        let from = [JobStatus::Queued, JobStatus::GenerationStream];
+        let from = [JobStatus::Queued, JobStatus::Running];
         self.change(id, owner, &from, JobStatus::Paused, "paused")?;
         match self.live().get(id) {
             Some(live) => drop(live.wish.send_replace(DesiredState::Leave)),

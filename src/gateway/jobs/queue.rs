@@ -44,14 +44,8 @@ impl Jobs {
 
     fn recover(self: &Arc<Self>) -> Result<(), crate::gateway::store::StoreError> {
         let store = self.store();
-        for job in store.jobs_in(JobStatus::GenerationStream)? {
-            store.move_job(
-                &job.id,
-                &[JobStatus::GenerationStream],
-                JobStatus::Queued,
-                None,
-                now(),
-            )?;
+        for job in store.jobs_in(JobStatus::Running)? {
+            store.move_job(&job.id, &[JobStatus::Running], JobStatus::Queued, None, now())?;
             self.say(&job.id, Level::Info, "The server was restarted; the job goes on.");
         }
         for job in store.jobs_in(JobStatus::Validating)? {
@@ -107,13 +101,8 @@ impl Jobs {
         let live = Arc::new(Live { kind: job.kind.clone(), wish, progress: Default::default() });
         // Listed before the status says so: whoever cancels a running job finds it here.
         self.live().insert(id.clone(), live.clone());
-        let moved = self.store().move_job(
-            &id,
-            &[JobStatus::Queued],
-            JobStatus::GenerationStream,
-            None,
-            now(),
-        );
+        let moved =
+            self.store().move_job(&id, &[JobStatus::Queued], JobStatus::Running, None, now());
         if !matches!(moved, Ok(true)) {
             self.live().remove(&id);
             return;
@@ -178,7 +167,7 @@ impl Jobs {
     fn pause_for(&self, id: &str, code: &str, message: &str) {
         let failure = Failure { code: code.into(), message: message.into(), param: None };
         let error = serde_json::to_string(&failure).unwrap_or_default();
-        let (from, to) = ([JobStatus::GenerationStream], JobStatus::Paused);
+        let (from, to) = ([JobStatus::Running], JobStatus::Paused);
         match self.store().move_job(id, &from, to, Some(&error), now()) {
             Ok(true) => self.say(id, Level::Error, message),
             // Somebody else decided on it meanwhile.
@@ -197,9 +186,9 @@ impl Jobs {
     }
 
     pub(super) fn failed(&self, id: &str, failure: &Failure) {
-        use JobStatus::{Failed, GenerationStream, Paused, Queued, Validating};
+        use JobStatus::{Failed, Paused, Queued, Running, Validating};
         let error = serde_json::to_string(failure).unwrap_or_default();
-        let from = [Validating, Queued, GenerationStream, Paused];
+        let from = [Validating, Queued, Running, Paused];
         match self.store().move_job(id, &from, Failed, Some(&error), now()) {
             Ok(true) => {
                 self.say(id, Level::Error, &format!("The job failed: {}", failure.message));

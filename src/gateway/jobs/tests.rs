@@ -60,24 +60,17 @@ fn products(id: &str) -> Products {
 
 #[test]
 fn a_status_changes_once() {
-    use JobStatus::{Cancelled, Failed, GenerationStream, Paused, Queued, Validating};
+    use JobStatus::{Cancelled, Failed, Paused, Queued, Running, Validating};
     let (store, _folder) = store();
     store.put_job(&job("1", "a")).unwrap();
     let go = |from: &[JobStatus], to, now| store.move_job("1", from, to, None, now).unwrap();
-    assert!(!go(&[Queued], GenerationStream, 2));
+    assert!(!go(&[Queued], Running, 2));
     assert!(go(&[Validating], Queued, 2));
-    assert!(go(&[Queued], GenerationStream, 3) && !go(&[Queued], GenerationStream, 4));
-    assert!(
-        go(&[GenerationStream], Paused, 4)
-            && go(&[Paused], Queued, 5)
-            && go(&[Queued], GenerationStream, 6)
-    );
+    assert!(go(&[Queued], Running, 3) && !go(&[Queued], Running, 4));
+    assert!(go(&[Running], Paused, 4) && go(&[Paused], Queued, 5) && go(&[Queued], Running, 6));
     let found = store.job("1").unwrap().unwrap();
-    assert_eq!(
-        (found.status, found.started_at, found.finished_at),
-        (GenerationStream, Some(3), None)
-    );
-    assert!(go(&[GenerationStream, Paused], Cancelled, 7));
+    assert_eq!((found.status, found.started_at, found.finished_at), (Running, Some(3), None));
+    assert!(go(&[Running, Paused], Cancelled, 7));
     assert_eq!(store.job("1").unwrap().unwrap().finished_at, Some(7));
     assert!(!store.finish_job("1", &products("1"), 8).unwrap(), "it was cancelled");
     assert!(store.artifacts("1").unwrap().is_empty() && store.adapters().unwrap().is_empty());
@@ -91,7 +84,7 @@ fn a_status_changes_once() {
 
 #[test]
 fn what_a_job_made_comes_with_its_status() {
-    use JobStatus::{GenerationStream, Queued, Validating};
+    use JobStatus::{Queued, Running, Validating};
     let (store, _folder) = store();
     for id in ["1", "2"] {
         store.put_job(&job(id, id)).unwrap();
@@ -99,7 +92,7 @@ fn what_a_job_made_comes_with_its_status() {
     }
     let queued: Vec<_> = store.jobs_in(Queued).unwrap().into_iter().map(|job| job.id).collect();
     assert_eq!(queued, ["1", "2"], "the oldest first");
-    store.move_job("1", &[Queued], GenerationStream, None, 2).unwrap();
+    store.move_job("1", &[Queued], Running, None, 2).unwrap();
     assert!(store.finish_job("1", &products("1"), 3).unwrap());
     let found = store.job("1").unwrap().unwrap();
     assert_eq!((found.status, found.trained_tokens), (JobStatus::Succeeded, Some(9)));

@@ -16,7 +16,7 @@ pub enum JobStatus {
     /// The job's files are being validated.
     Validating,
     Queued,
-    GenerationStream,
+    Running,
     Paused,
     Succeeded,
     Failed,
@@ -27,7 +27,7 @@ impl JobStatus {
     pub const ALL: [Self; 7] = [
         Self::Validating,
         Self::Queued,
-        Self::GenerationStream,
+        Self::Running,
         Self::Paused,
         Self::Succeeded,
         Self::Failed,
@@ -38,7 +38,7 @@ impl JobStatus {
         match self {
             Self::Validating => "validating",
             Self::Queued => "queued",
-            Self::GenerationStream => "running",
+            Self::Running => "running",
             Self::Paused => "paused",
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
@@ -198,7 +198,7 @@ impl Store {
     /// # Errors
     /// Only database errors. `false` means that the job had another status; nothing is stored then.
     pub fn finish_job(&self, id: &str, made: &Products, now: i64) -> Result<bool, StoreError> {
-        let from = names(&[JobStatus::GenerationStream, JobStatus::Paused]);
+        let from = names(&[JobStatus::Running, JobStatus::Paused]);
         self.transaction(|c| {
             let changed = c.execute(
                 &format!(

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::gguf::fixture::{CHATML, TinyDecoder};
-use crate::gguf::{Array, Covered, Gguf, ModelFacts, TensorType, Value};
+use crate::gguf::{Array, Gguf, ModelConfig, ModelFacts, TensorType, Value};
 use crate::tokenizer::Tokenizer as _;
 use crate::tokenizer::native::NativeTokenizer;
 use crate::train::export::hf_folder;
@@ -103,7 +103,7 @@ fn assert_same(ours: &Gguf, base: &Gguf, what: &str) {
         assert!(ours.data(name).unwrap() == base.data(name).unwrap(), "{what}: {name}");
     }
     // Everything that determines the computation.
-    assert_eq!(Covered::read(ours).unwrap(), Covered::read(base).unwrap(), "{what}");
+    assert_eq!(ModelConfig::read(ours).unwrap(), ModelConfig::read(base).unwrap(), "{what}");
     let context = format!("{}.context_length", base.str("general.architecture").unwrap().unwrap());
     assert_eq!(ours.u32(&context).unwrap(), base.u32(&context).unwrap(), "{what}");
 }

@@ -11,7 +11,7 @@ use super::alloc::peak;
 use super::folder;
 use crate::gguf::fixture::{Rng, TinyLlama, tiny_bert, tiny_llama, tiny_peft};
 use crate::gguf::{
-    Covered, Gguf, GgufWriter, KvType, ModelFacts, TensorType, TokenizerFacts, Value,
+    Gguf, GgufWriter, KvType, ModelConfig, ModelFacts, TensorType, TokenizerFacts, Value,
     can_dequantize, check_lora_gguf, peft_to_gguf,
 };
 
@@ -39,7 +39,7 @@ fn mutated_models_are_read_or_refused() {
             ..Default::default()
         };
         tiny_llama(&path, &options).unwrap();
-        assert!(Covered::read(&Gguf::open(&path).unwrap()).is_ok(), "kernels run the original");
+        assert!(ModelConfig::read(&Gguf::open(&path).unwrap()).is_ok(), "kernels run the original");
         assert!(attack(&path, rounds, 1) > rounds / 20);
     }
     tiny_bert(&path).unwrap();
@@ -147,7 +147,7 @@ fn exercise(path: &Path) -> bool {
         let _ = (facts.is_model(), facts.tokenizer.supports_infill());
     }
     let _ = TokenizerFacts::read(&gguf);
-    if let Ok(covered) = Covered::read(&gguf) {
+    if let Ok(covered) = ModelConfig::read(&gguf) {
         // Sizes by which a runner allocates memory before it reads a tensor.
         let largest = gguf.tensors().iter().map(|tensor| tensor.elements()).max().unwrap_or(0);
         assert!(covered.layers <= gguf.tensors().len());

@@ -1,7 +1,7 @@
 //! Tests: round trips, malformed files, and adapters compared with direct computation.
 
 mod alloc;
-mod covered;
+mod arch;
 mod dequantize;
 mod facts;
 mod fuzz;

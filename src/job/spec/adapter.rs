@@ -1,6 +1,6 @@
 //! The block `adapter` of a specification.
 
-use crate::gguf::Target;
+use crate::gguf::Projection;
 use serde::{Deserialize, Serialize};
 
 /// A LoRA adapter: low-rank matrices added to frozen weights.
@@ -76,14 +76,14 @@ impl<'de> Deserialize<'de> for Targets {
 }
 
 /// PEFT's module names.
-const NAMES: [(&str, Target); 7] = [
-    ("q_proj", Target::Q),
-    ("k_proj", Target::K),
-    ("v_proj", Target::V),
-    ("o_proj", Target::Output),
-    ("gate_proj", Target::Gate),
-    ("up_proj", Target::Up),
-    ("down_proj", Target::Down),
+const NAMES: [(&str, Projection); 7] = [
+    ("q_proj", Projection::Q),
+    ("k_proj", Projection::K),
+    ("v_proj", Projection::V),
+    ("o_proj", Projection::O),
+    ("gate_proj", Projection::Gate),
+    ("up_proj", Projection::Up),
+    ("down_proj", Projection::Down),
 ];
 
 fn rank() -> usize {
@@ -132,7 +132,7 @@ impl Adapter {
 pub struct Lora {
     pub rank: usize,
     pub alpha: f64,
-    pub targets: Vec<Target>,
+    pub targets: Vec<Projection>,
     /// Scales by alpha/√rank instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732).
     pub rank_stabilized: bool,
     /// Dropout rate of the inputs of the adapter's matrices.

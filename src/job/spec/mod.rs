@@ -446,7 +446,7 @@ fn within(key: &str, value: f64, least: f64, most: f64) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gguf::Target;
+    use crate::gguf::Projection;
 
     fn spec(text: &str) -> Result<(Spec, Resolved), String> {
         let spec: Spec = serde_json::from_str(text).map_err(|error| error.to_string())?;
@@ -488,9 +488,9 @@ mod tests {
             "kind = \"sft\"\nmodel = \"m\"\n[data]\ntrain = \"a.jsonl\"\n[adapter]\ntargets = [\"q_proj\"]",
         )
         .unwrap();
-        assert_eq!(toml.adapter.unwrap().lora(0).unwrap().targets, [Target::Q]);
+        assert_eq!(toml.adapter.unwrap().lora(0).unwrap().targets, [Projection::Q]);
         let one: Adapter = serde_json::from_str(r#"{"targets": "q_proj"}"#).unwrap();
-        assert_eq!(one.lora(0).unwrap().targets, [Target::Q]);
+        assert_eq!(one.lora(0).unwrap().targets, [Projection::Q]);
     }
 
     #[test]

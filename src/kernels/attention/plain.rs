@@ -2,7 +2,7 @@
 
 use super::Scores;
 use crate::kernels::cache::PAGE;
-use crate::kernels::pack::{BLOCK, wide};
+use crate::kernels::pack::{BLOCK, f16_to_f32};
 use std::ops::Range;
 
 /// The element type of a page.
@@ -13,7 +13,7 @@ pub trait Number: Copy {
 /// Bits of f16.
 impl Number for u16 {
     fn number(self) -> f32 {
-        wide(self)
+        f16_to_f32(self)
     }
 }
 
@@ -76,7 +76,7 @@ pub fn score<N: Number, S: Scales>(
                     sum = keys[(block * width + d) * PAGE + t].number().mul_add(*q, sum);
                 }
                 *score = match scales.bits() {
-                    Some(scales) => wide(scales[block * PAGE + t]).mul_add(sum, *score),
+                    Some(scales) => f16_to_f32(scales[block * PAGE + t]).mul_add(sum, *score),
                     None => sum,
                 };
             }
@@ -86,7 +86,7 @@ pub fn score<N: Number, S: Scales>(
 
 /// `out[row] += scores[row][at + t] * values[t]` for the tokens `tokens` of a page that begins at
 /// `at`; `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim).
-pub fn weigh<N: Number, S: Scales>(
+pub fn accumulate_values<N: Number, S: Scales>(
     scores: &[Scores],
     at: usize,
     tokens: Range<usize>,
@@ -99,7 +99,7 @@ pub fn weigh<N: Number, S: Scales>(
         for (d, sum) in out.iter_mut().enumerate() {
             for t in tokens.clone() {
                 let weight = match scales.bits() {
-                    Some(scales) => scores[at + t] * wide(scales[d / BLOCK * PAGE + t]),
+                    Some(scales) => scores[at + t] * f16_to_f32(scales[d / BLOCK * PAGE + t]),
                     None => scores[at + t],
                 };
                 *sum = values[t * dim + d].number().mul_add(weight, *sum);

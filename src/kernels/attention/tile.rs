@@ -156,10 +156,10 @@ impl Head<'_> {
                 let page = &mut scratch.page;
                 match self.cache.values(self.layer, id, self.head) {
                     Numbers::F16(values) => {
-                        self.weigh(scores, at, tokens, (values, ()), out, page);
+                        self.accumulate_values(scores, at, tokens, (values, ()), out, page);
                     }
                     Numbers::Q8 { q, d } => {
-                        self.weigh(scores, at, tokens, (q, d), out, page);
+                        self.accumulate_values(scores, at, tokens, (q, d), out, page);
                     }
                 }
             });
@@ -192,7 +192,7 @@ impl Head<'_> {
     }
 
     /// `out[row] += scores[row][at + t] * values[t]` for `tokens` of the page that begins at `at`.
-    fn weigh<N: Number, S: Scales>(
+    fn accumulate_values<N: Number, S: Scales>(
         &self,
         scores: &[Scores],
         at: usize,
@@ -211,10 +211,14 @@ impl Head<'_> {
             let tokens = tokens.clone();
             match (self.isa, widened) {
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, false) => avx2::weigh(scores, at, tokens, values, scales, out),
+                (Isa::Avx2, false) => {
+                    avx2::accumulate_values(scores, at, tokens, values, scales, out)
+                }
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, true) => avx2::weigh(scores, at, tokens, &*page, scales, out),
-                _ => plain::weigh(scores, at, tokens, values, scales, out),
+                (Isa::Avx2, true) => {
+                    avx2::accumulate_values(scores, at, tokens, &*page, scales, out)
+                }
+                _ => plain::accumulate_values(scores, at, tokens, values, scales, out),
             }
         }
     }

@@ -138,7 +138,7 @@ unsafe fn score_rows<const R: usize, N: Number, S: Scales>(
 /// `out[row] += scores[row][at + t] * values[t]` for the tokens `tokens` of a page that begins at
 /// `at`; `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim), at most four rows, `dim` a
 /// multiple of 8. The CPU must have AVX2, FMA and F16C.
-pub fn weigh<N: Number, S: Scales>(
+pub fn accumulate_values<N: Number, S: Scales>(
     scores: &[Scores],
     at: usize,
     tokens: Range<usize>,

@@ -1,6 +1,6 @@
 //! [`Block`]: the kernel's view of a block of quantized weights.
 
-use super::{signed_whole, whole, wide};
+use super::{f16_to_f32, signed_whole, u8_to_f32};
 use crate::gguf::IQ4_LEVELS;
 use crate::kernels::pack::*;
 use std::arch::x86_64::*;
@@ -120,63 +120,63 @@ macro_rules! block {
 block!(
     BlockU4Min, subs: 1, most: 15, signed: false, sixteens: false, mins: true;
     |b, sub, part| nibbles(&b.qs, part);
-    |i| scales: ones(), d: wide(&b.d), min: wide(&b.m), m: none()
+    |i| scales: ones(), d: f16_to_f32(&b.d), min: f16_to_f32(&b.m), m: none()
 );
 block!(
     BlockU4, subs: 1, most: 15, signed: false, sixteens: false, mins: true;
     |b, sub, part| nibbles(&b.qs, part);
-    |i| scales: ones(), d: wide(&b.d), min: times(&b.d, -8.0), m: none()
+    |i| scales: ones(), d: f16_to_f32(&b.d), min: times(&b.d, -8.0), m: none()
 );
 block!(
     BlockU5Min, subs: 1, most: 31, signed: false, sixteens: false, mins: true;
     |b, sub, part| _mm256_or_si256(nibbles(&b.qs, part), bit(&b.high, part, 4));
-    |i| scales: ones(), d: wide(&b.d), min: wide(&b.m), m: none()
+    |i| scales: ones(), d: f16_to_f32(&b.d), min: f16_to_f32(&b.m), m: none()
 );
 block!(
     BlockU5, subs: 1, most: 31, signed: false, sixteens: false, mins: true;
     |b, sub, part| _mm256_or_si256(nibbles(&b.qs, part), bit(&b.high, part, 4));
-    |i| scales: ones(), d: wide(&b.d), min: times(&b.d, -16.0), m: none()
+    |i| scales: ones(), d: f16_to_f32(&b.d), min: times(&b.d, -16.0), m: none()
 );
 block!(
     BlockT4, subs: 1, most: 127, signed: true, sixteens: false, mins: false;
     |b, sub, part| levels(&b.qs, part);
-    |i| scales: ones(), d: wide(&b.d), min: none(), m: none()
+    |i| scales: ones(), d: f16_to_f32(&b.d), min: none(), m: none()
 );
 block!(
     BlockI8, subs: 1, most: 128, signed: true, sixteens: false, mins: false;
     |b, sub, part| load(&b.qs, part);
-    |i| scales: ones(), d: wide(&b.d), min: none(), m: none()
+    |i| scales: ones(), d: f16_to_f32(&b.d), min: none(), m: none()
 );
 block!(
     BlockU4K, subs: SUBS, most: 15, signed: false, sixteens: false, mins: true;
     |b, sub, part| nibbles(&b.qs[sub], part);
-    |i| scales: unsigned_twice(&b.sc[i]), d: wide(&b.d), min: whole(&b.mn[i]), m: times(&b.m, -1.0)
+    |i| scales: unsigned_twice(&b.sc[i]), d: f16_to_f32(&b.d), min: u8_to_f32(&b.mn[i]), m: times(&b.m, -1.0)
 );
 block!(
     BlockU5K, subs: SUBS, most: 31, signed: false, sixteens: false, mins: true;
     |b, sub, part| _mm256_or_si256(nibbles(&b.qs[sub], part), bit(&b.high[sub], part, 4));
-    |i| scales: unsigned_twice(&b.sc[i]), d: wide(&b.d), min: whole(&b.mn[i]), m: times(&b.m, -1.0)
+    |i| scales: unsigned_twice(&b.sc[i]), d: f16_to_f32(&b.d), min: u8_to_f32(&b.mn[i]), m: times(&b.m, -1.0)
 );
 block!(
     BlockT4K, subs: SUBS, most: 127, signed: true, sixteens: false, mins: false;
     |b, sub, part| levels(&b.qs[sub], part);
-    |i| scales: twice(&b.sc[i]), d: wide(&b.d), min: none(), m: none()
+    |i| scales: twice(&b.sc[i]), d: f16_to_f32(&b.d), min: none(), m: none()
 );
 block!(
     BlockU2K, subs: SUBS, most: 3, signed: false, sixteens: true, mins: true;
     |b, sub, part| pair(&b.qs[sub], part, 0);
-    |i| scales: low_twice(&b.sc[i]), d: wide(&b.d),
+    |i| scales: low_twice(&b.sc[i]), d: f16_to_f32(&b.d),
         min: high_whole(&b.sc[i]), m: times(&b.m, -1.0)
 );
 block!(
     BlockU3K, subs: SUBS, most: 7, signed: false, sixteens: true, mins: true;
     |b, sub, part| _mm256_or_si256(pair(&b.qs[sub], part, 0), bit(&b.high[sub], part, 2));
-    |i| scales: twice(&b.sc[i]), d: wide(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -4.0)
+    |i| scales: twice(&b.sc[i]), d: f16_to_f32(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -4.0)
 );
 block!(
     BlockU6K, subs: SUBS, most: 63, signed: false, sixteens: true, mins: true;
     |b, sub, part| _mm256_or_si256(nibbles(&b.qs[sub], part), pair(&b.high[sub], part, 4));
-    |i| scales: twice(&b.sc[i]), d: wide(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -32.0)
+    |i| scales: twice(&b.sc[i]), d: f16_to_f32(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -32.0)
 );
 
 #[target_feature(enable = "avx2")]
@@ -194,7 +194,7 @@ fn none() -> __m256 {
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn times(bits: &[u16; LANES], by: f32) -> __m256 {
-    _mm256_mul_ps(wide(bits), _mm256_set1_ps(by))
+    _mm256_mul_ps(f16_to_f32(bits), _mm256_set1_ps(by))
 }
 
 /// Each byte twice, extended to 16 bits.

@@ -79,7 +79,7 @@ unsafe fn run<const R: usize, const P: bool>(
 /// # Safety
 /// All of these numbers must be readable and writable, and the CPU must have AVX2.
 #[target_feature(enable = "avx2")]
-pub unsafe fn turn(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+pub unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
     // SAFETY: guaranteed by the caller.
     let r: [__m256; 8] =
         std::array::from_fn(|i| unsafe { _mm256_loadu_ps(from.add(i * from_stride)) });

@@ -1,6 +1,6 @@
 //! Kernels for floating-point weights, in f32 arithmetic.
 
-use super::{LINE, ask};
+use super::{LINE, prefetch};
 use crate::kernels::activation::Row;
 use crate::kernels::pack::LANES;
 use half::bf16;
@@ -67,7 +67,7 @@ pub unsafe fn tile<L: Lanes + Sized, const G: usize, const T: usize>(
             // SAFETY: group `g` has `cols` columns.
             w[g] = unsafe { L::load(weights.add((g * cols + k) * size_of::<L>())) };
             if T == 1 && (k * size_of::<L>()).is_multiple_of(LINE) {
-                ask(weights.wrapping_add(((G + g) * cols + k) * size_of::<L>()), LINE);
+                prefetch(weights.wrapping_add(((G + g) * cols + k) * size_of::<L>()), LINE);
             }
         }
         for t in 0..T {

@@ -7,7 +7,7 @@ mod float;
 mod quantize;
 mod quantized;
 
-pub(super) use attention::{Number, score, weigh, widen};
+pub(super) use attention::{Number, accumulate_values, score, widen};
 pub(super) use quantize::quantize;
 
 use super::matmul::Tile;
@@ -20,14 +20,14 @@ const LINE: usize = 64;
 
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn wide(bits: &[u16; 8]) -> __m256 {
+fn f16_to_f32(bits: &[u16; 8]) -> __m256 {
     // SAFETY: sixteen bytes are read.
     _mm256_cvtph_ps(unsafe { _mm_loadu_si128(bits.as_ptr().cast()) })
 }
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn whole(bytes: &[u8; 8]) -> __m256 {
+fn u8_to_f32(bytes: &[u8; 8]) -> __m256 {
     // SAFETY: eight bytes are read.
     _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }))
 }
@@ -66,7 +66,7 @@ pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
 /// the address may be invalid, which is harmless.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn ask(from: *const u8, bytes: usize) {
+fn prefetch(from: *const u8, bytes: usize) {
     for line in 0..bytes.div_ceil(LINE) {
         _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line * LINE).cast());
     }

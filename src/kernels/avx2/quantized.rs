@@ -3,8 +3,8 @@
 //! Products of unsigned weights and signed activations are summed in 16 bits over as many columns
 //! as cannot overflow, then widened to 32 bits, and multiplied by the scales if these are integers.
 
-use super::ask;
 use super::block::Block;
+use super::prefetch;
 use crate::kernels::activation::Row;
 use crate::kernels::pack::BLOCK;
 use std::arch::asm;
@@ -200,7 +200,7 @@ unsafe fn sums<B: Block, const G: usize, const T: usize>(
         let bytes = size_of::<B>() / B::SUBS;
         for g in 0..G {
             let next = std::ptr::from_ref(block[g]).wrapping_add(G * blocks).cast::<u8>();
-            ask(next.wrapping_add(sub * bytes), bytes);
+            prefetch(next.wrapping_add(sub * bytes), bytes);
         }
     }
     let run = const { run::<B>() };
@@ -229,8 +229,8 @@ unsafe fn sums<B: Block, const G: usize, const T: usize>(
                     let i = if B::SIXTEENS { 2 * sub + 2 * part / PARTS } else { sub };
                     // SAFETY: guaranteed by the caller.
                     let scales = unsafe { block[g].scales(i) };
-                    let wide = _mm256_madd_epi16(narrow[g][t], scales);
-                    sums[g][t] = in_order(_mm256_add_epi32(sums[g][t], wide));
+                    let widened = _mm256_madd_epi16(narrow[g][t], scales);
+                    sums[g][t] = in_order(_mm256_add_epi32(sums[g][t], widened));
                     narrow[g][t] = zero;
                 }
             }

@@ -1,7 +1,7 @@
 //! Adapters: PEFT folders, llama.cpp's LoRA GGUF.
 
 use super::{ExportError, at};
-use crate::gguf::{Covered, GgufWriter, SCORE_HEAD, TensorType, is_interleaved, layer_module};
+use crate::gguf::{GgufWriter, ModelConfig, SCORE_HEAD, TensorType, is_interleaved, layer_module};
 use crate::job::spec::Lora;
 use crate::train::model::{Model, SCORE};
 use crate::train::optim::Param;
@@ -165,7 +165,7 @@ pub fn peft_folder(
 }
 
 /// Heads within which the rows of a matrix stand in another order at Hugging Face.
-pub(super) fn heads(shape: &Covered, short: &str) -> Option<usize> {
+pub(super) fn heads(shape: &ModelConfig, short: &str) -> Option<usize> {
     match short {
         _ if !is_interleaved(&shape.architecture) => None,
         "attn_q" => Some(shape.heads),

@@ -1,7 +1,7 @@
 //! `config.json`: a model as transformers describes it.
 
 use super::ExportError;
-use crate::gguf::{Covered, Gguf, ModelFacts, RopeFactors, RopeFacts, TensorType};
+use crate::gguf::{Gguf, ModelConfig, ModelFacts, RopeFactors, RopeFacts, TensorType};
 use serde_json::{Map, Value, json};
 
 /// Keys of a parent's configuration that say how positions turn, which a GGUF does not tell in full.
@@ -20,7 +20,7 @@ const ROPE: [&str; 5] = [
 /// If transformers cannot be told what the model is.
 pub fn config(
     base: &Gguf,
-    shape: &Covered,
+    shape: &ModelConfig,
     ty: TensorType,
     parent: Option<&Map<String, Value>>,
 ) -> Result<Value, ExportError> {
@@ -118,7 +118,7 @@ fn decimal(x: f32) -> f64 {
     x.to_string().parse().unwrap_or(f64::from(x))
 }
 
-fn rope(base: &Gguf, shape: &Covered) -> Result<Vec<(&'static str, Value)>, ExportError> {
+fn rope(base: &Gguf, shape: &ModelConfig) -> Result<Vec<(&'static str, Value)>, ExportError> {
     let facts = &shape.ropes[0];
     let plain = facts.yarn.is_none() && facts.magnitude == 1.0 && facts.dims == shape.head_dim;
     let factors = match facts.factors {

@@ -6,7 +6,7 @@ use super::config::config;
 use super::tokenizer::{tokenizer_config, tokenizer_json};
 use super::weights::Weights;
 use super::{ExportError, at};
-use crate::gguf::{Covered, Gguf, ModelFacts, TensorType, hugging_face_name, write_f32};
+use crate::gguf::{Gguf, ModelConfig, ModelFacts, TensorType, hugging_face_name, write_f32};
 use crate::job::spec::Lora;
 use crate::train::model::Model;
 use safetensors::tensor::{Dtype, View, serialize_to_file};
@@ -152,7 +152,7 @@ impl View for Lazy<'_> {
 fn write_weights(
     weights: &Weights,
     base: &Gguf,
-    shape: &Covered,
+    shape: &ModelConfig,
     ty: TensorType,
     folder: &Path,
 ) -> Result<(), ExportError> {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
-use crate::gguf::{Gguf, ModelFacts, Target, TensorType, peft_to_gguf};
+use crate::gguf::{Gguf, ModelFacts, Projection, TensorType, peft_to_gguf};
 use crate::job::spec::Lora;
 use crate::train::model::{Batch, Model, Training};
 use candle_core::{Device, Tensor};
@@ -11,8 +11,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 fn lora() -> Lora {
-    use Target::*;
-    let targets = vec![Q, K, V, Output, Gate, Up, Down];
+    use Projection::*;
+    let targets = vec![Q, K, V, O, Gate, Up, Down];
     Lora { rank: 4, alpha: 6.0, targets, rank_stabilized: true, dropout: 0.0, seed: 5 }
 }
 
@@ -196,7 +196,7 @@ fn a_parents_rope_is_kept_and_one_that_is_not_told_is_refused() {
         let data = plain.data(tensor.name()).unwrap();
         writer.tensor(tensor.name(), tensor.dims(), tensor.ty(), data).unwrap();
     }
-    let pairs = crate::gguf::Covered::read(&plain).unwrap().head_dim / 2;
+    let pairs = crate::gguf::ModelConfig::read(&plain).unwrap().head_dim / 2;
     let factors = vec![2.0f32; pairs];
     writer.tensor_f32("rope_freqs.weight", &[pairs as u64], TensorType::F32, factors).unwrap();
     writer.write(&path("base.gguf")).unwrap();

@@ -2,7 +2,7 @@
 
 use super::Context;
 use super::weight::{Builder, Weight};
-use crate::gguf::{Covered, LayerKind, PARTS, TARGETS, Target, rows_of};
+use crate::gguf::{LayerKind, ModelConfig, PARTS, PROJECTIONS, Projection, rows_of};
 use crate::train::ops::{self, Scope};
 use candle_core::{Result, Tensor, bail};
 
@@ -26,9 +26,9 @@ pub struct Block {
 }
 
 impl Block {
-    pub(super) fn load(builder: &mut Builder, shape: &Covered, layer: usize) -> Result<Self> {
+    pub(super) fn load(builder: &mut Builder, shape: &ModelConfig, layer: usize) -> Result<Self> {
         let name = |part: &str| format!("blk.{layer}.{part}");
-        let mut matrices = [const { None }; TARGETS];
+        let mut matrices = [const { None }; PROJECTIONS];
         let mut biases = Vec::new();
         for part in PARTS {
             if !builder.has(&name(&format!("{part}.weight"))) {
@@ -52,13 +52,14 @@ impl Block {
             Err(none) if none.is_empty() => None,
             Err(_) => bail!("layer {layer} has biases on some of its projections only"),
         };
-        let mut take = |target: Target| {
+        let mut take = |target: Projection| {
             let missing = || candle_core::Error::msg(format!("layer {layer} has no {target:?}"));
             matrices[target as usize].take().ok_or_else(missing)
         };
-        let [q, k, v] = [take(Target::Q)?, take(Target::K)?, take(Target::V)?];
-        let [gate, up, down] = [take(Target::Gate)?, take(Target::Up)?, take(Target::Down)?];
-        let output = take(Target::Output)?;
+        let [q, k, v] = [take(Projection::Q)?, take(Projection::K)?, take(Projection::V)?];
+        let [gate, up, down] =
+            [take(Projection::Gate)?, take(Projection::Up)?, take(Projection::Down)?];
+        let output = take(Projection::O)?;
         let mut norm = |part: &str| match builder.has(&name(part)) {
             true => builder.vector(&name(part)).map(Some),
             false => Ok(None),

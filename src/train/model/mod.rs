@@ -1,4 +1,4 @@
-//! A model that can be trained: the decoders that [`Covered`] describes, from their GGUF.
+//! A model that can be trained: the decoders that [`ModelConfig`] describes, from their GGUF.
 //!
 //! | file | what |
 //! |---|---|
@@ -22,7 +22,7 @@ pub use gradients::Gradients;
 pub use outputs::{OutputGrads, Outputs, SCORE, Wanted};
 pub use weight::Training;
 
-use crate::gguf::{Covered, Gguf};
+use crate::gguf::{Gguf, ModelConfig};
 use crate::kernels::rope::rope;
 use crate::kernels::vector::Rope;
 use crate::train::ops::{self, Frozen, Grads, Head, Losses, Rotation, Targets};
@@ -48,7 +48,7 @@ pub struct Batch {
 
 /// A model and what is trained of it.
 pub struct Model {
-    shape: Covered,
+    shape: ModelConfig,
     ropes: Vec<Rope>,
     embedding: Embedding,
     blocks: Vec<Block>,
@@ -67,7 +67,7 @@ enum Embedding {
 
 /// What a batch's rows have in common.
 struct Context<'a> {
-    shape: &'a Covered,
+    shape: &'a ModelConfig,
     documents: Arc<Vec<usize>>,
     /// By kind of rope.
     rotations: Vec<Rotation>,
@@ -96,7 +96,7 @@ impl Model {
         context: usize,
         device: &Device,
     ) -> Result<Self> {
-        let shape = Covered::read(&file).map_err(candle_core::Error::wrap)?;
+        let shape = ModelConfig::read(&file).map_err(candle_core::Error::wrap)?;
         let ropes = shape.ropes.iter().map(|facts| rope(&file, facts, context));
         let ropes =
             ropes.collect::<std::result::Result<_, _>>().map_err(candle_core::Error::msg)?;
@@ -122,7 +122,7 @@ impl Model {
         Ok(Self { shape, ropes, embedding, blocks, output_norm, head, score, params, device })
     }
 
-    pub fn shape(&self) -> &Covered {
+    pub fn shape(&self) -> &ModelConfig {
         &self.shape
     }
 

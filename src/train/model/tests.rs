@@ -19,11 +19,11 @@ fn tiny(architecture: &'static str) -> (TempDir, Arc<Gguf>) {
 }
 
 fn lora() -> Training {
-    use crate::gguf::Target::*;
+    use crate::gguf::Projection::*;
     Training::Lora(Lora {
         rank: 4,
         alpha: 8.0,
-        targets: vec![Q, K, V, Output, Gate, Up, Down],
+        targets: vec![Q, K, V, O, Gate, Up, Down],
         rank_stabilized: false,
         dropout: 0.0,
         seed: 1,

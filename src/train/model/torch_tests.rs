@@ -1,7 +1,7 @@
 //! Tiny models, trained as transformers and PEFT train them: losses, gradients and what comes out.
 
 use super::*;
-use crate::gguf::{GgufWriter, Target, TensorType};
+use crate::gguf::{GgufWriter, Projection, TensorType};
 use crate::job::spec::Lora;
 use crate::job::spec::Optimizer;
 use crate::train::optim::Optimization;
@@ -114,8 +114,8 @@ fn compare(reference: &Reference, right: &Trained, checkpoint: bool) {
     let path = folder.path().join("model.gguf");
     write(reference, &right.architecture, &path);
     let file = Arc::new(Gguf::open(&path).unwrap());
-    use Target::*;
-    let targets = vec![Q, K, V, Output, Gate, Up, Down];
+    use Projection::*;
+    let targets = vec![Q, K, V, O, Gate, Up, Down];
     let training = match &right.training[..] {
         "full" => Training::Full,
         _ => Training::Lora(Lora {
@@ -222,8 +222,8 @@ fn a_real_model_trains_as_in_peft() {
     let (file, folder) = (var("TORCH_MODEL"), var("TORCH_FOLDER"));
     let text = std::fs::read(folder.join("run.json")).unwrap();
     let run: Run = serde_json::from_slice(&text).unwrap();
-    use Target::*;
-    let targets = vec![Q, K, V, Output, Gate, Up, Down];
+    use Projection::*;
+    let targets = vec![Q, K, V, O, Gate, Up, Down];
     let lora = Lora {
         rank: run.rank,
         alpha: run.alpha,

@@ -1,6 +1,6 @@
 //! Matrices: frozen, frozen with LoRA, or trained.
 
-use crate::gguf::{Gguf, Target};
+use crate::gguf::{Gguf, Projection};
 use crate::job::spec::Lora;
 use crate::train::ops::{self, Draw, Frozen};
 use crate::train::optim::Param;
@@ -71,7 +71,7 @@ impl<'a> Builder<'a> {
         &mut self,
         name: &str,
         part: Option<&str>,
-        target: Target,
+        target: Projection,
         rows: Range<usize>,
     ) -> Result<Weight> {
         let base = Frozen::new(self.file.clone(), name, rows)?;

@@ -1,4 +1,4 @@
-//! What a job is for: the files that it leaves.
+//! Writes the artifacts of a job.
 
 use super::run::JobFailure;
 use crate::gguf::{Gguf, TensorType, is_hugging_face};
@@ -13,7 +13,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
-/// Where an artifact comes from, for its metadata.
+/// Metadata about the origin of an artifact.
 pub(super) fn facts(order: &Order, step: Option<u64>) -> Vec<(&'static str, String)> {
     let spec = &order.spec;
     let mut facts = vec![
@@ -28,7 +28,7 @@ pub(super) fn facts(order: &Order, step: Option<u64>) -> Vec<(&'static str, Stri
     facts
 }
 
-/// Writes everything that the job is for.
+/// Writes all artifacts of the job.
 pub(super) fn artifacts(
     folder: &Folder,
     order: &Order,
@@ -38,12 +38,12 @@ pub(super) fn artifacts(
     log: &mut EventLog,
 ) -> Result<Vec<Artifact>, JobFailure> {
     let to = folder.artifacts();
-    // A try before may have left a part.
+    // An earlier attempt may have left an incomplete folder.
     let _ = fs::remove_dir_all(&to);
     fs::create_dir_all(&to)?;
     let facts = facts(order, None);
     let export = &order.spec.export;
-    // Of the GGUF, and of the folder.
+    // Storage types of the GGUF and of the Hugging Face folder.
     let (ty, float) = match export.ty.unwrap_or(WeightType::F16) {
         WeightType::F32 => (TensorType::F32, TensorType::F32),
         WeightType::F16 => (TensorType::F16, TensorType::F16),
@@ -55,7 +55,7 @@ pub(super) fn artifacts(
         Training::Lora(lora) => {
             export::lora_gguf(model, lora, &facts, &to.join("adapter.gguf"))?;
             made.push((ArtifactKind::Adapter, "adapter.gguf".into()));
-            // PEFT loads the base by this name.
+            // PEFT loads the base model by this name.
             let name = match &order.parent {
                 Some(parent) => parent.display().to_string(),
                 None => order.spec.model.clone().unwrap_or_default(),
@@ -71,7 +71,7 @@ pub(super) fn artifacts(
         made.push((ArtifactKind::Model, "model.gguf".into()));
     }
     if export.hugging_face || order.spec.kind == Kind::Pretrain {
-        // A folder that is gone, or was never one, says nothing.
+        // The parent is ignored if the folder is gone or is not a Hugging Face folder.
         let parent = order.parent.as_deref().filter(|parent| is_hugging_face(parent));
         let made_folder = to.join("hugging_face");
         match export::hf_folder(model, lora, base, float, parent, &made_folder) {
@@ -81,7 +81,7 @@ pub(super) fn artifacts(
                 }
                 made.extend(files(&to, "hugging_face", ArtifactKind::HuggingFace)?);
             }
-            // The rest is worth having without it.
+            // The other artifacts are useful without this folder.
             Err(ExportError::Other(why)) => {
                 log.say(Level::Warn, format!("There is no folder for transformers: {why}."))?;
             }
@@ -101,7 +101,7 @@ pub(super) fn artifacts(
     made.into_iter().map(artifact).collect()
 }
 
-/// The files of a folder, by name.
+/// The files of a folder, sorted by name.
 fn files(to: &Path, folder: &str, kind: ArtifactKind) -> io::Result<Vec<(ArtifactKind, String)>> {
     let mut names = Vec::new();
     for file in fs::read_dir(to.join(folder))? {
@@ -111,8 +111,8 @@ fn files(to: &Path, folder: &str, kind: ArtifactKind) -> io::Result<Vec<(Artifac
     Ok(names.into_iter().map(|name| (kind, name)).collect())
 }
 
-/// OpenAI's result file, and what else was measured: of each step, and (`valid_…`) of policies' held-out
-/// prompts.
+/// OpenAI's result file as CSV, with further metrics: of each step, and, for policies, of the
+/// validation prompts (`valid_…`).
 fn results(entries: &[Entry]) -> String {
     let mut text =
         String::from("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy");
@@ -167,7 +167,7 @@ fn provenance(order: &Order, entries: &[Entry]) -> Result<Vec<u8>, JobFailure> {
     serde_json::to_vec_pretty(&value).map_err(|error| JobFailure::from(io::Error::from(error)))
 }
 
-/// Size and SHA-256, once the file is on the disk.
+/// Size and SHA-256 of a file, after it is synced to disk.
 fn digest(path: &Path) -> io::Result<(u64, String)> {
     let mut file = File::open(path)?;
     file.sync_all()?;

@@ -1,4 +1,4 @@
-//! What a job trains on, read and tokenized.
+//! Reads and tokenizes the training data.
 
 use super::run::{JobFailure, classify, failed};
 use crate::dataset::{DataError, DatasetKind};
@@ -16,7 +16,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-/// By kind of job.
+/// The prepared data, by kind of job.
 pub(super) enum Data {
     Examples { train: Prepared, validation: Option<Prepared> },
     Preference { train: PreparedPairs, validation: Option<PreparedPairs> },
@@ -24,7 +24,7 @@ pub(super) enum Data {
     Text { train: Stream, validation: Option<Stream> },
 }
 
-/// Reads the order's files with the model's own tokenizer, and tells what they hold.
+/// Reads the order's files with the model's own tokenizer, and reports their statistics.
 pub(super) fn read(
     folder: &Folder,
     order: &Order,

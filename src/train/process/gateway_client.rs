@@ -1,6 +1,6 @@
 //! A job's connection to the gateway that started it: the process's standard output is a socket.
 //!
-//! It is no listener, so nobody else can connect, and there is no key that could leak.
+//! The socket is connected, not listening, so no other process can connect and no key is needed.
 
 use crate::grade::{Answer, Failed, Question};
 use crate::job::rollout::{ANSWERS, POLICY, ROLLOUTS, Rollout, RolloutRequest};
@@ -18,17 +18,17 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use tokio::runtime::Runtime;
 
-/// The connection.
+/// The connection to the gateway.
 pub struct GatewayClient {
     runtime: Runtime,
     requests: SendRequest<Full<Bytes>>,
 }
 
 impl GatewayClient {
-    /// Takes the connection. `None` if nobody serves this job.
+    /// Opens the connection. `None` if the job was started without a gateway.
     ///
     /// # Errors
-    /// If it cannot be used.
+    /// If the connection cannot be used.
     pub fn open() -> io::Result<Option<Self>> {
         let output = io::stdout().as_fd().try_clone_to_owned()?;
         let ty = rustix::fs::fstat(&output).map(|found| found.st_mode)?;

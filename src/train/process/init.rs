@@ -1,7 +1,9 @@
-//! What is trained, and what an adapter begins with.
+//! Sets up the trained parameters and their initial values.
 
 use super::run::{JobFailure, failed};
-use crate::gguf::{Gguf, LoraInfo, ModelFacts, Target, check_lora_gguf, peft_to_gguf, score_head};
+use crate::gguf::{
+    Gguf, LoraInfo, ModelFacts, Projection, check_lora_gguf, peft_to_gguf, score_head,
+};
 use crate::job::spec::Lora;
 use crate::job::{Folder, Order};
 use crate::train::model::{Model, SCORE, Training};
@@ -49,13 +51,13 @@ pub(super) fn training(
 /// What an adapter in llama.cpp's form was made with.
 fn lora_of(info: &LoraInfo, seed: u64) -> Result<Lora, String> {
     let target = |name: &String| match name.as_str() {
-        "attn_q" => Ok(Target::Q),
-        "attn_k" => Ok(Target::K),
-        "attn_v" => Ok(Target::V),
-        "attn_output" => Ok(Target::Output),
-        "ffn_gate" => Ok(Target::Gate),
-        "ffn_up" => Ok(Target::Up),
-        "ffn_down" => Ok(Target::Down),
+        "attn_q" => Ok(Projection::Q),
+        "attn_k" => Ok(Projection::K),
+        "attn_v" => Ok(Projection::V),
+        "attn_output" => Ok(Projection::O),
+        "ffn_gate" => Ok(Projection::Gate),
+        "ffn_up" => Ok(Projection::Up),
+        "ffn_down" => Ok(Projection::Down),
         other => Err(format!("it changes `{other}`, which is not trained here")),
     };
     let targets = info.targets.iter().map(target).collect::<Result<_, _>>()?;

@@ -1,10 +1,10 @@
-//! The process of a job: `ingot job FOLDER`.
+//! The job process: `ingot job FOLDER`.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `run.rs` | from the order to the outcome |
-//! | `data.rs`, `init.rs` | the training data, and the weights that training starts from |
-//! | `gateway_client.rs` | the connection to the gateway, which samples completions and asks graders' models |
+//! | `data.rs`, `init.rs` | the training data, and the initial weights |
+//! | `gateway_client.rs` | the connection to the gateway, which samples completions and queries grader models |
 //! | `reporter.rs`, `artifacts.rs` | events while the job runs, files at its end |
 
 mod artifacts;
@@ -27,15 +27,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Behind everybody else in line for a core.
+/// Lowest CPU priority, so that serving comes first.
 const NICE: i32 = 19;
-/// First in line when the system runs out of memory.
+/// Highest OOM score, so that the system kills the job first when memory runs out.
 const OOM_SCORE: &str = "1000";
 
-/// The role.
+/// Entry point of the job process.
 pub fn main(folder: &Path) -> ExitCode {
     tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).with_ansi(false).init();
-    // Neither is vital: a container may forbid them.
+    // Both calls are optional: a container may forbid them.
     let _ = setpriority_process(Some(getpid()), NICE);
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
     let stop = Arc::new(AtomicBool::new(false));
@@ -58,7 +58,7 @@ pub fn main(folder: &Path) -> ExitCode {
     }
 }
 
-/// Sets `stop` at SIGTERM, and when standard input ends.
+/// Sets `stop` at SIGTERM, and when standard input is closed.
 fn listen(stop: &Arc<AtomicBool>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let mut terminate = {

@@ -1,4 +1,4 @@
-//! What a run does, written down.
+//! Writes the events of a run to the event log.
 
 use super::artifacts::facts;
 use super::run::JobFailure;
@@ -9,34 +9,34 @@ use crate::train::recipes::Event;
 use std::fs;
 use std::time::Instant;
 
-/// Steps that are told of one by one; of longer runs, every so many.
+/// Number of steps up to which each step is logged. Longer runs log every n-th step.
 const TOLD: u64 = 5_000;
-/// The pace that the time left is guessed from: how much a step counts.
+/// Weight of the last step in the running mean of the step time, which gives the remaining time.
 const RECENT: f64 = 0.1;
 
-/// Steps without a signal after which a policy's job warns.
+/// Number of successive steps without a reward signal after which a policy's job logs a warning.
 const SILENT_STEPS: u64 = 5;
-/// Names among the metrics of policies.
+/// Metric names of policies.
 const SILENT: &str = "frac_reward_zero_std";
 const LENGTH: &str = "completion_length";
 
-/// Writes down what happens.
+/// Writes the events of a run.
 pub(super) struct Reporter<'a> {
     pub(super) folder: &'a Folder,
     pub(super) order: &'a Order,
     pub(super) model: &'a Model,
     pub(super) training: &'a Training,
     pub(super) log: &'a mut EventLog,
-    /// When the last step ended, and seconds a step.
+    /// End of the last step, and the mean seconds per step.
     pub(super) pace: Option<(Instant, f64)>,
-    /// The last steps, all of them without a signal for a policy.
+    /// Number of successive steps without a reward signal.
     pub(super) silent: u64,
 }
 
 impl Reporter<'_> {
     pub(super) fn tell(&mut self, event: Event) -> Result<(), JobFailure> {
         match event {
-            // It has trained nothing yet.
+            // Nothing has been trained yet.
             Event::Checkpoint { step: 0 } | Event::Resumed { step: 0 } => {}
             Event::Resumed { step } => {
                 self.log.say(Level::Info, format!("Going on after step {step}."))?;
@@ -72,12 +72,12 @@ impl Reporter<'_> {
     fn step(&mut self, step: StepMetrics) -> Result<(), JobFailure> {
         let now = Instant::now();
         if self.pace.is_none() {
-            // What a process before us told of steps that are done again.
+            // Removes the entries of an earlier process about steps that are now repeated.
             *self.log = EventLog::cut(&self.folder.events(), step.step - 1)?;
         }
         let pace = match self.pace {
             Some((last, pace)) => pace + RECENT * ((now - last).as_secs_f64() - pace),
-            // The first one of this process: as long as the step itself took.
+            // The first step of this process: no time has passed besides the step itself.
             None => 0.0,
         };
         let first = self.pace.is_none();
@@ -92,7 +92,7 @@ impl Reporter<'_> {
             message += &format!("reward={reward:.4}, ");
         }
         message += &format!("training loss={:.4}", step.loss);
-        // What people follow beside the loss, where the kind of job measures more than that.
+        // Metrics that users watch besides the loss, for kinds of jobs that have them.
         if let Some(accuracy) = step.accuracy.filter(|_| !step.metrics.is_empty()) {
             message += &format!(", accuracy={accuracy:.3}");
         }
@@ -108,8 +108,8 @@ impl Reporter<'_> {
         Ok(self.log.add(JobEvent::Step(step), message)?)
     }
 
-    /// Warns when a policy is given nothing to learn from: all answers to a prompt are worth the same, for
-    /// every prompt of many steps.
+    /// Warns when a policy has no reward signal: in many successive steps, all completions of each
+    /// prompt had equal rewards.
     fn watch_signal(&mut self, step: &StepMetrics) -> Result<(), JobFailure> {
         let Some(silent) = step.metrics.get(SILENT) else { return Ok(()) };
         self.silent = if *silent >= 1.0 { self.silent + 1 } else { 0 };
@@ -133,8 +133,8 @@ impl Reporter<'_> {
         Ok(self.log.say(Level::Warn, message)?)
     }
 
-    /// The adapter as it is now, for those who want to try it before the end. Those of checkpoints
-    /// that are gone are removed.
+    /// Writes the adapter at a checkpoint, so that users can try it before the job ends. Adapters
+    /// of deleted checkpoints are removed.
     fn checkpoint_adapter(&self, step: u64) -> Result<(), JobFailure> {
         let Training::Lora(lora) = self.training else { return Ok(()) };
         let facts = facts(self.order, Some(step));
@@ -153,7 +153,7 @@ impl Reporter<'_> {
     }
 }
 
-/// Bytes of this process that are in memory.
+/// Resident memory of this process in bytes.
 fn resident() -> u64 {
     let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages: u64 = text.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);

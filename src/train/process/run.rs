@@ -1,4 +1,4 @@
-//! From the order to the outcome.
+//! Runs a job, from its order to its outcome.
 
 use super::data::{self, Data};
 use super::gateway_client::GatewayClient;
@@ -28,14 +28,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A model with its first, random weights.
+/// File of a new model with its initial, random weights.
 const FRESH: &str = "fresh.gguf";
-/// Why a policy cannot be trained.
+/// Error message if a policy's job has no gateway.
 const ALONE: &str = "a job of this kind samples from the served model: give it to a server \
                      (`ingot train SPEC --url URL`)";
-/// How long a process before us may take to leave.
+/// How long to wait for an earlier process of the same job to exit.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Why there is no outcome.
+/// Why a job process ended without an outcome.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     #[error("the disk is full: {0}")]
@@ -46,7 +46,7 @@ pub enum JobError {
     Folder(#[from] io::Error),
 }
 
-/// Why the job failed, or the disk was full.
+/// Why the job failed, or that the disk was full.
 pub(super) enum JobFailure {
     Failed(Failure),
     DiskFull(String),
@@ -61,7 +61,8 @@ pub(super) fn failed(
     JobFailure::Failed(Failure { code: code.into(), message: message.to_string(), param })
 }
 
-/// What the system refused for lack of room, however deep it is wrapped, else a failure.
+/// Classifies an error: `DiskFull` if any error in its source chain is a lack of space, else a
+/// failure with this code.
 pub(super) fn classify(
     code: &str,
     param: Option<&str>,
@@ -98,11 +99,11 @@ classified! {
     crate::gguf::GgufError => "invalid_model",
 }
 
-/// Carries out the order, from the last checkpoint if there is one. `true`: it has an outcome, which
-/// the folder holds; `false`: it was told to stop.
+/// Carries out the order, from the last checkpoint if there is one. `true`: the job has ended and
+/// its folder holds the outcome. `false`: `stop` was set.
 ///
 /// # Errors
-/// [`JobError`]; started again, it goes on from its last checkpoint.
+/// [`JobError`]; when started again, the job resumes from its last checkpoint.
 pub fn run(folder: &Folder, stop: &AtomicBool) -> Result<bool, JobError> {
     let _lock = lock(folder.path())?;
     if folder.outcome()?.is_some() {
@@ -125,7 +126,7 @@ pub fn run(folder: &Folder, stop: &AtomicBool) -> Result<bool, JobError> {
     Ok(true)
 }
 
-/// Takes away what a job that has ended needs no more; the adapters of its checkpoints stay.
+/// Deletes files that a job does not need after its end. The adapters of its checkpoints are kept.
 fn tidy(folder: &Folder) {
     let _ = fs::remove_dir_all(folder.cache());
     let _ = fs::remove_file(folder.path().join(FRESH));
@@ -136,7 +137,7 @@ fn tidy(folder: &Folder) {
     }
 }
 
-/// RolloutBuffer while the file is open.
+/// Locks the folder; the lock is held while the file is open.
 fn lock(folder: &Path) -> Result<File, JobError> {
     let file = File::create(folder.join("lock"))?;
     let start = Instant::now();
@@ -152,7 +153,7 @@ fn lock(folder: &Path) -> Result<File, JobError> {
     }
 }
 
-/// `None` if it was told to stop.
+/// Trains and writes the artifacts. `None` if `stop` was set.
 fn work(
     folder: &Folder,
     order: &Order,
@@ -182,7 +183,8 @@ fn work(
         if let Err(error) = reporter.tell(event)
             && refused.is_none()
         {
-            // The loop knows one way to end: as if it had been told to.
+            // An error in the event callback ends the training loop through `stop`, its only way to
+            // end early.
             stop.store(true, Ordering::Relaxed);
             refused = Some(error);
         }
@@ -276,8 +278,8 @@ fn work(
     Ok(Some((tokens, made)))
 }
 
-/// Every template of a grader can be filled from every item: a key that is missing would make all rewards
-/// of an item 0, and the job would seem to learn.
+/// Checks that every template of a grader can be filled from every item. A missing key would set
+/// all rewards of an item to 0 without an error.
 fn check_items(
     grader: &Grader,
     param: &str,
@@ -298,7 +300,8 @@ fn check_items(
     Ok(())
 }
 
-/// Where the policy's adapter is written at every step: in memory, where that can be had.
+/// The file to which the policy's adapter is written at every step, on a memory file system if
+/// there is one.
 struct AdapterFile(PathBuf);
 
 impl AdapterFile {
@@ -315,7 +318,7 @@ impl Drop for AdapterFile {
     }
 }
 
-/// The model that is trained further; one with random weights is made first.
+/// The model to train. A new model with random weights is written first.
 fn base(folder: &Folder, order: &Order, log: &mut EventLog) -> Result<Arc<Gguf>, JobFailure> {
     if let Some(path) = &order.model {
         return Ok(Arc::new(Gguf::open(path)?));

@@ -8,7 +8,7 @@ use crate::job::{
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A job in a folder of its own: a tiny model, prompts and completions of its bytes.
+/// A job in its own folder: a tiny model, with prompts and completions made of its bytes.
 fn job(folder: &Path, more: &str) -> Folder {
     TinyDecoder::new("llama").write(&folder.join("base.gguf")).unwrap();
     let line = |i: usize| {
@@ -81,7 +81,7 @@ fn an_order_becomes_an_adapter() {
     let head = csv.lines().next().unwrap();
     assert_eq!(head, "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy");
     assert!(job.checkpoint_adapter(12).exists());
-    // Started again, it has nothing to do.
+    // A second run of an ended job does nothing.
     assert!(go(&job));
     assert_eq!(Follower::new(job.events(), 0).read().unwrap(), entries);
 }
@@ -147,7 +147,7 @@ fn an_adapter_is_trained_further() {
             });
             losses.collect::<Vec<_>>()
         };
-        // Hardly a step was made from where the first one ended.
+        // Training resumed from the end of the first run, so the loss has hardly changed.
         let (before, after) = (*last(&first).last().unwrap(), last(&second)[0]);
         assert!((before - after).abs() < 1e-5 * before, "{init}: {before}, {after}");
     }
@@ -196,7 +196,7 @@ fn followers_see_every_line_once() {
     }
     assert_eq!(follower.read().unwrap().len(), 6);
     drop(log);
-    // Half a line, as a crash leaves it.
+    // An incomplete line, as a crash leaves it.
     fs::write(&path, [&fs::read(&path).unwrap()[..], b"{\"seq\": 9"].concat()).unwrap();
     let mut log = EventLog::cut(&path, 2).unwrap();
     assert!(follower.read().unwrap().is_empty());
@@ -208,7 +208,7 @@ fn followers_see_every_line_once() {
     assert_eq!(steps, [1, 2, 3]);
 }
 
-/// Steps of a policy with these rewards, or of pairs.
+/// Steps of a policy with these metrics, or of preference pairs.
 fn entries(steps: u64, metrics: &[(&str, f64)], accuracy: Option<f64>) -> Vec<Entry> {
     let step = |number: u64| StepMetrics {
         last: false,

@@ -1,5 +1,6 @@
-//! Policy gradient: answers are sampled from what is served, graded, and made more or less likely
-//! (GRPO; Shao et al. 2024, arXiv:2402.03300; Yu et al. 2025, DAPO, arXiv:2503.14476).
+//! GRPO (Shao et al. 2024, arXiv:2402.03300; Yu et al. 2025, DAPO, arXiv:2503.14476): completions
+//! are sampled from the served model and graded, and a policy gradient raises or lowers their
+//! probability.
 
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
 use crate::grade::{Context, Grader};
@@ -21,31 +22,31 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-/// How often an engine that fails is asked again, and how long it is waited for, at most, in between.
+/// Number of attempts while the engine fails, and the longest wait between two attempts.
 const TRIES: u32 = 30;
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 
-/// A run.
+/// A GRPO run.
 pub struct GrpoTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
     pub block: &'a spec::Grpo,
     pub train: &'a PreparedPrompts,
-    /// Prompts that are only answered and graded.
+    /// Validation prompts: completions are sampled and graded, but not trained on.
     pub validation: Option<&'a PreparedPrompts>,
     pub checkpoints: &'a Checkpoints,
-    /// `None` keeps the file's order.
+    /// Shuffle seed; `None` keeps the file's order.
     pub shuffle: Option<u64>,
-    /// Of samples.
+    /// Sampling seed.
     pub seed: u64,
     pub client: &'a RefCell<dyn RolloutClient + 'a>,
-    /// Writes the adapter as the engine reads it.
+    /// Writes the adapter in the engine's format (GGUF).
     pub export: &'a dyn Fn(&Path) -> Result<(), TrainError>,
-    /// Where to: in memory, best of all.
+    /// Path that `export` writes to, preferably on a memory file system.
     pub adapter: &'a Path,
 }
 
-/// Sums by name, and what they are divided by.
+/// (sum, count) of each metric, by name.
 type Measured = BTreeMap<String, (f64, f64)>;
 
 fn measure(measured: &mut Measured, name: &str, value: f64) {
@@ -53,45 +54,50 @@ fn measure(measured: &mut Measured, name: &str, value: f64) {
     *found = (found.0 + value, found.1 + 1.0);
 }
 
-/// Answers to one prompt.
+/// The completions of one prompt.
 struct Group {
     prompt: Vec<u32>,
     answers: Vec<Rollout>,
-    /// (answers) NaN where there is none.
+    /// (completions) NaN for completions without a reward.
     rewards: Vec<f64>,
 }
 
-/// One answer, graded.
+/// One graded completion.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct ScoredCompletion {
     prompt: Vec<u32>,
     tokens: Vec<u32>,
-    /// The engine's, of each token.
+    /// (tokens) the engine's log-probabilities.
     sampled: Vec<f64>,
     advantage: f64,
-    /// The trainer's as it was when the first update began; `None` until then.
+    /// (tokens) the trainer's log-probabilities before the first update; `None` until they are
+    /// computed.
     old: Option<Vec<f64>>,
-    /// Of the model as the job began, where they are wanted.
+    /// (tokens) log-probabilities by the reference model, the model at the start of the job; `None`
+    /// if not needed.
     reference: Option<Vec<f64>>,
 }
 
-/// What was sampled for a step, and what is left to do with it: a part of the checkpoint.
+/// The completions sampled for a batch of prompts, and the state of their updates. The buffer is
+/// stored in checkpoints.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct RolloutBuffer {
     answers: Vec<ScoredCompletion>,
-    /// Tokens of answers that are not among them, for nothing is to be learned from them.
+    /// Number of tokens of completions that are not stored because their gradient is zero (all
+    /// rewards of their group are equal), and the number of these completions.
     silent_tokens: f64,
     silent_answers: f64,
-    /// Updates that they are still good for.
+    /// Remaining optimizer steps on this buffer.
     updates: u64,
     measured: Measured,
 }
 
 impl GrpoTrainer<'_> {
-    /// Trains from the newest checkpoint to the end, or until told to stop. `model` is as it began.
+    /// Trains from the newest checkpoint to the last step, or until `stop` is set. `model` holds
+    /// the initial weights.
     ///
     /// # Errors
-    /// [`TrainError`]; the last checkpoint stays.
+    /// [`TrainError`]; the last checkpoint is kept.
     pub fn run(
         &self,
         stop: &AtomicBool,
@@ -105,7 +111,7 @@ impl GrpoTrainer<'_> {
         run.run(&mut Steps { run: self, order, began, held }, stop, &mut event)
     }
 
-    /// Answers to train on.
+    /// Samples completions to train on.
     fn sample(&self, prompts: &[usize], cursor: &Cursor) -> Result<RolloutBuffer, TrainError> {
         let first = (cursor.epoch << 32) + cursor.taken;
         let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
@@ -119,7 +125,8 @@ impl GrpoTrainer<'_> {
         Ok(held)
     }
 
-    /// What the answers to held-out prompts are worth: always by the same draws.
+    /// Mean rewards of completions of the validation prompts. The same random seeds are used each
+    /// time.
     fn examine(&self) -> Result<Option<Metrics>, TrainError> {
         let Some(held_out) = self.validation else { return Ok(None) };
         let mut measured = Measured::new();
@@ -133,7 +140,8 @@ impl GrpoTrainer<'_> {
         Ok(Some(measured.into_iter().map(mean).collect()))
     }
 
-    /// Samples answers to some prompts by the adapter that was exported last, and grades them.
+    /// Samples completions of some prompts with the adapter that was exported last, and grades
+    /// them.
     fn groups(
         &self,
         from: &PreparedPrompts,
@@ -153,7 +161,7 @@ impl GrpoTrainer<'_> {
             temperature: block.temperature as f32,
         };
         let started = Instant::now();
-        // An engine that was started again has lost the adapter.
+        // An engine that was restarted has lost the adapter.
         let sampled = self.patiently(|client| {
             client.load_policy(self.adapter)?;
             client.generate(&asked)
@@ -179,7 +187,7 @@ impl GrpoTrainer<'_> {
         Ok(prompts.iter().zip(sampled).map(group).collect())
     }
 
-    /// (samples) what each is worth; NaN if nobody could say.
+    /// (completions) rewards; NaN for a completion that could not be graded.
     fn grade(
         &self,
         grader: &Grader,
@@ -198,7 +206,7 @@ impl GrpoTrainer<'_> {
             left = others;
             let graded = grader.grade(context, own);
             measure(measured, "grader_errors", f64::from(u8::from(graded.errors.any())));
-            // A judge's failure says nothing of the answer.
+            // A failure of the grader model says nothing about the completion.
             let errors = &graded.errors;
             let lost = errors.model_grader_server_error
                 || errors.model_grader_refusal_error
@@ -216,7 +224,7 @@ impl GrpoTrainer<'_> {
         Ok(rewards)
     }
 
-    /// Asks until there is an answer: an engine that dies is started again.
+    /// Repeats a request until it succeeds: a dead engine is restarted.
     fn patiently<T>(
         &self,
         mut ask: impl FnMut(&mut dyn RolloutClient) -> Result<T, RolloutError>,
@@ -238,7 +246,7 @@ impl GrpoTrainer<'_> {
 }
 
 impl RolloutBuffer {
-    /// Takes the answers to one prompt; those from which nothing is to be learned are only counted.
+    /// Adds the completions of one prompt. Completions whose gradient is zero are only counted.
     fn take_group(&mut self, group: Group, block: &spec::Grpo) {
         let Group { prompt, answers, rewards } = group;
         let advantages = advantages(&rewards);
@@ -270,7 +278,7 @@ impl RolloutBuffer {
     }
 }
 
-/// With n − 1, of those that there are.
+/// Standard deviation of the rewards that are not NaN, with n − 1.
 fn deviation(rewards: &[f64]) -> f64 {
     let rewards: Vec<f64> = rewards.iter().copied().filter(|reward| !reward.is_nan()).collect();
     let count = rewards.len() as f64;
@@ -279,7 +287,7 @@ fn deviation(rewards: &[f64]) -> f64 {
     (squares / (count - 1.0).max(1.0)).sqrt()
 }
 
-/// Numbers of their own for every prompt of a run (Steele et al. 2014, SplitMix64).
+/// A separate random number for every prompt of a run (Steele et al. 2014, SplitMix64).
 fn mixed(seed: u64, at: u64) -> u64 {
     let mut z = seed.wrapping_add(at.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -287,17 +295,17 @@ fn mixed(seed: u64, at: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Answers step by step.
+/// The batches of completions, one per optimizer step.
 struct Steps<'a, 'b> {
     run: &'a GrpoTrainer<'b>,
     order: Order,
-    /// (parameters) as the job began.
+    /// (parameters) the initial values: the reference model.
     began: Vec<Tensor>,
     held: Rc<RefCell<RolloutBuffer>>,
 }
 
 impl Steps<'_, '_> {
-    /// What the model as it began says of the answers.
+    /// Computes the reference model's log-probabilities of the completions.
     fn compute_reference(&self, rows: &[Row]) -> Result<(), TrainError> {
         let params = self.run.model.params();
         let now: Vec<Tensor> =
@@ -321,7 +329,7 @@ impl Steps<'_, '_> {
         found
     }
 
-    /// The held answers in rows of tokens.
+    /// The buffered completions, packed into rows of tokens.
     fn rows(&self) -> Vec<Row> {
         let (held, settings) = (self.held.borrow(), self.run.settings);
         let encoded: Vec<Encoded> = held
@@ -380,7 +388,7 @@ impl BatchSource for Steps<'_, '_> {
         Ok(rows)
     }
 
-    /// What is not computed counts all the same.
+    /// Completions with a zero gradient are not computed, but they count in the loss's divisor.
     fn extra_losses(&self) -> LossSums {
         let held = self.held.borrow();
         let weight = match self.run.block.loss {
@@ -415,7 +423,7 @@ impl BatchSource for Steps<'_, '_> {
     }
 }
 
-/// Answers that are computed at once.
+/// Completions that are computed in one pass.
 struct Row {
     batch: Batch,
     wanted: Wanted,
@@ -423,15 +431,15 @@ struct Row {
     held: Rc<RefCell<RolloutBuffer>>,
 }
 
-/// What is made of a row's outputs.
+/// The loss of a row, as a function of the model's outputs.
 struct Loss {
-    /// Which, and which of the rows that count are theirs.
+    /// Index of each completion, and its range among the rows with a weight other than 0.
     answers: Vec<(usize, Range<usize>)>,
     objective: spec::GrpoLoss,
 }
 
 impl Loss {
-    /// The loss, its slopes, and what was measured.
+    /// The loss, its gradient with respect to the outputs, and the metrics.
     fn of(&self, held: &RolloutBuffer, outputs: &Outputs) -> (LossSums, OutputGrads) {
         let mut sums = LossSums::default();
         let mut slopes =
@@ -488,7 +496,7 @@ impl MicroBatch for Row {
         let (sums, log_probs) = found;
         let mut held = self.held.borrow_mut();
         for (answer, range) in &self.loss.answers {
-            // The ratio of a later update is that to the policy before the first.
+            // The ratio of later updates is taken to the policy before the first update.
             held.answers[*answer].old.get_or_insert_with(|| log_probs[range.clone()].into());
         }
         Ok(sums)

@@ -1,13 +1,13 @@
-//! What jobs do.
+//! Training recipes, one for each kind of job.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `run.rs` | the loop that they share |
+//! | `run.rs` | the training loop shared by all recipes |
 //! | `sft.rs` | supervised fine-tuning |
 //! | `pretrain.rs` | pretraining |
 //! | `preference.rs` | DPO and reward models |
 //! | `grpo.rs` | GRPO |
-//! | `sample.rs` | text on the way |
+//! | `sample.rs` | sample text during pretraining |
 
 mod grpo;
 mod preference;

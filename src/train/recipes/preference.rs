@@ -1,5 +1,5 @@
-//! What is made of pairs of answers: a policy that prefers the better ones (DPO), or a model that says
-//! which they are (a reward model).
+//! Training on preference pairs: a policy that prefers the chosen completions (DPO), or a reward
+//! model that scores them higher than the rejected ones.
 
 use super::run::{
     BatchSource, Each, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError,
@@ -19,17 +19,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How often it is told how far the reference is.
+/// Interval of progress messages while reference log-probabilities are computed.
 const TOLD: Duration = Duration::from_secs(10);
 
-/// What is made of pairs.
+/// The training objective.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Objective {
     Dpo(Dpo),
     Reward(Reward),
 }
 
-/// A run.
+/// A training run on preference pairs.
 pub struct PreferenceTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
@@ -37,20 +37,21 @@ pub struct PreferenceTrainer<'a> {
     pub train: &'a PreparedPairs,
     pub validation: Option<&'a PreparedPairs>,
     pub checkpoints: &'a Checkpoints,
-    /// `None` keeps the file's order.
+    /// Shuffle seed; `None` keeps the file's order.
     pub shuffle: Option<u64>,
-    /// Where the reference's log-probabilities are kept: those of the model as it began.
+    /// File of the reference log-probabilities, those of the initial model.
     pub reference: &'a Path,
 }
 
-/// By pair, the chosen answer's first.
+/// Reference log-probabilities (chosen, rejected) by pair number.
 type Reference = BTreeMap<usize, [f64; 2]>;
 
 impl PreferenceTrainer<'_> {
-    /// Trains from the newest checkpoint to the end, or until told to stop. `model` is as it began.
+    /// Trains from the newest checkpoint to the last step, or until `stop` is set. `model` holds
+    /// the initial weights.
     ///
     /// # Errors
-    /// [`TrainError`]; the last checkpoint stays.
+    /// [`TrainError`]; the last checkpoint is kept.
     pub fn run(
         &self,
         stop: &AtomicBool,
@@ -64,8 +65,9 @@ impl PreferenceTrainer<'_> {
         run.run(&mut Examples { run: self, order, references }, stop, &mut event)
     }
 
-    /// What the model as it began says of the answers that will be seen, of the training pairs and of
-    /// the others; from the file, if a process before us wrote it. `None` if told to stop.
+    /// The reference log-probabilities of the training pairs that the run will see and of the
+    /// validation pairs. They are read from the file if an earlier process wrote it. `None` if
+    /// `stop` was set.
     fn references(
         &self,
         stop: &AtomicBool,
@@ -114,7 +116,7 @@ impl PreferenceTrainer<'_> {
         Ok(Some(found))
     }
 
-    /// Training pairs that will be seen.
+    /// Numbers of the training pairs that the run will see.
     fn seen(&self) -> BTreeSet<usize> {
         let all = self.train.len();
         let seen = StepCount::new(all, self.settings).seen().min(all as u64);
@@ -124,7 +126,7 @@ impl PreferenceTrainer<'_> {
             .collect()
     }
 
-    /// Pairs in rows of tokens, both answers of one in the same.
+    /// Pairs packed into rows of tokens; both completions of a pair are in the same row.
     fn rows(
         &self,
         data: &PreparedPairs,
@@ -176,7 +178,7 @@ impl PreferenceTrainer<'_> {
     }
 }
 
-/// Answers of which only the last token counts.
+/// A batch of completions in which only the last token of each has a weight other than 0.
 fn ends<'a>(answers: impl IntoIterator<Item = &'a Encoded>) -> Batch {
     let batch = Batch::of(answers);
     let mut weights = vec![0.0; batch.tokens.len()];
@@ -189,14 +191,14 @@ fn sum(outputs: &Outputs, rows: Range<usize>) -> f64 {
     outputs.log_probs[rows].iter().sum()
 }
 
-/// Pairs that are computed at once.
+/// Pairs that are computed in one pass.
 struct Row {
     batch: Batch,
     pairs: Vec<Placed>,
     objective: Objective,
 }
 
-/// A pair, and which of the rows that count are its answers'.
+/// A pair, and the ranges of its completions among the rows with a weight other than 0.
 struct Placed {
     number: usize,
     facts: PairFacts,
@@ -212,7 +214,7 @@ impl Row {
         }
     }
 
-    /// The loss, and its slopes.
+    /// The loss, and its gradient with respect to the outputs.
     fn loss(&self, outputs: &Outputs) -> (LossSums, OutputGrads) {
         let mut sums = LossSums { weight: self.pairs.len() as f64, ..LossSums::default() };
         let mut slopes = OutputGrads {
@@ -279,7 +281,7 @@ impl MicroBatch for Row {
     }
 }
 
-/// The batches of preference pairs, one a step.
+/// The batches of preference pairs, one per step.
 struct Examples<'a> {
     run: &'a PreferenceTrainer<'a>,
     order: Order,

@@ -1,4 +1,5 @@
-//! Preference pairs: what is known beforehand, and what has to be learned.
+//! Tests of preference training: losses that are known beforehand, and preferences that must be
+//! learned.
 
 use super::{Event, Objective, Outcome, PreferenceTrainer};
 use crate::gguf::Gguf;
@@ -41,7 +42,7 @@ fn model(folder: &Path, scored: bool) -> Model {
     model.with_score(head).unwrap()
 }
 
-/// The answer with an `a` is the better one.
+/// The completion with an `a` is the chosen one.
 fn data(folder: &Path, name: &str, from: usize, count: usize) -> PreparedPairs {
     let line = |i: usize| {
         let (one, other) = (i % 7, i * 5 % 11);
@@ -55,7 +56,7 @@ fn data(folder: &Path, name: &str, from: usize, count: usize) -> PreparedPairs {
     prepare_pairs(&source, &encoder(), 64, &folder.join(format!("{name}.cache"))).unwrap().0
 }
 
-/// A byte is a token, of the few that the model has.
+/// A tokenizer with one token per byte, for the small vocabulary of the model.
 struct Letters(Vocab);
 
 impl Tokenizer for Letters {
@@ -81,7 +82,7 @@ struct Ran {
     params: Vec<Vec<f32>>,
 }
 
-/// A run that is interrupted after each of some steps.
+/// Runs training, interrupted after each of the steps in `stops`.
 fn run(folder: &Path, objective: Objective, settings: &Resolved, stops: &[u64]) -> Ran {
     let scored = matches!(objective, Objective::Reward(_));
     let (train, held_out) = (data(folder, "train", 0, 40), data(folder, "held", 100, 16));

@@ -1,4 +1,5 @@
-//! Pretraining: predict the next token of any text, with all weights. From nothing, or further.
+//! Pretraining: next-token prediction on plain text with all weights, starting from random weights
+//! or from an existing model.
 
 use super::run::{BatchSource, Each, Event, Outcome, Run, StepCount, TrainError};
 use super::sample::sample;
@@ -14,28 +15,29 @@ use crate::train::tokenizer_training::Vocabulary;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-/// Tokens that a sample begins with if nobody says otherwise.
+/// Number of tokens of the default prompt of samples.
 const PROMPT: usize = 8;
 
-/// A run. The model was loaded with [`Training::Full`](crate::train::model::Training::Full).
+/// A pretraining run. The model is loaded with
+/// [`Training::Full`](crate::train::model::Training::Full).
 pub struct Pretrain<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
     pub train: &'a Stream,
     pub validation: Option<&'a Stream>,
     pub checkpoints: &'a Checkpoints,
-    /// That of the model.
+    /// The model's tokenizer.
     pub tokenizer: &'a dyn Tokenizer,
-    /// Of samples.
+    /// Sampling seed.
     pub seed: u64,
-    /// The seed of the windows' order; `None` takes them as they come.
+    /// Seed of the shuffled order of the windows; `None` keeps their order in the text.
     pub shuffle: Option<u64>,
-    /// What samples begin with; else the first words of the validation or training data.
+    /// Beginning of the samples; by default the first words of the validation or training data.
     pub prompt: Option<&'a str>,
 }
 
-/// Writes the model that a job begins with to `path`: the tokenizer trained on `data`, or taken from
-/// `parent`, and random weights. Does nothing if the file is there already: it appears whole.
+/// Writes the initial model to `path`: a tokenizer trained on `data`, or the one of `parent`, and
+/// random weights. The file is written atomically. If it exists already, nothing is done.
 ///
 /// # Errors
 /// [`TrainError`].
@@ -63,10 +65,10 @@ pub fn init_pretrain(
 }
 
 impl Pretrain<'_> {
-    /// Trains from the newest checkpoint to the end, or until told to stop.
+    /// Trains from the newest checkpoint to the last step, or until `stop` is set.
     ///
     /// # Errors
-    /// [`TrainError`]; the last checkpoint stays.
+    /// [`TrainError`]; the last checkpoint is kept.
     pub fn run(
         &self,
         stop: &AtomicBool,
@@ -78,7 +80,7 @@ impl Pretrain<'_> {
     /// The loss over all validation text, and bits per byte.
     ///
     /// # Errors
-    /// If it cannot be read.
+    /// If the validation text cannot be read.
     pub fn evaluate(&self, step: u64) -> Result<Option<Validation>, TrainError> {
         self.loops().evaluate(&self.source(), step)
     }
@@ -96,7 +98,7 @@ impl Pretrain<'_> {
         Text { run: self, windows: self.windows(self.train) }
     }
 
-    /// Tokens that samples begin with.
+    /// The prompt of samples, as tokens.
     fn prompt(&self) -> Result<Vec<u32>, TrainError> {
         let given = self.prompt.map(|prompt| self.tokenizer.encode(prompt, true, true));
         if let Some(given) = given.filter(|given| !given.is_empty()) {
@@ -107,7 +109,7 @@ impl Pretrain<'_> {
     }
 }
 
-/// Windows of a stream of text.
+/// Windows of a stream of tokens, as batches.
 struct Text<'a> {
     run: &'a Pretrain<'a>,
     windows: Windows<'a>,

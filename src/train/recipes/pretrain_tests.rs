@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tempfile::TempDir;
 
-/// Lines of five letters out of eight, said twice.
+/// Lines of five letters out of eight, each written twice.
 fn twice(lines: u32) -> String {
     let mut state = 1u32;
     let mut letter = || {
@@ -26,7 +26,7 @@ fn twice(lines: u32) -> String {
     (0..lines).map(|_| line()).collect()
 }
 
-/// A job's folder: data, the model that it begins with, and streams.
+/// The folder of a test job: data, the initial model, and the token streams.
 struct Job {
     folder: TempDir,
     spec: Spec,
@@ -98,9 +98,9 @@ const BLOCK: &str = r#""width": 64, "layers": 2, "heads": 2, "context": 44, "hel
 
 #[test]
 fn what_was_said_before_is_learned() {
-    // Of eleven letters five are new: ln 8 each, 0.945 nats a letter, and some more where a window
-    // begins in the middle of a line. Who does not look back, or not to the right place, has ten:
-    // 1.89.
+    // Of eleven letters, five are random: ln 8 each, which is 0.945 nats per letter, and somewhat
+    // more because windows begin in the middle of a line. A model that does not attend to the first
+    // copy of the line has ten random letters: 1.89 nats per letter.
     let train = r#""max_steps": 200, "batch_size": 16, "learning_rate": 0.003, "eval_every": 100,
         "checkpoint_every": 200"#;
     let job = job(&twice(20_000), BLOCK, train, None);
@@ -118,21 +118,21 @@ fn what_was_said_before_is_learned() {
     assert!(evaluated[1].loss.unwrap() < 1.4, "{evaluated:?}");
     let of_the_kind = |text: &str| text.chars().all(|c| matches!(c, 'a'..='h' | '\n'));
     assert!(samples[1].len() > 90 && of_the_kind(&samples[1]), "{samples:?}");
-    // Bytes are tokens, but for the one that ends the text.
+    // Each token is one byte, except for the end-of-text token.
     let bits = evaluated[1].loss.unwrap() / std::f64::consts::LN_2;
     let targets = (job.validation.len() - 1) as f64;
     let expected = bits * targets / (targets - 1.0);
     let found = evaluated[1].bits_per_byte.unwrap();
     assert!((found - expected).abs() < 1e-9, "{found}, {expected}");
 
-    // What is written is what was trained, and goes on from there.
+    // The exported model equals the trained one, and training can continue from it.
     let path = job.path("model.gguf");
     model_gguf(&model, None, &job.file, TensorType::F32, &[], &path).unwrap();
     let train = r#""max_steps": 1, "max_length": 44, "learning_rate": 1e-5"#;
     let again = self::job(&twice(20_000), r#""held_out": 0.01"#, train, Some(&path));
     let model = again.model();
     let begun = again.with(&model, "runs", |pretrain| pretrain.evaluate(0)).unwrap().unwrap();
-    // But for the order of the sum.
+    // Equal except for the order of summation.
     assert!((begun.loss.unwrap() - evaluated[1].loss.unwrap()).abs() < 1e-6, "{begun:?}");
     let mut losses = Vec::new();
     let outcome = again.with(&model, "runs", |pretrain| {
@@ -148,7 +148,7 @@ fn what_was_said_before_is_learned() {
 
 #[test]
 fn an_interrupted_pretraining_ends_with_the_same_bits() {
-    // Documents of a few tokens, three epochs, a last batch that is not full, both optimizers.
+    // Documents of a few tokens, three epochs, an incomplete last batch, both optimizers.
     let line = |i: u32| format!("{{\"text\": \"{} and {}\"}}\n", i * 7919 % 1000, i % 13);
     let text: String = (0..160).map(line).collect();
     for optimizer in ["adamw", "muon"] {
@@ -162,7 +162,7 @@ fn an_interrupted_pretraining_ends_with_the_same_bits() {
         let run = |folder: &str, stops: &[u64]| {
             let (mut stops, mut losses) = (stops.iter().copied(), Vec::new());
             loop {
-                // As a new process would.
+                // Loads everything again, as a new process does.
                 let (model, at) = (job.model(), stops.next());
                 let stop = AtomicBool::new(false);
                 let outcome = job.with(&model, folder, |pretrain| {

@@ -1,4 +1,4 @@
-//! Text of a model in training, so that people see what it has learned.
+//! Sampling of text from a model in training, which shows users what the model has learned.
 
 use super::run::TrainError;
 use crate::tokenizer::Vocab;
@@ -7,20 +7,20 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use sha2::{Digest, Sha256};
 
-/// Tokens of a sample: few of a large model, for each is computed from the first on.
+/// Tokens of a sample, for large and for small models. Each token is computed with the whole
+/// sequence again, without a KV cache.
 const TOKENS: [usize; 2] = [32, 100];
-/// Weights of a model times tokens of its sample, about.
+/// Limit of the model's weights times the tokens of its sample, approximately.
 const WORK: usize = 2_000_000_000;
-/// Bytes of a sample's beginning and of what follows, at most.
+/// Maximum number of bytes of the prompt, and of the generated text.
 const BYTES: usize = 4096;
-/// Below 1, for a model of few steps wanders.
+/// Below 1, because a model after few steps generates incoherent text.
 const TEMPERATURE: f64 = 0.8;
 
-/// A text that begins with `prompt`, whose tokens come first, and goes on as the model has it. The
-/// same seed, step and weights give the same text.
+/// Generates a text that begins with `prompt`. The same seed, step and weights give the same text.
 ///
 /// # Errors
-/// If memory gives out.
+/// If memory cannot be allocated.
 pub fn sample(
     model: &Model,
     vocab: &Vocab,
@@ -49,7 +49,7 @@ pub fn sample(
     Ok(String::from_utf8_lossy(&bytes[..bytes.len().min(BYTES)]).into_owned())
 }
 
-/// The token at `at`, from 0 to 1, of the distribution.
+/// The token at quantile `at`, from 0 to 1, of the distribution.
 fn draw(logits: &[f32], at: f64) -> u32 {
     let most = logits.iter().fold(f32::NEG_INFINITY, |most, x| most.max(*x));
     let weights: Vec<f64> =
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn tokens_are_drawn_as_likely_as_they_are() {
-        // At this temperature one token is e^(1/0.8) times as likely as the other.
+        // At this temperature the second token is e^(1/0.8) times as likely as the first.
         let share = 1.0 / (1.0 + (1.0f64 / TEMPERATURE).exp());
         let low = (0..1000).filter(|i| draw(&[0.0, 1.0], f64::from(*i) / 1000.0) == 0).count();
         assert!((low as f64 / 1000.0 - share).abs() < 2e-3, "{low}");

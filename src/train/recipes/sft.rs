@@ -1,4 +1,4 @@
-//! Supervised fine-tuning: predict the answers of examples, with LoRA or with all weights.
+//! Supervised fine-tuning: predicts the completions of examples, with LoRA or with all weights.
 
 use super::run::{BatchSource, Each, Event, Outcome, Run, StepCount, TrainError};
 use crate::job::Validation;
@@ -8,22 +8,22 @@ use crate::train::data::{Cursor, Encoded, Order, Prepared, Row, pack};
 use crate::train::model::{Batch, Model};
 use std::sync::atomic::AtomicBool;
 
-/// A run.
+/// A supervised fine-tuning run.
 pub struct Sft<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
     pub train: &'a Prepared,
     pub validation: Option<&'a Prepared>,
     pub checkpoints: &'a Checkpoints,
-    /// `None` keeps the file's order.
+    /// Shuffle seed; `None` keeps the file's order.
     pub shuffle: Option<u64>,
 }
 
 impl Sft<'_> {
-    /// Trains from the newest checkpoint to the end, or until told to stop.
+    /// Trains from the newest checkpoint to the last step, or until `stop` is set.
     ///
     /// # Errors
-    /// [`TrainError`]; the last checkpoint stays.
+    /// [`TrainError`]; the last checkpoint is kept.
     pub fn run(
         &self,
         stop: &AtomicBool,
@@ -35,7 +35,7 @@ impl Sft<'_> {
     /// The loss over all validation examples.
     ///
     /// # Errors
-    /// If they cannot be read.
+    /// If the examples cannot be read.
     pub fn evaluate(&self, step: u64) -> Result<Option<Validation>, TrainError> {
         self.loops().evaluate(&self.source(), step)
     }
@@ -49,14 +49,14 @@ impl Sft<'_> {
     }
 }
 
-/// Examples, packed into rows step by step.
+/// The examples of each step, packed into rows.
 struct Examples<'a> {
     sft: &'a Sft<'a>,
     order: Order,
 }
 
 impl Examples<'_> {
-    /// Rows of packed examples, as many as are computed at once.
+    /// Packs examples into rows and groups the rows into micro-batches.
     fn read(&self, data: &Prepared, examples: &[usize]) -> Result<Vec<Batch>, TrainError> {
         let settings = self.sft.settings;
         let examples: Vec<Encoded> =

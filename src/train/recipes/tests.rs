@@ -1,7 +1,7 @@
 use super::run::{BatchSource, LossSums, Run, StepCount};
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
-use crate::gguf::{Gguf, Target};
+use crate::gguf::{Gguf, Projection};
 use crate::job::spec::{Lora, Resolved, Spec};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Prepared, prepare_tokens};
@@ -30,7 +30,7 @@ fn tiny(folder: &Path) -> Arc<Gguf> {
 }
 
 fn lora() -> Training {
-    let targets = vec![Target::Q, Target::V, Target::Down];
+    let targets = vec![Projection::Q, Projection::V, Projection::Down];
     Training::Lora(Lora {
         rank: 4,
         alpha: 8.0,
@@ -108,7 +108,7 @@ fn an_interrupted_run_ends_with_the_same_bits() {
             let settings = settings(r#", "epochs": 2"#);
             let mut stops = stops.iter().copied();
             loop {
-                // As a new process would.
+                // Loads everything again, as a new process does.
                 let model = Model::load(file.clone(), &training, 64, &Device::Cpu).unwrap();
                 let sft = Sft {
                     model: &model,
@@ -174,7 +174,8 @@ fn gradients_that_are_no_numbers_end_the_run() {
         checkpoints: &checkpoints,
         shuffle: None,
     };
-    // A norm so small and matrices so large that what comes out is as ever; its slope overflows.
+    // The norm is so small and the matrices are so large that the output is ordinary, but the
+    // gradient of the norm overflows.
     for (name, by) in [("attn_norm", 1e-42), ("attn_v", 1e22), ("attn_output", 1e20)] {
         let name = format!("blk.0.{name}.weight");
         let var = &model.params().iter().find(|param| param.name == name).unwrap().var;
@@ -192,7 +193,7 @@ fn time_ends_a_run_over_interruptions_too() {
     let (train, validation) = (data(folder.path(), "t", 40), data(folder.path(), "v", 8));
     let runs = tempfile::tempdir().unwrap();
     let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
-    // 0.6 seconds.
+    // A limit of 0.6 seconds.
     let settings = settings(r#", "epochs": 10000, "max_minutes": 0.01, "checkpoint_every": 1"#);
     let started = std::time::Instant::now();
     let mut events = Vec::new();
@@ -235,8 +236,8 @@ fn time_ends_a_run_over_interruptions_too() {
     assert_eq!(again.len(), 1, "the time is up: {again:?}");
 }
 
-/// Steps of which every second one has nothing to compute, as those of a policy whose answers were all
-/// cut.
+/// Steps of which every second one has nothing to compute, as when all completions of a policy's
+/// batch were truncated.
 struct Gaps {
     batch: Batch,
     step: u64,

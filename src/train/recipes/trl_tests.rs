@@ -1,4 +1,4 @@
-//! Preference pairs as TRL's own trainers take them: `tests/train/trl.json`, made by
+//! Preference training compared with TRL's trainers: `tests/train/trl.json`, written by
 //! `scripts/trl_reference.py`.
 
 use super::{Event, Objective, PreferenceTrainer};
@@ -34,7 +34,7 @@ struct Case {
     last: BTreeMap<String, Numbers>,
 }
 
-/// A character is a token, which is its number from here on.
+/// A tokenizer with one token per character; the token id is the code point minus this number.
 const FIRST: u32 = 0x4E00;
 
 struct Characters(Vocab);
@@ -49,7 +49,7 @@ impl Tokenizer for Characters {
     }
 }
 
-/// The pairs of twenty steps, two each.
+/// The pairs of twenty steps, two pairs per step.
 fn pairs(folder: &Path, vocab: u32) -> PreparedPairs {
     let mut lines = Vec::new();
     for step in 0..20 {

@@ -1,24 +1,24 @@
 //! LoRA adapters for the native runner, read from llama.cpp's LoRA GGUF.
 
 use super::super::{AdapterHandle, AdapterLoader, RunnerError};
-use crate::gguf::{Covered, Gguf, TARGETS, Target, rows_of};
+use crate::gguf::{Gguf, ModelConfig, PROJECTIONS, Projection, rows_of};
 use crate::kernels::LoraPair;
 use std::ops::Range;
 use std::path::Path;
 
 /// An adapter in the layout of the kernels.
 pub struct Adapter {
-    layers: Vec<[Option<LoraPair>; TARGETS]>,
+    layers: Vec<[Option<LoraPair>; PROJECTIONS]>,
     /// LoRA of the output matrix.
     pub head: Option<LoraPair>,
 }
 
 impl Adapter {
-    pub fn pair(&self, layer: usize, target: Target) -> Option<&LoraPair> {
+    pub fn pair(&self, layer: usize, target: Projection) -> Option<&LoraPair> {
         self.layers[layer][target as usize].as_ref()
     }
 
-    fn read(path: &Path, scale: f32, shape: &Covered) -> Result<Self, String> {
+    fn read(path: &Path, scale: f32, shape: &ModelConfig) -> Result<Self, String> {
         let file = Gguf::open(path).map_err(|error| error.to_string())?;
         let alpha = file.f32("adapter.lora.alpha").map_err(|error| error.to_string())?;
         let mut layers = Vec::new();
@@ -33,7 +33,12 @@ impl Adapter {
     }
 
     /// Installs the LoRA of the tensor `base`; splits it if the tensor holds several matrices.
-    fn install(&mut self, base: &str, factors: &Factors, shape: &Covered) -> Result<(), String> {
+    fn install(
+        &mut self,
+        base: &str,
+        factors: &Factors,
+        shape: &ModelConfig,
+    ) -> Result<(), String> {
         let refused = || format!("the native runner cannot adapt `{base}`");
         if base == "output.weight" {
             self.head = Some(factors.pair(base, 0..shape.vocab, shape.vocab, shape.width)?);
@@ -99,11 +104,11 @@ impl Factors {
 
 /// Reads adapter files on a thread beside the step loop.
 pub struct Loader {
-    shape: Covered,
+    shape: ModelConfig,
 }
 
 impl Loader {
-    pub fn new(shape: &Covered) -> Self {
+    pub fn new(shape: &ModelConfig) -> Self {
         Self { shape: shape.clone() }
     }
 }

@@ -6,7 +6,7 @@
 use super::super::Ran;
 use super::adapter::Adapter;
 use super::weights::{Layer, Weights};
-use crate::gguf::Target;
+use crate::gguf::Projection;
 use crate::ipc::Token;
 use crate::kernels::attention::Plan;
 use crate::kernels::ops::{self, Activations, Gates, Heads, Product, Span};
@@ -26,7 +26,7 @@ pub struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// The LoRA pair of each adapted row range for one matrix, where its adapter has one.
-    fn pairs(&self, layer: usize, target: Target) -> Adapted<'a> {
+    fn pairs(&self, layer: usize, target: Projection) -> Adapted<'a> {
         let pair = |(rows, adapter): &(Range<usize>, &'a Adapter)| {
             Some((rows.clone(), adapter.pair(layer, target)?))
         };
@@ -115,17 +115,17 @@ impl Forward {
         let following = weights.layers.get(number + 1).map_or(&weights.head, |next| &next.q);
         ops::norm(pool, &self.x, &layer.attention_norm, shape.epsilon, &mut self.normed);
         self.project(pool, layer, number, rows);
-        pool.ahead(layer.output.bytes());
+        pool.prefetch_next(layer.output.bytes());
         self.rotate(pool, weights, layer, rows.spans, cache, number);
         let (q, attended) = (&self.q, &mut self.attended);
         ops::attend(pool, q, plan, cache, number, attended, &mut self.kept);
-        pool.ahead(layer.gate.bytes());
-        self.add(pool, weights, number, rows, Target::Output);
+        pool.prefetch_next(layer.gate.bytes());
+        self.add(pool, weights, number, rows, Projection::O);
         ops::norm(pool, &self.x, &layer.ff_norm, shape.epsilon, &mut self.normed);
-        pool.ahead(layer.down.bytes());
+        pool.prefetch_next(layer.down.bytes());
         self.feed_forward(pool, weights, number, rows);
-        pool.ahead(following.bytes());
-        self.add(pool, weights, number, rows, Target::Down);
+        pool.prefetch_next(following.bytes());
+        self.add(pool, weights, number, rows, Projection::Down);
     }
 
     /// (vocabulary) logits of the `index`-th wanted row.
@@ -170,9 +170,9 @@ impl Forward {
         let adapted = |target| rows.pairs(number, target);
         let (q, k, v) = (&mut self.q, &mut self.k, &mut self.v);
         let mut parts = [
-            Product { matrix: &layer.q, bias: bias(0), adapted: adapted(Target::Q), out: q },
-            Product { matrix: &layer.k, bias: bias(1), adapted: adapted(Target::K), out: k },
-            Product { matrix: &layer.v, bias: bias(2), adapted: adapted(Target::V), out: v },
+            Product { matrix: &layer.q, bias: bias(0), adapted: adapted(Projection::Q), out: q },
+            Product { matrix: &layer.k, bias: bias(1), adapted: adapted(Projection::K), out: k },
+            Product { matrix: &layer.v, bias: bias(2), adapted: adapted(Projection::V), out: v },
         ];
         ops::products(pool, &self.normed, &mut parts, &mut self.low);
     }
@@ -183,7 +183,7 @@ impl Forward {
             gate: &layer.gate,
             up: &layer.up,
             act: weights.shape.gating,
-            adapted: [Target::Gate, Target::Up].map(|target| rows.pairs(number, target)),
+            adapted: [Projection::Gate, Projection::Up].map(|target| rows.pairs(number, target)),
         };
         ops::gated(pool, &self.normed, &gates, &mut self.hidden, &mut self.low);
     }
@@ -196,11 +196,11 @@ impl Forward {
         weights: &Weights,
         number: usize,
         rows: &Rows,
-        target: Target,
+        target: Projection,
     ) {
         let layer = &weights.layers[number];
         let (y, matrix, norm) = match target {
-            Target::Output => (&self.attended, &layer.output, &layer.attention_post_norm),
+            Projection::O => (&self.attended, &layer.output, &layer.attention_post_norm),
             _ => (&self.hidden, &layer.down, &layer.ff_post_norm),
         };
         let adapted = rows.pairs(number, target);

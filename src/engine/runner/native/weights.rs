@@ -1,7 +1,8 @@
 //! A model's weights, read from its GGUF and packed for the kernels.
 
 use crate::gguf::{
-    Covered, Gguf, GgufError, LayerKind, PARTS, TARGETS, Target, Uncovered, dequantize, rows_of,
+    Gguf, GgufError, LayerKind, ModelConfig, PARTS, PROJECTIONS, Projection, UnsupportedModel,
+    dequantize, rows_of,
 };
 use crate::ipc::Token;
 use crate::kernels::rope::rope;
@@ -17,7 +18,7 @@ pub enum Unsupported {
     #[error("{0}")]
     File(#[from] GgufError),
     #[error("{0}")]
-    Header(#[from] Uncovered),
+    Header(#[from] UnsupportedModel),
     #[error("{0}")]
     Other(String),
 }
@@ -49,7 +50,7 @@ pub struct Layer {
 }
 
 pub struct Weights {
-    pub shape: Covered,
+    pub shape: ModelConfig,
     /// In the order of the indices in [`LayerKind::rope`].
     pub ropes: Vec<Rope>,
     pub layers: Vec<Layer>,
@@ -64,7 +65,7 @@ impl Weights {
     /// Reads and packs all weights, on all threads of the pool. `context` is the most tokens of a
     /// sequence.
     pub fn load(file: Gguf, context: usize, pool: &mut Pool) -> Result<Self, Unsupported> {
-        let shape = Covered::read(&file)?;
+        let shape = ModelConfig::read(&file)?;
         let ropes = shape.ropes.iter().map(|facts| rope(&file, facts, context));
         let ropes = ropes.collect::<Result<_, _>>().map_err(Unsupported::Other)?;
         let mut reader = Reader { file: &file, shape: &shape, pool };
@@ -105,13 +106,13 @@ impl Weights {
 
 struct Reader<'a> {
     file: &'a Gguf,
-    shape: &'a Covered,
+    shape: &'a ModelConfig,
     pool: &'a mut Pool,
 }
 
 impl Reader<'_> {
     fn layer(&mut self, layer: usize) -> Result<Layer, Unsupported> {
-        let Covered { width, head_dim, .. } = *self.shape;
+        let ModelConfig { width, head_dim, .. } = *self.shape;
         let mut matrices = self.matrices(layer)?;
         let name = |part: &str| format!("blk.{layer}.{part}.weight");
         let norm = |part: &str, len: usize| self.vector(&name(part), len);
@@ -119,7 +120,7 @@ impl Reader<'_> {
             Some(_) => norm(part, len).map(Some),
             None => Ok(None),
         };
-        let mut take = |target: Target| {
+        let mut take = |target: Projection| {
             let why = || Unsupported::Other(format!("layer {layer} has no matrix {target:?}"));
             matrices[target as usize].take().ok_or_else(why)
         };
@@ -128,24 +129,24 @@ impl Reader<'_> {
         Ok(Layer {
             kind: self.shape.kinds[layer],
             attention_norm: norm("attn_norm", width)?,
-            q: take(Target::Q)?,
-            k: take(Target::K)?,
-            v: take(Target::V)?,
+            q: take(Projection::Q)?,
+            k: take(Projection::K)?,
+            v: take(Projection::V)?,
             qkv_bias: self.biases(layer)?,
             qk_norm: qk_norm.0.zip(qk_norm.1).map(|(q, k)| [q, k]),
-            output: take(Target::Output)?,
+            output: take(Projection::O)?,
             attention_post_norm: norm_if_there("post_attention_norm", width)?,
             ff_norm: norm("ffn_norm", width)?,
-            gate: take(Target::Gate)?,
-            up: take(Target::Up)?,
-            down: take(Target::Down)?,
+            gate: take(Projection::Gate)?,
+            up: take(Projection::Up)?,
+            down: take(Projection::Down)?,
             ff_post_norm: norm_if_there("post_ffw_norm", width)?,
         })
     }
 
     /// The layer's matrices, from whichever tensors hold them.
-    fn matrices(&mut self, layer: usize) -> Result<[Option<Matrix>; TARGETS], Unsupported> {
-        let mut matrices = [const { None }; TARGETS];
+    fn matrices(&mut self, layer: usize) -> Result<[Option<Matrix>; PROJECTIONS], Unsupported> {
+        let mut matrices = [const { None }; PROJECTIONS];
         for part in PARTS {
             let name = format!("blk.{layer}.{part}.weight");
             let held = rows_of(part, self.shape);
@@ -163,7 +164,7 @@ impl Reader<'_> {
 
     /// Biases of queries, keys and values: all three or none.
     fn biases(&self, layer: usize) -> Result<Option<[Vec<f32>; 3]>, Unsupported> {
-        let mut biases = [const { None }; TARGETS];
+        let mut biases = [const { None }; PROJECTIONS];
         for part in &PARTS[..4] {
             let name = format!("blk.{layer}.{part}.bias");
             let held = rows_of(part, self.shape);

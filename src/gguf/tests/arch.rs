@@ -2,13 +2,13 @@
 
 use super::folder;
 use crate::gguf::fixture::TinyDecoder;
-use crate::gguf::{Covered, Gguf, GgufWriter, RopeFactors, Uncovered, Value};
+use crate::gguf::{Gguf, GgufWriter, ModelConfig, RopeFactors, UnsupportedModel, Value};
 
-fn read(model: &TinyDecoder) -> Result<Covered, Uncovered> {
+fn read(model: &TinyDecoder) -> Result<ModelConfig, UnsupportedModel> {
     let dir = folder();
     let path = dir.path().join("model.gguf");
     model.write(&path).unwrap();
-    Covered::read(&Gguf::open_header(&path).unwrap())
+    ModelConfig::read(&Gguf::open_header(&path).unwrap())
 }
 
 fn gemma(layers: u32) -> TinyDecoder {
@@ -16,7 +16,7 @@ fn gemma(layers: u32) -> TinyDecoder {
     gemma.key("attention.sliding_window", 512u32).key("rope.freq_base", 1e6f32)
 }
 
-fn windowed(model: &Covered) -> String {
+fn windowed(model: &ModelConfig) -> String {
     model.kinds.iter().map(|kind| if kind.window.is_some() { 'w' } else { '.' }).collect()
 }
 
@@ -93,6 +93,7 @@ fn a_family_needs_its_norms() {
         w.tensor(tensor.name(), tensor.dims(), tensor.ty(), data).unwrap();
     }
     w.write(&part).unwrap();
-    let error = Covered::read(&Gguf::open_header(&part).unwrap()).expect_err("a norm is missing");
+    let error =
+        ModelConfig::read(&Gguf::open_header(&part).unwrap()).expect_err("a norm is missing");
     assert!(error.to_string().contains("blk.1.attn_k_norm"), "{error}");
 }

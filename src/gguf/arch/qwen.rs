@@ -3,13 +3,13 @@
 //!
 //! The elements of a rotated pair are half a head apart.
 
-use super::{Covered, Family, Keys, Uncovered};
+use super::{Family, Keys, ModelConfig, UnsupportedModel};
 
 pub(super) const QWEN2: Family = Family { name: "qwen2", needs: &[], takes: &[], read };
 
 pub(super) const QWEN3: Family =
     Family { name: "qwen3", needs: &["attn_q_norm", "attn_k_norm"], takes: &[], read };
 
-fn read(keys: &Keys) -> Result<Covered, Uncovered> {
+fn read(keys: &Keys) -> Result<ModelConfig, UnsupportedModel> {
     keys.decoder(false)
 }

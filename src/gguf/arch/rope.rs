@@ -1,6 +1,6 @@
 //! Rotary positions (RoPE) as described by a header.
 
-use super::{Keys, Uncovered, other};
+use super::{Keys, UnsupportedModel, other};
 
 /// Rotary positions (Su et al. 2021, arXiv:2104.09864) and their scaling to longer contexts.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,7 +58,7 @@ impl RopeFactors {
 
 impl Keys<'_> {
     /// `rope.scaling.type`; a factor without a type is linear.
-    pub(super) fn rope_scaling(&self) -> Result<String, Uncovered> {
+    pub(super) fn rope_scaling(&self) -> Result<String, UnsupportedModel> {
         let kind = self.file.str(&self.key("rope.scaling.type"))?.unwrap_or("linear");
         match kind {
             "none" | "linear" | "yarn" | "longrope" => Ok(kind.to_owned()),
@@ -67,14 +67,18 @@ impl Keys<'_> {
     }
 
     /// Context length in tokens before it was extended.
-    pub(super) fn original_context(&self) -> Result<usize, Uncovered> {
+    pub(super) fn original_context(&self) -> Result<usize, UnsupportedModel> {
         match self.optional("rope.scaling.original_context_length")? {
             Some(tokens) if tokens > 0 => Ok(tokens),
             _ => self.needed("context_length"),
         }
     }
 
-    pub(super) fn rope(&self, adjacent: bool, head_dim: usize) -> Result<RopeFacts, Uncovered> {
+    pub(super) fn rope(
+        &self,
+        adjacent: bool,
+        head_dim: usize,
+    ) -> Result<RopeFacts, UnsupportedModel> {
         let kind = self.rope_scaling()?;
         let dims = self.optional("rope.dimension_count")?.unwrap_or(head_dim);
         if dims > head_dim || dims % 2 != 0 || dims == 0 {
@@ -101,7 +105,7 @@ impl Keys<'_> {
         Ok(RopeFacts { adjacent, dims, base, scale, magnitude, yarn, factors })
     }
 
-    fn yarn(&self) -> Result<Yarn, Uncovered> {
+    fn yarn(&self) -> Result<Yarn, UnsupportedModel> {
         let beta_fast = self.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0);
         let beta_slow = self.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0);
         if !(beta_slow > 0.0 && beta_fast >= beta_slow && beta_fast.is_finite()) {

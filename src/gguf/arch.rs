@@ -1,4 +1,4 @@
-//! [`Covered`]: the configuration of a model that the native runner supports, read from the header.
+//! [`ModelConfig`]: the configuration of a model that the native runner supports, read from the header.
 //!
 //! The gateway plans with it and the engine loads with it, so both choose the same runner. Every
 //! family is a decoder with RMS norms, rotary positions and gated feed-forward layers; each
@@ -11,7 +11,7 @@ mod phi;
 mod qwen;
 mod rope;
 
-pub use layout::{PARTS, TARGETS, Target, rows_of};
+pub use layout::{PARTS, PROJECTIONS, Projection, rows_of};
 pub use rope::{RopeFactors, RopeFacts, Yarn};
 
 use super::{Gguf, GgufError, TensorInfo, TensorType};
@@ -42,7 +42,7 @@ struct Family {
     needs: &'static [&'static str],
     /// Optional tensors outside the layers.
     takes: &'static [&'static str],
-    read: fn(&Keys) -> Result<Covered, Uncovered>,
+    read: fn(&Keys) -> Result<ModelConfig, UnsupportedModel>,
 }
 
 const FAMILIES: [Family; 6] =
@@ -56,7 +56,7 @@ const MAX_QUERY: usize = 1 << 24;
 
 /// Reason why llama.cpp has to run a file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Uncovered {
+pub enum UnsupportedModel {
     #[error("{0}")]
     File(String),
     #[error("the architecture `{0}` is not covered")]
@@ -67,7 +67,7 @@ pub enum Uncovered {
     Other(String),
 }
 
-impl From<GgufError> for Uncovered {
+impl From<GgufError> for UnsupportedModel {
     fn from(error: GgufError) -> Self {
         Self::File(error.to_string())
     }
@@ -75,7 +75,7 @@ impl From<GgufError> for Uncovered {
 
 /// Dimensions and constants of a model that the native runner supports.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Covered {
+pub struct ModelConfig {
     pub architecture: String,
     pub layers: usize,
     /// Width of the residual stream.
@@ -111,7 +111,7 @@ pub struct Covered {
 pub struct LayerKind {
     /// Number of tokens that a query sees, including its own as the last; `None`: all.
     pub window: Option<usize>,
-    /// Index into [`Covered::ropes`].
+    /// Index into [`ModelConfig::ropes`].
     pub rope: usize,
 }
 
@@ -123,15 +123,15 @@ pub enum Gating {
     Gelu,
 }
 
-impl Covered {
+impl ModelConfig {
     /// Reads the header.
     ///
     /// # Errors
-    /// [`Uncovered`] with the reason why the model is not supported.
-    pub fn read(file: &Gguf) -> Result<Self, Uncovered> {
+    /// [`UnsupportedModel`] with the reason why the model is not supported.
+    pub fn read(file: &Gguf) -> Result<Self, UnsupportedModel> {
         let architecture = file.str("general.architecture")?.unwrap_or_default();
         let Some(family) = FAMILIES.iter().find(|family| family.name == architecture) else {
-            return Err(Uncovered::Architecture(architecture.into()));
+            return Err(UnsupportedModel::Architecture(architecture.into()));
         };
         let keys = Keys { file, architecture };
         if keys.optional("expert_count")?.unwrap_or(0) > 0 {
@@ -152,7 +152,7 @@ impl Covered {
         Ok(covered)
     }
 
-    fn check_shape(&self, value_length: usize) -> Result<(), Uncovered> {
+    fn check_shape(&self, value_length: usize) -> Result<(), UnsupportedModel> {
         let Self { width, ff, heads, kv_heads, head_dim, .. } = *self;
         let blocks = |n: usize| n > 0 && n.is_multiple_of(BLOCK);
         let problem = match () {
@@ -181,7 +181,7 @@ impl Covered {
 
     /// Checks the sizes in the header against the file's tensors, because memory is allocated by
     /// these sizes.
-    fn check_sizes(&self, file: &Gguf) -> Result<(), Uncovered> {
+    fn check_sizes(&self, file: &Gguf) -> Result<(), UnsupportedModel> {
         let largest = file.tensors().iter().map(TensorInfo::elements).max().unwrap_or(0);
         let sizes = [
             ("width", self.width),
@@ -199,11 +199,11 @@ impl Covered {
 }
 
 /// Checks that every matrix has a kernel and that no tensor would be ignored.
-fn check_tensors(file: &Gguf, family: &Family, layers: usize) -> Result<(), Uncovered> {
+fn check_tensors(file: &Gguf, family: &Family, layers: usize) -> Result<(), UnsupportedModel> {
     for tensor in file.tensors() {
         let name = tensor.name();
         if tensor.dims().len() > 1 && !KERNEL_TYPES.contains(&tensor.ty()) {
-            return Err(Uncovered::Type { name: name.into(), ty: tensor.ty().name() });
+            return Err(UnsupportedModel::Type { name: name.into(), ty: tensor.ty().name() });
         }
         let known = match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
             Some((_, part)) => known_of_layer(part, family),
@@ -238,8 +238,8 @@ fn known_of_layer(part: &str, family: &Family) -> bool {
     }
 }
 
-fn other<T>(why: impl Into<String>) -> Result<T, Uncovered> {
-    Err(Uncovered::Other(why.into()))
+fn other<T>(why: impl Into<String>) -> Result<T, UnsupportedModel> {
+    Err(UnsupportedModel::Other(why.into()))
 }
 
 /// Reader of the keys with the architecture's prefix.
@@ -253,23 +253,23 @@ impl Keys<'_> {
         format!("{}.{name}", self.architecture)
     }
 
-    fn optional(&self, name: &str) -> Result<Option<usize>, Uncovered> {
+    fn optional(&self, name: &str) -> Result<Option<usize>, UnsupportedModel> {
         Ok(self.file.u32(&self.key(name))?.map(|number| number as usize))
     }
 
-    fn needed(&self, name: &str) -> Result<usize, Uncovered> {
+    fn needed(&self, name: &str) -> Result<usize, UnsupportedModel> {
         match self.optional(name)? {
             Some(number) if number > 0 => Ok(number),
             _ => other(format!("the file has no number `{}`", self.key(name))),
         }
     }
 
-    fn float(&self, name: &str) -> Result<Option<f32>, Uncovered> {
+    fn float(&self, name: &str) -> Result<Option<f32>, UnsupportedModel> {
         Ok(self.file.f32(&self.key(name))?)
     }
 
     /// Reads a cap; 0 in the file means none.
-    fn cap(&self, name: &str, default: f32) -> Result<Option<f32>, Uncovered> {
+    fn cap(&self, name: &str, default: f32) -> Result<Option<f32>, UnsupportedModel> {
         let cap = self.float(name)?.unwrap_or(default);
         match cap.is_finite() && cap >= 0.0 {
             true => Ok(Some(cap).filter(|&cap| cap > 0.0)),
@@ -278,7 +278,7 @@ impl Keys<'_> {
     }
 
     /// The configuration that families share: full attention, SiLU, one RoPE, no scaling.
-    fn decoder(&self, adjacent: bool) -> Result<Covered, Uncovered> {
+    fn decoder(&self, adjacent: bool) -> Result<ModelConfig, UnsupportedModel> {
         let (width, heads) =
             (self.needed("embedding_length")?, self.needed("attention.head_count")?);
         let head_dim = self.optional("attention.key_length")?.unwrap_or(width / heads);
@@ -290,7 +290,7 @@ impl Keys<'_> {
             Some(&[_, rows]) => rows as usize,
             _ => return other("the file has no matrix `token_embd.weight`"),
         };
-        Ok(Covered {
+        Ok(ModelConfig {
             architecture: self.architecture.to_owned(),
             layers,
             width,

@@ -4,7 +4,7 @@
 //! `x += Wo·attend(rope(Wq·norm(x)), …)`, `x += Wd·(silu(Wg·norm(x)) * (Wu·norm(x)))`. Rotated
 //! pairs are adjacent elements. Llama 3.1 divides the frequencies by `rope_freqs.weight`.
 
-use super::{Covered, Family, Keys, RopeFactors, Uncovered};
+use super::{Family, Keys, ModelConfig, RopeFactors, UnsupportedModel};
 
 pub(super) const LLAMA: Family = Family {
     name: "llama",
@@ -13,7 +13,7 @@ pub(super) const LLAMA: Family = Family {
     read,
 };
 
-fn read(keys: &Keys) -> Result<Covered, Uncovered> {
+fn read(keys: &Keys) -> Result<ModelConfig, UnsupportedModel> {
     let mut model = keys.decoder(true)?;
     model.ropes[0].factors = match keys.rope_scaling()?.as_str() {
         "longrope" => RopeFactors::ByContext { original: keys.original_context()? },

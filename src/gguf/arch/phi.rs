@@ -5,7 +5,7 @@
 //! its own as the last. llama.cpp reads the key but ignores it, so the two runners differ beyond
 //! the window.
 
-use super::{Covered, Family, Keys, RopeFactors, Uncovered};
+use super::{Family, Keys, ModelConfig, RopeFactors, UnsupportedModel};
 
 pub(super) const PHI3: Family = Family {
     name: "phi3",
@@ -14,7 +14,7 @@ pub(super) const PHI3: Family = Family {
     read,
 };
 
-fn read(keys: &Keys) -> Result<Covered, Uncovered> {
+fn read(keys: &Keys) -> Result<ModelConfig, UnsupportedModel> {
     let mut model = keys.decoder(false)?;
     model.gate_in_up = true;
     model.ropes[0].factors = RopeFactors::ByContext { original: keys.original_context()? };

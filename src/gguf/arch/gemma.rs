@@ -7,7 +7,7 @@
 //! five of six layers, whose RoPE has its own base and is never scaled. The `1 +` of Gemma's norms
 //! is already included in the weights of the file.
 
-use super::{Covered, Family, Gating, Keys, RopeFacts, Uncovered, other};
+use super::{Family, Gating, Keys, ModelConfig, RopeFacts, UnsupportedModel, other};
 use crate::gguf::{Array, Value};
 
 pub(super) const GEMMA2: Family = Family {
@@ -24,7 +24,7 @@ pub(super) const GEMMA3: Family = Family {
     read: read_3,
 };
 
-fn read_2(keys: &Keys) -> Result<Covered, Uncovered> {
+fn read_2(keys: &Keys) -> Result<ModelConfig, UnsupportedModel> {
     let mut model = decoder(keys, 46)?;
     model.attention_cap = keys.cap("attn_logit_softcapping", 50.0)?;
     model.logit_cap = keys.cap("final_logit_softcapping", 30.0)?;
@@ -35,7 +35,7 @@ fn read_2(keys: &Keys) -> Result<Covered, Uncovered> {
     Ok(model)
 }
 
-fn read_3(keys: &Keys) -> Result<Covered, Uncovered> {
+fn read_3(keys: &Keys) -> Result<ModelConfig, UnsupportedModel> {
     let mut model = decoder(keys, 62)?;
     model.logit_cap = keys.cap("final_logit_softcapping", 0.0)?;
     let rope = model.ropes[0].clone();
@@ -48,7 +48,7 @@ fn read_3(keys: &Keys) -> Result<Covered, Uncovered> {
 /// Reads the common part. The largest model of each generation, recognized by its number of layers
 /// `deepest`, scales queries by the width divided by the number of heads, which in that model is
 /// not the width of a head.
-fn decoder(keys: &Keys, deepest: usize) -> Result<Covered, Uncovered> {
+fn decoder(keys: &Keys, deepest: usize) -> Result<ModelConfig, UnsupportedModel> {
     let mut model = keys.decoder(false)?;
     model.embedding_scale = (model.width as f32).sqrt();
     model.gating = Gating::Gelu;
@@ -58,7 +58,7 @@ fn decoder(keys: &Keys, deepest: usize) -> Result<Covered, Uncovered> {
     Ok(model)
 }
 
-fn local_base(keys: &Keys, default: f32) -> Result<f32, Uncovered> {
+fn local_base(keys: &Keys, default: f32) -> Result<f32, UnsupportedModel> {
     match keys.float("rope.freq_base_swa")?.unwrap_or(default) {
         base if base.is_finite() && base > 1.0 => Ok(base),
         base => other(format!("its local rope has base {base}")),
@@ -69,11 +69,11 @@ fn local_base(keys: &Keys, default: f32) -> Result<f32, Uncovered> {
 /// every `period` layers has full attention.
 fn windows(
     keys: &Keys,
-    model: &mut Covered,
+    model: &mut ModelConfig,
     window: usize,
     period: usize,
     local: RopeFacts,
-) -> Result<(), Uncovered> {
+) -> Result<(), UnsupportedModel> {
     if window == 0 {
         return Ok(());
     }
