@@ -129,7 +129,7 @@ impl StepLoop {
         if !self.drop_sequences(request) {
             // The request is still in intake, or has just finished.
             if self.cancelled.len() >= MAX_EARLY_CANCELS {
-                self.cancelled.clear();
+                self.cancelled.pop_first();
             }
             self.cancelled.insert(request);
         }

@@ -12,7 +12,7 @@ use super::speculate::DraftModel;
 use crate::ipc::{AdapterId, EngineError, FromEngine, LoadSpec, RequestId, Speculate, Token};
 use crate::tokenizer::Tokenizer;
 use crossbeam_channel::{Receiver, Sender};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -45,7 +45,7 @@ pub struct StepLoop {
     /// Commands that arrived while a step was running.
     pub(super) early: VecDeque<Command>,
     /// Requests that were cancelled before they left intake.
-    pub(super) cancelled: HashSet<RequestId>,
+    pub(super) cancelled: BTreeSet<RequestId>,
     pub(super) poolings: VecDeque<Pooling>,
     /// The installed adapters.
     pub(super) adapters: HashMap<AdapterId, AdapterFacts>,
@@ -92,7 +92,7 @@ impl StepLoop {
             output: OutputProcessor::new(frames),
             commands,
             early: VecDeque::new(),
-            cancelled: HashSet::new(),
+            cancelled: BTreeSet::new(),
             poolings: VecDeque::new(),
             adapters: HashMap::new(),
             retiring: Vec::new(),

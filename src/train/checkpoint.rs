@@ -1,8 +1,9 @@
-//! Checkpoints: folders that are there whole or not at all.
+//! Checkpoints: folders that are written atomically.
 //!
-//! `step-N/` holds `weights.safetensors` (what is trained), `optimizer.safetensors`, `state.json` (where
-//! the run stands) and `manifest.json`, the others' sizes and SHA-256. It is written under another
-//! name, forced to the disk, and renamed. One whose manifest does not fit is passed over.
+//! `step-N/` contains `weights.safetensors` (the trained parameters), `optimizer.safetensors`,
+//! `state.json` (the state of the run) and `manifest.json` (sizes and SHA-256 of the other files).
+//! A checkpoint is written under another name, synced to disk, and renamed. Checkpoints that do not
+//! match their manifest are skipped.
 
 use crate::train::optim::{Optimization, Param};
 use candle_core::{Device, Tensor};
@@ -44,11 +45,11 @@ struct Entry {
 /// The checkpoints of a job.
 pub struct Checkpoints {
     folder: PathBuf,
-    /// How many are kept.
+    /// Number of checkpoints to keep.
     keep: usize,
 }
 
-/// A checkpoint that has been read and found whole.
+/// A checkpoint that was read and verified.
 pub struct Restored<S> {
     pub step: u64,
     pub state: S,
@@ -58,7 +59,7 @@ pub struct Restored<S> {
 
 impl Checkpoints {
     /// # Errors
-    /// If the folder cannot be made.
+    /// If the folder cannot be created.
     pub fn new(folder: &Path, keep: usize) -> Result<Self, CheckpointError> {
         fs::create_dir_all(folder).map_err(at(folder))?;
         Ok(Self { folder: folder.to_owned(), keep: keep.max(1) })
@@ -68,7 +69,7 @@ impl Checkpoints {
         self.folder.join(format!("step-{step}"))
     }
 
-    /// Steps of which there is a checkpoint, the newest first.
+    /// Steps that have a checkpoint, the newest first.
     ///
     /// # Errors
     /// If the folder cannot be read.
@@ -82,10 +83,10 @@ impl Checkpoints {
         Ok(steps)
     }
 
-    /// Writes a checkpoint, and removes those that are too many.
+    /// Writes a checkpoint, and deletes the oldest ones beyond the number to keep.
     ///
     /// # Errors
-    /// [`CheckpointError`]; the checkpoints before are as they were.
+    /// [`CheckpointError`]; earlier checkpoints are unchanged.
     pub fn write(
         &self,
         step: u64,
@@ -98,7 +99,7 @@ impl Checkpoints {
         fs::create_dir_all(&part).map_err(at(&part))?;
         let written = self.fill(&part, params, optimization, state);
         if let Err(error) = written {
-            // What is half there would only take room.
+            // An incomplete checkpoint would only occupy disk space.
             let _ = fs::remove_dir_all(&part);
             return Err(error);
         }
@@ -136,10 +137,10 @@ impl Checkpoints {
         sync(folder)
     }
 
-    /// The newest checkpoint that is whole.
+    /// The newest complete checkpoint.
     ///
     /// # Errors
-    /// If the folder cannot be read. What is not whole is logged and passed over.
+    /// If the folder cannot be read. Incomplete checkpoints are logged and skipped.
     pub fn newest<S: DeserializeOwned>(&self) -> Result<Option<Restored<S>>, CheckpointError> {
         for step in self.steps()? {
             match self.read(step) {
@@ -151,7 +152,7 @@ impl Checkpoints {
     }
 
     /// # Errors
-    /// If it is not there, or not whole.
+    /// If the checkpoint does not exist or is incomplete.
     pub fn read<S: DeserializeOwned>(&self, step: u64) -> Result<Restored<S>, CheckpointError> {
         let folder = self.path(step);
         let parsed = |name: &str, bytes: &[u8]| {
@@ -179,10 +180,10 @@ impl Checkpoints {
 }
 
 impl<S> Restored<S> {
-    /// Puts weights and moments back.
+    /// Restores weights and moments.
     ///
     /// # Errors
-    /// If they are not those of these parameters; nothing is changed then.
+    /// If they do not belong to these parameters; nothing is changed in this case.
     pub fn apply(
         &self,
         params: &[Param],

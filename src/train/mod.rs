@@ -1,10 +1,11 @@
-//! Training: the process of a job, and the arithmetic. What a job is, without tensors, is [`crate::job`].
+//! Training: the job process and its arithmetic. [`crate::job`] describes jobs without tensors.
 //!
-//! A job walks `process` → `recipes` → `data` → `model` (`ops`) → `loss` → `optim` → `checkpoint` → `export`.
+//! The data flow of a job is `process` → `recipes` → `data` → `model` (`ops`) → `loss` → `optim` →
+//! `checkpoint` → `export`.
 //!
-//! | folder | what |
+//! | folder | content |
 //! |---|---|
-//! | `process/` | the process of a job (`ingot job FOLDER`): from its order to its outcome |
+//! | `process/` | the job process (`ingot job FOLDER`): from its order to its outcome |
 //! | `recipes/` | one file per kind of job |
 //! | `rollout.rs` | the interface through which a policy's completions are sampled |
 //! | `random_init.rs` | models with random weights |
@@ -12,9 +13,9 @@
 //! | `data/` | tokens, packing, order; the formats of files are [`crate::dataset`] |
 //! | `model/` | the decoders of `gguf::ModelConfig`, trainable; LoRA |
 //! | `loss/` | losses of preferences and policies, as numbers and their gradients |
-//! | `ops/` | candle operations with backward passes by hand |
+//! | `ops/` | candle operations with hand-written backward passes |
 //! | `optim.rs` | AdamW and Muon |
-//! | `checkpoint.rs` | checkpoint folders, written whole or not at all |
+//! | `checkpoint.rs` | checkpoint folders, written atomically |
 //! | `export/` | PEFT folders, LoRA GGUF, models as GGUF and as Hugging Face folders |
 
 pub mod checkpoint;

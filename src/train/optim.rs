@@ -1,4 +1,4 @@
-//! AdamW and Muon, in place and on all cores. Their state can be saved and put back, bit for bit.
+//! AdamW and Muon, in place and on all cores. Their state can be saved and restored bit for bit.
 
 use crate::job::spec::Optimizer;
 use crate::kernels::gemm::{Mat, product};
@@ -7,41 +7,42 @@ use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-/// Numbers that a thread updates, or adds up, at a time.
+/// Numbers that a thread updates or sums at a time.
 const CHUNK: usize = 1 << 14;
-/// Steps of Muon's iteration, and its polynomial (Jordan 2024, kellerjordan.github.io/posts/muon).
+/// Iterations of Muon's orthogonalization, and the coefficients of its polynomial (Jordan 2024,
+/// kellerjordan.github.io/posts/muon).
 const ITERATIONS: usize = 5;
 const POLYNOMIAL: [f32; 3] = [3.4445, -4.7750, 2.0315];
 
-/// What is trained.
+/// A trained parameter.
 #[derive(Clone)]
 pub struct Param {
-    /// As in the file that it goes to.
+    /// The tensor's name in the file that the parameter is exported to.
     pub name: String,
     pub var: Var,
-    /// Whether its weights decay: matrices, not norms.
+    /// Whether weight decay applies: to matrices, not to norms.
     pub decays: bool,
-    /// Whether it is a matrix between hidden states, for which Muon is made.
+    /// Whether the parameter is a matrix between hidden states, which Muon can optimize.
     pub hidden: bool,
 }
 
-/// An optimizer and what it remembers of each parameter.
+/// An optimizer and its state for each parameter.
 pub struct Optimization {
     settings: Optimizer,
     steps: u64,
     moments: HashMap<String, Moments>,
 }
 
-/// Running means of gradients, and of their squares. Muon has the first only.
+/// Running means of the gradients and of their squares. Muon has only the first.
 enum Moments {
     Host(Vec<f32>, Vec<f32>),
     Device(Tensor, Option<Tensor>),
 }
 
-/// What a step saw.
+/// Metrics of a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Stepped {
-    /// The gradients' norm, before clipping.
+    /// Norm of the gradients before clipping.
     pub grad_norm: f64,
 }
 
@@ -50,11 +51,12 @@ impl Optimization {
         Self { settings, steps: 0, moments: HashMap::new() }
     }
 
-    /// Changes the parameters. The gradients are divided by `tokens` first: the weight of the whole
-    /// accumulated batch. `factor` is the schedule's, times the learning rate of AdamW's parameters.
+    /// Updates the parameters. The gradients are first divided by `tokens`, the weight of the whole
+    /// accumulated batch. `factor` is the factor of the learning-rate schedule; parameters that
+    /// AdamW updates have the rate `learning_rate` times `factor`.
     ///
     /// # Errors
-    /// If the gradients are not finite: nothing is changed then.
+    /// If the gradients are not finite; nothing is changed in this case.
     pub fn step(
         &mut self,
         params: &[Param],
@@ -63,7 +65,8 @@ impl Optimization {
         learning_rate: f64,
         factor: f64,
     ) -> Result<Stepped> {
-        // On one of the pool's threads: from another, each parameter would wake it, and wait.
+        // Runs on a thread of the rayon pool: from another thread, each parameter would wake the
+        // pool and wait for it.
         rayon::scope(|_| self.step_here(params, grads, tokens, learning_rate, factor))
     }
 
@@ -125,10 +128,10 @@ impl Optimization {
         self.steps
     }
 
-    /// Everything that it remembers, by name, in the order of the parameters.
+    /// The optimizer's state as named tensors, in the order of the parameters.
     ///
     /// # Errors
-    /// If memory gives out.
+    /// If memory cannot be allocated.
     pub fn state(&self, params: &[Param]) -> Result<Vec<(String, Tensor)>> {
         let mut state = Vec::new();
         for param in params {
@@ -147,10 +150,10 @@ impl Optimization {
         Ok(state)
     }
 
-    /// Puts back what [`Optimization::state`] gave after so many steps.
+    /// Restores the state that [`Optimization::state`] returned after this number of steps.
     ///
     /// # Errors
-    /// If something is missing or of another shape.
+    /// If a tensor is missing or has another shape.
     pub fn restore(
         &mut self,
         params: &[Param],
@@ -193,7 +196,7 @@ impl Moments {
     }
 }
 
-/// In parts of a fixed size, and in f64.
+/// Sums in chunks of a fixed size, in f64.
 fn sum_of_squares(grad: &Tensor) -> Result<f64> {
     if !matches!(grad.device(), Device::Cpu) {
         return grad.sqr()?.sum_all()?.to_dtype(candle_core::DType::F64)?.to_scalar();
@@ -231,7 +234,7 @@ struct AdamW {
 }
 
 impl AdamW {
-    /// What means are divided by: they began with zeros.
+    /// Bias corrections: divisors of the running means, which start at zero.
     fn corrections(&self) -> [f64; 2] {
         let steps = i32::try_from(self.steps).unwrap_or(i32::MAX);
         self.betas.map(|beta| 1.0 - beta.powi(steps))
@@ -305,7 +308,7 @@ impl Muon {
 
     fn on_host(&self, x: &mut [f32], g: &[f32], m: &mut [f32], rows: usize, cols: usize) {
         let (momentum, scale) = (self.momentum as f32, self.scale as f32);
-        // Nesterov's: where the mean will be.
+        // Nesterov momentum: the value of the mean one step ahead.
         let ahead = m.iter_mut().zip(g).map(|(m, &g)| {
             let g = g * scale;
             *m = momentum * *m + g;
@@ -322,7 +325,7 @@ fn stretch(rows: usize, cols: usize) -> f64 {
     (rows as f64 / cols as f64).max(1.0).sqrt()
 }
 
-/// The matrix (rows, columns) with all singular values near one, by Newton and Schulz's iteration.
+/// The matrix (rows, columns) with all singular values near one, by the Newton–Schulz iteration.
 fn orthogonal(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
     let parts: Vec<f64> = x
         .par_chunks(CHUNK)
@@ -330,7 +333,7 @@ fn orthogonal(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
         .collect();
     let norm = (parts.iter().sum::<f64>().sqrt() + 1e-7) as f32;
     x.iter_mut().for_each(|x| *x /= norm);
-    // The smaller of the two products with the transpose.
+    // Uses the smaller of the two products with the transpose.
     let wide = rows <= cols;
     let n = rows.min(cols);
     let [a, b, c] = POLYNOMIAL;
@@ -370,7 +373,7 @@ fn orthogonal_on_device(x: &Tensor) -> Result<Tensor> {
     if rows > cols { x.t()?.contiguous() } else { Ok(x) }
 }
 
-/// A function of a parameter's numbers, which it changes, and its gradient's.
+/// A function that updates a parameter's numbers in place from its gradient.
 struct Host<F> {
     run: Mutex<F>,
 }
@@ -467,7 +470,7 @@ mod tests {
             let (left, right) = if rows <= cols { (q, q.t()) } else { (q.t(), q) };
             product(left, right, &mut square, n, 0, false);
             for i in 0..n {
-                // The iteration ends between 0.7 and 1.2, squared.
+                // The singular values end between 0.7 and 1.2; the matrix holds their squares.
                 assert!((0.3..1.6).contains(&square[i * n + i]), "{}", square[i * n + i]);
             }
         }

@@ -1,4 +1,4 @@
-//! Models with random weights: what pretraining begins with. Llama's layers (Touvron et al. 2023,
+//! Models with random weights for pretraining: Llama's architecture (Touvron et al. 2023,
 //! arXiv:2302.13971), in F32.
 
 use super::tokenizer_training::Vocabulary;
@@ -10,17 +10,18 @@ use sha2::{Digest, Sha256};
 use std::io::{self, Write};
 use std::path::Path;
 
-/// Of weights, but for those that write to the residual stream (Radford et al. 2019, GPT-2).
+/// Standard deviation of weights, except for those that write to the residual stream (Radford et
+/// al. 2019, GPT-2).
 const DEVIATION: f64 = 0.02;
-/// Numbers that are drawn before they are written.
+/// Numbers that are generated before they are written.
 const CHUNK: usize = 1 << 14;
 const EPSILON: f32 = 1e-5;
 
-/// Writes a model of this shape, its weights drawn from the seed: the same file each time. Returns
-/// its bytes.
+/// Writes a model of this shape with random weights from the seed. The same arguments give the same
+/// file. Returns its size in bytes.
 ///
 /// # Errors
-/// If the file cannot be written; nothing half-written is left.
+/// If the file cannot be written; no incomplete file is left.
 pub fn write(
     shape: &Shape,
     vocabulary: &Vocabulary,
@@ -50,7 +51,7 @@ pub fn write(
         writer.set(key, value.clone());
     }
     let (width, kv) = (shape.width, shape.kv_heads * head as usize);
-    // Each of the two additions of a layer makes the stream wider.
+    // Each of the two residual additions of a layer increases the variance of the residual stream.
     let output = DEVIATION / (2.0 * shape.layers as f64).sqrt();
     matrix(&mut writer, "token_embd.weight", [width, vocabulary.len()], DEVIATION, seed)?;
     if !shape.tied {
@@ -82,7 +83,8 @@ fn norm(writer: &mut GgufWriter, name: &str, width: usize) -> Result<(), GgufErr
     Ok(())
 }
 
-/// (inputs, outputs) drawn from the seed and the name, so that no other tensor changes it.
+/// (inputs, outputs) random numbers from the seed and the tensor's name, so that they do not depend
+/// on other tensors.
 fn matrix(
     writer: &mut GgufWriter,
     name: &str,
@@ -102,13 +104,13 @@ fn matrix(
     Ok(())
 }
 
-/// A normally distributed number, by Box and Muller's transformation.
+/// A normally distributed number, by the Box–Muller transform.
 pub fn normal(rng: &mut StdRng) -> f64 {
     let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
     radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()
 }
 
-/// Normally distributed numbers, two at a time.
+/// Writes normally distributed numbers, generated in pairs.
 fn normals(out: &mut dyn Write, rng: &mut StdRng, count: usize, deviation: f64) -> io::Result<()> {
     let mut left = count;
     while left > 0 {
@@ -167,7 +169,7 @@ mod tests {
             };
             let (mean, deviation, within) = spread("token_embd.weight");
             assert!(mean.abs() < 4e-4 && (deviation - 0.02).abs() < 4e-4, "{mean} {deviation}");
-            // 68.3% of a normal distribution.
+            // 68.3% of a normal distribution lie within one standard deviation.
             assert!((within - 0.683).abs() < 0.01, "{within}");
             let expected = 0.02 / (2.0 * shape.layers as f64).sqrt();
             for name in ["blk.1.attn_output.weight", "blk.0.ffn_down.weight"] {

@@ -1,39 +1,40 @@
-//! Who answers prompts while a policy is trained: the serving engine, with the policy's adapter.
+//! The interface through which completions are sampled while a policy is trained. The serving
+//! engine implements it with the policy's adapter.
 //!
-//! A job asks over the connection that the gateway gave it (`job/link.rs`); the requests and replies
-//! are these types, in MessagePack.
+//! A job sends its requests over the connection that the gateway gave it
+//! (`process/gateway_client.rs`), as MessagePack of the types in [`crate::job::rollout`].
 
 use crate::grade::{Answer, Failed, Question};
 use crate::job::rollout::{Rollout, RolloutRequest};
 use std::path::Path;
 
-/// Why nobody answered.
+/// Why a request failed.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct RolloutError {
-    /// It may be otherwise in a moment.
+    /// The failure is temporary: a retry may succeed.
     pub passing: bool,
     pub message: String,
 }
 
-/// Who answers.
+/// A client of the engine that samples completions and queries grader models.
 pub trait RolloutClient {
-    /// Has an adapter (a GGUF) answer from now on.
+    /// Loads an adapter (a GGUF); later completions are sampled with it.
     ///
     /// # Errors
     /// If it cannot be loaded.
     fn load_policy(&mut self, adapter: &Path) -> Result<(), RolloutError>;
 
-    /// Samples answers: of each prompt as many as were asked for.
+    /// Samples completions: for each prompt the requested number.
     ///
     /// # Errors
     /// If the engine fails.
     fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, RolloutError>;
 
-    /// Asks other models what graders want to know.
+    /// Sends graders' questions to their models.
     ///
     /// # Errors
-    /// If nobody can be asked at all; a model that fails is in its answer.
+    /// If no model can be reached at all. The failure of a single model is reported in its answer.
     fn query_graders(
         &mut self,
         questions: &[Question],

@@ -1,9 +1,10 @@
-//! Tokenizers of fresh models: byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in
-//! GPT-2) trained on the data, bytes alone, or that of a model.
+//! Tokenizers of new models: byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in
+//! GPT-2) trained on the data, single bytes, or the tokenizer of an existing model.
 //!
-//! A tokenizer is the `tokenizer.*` keys of a GGUF, from which llama.cpp and our own tokenizer are
-//! made. Tokens 0 to 255 are the bytes; 256 ends a text; merges follow in their order. Words are cut
-//! as SmolLM's are, which llama.cpp knows by the name `smollm`: digit by digit, then as GPT-2's.
+//! A tokenizer is stored as the `tokenizer.*` keys of a GGUF, which llama.cpp and our own tokenizer
+//! read. Tokens 0 to 255 are the bytes, token 256 is end-of-text, and the merges follow in order.
+//! The pre-tokenizer is SmolLM's, which llama.cpp knows as `smollm`: it splits digits, then splits
+//! as GPT-2 does.
 
 use crate::dataset::{DataError, Texts};
 use crate::gguf::{Array, Gguf, Value};
@@ -17,14 +18,14 @@ use tokenizers::{
     OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Result as Outcome, Trainer,
 };
 
-/// Letters of a word, at most, that the trainer looks at together.
+/// Maximum length, in letters, of the parts into which the trainer splits words.
 const LONGEST_WORD: usize = 128;
-/// Bytes of text that merges are learned from, at most: spread over the whole file.
+/// Maximum number of bytes of text that merges are learned from, spread over the whole file.
 const SAMPLE: u64 = 100 << 20;
 const BYTES: usize = 256;
 const END: &str = "<|endoftext|>";
-/// What a conversation looks like to a model that has never seen one: its messages, each on a line
-/// of its own; an answer ends as a text does.
+/// The chat template of a model that has never seen a conversation: each message on its own line;
+/// assistant messages end with the end-of-text token.
 const TEMPLATE: &str = "{%- for message in messages -%}\
 {{- (message.content or '') + (eos_token if message.role == 'assistant' else '\\n') -}}\
 {%- endfor -%}";
@@ -45,7 +46,7 @@ pub enum VocabularyError {
     Lossy(String),
 }
 
-/// A tokenizer as a GGUF holds it.
+/// A tokenizer as GGUF keys.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Vocabulary {
     keys: Vec<(String, Value)>,
@@ -53,13 +54,13 @@ pub struct Vocabulary {
 }
 
 impl Vocabulary {
-    /// The 256 bytes and the end of a text.
+    /// The 256 bytes and the end-of-text token.
     pub fn bytes() -> Self {
         Self::of_merges(&[])
     }
 
-    /// Learns merges from a file, as many as make `size` tokens in all; fewer, if its text has no
-    /// pair that comes twice.
+    /// Learns merges from a file, until there are `size` tokens in all; fewer if no pair occurs
+    /// twice in the remaining text.
     ///
     /// # Errors
     /// [`VocabularyError`].
@@ -69,7 +70,7 @@ impl Vocabulary {
         }
         let mut trainer = BpeTrainer::builder()
             .show_progress(false)
-            // The end of a text is no part of any.
+            // The end-of-text token is not part of the trained vocabulary.
             .vocab_size(size - 1)
             .min_frequency(2)
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
@@ -116,10 +117,10 @@ impl Vocabulary {
         Self { keys, tokens: count }
     }
 
-    /// That of a model.
+    /// The tokenizer of a model.
     ///
     /// # Errors
-    /// If it has none that can be copied.
+    /// If the model has no tokenizer that can be copied.
     pub fn of(model: &Gguf) -> Result<Self, VocabularyError> {
         if let Some(key) = model.lossy_keys().iter().find(|key| key.starts_with("tokenizer.")) {
             return Err(VocabularyError::Lossy(key.clone()));
@@ -133,7 +134,7 @@ impl Vocabulary {
         Ok(Self { keys, tokens })
     }
 
-    /// Tokens.
+    /// Number of tokens.
     pub fn len(&self) -> usize {
         self.tokens
     }
@@ -142,7 +143,7 @@ impl Vocabulary {
         self.tokens == 0
     }
 
-    /// The keys of a GGUF.
+    /// The tokenizer's GGUF keys.
     pub fn keys(&self) -> &[(String, Value)] {
         &self.keys
     }
@@ -152,7 +153,7 @@ fn failed(error: impl std::fmt::Display) -> VocabularyError {
     VocabularyError::Trainer(error.to_string())
 }
 
-/// The words of a text, in the letters of byte-level BPE.
+/// The words of a text, in the alphabet of byte-level BPE.
 fn words(text: &str) -> Outcome<Vec<String>> {
     let mut pieces = PreTokenizedString::from(text);
     Digits::new(true).pre_tokenize(&mut pieces)?;
@@ -161,8 +162,8 @@ fn words(text: &str) -> Outcome<Vec<String>> {
     Ok(splits.into_iter().flat_map(|(word, _, _)| parts(word)).collect())
 }
 
-/// A word in parts of bounded length: a merge looks at all pairs of every word that it is in, so that one
-/// word as long as the text would take the square of its length.
+/// Splits a word into parts of bounded length. A merge visits all pairs of every word that contains
+/// it, so a word as long as the text would take quadratic time.
 fn parts(word: &str) -> impl Iterator<Item = String> + '_ {
     let mut rest = word.chars();
     std::iter::from_fn(move || {
@@ -171,7 +172,7 @@ fn parts(word: &str) -> impl Iterator<Item = String> + '_ {
     })
 }
 
-/// Texts of a file that are [`SAMPLE`] bytes together, evenly spread over it.
+/// Documents of a file, [`SAMPLE`] bytes in total, evenly spread over the file.
 struct Sample {
     texts: Texts,
     size: u64,
@@ -203,7 +204,7 @@ impl Iterator for Sample {
                     return None;
                 }
             };
-            // Their share of the file is their share of the sample.
+            // The fraction of the file read so far is the fraction of the sample to take.
             let share = self.texts.bytes() as f64 / self.size.max(1) as f64;
             let due = (SAMPLE.min(self.size) as f64 * share) as u64;
             let mut taken = Vec::new();
@@ -250,7 +251,7 @@ mod tests {
             let found: Vec<String> = super::parts(&word).collect();
             assert_eq!((found.len(), found.concat()), (parts, word), "{length}");
         }
-        // Minutes, were it one word of two million letters.
+        // This would take minutes if it were one word of two million letters.
         let one = trained(&"a".repeat(2_000_000), 300);
         assert!(one.len() > BYTES + 1);
     }
@@ -276,7 +277,7 @@ mod tests {
 
     #[test]
     fn merges_come_in_the_order_of_their_counts() {
-        // By hand: `th` and `he` come as often as one another, and the lower ids win: `he`.
+        // By hand: `th` and `he` are equally frequent, and the lower ids win: `he`.
         let vocabulary = trained("the the the hat", 259);
         let merges = vocabulary.keys.iter().find(|(key, _)| key.ends_with("merges")).unwrap();
         let merges = merges.1.as_array().unwrap().as_strings().unwrap();

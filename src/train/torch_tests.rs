@@ -1,5 +1,5 @@
-//! What PyTorch computed for tests to compare with: `tests/train/torch.json`, made by
-//! `scripts/torch_reference.py`, and the numbers that both sides make.
+//! PyTorch results that tests compare with: `tests/train/torch.json`, written by
+//! `scripts/torch_reference.py`, and the hashed numbers that both sides generate.
 
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ pub struct Reference {
     pub models: Vec<Trained>,
 }
 
-/// Of the tiny models.
+/// The shape of the tiny models.
 #[derive(Deserialize)]
 pub struct Shape {
     pub layers: u32,
@@ -37,21 +37,21 @@ pub struct Operation {
     pub tokens: Vec<u32>,
 }
 
-/// Some steps of training a tiny model.
+/// Some training steps of a tiny model.
 #[derive(Deserialize)]
 pub struct Trained {
     pub architecture: String,
     pub training: String,
     pub learning_rate: f64,
     pub losses: Vec<f64>,
-    /// Of the gradients, before clipping.
+    /// Norms of the gradients, before clipping.
     pub norms: Vec<f64>,
-    /// Of the first step.
+    /// Gradients of the first step.
     pub grads: BTreeMap<String, Numbers>,
     pub final_: BTreeMap<String, Numbers>,
 }
 
-/// All of a tensor, or enough to find any difference.
+/// A whole tensor, or enough numbers to detect any difference.
 #[derive(Deserialize)]
 #[serde(untagged)]
 pub enum Numbers {
@@ -60,7 +60,7 @@ pub enum Numbers {
 }
 
 impl Numbers {
-    /// How far some numbers are from these, by these ones' norm.
+    /// The distance of `found` from these numbers, relative to the norm of these numbers.
     pub fn distance(&self, name: &str, found: &[f32]) -> f64 {
         let found: Vec<f64> = found.iter().map(|x| f64::from(*x)).collect();
         let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
@@ -74,7 +74,7 @@ impl Numbers {
             Self::Summary { norm: right, along, first } => {
                 let direction = uniform(&format!("{name}.direction"), found.len());
                 let dot: f64 = found.iter().zip(&direction).map(|(x, d)| x * d).sum();
-                // A random difference of norm 1 is some 0.6 long along the direction.
+                // A random difference of norm 1 has a length of about 0.6 along the direction.
                 let off = [norm(&found) - right, dot - along, apart(first, &found[..first.len()])];
                 off.iter().fold(0.0, |most: f64, off| most.max(off.abs())) / right
             }
@@ -87,7 +87,7 @@ pub fn reference() -> Reference {
     serde_json::from_str(&text).unwrap()
 }
 
-/// Numbers of 32 bits: FNV-1a of the name, then the finalizer of MurmurHash3.
+/// 32-bit numbers: FNV-1a of the name, then the finalizer of MurmurHash3.
 pub fn hashed(name: &str, count: usize) -> impl Iterator<Item = u32> {
     let mix = |seed: u32, byte: u8| (seed ^ u32::from(byte)).wrapping_mul(16_777_619);
     let seed = name.bytes().fold(2_166_136_261, mix);
@@ -99,13 +99,13 @@ pub fn hashed(name: &str, count: usize) -> impl Iterator<Item = u32> {
     })
 }
 
-/// Between -1 and 1.
+/// Numbers between -1 and 1.
 pub fn uniform(name: &str, count: usize) -> Vec<f64> {
     hashed(name, count).map(|z| f64::from(z) / 2f64.powi(31) - 1.0).collect()
 }
 
-/// A matrix of rows of `cols` numbers, whose products keep the size of what they multiply; without
-/// `cols` a norm around 1.
+/// A matrix with rows of `cols` numbers, whose products preserve the magnitude of their input;
+/// without `cols`, norm weights around 1.
 pub fn weight(name: &str, count: usize, cols: Option<usize>) -> Vec<f32> {
     let scale = |x: f64| cols.map_or(1.0 + 0.2 * x, |cols| x * (3.0 / cols as f64).sqrt());
     uniform(name, count).into_iter().map(|x| scale(x) as f32).collect()

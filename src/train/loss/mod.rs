@@ -1,10 +1,11 @@
-//! Losses that are more than a token's cross-entropy: numbers from log-probabilities and values, with
-//! their slopes. No tensors here: `model/outputs.rs` takes the slopes back.
+//! Losses other than cross-entropy, as numbers computed from log-probabilities and values, with
+//! their gradients. This module uses no tensors: `model/outputs.rs` runs the backward pass from
+//! these gradients.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `policy.rs` | of sampled answers and what they were worth: GRPO, PPO |
-//! | `preference.rs` | of pairs of answers: DPO and its kin, Bradley and Terry's |
+//! | `policy.rs` | losses of sampled and graded completions: GRPO, PPO |
+//! | `preference.rs` | losses of preference pairs: DPO and its variants, Bradley–Terry |
 
 mod policy;
 mod preference;

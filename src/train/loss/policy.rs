@@ -1,49 +1,49 @@
-//! Losses of sampled completions by what they turned out to be worth: policy gradients.
+//! Policy-gradient losses of sampled completions and their rewards.
 //!
-//! A completion's loss and slopes are sums over its tokens, or already their mean; a batch's are their
-//! sums over its completions, divided by the sum of their weights.
+//! The loss and gradients of a completion are sums over its tokens, or already their mean. Those of
+//! a batch are the sums over its completions, divided by the sum of the completions' weights.
 
 use crate::job::spec::{Correction, GrpoLoss, PolicyLoss, Ppo};
 
-/// How far apart two log-probabilities are taken to be at most, so that no ratio overflows.
+/// Bound on the difference of two log-probabilities, so that no ratio overflows.
 const FARTHEST: f64 = 20.0;
 
-/// A completion and what is known of its tokens since it was sampled; one number a token.
+/// A completion and what is known about its tokens from sampling; one number per token.
 #[derive(Debug, Clone, Copy)]
 pub struct Completion<'a> {
     pub advantage: f64,
-    /// ln π by the trainer before the first update; nothing if there was no update since.
+    /// ln π by the trainer before the first update; `None` if there was no update since sampling.
     pub old: Option<&'a [f64]>,
-    /// ln π by the engine that sampled; NaN where it is not known, which is no correction.
+    /// ln π by the engine at sampling; NaN where it is not known, which means no correction.
     pub engine: &'a [f64],
-    /// ln π of what the policy is held to; needed if `beta` is not 0.
+    /// ln π by the reference model; required if `beta` is not 0.
     pub reference: Option<&'a [f64]>,
 }
 
-/// A completion's share of a batch's loss, and what there is to say of it: sums over its tokens.
+/// The contribution of a completion to the loss of a batch, and its metrics as sums over tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Found {
     pub loss: f64,
-    /// (tokens): by ln π of each
+    /// (tokens) gradient with respect to each token's ln π.
     pub slopes: Vec<f64>,
-    /// What it counts in the batch: loss and slopes are divided by all completions' together.
+    /// Weight in the batch: loss and gradients are divided by the sum of all completions' weights.
     pub weight: f64,
     pub tokens: usize,
-    /// Tokens whose ratio was cut off, and which so have no slope.
+    /// Number of tokens whose ratio was clipped; they have no gradient.
     pub clipped: f64,
-    /// The distance to the reference in nats (k3); 0 without one.
+    /// KL divergence from the reference in nats (k3 estimator); 0 without a reference.
     pub kl: f64,
-    /// |ln π_old − ln π_engine|
+    /// |ln π_old − ln π_engine|.
     pub gap: f64,
-    /// The correction's weights.
+    /// Importance-sampling weights of the correction.
     pub correction: f64,
 }
 
-/// What each of a group's completions was worth next to the others: (r − mean) / (std + 1e-4), with
-/// n − 1 in std. One that could not be graded is NaN: it counts for nothing and gets 0.
+/// Group-relative advantages: (r − mean) / (std + 1e-4), with n − 1 in std. A completion that could
+/// not be graded has the reward NaN: it is excluded from mean and std, and its advantage is 0.
 pub fn advantages(rewards: &[f64]) -> Vec<f64> {
     let graded: Vec<f64> = rewards.iter().copied().filter(|reward| !reward.is_nan()).collect();
-    // Equal rewards differ from their rounded mean.
+    // Equal rewards may differ from their rounded mean.
     if graded.iter().all(|reward| *reward == graded[0]) {
         return vec![0.0; rewards.len()];
     }
@@ -56,15 +56,16 @@ pub fn advantages(rewards: &[f64]) -> Vec<f64> {
 }
 
 impl GrpoLoss {
-    /// The loss of a completion by its tokens' log-probabilities. One without tokens is worth nothing,
-    /// but counts among the completions of a mean over them.
+    /// The loss of a completion as a function of its tokens' log-probabilities. A completion
+    /// without tokens has a loss of 0, but counts in a mean over completions.
     ///
-    /// The distance to the reference is not weighted, neither by w nor by the ratio: TRL 1.16 has the
-    /// latter by default (`use_bias_correction_kl`).
+    /// The KL term is weighted neither by w nor by the ratio. TRL 1.16 weights it by the ratio by
+    /// default (`use_bias_correction_kl`).
     pub fn completion(&self, policy: &[f64], completion: &Completion) -> Found {
         let Completion { advantage, old, engine, reference } = *completion;
         let tokens = policy.len();
-        // The policy itself, but with a ratio of exactly 1, if nothing was updated since.
+        // Without an update since sampling, the old policy is the current one, and the ratio is
+        // exactly 1.
         let old = old.unwrap_or(policy);
         assert!(old.len() == tokens && engine.len() == tokens, "one number a token");
         assert!(reference.is_none_or(|r| r.len() == tokens), "one number a token");
@@ -96,7 +97,7 @@ impl GrpoLoss {
         found
     }
 
-    /// Of each token.
+    /// The importance-sampling weight of each token.
     fn weights(&self, old: &[f64], engine: &[f64]) -> Vec<f64> {
         let (gaps, cap) = (gaps(old, engine), self.cap);
         let truncated = |log: f64| log.min(FARTHEST).exp().min(cap);
@@ -113,7 +114,7 @@ impl GrpoLoss {
     }
 }
 
-/// A token's loss and its slope.
+/// The loss of a token and its derivative.
 #[derive(Default)]
 struct Step {
     loss: f64,
@@ -121,20 +122,20 @@ struct Step {
     clipped: bool,
 }
 
-/// The difference of two log-probabilities, within reason.
+/// The difference of two log-probabilities, clamped to ±[`FARTHEST`].
 fn apart(one: f64, other: f64) -> f64 {
     (one - other).clamp(-FARTHEST, FARTHEST)
 }
 
-/// ln w of each token; 0 where the engine's is not known.
+/// ln w of each token; 0 where the engine's log-probability is not known.
 fn gaps(old: &[f64], engine: &[f64]) -> impl Iterator<Item = f64> {
     let gap =
         |(&old, &engine): (&f64, &f64)| if engine.is_nan() { 0.0 } else { apart(old, engine) };
     old.iter().zip(engine).map(gap)
 }
 
-/// −min(r A, clip(r) A) of a ratio's logarithm, and its slope by it; the limits are below 1 and above (Schulman et al. 2017,
-/// arXiv:1707.06347).
+/// −min(r A, clip(r) A) as a function of ln r, and its derivative by ln r. `limits` are the clip
+/// ranges below and above 1 (Schulman et al. 2017, arXiv:1707.06347).
 fn surrogate(log: f64, advantage: f64, limits: [f64; 2]) -> Step {
     let ratio = log.exp();
     let low = advantage < 0.0 && ratio < 1.0 - limits[0];
@@ -146,44 +147,46 @@ fn surrogate(log: f64, advantage: f64, limits: [f64; 2]) -> Step {
     Step { loss: -ratio * advantage, slope: -ratio * advantage, clipped: false }
 }
 
-/// exp(d) − d − 1 with d = ln π_ref − ln π, and its slope by ln π: an estimate of KL(π ‖ π_ref) that is never below 0
-/// (Schulman 2020, joschu.net/blog/kl-approx.html).
+/// exp(d) − d − 1 with d = ln π_ref − ln π, and its derivative by ln π: an estimate of KL(π ‖
+/// π_ref) that is never negative (Schulman 2020, joschu.net/blog/kl-approx.html).
 fn k3(policy: f64, reference: f64) -> Step {
     let log = apart(reference, policy);
     Step { loss: log.exp_m1() - log, slope: -log.exp_m1(), clipped: false }
 }
 
-/// A completion before the first update; one number a token.
+/// A completion before the first update; one number per token.
 #[derive(Debug, Clone, Copy)]
 pub struct PpoCompletion<'a> {
-    /// ln π
+    /// ln π.
     pub old: &'a [f64],
     pub old_values: &'a [f64],
     pub advantages: &'a [f64],
     pub returns: &'a [f64],
 }
 
-/// A completion's share of a batch's loss: sums over its tokens, whose number it all is divided by.
+/// The contribution of a completion to the loss of a batch: sums over its tokens. All of them are
+/// divided by the number of tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PpoFound {
-    /// The policy's and `value_weight` times the values'.
+    /// The policy loss plus `value_weight` times the value loss.
     pub loss: f64,
     pub policy_loss: f64,
     pub value_loss: f64,
-    /// (tokens): by ln π of each
+    /// (tokens) gradient with respect to each token's ln π.
     pub policy_slopes: Vec<f64>,
-    /// (tokens): by the value at each
+    /// (tokens) gradient with respect to each token's value.
     pub value_slopes: Vec<f64>,
-    /// The number of tokens.
+    /// Number of tokens.
     pub weight: f64,
-    /// Tokens whose ratio was cut off, and whose value was.
+    /// Number of tokens whose ratio was clipped, and (`value_clipped`) whose value was.
     pub clipped: f64,
     pub value_clipped: f64,
 }
 
 impl Ppo {
-    /// The reward of each token: what its way from the reference costs (k1), and the score on the last.
-    /// TRL puts it on the place after the last where there is one, and keeps a value there.
+    /// The reward of each token: minus the KL penalty (k1 estimator), plus the score at the last
+    /// token. TRL adds the score at the position after the last token where there is one, and has a
+    /// value there.
     pub fn rewards(&self, score: f64, old: &[f64], reference: &[f64]) -> Vec<f64> {
         assert_eq!(old.len(), reference.len(), "one number a token");
         let cost = |(&old, &reference): (&f64, &f64)| -self.kl * apart(old, reference);
@@ -194,8 +197,8 @@ impl Ppo {
         rewards
     }
 
-    /// Advantages and returns of a completion's tokens by their rewards and values; nothing comes after
-    /// the last.
+    /// Advantages and returns of a completion's tokens from their rewards and values (GAE). The
+    /// value after the last token is 0.
     pub fn estimate(&self, rewards: &[f64], values: &[f64]) -> (Vec<f64>, Vec<f64>) {
         assert_eq!(rewards.len(), values.len(), "one number a token");
         let mut advantages = vec![0.0; rewards.len()];
@@ -210,7 +213,8 @@ impl Ppo {
         (advantages, returns)
     }
 
-    /// Brings the advantages of all tokens of a batch to mean 0 and variance 1 (n − 1), if asked to.
+    /// Normalizes the advantages of all tokens of a batch to mean 0 and variance 1 (n − 1), if
+    /// `whiten` is set.
     pub fn whiten(&self, batch: &mut [Vec<f64>]) {
         let all = || batch.iter().flatten();
         let count = all().count() as f64;
@@ -225,7 +229,7 @@ impl Ppo {
         }
     }
 
-    /// The loss of a completion by its tokens' log-probabilities and values.
+    /// The loss of a completion as a function of its tokens' log-probabilities and values.
     pub fn completion(
         &self,
         policy: &[f64],
@@ -261,11 +265,12 @@ impl Ppo {
         found
     }
 
-    /// ½ max((v − R)², (clip(v) − R)²), its slope by v: moving far from the old value gains nothing.
+    /// ½ max((v − R)², (clip(v) − R)²), and its derivative by v: moving far from the old value does
+    /// not lower the loss.
     fn value(&self, value: f64, old: f64, target: f64) -> Step {
         let moved = (value - old).clamp(-self.value_clip, self.value_clip);
         let (off, cut) = (value - target, old + moved - target);
-        // Rounding apart, a value that did not go far is itself.
+        // Compares differences, because a value that was not clipped may still change by rounding.
         if value - old != moved && cut * cut > off * off {
             return Step { loss: 0.5 * cut * cut, slope: 0.0, clipped: true };
         }
@@ -361,13 +366,13 @@ mod tests {
         Correction::SequenceMask,
     ];
 
-    /// With ratios on both sides of either limit, and a weight above the cap.
+    /// Ratios on both sides of either limit, and an importance-sampling weight above the cap.
     const POLICY: [f64; 5] = [-1.0, -2.0, -0.5, -3.0, -1.5];
     const OLD: [f64; 5] = [-1.1, -1.2, -1.0, -2.95, -1.25];
     const ENGINE: [f64; 5] = [-1.0, -2.9, -0.8, -3.0, -1.2];
     const REFERENCE: [f64; 5] = [-0.7, -2.5, -0.5, -2.0, -1.6];
 
-    /// Each slope against a difference of the loss.
+    /// Compares each derivative with a finite difference of the loss.
     fn check(at: &[f64], slopes: &[f64], loss: impl Fn(&[f64]) -> f64) {
         assert_eq!(at.len(), slopes.len());
         for (which, slope) in slopes.iter().enumerate() {
@@ -452,7 +457,7 @@ mod tests {
                         let of = |policy: &[f64]| grpo.completion(policy, &completion);
                         let found = of(&POLICY);
                         check(&POLICY, &found.slopes, |policy| of(policy).loss);
-                        // What has not moved since is its own old self.
+                        // If nothing was updated, the old policy equals the policy.
                         if old == &POLICY {
                             let fresh = Completion { old: None, ..completion };
                             assert_eq!(grpo.completion(&POLICY, &fresh), found);
@@ -514,9 +519,9 @@ mod tests {
             } else {
                 all_same(&under, &[0, 1, 2, 3, 4].map(w));
             }
-            // Only what is above the cap is cut off.
+            // Only weights above the cap are cut off.
             assert_eq!(GrpoLoss { cap: 1.0, ..grpo }.weights(&POLICY, &POLICY), [1.0; 5]);
-            // The trainer's own numbers need no correction: -A a token.
+            // The trainer's own log-probabilities need no correction: the loss is -A per token.
             assert_eq!(of(&POLICY).loss, -7.5);
             assert_eq!(of(&[f64::NAN; 5]), of(&POLICY));
         }
@@ -642,7 +647,8 @@ mod tests {
     fn rewards_and_advantages_are_their_closed_forms() {
         let ppo = Ppo { kl: 0.1, ..Ppo::default() };
         all_same(&ppo.rewards(2.0, &[-1.0, -2.0], &[-1.5, -1.0]), &[-0.05, 2.1]);
-        // λ = 1: what is still to come, less the value. λ = 0: one step's error.
+        // λ = 1: the discounted sum of the remaining rewards, minus the value. λ = 0: the one-step
+        // TD error.
         let (rewards, values) = ([0.5, -0.2, 1.0], [0.1, 0.4, 0.3]);
         let far = Ppo { lambda: 1.0, gamma: 0.5, ..ppo };
         let (advantages, returns) = far.estimate(&rewards, &values);
@@ -651,7 +657,7 @@ mod tests {
         let near = Ppo { lambda: 0.0, gamma: 0.5, ..ppo };
         let (advantages, _) = near.estimate(&rewards, &values);
         all_same(&advantages, &[0.5 + 0.2 - 0.1, -0.2 + 0.15 - 0.4, 0.7]);
-        // The first step: whitened advantages sum to nothing, and so does the loss.
+        // In the first step, whitened advantages sum to 0, and so does the loss.
         let mut batch = vec![vec![1.0, 2.0], vec![6.0]];
         Ppo { whiten: false, ..ppo }.whiten(&mut batch);
         assert_eq!(batch, [vec![1.0, 2.0], vec![6.0]]);

@@ -1,9 +1,10 @@
-//! Losses of pairs of answers to one prompt, of which the first is the better one.
+//! Losses of preference pairs: a chosen and a rejected completion of one prompt.
 
 use super::{log_sigmoid, sigmoid};
 use crate::job::spec::{Dpo, DpoLoss, Reward};
 
-/// A pair's loss and its slopes by two numbers: of the better answer, and of the worse one.
+/// The loss of a pair, and its derivatives by two numbers, one of the chosen and one of the
+/// rejected completion.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairLoss {
     pub loss: f64,
@@ -11,8 +12,9 @@ pub struct PairLoss {
 }
 
 impl Dpo {
-    /// The loss of two answers, the better one first: their log-probabilities by the policy and by the
-    /// reference, and their numbers of tokens. `label` is how likely the first is the better one.
+    /// The loss of two completions, the chosen one first, from their log-probabilities by the
+    /// policy and by the reference model, and their numbers of tokens. `label` is the probability
+    /// that the chosen completion is better.
     pub fn pair(
         &self,
         policy: [f64; 2],
@@ -26,7 +28,7 @@ impl Dpo {
         };
         let ratio = |which: usize| (policy[which] - reference[which]) / per[which];
         let h = ratio(0) - ratio(1);
-        // Of the pair as it stands, and the other way round.
+        // The loss of the pair as labelled, and with chosen and rejected swapped.
         let likely = label * (1.0 - self.label_smoothing) + (1.0 - label) * self.label_smoothing;
         let (straight, turned) = (self.of(h), self.of(-h));
         let loss = likely * straight.0 + (1.0 - likely) * turned.0;
@@ -38,7 +40,7 @@ impl Dpo {
         }
     }
 
-    /// The loss of a margin, and its slope.
+    /// The loss as a function of the margin, and its derivative.
     fn of(&self, h: f64) -> (f64, f64) {
         let beta = self.beta;
         match self.loss {
@@ -52,15 +54,15 @@ impl Dpo {
         }
     }
 
-    /// What the policy thinks of an answer: β (ln π − ln π_ref).
+    /// The implicit reward of a completion: β (ln π − ln π_ref).
     pub fn reward(&self, policy: f64, reference: f64) -> f64 {
         self.beta * (policy - reference)
     }
 }
 
 impl Reward {
-    /// −ln σ(r₊ − r₋ − margin) + centering (r₊ + r₋)². `label` is how likely the first is the better
-    /// one.
+    /// −ln σ(r₊ − r₋ − margin) + centering (r₊ + r₋)². `label` is the probability that the chosen
+    /// completion is better.
     pub fn pair(&self, scores: [f64; 2], margin: Option<f64>, label: f64) -> PairLoss {
         let margin = margin.unwrap_or(self.margin);
         let [better, worse] = scores;
@@ -80,7 +82,7 @@ impl Reward {
 mod tests {
     use super::*;
 
-    /// Each slope against a difference of the loss.
+    /// Compares each derivative with a finite difference of the loss.
     fn check(at: [f64; 2], f: impl Fn([f64; 2]) -> PairLoss) {
         for which in 0..2 {
             let moved = |by: f64| {
@@ -124,12 +126,12 @@ mod tests {
 
     #[test]
     fn smoothing_is_its_closed_form() {
-        // −(1−ε) ln σ(β h) − ε ln σ(−β h), with h = 5, β = 0.1, ε = 0.1
+        // −(1−ε) ln σ(β h) − ε ln σ(−β h), with h = 5, β = 0.1, ε = 0.1.
         let dpo = Dpo { label_smoothing: 0.1, ..Dpo::default() };
         let found = dpo.pair([-10.0, -12.0], [-12.0, -9.0], [3, 3], 1.0).loss;
         let (up, down) = ((1.0 + (-0.5f64).exp()).ln(), (1.0 + 0.5f64.exp()).ln());
         assert!((found - (0.9 * up + 0.1 * down)).abs() < 1e-12, "{found}");
-        // A label says the same of one pair.
+        // A `label` of 1 − ε for one pair is equivalent to label smoothing by ε.
         let label = Dpo::default().pair([-10.0, -12.0], [-12.0, -9.0], [3, 3], 0.9);
         assert!((label.loss - found).abs() < 1e-12);
     }

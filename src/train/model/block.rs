@@ -6,7 +6,7 @@ use crate::gguf::{LayerKind, ModelConfig, PARTS, PROJECTIONS, Projection, rows_o
 use crate::train::ops::{self, Scope};
 use candle_core::{Result, Tensor, bail};
 
-/// What a family lacks is `None`.
+/// One transformer layer. Parts that a model family does not have are `None`.
 pub struct Block {
     kind: LayerKind,
     attention_norm: Tensor,
@@ -14,7 +14,7 @@ pub struct Block {
     k: Weight,
     v: Weight,
     biases: Option<[Tensor; 3]>,
-    /// Of single query and key heads.
+    /// Norms of each query head and each key head.
     qk_norm: Option<[Tensor; 2]>,
     output: Weight,
     attention_post_norm: Option<Tensor>,

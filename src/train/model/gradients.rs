@@ -1,10 +1,10 @@
-//! Gradients of the parameters, added up over the parts of a batch.
+//! Parameter gradients, accumulated over the micro-batches of a batch.
 
 use crate::train::ops::Grads;
 use crate::train::optim::Param;
 use candle_core::{Result, Tensor, bail};
 
-/// One for each parameter, as soon as there is one.
+/// The accumulated gradient of each parameter; `None` before the first one.
 #[derive(Default)]
 pub struct Gradients {
     sums: Vec<Option<Tensor>>,
@@ -14,7 +14,7 @@ impl Gradients {
     /// Adds the parameters' gradients of one backward pass.
     ///
     /// # Errors
-    /// If memory gives out.
+    /// If memory cannot be allocated.
     pub fn add(&mut self, params: &[Param], grads: &mut Grads) -> Result<()> {
         self.sums.resize(params.len(), None);
         for (sum, param) in self.sums.iter_mut().zip(params) {
@@ -27,10 +27,10 @@ impl Gradients {
         Ok(())
     }
 
-    /// All of them.
+    /// Takes all gradients.
     ///
     /// # Errors
-    /// If a parameter has none: something cuts the way back.
+    /// If a parameter has no gradient: an operation in the forward pass has cut the graph.
     pub fn take(&mut self, params: &[Param]) -> Result<Vec<Tensor>> {
         let sums = std::mem::take(&mut self.sums);
         if sums.len() != params.len() {

@@ -1,4 +1,4 @@
-//! What a model takes for the next token.
+//! Next-token logits.
 
 use super::{Batch, Model};
 use crate::train::ops::{self, Head};
@@ -6,11 +6,11 @@ use candle_core::{Result, bail};
 use std::sync::Arc;
 
 impl Model {
-    /// (vocabulary) the logits behind the last of `tokens`, which are one document. Nothing is kept
-    /// from call to call: for a look at a model in training, not for serving.
+    /// (vocabulary) logits after the last of `tokens`, which form one document. No KV cache is kept
+    /// between calls, so this is for inspecting a model in training, not for serving.
     ///
     /// # Errors
-    /// If there is no token, one is not in the vocabulary, or memory gives out.
+    /// If there is no token, a token is not in the vocabulary, or memory cannot be allocated.
     pub fn logits(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         let Some(last) = tokens.len().checked_sub(1) else { bail!("nothing to go on from") };
         let batch = Batch {

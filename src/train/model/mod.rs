@@ -34,19 +34,19 @@ use weight::Builder;
 
 const EMBEDDING: &str = "token_embd.weight";
 
-/// Documents packed into one row of tokens, and what each should have predicted.
+/// Documents packed into one row of tokens, with their prediction targets.
 #[derive(Debug, Clone)]
 pub struct Batch {
     pub tokens: Arc<Vec<u32>>,
-    /// Where documents begin, the first at 0.
+    /// Start positions of the documents; the first is 0.
     pub documents: Arc<Vec<usize>>,
-    /// (tokens) the token after each; of a document's last any.
+    /// (tokens) the next token after each; arbitrary for the last token of a document.
     pub targets: Arc<Vec<u32>>,
-    /// (tokens) what each counts in the loss; 0 for a document's last.
+    /// (tokens) loss weight of each token; 0 for the last token of a document.
     pub weights: Arc<Vec<f32>>,
 }
 
-/// A model and what is trained of it.
+/// A model and its trained parameters.
 pub struct Model {
     shape: ModelConfig,
     ropes: Vec<Rope>,
@@ -54,7 +54,7 @@ pub struct Model {
     blocks: Vec<Block>,
     output_norm: Tensor,
     head: Head,
-    /// (1, width) what a row is worth, where that is asked.
+    /// (1, width) the score head, which maps a row to a value, if the model has one.
     score: Option<Tensor>,
     params: Vec<Param>,
     device: Device,
@@ -65,31 +65,31 @@ enum Embedding {
     Trained(Tensor),
 }
 
-/// What a batch's rows have in common.
+/// What all rows of a batch share.
 struct Context<'a> {
     shape: &'a ModelConfig,
     documents: Arc<Vec<usize>>,
-    /// By kind of rope.
+    /// One rotation per RoPE configuration.
     rotations: Vec<Rotation>,
-    /// The pass's number, if it is one of training.
+    /// Number of the training pass; `None` outside of training.
     pass: Option<u64>,
 }
 
-/// One way there and back.
+/// A forward and backward pass.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Pass {
-    /// What no other pass of a run has: dropout is drawn from it.
+    /// A number that is unique within a run; it seeds dropout.
     pub number: u64,
-    /// A block's inner values are not kept but computed again on the way back (Chen et al. 2016,
-    /// arXiv:1604.06174).
+    /// Activation checkpointing: the inner activations of a block are recomputed in the backward
+    /// pass instead of stored (Chen et al. 2016, arXiv:1604.06174).
     pub checkpoint: bool,
 }
 
 impl Model {
-    /// Reads a model of sequences of up to `context` tokens.
+    /// Loads a model for sequences of up to `context` tokens.
     ///
     /// # Errors
-    /// If the family is not covered, or memory gives out.
+    /// If the model family is not supported, or memory cannot be allocated.
     pub fn load(
         file: Arc<Gguf>,
         training: &Training,
@@ -126,7 +126,7 @@ impl Model {
         &self.shape
     }
 
-    /// What is trained, in an order of its own that is always the same.
+    /// The trained parameters, always in the same order.
     pub fn params(&self) -> &[Param] {
         &self.params
     }
@@ -134,12 +134,12 @@ impl Model {
     /// The losses of a batch.
     ///
     /// # Errors
-    /// If a token is not in the vocabulary, or memory gives out.
+    /// If a token is not in the vocabulary, or memory cannot be allocated.
     pub fn losses(&self, batch: &Batch) -> Result<Losses> {
         rayon::scope(|_| ops::without_gradients(|| self.finish(&self.forward(batch, None)?, batch)))
     }
 
-    /// (tokens, width) what the last block leaves.
+    /// (tokens, width) output of the last block.
     fn forward(&self, batch: &Batch, pass: Option<u64>) -> Result<Tensor> {
         let context = self.context(batch, pass);
         let mut x = self.embed(batch)?;
@@ -149,7 +149,7 @@ impl Model {
         Ok(x)
     }
 
-    /// The losses, and their gradients added to `gradients`.
+    /// Computes the losses of a batch, and adds their gradients to `gradients`.
     ///
     /// # Errors
     /// As [`Model::losses`].
@@ -164,7 +164,8 @@ impl Model {
         losses.ok_or_else(|| candle_core::Error::msg("nothing was computed"))
     }
 
-    /// Adds the gradients of what `finish` makes of the last block's rows, a number.
+    /// Runs the forward and the backward pass, and adds the gradients. `finish` computes a scalar
+    /// from the output of the last block.
     fn back(
         &self,
         batch: &Batch,
@@ -172,7 +173,8 @@ impl Model {
         gradients: &mut Gradients,
         finish: impl FnOnce(&Tensor) -> Result<Tensor> + Send,
     ) -> Result<()> {
-        // On one of the pool's threads: from another, each operation would wake it, and wait.
+        // Runs on a thread of the rayon pool: from another thread, each operation would wake the
+        // pool and wait for it.
         rayon::scope(|_| match pass.checkpoint {
             false => {
                 let found = ops::record(&[], || finish(&self.forward(batch, Some(pass.number))?))?;
@@ -220,7 +222,7 @@ impl Model {
         Ok(())
     }
 
-    /// (tokens, width)
+    /// (tokens, width) token embeddings.
     fn embed(&self, batch: &Batch) -> Result<Tensor> {
         let x = match &self.embedding {
             Embedding::Trained(table) => ops::embedding(table, &batch.tokens)?,
@@ -244,13 +246,13 @@ impl Model {
         }
     }
 
-    /// The loss behind the last block's rows.
+    /// The losses from the output of the last block.
     fn finish(&self, x: &Tensor, batch: &Batch) -> Result<Losses> {
         let (normed, targets) = self.counted(x, batch)?;
         ops::linear_cross_entropy(&normed, &self.head, &targets)
     }
 
-    /// The output norm of rows that count, and what they should have predicted.
+    /// The rows with a weight other than 0 after the output norm, and their targets.
     fn counted(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Targets)> {
         let counted =
             (0..batch.tokens.len() as u32).filter(|&row| batch.weights[row as usize] != 0.0);
@@ -281,7 +283,8 @@ impl Model {
     }
 }
 
-/// A tensor that a way back ends at; candle, which goes it on other devices, wants a variable there.
+/// A tensor at which a backward pass ends. On other devices candle runs the backward pass and needs
+/// a variable there.
 fn start(x: &Tensor) -> Result<Tensor> {
     match x.device() {
         Device::Cpu => Ok(x.clone()),

@@ -1,8 +1,9 @@
-//! What losses other than a token's cross-entropy are made of, and their way back.
+//! Model outputs for losses other than cross-entropy, and their backward pass.
 //!
-//! Such a loss is some function of log-probabilities and values; its slopes by them are numbers once
-//! they are known. A sum of log-probabilities with these slopes has the loss's own gradient, and goes
-//! back without the logits of all rows at once ([`ops::linear_cross_entropy`]).
+//! Such a loss is a function of log-probabilities and values, and its gradient with respect to them
+//! consists of numbers. A sum of log-probabilities weighted by these numbers has the same parameter
+//! gradients as the loss, and its backward pass does not need the logits of all rows at once
+//! ([`ops::linear_cross_entropy`]).
 
 use super::{Batch, Gradients, Model, Pass};
 use crate::train::ops::{self, Targets};
@@ -10,16 +11,16 @@ use crate::train::optim::Param;
 use candle_core::{DType, Result, Tensor, Var, bail};
 use std::sync::Arc;
 
-/// The score's parameter.
+/// Name of the score head's parameter.
 pub const SCORE: &str = "score.weight";
 
-/// What is wanted of the rows that count, which have a weight other than 0 in their batch.
+/// The outputs to compute for the rows with a weight other than 0.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Wanted {
     pub log_probs: bool,
-    /// Of the score's head.
+    /// Values of the score head.
     pub values: bool,
-    /// What logits are divided by.
+    /// Divisor of the logits.
     pub temperature: f64,
 }
 
@@ -28,17 +29,18 @@ impl Wanted {
     pub const VALUES: Self = Self { log_probs: false, values: true, temperature: 1.0 };
 }
 
-/// (rows that count) each; empty if not wanted.
+/// The outputs, one number for each row with a weight other than 0; empty if not requested.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Outputs {
-    /// ln p(target)
+    /// ln p(target).
     pub log_probs: Vec<f64>,
-    /// -Σ p ln p, in nats
+    /// -Σ p ln p, in nats.
     pub entropies: Vec<f64>,
     pub values: Vec<f64>,
 }
 
-/// What a loss's slopes are by each of [`Outputs`]; empty for those that were not wanted.
+/// The gradient of a loss with respect to each of [`Outputs`]; empty for outputs that were not
+/// requested.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct OutputGrads {
     pub log_probs: Vec<f64>,
@@ -46,10 +48,11 @@ pub struct OutputGrads {
 }
 
 impl Model {
-    /// Gives the model a head of (width) numbers that says what a row is worth: a parameter.
+    /// Adds a score head with the initial weights `start` (width) as a parameter. The head maps a
+    /// row to a value.
     ///
     /// # Errors
-    /// If there are not as many.
+    /// If `start` has another length.
     pub fn with_score(mut self, start: Vec<f32>) -> Result<Self> {
         let var = Var::from_vec(start, (1, self.shape.width), &self.device)?;
         self.score = Some(var.as_tensor().clone());
@@ -58,7 +61,7 @@ impl Model {
         Ok(self)
     }
 
-    /// What is wanted of a batch, without a way back.
+    /// The requested outputs of a batch, without a backward pass.
     ///
     /// # Errors
     /// As [`Model::losses`].
@@ -71,7 +74,8 @@ impl Model {
         })
     }
 
-    /// The gradients of a loss whose slopes `loss` gives, added to `gradients`.
+    /// Computes the outputs, calls `loss` for its gradient with respect to them, and adds the
+    /// parameter gradients to `gradients`.
     ///
     /// # Errors
     /// As [`Model::losses`].
@@ -89,7 +93,7 @@ impl Model {
             let slopes = loss(&outputs);
             let mut sum = None;
             if wanted.log_probs {
-                // A loss of a token is minus its log-probability.
+                // The cross-entropy of a token is minus its log-probability.
                 let weights = slopes.log_probs.iter().map(|slope| -*slope as f32).collect();
                 let targets = Targets { weights: Arc::new(weights), ..targets };
                 sum = Some(ops::linear_cross_entropy(&normed, &self.head, &targets)?.sum);
@@ -110,7 +114,7 @@ impl Model {
         Ok((normed, Targets { temperature: wanted.temperature, ..targets }))
     }
 
-    /// The outputs, and the values with their way back.
+    /// The outputs, and the values as a tensor for the backward pass.
     fn look(
         &self,
         normed: &Tensor,

@@ -1,5 +1,5 @@
-//! Tiny random models: gradients against differences of the loss, and the ways to compute them
-//! against one another.
+//! Tests on tiny random models: gradients compared with finite differences of the loss, and
+//! different ways to compute gradients compared with each other.
 
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
@@ -48,7 +48,7 @@ fn batch(documents: &[usize], seed: u32) -> Batch {
 
 fn load(file: &Arc<Gguf>, training: &Training) -> Model {
     let model = Model::load(file.clone(), training, 512, &Device::Cpu).unwrap();
-    // B begins with zeros, and A's gradient would be zero.
+    // B starts as zeros, which would make A's gradient zero.
     for (i, param) in model.params().iter().enumerate() {
         if param.name.ends_with("lora_b") {
             let count = param.var.elem_count();
@@ -92,7 +92,7 @@ fn gradients_are_slopes_of_the_loss() {
             let (_, grads) = gradients(&model, std::slice::from_ref(&batch), false);
             for (param, grad) in model.params().iter().zip(&grads) {
                 assert!(norm(grad) > 0.0, "{architecture}: `{}` has no slope", param.name);
-                // Along the gradient, where f32 differences say most.
+                // A difference along the gradient is the most precise in f32.
                 let start = param.var.as_tensor().copy().unwrap();
                 let step = 2e-3 / norm(grad);
                 let moved = |by: f64| {
@@ -103,7 +103,7 @@ fn gradients_are_slopes_of_the_loss() {
                 param.var.set(&start).unwrap();
                 let right = norm(grad).powi(2);
                 let off = (found - right).abs() / right;
-                // Losses are sums of some 27 nats in f32: what is left is their rounding.
+                // Losses are sums of about 27 nats in f32; the remaining difference is rounding.
                 let noise = 2e-5 / (step * right);
                 assert!(
                     off < 0.02 + noise,
@@ -189,7 +189,7 @@ fn number_of(losses: &Losses) -> f64 {
 
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    // Wide enough for products that are shared out.
+    // Wide enough for products that are split over threads.
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     TinyDecoder { width: 128, ff: 256, layers: 1, ..TinyDecoder::new("llama") }

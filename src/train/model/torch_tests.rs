@@ -1,4 +1,5 @@
-//! Tiny models, trained as transformers and PEFT train them: losses, gradients and what comes out.
+//! Tiny models compared with training in transformers and PEFT: losses, gradients and trained
+//! parameters.
 
 use super::*;
 use crate::gguf::{GgufWriter, Projection, TensorType};
@@ -8,7 +9,7 @@ use crate::train::optim::Optimization;
 use crate::train::torch_tests::{Reference, Trained, hashed, reference, weight};
 use std::path::Path;
 
-/// A GGUF with hashed weights.
+/// Writes a GGUF with hashed weights.
 pub(in crate::train) fn write(reference: &Reference, architecture: &str, path: &Path) {
     let s = &reference.shape;
     let mut writer = GgufWriter::new();
@@ -29,7 +30,7 @@ pub(in crate::train) fn write(reference: &Reference, architecture: &str, path: &
     let gemma = architecture == "gemma3";
     if gemma {
         writer.set("gemma3.attention.sliding_window", reference.window);
-        // The first of two layers has the window.
+        // The first of two layers has the sliding window.
         writer.set("gemma3.attention.sliding_window_pattern", 2u32);
     }
     writer.set(
@@ -74,7 +75,7 @@ pub(in crate::train) fn write(reference: &Reference, architecture: &str, path: &
     writer.write(path).unwrap();
 }
 
-/// Two documents of hashed tokens; the third token of the first one does not count.
+/// Two documents of hashed tokens; the third token of the first document has weight 0.
 fn batch(step: usize, vocab: u32) -> Batch {
     let (mut tokens, mut targets, mut weights) = (Vec::new(), Vec::new(), Vec::new());
     for (number, length) in [13, 9].into_iter().enumerate() {
@@ -99,7 +100,7 @@ pub(in crate::train) fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// PEFT's start: here both halves are numbers, so that both have slopes.
+/// Sets PEFT's initial values. Here neither A nor B is zero, so that both have gradients.
 pub(in crate::train) fn start(model: &Model) {
     for param in model.params().iter().filter(|param| param.name.contains(".lora_")) {
         let dims = param.var.dims();
@@ -168,13 +169,13 @@ fn tiny_models_train_as_in_pytorch() {
     }
 }
 
-/// What `scripts/torch_reference.py model` wrote of a real model.
+/// The output of `scripts/torch_reference.py model` for a real model.
 #[derive(serde::Deserialize)]
 struct Run {
     rows: Vec<Vec<u32>>,
     documents: Vec<usize>,
     losses: Vec<f64>,
-    /// Steps, and the mean loss of the rows behind those that are trained on.
+    /// Steps, and the mean loss of the validation rows, which follow the training rows.
     held_out: Vec<(usize, f64)>,
     rank: usize,
     alpha: f64,
@@ -196,7 +197,7 @@ impl Run {
     }
 }
 
-/// (rows, vocabulary) of one document.
+/// (rows, vocabulary) logits of one document.
 fn logits(model: &Model, tokens: &[u32]) -> Tensor {
     let batch = Batch {
         tokens: Arc::new(tokens.to_vec()),
@@ -214,7 +215,8 @@ fn logits(model: &Model, tokens: &[u32]) -> Tensor {
     ops::frozen_linear(&normed, head).unwrap()
 }
 
-/// Needs a model of 1 GB of memory and PEFT's run on it; then `torch_reference.py interop`.
+/// Needs a model of 1 GB of memory and PEFT's run on it; afterwards run `torch_reference.py
+/// interop`.
 #[test]
 #[ignore = "needs TORCH_MODEL, and TORCH_FOLDER from scripts/torch_reference.py model"]
 fn a_real_model_trains_as_in_peft() {

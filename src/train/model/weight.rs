@@ -1,4 +1,4 @@
-//! Matrices: frozen, frozen with LoRA, or trained.
+//! Weight matrices: frozen, frozen with LoRA, or trained.
 
 use crate::gguf::{Gguf, Projection};
 use crate::job::spec::Lora;
@@ -11,12 +11,12 @@ use sha2::{Digest, Sha256};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// What is trained of a model.
+/// Which parameters of a model are trained.
 #[derive(Debug, Clone)]
 pub enum Training {
     /// All weights, in f32.
     Full,
-    /// Low-rank matrices beside frozen ones.
+    /// LoRA matrices; the model's own weights are frozen.
     Lora(Lora),
 }
 
@@ -28,8 +28,8 @@ pub enum Weight {
 }
 
 impl Weight {
-    /// (rows, outputs) of `x` (rows, inputs). Nothing is dropped without a `pass`, the number of a
-    /// step's part.
+    /// (rows, outputs) of `x` (rows, inputs). `pass` is the number of the training pass and seeds
+    /// dropout; without it nothing is dropped.
     pub fn forward(&self, x: &Tensor, pass: Option<u64>) -> Result<Tensor> {
         match (self, pass) {
             (Self::Frozen(base), _) => ops::frozen_linear(x, base),
@@ -45,7 +45,7 @@ impl Weight {
     }
 }
 
-/// Makes weights of a file's tensors, and collects the parameters.
+/// Creates weights from the tensors of a file, and collects the parameters.
 pub struct Builder<'a> {
     file: Arc<Gguf>,
     training: &'a Training,
@@ -66,7 +66,8 @@ impl<'a> Builder<'a> {
         self.file.tensor(name).is_some()
     }
 
-    /// Some rows of a tensor. `part` names them where the tensor holds other matrices too.
+    /// Some rows of a tensor as a matrix. `part` names the rows if the tensor also contains other
+    /// matrices.
     pub fn matrix(
         &mut self,
         name: &str,
@@ -98,7 +99,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// A norm's weights or a bias: trained if everything is.
+    /// A norm's weights or a bias: trained if all weights are trained.
     pub fn vector(&mut self, name: &str) -> Result<Tensor> {
         let values = self.file.to_f32(name).map_err(candle_core::Error::wrap)?;
         let len = values.len();
@@ -132,8 +133,8 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Random numbers from the seed and the tensor's name, so that no other tensor changes them, for one
-/// use.
+/// A random generator seeded by the seed, the tensor's name and the purpose `what`, so that it does
+/// not depend on other tensors.
 fn drawn(lora: &Lora, name: &str, what: &str) -> StdRng {
     let mut hash = Sha256::new();
     hash.update(lora.seed.to_le_bytes());
@@ -142,7 +143,7 @@ fn drawn(lora: &Lora, name: &str, what: &str) -> StdRng {
     StdRng::from_seed(hash.finalize().into())
 }
 
-/// (rank, inputs) uniform within ±1/√inputs, as PEFT's Kaiming initialization with a = √5.
+/// (rank, inputs) uniform within ±1/√inputs, as in PEFT's Kaiming initialization with a = √5.
 fn initial_a(lora: &Lora, name: &str, inputs: usize, device: &Device) -> Result<Tensor> {
     let mut rng = drawn(lora, name, "");
     let bound = 1.0 / (inputs as f32).sqrt();

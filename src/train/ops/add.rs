@@ -1,4 +1,4 @@
-//! Sums, and tensors of another shape: what little a model needs besides the other operations.
+//! Sums, reshaping and scaling.
 
 use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use super::tape::{self, Backward};
@@ -7,10 +7,10 @@ use rayon::prelude::*;
 use std::sync::Arc;
 
 const CHUNK: usize = 1 << 14;
-/// Rows whose part of a bias's gradient is added up by one thread.
+/// Rows whose share of a bias's gradient one thread sums.
 const ROWS: usize = 32;
 
-/// `x + y`, of the same shape.
+/// `x + y`, for tensors of the same shape.
 ///
 /// # Errors
 /// If the shapes differ.
@@ -23,7 +23,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// `x + y` without a way back.
+/// `x + y` without a backward pass.
 pub fn sum(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.dims() != y.dims() {
         bail!("{:?} and {:?} cannot be added", x.dims(), y.dims());
@@ -31,10 +31,10 @@ pub fn sum(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if has_cpu_kernel(x) { super::fused::plain(Add, &[x, y]) } else { x + y }
 }
 
-/// The same numbers in another shape.
+/// The tensor with another shape.
 ///
 /// # Errors
-/// If it holds another number of them.
+/// If the number of elements differs.
 pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
     if !has_cpu_kernel(x) || !tape::recording() {
@@ -45,10 +45,10 @@ pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
     Ok(out)
 }
 
-/// `Σ weights x`, a number.
+/// The scalar `Σ weights x`.
 ///
 /// # Errors
-/// If there are not as many of both.
+/// If the numbers of elements differ.
 pub fn weighed(x: &Tensor, weights: &Arc<Vec<f64>>) -> Result<Tensor> {
     if x.elem_count() != weights.len() {
         bail!("{} numbers and {} weights", x.elem_count(), weights.len());
@@ -82,7 +82,7 @@ impl Fused for Weighed {
     }
 }
 
-/// `x` (rows, columns) and `bias` (columns) in every row.
+/// Adds `bias` (columns) to every row of `x` (rows, columns).
 ///
 /// # Errors
 /// If the shapes do not fit.
@@ -93,12 +93,12 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// `x` times a number.
 ///
 /// # Errors
-/// If memory gives out.
+/// If memory cannot be allocated.
 pub fn scale(x: &Tensor, by: f64) -> Result<Tensor> {
     if has_cpu_kernel(x) { apply(Scale(by), &[x]) } else { x * by }
 }
 
-/// Gradients pass as they are.
+/// An operation whose gradients are passed on unchanged.
 struct Same;
 
 impl Backward for Same {

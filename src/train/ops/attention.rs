@@ -1,4 +1,4 @@
-//! Causal attention over packed documents, of which only log-sum-exp is kept for the way back
+//! Causal attention over packed documents. Only log-sum-exp is stored for the backward pass
 //! (FlashAttention-2: Dao 2023, arXiv:2307.08691).
 
 use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
@@ -11,31 +11,33 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Rows that a thread works on at a time, of queries or of keys.
+/// Query or key rows that a thread processes at a time.
 const ROWS: usize = 64;
 
-/// Who sees whom.
+/// The attention mask and the transformation of scores.
 #[derive(Debug, Clone)]
 pub struct Scope {
-    /// Where the documents begin, in order; the first at 0. They do not see each other.
+    /// Start rows of the documents in ascending order; the first is 0. Documents do not attend to
+    /// each other.
     pub documents: Arc<Vec<usize>>,
-    /// Of queries times keys.
+    /// Factor of the query-key products.
     pub scale: f64,
-    /// A row sees so many rows at most, its own the last.
+    /// Sliding window: each row attends to at most this many rows, the last of which is the row
+    /// itself.
     pub window: Option<usize>,
-    /// Scores are `cap tanh(score / cap)`.
+    /// Soft cap: scores are `cap tanh(score / cap)`.
     pub cap: Option<f64>,
 }
 
 impl Scope {
-    /// The rows that a row sees.
+    /// The rows that a row attends to.
     fn seen(&self, row: usize) -> Range<usize> {
         let document = self.documents.partition_point(|&start| start <= row);
         let start = self.documents[document.saturating_sub(1)];
         start.max((row + 1).saturating_sub(self.window.unwrap_or(usize::MAX)))..row + 1
     }
 
-    /// The rows that see any of some rows end here.
+    /// The end of the rows that attend to any of the rows `keys`.
     fn audience(&self, keys: &Range<usize>, rows: usize) -> usize {
         let next = self.documents.partition_point(|&start| start < keys.end);
         let end = self.documents.get(next).copied().unwrap_or(rows);
@@ -43,7 +45,8 @@ impl Scope {
     }
 }
 
-/// (rows, heads, head_dim) of `q` (rows, heads, head_dim), `k` and `v` (rows, kv_heads, head_dim).
+/// (rows, heads, head_dim) attention of `q` (rows, heads, head_dim), `k` and `v` (rows, kv_heads,
+/// head_dim).
 ///
 /// # Errors
 /// If the shapes do not fit.
@@ -93,7 +96,7 @@ struct Attention {
     kept: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-/// The sizes of one call.
+/// The dimensions of one call.
 #[derive(Clone, Copy)]
 struct Sizes {
     rows: usize,
@@ -108,22 +111,22 @@ impl Sizes {
         Self { rows: q[0], heads: q[1], kv_heads: k[1], dim: q[2] }
     }
 
-    /// (rows, head_dim) one head of some rows of queries, or of what has their shape.
+    /// (rows, head_dim) one head of some rows of the queries or of a tensor of the same shape.
     fn head<'a, T>(&self, x: &'a [T], rows: Range<usize>, head: usize) -> Mat<'a, T> {
         Mat::part(x, rows, head * self.dim..(head + 1) * self.dim, self.heads * self.dim)
     }
 
-    /// The same of keys and values; `head` is a query's.
+    /// The same for keys and values; `head` is the query head.
     fn kv<'a, T>(&self, x: &'a [T], rows: Range<usize>, head: usize) -> Mat<'a, T> {
         let head = head / (self.heads / self.kv_heads);
         Mat::part(x, rows, head * self.dim..(head + 1) * self.dim, self.kv_heads * self.dim)
     }
 }
 
-/// Scores, their weights and their gradients, of one head and a block of queries by a span of keys.
+/// Scores, attention weights and gradients of one head, for a block of queries and a range of keys.
 struct Tile<T> {
     weights: Vec<T>,
-    /// What the cap made of the scores' slopes; empty without one.
+    /// Derivatives of the soft cap at the scores; empty without a cap.
     slopes: Vec<T>,
     grads: Vec<T>,
 }
@@ -133,7 +136,7 @@ impl<T: Number> Tile<T> {
         Self { weights: Vec::new(), slopes: Vec::new(), grads: Vec::new() }
     }
 
-    /// Scaled, capped scores; nothing is masked yet.
+    /// Computes scaled and capped scores, without the mask.
     fn scores(&mut self, scope: &Scope, q: Mat<T>, k: Mat<T>, rows: usize, keys: usize) {
         self.weights.resize(rows * keys, T::ZERO);
         product_here(q, k.t(), &mut self.weights, keys, 0, false);
@@ -149,7 +152,7 @@ impl<T: Number> Tile<T> {
         }
     }
 
-    /// Scores become weights, by the log-sum-exp of their rows; what is not seen weighs nothing.
+    /// Turns scores into attention weights with the log-sum-exp of each row; masked weights are 0.
     fn weigh(
         &mut self,
         scope: &Scope,
@@ -166,8 +169,8 @@ impl<T: Number> Tile<T> {
         }
     }
 
-    /// The gradients of the scores before scale, from those of the weights; `own` is a row's sum of
-    /// its result times that one's gradient.
+    /// Turns the gradients of the weights into the gradients of the unscaled scores. `own` is the
+    /// dot product of a row's output and its gradient.
     fn slope(&mut self, scope: &Scope, keys: usize, own: impl Fn(usize) -> T) {
         let scale = T::of(scope.scale);
         let rows = self.grads.chunks_exact_mut(keys).zip(self.weights.chunks_exact(keys));
@@ -181,7 +184,7 @@ impl<T: Number> Tile<T> {
     }
 }
 
-/// What lies in `span`, counted from its start.
+/// The part of `range` within `span`, relative to the start of `span`.
 fn clip(range: &Range<usize>, span: &Range<usize>) -> Range<usize> {
     let inside = |at: usize| at.clamp(span.start, span.end) - span.start;
     inside(range.start)..inside(range.end)
@@ -248,7 +251,7 @@ impl Fused for Attention {
             bail!("the forward pass was of another type");
         };
         let of_head = |head: usize| move |row: usize| lse[row * heads + head];
-        // (rows, heads)
+        // (rows, heads) dot products of output and gradient.
         let own: Vec<T> = result
             .data
             .par_chunks(dim)

@@ -1,4 +1,4 @@
-//! Cross-entropy of a model's output, without the logits of all rows at once.
+//! Cross-entropy of a model's output, without holding the logits of all rows at once.
 
 use super::fused::{Fused, Number, View, apply, has_cpu_kernel, plain};
 use super::lanes;
@@ -14,40 +14,40 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 /// Logits that are held at a time: 64 MB of f32.
 const LOGITS: usize = 1 << 24;
 
-/// The matrix that makes logits: (vocabulary, width).
+/// The output matrix: (vocabulary, width).
 #[derive(Clone)]
 pub enum Head {
     Frozen(Arc<Frozen>),
     Trained(Tensor),
 }
 
-/// What the rows should have predicted.
+/// The targets that rows should predict.
 #[derive(Debug, Clone)]
 pub struct Targets {
-    /// (rows)
+    /// (rows) target tokens.
     pub tokens: Arc<Vec<u32>>,
-    /// (rows) what a row counts.
+    /// (rows) loss weight of each row.
     pub weights: Arc<Vec<f32>>,
-    /// Logits are `cap tanh(logit / cap)`.
+    /// Soft cap: logits are `cap tanh(logit / cap)`.
     pub cap: Option<f64>,
-    /// What logits are divided by, behind the cap.
+    /// Divisor of the logits, applied after the cap.
     pub temperature: f64,
 }
 
-/// What a model says of some rows' targets.
+/// Log-probabilities of some rows' targets, and entropies.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LogProbs {
-    /// (rows) ln p(target)
+    /// (rows) ln p(target).
     pub of_targets: Vec<f64>,
-    /// (rows) -Σ p ln p, in nats
+    /// (rows) -Σ p ln p, in nats.
     pub entropies: Vec<f64>,
 }
 
-/// The loss of some rows.
+/// The losses of some rows.
 pub struct Losses {
-    /// A number: the sum of the rows' losses in nats, times their weights.
+    /// A scalar: the sum of the rows' losses in nats, times their weights.
     pub sum: Tensor,
-    /// Rows whose target is the most likely token, times their weights.
+    /// Weighted number of rows whose target is the most likely token.
     pub correct: f64,
 }
 
@@ -59,7 +59,7 @@ impl Head {
         }
     }
 
-    /// Applies an operation to rows, and to the head where it is a tensor.
+    /// Applies an operation to the rows, and to the head if it is a tensor.
     fn apply<F: Fused>(
         &self,
         op: F,
@@ -85,12 +85,12 @@ impl Targets {
     }
 }
 
-/// `hidden` (rows, width) to losses. The gradient is computed together with the loss, as long as the
-/// logits are there. Weights may be negative: a sum of log-probabilities with any slopes is one of
-/// losses, which is how the losses of `train/loss` go back.
+/// The losses of `hidden` (rows, width). The gradient is computed in the forward pass, while the
+/// logits are in memory. Weights may be negative: a weighted sum of log-probabilities is a weighted
+/// sum of losses, which gives the losses of `train/loss` their backward pass.
 ///
 /// # Errors
-/// If the shapes do not fit, a target is no token, or the head cannot be read.
+/// If the shapes do not fit, a target is not in the vocabulary, or the head cannot be read.
 pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
     let vocab = head.vocab()?;
     targets.check(hidden.dim(0)?, vocab)?;
@@ -110,7 +110,8 @@ pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> 
     Ok(Losses { sum, correct: correct.get().copied().unwrap_or_default() })
 }
 
-/// What is said of the targets of `hidden` (rows, width), whatever their weights; without a way back.
+/// The log-probabilities of the targets of `hidden` (rows, width), whatever their weights, without
+/// a backward pass.
 ///
 /// # Errors
 /// As [`linear_cross_entropy`].
@@ -163,9 +164,9 @@ fn candle_fallback(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Lo
     Ok(Losses { sum, correct })
 }
 
-/// Logits, a block of rows at a time.
+/// Computes logits, a block of rows at a time.
 struct Logits {
-    /// `None`: the head is an argument.
+    /// `None`: the head is an argument of the operation.
     frozen: Option<Arc<Frozen>>,
     vocab: usize,
 }
@@ -176,7 +177,7 @@ impl Logits {
         Self { frozen, vocab }
     }
 
-    /// Gives `each` the logits of some rows, to write into, until all have been there.
+    /// Passes a buffer for the logits of each block of rows to `each`, until all rows are done.
     fn blocks<T: Number>(
         &self,
         args: &[View<T>],
@@ -195,7 +196,8 @@ impl Logits {
         Ok(())
     }
 
-    /// `out = left head`, or with the head's transpose; panel by panel if it is frozen.
+    /// `out = left head`, or the product with the head's transpose; panel by panel if the head is
+    /// frozen.
     fn times_head<T: Number>(
         &self,
         args: &[View<T>],
@@ -221,7 +223,7 @@ impl Logits {
     }
 }
 
-/// As a family's models have them: capped, then divided by the temperature. Returns the cap's slopes.
+/// Applies the soft cap, then the temperature. Returns the derivatives of the cap.
 fn shape<T: Number>(logits: &mut [T], targets: &Targets) -> Option<Vec<T>> {
     let slopes = targets.cap.map(T::of).map(|cap| {
         logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
@@ -234,7 +236,7 @@ fn shape<T: Number>(logits: &mut [T], targets: &Targets) -> Option<Vec<T>> {
     slopes
 }
 
-/// (rows, 2) what is said of the targets, and how sure it is.
+/// The operation of [`log_probs`]: (rows, 2) log-probability of the target, and entropy.
 struct Said {
     logits: Logits,
     targets: Targets,
@@ -277,14 +279,14 @@ impl Fused for Said {
 struct CrossEntropy {
     logits: Logits,
     targets: Targets,
-    /// Of the rows, and of the head.
+    /// Whether the gradients of the rows and of the head are needed.
     wanted: [bool; 2],
     correct: Arc<OnceLock<f64>>,
-    /// What the forward pass found: `[Vec<T>; 2]`.
+    /// The gradients, computed in the forward pass: `[Vec<T>; 2]`.
     grads: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-/// What a row adds to the loss.
+/// The loss of one row.
 #[derive(Clone, Copy, Default)]
 struct RowLoss {
     loss: f64,
@@ -292,7 +294,7 @@ struct RowLoss {
 }
 
 impl CrossEntropy {
-    /// Logits become their gradients.
+    /// Replaces the logits of a row by their gradients.
     fn row<T: Number>(&self, row: usize, logits: &mut [T]) -> RowLoss {
         let (target, weight) = (self.targets.tokens[row] as usize, self.targets.weights[row]);
         if weight == 0.0 {

@@ -1,32 +1,33 @@
-//! Dropout (Srivastava et al. 2014, JMLR 15): some numbers become zero, the others larger.
+//! Dropout (Srivastava et al. 2014, JMLR 15): some numbers are set to zero, the others are scaled
+//! up.
 
 use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 const CHUNK: usize = 1 << 14;
-/// Numbers that one draw decides on.
+/// Numbers that one random draw decides about.
 const LANES: usize = 4;
-/// What a draw of a lane is below.
+/// Exclusive upper bound of the random number of a lane.
 const RANGE: f64 = 65_536.0;
 
-/// Which numbers are dropped: by a key and where they stand, so that the same are dropped when a
-/// layer is computed again, and whoever computes them.
+/// Which numbers are dropped: determined by a key and the position, so that a layer that is
+/// recomputed drops the same numbers, on any thread.
 #[derive(Debug, Clone, Copy)]
 pub struct Draw {
     pub key: u64,
-    /// The share that is dropped, below 1; a 65,536th is the smallest.
+    /// Dropout rate, below 1, in multiples of 1/65,536.
     pub rate: f64,
 }
 
 impl Draw {
-    /// Draws that are dropped lie below this.
+    /// Numbers whose draw is below this bound are dropped.
     fn bound(self) -> u32 {
         (self.rate * RANGE).round().min(RANGE - 1.0) as u32
     }
 
-    /// Multiplies numbers, which begin at a multiple of [`LANES`], by zero or by what keeps their
-    /// mean.
+    /// Multiplies numbers, the first of which is at position `from`, a multiple of [`LANES`], by
+    /// zero or by the factor that preserves the mean.
     fn apply<T: Number>(self, from: usize, x: &[T], out: &mut [T]) {
         let bound = self.bound();
         let kept = T::of(RANGE / (RANGE - f64::from(bound)));
@@ -48,7 +49,7 @@ impl Draw {
     }
 }
 
-/// Number `at` of the sequence that begins with `key` (SplitMix64; Steele et al. 2014,
+/// Number `at` of the sequence with seed `key` (SplitMix64; Steele et al. 2014,
 /// doi:10.1145/2660193.2660195).
 pub fn mixed(key: u64, at: u64) -> u64 {
     let mut z = key.wrapping_add(at.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
@@ -60,7 +61,7 @@ pub fn mixed(key: u64, at: u64) -> u64 {
 /// `x` with some of its numbers dropped.
 ///
 /// # Errors
-/// If memory gives out.
+/// If memory cannot be allocated.
 pub fn dropout(x: &Tensor, draw: Draw) -> Result<Tensor> {
     if has_cpu_kernel(x) {
         return apply(Dropout(draw), &[x]);
@@ -93,7 +94,7 @@ impl Fused for Dropout {
 mod tests {
     use super::*;
 
-    /// As many as asked, not the same for another key, and the mean stays.
+    /// The dropped fraction is the rate, other keys drop other numbers, and the mean is preserved.
     #[test]
     fn a_share_is_dropped() {
         let x = vec![1f64; 100_003];
@@ -108,7 +109,7 @@ mod tests {
         }
     }
 
-    /// Neighbours, and the same places under neighbouring keys, know nothing of each other.
+    /// Neighbouring positions, and the same positions under neighbouring keys, are independent.
     #[test]
     fn draws_are_independent() {
         let x = vec![1f64; 1 << 16];

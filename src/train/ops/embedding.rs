@@ -1,14 +1,14 @@
-//! Rows of a table.
+//! Embedding: rows of a table.
 
 use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Columns of the table's gradient that one thread adds up.
+/// Columns of the table's gradient that one thread sums.
 const COLS: usize = 64;
 
-/// (tokens, width) the rows of `table` (vocabulary, width).
+/// (tokens, width) rows of `table` (vocabulary, width).
 ///
 /// # Errors
 /// If a token is not in the table.
@@ -37,7 +37,7 @@ impl Fused for Embedding {
         Ok((out, Shape::from((self.0.len(), width))))
     }
 
-    /// Tokens come again: each thread adds up columns of its own, in the tokens' order.
+    /// Tokens may repeat: each thread sums its own columns, in the order of the tokens.
     fn backward<T: Number>(
         &self,
         args: &[View<T>],

@@ -1,4 +1,4 @@
-//! From an operation on slices to one of candle's graph.
+//! Wraps operations on slices as operations on candle tensors.
 
 use super::tape;
 use crate::kernels::real::Real;
@@ -8,7 +8,7 @@ use candle_core::{
     Tensor, WithDType, bail,
 };
 
-/// An argument or a result: its numbers, row by row, and its dimensions.
+/// An argument or a result: its numbers in row-major order, and its dimensions.
 #[derive(Clone, Copy)]
 pub struct View<'a, T> {
     pub data: &'a [T],
@@ -16,14 +16,14 @@ pub struct View<'a, T> {
 }
 
 impl<T> View<'_, T> {
-    /// Rows and columns, if all dimensions but the last are rows.
+    /// Rows and columns; all dimensions but the last count as rows.
     pub fn rows(&self) -> (usize, usize) {
         let cols = self.dims.last().copied().unwrap_or(1);
         (self.data.len() / cols.max(1), cols)
     }
 }
 
-/// The numbers that operations exist for.
+/// The number types that operations support.
 pub trait Number: Real + WithDType {}
 impl Number for f32 {}
 impl Number for f64 {}
@@ -35,7 +35,7 @@ pub trait Fused: Send + Sync + 'static {
     /// The result and its shape.
     fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)>;
 
-    /// What the arguments' gradients are, of those that are wanted, by that of the result.
+    /// The gradients of the arguments, as far as they are needed, from the gradient of the result.
     fn backward<T: Number>(
         &self,
         args: &[View<T>],
@@ -66,7 +66,7 @@ pub fn apply<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
     }
 }
 
-/// Applies an operation without a way back.
+/// Applies an operation without a backward pass.
 ///
 /// # Errors
 /// As [`apply`].
@@ -74,16 +74,16 @@ pub fn plain<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
     Node(op).plain(args)
 }
 
-/// Whether the fused operation exists for a tensor.
+/// Whether the fused operation supports the tensor's device and type.
 pub fn has_cpu_kernel(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && matches!(x.dtype(), DType::F32 | DType::F64)
 }
 
-/// An operation as candle, or a tape, holds it.
+/// An operation as a node of candle's graph or of a tape.
 pub struct Node<F>(F);
 
 impl<F: Fused> Node<F> {
-    /// The result alone.
+    /// The result only.
     fn plain(&self, args: &[&Tensor]) -> Result<Tensor> {
         let args: Vec<_> = args.iter().map(|arg| arg.contiguous()).collect::<Result<_>>()?;
         let held: Vec<_> = args.iter().map(|arg| arg.storage_and_layout()).collect();
@@ -117,10 +117,10 @@ impl<F: Fused> Node<F> {
         Ok((T::to_cpu_storage_owned(values), shape))
     }
 
-    /// The gradients of the arguments, of those that are wanted, by that of the result.
+    /// The gradients of the arguments, as far as they are needed, from the gradient of the result.
     ///
     /// # Errors
-    /// Those of the operation.
+    /// The errors of the operation.
     pub fn backward(
         &self,
         args: &[&Tensor],

@@ -6,11 +6,11 @@ use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 const CHUNK: usize = 1 << 14;
-/// √(2/π), of GELU by tanh.
+/// √(2/π), of the tanh approximation of GELU.
 const ROOT: f64 = 0.797_884_560_802_865_4;
 const CUBIC: f64 = 0.044_715;
 
-/// `act(gate) * up`, number by number.
+/// `act(gate) * up`, element by element.
 ///
 /// # Errors
 /// If the shapes differ.
@@ -26,8 +26,8 @@ pub fn gated(gate: &Tensor, up: &Tensor, act: Gating) -> Result<Tensor> {
 
 struct Gated(Gating);
 
-/// The activation and its slope at `x`. Both are `x s(u)`, s the logistic function, of u = x (SiLU) or
-/// twice the argument of GELU's tanh.
+/// The activation and its derivative at `x`. Both activations are `x s(u)` with the logistic
+/// function s, where u is x (SiLU) or twice the argument of GELU's tanh.
 #[inline(always)]
 fn at<T: Number>(act: Gating, x: T) -> (T, T) {
     let (u, slope) = match act {

@@ -1,9 +1,9 @@
-//! Sums and the like of a row, in sixteen lanes: as vectors, and in one order whatever the length.
+//! Reductions of a row in sixteen lanes, which vectorize and whose order of summation is fixed.
 
 use super::fused::Number;
 use crate::kernels::real::Real;
 
-/// The sum of products.
+/// The dot product.
 pub fn dot<T: Number>(x: &[T], y: &[T]) -> T {
     let (xs, ys) = (x.as_chunks::<16>(), y.as_chunks::<16>());
     let mut lanes = [T::ZERO; 16];
@@ -16,7 +16,7 @@ pub fn dot<T: Number>(x: &[T], y: &[T]) -> T {
     lanes.into_iter().sum::<T>() + rest
 }
 
-/// The largest; -∞ of none.
+/// The maximum; -∞ for an empty slice.
 pub fn most<T: Number>(x: &[T]) -> T {
     let (xs, rest) = x.as_chunks::<16>();
     let mut lanes = [T::NEG_INFINITY; 16];
@@ -28,7 +28,7 @@ pub fn most<T: Number>(x: &[T]) -> T {
     lanes.iter().chain(rest).fold(T::NEG_INFINITY, |most, &x| most.most(x))
 }
 
-/// Numbers become `exp(x - from)`; returns their sum.
+/// Replaces each number by `exp(x - from)`; returns their sum.
 pub fn exp_from<T: Number>(x: &mut [T], from: T) -> T {
     let (xs, rest) = x.as_chunks_mut::<16>();
     let mut lanes = [T::ZERO; 16];
@@ -55,7 +55,7 @@ pub fn exp_moment<T: Number>(x: &[T], from: T) -> (T, T) {
             let by = x[i] - from;
             let share = Real::exp(by);
             lanes[i] += share;
-            // What is impossible adds nothing, not 0 · ∞.
+            // A probability of 0 adds 0, not 0 · ∞.
             moments[i] += if share > T::ZERO { share * by } else { T::ZERO };
         }
     }

@@ -1,4 +1,5 @@
-//! Products with weights: frozen as the file has them, with LoRA beside, or trained.
+//! Products with weight matrices: frozen ones in the file's type, frozen ones with LoRA, and
+//! trained ones.
 
 use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
 use crate::gguf::{Gguf, TensorType, dequantize};
@@ -12,13 +13,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Rows that a thread decodes at a time.
 const ROWS: usize = 8;
 
-/// A matrix that is not trained, where its file is mapped: (outputs, inputs) in any type that can be
-/// decoded. Its numbers are those that are served.
+/// A matrix that is not trained: (outputs, inputs), of any type that can be dequantized, in its
+/// memory-mapped file. These are the same weights that are served.
 pub struct Frozen {
     file: Arc<Gguf>,
     name: String,
     ty: TensorType,
-    /// Which of the tensor's rows.
+    /// Range of the tensor's rows.
     rows: Range<usize>,
     cols: usize,
 }
@@ -27,7 +28,8 @@ impl Frozen {
     /// Some rows of a tensor of the file.
     ///
     /// # Errors
-    /// If there is no such tensor, it is no matrix with these rows, or its type cannot be decoded.
+    /// If there is no such tensor, it is not a matrix with these rows, or its type cannot be
+    /// dequantized.
     pub fn new(file: Arc<Gguf>, name: &str, rows: Range<usize>) -> Result<Self> {
         let Some(tensor) = file.tensor(name) else { bail!("the file has no tensor `{name}`") };
         let &[cols, total] = tensor.dims() else { bail!("`{name}` is no matrix") };
@@ -49,7 +51,7 @@ impl Frozen {
         self.cols
     }
 
-    /// The bytes of columns from `col` on of some rows, row by row.
+    /// The bytes of the columns `col` of some rows, row by row.
     fn bytes(&self, rows: Range<usize>, col: Range<usize>) -> Result<impl Iterator<Item = &[u8]>> {
         let data = self.file.data(&self.name).map_err(candle_core::Error::wrap)?;
         let bytes = |cols: usize| self.ty.bytes_for(cols as u64).unwrap_or(0) as usize;
@@ -58,7 +60,7 @@ impl Frozen {
         Ok((from..from + rows.len()).map(move |at| &data[at * row + skip..][..some]))
     }
 
-    /// (rows, inputs) the numbers of some rows.
+    /// (rows, inputs) dequantizes some rows.
     pub fn decode<T: Number>(&self, rows: Range<usize>, out: &mut Vec<T>) -> Result<()> {
         let data = self.file.data(&self.name).map_err(candle_core::Error::wrap)?;
         let row = self.ty.bytes_for(self.cols as u64).unwrap_or(0) as usize;
@@ -74,7 +76,7 @@ impl Frozen {
         })
     }
 
-    /// (inputs, outputs)
+    /// (inputs, outputs) the transpose.
     pub fn turned(&self) -> Turned<'_> {
         Turned(self)
     }
@@ -88,14 +90,14 @@ impl Frozen {
     }
 }
 
-/// Decodes some columns of some rows, and hands each row over with its number.
+/// Dequantizes some columns of some rows, and passes each row with its number to the callback.
 fn decode_rows<T: Number>(
     weights: &Frozen,
     rows: Range<usize>,
     cols: Range<usize>,
     mut take: impl FnMut(usize, &[T]),
 ) {
-    // Blocks are decoded whole.
+    // Quantization blocks can only be dequantized as a whole.
     let block = weights.ty.block_size() as usize;
     let whole = cols.start / block * block..cols.end.div_ceil(block) * block;
     let inside = cols.start - whole.start..cols.end - whole.start;
@@ -124,7 +126,7 @@ impl<T: Number> Right<T> for &Frozen {
     }
 }
 
-/// A frozen matrix the other way round: (inputs, outputs).
+/// The transpose of a frozen matrix: (inputs, outputs).
 pub struct Turned<'a>(&'a Frozen);
 
 impl<T: Number> Right<T> for Turned<'_> {
@@ -151,7 +153,7 @@ impl<T: Number> Right<T> for Turned<'_> {
     }
 }
 
-/// (rows, outputs) `x` (rows, inputs) times weights that are not trained.
+/// (rows, outputs) product of `x` (rows, inputs) and frozen weights.
 ///
 /// # Errors
 /// If the shapes do not fit, or the file cannot be read.
@@ -162,7 +164,7 @@ pub fn frozen_linear(x: &Tensor, weights: &Arc<Frozen>) -> Result<Tensor> {
     x.matmul(&weights.tensor(x)?.t()?)
 }
 
-/// (rows, outputs) `x` (rows, inputs) times `weight` (outputs, inputs), which is trained.
+/// (rows, outputs) product of `x` (rows, inputs) and the trained `weight` (outputs, inputs).
 ///
 /// # Errors
 /// If the shapes do not fit.
@@ -253,7 +255,7 @@ impl Fused for Linear {
 struct LoraLinear {
     weights: Arc<Frozen>,
     scale: f64,
-    /// (rows, rank) `scale x A`, for the way back: a `Vec<T>`.
+    /// (rows, rank) `scale x A`, stored for the backward pass: a `Vec<T>`.
     low: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -304,7 +306,7 @@ impl Fused for LoraLinear {
         let dlow = Mat::new(&dlow, rows, rank);
         let frozen: &Frozen = &self.weights;
         let dx = wanted[0].then(|| sum_of_products(&[(g, &frozen), (dlow, &a)]));
-        // As (inputs, rank): the rank is too few rows to share out.
+        // Computed as (inputs, rank), because `rank` rows are too few to split over threads.
         let across = sum_of_products(&[(x.t(), &dlow)]);
         let at = |i: usize| across[i % inputs * rank + i / inputs];
         let da = (0..rank * inputs).map(at).collect();

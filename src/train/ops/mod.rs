@@ -1,25 +1,25 @@
-//! Operations of a trainable model with their backward passes by hand: parallel over cores, and in a
-//! fixed partition, so that the number of threads changes no bit.
+//! Operations of a trainable model with hand-written backward passes. They run in parallel with a
+//! fixed partition of the work, so that results are bit-identical for any number of threads.
 //!
-//! candle's own norms, rotations and softmax cut gradients without a word; these do not. Each is
-//! compared with finite differences in f64 (`tests.rs`) and with PyTorch (`torch_tests.rs`). On a device
-//! other than the CPU the same functions are made of candle's simple operations, which no test has
-//! run there.
+//! candle's own norms, rotations and softmax silently cut the gradient; these operations do not.
+//! Each one is compared with finite differences in f64 (`tests.rs`) and with PyTorch
+//! (`torch_tests.rs`). On devices other than the CPU the same functions are composed of candle's
+//! basic operations, which no test has run there.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `fused.rs` | from slices to candle's operations and back |
-//! | `tape.rs` | the way back over them |
+//! | `fused.rs` | wraps operations on slices as candle operations |
+//! | `tape.rs` | the backward pass |
 //! | `add.rs` | sums |
-//! | `lanes.rs` | sums of a row |
+//! | `lanes.rs` | reductions of a row |
 //! | `norm.rs` | RMSNorm |
-//! | `rope.rs` | rotation |
-//! | `gated.rs` | SiLU or GELU of one half times the other |
+//! | `rope.rs` | rotary position embedding |
+//! | `gated.rs` | SwiGLU and GeGLU |
 //! | `attention.rs` | causal attention over packed documents |
-//! | `dropout.rs` | numbers left out, by a counter |
+//! | `dropout.rs` | dropout with a counter-based random generator |
 //! | `embedding.rs` | rows of a table |
-//! | `linear.rs` | frozen weights as the file has them, trainable ones, LoRA |
-//! | `cross_entropy.rs` | losses and log-probabilities, without all logits at once |
+//! | `linear.rs` | frozen weights in the file's type, trainable weights, LoRA |
+//! | `cross_entropy.rs` | losses and log-probabilities, without holding all logits at once |
 
 mod add;
 mod attention;

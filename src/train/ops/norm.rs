@@ -5,7 +5,7 @@ use super::lanes::dot;
 use candle_core::{D, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-/// Rows whose part of a weight's gradient is added up by one thread.
+/// Rows whose share of a weight's gradient one thread sums.
 const ROWS: usize = 32;
 
 /// `x / rms(x) * weight`, row by row; `x` (…, columns), `weight` (columns).
@@ -25,7 +25,7 @@ struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// What the row is multiplied by.
+    /// The factor of a row: 1 / rms.
     fn scale<T: Number>(&self, row: &[T]) -> T {
         T::ONE / (dot(row, row) / T::of(row.len() as f64) + T::of(self.epsilon)).sqrt()
     }
@@ -85,7 +85,7 @@ impl Fused for RmsNorm {
     }
 }
 
-/// Parts of a sum, added in their order.
+/// The sum of partial sums, added in order.
 pub fn sum<T: Number>(parts: Vec<Vec<T>>, len: usize) -> Vec<T> {
     let mut all = vec![T::ZERO; len];
     for part in parts {

@@ -9,18 +9,18 @@ use std::sync::Arc;
 /// Rows that a thread rotates at a time.
 const ROWS: usize = 32;
 
-/// Cosines and sines of a batch's rows, and which dimensions of a head make a pair.
+/// Cosines and sines for the rows of a batch, and the pairing of a head's dimensions.
 #[derive(Debug, Clone)]
 pub struct Rotation {
     /// (rows, pairs) cosine and sine.
     pub angles: Arc<Vec<(f64, f64)>>,
     pub pairs: usize,
-    /// `i` with `i + pairs` (NeoX), instead of `2i` with `2i + 1` (GGUF's Llama).
+    /// Pairs dimension `i` with `i + pairs` (NeoX), instead of `2i` with `2i + 1` (GGUF's Llama).
     pub halves: bool,
 }
 
 impl Rotation {
-    /// Of rows at some positions.
+    /// The rotation for rows at these positions.
     pub fn new(rope: &Rope, positions: &[usize]) -> Self {
         let (mut angles, mut row) = (Vec::new(), Vec::new());
         for &position in positions {
@@ -70,7 +70,7 @@ pub fn rotate(x: &Tensor, rotation: &Rotation) -> Result<Tensor> {
 struct Rotate(Rotation);
 
 impl Rotate {
-    /// By the angles, or back.
+    /// Rotates by the angles, or by their negatives if `back` is set.
     fn run<T: Number>(&self, x: &[T], dims: &[usize], back: bool) -> Vec<T> {
         let (head, row) = (dims[2], dims[1] * dims[2]);
         let mut out = x.to_vec();

@@ -1,20 +1,21 @@
-//! The way back over operations, without candle's.
+//! A tape: the backward pass over recorded operations, instead of candle's.
 //!
-//! candle makes zeros for every gradient and adds to them, which costs more than most operations. Here
-//! the first gradient of a tensor is taken as it is, and what an operation kept is dropped as soon as
-//! its gradients are there. Operations on devices other than the CPU leave the way back to candle.
+//! candle initializes every gradient with zeros and adds to it, which costs more than most
+//! operations. The tape takes the first gradient of a tensor as it is, and frees the stored values
+//! of an operation as soon as its gradients are computed. On devices other than the CPU the
+//! backward pass is candle's.
 
 use super::fused::{Fused, Node, has_cpu_kernel};
 use candle_core::{Result, Tensor, TensorId, bail};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
-/// Gradients of variables, and of tensors that are nobody's result.
+/// Gradients of variables, and of tensors that are not the result of an operation.
 pub type Grads = HashMap<TensorId, Tensor>;
 
-/// How gradients pass an operation.
+/// The backward pass of an operation.
 pub trait Backward {
-    /// Those of the arguments that are wanted.
+    /// The gradients of the arguments that need one.
     fn back(
         &self,
         args: &[&Tensor],
@@ -31,31 +32,31 @@ struct Entry {
     result: Tensor,
 }
 
-/// What was computed from tensors that are trained, in order.
+/// The recorded operations on tracked tensors, in order.
 #[derive(Default)]
 pub struct Tape {
     entries: Vec<Entry>,
     tracked: HashSet<TensorId>,
-    /// Nothing is written down: no gradient is asked for.
+    /// Recording is disabled: no gradients are needed.
     off: bool,
 }
 
 thread_local! {
-    /// The tapes that are being written on this thread: the last one counts.
+    /// The tapes of this thread; operations are recorded on the last one.
     static TAPES: RefCell<Vec<Tape>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Runs `f`, writing down what it computes from variables and from the tensors `from`.
+/// Runs `f`, and records what it computes from variables and from the tensors `from`.
 ///
 /// # Errors
-/// Those of `f`.
+/// The errors of `f`.
 pub fn record<R>(from: &[&Tensor], f: impl FnOnce() -> Result<R>) -> Result<(R, Tape)> {
     let tracked = from.iter().map(|tensor| tensor.id()).collect();
     let (result, tape) = with(Tape { tracked, ..Tape::default() }, f);
     Ok((result?, tape))
 }
 
-/// Runs `f`, whose result nobody wants to go back from.
+/// Runs `f` without recording operations.
 pub fn without_gradients<R>(f: impl FnOnce() -> R) -> R {
     with(Tape { off: true, ..Tape::default() }, f).0
 }
@@ -66,7 +67,7 @@ fn with<R>(tape: Tape, f: impl FnOnce() -> R) -> (R, Tape) {
     (result, TAPES.with_borrow_mut(Vec::pop).unwrap_or_default())
 }
 
-/// Whether a tensor's gradient is asked for.
+/// Whether a tensor needs a gradient.
 pub fn tracked(tensor: &Tensor) -> bool {
     TAPES.with_borrow(|tapes| match tapes.last() {
         Some(tape) => !tape.off && (tensor.is_variable() || tape.tracked.contains(&tensor.id())),
@@ -74,12 +75,12 @@ pub fn tracked(tensor: &Tensor) -> bool {
     })
 }
 
-/// Whether a tape is being written on this thread.
+/// Whether operations are recorded on this thread.
 pub fn recording() -> bool {
     TAPES.with_borrow(|tapes| !tapes.is_empty())
 }
 
-/// Writes an operation down, if the gradient of any argument is asked for.
+/// Records an operation if any of its arguments needs a gradient.
 pub fn record_op(op: Box<dyn Backward>, args: &[&Tensor], result: &Tensor) {
     let wanted: Vec<bool> = args.iter().map(|arg| tracked(arg)).collect();
     if !wanted.contains(&true) {
@@ -95,10 +96,10 @@ pub fn record_op(op: Box<dyn Backward>, args: &[&Tensor], result: &Tensor) {
 }
 
 impl Tape {
-    /// The gradients of `out`, whose own is `grad`, or one.
+    /// The gradients of `out`, whose own gradient is `grad`, or one.
     ///
     /// # Errors
-    /// If an operation has no way back, or memory gives out.
+    /// If an operation has no backward pass, or memory cannot be allocated.
     pub fn backward(self, out: &Tensor, grad: Option<&Tensor>) -> Result<Grads> {
         let grad = match grad {
             Some(grad) => grad.clone(),
@@ -123,7 +124,7 @@ impl Tape {
         Ok(grads)
     }
 
-    /// On a device where operations are made of candle's.
+    /// The backward pass by candle, on devices where operations are composed of candle's.
     fn candles(out: &Tensor, grad: &Tensor) -> Result<Grads> {
         let store = (out * grad)?.sum_all()?.backward()?;
         let each = store.get_ids().map(|&id| match store.get_id(id) {

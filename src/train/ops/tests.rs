@@ -1,4 +1,4 @@
-//! Each operation against finite differences in f64, and some against their definitions.
+//! Each operation compared with finite differences in f64, and some with their definitions.
 
 use super::*;
 use crate::gguf::{Gating, Gguf, GgufWriter, TensorType};
@@ -16,8 +16,8 @@ fn random(dims: &[usize], seed: u64) -> Tensor {
     Tensor::from_vec(values, dims, &CPU).unwrap()
 }
 
-/// Compares the gradients of `f` with differences of its values, a few random directions for each
-/// argument. The result is made a number by random weights.
+/// Compares the gradients of `f` with finite differences in a few random directions for each
+/// argument. Random weights reduce the result to a scalar.
 fn check_gradients(name: &str, args: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let vars: Vec<Var> = args.iter().map(|arg| Var::from_tensor(arg).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
@@ -93,7 +93,7 @@ fn scope(documents: &[usize], window: Option<usize>, cap: Option<f64>) -> Scope 
     Scope { documents: Arc::new(documents.to_vec()), scale: 0.3, window, cap }
 }
 
-/// Row by row, from the definition.
+/// Attention row by row, from the definition.
 fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Tensor {
     let (rows, heads, dim) = q.dims3().unwrap();
     let group = heads / k.dim(1).unwrap();
@@ -149,7 +149,7 @@ fn frozen(rows: usize, cols: usize, ty: TensorType) -> Arc<Frozen> {
     writer.set("general.architecture", "llama");
     let dims = [cols as u64, rows as u64];
     match ty {
-        // A scale of 0.01 and any whole numbers.
+        // A scale of 0.01 and arbitrary integers.
         TensorType::Q8_0 => {
             let block = |block: &[f32]| {
                 let mut bytes = half::f16::from_f32(0.01).to_le_bytes().to_vec();
@@ -225,7 +225,7 @@ fn losses() {
         let loss = |a: &[Tensor]| Ok(linear_cross_entropy(&a[0], &head, &targets(cap))?.sum);
         check_gradients("linear_cross_entropy, frozen", &args[..1], loss);
     }
-    // From the definition.
+    // The loss from its definition.
     let (hidden, head) = (random(&[90, 64], 15), random(&[40, 64], 16));
     let (trained, targets) = (Head::Trained(head.clone()), targets((None, 1.0)));
     let found = linear_cross_entropy(&hidden, &trained, &targets).unwrap();

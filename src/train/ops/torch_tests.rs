@@ -1,4 +1,4 @@
-//! Each operation against PyTorch's result and gradients on the same numbers.
+//! Each operation compared with PyTorch's result and gradients on the same numbers.
 
 use super::*;
 use crate::gguf::{Gating, Gguf, GgufWriter, TensorType};
@@ -22,7 +22,7 @@ fn close(name: &str, found: &Tensor, right: &[f64], bound: f64) {
     }
 }
 
-/// In f64, to the digits that the file has, and in f32.
+/// Compares in f64, to the digits that the file has, and in f32.
 fn check(name: &str, right: &Operation, args: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     for (ty, bound) in [(DType::F64, 1e-8), (DType::F32, 2e-6)] {
         let vars = args.iter().map(|arg| Var::from_tensor(&arg.to_dtype(ty).unwrap()).unwrap());
