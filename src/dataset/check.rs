@@ -1,15 +1,16 @@
-//! A look at a whole file before anything is computed from it.
+//! Checks a whole file before a job is queued.
 
 use super::error::DataError;
 use super::format::{DatasetKind, parse};
 use super::lines::{BadLines, Lines, OneFormat};
 use std::path::Path;
 
-/// Reads every line of `source` as an example, and gives their number; fewer than `least` are too few.
+/// Parses every line of `source` as an example, and returns their number. It is an error if there
+/// are fewer than `least`.
 ///
 /// # Errors
-/// [`DataError`], as [`super::prepare`] would find it, but for what only a template or a tokenizer
-/// can say.
+/// The [`DataError`] that `train::data::prepare` would return, except for errors that only a
+/// template or a tokenizer can find.
 pub fn check(source: &Path, dataset: DatasetKind, least: u64) -> Result<u64, DataError> {
     let mut lines = Lines::open(source)?;
     let (mut found, mut bad, mut one_format) = (0, BadLines::default(), OneFormat::default());
@@ -18,7 +19,7 @@ pub fn check(source: &Path, dataset: DatasetKind, least: u64) -> Result<u64, Dat
         if chunk.is_empty() {
             break;
         }
-        // On one core: the gateway does this beside its requests.
+        // Runs on one core, because the gateway serves requests at the same time.
         for (number, line) in chunk {
             found += 1;
             let parsed = line.and_then(|line| parse(&line, dataset));

@@ -1,4 +1,4 @@
-//! Why a file cannot be trained on.
+//! Errors of training files.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use std::io;
 pub enum DataError {
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// With the first bad lines, by number from 1.
+    /// The first bad lines, numbered from 1, and how many more there are.
     #[error("{}", named(.bad, *.more))]
     Lines { bad: Vec<(u64, String)>, more: u64 },
     #[error("the file has no examples")]

@@ -1,13 +1,14 @@
-//! Lines of JSONL files, in the formats that people have.
+//! Formats of JSONL lines in common use.
 //!
-//! Each format has a closed set of keys (see `keys.rs`); a key whose value is null counts as absent.
-//! What a file says and the model would not see is an error, never left out silently:
+//! Each format has a closed set of keys (see `keys.rs`); a key whose value is null counts as
+//! absent. Content of a file that the model would not see is an error; it is never dropped
+//! silently:
 //!
 //! | format | decision |
 //! |---|---|
-//! | prompt and completion | messages or texts; `label: true` (KTO) trains, `label: false` is refused |
-//! | Alpaca | `system` is the system message; the answers in `history` are trained, as LLaMA-Factory trains them; `text` may repeat the example |
-//! | ShareGPT | `system` and `tools` stand for the conversation; a turn may have a `weight` |
+//! | prompt and completion | messages or texts; `label: true` (KTO) trains, `label: false` is rejected |
+//! | Alpaca | `system` is the system message; the completions in `history` are trained, as in LLaMA-Factory; `text` may repeat the example |
+//! | ShareGPT | `system` and `tools` apply to the conversation; a turn may have a `weight` |
 //! | messages | `prompt` may repeat the first user message (HF's ultrachat_200k) |
 
 use super::keys::{METADATA, check_keys, nearest, without_nulls};
@@ -15,7 +16,7 @@ use super::messages::{Turn, answer, asked, chat, text, tools, turns, weighted, w
 use super::prompts::Prompt;
 use serde_json::{Map, Value};
 
-/// What a file's lines are.
+/// The format of a file's lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// `{"messages": [{"role", "content", "weight"?}], "tools"?}` (OpenAI).
@@ -31,13 +32,14 @@ pub enum Format {
     Text,
     /// `{"input": {"messages"}, "preferred_output", "non_preferred_output"}` (OpenAI).
     Preferred,
-    /// `{"prompt"?, "chosen", "rejected"}`: messages, texts, or transcripts as hh-rlhf has them.
+    /// `{"prompt"?, "chosen", "rejected"}`: messages, texts, or transcripts in the format of
+    /// hh-rlhf.
     Chosen,
-    /// `{"messages", …}` or `{"prompt", …}`: what is to be answered, and keys for graders.
+    /// `{"messages", …}` or `{"prompt", …}`: a prompt, and further keys for graders.
     Asked,
 }
 
-/// What the lines of a file hold.
+/// The kind of examples in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DatasetKind {
     /// Prompts with completions, conversations, or texts.
@@ -48,7 +50,7 @@ pub enum DatasetKind {
     PromptOnly,
 }
 
-/// What a line says.
+/// A parsed line.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Line {
     One(Example),
@@ -56,7 +58,7 @@ pub enum Line {
     Prompt(Box<Prompt>),
 }
 
-/// Two answers to one prompt.
+/// Two completions of one prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pair {
     pub chosen: Example,
@@ -64,12 +66,12 @@ pub struct Pair {
     pub facts: PairFacts,
 }
 
-/// What is known of a pair besides its texts.
+/// Optional data of a pair.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairFacts {
-    /// How far apart the answers ought to be.
+    /// Required difference between the scores of the two completions.
     pub margin: Option<f64>,
-    /// How likely the chosen one is the better one.
+    /// Probability that the chosen completion is better.
     pub label: f64,
 }
 
@@ -81,11 +83,12 @@ pub enum Example {
     Text(String),
 }
 
-/// A conversation as its template takes it.
+/// A conversation as the chat template takes it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chat {
     pub messages: Vec<Value>,
-    /// (messages) whether the message is trained: the assistant's, unless its `weight` is 0.
+    /// (messages) whether the message is trained: assistant messages are, unless their `weight` is
+    /// 0.
     pub trained: Vec<bool>,
     pub tools: Option<Vec<Value>>,
 }
@@ -96,7 +99,7 @@ const PROMPTS: &str =
     "messages that end with the user's; prompt (beside them any keys for graders)";
 const PREFERENCES: &str = "input, preferred_output and non_preferred_output; prompt, chosen and \
                            rejected; chosen and rejected";
-/// The keys that formats are recognised by.
+/// The keys from which formats are recognised.
 const RECOGNISED: &[&str] = &[
     "messages",
     "prompt",
@@ -113,7 +116,7 @@ const RECOGNISED: &[&str] = &[
 ];
 
 impl Format {
-    /// What a line looks like. Of several formats, the first that fits the dataset.
+    /// The format of a line. If several formats fit, the first one that suits the dataset.
     fn of(line: &Map<String, Value>, dataset: DatasetKind) -> Option<Self> {
         let has = |key: &str| line.contains_key(key);
         let answers = || match () {
@@ -132,7 +135,7 @@ impl Format {
         match dataset {
             DatasetKind::PromptCompletion => answers().or_else(pairs).or_else(text),
             DatasetKind::Preference => pairs().or_else(answers).or_else(text),
-            // Lines of other formats too: all other keys are for the graders.
+            // Lines of other formats are accepted too: all other keys are for the graders.
             DatasetKind::PromptOnly => (has("messages") || has("prompt")).then_some(Self::Asked),
         }
     }
@@ -145,7 +148,7 @@ impl Format {
         }
     }
 
-    /// Its keys; `None` if any are allowed.
+    /// The keys of the format; `None` if any key is allowed.
     fn keys(self) -> Option<&'static [&'static str]> {
         Some(match self {
             Self::Messages => &["messages", "tools", "parallel_tool_calls", "prompt"],
@@ -163,7 +166,7 @@ impl Format {
         })
     }
 
-    /// As an error names it.
+    /// The name in error messages.
     pub fn name(self) -> &'static str {
         match self {
             Self::Messages => "`messages`",
@@ -188,10 +191,10 @@ impl DatasetKind {
     }
 }
 
-/// Reads a line of a file that is for something.
+/// Parses a line of a file of this kind.
 ///
 /// # Errors
-/// What is wrong with it, in words.
+/// What is wrong with the line.
 pub fn parse(line: &str, dataset: DatasetKind) -> Result<(Format, Line), String> {
     let value: Value =
         serde_json::from_str(line).map_err(|error| format!("it is not JSON: {error}"))?;
@@ -261,7 +264,7 @@ fn messages(line: &Map<String, Value>) -> Result<Chat, String> {
     Ok(chat(turns, tools(line)?))
 }
 
-/// Texts, or messages as TRL has them.
+/// A line with texts, or with messages in TRL's format.
 fn completion(line: &Map<String, Value>) -> Result<Example, String> {
     match line.get("label") {
         None | Some(Value::Bool(true)) => {}
@@ -296,7 +299,7 @@ fn completion(line: &Map<String, Value>) -> Result<Example, String> {
     Ok(Example::Chat(chat(turns, tools(line)?)))
 }
 
-/// A text that may be missing.
+/// The text of an optional key; empty if it is missing.
 fn optional<'a>(line: &'a Map<String, Value>, key: &str) -> Result<&'a str, String> {
     line.get(key).map_or(Ok(""), |_| text(line, key))
 }
@@ -307,7 +310,7 @@ fn alpaca(line: &Map<String, Value>) -> Result<Chat, String> {
         "" => instruction.to_owned(),
         input => format!("{instruction}\n\n{input}"),
     };
-    // Stanford's file has the whole example as a text too.
+    // Stanford's Alpaca file also contains the whole example as `text`.
     let repeated = optional(line, "text")?;
     let repeats = repeated.contains(instruction) && repeated.contains(output);
     if !repeated.is_empty() && !repeats {

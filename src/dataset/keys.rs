@@ -1,10 +1,10 @@
-//! The keys that each format knows. Any other key is an error: a misspelt key would otherwise be
-//! left out without a word, and the model trained on less than the file says.
+//! The keys of each format. Any other key is an error: a misspelt key would otherwise be ignored
+//! silently, and the model would be trained on less than the file contains.
 
 use serde_json::{Map, Value};
 
-/// Keys that describe an example and are no part of it. They may stand in every line of supervised
-/// and preference data, and are not used.
+/// Keys with metadata about an example. They are allowed in every line of supervised and preference
+/// data, and are not used.
 pub(super) const METADATA: &[&str] = &[
     "id",
     "idx",
@@ -64,15 +64,15 @@ pub(super) const METADATA: &[&str] = &[
     "notes",
 ];
 
-/// The same object without the keys whose value is null: they are as if absent.
+/// The object without keys whose value is null; such keys count as absent.
 pub(super) fn without_nulls(object: Map<String, Value>) -> Map<String, Value> {
     object.into_iter().filter(|(_, value)| !value.is_null()).collect()
 }
 
-/// Refuses the keys of `object` that are neither in `known` nor in `ignored`, all of them at once.
+/// Rejects the keys of `object` that are neither in `known` nor in `ignored`, all in one error.
 ///
 /// # Errors
-/// The keys, each with the known key that it resembles.
+/// The keys, each with the known key that is most similar.
 pub(super) fn check_keys(
     object: &Map<String, Value>,
     known: &[&str],
@@ -112,9 +112,9 @@ pub(super) fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
     (distance <= (key.len() / 3).min(3)).then_some(meant)
 }
 
-/// Insertions, deletions, replacements and swaps of neighbours that make `b` of `a`.
+/// Edit distance from `a` to `b`: insertions, deletions, replacements and swaps of neighbours.
 fn distance(a: &[char], b: &[char]) -> usize {
-    // Keys are short; a very long one resembles none.
+    // Keys are short; a much longer key is similar to none.
     if a.len().abs_diff(b.len()) > 3 {
         return usize::MAX;
     }

@@ -1,4 +1,4 @@
-//! A file's lines, and which of them are bad.
+//! The lines of a file, and which of them are bad.
 
 use super::error::DataError;
 use super::format::Format;
@@ -9,12 +9,12 @@ use std::path::Path;
 
 /// Lines that are read before all cores tokenize them.
 const LINES: usize = 1024;
-/// Bytes of a line at most: a document of some million words.
+/// Maximum bytes of a line: a document of several million words.
 pub const LONGEST: u64 = 64 << 20;
-/// Bad lines that are named.
+/// Number of bad lines that an error lists.
 const NAMED: usize = 20;
 
-/// Bad lines of a file: the first ones by number from 1, and how many more there are.
+/// The bad lines of a file: the first ones, numbered from 1, and how many more there are.
 #[derive(Debug, Default)]
 pub struct BadLines {
     named: Vec<(u64, String)>,
@@ -31,7 +31,7 @@ impl BadLines {
     }
 
     /// # Errors
-    /// [`DataError::Lines`] if there are any.
+    /// [`DataError::Lines`] if there are bad lines.
     pub fn refuse(&mut self) -> Result<(), DataError> {
         if self.named.is_empty() {
             return Ok(());
@@ -41,13 +41,13 @@ impl BadLines {
     }
 }
 
-/// The format of a file, which is that of its first good line.
+/// The format of a file, which is the format of its first good line.
 #[derive(Debug, Default)]
 pub struct OneFormat(Option<(u64, Format)>);
 
 impl OneFormat {
     /// # Errors
-    /// If the line is of another format than the first one.
+    /// If the format of the line differs from that of the first one.
     pub fn check(&mut self, line: u64, format: Format) -> Result<(), String> {
         let (first, before) = *self.0.get_or_insert((line, format));
         if before == format {
@@ -61,7 +61,7 @@ impl OneFormat {
     }
 }
 
-/// Lines of a file, some at a time.
+/// The lines of a file, read in chunks.
 pub struct Lines {
     reader: BufReader<File>,
     number: u64,
@@ -75,7 +75,8 @@ impl Lines {
         Ok(Self { reader, number: 0, bytes: 0, hash: Sha256::new() })
     }
 
-    /// The next lines that are not blank, with their numbers; of one that cannot be read, why.
+    /// The next non-blank lines with their numbers; an error message in place of a line that cannot
+    /// be read.
     pub fn next_chunk(&mut self) -> io::Result<Vec<(u64, Result<String, String>)>> {
         let mut chunk = Vec::new();
         let mut size = 0;
@@ -89,7 +90,7 @@ impl Lines {
             size += read;
             let mut too_long = false;
             while read == LONGEST && !line.ends_with(b"\n") {
-                // The rest of the line, which is at the end of the file where nothing comes.
+                // Skips the rest of the line. At the end of the file there is no rest.
                 line.clear();
                 read = self.read_part(&mut line)?;
                 too_long |= read > 0;
@@ -102,7 +103,7 @@ impl Lines {
                 chunk.push((self.number, Err("it is not UTF-8: convert the file".into())));
                 continue;
             };
-            // A byte order mark is no part of the first line.
+            // A byte order mark is not part of the first line.
             let line = line.trim_start_matches('\u{feff}').trim();
             if !line.is_empty() {
                 chunk.push((self.number, Ok(line.to_owned())));
@@ -111,7 +112,7 @@ impl Lines {
         Ok(chunk)
     }
 
-    /// Reads a line, or 64 MiB of it.
+    /// Reads a line, or its first 64 MiB.
     fn read_part(&mut self, line: &mut Vec<u8>) -> io::Result<u64> {
         let read = io::Read::take(&mut self.reader, LONGEST).read_until(b'\n', line)? as u64;
         self.hash.update(&line);
@@ -120,7 +121,7 @@ impl Lines {
     }
 }
 
-/// A digest as it is written.
+/// A digest in hexadecimal.
 pub fn hex(hash: Sha256) -> String {
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -16,16 +16,16 @@ const MESSAGE: &[&str] = &[
     "reasoning",
     "thinking",
 ];
-/// Keys of OpenAI's answers that may stand in a message where they say nothing: null or empty.
+/// Keys of OpenAI's responses that are allowed in a message if they are null or empty.
 const EMPTY: &[&str] = &["refusal", "annotations", "audio", "function_call", "images", "videos"];
-/// Names of the text that an assistant writes before its answer; a template takes the first.
+/// Key names of reasoning text; templates use the first name.
 const REASONING: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
 
 /// A message.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Turn {
     pub(super) message: Value,
-    /// The assistant's messages are trained, unless their `weight` is 0.
+    /// Assistant messages are trained, unless their `weight` is 0.
     pub(super) trained: bool,
 }
 
@@ -39,7 +39,7 @@ impl Turn {
         self.message["role"].as_str().unwrap_or_default()
     }
 
-    /// Whether both say the same, white space at the ends of their texts apart.
+    /// Whether both messages are equal, except for white space at the ends of their texts.
     fn repeats(&self, other: &Self) -> bool {
         let text = |turn: &Self| turn.message["content"].as_str().map(str::trim).map(str::to_owned);
         let rest = |turn: &Self| {
@@ -56,7 +56,7 @@ pub(super) fn chat(turns: Vec<Turn>, tools: Option<Vec<Value>>) -> Chat {
     Chat { messages, trained, tools }
 }
 
-/// Reads a list of messages. `key` is where the list stands.
+/// Parses a list of messages. `key` is the key of the list, for error messages.
 ///
 /// # Errors
 /// What is wrong, with the number of the message.
@@ -89,7 +89,7 @@ fn turn(message: Map<String, Value>) -> Result<Turn, String> {
     check_keys(&message, MESSAGE, &[])?;
     let weight = message.remove("weight");
     let role = match text(&message, "role")? {
-        // OpenAI's newer name.
+        // OpenAI's newer name of the system role.
         "developer" => "system",
         role @ ("system" | "user" | "assistant" | "tool") => role,
         other => {
@@ -131,7 +131,7 @@ pub(super) fn weighted(weight: Option<&Value>, assistant: bool) -> Result<bool, 
     }
 }
 
-/// Gives the reasoning the name that templates know.
+/// Renames the reasoning key to the name that templates use.
 fn reasoning(message: &mut Map<String, Value>, assistant: bool) -> Result<(), String> {
     let mut found = None;
     for key in REASONING {
@@ -196,7 +196,7 @@ pub(super) fn text<'a>(object: &'a Map<String, Value>, key: &str) -> Result<&'a 
     }
 }
 
-/// The tools of a conversation: a list, or the same as JSON in a string.
+/// The tools of a conversation: a list, or a list as JSON in a string.
 pub(super) fn tools(line: &Map<String, Value>) -> Result<Option<Vec<Value>>, String> {
     match line.get("tools") {
         None | Some(Value::Null) => Ok(None),
@@ -210,7 +210,7 @@ pub(super) fn tools(line: &Map<String, Value>) -> Result<Option<Vec<Value>>, Str
     }
 }
 
-/// A prompt, as messages: a text is the user's.
+/// A prompt as messages; a plain text is a user message.
 pub(super) fn asked(line: &Map<String, Value>, key: &str) -> Result<Vec<Turn>, String> {
     match line.get(key) {
         Some(Value::String(prompt)) => Ok(vec![Turn::new("user", prompt)]),
@@ -224,7 +224,7 @@ pub(super) fn asked(line: &Map<String, Value>, key: &str) -> Result<Vec<Turn>, S
     }
 }
 
-/// An answer, as messages: a text is the assistant's.
+/// A completion as messages; a plain text is an assistant message.
 pub(super) fn answer(line: &Map<String, Value>, key: &str) -> Result<Vec<Turn>, String> {
     match line.get(key) {
         Some(Value::String(answer)) => Ok(vec![Turn::new("assistant", answer)]),
@@ -234,9 +234,9 @@ pub(super) fn answer(line: &Map<String, Value>, key: &str) -> Result<Vec<Turn>, 
     }
 }
 
-/// Where `answer` is a whole conversation that begins with the prompt (a system message may stand in
-/// one of both only): that conversation with the system message, and the number of its messages that
-/// are the prompt. A text that is only a part of a message is no prompt of this kind.
+/// If `answer` is a whole conversation that begins with the prompt, where the system message may be
+/// in only one of them: returns the conversation with the system message, and the number of
+/// messages that form the prompt. A text that is only a part of a message is not such a prompt.
 pub(super) fn with_prompt(asked: &[Turn], answer: &[Turn]) -> Option<(Vec<Turn>, usize)> {
     let system = |turns: &[Turn]| usize::from(turns.first().is_some_and(|t| t.role() == "system"));
     let (asked_system, asked) = asked.split_at(system(asked));

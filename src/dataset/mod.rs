@@ -1,17 +1,18 @@
-//! Formats of training files: from a line of JSON to an example, and from an example to the pieces of
-//! text that are trained. No tokenizer and no tensors, so that the gateway can check a file.
+//! Formats of training files: from a line of JSON to an example, and from an example to pieces of
+//! text with the parts that are trained. This module needs no tokenizer and no tensors, so that the
+//! gateway can check a file.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `format.rs` | a line to an [`Example`]: OpenAI's chats, prompts and completions, Alpaca, ShareGPT, text |
 //! | `messages.rs` | lists of messages to a [`Chat`] |
 //! | `keys.rs` | the keys that a line may have |
-//! | `lines.rs` | a file to its lines, and which of them are bad |
+//! | `lines.rs` | the lines of a file, and which of them are bad |
 //! | `pairs.rs` | preference pairs: OpenAI's, TRL's, hh-rlhf's transcripts |
-//! | `prompts.rs` | prompts without completions: OpenAI's lines for reinforcement |
-//! | `text.rs` | a file for pretraining to pieces of documents |
+//! | `prompts.rs` | prompts without completions: OpenAI's lines for reinforcement fine-tuning |
+//! | `text.rs` | a pretraining file to pieces of documents |
 //! | `turns.rs` | an example, rendered with the chat template, to pieces of text, and which of them are trained |
-//! | `check.rs` | all lines of a file, read before a job is queued |
+//! | `check.rs` | checks all lines of a file before a job is queued |
 //! | `error.rs` | [`DataError`] |
 
 mod check;

@@ -1,17 +1,17 @@
-//! Lines that hold two answers to one prompt.
+//! Lines with two completions of one prompt.
 
 use super::format::{Example, Pair, PairFacts};
 use super::keys::{METADATA, check_keys, without_nulls};
 use super::messages::{Turn, answer, asked, chat, text, tools, turns, with_prompt};
 use serde_json::{Map, Value};
 
-/// What hh-rlhf's transcripts put before a turn, and whose turn it is.
+/// The prefix of a turn in hh-rlhf's transcripts, and the role of the turn.
 const TURNS: [(&str, &str); 2] = [("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant")];
 
-/// OpenAI's form.
+/// A line in OpenAI's format.
 ///
 /// # Errors
-/// What is wrong with it, in words.
+/// What is wrong with the line.
 pub(super) fn preferred(line: &Map<String, Value>) -> Result<Pair, String> {
     let Some(Value::Object(input)) = line.get("input") else {
         return Err("`input` is no object with `messages`".into());
@@ -33,17 +33,17 @@ pub(super) fn preferred(line: &Map<String, Value>) -> Result<Pair, String> {
     Ok(Pair { chosen, rejected, facts: facts(line)? })
 }
 
-/// `chosen` and `rejected`, with or without a `prompt`.
+/// A line with `chosen` and `rejected`, with or without a `prompt`.
 ///
-/// Texts beside a text continue it as they are, as in TRL. Conversations that begin with the prompt
-/// (HF's ultrafeedback_binarized) hold it once; a prompt that is only a part of their first message
-/// stands before them.
+/// If the prompt and the completions are texts, the completions continue the prompt unchanged, as
+/// in TRL. If a conversation begins with the prompt (HF's ultrafeedback_binarized), the prompt is
+/// used once. A prompt that is only a part of the first message is put before the messages.
 ///
 /// # Errors
-/// What is wrong with it, in words.
+/// What is wrong with the line.
 pub(super) fn chosen(line: &Map<String, Value>) -> Result<Pair, String> {
     let facts = facts(line)?;
-    // HF's ultrafeedback_binarized has the chosen conversation twice.
+    // In HF's ultrafeedback_binarized, `messages` repeats the chosen conversation.
     if line.get("messages").is_some_and(|messages| *messages != line["chosen"]) {
         return Err("`messages` stands beside `chosen` and is not the same: remove it".into());
     }
@@ -76,7 +76,7 @@ pub(super) fn chosen(line: &Map<String, Value>) -> Result<Pair, String> {
     Ok(Pair { chosen, rejected, facts })
 }
 
-/// A prompt, and answers to it that may repeat it.
+/// A pair from a prompt and two completions, which may repeat the prompt.
 fn answered(
     prompt: &[Turn],
     answers: [Vec<Turn>; 2],
@@ -101,7 +101,7 @@ fn answered(
     }
 }
 
-/// Two conversations: what both begin with is the prompt.
+/// A pair from two conversations; their common beginning is the prompt.
 fn parted(
     [chosen, rejected]: [Vec<Turn>; 2],
     keys: [&str; 2],
@@ -109,7 +109,7 @@ fn parted(
 ) -> Result<[Example; 2], String> {
     let both = chosen.iter().zip(&rejected);
     let same = both.take_while(|(a, b)| a.message == b.message).count();
-    // Of two that are the same something has to be the answer.
+    // If both conversations are equal, the last message is the completion.
     let same = same.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
     let prompt = &chosen[..same];
     Ok([
@@ -118,7 +118,7 @@ fn parted(
     ])
 }
 
-/// A prompt and an answer to it: what the assistant says there is trained.
+/// An example from a prompt and a completion; the assistant messages of the completion are trained.
 fn continued(
     prompt: &[Turn],
     answer: &[Turn],
@@ -231,7 +231,8 @@ mod tests {
             [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "e\n\nf")]
         );
         assert_eq!(trained, [false, false, false, true]);
-        // Where they part earlier, all from there on is an answer.
+        // If the conversations differ earlier, everything from the first difference on is the
+        // completion.
         let line = r#"{"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
             "rejected": "\n\nHuman: a\n\nAssistant: x"}"#;
         let (_, pair) = read(line).unwrap();

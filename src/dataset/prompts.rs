@@ -1,20 +1,20 @@
-//! Lines that ask for an answer: what reinforcement learning samples and grades.
+//! Lines with prompts for which reinforcement learning samples and grades completions.
 
 use super::format::Chat;
 use super::messages::{asked, tools};
 use serde_json::{Map, Value, json};
 
-/// A prompt, and what a grader may want to know of it.
+/// A prompt, and the data that a grader may use.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
-    /// Ends where the assistant's turn begins.
+    /// The messages of the prompt; the assistant's turn comes next.
     pub chat: Chat,
-    /// The whole line: `{{item.…}}` of graders.
+    /// The whole line, for `{{item.…}}` in grader templates.
     pub item: Map<String, Value>,
 }
 
-/// `{"messages": [… ends with the user's], "tools"?, …}` (OpenAI), or `{"prompt", …}` with a text or
-/// messages. `item` is the line with its nulls.
+/// `{"messages": [… ends with a user message], "tools"?, …}` (OpenAI), or `{"prompt", …}` with a
+/// text or messages. `item` is the line including keys whose value is null.
 pub fn prompt(line: &Map<String, Value>, mut item: Map<String, Value>) -> Result<Prompt, String> {
     let key = if line.contains_key("messages") { "messages" } else { "prompt" };
     if key == "messages" && !line["messages"].is_array() {
@@ -32,7 +32,7 @@ pub fn prompt(line: &Map<String, Value>, mut item: Map<String, Value>) -> Result
         Some(_) => {}
     }
     let chat = super::messages::chat(turns, tools(line)?);
-    // As graders that show a conversation take it.
+    // Graders that show a conversation expect it under this key.
     item.insert("messages".into(), json!(chat.messages));
     Ok(Prompt { chat, item })
 }

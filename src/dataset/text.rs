@@ -1,7 +1,7 @@
-//! Files for pretraining: plain text, or lines of `{"text"}`.
+//! Pretraining files: plain text, or lines of `{"text"}`.
 //!
-//! Plain text is one document. It is read in pieces, cut where no pre-tokenizer joins what is left
-//! and right, so that its tokens are those of the whole text.
+//! A plain-text file is one document. It is read in pieces. The pieces are cut where no
+//! pre-tokenizer joins the text on both sides, so that the tokens are those of the whole text.
 
 use super::error::DataError;
 use super::lines::{BadLines, LONGEST, Lines, hex};
@@ -11,9 +11,9 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
-/// Bytes of a piece of plain text, about.
+/// Approximate size of a piece of plain text, in bytes.
 const PIECE: usize = 1 << 18;
-/// Bytes without a good place to cut before it is cut anywhere.
+/// If there is no good place to cut within this number of bytes, the text is cut anywhere.
 const STUBBORN: usize = 1 << 22;
 /// Pieces that are read before all cores tokenize them.
 const PIECES: usize = 32;
@@ -22,14 +22,14 @@ const PIECES: usize = 32;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
     pub text: String,
-    /// The document ends with it.
+    /// Whether the document ends with this piece.
     pub ends: bool,
 }
 
-/// The documents of a file, some at a time.
+/// The documents of a file, read in chunks.
 pub struct Texts {
     format: Format,
-    /// Documents without any text, which are left out.
+    /// Number of documents without any text, which are dropped.
     pub empty: u64,
     bad: BadLines,
 }
@@ -41,9 +41,9 @@ enum Format {
 
 struct Plain {
     reader: BufReader<File>,
-    /// What was read and not given yet.
+    /// Bytes that were read but not yet returned.
     rest: Vec<u8>,
-    /// Of the beginning of `rest`, from 1.
+    /// Line number of the beginning of `rest`, from 1.
     line: u64,
     bytes: u64,
     hash: Sha256,
@@ -51,10 +51,10 @@ struct Plain {
 }
 
 impl Texts {
-    /// Opens a file; its first line that is not blank says what it is.
+    /// Opens a file. Its first non-blank line determines the format.
     ///
     /// # Errors
-    /// If it cannot be read.
+    /// If the file cannot be read.
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut reader = BufReader::new(File::open(path)?);
         let mut first = Vec::new();
@@ -73,7 +73,7 @@ impl Texts {
         Ok(Self { format, empty: 0, bad: BadLines::default() })
     }
 
-    /// Bytes of the file that have been read.
+    /// Number of bytes of the file read so far.
     pub fn bytes(&self) -> u64 {
         match &self.format {
             Format::Plain(plain) => plain.bytes,
@@ -84,7 +84,7 @@ impl Texts {
     /// The next pieces; none at the end.
     ///
     /// # Errors
-    /// If the file cannot be read, or at its end, if some lines were bad.
+    /// If the file cannot be read, or, at its end, if some lines were bad.
     pub fn next_chunk(&mut self) -> Result<Vec<Piece>, DataError> {
         let mut pieces = Vec::new();
         match &mut self.format {
@@ -117,7 +117,7 @@ impl Texts {
         Ok(pieces)
     }
 
-    /// SHA-256 of what was read.
+    /// SHA-256 of the bytes read.
     pub fn digest(self) -> String {
         match self.format {
             Format::Plain(plain) => hex(plain.hash),
@@ -172,13 +172,13 @@ impl Plain {
         }
     }
 
-    /// Reads some more; `false` at the end.
+    /// Reads more bytes; `false` at the end of the file.
     fn fill(&mut self) -> io::Result<bool> {
         let before = self.rest.len();
         let read = Read::take(&mut self.reader, PIECE as u64).read_to_end(&mut self.rest)?;
         self.hash.update(&self.rest[before..]);
         if self.bytes == 0 && self.rest.starts_with("\u{feff}".as_bytes()) {
-            // A byte order mark is no part of the text.
+            // A byte order mark is not part of the text.
             self.rest.drain(..3);
         }
         self.bytes += read as u64;
@@ -190,8 +190,8 @@ fn newlines(bytes: &[u8]) -> u64 {
     bytes.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
-/// Where to cut: behind a single newline between a visible character and a letter, or before a
-/// single space between letters. There every pre-tokenizer in use begins a word, whatever follows.
+/// Where to cut: after a single newline between a visible character and a letter, or before a
+/// single space between letters. Every pre-tokenizer in use begins a word there, whatever follows.
 fn cut(bytes: &[u8]) -> Option<usize> {
     let letter = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_alphabetic);
     let from = 2..bytes.len();
@@ -235,7 +235,7 @@ mod tests {
         let ends: Vec<_> = pieces.iter().filter(|piece| piece.ends).collect();
         assert_eq!((ends.len(), pieces.last().unwrap().ends), (1, true));
         assert_eq!(pieces.iter().map(|piece| &piece.text[..]).collect::<String>(), text);
-        // A whole number of reads, none, and text without any place to cut.
+        // A whole number of reads, an empty file, and text without any place to cut.
         let (pieces, _) = read(&vec![b'x'; PIECE]).unwrap();
         assert_eq!(pieces, [Piece { text: "x".repeat(PIECE), ends: true }]);
         assert_eq!(read(b"").unwrap().0, []);

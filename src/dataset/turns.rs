@@ -1,14 +1,14 @@
-//! Examples as text, and which parts of it are trained.
+//! Renders examples as text, with the parts that are trained.
 //!
-//! A template does not say who wrote what, so a conversation is rendered turn by turn: what follows
-//! the prompt that the template makes for an answer is the answer. Marks around it
-//! (`{% generation %}`) need not be there.
+//! A chat template does not mark who wrote which part of its output. So a conversation is rendered
+//! turn by turn: the text after the template's prompt for a completion is the completion. The
+//! template does not need `{% generation %}` marks.
 //!
-//! Each answer is trained behind the prompt that a served model would be given for it. Templates of
-//! reasoning models show an answer otherwise once another question follows it (without its reasoning
-//! block), so that a later prompt does not contain what was trained before. Such a conversation
-//! becomes several sequences: an answer goes into the one that its prompt continues, or into a new
-//! one.
+//! Each completion is trained after the prompt that a served model would receive. Templates of
+//! reasoning models render a completion differently once another user message follows (without its
+//! reasoning block), so a later prompt does not contain the text that was trained before. Such a
+//! conversation becomes several sequences: a completion is appended to the sequence that its prompt
+//! continues, or starts a new sequence.
 
 use super::format::{Chat, Example};
 use crate::template::{ChatTemplate, ControlTokens, ReasoningFormat, RenderInput, RenderedPrompt};
@@ -23,20 +23,20 @@ pub struct Piece {
     pub trained: bool,
 }
 
-/// How a model's conversations become text.
+/// How conversations of a model are rendered as text.
 #[derive(Clone, Copy)]
 pub struct Rendering<'a> {
     pub template: &'a ChatTemplate,
-    /// The text of the token that texts begin with.
+    /// Text of the BOS token.
     pub bos: Option<&'a str>,
-    /// Control tokens that are text where users' and tools' messages spell them.
+    /// Control tokens that are treated as plain text where user and tool messages spell them out.
     pub control: Option<&'a ControlTokens>,
-    /// The clock of the template, in seconds since 1970; `None` reads the system's.
+    /// The time that the template sees, in seconds since 1970; `None` reads the system clock.
     pub now: Option<i64>,
 }
 
 impl<'a> Rendering<'a> {
-    /// By a template alone.
+    /// Rendering with a template only.
     pub fn plain(template: &'a ChatTemplate) -> Self {
         Self { template, bos: None, control: None, now: Some(0) }
     }
@@ -46,18 +46,18 @@ impl<'a> Rendering<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendered {
     pub pieces: Vec<Piece>,
-    /// The text begins a document: a BOS token belongs in front where the vocabulary asks for one.
+    /// The text begins a document: a BOS token is prepended if the vocabulary asks for one.
     pub add_special: bool,
-    /// Special tokens are spelled in the text.
+    /// Special tokens spelled in the text are parsed.
     pub parse_special: bool,
-    /// An end-of-text token follows, and is trained.
+    /// An end-of-text token is appended, and is trained.
     pub ends: bool,
 }
 
 /// Renders an example to one sequence.
 ///
 /// # Errors
-/// What the template does not render, in words; a conversation that needs several sequences.
+/// What the template cannot render, or a conversation that needs several sequences.
 pub fn render(example: &Example, rendering: Rendering<'_>) -> Result<Rendered, String> {
     let mut sequences = render_all(example, rendering)?;
     match (sequences.pop(), sequences.len()) {
@@ -71,11 +71,11 @@ pub fn render(example: &Example, rendering: Rendering<'_>) -> Result<Rendered, S
     }
 }
 
-/// Renders an example to the sequences that train all its answers: one, but for conversations whose
-/// answers the template shows otherwise later.
+/// Renders an example to the sequences that train all its completions. There is one sequence,
+/// unless the template renders earlier completions differently.
 ///
 /// # Errors
-/// What the template does not render, in words.
+/// What the template cannot render.
 pub fn render_all(example: &Example, rendering: Rendering<'_>) -> Result<Vec<Rendered>, String> {
     let plain =
         |pieces| vec![Rendered { pieces, add_special: true, parse_special: false, ends: true }];
@@ -100,10 +100,10 @@ pub fn render_all(example: &Example, rendering: Rendering<'_>) -> Result<Vec<Ren
     }
 }
 
-/// A conversation up to where the assistant's turn begins.
+/// A conversation up to the beginning of the assistant's turn.
 ///
 /// # Errors
-/// What the template does not render, in words.
+/// What the template cannot render.
 pub fn prompt(chat: &Chat, rendering: Rendering<'_>) -> Result<RenderedPrompt, String> {
     rendered(chat, &chat.messages, true, rendering)
 }
@@ -129,7 +129,7 @@ fn rendered(
 fn turns(chat: &Chat, rendering: Rendering<'_>) -> Result<Vec<Vec<Piece>>, String> {
     struct Sequence {
         pieces: Vec<Piece>,
-        /// All pieces so far.
+        /// The text of all pieces so far.
         text: String,
     }
     let mut sequences: Vec<Sequence> = Vec::new();
@@ -145,7 +145,7 @@ fn turns(chat: &Chat, rendering: Rendering<'_>) -> Result<Vec<Vec<Piece>>, Strin
                 `weight` to 0, or use another chat template"
                 .into())
         })?;
-        // What follows the end of the turn belongs to the template, not to the answer.
+        // Text after the end of the turn belongs to the template, not to the completion.
         let answer = answer.trim_end_matches(['\n', ' ']).to_owned();
         all_is_trained(message, &answer, format.as_ref()).map_err(at)?;
         let open = sequences.iter().rposition(|sequence| prompt.starts_with(&sequence.text));
@@ -162,7 +162,7 @@ fn turns(chat: &Chat, rendering: Rendering<'_>) -> Result<Vec<Vec<Piece>>, Strin
         sequence.pieces.push(Piece { text: answer, barriers: Vec::new(), trained: true });
     }
     let pieces = sequences.into_iter().map(|mut sequence| {
-        // The first piece is where a text begins, even an empty one.
+        // The first piece marks the beginning of a text and is kept even if it is empty.
         let mut first = true;
         sequence.pieces.retain(|piece| std::mem::take(&mut first) || !piece.text.is_empty());
         sequence.pieces
@@ -170,12 +170,12 @@ fn turns(chat: &Chat, rendering: Rendering<'_>) -> Result<Vec<Vec<Piece>>, Strin
     Ok(pieces.collect())
 }
 
-/// What a model should write behind `prompt`, of a conversation that is rendered as `whole` with the
-/// answer. `None` if the template's two renderings contradict each other.
+/// The completion that the model should generate after `prompt`, where `whole` is the rendered
+/// conversation including the completion. `None` if the two renderings contradict each other.
 ///
-/// Prompts may end with a reasoning block, or with the beginning of one, that `whole` does not have.
-/// An empty block belongs to the prompt, and the rest is the answer. A block that the prompt leaves
-/// open has to be closed by the answer.
+/// Prompts may end with a reasoning block, or with the beginning of one, that `whole` does not
+/// have. An empty block belongs to the prompt, and the rest is the completion. A block that the
+/// prompt leaves open must be closed by the completion.
 fn answer(
     prompt: &str,
     whole: &str,
@@ -207,7 +207,7 @@ fn answer(
     }
 }
 
-/// The reasoning of a message: beside its content, or in a block at its beginning.
+/// The reasoning of a message: in its own key, or in a block at the beginning of the content.
 fn given_reasoning<'m>(message: &'m Value, open: &str, close: &str) -> &'m str {
     let beside = message["reasoning_content"].as_str();
     let content = || {
@@ -217,7 +217,7 @@ fn given_reasoning<'m>(message: &'m Value, open: &str, close: &str) -> &'m str {
     beside.or_else(content).unwrap_or_default().trim()
 }
 
-/// Refuses a message of which the template leaves something out.
+/// Rejects a message if the template omits a part of it.
 fn all_is_trained(
     message: &Value,
     answer: &str,
@@ -230,7 +230,7 @@ fn all_is_trained(
             .into());
     }
     let content = message["content"].as_str().unwrap_or_default();
-    // Templates take reasoning blocks apart, and put their own lines around them.
+    // Templates split reasoning blocks off the content, and put their own line breaks around them.
     let parts: Vec<&str> = match format {
         Some(ReasoningFormat { open, close, .. }) => {
             content.split(open.as_str()).flat_map(|part| part.split(close.as_str())).collect()

@@ -1,4 +1,4 @@
-//! `--draft-model`: the same answers, and words for whoever names one that cannot draft.
+//! `--draft-model`: output is unchanged, and a model that cannot draft is rejected with a reason.
 
 use crate::models_made::{Changes, copy_with, llama};
 use crate::support::{Options, real_model};
@@ -10,7 +10,7 @@ fn with_draft(model: &Path, draft: &Path) -> Options {
     Options::models(&[model]).flag("--draft-model", draft.display())
 }
 
-/// What the server says before it ends.
+/// The log of a server that refuses to start.
 fn refused(options: Options) -> String {
     let (status, log) = options.run();
     assert!(!status.success(), "{log}");
@@ -36,7 +36,7 @@ fn a_drafted_answer_is_the_same() {
     assert_eq!(plain, drafted);
     assert!(accepted > copied.max(150.0), "{accepted}, {copied} of them without a draft model");
     assert!(none == Some(0) && planned.is_some_and(|bytes| bytes > 0), "{none:?}, {planned:?}");
-    // Another model of the vocabulary is wrong about nearly everything.
+    // Almost every token drafted by another model with the same vocabulary is wrong.
     let other = llama(folder.path(), "other", 2);
     let (drafted, ..) = answers(with_draft(&model, &other).flag("--speculate", "always"));
     assert_eq!(plain, drafted);
@@ -67,11 +67,11 @@ fn what_cannot_draft_is_refused_in_words() {
 
     let log = refused(with_draft(&model, &folder.path().join("nowhere.gguf")));
     assert!(log.contains("nowhere.gguf"), "{log}");
-    // Where nothing is drafted it is not even read.
+    // Without speculation the draft model is not even read.
     with_draft(&model, &renamed).flag("--speculate", "off").start();
 }
 
-/// With the real vocabulary, which the tiny one is not.
+/// Needs the vocabulary of a real model, which the tiny model does not have.
 #[test]
 fn the_numbers_of_tokens_are_compared() {
     let folder = tempfile::tempdir().expect("a folder");

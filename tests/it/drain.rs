@@ -1,10 +1,10 @@
-//! SIGTERM: new requests are refused, running ones finish, and the gateway ends in time.
+//! SIGTERM: new requests are rejected, running ones finish, and the gateway exits in time.
 
 use crate::support::{Options, Server, completion, eventually, exists, streamed};
 use rustix::process::Signal;
 use std::time::{Duration, Instant};
 
-/// Waits until the server says that it drains.
+/// Waits until the server reports that it is draining.
 fn draining(server: &Server) {
     eventually(Duration::from_secs(1), "the server is not ready any more", || {
         let answer = server.client.get("/ready");

@@ -1,8 +1,8 @@
-//! Malformed requests against a live server: thousands of them, from a seed.
+//! Thousands of malformed requests, generated from a seed, against a live server.
 //!
-//! Every one of them must be answered, by a success or by an error in OpenAI's shape that is not the
-//! server's own fault (no 500, no 503), or its connection must be closed, within the target's
-//! patience. Good requests in between must work.
+//! The server must respond to every request within the target's patience: with a success, with an
+//! error in OpenAI's format that is not the server's own fault (no 500, no 503), or by closing the
+//! connection. Valid requests in between must succeed.
 //!
 //! The server should be started with short time-outs, so that slow senders do not slow the test,
 //! and a short context, so that a mutated request that happens to be valid ends soon:
@@ -18,30 +18,30 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// The server under attack.
+/// The server to test.
 #[derive(Debug, Clone)]
 pub struct Target {
     pub address: SocketAddr,
     /// A loaded model that generates text.
     pub model: String,
     pub api_key: Option<String>,
-    /// Also attacks the admin routes.
+    /// If given, the admin routes are attacked too.
     pub admin_key: Option<String>,
-    /// An answer that takes longer is a hang.
+    /// A response that takes longer counts as a hang.
     pub patience: Duration,
 }
 
-/// What the attack saw.
+/// The results of an attack.
 #[derive(Debug, Default)]
 pub struct Outcome {
     pub answered: usize,
     pub closed: usize,
-    /// Each with what was sent; empty if all is well.
+    /// Failures, each with the request that caused it; empty if there are none.
     pub failures: Vec<String>,
 }
 
-/// Sends `count` malformed requests, made from `seed`, on eight connections at a time, and good ones
-/// in between. Case `i` depends on `(seed, i)` only.
+/// Sends `count` malformed requests, generated from `seed`, on eight connections in parallel, with
+/// valid requests in between. Case `i` depends only on `(seed, i)`.
 pub fn attack(target: &Target, seed: u64, count: usize) -> Outcome {
     let next = AtomicUsize::new(0);
     let parts = std::thread::scope(|scope| {
@@ -95,7 +95,7 @@ fn one(target: &Target, seed: u64, case: usize, outcome: &mut Outcome) {
     }
 }
 
-/// What must work at every time.
+/// A request that must always succeed.
 pub fn good_request(target: &Target) -> Result<(), String> {
     let body = json!({"model": target.model, "prompt": "Hello", "max_tokens": 2}).to_string();
     let attempt = Attempt::whole("good", request(target, "POST /v1/completions", &[], &body));
@@ -106,21 +106,22 @@ pub fn good_request(target: &Target) -> Result<(), String> {
     }
 }
 
-/// One whole answer.
+/// A complete response.
 struct Answer {
     status: u16,
-    /// `null` where it is not JSON.
+    /// `null` if the body is not JSON.
     body: Value,
 }
 
-/// Sends an attempt; `None` if the connection was closed without an answer.
+/// Sends an attempt; `None` if the connection was closed without a response.
 fn send(target: &Target, attempt: &Attempt) -> Result<Option<Answer>, String> {
     let deadline = Instant::now() + target.patience;
     let mut stream = TcpStream::connect_timeout(&target.address, target.patience)
         .map_err(|error| format!("no connection: {error}"))?;
     let _ = stream.set_nodelay(true);
     let _ = stream.set_write_timeout(Some(target.patience));
-    // A server that has answered and closed does not read the rest: not an error.
+    // The server may respond and close the connection before it has read the whole request, so
+    // write errors are ignored.
     let (first, second) = attempt.bytes.split_at(attempt.bytes.len() / 2);
     let _ = stream.write_all(first);
     std::thread::sleep(attempt.pause);
@@ -150,12 +151,12 @@ fn send(target: &Target, attempt: &Attempt) -> Result<Option<Answer>, String> {
     }
     match parse(&got, is_head, true) {
         Some(answer) => check(answer).map(Some),
-        // Nothing, or an answer that a reset cut short.
+        // No response, or a response that was cut short by a connection reset.
         None => Ok(None),
     }
 }
 
-/// Errors must have OpenAI's shape and must not be the server's fault.
+/// Checks that an error has OpenAI's format and is not the server's fault.
 fn check(answer: (u16, Vec<u8>, bool)) -> Result<Answer, String> {
     let (status, bytes, has_body) = answer;
     let body: Value = serde_json::from_slice(&bytes).unwrap_or_default();
@@ -176,8 +177,8 @@ fn check(answer: (u16, Vec<u8>, bool)) -> Result<Answer, String> {
     Ok(Answer { status, body })
 }
 
-/// Status, body, and whether there should be one, of the first final response in `bytes`; `None`
-/// while it is not whole. `at_end`: nothing follows.
+/// Status, body, and whether a body is expected, of the first final response in `bytes`; `None`
+/// while it is incomplete. `at_end`: no more bytes follow.
 fn parse(bytes: &[u8], is_head: bool, at_end: bool) -> Option<(u16, Vec<u8>, bool)> {
     let end = bytes.windows(4).position(|window| window == b"\r\n\r\n")?;
     let head = String::from_utf8_lossy(&bytes[..end]).to_lowercase();
@@ -238,7 +239,7 @@ fn hostile_requests_are_answered_and_do_no_harm() {
     };
     let outcome = attack(&target, 1, 4_000);
     assert!(outcome.failures.is_empty(), "{}", outcome.failures.join("\n\n"));
-    // Most are answered: closing everything would pass otherwise.
+    // Most requests get a response: a server that closes every connection must not pass.
     assert!(outcome.answered > outcome.closed * 4, "{outcome:?}");
     assert!(server.lives() && server.engine() == engine, "nothing was restarted");
     assert_eq!(server.metric("ingot_engine_restarts_total", &[]), 0.0);

@@ -1,21 +1,21 @@
-//! A blocking HTTP/1.1 client, just large enough for the tests.
+//! A blocking HTTP/1.1 client, as small as the tests allow.
 
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-/// No answer takes longer; a hang becomes a failure.
+/// Longer than any response takes; turns a hang into a failure.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where to ask, and with which key.
+/// The server's address and the API key.
 #[derive(Debug, Clone)]
 pub struct Client {
     pub address: SocketAddr,
     pub key: Option<String>,
 }
 
-/// A whole answer.
+/// A complete response.
 #[derive(Debug, Clone)]
 pub struct Answer {
     pub status: u16,
@@ -23,7 +23,7 @@ pub struct Answer {
     pub body: String,
 }
 
-/// An answer whose body is still to be read.
+/// A response whose body has not been read yet.
 pub struct Stream {
     pub status: u16,
     pub headers: Vec<(String, String)>,
@@ -86,7 +86,7 @@ impl Client {
         self.ask("POST", path, &kind, &body).expect("the server answers")
     }
 
-    /// Asks for a stream; the head of the answer has been read.
+    /// Starts a streaming request, and reads the head of the response.
     pub fn stream(&self, path: &str, body: &Value) -> Stream {
         let body = body.to_string();
         self.open("POST", path, "application/json", body.as_bytes()).expect("the server answers")
@@ -103,7 +103,7 @@ impl Client {
         self.open_on(socket, method, path, kind, body)
     }
 
-    /// As [`Client::open`], on a connection of the caller's.
+    /// As [`Client::open`], on an existing connection.
     pub fn open_on(
         &self,
         mut socket: TcpStream,
@@ -142,20 +142,20 @@ impl Answer {
         self.headers.iter().find(|(header, _)| header == name).map(|(_, value)| value.as_str())
     }
 
-    /// The answer's JSON, which must be a success.
+    /// The response's JSON. Panics if the status is not a success.
     pub fn good(&self) -> Value {
         assert!((200..300).contains(&self.status), "{}: {}", self.status, self.body);
         self.json()
     }
 
-    /// The error's message; the answer must have this status and OpenAI's shape.
+    /// The error's message. Panics if the response has another status or not OpenAI's error format.
     pub fn error(&self, status: u16) -> String {
         assert_eq!(self.status, status, "{}", self.body);
         error_message(&self.json())
     }
 }
 
-/// The message of an error in OpenAI's shape.
+/// The message of an error in OpenAI's format.
 pub fn error_message(body: &Value) -> String {
     let error = &body["error"];
     for field in ["message", "type", "param", "code"] {
@@ -191,7 +191,7 @@ impl Stream {
         Ok(Self { status, headers, reader, framing })
     }
 
-    /// The next piece of the body as it came; `None` at its proper end.
+    /// The next part of the body as it was received; `None` at its proper end.
     fn piece(&mut self) -> std::io::Result<Option<Vec<u8>>> {
         let length = match self.framing {
             Framing::Length(0) => return Ok(None),
@@ -218,7 +218,7 @@ impl Stream {
         Ok(Some(bytes))
     }
 
-    /// Reads the rest.
+    /// Reads the rest of the body.
     pub fn whole(mut self) -> std::io::Result<Answer> {
         let mut body = Vec::new();
         while let Some(piece) = self.piece()? {
@@ -228,7 +228,7 @@ impl Stream {
         Ok(Answer { status: self.status, headers: self.headers, body })
     }
 
-    /// The server-sent events from here on. Each ends up as the text behind `data: `.
+    /// The remaining server-sent events, each as the text after `data: `.
     pub fn events(self) -> Events {
         if self.status != 200 {
             panic!("the stream is refused: {:?}", self.whole());
@@ -237,8 +237,8 @@ impl Stream {
     }
 }
 
-/// Iterates over the data of server-sent events; comments are left out. A connection that breaks
-/// off ends it with an error.
+/// Iterates over the data of server-sent events; comments are skipped. If the connection breaks,
+/// the last item is an error.
 pub struct Events {
     stream: Stream,
     pending: Vec<u8>,
@@ -275,19 +275,19 @@ impl Iterator for Events {
     }
 }
 
-/// A stream read to its end.
+/// A stream that was read to its end.
 #[derive(Debug, Default)]
 pub struct Transcript {
     pub text: String,
     pub chunks: Vec<Value>,
     pub error: Option<String>,
     pub done: bool,
-    /// The connection broke off.
+    /// Whether the connection broke.
     pub broken: bool,
 }
 
 impl Events {
-    /// Reads to the end, from text completions or chats.
+    /// Reads a stream of text or chat completions to its end.
     pub fn transcript(self) -> Transcript {
         let mut all = Transcript::default();
         for event in self {

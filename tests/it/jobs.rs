@@ -1,4 +1,4 @@
-//! Jobs that are killed, and jobs on a disk that is full: what they end with.
+//! Jobs that are killed, and jobs on a full disk: the result is the same as without interruption.
 
 use ingot::gguf::fixture::TinyDecoder;
 use ingot::job::spec::Spec;
@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-/// Points at which a job is killed.
+/// Number of points at which a job is killed.
 const KILLS: u64 = 50;
 const CHECKPOINT_EVERY: u64 = 2;
 
-/// A job that takes about a second: all weights of a tiny model, a checkpoint every other step.
+/// A job that takes about a second: it trains all weights of a tiny model, with a checkpoint every
+/// other step.
 fn job(folder: &Path) -> Folder {
     std::fs::create_dir_all(folder).expect("a folder");
     let base = folder.join("base.gguf");
@@ -48,7 +49,7 @@ fn start(job: &Folder, more: &[(&str, &str)]) -> Child {
         .expect("the binary runs")
 }
 
-/// Runs it to its end; the exit code.
+/// Runs the job until its process exits; returns the exit code.
 fn finish(job: &Folder, more: &[(&str, &str)]) -> Option<u8> {
     let mut child = start(job, more);
     let _leash = child.stdin.take();
@@ -56,7 +57,7 @@ fn finish(job: &Folder, more: &[(&str, &str)]) -> Option<u8> {
     status.code().and_then(|code| u8::try_from(code).ok())
 }
 
-/// What must not depend on what happened on the way.
+/// The results that must not depend on interruptions.
 fn result(job: &Folder) -> (Vec<u8>, String) {
     assert!(matches!(job.outcome(), Ok(Some(Outcome::Succeeded { .. }))), "{:?}", job.outcome());
     let weights = job.artifacts().join("model.gguf");
@@ -82,9 +83,9 @@ fn a_job_that_is_killed_at_fifty_points_ends_with_the_same_bits() {
         assert_eq!(told(&whole), told(cut), "every step is told once");
     };
     let new = |number: u64| job(&folder.path().join(format!("cut-{number}")));
-    // Half of them spread over the whole of a job, half one after the other in its middle, where
-    // they meet every step of writing a checkpoint. A job is killed again and again until it is
-    // done before the point, and then it is the next one's turn.
+    // Half of the points are spread over the whole job. The other half are consecutive points in
+    // its middle, which include every step of writing a checkpoint. A job is killed repeatedly
+    // until it ends before the point; then the next job starts.
     let spread = (0..KILLS / 2).map(|i| i * count / (KILLS / 2));
     let dense = (0..KILLS / 2).map(|i| count / 2 + i);
     let mut cut = new(0);
@@ -100,8 +101,8 @@ fn a_job_that_is_killed_at_fifty_points_ends_with_the_same_bits() {
     compare(&cut);
 }
 
-/// Runs a job that is killed by signal 9 before its n-th change to its files, or, if that is a
-/// write, after half of it. Whether it came so far.
+/// Runs a job that is killed by signal 9 before its n-th change to its files, or, if that change is
+/// a write, after half of it. Returns whether the job got that far.
 fn kill(hook: &Hook, job: &Folder, point: u64) -> bool {
     let mut child = start(job, &hook.env(job, &[("HOOK_KILL", &point.to_string())]));
     let _leash = child.stdin.take();
@@ -110,7 +111,7 @@ fn kill(hook: &Hook, job: &Folder, point: u64) -> bool {
     status.signal().is_some()
 }
 
-/// The steps that a job told of, with the bits of their losses.
+/// The steps in a job's event log, with the bits of their losses.
 fn told(job: &Folder) -> Vec<(u64, u64)> {
     let entries = Follower::new(job.events(), 0).read().expect("readable");
     let step = |event: &JobEvent| match event {
@@ -151,8 +152,9 @@ fn newest_checkpoint(job: &Folder) -> u64 {
     entries.filter_map(|entry| step(entry.file_name().to_str()?)).max().unwrap_or(0)
 }
 
-/// A library that is loaded before the C library and stands in front of what changes files below a
-/// folder: it counts, kills the process at one of the changes, or lets writes fail for lack of room.
+/// A library that is preloaded before the C library. It wraps the functions that change files below
+/// a folder: it counts the changes, kills the process at one of them, or lets writes fail with
+/// ENOSPC.
 struct Hook(PathBuf);
 
 impl Hook {
@@ -253,7 +255,7 @@ fn a_full_disk_stops_a_job_and_spoils_nothing() {
     let whole = job(&folder.path().join("whole"));
     assert_eq!(finish(&whole, &[]), Some(DONE));
     let mut stopped = 0;
-    // From the first write on, closely at first, to where it no longer runs out of room.
+    // The disk is full from the n-th write on, with n in growing steps until the job completes.
     for number in 0.. {
         let after = number + number * number / 4;
         let name = format!("cut-{after}");
@@ -266,7 +268,7 @@ fn a_full_disk_stops_a_job_and_spoils_nothing() {
         stopped += 1;
         assert_eq!(code, Some(DISK_FULL), "after {after} writes");
         assert!(matches!(cut.outcome(), Ok(None)), "{:?}", cut.outcome());
-        // Once there is room, it goes on.
+        // Once there is space, the job resumes.
         assert_eq!(finish(&cut, &[]), Some(DONE), "after {after} writes");
         assert_eq!(result(&whole), result(&cut), "after {after} writes");
     }

@@ -1,16 +1,17 @@
-//! The shape of the source: who imports whom, where `unsafe` may stand, how long a file may be.
+//! The structure of the source: imports between modules, `unsafe` only where allowed, length of
+//! files.
 //!
-//! A module imports only what stands below it on its walk. The tables list the rooms from the top of
-//! the walk down; each may import the rooms named with it, all of which stand below. Whoever adds an
-//! edge adds it here. Tests inside `src` are free.
+//! A module may only import modules below it. The tables list modules from top to bottom, each with
+//! the modules that it may import, all of which are below it. A new import between modules needs an
+//! entry in its table. Tests inside `src` are exempt.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Rooms from the top down, and what each may import.
+/// Modules from top to bottom, and the modules that each may import.
 type Table = &'static [(&'static str, &'static [&'static str])];
 
-/// Rooms of the crate. Gateway and engine meet in `ipc` and nowhere else.
+/// Modules of the crate. Gateway and engine share only `ipc`.
 const ROOMS: Table = &[
     ("main", &["cli", "train", "engine", "gateway", "config"]),
     // `ingot verify` runs models in its own process.
@@ -30,7 +31,7 @@ const ROOMS: Table = &[
     ("ipc", &[]),
 ];
 
-/// Rooms of the gateway.
+/// Modules of the gateway.
 const GATEWAY: Table = &[
     ("server", &["api", "auth", "app", "jobs", "registry", "limits", "store", "error"]),
     ("api", &["stream", "auth", "app", "jobs", "registry", "store", "error"]),
@@ -49,7 +50,8 @@ const GATEWAY: Table = &[
     ("error", &[]),
 ];
 
-/// Rooms of the engine. `verify` is beside the walk: it measures runners. `step`, `handle_commands` and `postprocess` are one type in three files, the loop.
+/// Modules of the engine. `verify` is not part of the step loop: it measures runners. `step`,
+/// `handle_commands` and `postprocess` are one type in three files, the loop.
 const ENGINE: Table = &[
     ("verify", &["runner"]),
     ("mod", &["input_processor", "step", "commands", "runner"]),
@@ -82,7 +84,7 @@ const ENGINE: Table = &[
     ("cost", &[]),
 ];
 
-/// Rooms of training.
+/// Modules of training.
 const TRAIN: Table = &[
     ("process", &["recipes", "export", "checkpoint", "random_init", "data", "model", "rollout"]),
     (
@@ -111,15 +113,15 @@ const TRAIN: Table = &[
     ("ops", &[]),
 ];
 
-/// Imports upwards that are there all the same, and why.
+/// Allowed exceptions: imports of modules further up, and the reason.
 const UPWARDS: &[(&str, &str, &str)] =
     &[("gateway/app", "auth", "holds the keys, which its middleware in the same file looks up")];
 
-/// Folders and files in which `unsafe` may stand.
+/// Folders and files in which `unsafe` is allowed.
 const UNSAFE: &[&str] = &["engine/runner/llama_cpp/", "gguf/", "kernels/"];
 const LONGEST_FILE: usize = 800;
 
-/// Every source file, by its path below `src`, with its text.
+/// Every source file with its path relative to `src`, and its text.
 fn sources() -> BTreeMap<String, String> {
     fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).expect("readable").flatten() {
@@ -141,17 +143,17 @@ fn is_test(file: &str) -> bool {
     file.contains("/tests/") || file.ends_with("tests.rs")
 }
 
-/// The module that a file is: `a/b/mod.rs` and `a/b.rs` are `[a, b]`.
+/// The module path of a file: `a/b/mod.rs` and `a/b.rs` are `[a, b]`.
 fn module(file: &str) -> Vec<&str> {
     let path = file.strip_suffix(".rs").expect("a source file");
     let path = path.strip_suffix("/mod").unwrap_or(path);
     path.split('/').filter(|part| *part != "lib").collect()
 }
 
-/// Full paths of what a file uses of this crate, without `crate`.
+/// Full paths of a file's imports from this crate, without `crate`.
 fn imports(file: &str, text: &str) -> BTreeSet<Vec<String>> {
     let mut found = BTreeSet::new();
-    // Everything from the tests' module on is theirs.
+    // Ignores everything from the test module on.
     let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
     for statement in text.split("\nuse ").skip(1).chain(text.split("\npub use ").skip(1)) {
         let statement = statement.split(';').next().unwrap_or_default();
@@ -179,10 +181,11 @@ fn imports(file: &str, text: &str) -> BTreeSet<Vec<String>> {
     found
 }
 
-/// Paths from the crate's root that stand in the code itself, such as `crate::job::now()`.
+/// Paths starting at the crate root that are written in the code itself, such as
+/// `crate::job::now()`.
 fn inline_paths(text: &str) -> impl Iterator<Item = Vec<String>> {
     let code = text.lines().map(|line| line.split("//").next().unwrap_or_default());
-    // Those are read as trees of imports.
+    // Import lines are parsed separately.
     let code = code.filter(|line| !line.starts_with("use ") && !line.starts_with("pub use "));
     let paths = code.flat_map(|line| {
         let roots = line.match_indices("crate::").chain(line.match_indices("ingot::"));
@@ -196,7 +199,7 @@ fn inline_paths(text: &str) -> impl Iterator<Item = Vec<String>> {
     })
 }
 
-/// `a::{b, c::{d, e}}` as `a::b`, `a::c::d`, `a::c::e`.
+/// Expands `a::{b, c::{d, e}}` to `a::b`, `a::c::d`, `a::c::e`.
 fn expand(tree: &str) -> Vec<String> {
     let Some((head, rest)) = tree.split_once('{') else {
         let path = tree.split(" as ").next().unwrap_or_default();
@@ -221,8 +224,8 @@ fn expand(tree: &str) -> Vec<String> {
     parts.flat_map(|part| expand(&format!("{head}{part}"))).collect()
 }
 
-/// Edges between rooms: importer, imported, and a file where it stands. `within` is the parent of
-/// the rooms; `alias` gives a module's room.
+/// Imports between modules: importer, imported, and a file with the import. `within` is the parent
+/// of the modules; `alias` maps a module to its name in the table.
 fn edges(within: &[&str], alias: impl Fn(&str) -> String) -> BTreeMap<(String, String), String> {
     let mut edges = BTreeMap::new();
     for (file, text) in sources().iter().filter(|(file, _)| !is_test(file)) {
@@ -241,7 +244,7 @@ fn edges(within: &[&str], alias: impl Fn(&str) -> String) -> BTreeMap<(String, S
     edges
 }
 
-/// What is wrong with `edges` by the table.
+/// The imports in `edges` that the table does not allow.
 fn violations(
     table: Table,
     prefix: &str,
@@ -257,7 +260,7 @@ fn violations(
         }
     }
     for ((from, to), file) in edges {
-        // Names that are no rooms are items of the parent: types, functions, constants.
+        // Names that are not in the table are items of the parent: types, functions, constants.
         if place(to).is_none() {
             continue;
         }

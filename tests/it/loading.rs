@@ -1,5 +1,5 @@
-//! Models that do not load: broken, hostile to llama.cpp, or too large. And uploads that find no
-//! room.
+//! Models that cannot be loaded: broken files, files that make llama.cpp abort, too large ones.
+//! Also uploads to a full disk.
 
 use crate::models_made::{Changes, copy_with, llama, peft, store};
 use crate::support::{Options, eventually, streamed};
@@ -11,7 +11,7 @@ use std::time::Duration;
 /// Writes a broken copy of a model.
 type Break = fn(from: &Path, to: &Path);
 
-/// Names of broken models, what is wrong with each, and a word that its refusal must have.
+/// Names of broken models, how each is broken, and a word that the error message must contain.
 const BROKEN: &[(&str, Break, &str)] = &[
     ("truncated-header", |from, to| truncate(from, to, 3000), ""),
     ("truncated-data", |from, to| truncate(from, to, u64::MAX), ""),
@@ -33,7 +33,7 @@ const BROKEN: &[(&str, Break, &str)] = &[
         },
         "token_embd.weight",
     ),
-    // llama.cpp does not return from this one: it aborts the process.
+    // llama.cpp does not return from this error: it aborts the process.
     ("duplicate-token", duplicate_token, "last words"),
     (
         "bad-vocabulary",
@@ -62,7 +62,7 @@ fn set(from: &Path, to: &Path, key: &str, value: impl Into<Value>) {
     copy_with(from, to, &Changes { set: vec![(key, value.into())], ..Changes::default() });
 }
 
-/// Cuts the file; `u64::MAX` leaves out the last thousand bytes.
+/// Truncates the file; `u64::MAX` removes the last thousand bytes.
 fn truncate(from: &Path, to: &Path, length: u64) {
     std::fs::copy(from, to).expect("copied");
     let whole = std::fs::metadata(to).expect("exists").len();
@@ -155,11 +155,12 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
         assert!(log.contains(word), "`{word}` is in: {log}");
     }
 
-    // The same for a second model, which the first leaves no room; it is busy and stays.
+    // The same for a second model, for which the first one leaves no memory. The first model is
+    // busy, so it is not unloaded.
     let options = Options::models(&[&model]).admin().flag("--memory-budget", "200MiB");
     store(&options.data(), "second", &model);
     let server = options.start();
-    // One alone is over in milliseconds: many share the steps.
+    // A single stream ends within milliseconds; sixteen streams share the steps and take longer.
     let all: Vec<_> = (0..16)
         .map(|_| server.client.stream("/v1/completions", &streamed("large", "On and on", 450)))
         .collect();
@@ -177,7 +178,7 @@ fn an_upload_that_finds_no_room_is_an_error_and_leaves_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     let model = llama(folder.path(), "tiny", 1);
     let adapter = peft(folder.path(), "style", &model, 2);
-    // No file may grow past 512 blocks of half a KiB: writing more fails, as on a full disk.
+    // No file may grow beyond 512 blocks of 512 bytes: further writes fail, as on a full disk.
     let server = Options::mock(0).admin().shell("trap '' XFSZ; ulimit -f 512").start();
     let config = std::fs::read(adapter.join("adapter_config.json")).expect("there");
     let weights = vec![0u8; 1 << 20];

@@ -1,4 +1,4 @@
-//! LoRA adapters: what they compute, how they come in, and swaps while requests run.
+//! LoRA adapters: their results, loading, and replacement while requests run.
 
 use crate::http::Client;
 use crate::models_made::{Changes, copy_with, facts, llama, peft};
@@ -59,7 +59,7 @@ fn every_way_in_leads_to_the_same_adapter() {
                       "messages": [{"role": "user", "content": "Hi"}]});
     server.client.post("/v1/chat/completions", &chat).good();
 
-    // Scale 0 is the base; twice the scale is something else.
+    // With scale 0 the output is the base model's; with twice the scale it differs.
     let body = json!({"name": "off", "source": "as-peft", "scale": 0.0});
     server.admin().post("/admin/adapters", &body).good();
     assert_eq!(server.complete("off", PROMPT, 24), plain);
@@ -67,7 +67,7 @@ fn every_way_in_leads_to_the_same_adapter() {
     let card = listed["data"].as_array().expect("a list").iter().find(|c| c["id"] == "off");
     assert_eq!(card.expect("it is listed")["parent"], "tiny");
 
-    // An uploaded adapter is kept: its name is a source.
+    // An uploaded adapter is stored: its name can be used as a source.
     load(&server, "again", "from-upload");
     assert_eq!(server.complete("again", PROMPT, 24), adapted);
     server.admin().delete("/admin/adapters/again").good();
@@ -91,7 +91,7 @@ fn adapters_outlive_their_engine_process() {
     let (plain, adapted) =
         (server.complete("tiny", PROMPT, 24), server.complete("style", PROMPT, 24));
     assert_ne!(adapted, plain);
-    // What was loaded is a copy of the server's own.
+    // The server loaded its own copy of the adapter.
     std::fs::remove_dir_all(source).expect("removed");
     let engine = server.engine();
     let stream = server.client.stream("/v1/completions", &streamed("style", PROMPT, 400)).events();
@@ -140,10 +140,10 @@ fn adapters_that_do_not_fit_are_refused() {
 }
 
 // -------------------------------------------------------------------------------------------------
-// Merged weights are the oracle
+// Merged weights as the oracle
 
-/// Rows of Hugging Face's layout in the order of a GGUF, as `permute` of llama.cpp's
-/// `conversion/llama.py` does it: `reshape(heads, 2, rows / heads / 2).swapaxes(1, 2)`.
+/// The row order that turns Hugging Face's layout into a GGUF's, as `permute` in llama.cpp's
+/// `conversion/llama.py`: `reshape(heads, 2, rows / heads / 2).swapaxes(1, 2)`.
 fn permute(rows: usize, heads: usize) -> Vec<usize> {
     let half = rows / heads / 2;
     let mut order = Vec::with_capacity(rows);
@@ -178,8 +178,8 @@ fn delta(file: &safetensors::SafeTensors<'_>, module: &str, scale: f32) -> (usiz
     (output, out)
 }
 
-/// Merges a PEFT folder into a model, as PEFT and then llama.cpp's converter would; `permuted` says
-/// whether rows of q and k are put into the GGUF's order, which is right.
+/// Merges a PEFT folder into a model, as PEFT and then llama.cpp's converter would. `permuted`:
+/// reorders rows of q and k to the GGUF's order, which is correct.
 fn merge(model: &Path, peft: &Path, facts: &ModelFacts, to: &Path, permuted: bool) {
     let bytes = std::fs::read(peft.join("adapter_model.safetensors")).expect("readable");
     let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
@@ -209,7 +209,7 @@ fn merge(model: &Path, peft: &Path, facts: &ModelFacts, to: &Path, permuted: boo
     copy_with(model, to, &Changes { add, ..Changes::default() });
 }
 
-/// Log-probabilities of every prompt token, and then the greedy text.
+/// Log-probabilities of every prompt token, and the greedy text.
 fn scores(server: &Server, model: &str) -> (Vec<f64>, String) {
     let mut body = completion(model, PROMPT, 24);
     body["echo"] = true.into();
@@ -245,7 +245,8 @@ fn an_adapter_computes_what_the_merged_model_does() {
     let far = farthest(&adapted[..adapted.len() - 24], &oracle[..oracle.len() - 24]);
     assert!(far < 0.02, "within the f16 of the cache: {far}");
     assert_eq!(text, oracle_text, "greedy text is the same");
-    // The proof can fail: without the reordering of q and k, or without the adapter, it is far off.
+    // Checks that the test can fail: without the reordering of q and k, or without the adapter, the
+    // scores are far off.
     for other in ["wrong", "tiny"] {
         let (other_scores, _) = scores(&server, other);
         let far = farthest(&adapted[..60], &other_scores[..60]);
@@ -256,8 +257,8 @@ fn an_adapter_computes_what_the_merged_model_does() {
 // -------------------------------------------------------------------------------------------------
 // Under load
 
-/// Prompts whose greedy answers under every name are no matter of rounding: batches of other shapes
-/// must give the same text.
+/// Prompts whose greedy completions under every name do not depend on rounding: batches of other
+/// shapes must give the same text.
 fn sure_prompts(server: &Server, names: &[&str], tokens: u32, wanted: usize) -> Vec<String> {
     let sure = |prompt: &String| {
         names.iter().all(|name| {
@@ -336,7 +337,7 @@ fn swaps_under_load_lose_no_request_and_mix_nothing() {
             for swap in 0..24 {
                 let (source, expected) = if swap % 2 == 0 { ("new", &new) } else { ("old", &old) };
                 load(&server, "style", source);
-                // From the answer on, every new request sees the new version.
+                // After the response, every new request uses the new version.
                 assert_eq!(server.complete("style", &prompts[0], tokens), expected[0]);
             }
             unloaded.store(true, Ordering::SeqCst);
@@ -355,7 +356,7 @@ fn swaps_under_load_lose_no_request_and_mix_nothing() {
     assert!(count(&asked) > 50, "there was load: {}", count(&asked));
     assert!(count(&seen_old) > 0 && count(&seen_new) > 0, "both versions were seen");
     assert_eq!(server.metric("ingot_engine_restarts_total", &[]), 0.0);
-    // Old versions leave the engine: `old`, `new` and the last `style` stay.
+    // Replaced versions leave the engine: `old`, `new` and the last `style` stay.
     eventually(Duration::from_secs(2), "replaced versions are gone", || {
         server.metric("ingot_adapters_resident", &[]) == 3.0
     });

@@ -1,4 +1,4 @@
-//! `/metrics` after known traffic, and the exact transcript of a stream.
+//! `/metrics` after known requests, and the exact bytes of a stream.
 
 use crate::models_made::{llama, peft};
 use crate::support::{Options, Sample, completion, eventually, samples, send, streamed};
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-/// Every series, by what the issue asks for, and its kind.
+/// Every metric family and its type.
 const SERIES: &[(&str, &str)] = &[
     ("ingot_requests_running", "gauge"),
     ("ingot_requests_waiting", "gauge"),
@@ -42,7 +42,7 @@ const SERIES: &[(&str, &str)] = &[
     ("ingot_build_info", "gauge"),
 ];
 
-/// Names whose unit is their noun: counts of requests, pages, adapters, rows.
+/// Suffixes of metric names: a unit, or the noun that is counted (requests, pages, adapters, rows).
 const UNITS: &[&str] = &[
     "_seconds",
     "_bytes",
@@ -61,7 +61,7 @@ const UNITS: &[&str] = &[
 fn every_series_counts_what_happened() {
     let folder = tempfile::tempdir().expect("a folder");
     let model = llama(folder.path(), "tiny", 1);
-    // Steps are counted.
+    // Without speculation, because the test counts steps.
     let options = Options::models(&[&model]).admin().flag("--speculate", "off");
     let adapters = options.data().join("adapters");
     std::fs::create_dir_all(&adapters).expect("made");
@@ -69,7 +69,7 @@ fn every_series_counts_what_happened() {
     let server = options.start();
     server.admin().post("/admin/adapters", &json!({"name": "style"})).good();
 
-    // Byte-level tokens but for a few merges; 40 of them at least, and 32 make a page.
+    // Byte-level tokens with a few merges: at least 40 tokens, and a page holds 32.
     let prompt = "0123456789".repeat(4);
     let ask = |model: &str| {
         let answer = server.client.post("/v1/completions", &completion(model, &prompt, 10)).good();
@@ -82,10 +82,10 @@ fn every_series_counts_what_happened() {
     assert_eq!((length, completed, cached), (40, 10, 0));
     assert_eq!(ask("tiny"), (40, 10, 32), "the second time a page is cached");
     assert_eq!(ask("style"), (40, 10, 0), "an adapter has pages of its own");
-    // Refused by the engine (too long) and by the gateway (no such model; no series).
+    // Rejected by the engine (prompt too long) and by the gateway (no such model, so no series).
     let long = completion("tiny", &"0".repeat(2000), 4);
     server.client.post("/v1/completions", &long).error(400);
-    // Two choices, a stop by bias on the end token, and a client that leaves.
+    // Two choices, a stop by a bias on the end token, and a client that disconnects.
     let mut two = completion("tiny", &prompt, 5);
     two["n"] = 2.into();
     server.client.post("/v1/completions", &two).good();
@@ -111,14 +111,14 @@ fn every_series_counts_what_happened() {
     assert_eq!(metric("ingot_request_success_total", &style), 1.0);
     assert_eq!(metric("ingot_request_errors_total", &[("kind", "context_length")]), 1.0);
     assert_eq!(metric("ingot_requests_rejected_total", &[("reason", "context_length")]), 1.0);
-    // Five started requests of 40 tokens each; all but the first found a page.
+    // Five started requests of 40 tokens each; all but the first found a page in the prefix cache.
     assert_eq!(metric("ingot_prompt_tokens_total", &tiny), 200.0);
     assert_eq!(metric("ingot_prompt_tokens_cached_total", &tiny), 128.0);
     assert_eq!(metric("ingot_prompt_tokens_total", &style), 40.0);
     assert_eq!(metric("ingot_generation_tokens_total", &style), 10.0);
     let generated = metric("ingot_generation_tokens_total", &tiny);
     assert!(generated >= 30.0, "twice 10, twice 5, the end and what the client saw: {generated}");
-    // Per engine, adapters included.
+    // Per engine, including requests to adapters.
     assert_eq!(metric("ingot_prefix_cache_queries_total", &tiny), 240.0);
     assert_eq!(metric("ingot_prefix_cache_hits_total", &tiny), 128.0);
     for (name, labels, count) in [
@@ -132,7 +132,7 @@ fn every_series_counts_what_happened() {
         let name = format!("{name}_count");
         assert_eq!(metric(&name, &labels), count, "{name} of {labels:?}");
     }
-    // The refused one arrived, too.
+    // The rejected request is counted too.
     assert_eq!(metric("ingot_e2e_request_latency_seconds_count", &tiny), 6.0);
     let steps = metric("ingot_engine_steps_total", &tiny);
     assert!(steps >= 36.0, "three times 10, 5, the end, and the one that was left: {steps}");
@@ -160,7 +160,8 @@ fn every_series_counts_what_happened() {
     check_format(&server.client.get("/metrics").body);
 }
 
-/// Help and type of every family, units in names, and no family but those of the list.
+/// Checks that every family has help and type, that names end with units, and that there are no
+/// families other than those of the list.
 fn check_format(text: &str) {
     let mut kinds = BTreeMap::new();
     let mut helped = BTreeSet::new();
@@ -188,7 +189,7 @@ fn check_format(text: &str) {
     }
 }
 
-/// What the mock answers, unless it ends before `count` tokens.
+/// The mock runner's completion, unless it ends before `count` tokens.
 fn greedy_text(prompt: &str, count: usize) -> Option<String> {
     const BOS: u32 = 256;
     let mut tokens: Vec<u32> = std::iter::once(BOS).chain(prompt.bytes().map(u32::from)).collect();
@@ -204,7 +205,7 @@ fn greedy_text(prompt: &str, count: usize) -> Option<String> {
 #[test]
 fn a_stream_is_this_and_nothing_else() {
     let server = Options::mock(100).start();
-    // The mock's greedy text is known: it may be asked directly.
+    // The mock's greedy text is computed directly.
     let (prompt, expected) = (0..)
         .map(|number| format!("Say it {number}"))
         .find_map(|prompt| greedy_text(&prompt, 6).map(|text| (prompt, text)))
@@ -248,7 +249,7 @@ fn a_stream_is_this_and_nothing_else() {
                         "prompt_tokens_details": {"cached_tokens": 0}});
     assert_eq!(usage["usage"], counts);
 
-    // The same as a chat: the role comes first and once.
+    // The same as a chat: the role is sent first, and once.
     let chat = json!({"model": "mock", "messages": [{"role": "user", "content": "Hi"}],
                       "max_tokens": 6, "temperature": 0, "ignore_eos": true, "stream": true});
     let events = server.client.stream("/v1/chat/completions", &chat).events();

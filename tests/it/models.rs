@@ -1,4 +1,4 @@
-//! Several models at once, embeddings, and who may ask how much.
+//! Several models at once, embeddings, and API keys with limits.
 
 use crate::http::Client;
 use crate::models_made::{llama, store};
@@ -51,7 +51,8 @@ fn two_models_answer_and_one_can_leave() {
     server.admin().post("/admin/models", &again).good();
     assert_eq!(server.complete("two-again", "Once upon a time", 12), two);
 
-    // Both at once, and a stream of the one that leaves: it finishes first.
+    // Requests to both models, and a stream of the model that is unloaded: the stream finishes
+    // first.
     let mut events =
         server.client.stream("/v1/completions", &streamed("two", "On and on", 400)).events();
     events.next().expect("an event").expect("it runs");
@@ -71,7 +72,7 @@ fn two_models_answer_and_one_can_leave() {
     assert_eq!(server.complete("two-again", "Once upon a time", 12), two);
     assert!(exists(first));
 
-    // Its name is free again.
+    // The name can be used again.
     load(&server, "two");
     assert_eq!(server.complete("two", "Once upon a time", 12), two);
     let status = server.admin().get("/admin/models").good();
@@ -95,7 +96,7 @@ fn the_least_recently_used_model_leaves_first() {
     assert_eq!(loaded(&server.client), ["four", "one"]);
     assert_eq!(server.engines().len(), 2);
 
-    // Busy models stay: the newcomer is refused.
+    // Busy models are not unloaded: the new model is rejected.
     let streams: Vec<_> = ["one", "four"]
         .map(|name| server.client.stream("/v1/completions", &streamed(name, "On and on", 450)))
         .into_iter()
@@ -106,7 +107,7 @@ fn the_least_recently_used_model_leaves_first() {
         })
         .collect();
     let answer = server.admin().post("/admin/models", &json!({"model": "two"}));
-    // A fast machine may have finished one of them by now.
+    // A fast machine may have finished one of the streams by now.
     if answer.status != 201 {
         answer.error(422);
         assert_eq!(answer.json()["error"]["code"], "too_many_models");
@@ -280,7 +281,7 @@ fn a_bert_embeds_and_does_not_chat() {
     embedding(json!({"dimensions": 16})).error(400);
     embedding(json!({"input": "hello ".repeat(200)})).error(400);
     embedding(json!({"dimensions": 32})).good();
-    // Concurrently: each gets its own.
+    // In parallel: each request gets its own embeddings.
     std::thread::scope(|scope| {
         for worker in 0..4 {
             let (server, batch) = (&server, &batch);

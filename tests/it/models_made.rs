@@ -1,11 +1,11 @@
-//! Tiny models and adapters, made for one test.
+//! Tiny models and adapters, generated for a test.
 
 use ingot::gateway::store::{Store, StoredModel};
 use ingot::gguf::fixture::{TinyLlama, tiny_llama, tiny_peft};
 use ingot::gguf::{Gguf, GgufWriter, ModelFacts, TensorType, Value};
 use std::path::{Path, PathBuf};
 
-/// Writes `<folder>/<name>.gguf`: a llama whose answers depend on `seed`.
+/// Writes `<folder>/<name>.gguf`: a Llama model whose output depends on `seed`.
 pub fn llama(folder: &Path, name: &str, seed: u64) -> PathBuf {
     let path = folder.join(format!("{name}.gguf"));
     let options = TinyLlama { seed, ..TinyLlama::default() };
@@ -13,7 +13,7 @@ pub fn llama(folder: &Path, name: &str, seed: u64) -> PathBuf {
     path
 }
 
-/// Writes the PEFT folder `<folder>/<name>` for a base.
+/// Writes the PEFT folder `<folder>/<name>` for a base model.
 pub fn peft(folder: &Path, name: &str, base: &Path, seed: u64) -> PathBuf {
     let path = folder.join(name);
     tiny_peft(&path, &facts(base), 4, seed).expect("the adapter is written");
@@ -25,18 +25,18 @@ pub fn facts(model: &Path) -> ModelFacts {
     ModelFacts::read(&gguf).expect("the model is complete")
 }
 
-/// What is to be changed in a copy of a model.
+/// Changes to make in a copy of a model.
 #[derive(Default)]
 pub struct Changes<'a> {
     pub set: Vec<(&'a str, Value)>,
     pub remove: Vec<&'a str>,
-    /// Tensors to leave out.
+    /// Tensors to omit.
     pub without: Vec<&'a str>,
-    /// Adds to a tensor's values.
+    /// Values to add to tensors.
     pub add: Vec<(String, Vec<f32>)>,
 }
 
-/// Copies a model with F32 tensors, changed.
+/// Copies a model with F32 tensors, with changes.
 pub fn copy_with(from: &Path, to: &Path, changes: &Changes<'_>) {
     let gguf = Gguf::open(from).expect("the model is readable");
     let mut writer = GgufWriter::new();
@@ -57,7 +57,7 @@ pub fn copy_with(from: &Path, to: &Path, changes: &Changes<'_>) {
     writer.write(to).expect("the model is written");
 }
 
-/// Makes a file in the data folder known as a model, as `ingot pull` would.
+/// Registers a file in the data folder as a model, as `ingot pull` would.
 pub fn store(data: &Path, name: &str, file: &Path) {
     let folder = data.join("models");
     std::fs::create_dir_all(&folder).expect("the folder is made");

@@ -1,4 +1,5 @@
-//! Greedy text of a real model against a plain llama.cpp loop: no scheduler, no pages, no sampler.
+//! Greedy text of a real model compared with a plain llama.cpp loop without scheduler, pages and
+//! sampler.
 
 use crate::support::{Options, one_at_a_time, real_model};
 use ingot::gguf::{Gguf, write_dequantized};
@@ -9,17 +10,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 const TOKENS: usize = 24;
-/// As the server's: llama.cpp chooses its kernels by them.
+/// The same values as the server's: llama.cpp chooses its kernels by them.
 const BATCH: u32 = 512;
 const CONTEXT: u32 = 4096;
-/// More would wait for each other while other tests run.
+/// More threads would wait for each other while other tests run.
 const THREADS: i32 = 1;
-/// llama.cpp itself changes kernels with the batch's shape: where the two best tokens are this
-/// close, either is right.
+/// llama.cpp itself uses different kernels for different batch shapes: if the two best
+/// log-probabilities differ by less than this, either token is correct.
 const TIE: f32 = 0.1;
-/// Both round activations to 8 bits, and the native runner adds up in another order: its rounding
-/// falls elsewhere, which moves single logits further than a change of kernels does. Where nothing is
-/// rounded, [`TIE`] holds.
+/// The bound for the native runner. Both runners round activations to 8 bits, but the native runner
+/// sums in another order, so its rounding differs. This changes single logits more than a change of
+/// kernels does. Where nothing is rounded, [`TIE`] applies.
 const NATIVE_TIE: f32 = 0.5;
 
 const QUESTIONS: [&str; 20] = [
@@ -45,7 +46,8 @@ const QUESTIONS: [&str; 20] = [
     "Say something kind to a tired friend.",
 ];
 
-/// As the model's template writes it. Each begins differently, so that no two share a prefix.
+/// A prompt as the model's template renders it. Each begins differently, so that no two share a
+/// prefix.
 fn prompt(number: usize) -> String {
     format!(
         "<|im_start|>system\nAnswer number {number}.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n\
@@ -68,7 +70,8 @@ fn greedy_text_of_streams_equals_a_plain_llama_cpp_loop() {
 
 #[test]
 fn greedy_text_of_the_native_runner_leaves_llama_cpps_only_where_it_is_close() {
-    // 96% of single best tokens agree, so of 24 in a row a third may be expected to.
+    // 96% of single best tokens agree, so about a third of sequences of 24 tokens are expected to
+    // agree.
     let flags = [("--runner", "native")];
     equals_the_oracle(&real_model(), &flags, false, NATIVE_TIE, QUESTIONS.len() / 3);
 }
@@ -107,7 +110,8 @@ fn equals_the_oracle(
     };
     let ours: Vec<Value> = (0..QUESTIONS.len()).map(|i| ask(&prompt(i))).collect();
 
-    // All at once: kernels change with the batch, so the text may, but every answer is whole.
+    // In parallel: kernels change with the batch, so the text may change, but every completion is
+    // whole.
     std::thread::scope(|scope| {
         let all: Vec<_> =
             (0..QUESTIONS.len()).map(|i| scope.spawn(move || ask(&prompt(i)))).collect();
@@ -120,7 +124,7 @@ fn equals_the_oracle(
                 Some("stop") => assert!(tokens.len() < TOKENS),
                 other => panic!("prompt {i} ended by {other:?}"),
             }
-            // The first token comes of the prompt alone; few tokens are close calls.
+            // The first token depends on the prompt alone, and its margin is seldom small.
             let first = &ours[i]["choices"][0]["logprobs"]["tokens"][0];
             assert_eq!(&tokens[0], first, "prompt {i}");
         }
@@ -152,13 +156,13 @@ fn equals_the_oracle(
 /// One step of the oracle.
 #[derive(Debug)]
 struct Step {
-    /// The best token as the server writes it; `None` ends the text.
+    /// The best token in the server's notation; `None` ends the text.
     token: Option<String>,
-    /// Difference of the two best log-probabilities.
+    /// Difference between the two best log-probabilities.
     margin: f32,
 }
 
-/// llama.cpp, as plainly as it can be used.
+/// llama.cpp with the simplest possible use of its API.
 struct Oracle {
     model: *mut sys::llama_model,
     context: *mut sys::llama_context,
@@ -167,7 +171,7 @@ struct Oracle {
 
 impl Drop for Oracle {
     fn drop(&mut self) {
-        // SAFETY: both were made in `load` and are freed once, the context first.
+        // SAFETY: both were created in `load` and are freed once, the context first.
         unsafe {
             sys::llama_free(self.context);
             sys::llama_model_free(self.model);
@@ -175,14 +179,14 @@ impl Drop for Oracle {
     }
 }
 
-/// Says nothing.
+/// A log callback that discards all messages.
 unsafe extern "C" fn silence(_: sys::ggml_log_level, _: *const c_char, _: *mut c_void) {}
 
 impl Oracle {
     fn load(path: &Path, flash_attention: bool) -> Self {
         let path = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
-        // SAFETY: parameters are llama.cpp's defaults but for plain values, the path is
-        // NUL-terminated, the callback lives for ever, and null results are caught.
+        // SAFETY: parameters are llama.cpp's defaults except for plain values, the path is
+        // NUL-terminated, the callback is a static function, and null results are handled.
         unsafe {
             sys::llama_log_set(Some(silence), std::ptr::null_mut());
             sys::llama_backend_init();
@@ -206,11 +210,11 @@ impl Oracle {
         }
     }
 
-    /// Decodes the prompt in one batch, then a token at a time, the best one each time.
+    /// Decodes the prompt in one batch, then one token at a time, always the best one.
     fn greedy(&mut self, prompt: &str, count: usize) -> Vec<Step> {
         let mut tokens = self.tokenize(prompt);
         assert!(tokens.len() < BATCH as usize);
-        // SAFETY: the context is live; all sequences and the data behind them are forgotten.
+        // SAFETY: the context is live; all sequences and their data are cleared.
         unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.context), true) };
         let mut steps = Vec::new();
         while steps.len() < count {
@@ -222,7 +226,7 @@ impl Oracle {
             };
             assert_eq!(code, 0, "the oracle decodes");
             let (best, margin) = self.best();
-            // SAFETY: the token is one of the vocabulary's.
+            // SAFETY: the token is in the vocabulary.
             let over = unsafe { sys::llama_vocab_is_eog(self.vocab, best) };
             steps.push(Step { token: (!over).then(|| self.piece(best)), margin });
             if over {
@@ -233,9 +237,9 @@ impl Oracle {
         steps
     }
 
-    /// The best token after the last one, and by how much.
+    /// The best token after the last one, and its margin.
     fn best(&self) -> (sys::llama_token, f32) {
-        // SAFETY: the last batch asked for logits of its last token, and a row is one float per
+        // SAFETY: the last batch requested logits of its last token, and a row is one float per
         // token of the vocabulary.
         let logits = unsafe {
             let count = usize::try_from(sys::llama_vocab_n_tokens(self.vocab)).expect("positive");
@@ -243,7 +247,7 @@ impl Oracle {
             assert!(!row.is_null(), "there are logits");
             std::slice::from_raw_parts(row, count)
         };
-        // Of equal ones the first, as every argmax does.
+        // The first one of equal logits, as in every argmax.
         let mut best = 0;
         for (token, logit) in logits.iter().enumerate() {
             if *logit > logits[best] {
@@ -259,7 +263,7 @@ impl Oracle {
         let mut tokens = vec![0; text.len() + 8];
         let length = i32::try_from(text.len()).expect("short");
         let room = i32::try_from(tokens.len()).expect("short");
-        // SAFETY: both lengths are those of their buffers.
+        // SAFETY: both lengths are those of the buffers.
         let count = unsafe {
             sys::llama_tokenize(
                 self.vocab,
@@ -275,11 +279,11 @@ impl Oracle {
         tokens
     }
 
-    /// As the server writes tokens in logprobs.
+    /// The token in the notation that the server uses in logprobs.
     fn piece(&self, token: sys::llama_token) -> String {
         let mut buffer = [0u8; 256];
         let room = i32::try_from(buffer.len()).expect("short");
-        // SAFETY: the length is the buffer's, the token is one of the vocabulary's.
+        // SAFETY: the length is the buffer's, and the token is in the vocabulary.
         let length = unsafe {
             let out = buffer.as_mut_ptr().cast();
             sys::llama_token_to_piece(self.vocab, token, out, room, 0, true)

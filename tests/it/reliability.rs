@@ -1,4 +1,5 @@
-//! Engines and gateways die by real signals; clients leave, stall, and come in crowds.
+//! Engines and gateways killed by signals; clients that disconnect, stall, or arrive in large
+//! numbers.
 
 use crate::http::{Client, Events, Transcript};
 use crate::support::{Options, Server, completion, eventually, exists, later, send, streamed};
@@ -8,11 +9,11 @@ use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-/// An engine's death is known at once; a second is what users are promised.
+/// The gateway notices an engine's death at once; users are promised one second.
 const AT_ONCE: Duration = Duration::from_secs(1);
 const RESTART: Duration = Duration::from_secs(10);
 
-/// A stream that has brought its first event, and its reader.
+/// A stream that has sent its first event.
 fn running_stream(client: &Client, model: &str, prompt: &str, tokens: u32) -> Events {
     let mut events = client.stream("/v1/completions", &streamed(model, prompt, tokens)).events();
     events.next().expect("an event").expect("the stream runs");
@@ -23,7 +24,7 @@ fn read_later(events: Events) -> std::thread::JoinHandle<(Transcript, Instant)> 
     std::thread::spawn(move || (events.transcript(), Instant::now()))
 }
 
-/// Hurts the engine with `signal` while requests run, and checks everything that is promised.
+/// Sends `signal` to the engine while requests run, and checks every guarantee.
 fn engine_death(server: &Server, model: &str, signal: Signal, within: Duration) {
     let (gateway, engine) = (server.pid, server.engine());
     let restarts = server.metric("ingot_engine_restarts_total", &[]);
@@ -81,7 +82,7 @@ fn a_killed_engine_is_restarted_and_its_requests_fail_clearly() {
 fn an_aborted_engine_is_restarted() {
     let server = Options::mock(2000).start();
     engine_death(&server, "mock", Signal::ABORT, AT_ONCE);
-    // Twice in a row is no different.
+    // A second time in a row gives the same result.
     engine_death(&server, "mock", Signal::ABORT, AT_ONCE);
     assert_eq!(server.metric("ingot_engine_restarts_total", &[("model", "mock")]), 2.0);
 }
@@ -89,7 +90,7 @@ fn an_aborted_engine_is_restarted() {
 #[test]
 fn the_watchdog_replaces_a_stopped_engine() {
     let server = Options::mock(2000).flag("--watchdog", "2s").start();
-    // A ping may have been answered just before.
+    // The engine may have answered a ping just before.
     engine_death(&server, "mock", Signal::STOP, Duration::from_secs(4));
 }
 
@@ -130,7 +131,7 @@ fn a_full_queue_is_a_429_with_retry_after() {
         let (client, body) = (server.client.clone(), streamed("mock", &format!("q{i}"), 4000));
         std::thread::spawn(move || client.stream("/v1/completions", &body))
     };
-    // Accepted requests answer their head at once, and wait in the queue.
+    // Accepted requests get the response head at once, and wait in the queue.
     let answers: Vec<_> = (0..12).map(ask).map(|thread| thread.join().expect("no panic")).collect();
     let (queued, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(|a| a.status == 200);
     assert_eq!((queued.len(), refused.len()), (4, 8));
@@ -162,7 +163,7 @@ fn a_client_that_leaves_frees_its_pages() {
     eventually(AT_ONCE, "the requests count as aborted", || aborted() == 4.0);
     assert_eq!(server.metric("ingot_requests_running", &[]), 0.0);
 
-    // The same for one that waits for a whole answer.
+    // The same for a client that waits for a non-streamed response.
     let body = completion("mock", "impatient", 4000).to_string();
     let mut socket = TcpStream::connect(server.client.address).expect("connects");
     let head = format!(
@@ -196,7 +197,7 @@ fn a_slow_reader_is_paused_then_dropped_and_slows_nobody() {
         .expect("the head arrives");
     assert_eq!(stalled.status, 200);
 
-    // Paused: nobody else is there, and the engine makes no steps.
+    // Paused: there are no other requests, and the engine makes no steps.
     let mut before = steps();
     eventually(Duration::from_secs(10), "the request is paused", || {
         std::thread::sleep(Duration::from_millis(150));
@@ -206,7 +207,7 @@ fn a_slow_reader_is_paused_then_dropped_and_slows_nobody() {
     assert!(before < 7000.0, "it was paused before its end, after {before} steps");
     assert!(used() > 0.0, "a paused request keeps its pages");
 
-    // Others go on at full speed beside it.
+    // Other requests run at full speed meanwhile.
     let others: Vec<_> = (0..4)
         .map(|i| running_stream(&server.client, "mock", &format!("fast {i}"), 400))
         .map(read_later)
@@ -223,7 +224,7 @@ fn a_slow_reader_is_paused_then_dropped_and_slows_nobody() {
     drop(stalled);
 }
 
-/// A connection whose receiver takes next to nothing.
+/// A connection whose receive buffer is minimal.
 fn narrow_socket(client: &Client) -> TcpStream {
     use rustix::net::{AddressFamily, SocketType, connect, socket, sockopt};
     let fd: OwnedFd = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");

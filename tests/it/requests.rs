@@ -1,4 +1,5 @@
-//! Requests as clients in use send them: what they say has an effect or is a 400 that names it.
+//! Requests as clients in use send them: every parameter either has an effect or gives a 400 error
+//! that names it.
 
 use crate::http::{Answer, Client};
 use crate::models_made::llama;
@@ -48,7 +49,7 @@ fn inputs_have_one_limit() {
             let message = error["message"].as_str().expect("text");
             assert!(message.contains("96") && message.contains(&tokens.to_string()), "{message}");
         }
-        // The prompts of the other endpoints by their own names.
+        // Prompts of the other endpoints, whose parameters have other names.
         let long: Vec<u32> = vec![5; 200];
         let prompt = json!({"model": "tiny", "prompt": long, "max_tokens": 4});
         assert_eq!(param(&server.client.post("/v1/completions", &prompt), 400), "prompt");
@@ -67,7 +68,7 @@ fn a_long_input_leaves_streams_and_the_engine_alone() {
         let model = server.client.get("/v1/models").good()["data"][0]["id"].clone();
         let model = model.as_str().expect("text");
         let engine = server.engine();
-        // About ten tokens a sentence; llama.cpp takes longer for each.
+        // About ten tokens per sentence; llama.cpp takes longer per token.
         let sentences = if runner == "native" { 400 } else { 150 };
         let input = "The quick brown fox jumps over the lazy dog. ".repeat(sentences);
         let embed = |client: &Client| {
@@ -82,7 +83,7 @@ fn a_long_input_leaves_streams_and_the_engine_alone() {
         assert!(transcript.done && transcript.error.is_none(), "{runner}: {transcript:?}");
         assert_eq!(server.engine(), engine, "{runner}: the watchdog waits");
         if runner == "native" {
-            // The same numbers, however the input was cut into chunks.
+            // The embeddings are the same, however the input was split into chunks.
             assert_eq!(embed(&server.client)["data"], beside["data"]);
         }
     }
@@ -97,7 +98,7 @@ fn false_is_no_silence() {
         server.client.post("/v1/completions", &with(completion("tiny", "Once upon", 24), more))
     };
     let greedy = text_of(&post(json!({})).good());
-    // Known under another name.
+    // A parameter known under another name.
     let hot = json!({"temperature": null, "seed": 3});
     let sampled = text_of(&post(hot.clone()).good());
     assert_ne!(sampled, greedy, "the seed draws something else");
@@ -105,7 +106,7 @@ fn false_is_no_silence() {
     assert_eq!(text_of(&post(alias).good()), greedy);
     assert_eq!(param(&post(json!({"do_sample": false, "temperature": 0.7})), 400), "do_sample");
     post(json!({"do_sample": true})).good();
-    // A prompt that is in the cache, or is not to be.
+    // A prompt that is in the prefix cache, with and without permission to use it.
     let long = "Once upon a time there was a fox. ".repeat(12);
     let cached = |more: Value| {
         let body = with(completion("tiny", &long, 1), more);
@@ -116,7 +117,7 @@ fn false_is_no_silence() {
     assert!(cached(json!({})) > 0);
     assert_eq!(cached(json!({"cache_prompt": false})), 0);
     assert!(cached(json!({"cache_prompt": true})) > 0);
-    // What nobody knows.
+    // Unknown parameters.
     for (key, value) in [("whatever", json!(false)), ("use_cache", json!(false))] {
         let mut more = json!({});
         more[key] = value;
@@ -171,7 +172,7 @@ fn control_tokens_come_from_the_template_only() {
             let honest = count("Hi");
             let expected = if parse { honest + 2 } else { honest };
             assert_eq!(count(forged), expected, "{runner}, {parse}");
-            // The usage of the chat says the same.
+            // The usage of a chat completion reports the same number.
             let tokens = |content: &str| {
                 let model = server.client.get("/v1/models").good()["data"][0]["id"].clone();
                 let answer = server
@@ -251,7 +252,7 @@ fn bodies_and_keys_in_other_forms() {
     assert_eq!(ask("x-api-key: sk-one", &twice), 400);
 }
 
-/// The status of an answer to bytes.
+/// The response status for raw request bytes.
 fn status(client: &Client, request: &[u8]) -> u16 {
     use std::io::{Read, Write};
     let mut socket = std::net::TcpStream::connect(client.address).expect("it listens");
@@ -308,7 +309,7 @@ fn counters_begin_at_zero() {
 
 #[test]
 fn a_prompt_that_nobody_waits_for_is_given_up() {
-    // Steps of 5 s: a prompt of 300 tokens is one.
+    // Steps of 5 s; a prompt of 300 tokens takes one step.
     let server = Options::mock(5_000_000).start();
     let body = streamed("mock", &"x".repeat(300), 4);
     let stream = server.client.stream("/v1/completions", &body);
@@ -317,7 +318,7 @@ fn a_prompt_that_nobody_waits_for_is_given_up() {
     });
     std::thread::sleep(std::time::Duration::from_millis(200));
     drop(stream);
-    // Its pages are free before its step would have ended; and that step never counts.
+    // The pages are free before the step would have ended, and the step is not counted.
     crate::support::eventually(std::time::Duration::from_secs(4), "its pages are free", || {
         server.metric("ingot_kv_pages", &[("state", "used")]) == 0.0
             && server.metric("ingot_requests_running", &[]) == 0.0
@@ -335,7 +336,7 @@ fn prompts_are_logged_when_asked_for_and_only_then() {
         let server = options.start();
         server.client.post("/v1/chat/completions", &chat("mock", "a marked question")).good();
         server.client.post("/v1/completions", &completion("mock", "a marked text", 4)).good();
-        // The line of the answer follows those of the prompt.
+        // The log line of the completion follows those of the prompt.
         eventually(Duration::from_secs(5), "both answers are logged", || {
             server.log().matches("answered").count() >= 2
         });

@@ -1,4 +1,4 @@
-//! Servers for the tests: the real binary, on a free port, with a data folder of its own.
+//! Servers for the tests: the real binary, on a free port, with its own data folder.
 
 use crate::http::{Answer, Client};
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,14 +12,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// How long a server may take to start, on a machine that builds something else besides.
+/// How long a server may take to start, on a machine that also compiles.
 const START: Duration = Duration::from_secs(60);
 pub const ADMIN: &str = "sk-admin-of-the-tests";
 
 /// A running `ingot serve`. Dropping it kills it, and shows its log if the test failed.
 pub struct Server {
     child: Child,
-    /// Of the gateway itself, which `child` becomes.
+    /// Process id of the gateway itself, which `child` becomes.
     pub pid: u32,
     pub client: Client,
     log: Arc<Mutex<String>>,
@@ -27,7 +27,7 @@ pub struct Server {
     folder: Arc<TempDir>,
 }
 
-/// What to start.
+/// How to start a server.
 pub struct Options {
     arguments: Vec<String>,
     folder: Arc<TempDir>,
@@ -36,7 +36,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// The mock runner: `step` microseconds a step, everything else by default.
+    /// The mock runner with `step` microseconds per step and defaults for everything else.
     pub fn mock(step: u32) -> Self {
         Self::bare(&["mock", "--runner", "mock"])
             .flag("--mock-step-us", step)
@@ -44,7 +44,7 @@ impl Options {
             .flag("--kv-tokens", 65_536)
     }
 
-    /// llama.cpp with the model files.
+    /// llama.cpp with these model files.
     pub fn models(paths: &[&Path]) -> Self {
         let paths: Vec<_> = paths.iter().map(|path| path.to_str().expect("UTF-8")).collect();
         Self::bare(&paths).flag("--threads", 1)
@@ -56,7 +56,7 @@ impl Options {
         Self { arguments, folder, shell: None }
     }
 
-    /// Sets a flag; those that are no lists replace what was set before.
+    /// Sets a flag. Flags that are not lists replace an earlier value.
     pub fn flag(mut self, name: &str, value: impl ToString) -> Self {
         let set = self.arguments.iter().position(|argument| argument == name);
         if let Some(at) = set.filter(|_| name != "--api-key") {
@@ -67,7 +67,7 @@ impl Options {
         self
     }
 
-    /// With the admin routes.
+    /// Enables the admin routes.
     pub fn admin(self) -> Self {
         self.flag("--admin-key", ADMIN)
     }
@@ -77,7 +77,7 @@ impl Options {
         self
     }
 
-    /// Of the server to be, existing now.
+    /// The data folder of the server; it exists before the server starts.
     pub fn data(&self) -> PathBuf {
         self.folder.path().to_owned()
     }
@@ -106,7 +106,7 @@ impl Options {
         command
     }
 
-    /// Starts it and waits until it is ready.
+    /// Starts the server, and waits until it is ready.
     pub fn start(self) -> Server {
         let mut child = self.command().spawn().expect("the binary runs");
         let log = Arc::new(Mutex::new(String::new()));
@@ -136,7 +136,7 @@ impl Options {
         server
     }
 
-    /// Runs it to its end, which must come by itself. Returns status and standard error.
+    /// Runs a server that exits by itself. Returns its status and standard error.
     pub fn run(self) -> (ExitStatus, String) {
         let child = self.command().spawn().expect("the binary runs");
         let output = child.wait_with_output().expect("the server ends");
@@ -179,12 +179,12 @@ impl Server {
         eventually(START, "the server is ready", || self.client.get("/ready").status == 200);
     }
 
-    /// Process ids of the engines that run now.
+    /// Process ids of the running engines.
     pub fn engines(&self) -> Vec<u32> {
         children(self.pid)
     }
 
-    /// The one engine.
+    /// Process id of the only engine.
     pub fn engine(&self) -> u32 {
         let engines = self.engines();
         assert_eq!(engines.len(), 1, "there is one engine: {engines:?}");
@@ -195,7 +195,7 @@ impl Server {
         send(self.pid, signal);
     }
 
-    /// Waits for the gateway's own end.
+    /// Waits until the gateway exits.
     pub fn wait(&mut self, patience: Duration) -> ExitStatus {
         let end = Instant::now() + patience;
         loop {
@@ -211,12 +211,12 @@ impl Server {
         self.child.try_wait().expect("our child").is_none()
     }
 
-    /// A completion that must succeed; its text.
+    /// The text of a completion, which must succeed.
     pub fn complete(&self, model: &str, prompt: &str, max_tokens: u32) -> String {
         text_of(&self.client.post("/v1/completions", &completion(model, prompt, max_tokens)).good())
     }
 
-    /// One sample of `/metrics`, summed over the label sets that contain `labels`.
+    /// The value of a metric in `/metrics`, summed over the label sets that contain `labels`.
     pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let text = self.client.get("/metrics").body;
         samples(&text).filter(|sample| sample.is(name, labels)).map(|sample| sample.value).sum()
@@ -228,7 +228,7 @@ impl Drop for Server {
         let engines = self.engines();
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // Where a test stopped an engine, it cannot see our end.
+        // An engine that a test has stopped with SIGSTOP does not notice that the gateway ended.
         engines.into_iter().for_each(|engine| send(engine, Signal::KILL));
         self.readers.drain(..).for_each(|reader| drop(reader.join()));
         if std::thread::panicking() {
@@ -240,13 +240,13 @@ impl Drop for Server {
     }
 }
 
-/// A request for text: greedy, and of exactly this many tokens.
+/// A greedy completion request of exactly this many tokens.
 pub fn completion(model: &str, prompt: &str, max_tokens: u32) -> Value {
     json!({"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
            "ignore_eos": true})
 }
 
-/// The same, streamed.
+/// The same as a streaming request.
 pub fn streamed(model: &str, prompt: &str, max_tokens: u32) -> Value {
     let mut body = completion(model, prompt, max_tokens);
     body["stream"] = true.into();
@@ -257,18 +257,18 @@ pub fn text_of(body: &Value) -> String {
     body["choices"][0]["text"].as_str().expect("a completion has text").to_owned()
 }
 
-/// Sends a signal to a process; one that is gone already is fine.
+/// Sends a signal to a process, which may have exited already.
 pub fn send(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
     let _ = kill_process(pid, signal);
 }
 
-/// Whether a process exists; a zombie does not.
+/// Whether a process exists and is not a zombie.
 pub fn exists(pid: u32) -> bool {
     stat(pid).is_some_and(|(_, state)| state != 'Z')
 }
 
-/// Parent and state of a process.
+/// Parent process id and state of a process.
 fn stat(pid: u32) -> Option<(u32, char)> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = text.rsplit_once(')')?.1.split_whitespace();
@@ -282,7 +282,7 @@ fn children(parent: u32) -> Vec<u32> {
     pids.filter(|&pid| stat(pid).is_some_and(|(of, state)| of == parent && state != 'Z')).collect()
 }
 
-/// Waits for something to become true.
+/// Waits until `check` is true.
 pub fn eventually(patience: Duration, what: &str, mut check: impl FnMut() -> bool) {
     let end = Instant::now() + patience;
     while !check() {
@@ -308,7 +308,7 @@ impl Sample {
     }
 }
 
-/// The samples of a text in Prometheus' format.
+/// The samples of a text in Prometheus format.
 pub fn samples(text: &str) -> impl Iterator<Item = Sample> {
     text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).map(|line| {
         let (series, value) = line.rsplit_once(' ').expect("a name and a value");
@@ -322,7 +322,8 @@ pub fn samples(text: &str) -> impl Iterator<Item = Sample> {
     })
 }
 
-/// The default model of the tests. They fail without it: what is not tested is not known.
+/// The default real model of the tests. Tests that need it fail if it is missing, so that they are
+/// not skipped unnoticed.
 pub fn real_model() -> PathBuf {
     let path = std::env::var_os("INGOT_TEST_MODEL").map(PathBuf::from);
     let path = path.expect("INGOT_TEST_MODEL must name the file of the default model");
@@ -330,7 +331,7 @@ pub fn real_model() -> PathBuf {
     path
 }
 
-/// One test with a real model at a time: each takes all cores.
+/// A lock, so that one test with a real model runs at a time: each uses all cores.
 pub fn one_at_a_time() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     lock(&TURN)
@@ -340,7 +341,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What asking in a thread of its own brings, with the time of its end.
+/// Runs a request in a thread of its own; returns its response and when it ended.
 pub fn later(ask: impl FnOnce() -> std::io::Result<Answer> + Send + 'static) -> Later {
     Later(std::thread::spawn(move || (ask(), Instant::now())))
 }

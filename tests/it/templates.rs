@@ -1,7 +1,7 @@
-//! Every real chat template that llama.cpp ships, rendered as jinja2 renders it.
+//! Every chat template that llama.cpp ships, compared with jinja2's rendering.
 //!
-//! `scripts/templates.sh` fetches the templates and writes what jinja2 makes of them; the folder is
-//! named by `INGOT_TEST_TEMPLATES`.
+//! `scripts/templates.sh` fetches the templates and writes jinja2's output; `INGOT_TEST_TEMPLATES`
+//! names the folder.
 
 #[path = "../templates/check.rs"]
 mod check;
@@ -54,7 +54,7 @@ fn texts_are_rendered_or_the_message_is_named() {
     for (name, template) in templates(&folder) {
         let plain = template.render(&input(json!([user("Question-Q")])));
         if plain.is_err() {
-            // For conversations with tools, or other inputs.
+            // The template needs tools or other inputs.
             continue;
         }
         let role = |role: &str| json!({"role": role, "content": "Instruction-I"});
@@ -114,7 +114,7 @@ fn final_messages_are_continued_where_their_text_ends() {
             assert!(prompt.ends_with(text.trim_start()), "{name}, {text:?}: {prompt:?}");
             let open = RenderInput { continue_final_message: true, ..conversation("") };
             let open = template.render(&open).unwrap_or_else(|error| panic!("{name}: {error}"));
-            // The same turn, without a text.
+            // The same turn without its text.
             let before = prompt[..prompt.len() - text.trim_start().len()].trim_end();
             assert_eq!(open.trim_end(), before, "{name}, {text:?}");
             continued += 1;

@@ -1,4 +1,4 @@
-//! `/v1/fine_tuning/alpha/graders`: graders checked and tried, and the models that they ask.
+//! `/v1/fine_tuning/alpha/graders`: validates and runs graders, and queries grader models.
 //!
 //! Source: OpenAI's API reference, "Graders", and the types of its Python client.
 
@@ -17,25 +17,25 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Tokens that a model may write for a number, if nobody says otherwise.
+/// Default maximum of tokens that a model may generate for a score.
 const NUMBER_TOKENS: u32 = 64;
-/// Bytes of a model's answer.
+/// Maximum bytes of a model's response.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// `POST /v1/fine_tuning/alpha/graders/validate`: the grader with every default filled in.
+/// `POST /v1/fine_tuning/alpha/graders/validate`: returns the grader with every default filled in.
 ///
 /// # Errors
-/// 400 for what is wrong with it.
+/// 400 if the grader is invalid.
 pub async fn validate(JsonBody(mut fields): JsonBody) -> Result<Json<Value>, ApiError> {
     let grader = take_grader(&mut fields)?;
     fields.finish()?;
     Ok(Json(json!({"grader": grader})))
 }
 
-/// `POST /v1/fine_tuning/alpha/graders/run`: what a grader makes of one sample.
+/// `POST /v1/fine_tuning/alpha/graders/run`: grades one sample.
 ///
 /// # Errors
-/// 400 for the request. A grader that fails is told in the answer, as OpenAI does.
+/// 400 if the request is invalid. A grader that fails is reported in the response, as by OpenAI.
 pub async fn run(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
@@ -72,7 +72,7 @@ pub async fn run(
             "name": grader.name(),
             "type": grader.kind(),
             "errors": graded.errors,
-            // Ours: what the flags mean here.
+            // Not in OpenAI's API: the reasons for the error flags.
             "reasons": graded.reasons,
             "execution_time": started.elapsed().as_secs_f64(),
             "scores": graded.sub_rewards,
@@ -88,12 +88,12 @@ fn take_grader(fields: &mut Fields) -> Result<Grader, ApiError> {
     Grader::parse(Value::Object(grader.into_map())).map_err(refused)
 }
 
-/// A grader that cannot be, as a client is told.
+/// The API error for an invalid grader.
 pub(super) fn refused(error: GraderError) -> ApiError {
     ApiError::invalid(error.param, error.message)
 }
 
-/// Asks a model of this server what a grader wants to know.
+/// Answers a grader's question with a model of this server.
 pub async fn answer(
     app: &Arc<App>,
     identity: Identity,
@@ -123,7 +123,7 @@ fn plain(message: &Message) -> Value {
     json!({"role": message.role, "content": message.content})
 }
 
-/// An ordinary request for a conversation, whose answer is held to a number by a grammar.
+/// Runs a chat completion whose output a grammar restricts to a number.
 async fn number(
     app: &Arc<App>,
     identity: Identity,

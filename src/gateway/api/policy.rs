@@ -1,5 +1,5 @@
-//! What a job asks for over its own connection: answers of the policy that it trains, and what graders
-//! want to know. The requests are those of [`crate::job::rollout`].
+//! Endpoints of a job's own connection: sampling completions from the policy that it trains, and
+//! querying grader models. The requests are the types of [`crate::job::rollout`].
 
 use super::graders::answer;
 use crate::gateway::app::App;
@@ -17,28 +17,30 @@ use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Behind everybody's requests.
+/// Priority of a job's requests: below all client requests.
 const PRIORITY: i32 = -1;
-/// Requests that wait in the engine at once: others need the queue too.
+/// Maximum number of a job's requests that wait in the engine at once, to leave room in the queue
+/// for clients.
 const AT_ONCE: usize = 16;
-/// No key of the configuration has these numbers: jobs share prefixes with nobody else.
+/// Identity of jobs. No key of the configuration has these numbers, so jobs share prefix-cache
+/// entries with no client.
 const OF_JOBS: Identity = Identity { key: u64::MAX, tenant: u64::MAX, admin: true };
 
 type At = State<(Arc<App>, Arc<JobConnection>)>;
 
-/// An adapter, by its file, answers from now on.
+/// Loads an adapter from a file; later completions are sampled with it.
 ///
 /// # Errors
-/// If it does not fit.
+/// If the adapter does not fit the model.
 pub async fn adopt(State((_, link)): At, body: Bytes) -> Result<Bytes, ApiError> {
     link.adopt(read::<PathBuf>(&body)?).await?;
     written(&())
 }
 
-/// Samples answers.
+/// Samples completions.
 ///
 /// # Errors
-/// 404 if the model is gone, 503 for the state of the engine.
+/// 404 if the model is not loaded any more, 503 if the engine is not available.
 pub async fn rollouts(State((app, link)): At, body: Bytes) -> Result<Bytes, ApiError> {
     let asked: RolloutRequest = read(&body)?;
     let served = link.policy().await?;
@@ -91,10 +93,10 @@ fn take(answers: &mut [Rollout], event: Event) {
     }
 }
 
-/// Asks models what graders want to know.
+/// Sends graders' questions to their models.
 ///
 /// # Errors
-/// If the questions cannot be read.
+/// If the questions cannot be parsed.
 pub async fn answers(State((app, link)): At, body: Bytes) -> Result<Bytes, ApiError> {
     let questions: Vec<Question> = read(&body)?;
     let mut answers = Vec::with_capacity(questions.len());

@@ -1,5 +1,5 @@
-//! From a specification to a job, or why not: everything that can be known beforehand is checked
-//! before the job has a row.
+//! Creates jobs from specifications. Everything that can be checked beforehand is checked before
+//! the job is stored.
 
 use super::{Jobs, now};
 use crate::config::ByteSize;
@@ -16,27 +16,27 @@ use crate::job::{
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Jobs that may wait.
+/// Maximum number of queued jobs.
 const MAX_WAITING: usize = 100;
-/// Seconds that a client is asked to wait where too many do.
+/// `Retry-After` in seconds if there are too many queued jobs.
 const RETRY_AFTER: u32 = 60;
-/// Links to the data, in the job's folder.
+/// Links to the data files in the job's folder.
 pub(super) const TRAIN: &str = "train.data";
 pub(super) const VALIDATION: &str = "validation.data";
 
-/// What a client wants.
+/// A request to create a job.
 #[derive(Debug, Clone)]
 pub struct NewJob {
     pub spec: Spec,
-    /// Whose job it is; its files must be theirs.
+    /// Owner of the job; the job's files must belong to this owner.
     pub owner: String,
-    /// Whether the owner may use everybody's files.
+    /// Whether the owner may use files of all owners.
     pub admin: bool,
-    /// What the OpenAI endpoint was asked for, JSON.
+    /// The request to the OpenAI endpoint as JSON.
     pub request: Option<String>,
 }
 
-/// The names of parameters as the client knows them.
+/// Names of the parameters in the API that the client uses, for errors.
 struct Params {
     train: &'static str,
     validation: &'static str,
@@ -58,14 +58,14 @@ impl NewJob {
 }
 
 impl Jobs {
-    /// Takes a job: it is validated, then queued.
+    /// Creates a job: validates it, then queues it.
     ///
     /// # Errors
-    /// 400 for what the specification says, 404 for what it names, 422 with the numbers if it can
-    /// never fit this machine, 507 if the disk has no room.
+    /// 400 for an invalid specification, 404 for a model or file that does not exist, 422 with the
+    /// estimate if the job can never fit this machine, 507 if the disk has no space.
     pub async fn create(self: &Arc<Self>, new: NewJob) -> Result<StoredJob, ApiError> {
         let jobs = self.clone();
-        // A task of its own: a client that goes away leaves no half a job behind.
+        // Runs in its own task, so that a client that disconnects does not leave an incomplete job.
         let task = tokio::spawn(async move {
             let sources = jobs.sources(&new.spec).await?;
             jobs.check_policy(&new).await?;
@@ -98,12 +98,12 @@ impl Jobs {
         Ok(sources)
     }
 
-    /// Models that are asked while a policy is trained are there now.
+    /// Checks that the models that a policy's job queries are loaded now.
     async fn check_policy(&self, new: &NewJob) -> Result<(), ApiError> {
         let Some(block) = &new.spec.grpo else { return Ok(()) };
         let param = new.params().grader;
         if let Some(model) = &new.spec.model {
-            // What it is trained from has to answer, too.
+            // The base model generates the completions, so it must be loaded too.
             self.registry.find(model).await?;
         }
         for (model, scores) in block.grader.models() {
@@ -188,14 +188,15 @@ impl Jobs {
     }
 
     fn check_room(&self, estimate: &ResourceEstimate) -> Result<(), ApiError> {
-        // Jobs that run now will be gone one day.
+        // Memory of running jobs will be free when they end.
         let running: u64 = self.running().iter().map(|sample| sample.memory_bytes).sum();
         let memory = available().saturating_add(running);
         let disk = rustix::fs::statvfs(self.store().folder()).map_err(ApiError::internal)?;
         fits(estimate, memory, disk.f_bavail.saturating_mul(disk.f_frsize))
     }
 
-    /// Makes the folder. Files are linked into it: who deletes them later disturbs nothing.
+    /// Creates the job's folder. Files are hard-linked into it, so the originals may be deleted
+    /// later.
     fn lay_out(
         &self,
         order: &mut Order,
@@ -230,7 +231,7 @@ impl Jobs {
         Ok(())
     }
 
-    /// Reads a job's files in the background, and queues or fails it.
+    /// Reads a job's files in the background, then queues the job or marks it as failed.
     pub(super) fn validate(self: &Arc<Self>, id: &str) {
         let (jobs, id) = (self.clone(), id.to_owned());
         tokio::task::spawn_blocking(move || {
@@ -268,7 +269,7 @@ impl Jobs {
     }
 }
 
-/// Whether this machine has, or will have, what a job takes.
+/// Checks that this machine has the memory and disk space that a job needs.
 pub fn fits(needs: &ResourceEstimate, memory: u64, disk: u64) -> Result<(), ApiError> {
     if needs.memory > memory {
         return Err(ApiError::unprocessable(format!(
@@ -294,13 +295,13 @@ pub fn fits(needs: &ResourceEstimate, memory: u64, disk: u64) -> Result<(), ApiE
     Ok(())
 }
 
-/// A link, or a copy where the system allows none.
+/// Hard-links a file, or copies it where the system does not allow links.
 fn keep(from: &Path, to: &Path) -> std::io::Result<()> {
     let _ = std::fs::remove_file(to);
     std::fs::hard_link(from, to).or_else(|_| std::fs::copy(from, to).map(drop))
 }
 
-/// 422 for a model that cannot be trained, else 400, naming the key at fault.
+/// 422 for a model that cannot be trained, else 400 with the wrong key.
 fn refused(error: &ResolveError) -> ApiError {
     let message = format!("{error}.");
     let refused = match error {
@@ -313,7 +314,7 @@ fn refused(error: &ResolveError) -> ApiError {
     }
 }
 
-/// A name that nobody guesses and nobody else has.
+/// A unique id that cannot be guessed.
 pub(in crate::gateway) fn new_id(prefix: &str) -> String {
     format!("{prefix}{:024x}", rand::random::<u128>() >> 32)
 }

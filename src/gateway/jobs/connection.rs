@@ -1,4 +1,4 @@
-//! A running job's way to its gateway: a connection of its own, which only its process has.
+//! The connection of a running job to its gateway. Only the job's process can use it.
 
 use super::Jobs;
 use crate::gateway::error::ApiError;
@@ -13,13 +13,14 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-/// Makes the routes of a link; those that know the routes stand above the jobs.
+/// Creates the router of a connection. It is injected because the module with the routes depends on
+/// this one.
 pub type Routes = Arc<dyn Fn(Arc<JobConnection>) -> Router + Send + Sync>;
 
-/// What a job has on this side.
+/// The gateway's side of a job's connection.
 pub struct JobConnection {
     pub job: String,
-    /// The model that it trains.
+    /// The model that the job trains.
     base: String,
     registry: Arc<Registry>,
     policy: Mutex<Option<Arc<AdapterVersion>>>,
@@ -32,8 +33,8 @@ impl fmt::Debug for JobConnection {
 }
 
 impl JobConnection {
-    /// Puts an adapter of the job in the place of the one before. Answers that have begun end with
-    /// that.
+    /// Loads an adapter of the job in place of the previous one. Completions that have already
+    /// started continue with the previous adapter.
     ///
     /// # Errors
     /// As [`Registry::load_adapter`].
@@ -49,21 +50,21 @@ impl JobConnection {
     /// The model with the job's newest adapter.
     ///
     /// # Errors
-    /// 404 if the model is not loaded any more.
+    /// 404 if the model is no longer loaded.
     pub async fn policy(&self) -> Result<Served, ApiError> {
         let served = self.registry.find(&self.base).await?;
         let adapter = super::lock(&self.policy).clone();
         Ok(Served { adapter, ..served })
     }
 
-    /// Requests of the job that run while this lives.
+    /// Counts running requests of the job, until the returned value is dropped.
     pub fn count(&self, requests: usize) -> OfJob {
         self.registry.count_of_job(requests)
     }
 }
 
 impl Jobs {
-    /// Serves a new connection for a job; the end that its process gets.
+    /// Serves a new connection for a job, and returns the end of the socket for the job process.
     pub(super) fn link(&self, job: &str, base: String) -> std::io::Result<Option<OwnedFd>> {
         let Some(routes) = self.routes.get() else { return Ok(None) };
         let (ours, theirs) = UnixStream::pair()?;

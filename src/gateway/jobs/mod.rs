@@ -1,17 +1,17 @@
-//! Jobs: taken, queued, run in processes of their own, published.
+//! Training jobs: creation, queue, processes and publication.
 //!
-//! What a job is, and where it stands, is in the store; what it does is in its folder
-//! ([`crate::job`]). Here is only what both need while they meet, so a gateway that is killed
-//! finds every job as it was: what ran is queued again, and goes on from its last checkpoint.
+//! The store holds each job's description and status, and the job's folder holds its results
+//! ([`crate::job`]). This module only connects the two. If the gateway is killed, the next one
+//! finds all jobs: those that were running are queued again and resume from their last checkpoint.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `admit.rs` | from a specification to a row and a folder, or why not |
+//! | `admit.rs` | from a specification to a stored job and its folder |
 //! | `queue.rs` | which job runs when |
-//! | `process.rs` | one process of a job, watched |
-//! | `connection.rs` | its connection, over which it asks models |
-//! | `throttle.rs` | when a job makes room for requests |
-//! | `publish.rs` | what a job made becomes what requests may name |
+//! | `process.rs` | runs and watches one job process |
+//! | `connection.rs` | a job's connection, over which it queries models |
+//! | `throttle.rs` | pauses jobs while requests run |
+//! | `publish.rs` | publishes the models and files that a job produced |
 
 mod admit;
 mod connection;
@@ -40,22 +40,23 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 
-/// A process that does not leave is killed after this; it goes on from its checkpoint all the same.
+/// A process that has not exited after this time is killed; its job resumes from a checkpoint all
+/// the same.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Examples that OpenAI's endpoint asks for, at least.
+/// Minimum number of examples of OpenAI's endpoint.
 const LEAST_EXAMPLES: u64 = 10;
 
-/// All jobs.
+/// The jobs of a gateway.
 pub struct Jobs {
     config: Arc<ServeConfig>,
     registry: Arc<Registry>,
-    /// Jobs that have a process, or are about to.
+    /// Jobs whose process runs or is being started.
     live: Mutex<HashMap<String, Arc<Live>>>,
-    /// Somebody should look at the queue.
+    /// Wakes the task that runs the queue.
     look: Notify,
     stopping: watch::Sender<bool>,
-    /// What jobs may ask for.
+    /// Creates the routes of job connections.
     routes: OnceLock<Routes>,
 }
 
@@ -65,14 +66,14 @@ impl fmt::Debug for Jobs {
     }
 }
 
-/// A job that has a process.
+/// A job whose process runs.
 struct Live {
     kind: String,
     wish: watch::Sender<DesiredState>,
     progress: Mutex<Progress>,
 }
 
-/// The newest of what a job said of itself.
+/// The latest events of a job.
 #[derive(Debug, Clone, Default)]
 pub struct Progress {
     pub step: Option<StepMetrics>,
@@ -92,7 +93,7 @@ impl Progress {
 }
 
 impl Jobs {
-    /// Jobs of the registry's store. [`Jobs::start`] sets them going.
+    /// The jobs of the registry's store. [`Jobs::start`] starts them.
     pub fn new(config: Arc<ServeConfig>, registry: Arc<Registry>) -> Arc<Self> {
         Arc::new(Self {
             config,
@@ -113,10 +114,10 @@ impl Jobs {
         Folder::new(self.store().jobs_folder().join(id))
     }
 
-    /// A job that `owner` may see; `None` may see all.
+    /// A job that `owner` may see; `None` may see all jobs.
     ///
     /// # Errors
-    /// 404.
+    /// 404 if there is no such job.
     pub fn get(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
         let found = self.store().job(id).map_err(ApiError::internal)?;
         found.filter(|job| owner.is_none_or(|owner| job.owner == owner)).ok_or_else(|| {
@@ -125,10 +126,10 @@ impl Jobs {
         })
     }
 
-    /// Where a job stands in its steps.
+    /// The latest metrics of a job.
     ///
     /// # Errors
-    /// 500 if its folder cannot be read.
+    /// 500 if the job's folder cannot be read.
     pub fn progress(&self, id: &str) -> Result<Progress, ApiError> {
         if let Some(live) = self.live().get(id) {
             return Ok(lock(&live.progress).clone());
@@ -138,15 +139,15 @@ impl Jobs {
         Ok(progress)
     }
 
-    /// Everything that a job said.
+    /// All events of a job.
     ///
     /// # Errors
-    /// 500 if its folder cannot be read.
+    /// 500 if the job's folder cannot be read.
     pub fn events(&self, id: &str) -> Result<Vec<Entry>, ApiError> {
         Follower::new(self.folder(id).events(), 0).read().map_err(ApiError::internal)
     }
 
-    /// What the metrics show.
+    /// The values shown in `/metrics`.
     pub fn samples(&self) -> JobSamples {
         let counts = self.store().job_counts().unwrap_or_else(|error| {
             tracing::error!("the jobs cannot be counted: {error}");
@@ -181,7 +182,7 @@ impl Jobs {
         self.live().iter().map(sample).collect()
     }
 
-    /// Ends a job for good. What it has made so far is kept, but not published.
+    /// Cancels a job. Its artifacts and checkpoints are kept, but not published.
     ///
     /// # Errors
     /// 404, or 400 if it has ended already.
@@ -196,10 +197,10 @@ impl Jobs {
         self.get(id, owner)
     }
 
-    /// Has a job write a checkpoint and leave, or keeps it out of the queue.
+    /// Pauses a job: a running job writes a checkpoint and exits, a queued job leaves the queue.
     ///
     /// # Errors
-    /// 404, or 400 if it neither runs nor waits.
+    /// 404, or 400 if it is neither running nor queued.
     pub fn pause(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
         let from = [JobStatus::Queued, JobStatus::Running];
         self.change(id, owner, &from, JobStatus::Paused, "paused")?;
@@ -216,7 +217,7 @@ impl Jobs {
     /// 404, or 400 if it is not paused.
     pub fn resume(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
         self.change(id, owner, &[JobStatus::Paused], JobStatus::Queued, "resumed")?;
-        // While its process is still leaving, that one writes.
+        // While the job's process is still exiting, only that process may write to the event log.
         if !self.live().contains_key(id) {
             self.say(id, Level::Info, "The job was queued again.");
         }
@@ -243,14 +244,14 @@ impl Jobs {
         }
     }
 
-    /// The last words of a job that was cancelled.
+    /// Logs that the job was cancelled, and deletes its temporary files.
     fn cancelled(&self, id: &str) {
         self.say(id, Level::Info, "The job was cancelled.");
         self.tidy(id);
     }
 
-    /// Takes away what a job that has ended needs no more: its links to files, which their owner may
-    /// have deleted, and their tokens.
+    /// Deletes what a job does not need after its end: its links to data files, whose originals the
+    /// owner may have deleted, and the tokenized data.
     fn tidy(&self, id: &str) {
         let folder = self.folder(id);
         for name in [admit::TRAIN, admit::VALIDATION] {
@@ -259,7 +260,7 @@ impl Jobs {
         let _ = std::fs::remove_dir_all(folder.cache());
     }
 
-    /// Adds a line to a job's events while no process does.
+    /// Adds a message to a job's events, while no job process writes them.
     fn say(&self, id: &str, level: Level, message: &str) {
         let said =
             EventLog::open(&self.folder(id).events()).and_then(|mut log| log.say(level, message));
@@ -278,7 +279,8 @@ fn now() -> i64 {
     crate::job::now() as i64
 }
 
-/// A poisoned lock only means that another thread panicked between two plain assignments.
+/// Locks the mutex. Poisoning is ignored: it only means that another thread panicked between two
+/// plain assignments.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! One process of a job, watched until it is gone.
+//! Runs one process of a job, and watches it until it exits.
 
 use super::throttle::Throttle;
 use super::{Jobs, LEAVE_PATIENCE, Live, lock};
@@ -11,18 +11,18 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 use tokio::process::Child;
 
-/// How often it is looked whether requests run.
+/// Interval of checks whether requests are running.
 const COURTESY_EVERY: Duration = Duration::from_millis(5);
-/// How often events are read and memory is looked at.
+/// Interval of reading events and checking memory.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// Bytes at the end of a log that tell why a process died.
+/// Bytes at the end of the log in which the cause of a process's death is looked for.
 const LAST_WORDS: u64 = 2_000;
 
-/// What a job's process is to do.
+/// The desired state of a job's process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DesiredState {
     Run,
-    /// Write a checkpoint and leave.
+    /// Write a checkpoint and exit.
     Leave,
     Die,
 }
@@ -32,10 +32,10 @@ pub(super) enum DesiredState {
 pub(super) enum End {
     /// The job has an outcome.
     Done,
-    /// It was told to.
+    /// It exited because it was asked to.
     Left,
     DiskFull,
-    /// Memory was short: it was told to leave.
+    /// Memory was low, so it was asked to exit.
     Short(String),
     Died(String),
 }
@@ -44,7 +44,7 @@ impl Jobs {
     pub(super) async fn run_process(self: &std::sync::Arc<Self>, id: &str, live: &Live) -> End {
         let folder = self.folder(id);
         let threads = folder.order().ok().and_then(|order| order.spec.train.threads).unwrap_or(1);
-        // Before the process writes: what is there already was told of already.
+        // Read before the process writes: these events were already handled.
         let mut follower = Follower::new(folder.events(), 0);
         lock(&live.progress).take(&follower.read().unwrap_or_default());
         let base = folder.order().ok().and_then(|order| order.spec.model);
@@ -79,7 +79,7 @@ impl Jobs {
     ) -> std::io::Result<ExitStatus> {
         let pid = child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
         let signal = |signal| {
-            // A process that is gone takes no signals.
+            // A process that has exited cannot receive signals.
             pid.map(|pid| kill_process(pid, signal));
         };
         let mut wish = live.wish.subscribe();

@@ -1,4 +1,4 @@
-//! What a job made becomes what requests may name.
+//! Publishes the artifacts of a job, so that requests can name them.
 
 use super::admit::new_id;
 use super::{Jobs, now};
@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 impl Jobs {
-    /// Reads the outcome, tries what was made, and lists it. Done again after a crash on the way, it
-    /// does the same.
+    /// Reads the outcome, loads the resulting model or adapter, and lists it in the store. If it is
+    /// repeated after a crash, the result is the same.
     pub(super) async fn publish(self: &Arc<Self>, job: &StoredJob) {
         let id = job.id.as_str();
         let folder = self.folder(id);
@@ -40,7 +40,8 @@ impl Jobs {
             };
             match self.registry.load_adapter(spec).await {
                 Ok(version) => live = Some(version),
-                // Its base may have been unloaded meanwhile: it is loaded when it is asked for.
+                // The base model may have been unloaded; the adapter is loaded when it is
+                // requested.
                 Err(error) if error.status != http::StatusCode::UNPROCESSABLE_ENTITY => {
                     tracing::warn!(job = id, "the adapter is not loaded now: {error}");
                 }
@@ -51,12 +52,13 @@ impl Jobs {
             Ok(products) => products,
             Err(error) => return self.fail(id, "io_error", &error.to_string()),
         };
-        // Whoever follows the events stops when the status says so.
+        // Logged before the status changes, because clients that follow the events stop at the
+        // final status.
         self.say(id, Level::Info, &format!("New fine-tuned model created: {}", order.name));
         match self.store().finish_job(id, &products, now()) {
             Ok(true) => {}
             Ok(false) => {
-                // Cancelled at the last moment: nothing is published.
+                // The job was cancelled at the last moment: nothing is published.
                 if live.is_some() {
                     let _ = self.registry.unload_adapter(&order.name);
                 }
@@ -109,10 +111,11 @@ impl Jobs {
         format!("file-{}", id.trim_start_matches("ftjob-"))
     }
 
-    /// Takes what a job made out of service and out of the store. False if it is not there.
+    /// Unloads a job's model or adapter and removes it from the store. `false` if it does not
+    /// exist.
     ///
     /// # Errors
-    /// Of the database.
+    /// Errors of the database.
     pub fn forget(&self, name: &str) -> Result<bool, ApiError> {
         let adapter = self.store().remove_adapter(name).map_err(ApiError::internal)?;
         let model = self.store().remove_model(name).map_err(ApiError::internal)?;
@@ -121,10 +124,10 @@ impl Jobs {
         Ok(adapter || model || unloaded)
     }
 
-    /// Takes the adapters of a job's checkpoints out of service and out of the store.
+    /// Unloads the adapters of a job's checkpoints and removes them from the store.
     ///
     /// # Errors
-    /// Of the database, or of the job's events.
+    /// Errors of the database, or of reading the job's events.
     pub fn forget_checkpoints(&self, job: &StoredJob) -> Result<(), ApiError> {
         for entry in self.events(&job.id)? {
             if let JobEvent::Checkpoint { step } = entry.event {
@@ -134,8 +137,8 @@ impl Jobs {
         Ok(())
     }
 
-    /// Lists the adapters of the checkpoints that a job has now, as `NAME:ckpt-step-N`, and forgets
-    /// those that are gone.
+    /// Lists the adapters of the job's current checkpoints as `NAME:ckpt-step-N`, and removes those
+    /// of deleted checkpoints.
     pub(super) fn list_checkpoints(&self, id: &str) {
         let folder = self.folder(id);
         let (Ok(order), Ok(entries)) = (folder.order(), self.events(id)) else { return };
@@ -158,7 +161,7 @@ impl Jobs {
                     created_at: now(),
                 }),
                 Err(_) => {
-                    // Whoever uses it now goes on.
+                    // Running requests keep the adapter.
                     let _ = self.registry.unload_adapter(&name);
                     self.store().remove_adapter(&name).map(drop)
                 }
@@ -170,7 +173,7 @@ impl Jobs {
     }
 }
 
-/// The adapter and the model among what a job made, as the store lists them.
+/// The adapter and the model among the artifacts, as rows of the store.
 pub fn rows(order: &Order, made: &[Artifact]) -> (Option<StoredAdapter>, Option<StoredModel>) {
     let inside = Path::new("jobs").join(&order.id);
     let find = |kind| made.iter().find(|artifact| artifact.kind == kind);
@@ -195,7 +198,7 @@ pub fn rows(order: &Order, made: &[Artifact]) -> (Option<StoredAdapter>, Option<
     (adapter, model)
 }
 
-/// What requests call an adapter as it was at a checkpoint.
+/// The name under which requests use the adapter of a checkpoint.
 pub fn checkpoint_name(name: &str, step: u64) -> String {
     format!("{name}:ckpt-step-{step}")
 }

@@ -1,5 +1,5 @@
-//! Which job runs when: the oldest first, as many at once as the configuration allows, each once
-//! there is memory for it.
+//! The job queue: the oldest job first, as many at once as the configuration allows, each one once
+//! there is enough memory for it.
 
 use super::process::{DesiredState, End};
 use super::{Jobs, Live, Routes, now};
@@ -13,15 +13,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// The queue is looked at this often, whatever happens.
+/// Interval at which the queue is checked even without a wake-up.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// A process that dies so often without a step in between has no future.
+/// A job fails if its process dies this many times without completing a step in between.
 const DEATHS: u32 = 5;
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 
 impl Jobs {
-    /// Takes up what a gateway before us left, and runs the queue from now on. `routes` is what jobs
-    /// may ask for.
+    /// Recovers the jobs of an earlier gateway, and starts running the queue. `routes` creates the
+    /// routes of job connections.
     pub fn start(self: &Arc<Self>, routes: Routes) {
         let _ = self.routes.set(routes);
         if let Err(error) = self.recover() {
@@ -54,7 +54,8 @@ impl Jobs {
         Ok(())
     }
 
-    /// Starts what may start. `waiting` are jobs that have been told that memory is short.
+    /// Starts the jobs that can start. `waiting` holds the jobs for which low memory was already
+    /// logged.
     fn fill(self: &Arc<Self>, waiting: &mut HashSet<String>) {
         let queued = match self.store().jobs_in(JobStatus::Queued) {
             Ok(queued) => queued,
@@ -64,7 +65,7 @@ impl Jobs {
             if self.live().len() >= self.config.jobs.max_running as usize {
                 return;
             }
-            // A process of before may still be writing its checkpoint.
+            // The job's earlier process may still be writing its checkpoint.
             if self.live().contains_key(&job.id) {
                 continue;
             }
@@ -72,7 +73,7 @@ impl Jobs {
                 if waiting.insert(job.id.clone()) {
                     self.say(&job.id, Level::Warn, &short);
                 }
-                // Nobody overtakes: a large job would wait for ever.
+                // Jobs behind it do not start first, or a large job would wait forever.
                 return;
             }
             waiting.remove(&job.id);
@@ -81,7 +82,7 @@ impl Jobs {
     }
 
     fn fits_now(&self, job: &StoredJob) -> Result<(), String> {
-        // What cannot be read fails when it runs, with the reason.
+        // If the order cannot be read, the job starts, and fails with the reason.
         let Ok(order) = self.folder(&job.id).order() else { return Ok(()) };
         let Some(needs) = needs(&order) else { return Ok(()) };
         let available = available();
@@ -99,7 +100,8 @@ impl Jobs {
         let id = job.id.clone();
         let wish = watch::Sender::new(DesiredState::Run);
         let live = Arc::new(Live { kind: job.kind.clone(), wish, progress: Default::default() });
-        // Listed before the status says so: whoever cancels a running job finds it here.
+        // Inserted before the status changes, so that a request to cancel a running job finds it
+        // here.
         self.live().insert(id.clone(), live.clone());
         let moved =
             self.store().move_job(&id, &[JobStatus::Queued], JobStatus::Running, None, now());
@@ -115,7 +117,7 @@ impl Jobs {
         });
     }
 
-    /// One process after another until the job has an end, or should not run any more.
+    /// Runs one process after another until the job has ended or should no longer run.
     async fn drive(self: &Arc<Self>, job: &StoredJob, live: &Arc<Live>) {
         let id = job.id.as_str();
         self.say(id, Level::Info, "The job started.");
@@ -131,8 +133,8 @@ impl Jobs {
                 End::Done => return self.publish(job).await,
                 _ if wish == DesiredState::Die => return self.cancelled(id),
                 _ if *self.stopping.borrow() => return,
-                // Also one that was killed before it had written its checkpoint: it goes on from the
-                // one before.
+                // Also if the process was killed before it had written its checkpoint: the job
+                // resumes from the previous one.
                 _ if wish == DesiredState::Leave => {
                     return self.say(id, Level::Info, "The job was paused.");
                 }
@@ -163,14 +165,14 @@ impl Jobs {
         }
     }
 
-    /// The server pauses a job: somebody has to do something first.
+    /// Pauses a job until a user resolves the problem and resumes it.
     fn pause_for(&self, id: &str, code: &str, message: &str) {
         let failure = Failure { code: code.into(), message: message.into(), param: None };
         let error = serde_json::to_string(&failure).unwrap_or_default();
         let (from, to) = ([JobStatus::Running], JobStatus::Paused);
         match self.store().move_job(id, &from, to, Some(&error), now()) {
             Ok(true) => self.say(id, Level::Error, message),
-            // Somebody else decided on it meanwhile.
+            // A client has changed the status in the meantime.
             Ok(false) => {
                 let job = self.store().job(id).ok().flatten();
                 if job.is_some_and(|job| job.status == JobStatus::Cancelled) {
@@ -194,13 +196,14 @@ impl Jobs {
                 self.say(id, Level::Error, &format!("The job failed: {}", failure.message));
                 self.tidy(id);
             }
-            // It was cancelled first.
+            // The job was cancelled first.
             Ok(false) => {}
             Err(error) => tracing::error!(job = id, "its status cannot be written: {error}"),
         }
     }
 
-    /// Has every process leave, and waits for them. Their jobs go on when the next gateway starts.
+    /// Asks every job process to exit, and waits for them. The jobs resume when the next gateway
+    /// starts.
     pub async fn stop(&self) {
         self.stopping.send_replace(true);
         let live: Vec<_> = self.live().values().cloned().collect();
@@ -220,7 +223,7 @@ impl Jobs {
     }
 }
 
-/// What an order takes; `None` if its model cannot be read.
+/// The estimated memory and disk space of an order; `None` if its model cannot be read.
 pub(super) fn needs(order: &Order) -> Option<ResourceEstimate> {
     let model = order.model.as_ref().map(Gguf::open_header).transpose().ok()?;
     let settings = order.spec.resolve().ok()?;

@@ -1,24 +1,25 @@
-//! When a job makes room for requests.
+//! Pauses jobs while requests run.
 //!
-//! A job's process has the lowest priority, but two cores are two cores: what it does between two
-//! tokens of a request costs that request its cache and its place. So it is halted (SIGSTOP) while
-//! requests run, and gets a tenth of the time in slices, so that it still moves under lasting load.
-//! (Priority alone: p99 between tokens 1.2 to 1.6 times as long; see docs/log/training.md, "Jobs".)
+//! A job process has the lowest CPU priority, but it still evicts a request's data from the caches
+//! and occupies its cores between two tokens. So the process is stopped (SIGSTOP) while requests
+//! run. Under sustained load it gets a tenth of the time in slices, so that it still makes
+//! progress. With priority alone, the p99 time between tokens was 1.2 to 1.6 times as long; see
+//! docs/log/training.md, "Jobs".
 
 use std::time::{Duration, Instant};
 
-/// Requests seldom come alone: the job waits for so long after the last one.
+/// Requests often follow each other: the job stays stopped for this long after the last one.
 const QUIET: Duration = Duration::from_millis(100);
-/// Under lasting load a job runs for this long …
+/// Under sustained load a job runs for this long …
 const SLICE: Duration = Duration::from_millis(100);
-/// … after having waited for this long.
+/// … after it was stopped for this long.
 const WAIT: Duration = Duration::from_millis(900);
 
-/// Whether the process may run, decided again at every look.
+/// Decides whether the job process may run.
 #[derive(Debug)]
 pub(super) struct Throttle {
     runs: bool,
-    /// Since when.
+    /// Time of the last change of `runs`.
     since: Instant,
     busy: Option<Instant>,
 }
@@ -28,7 +29,7 @@ impl Throttle {
         Self { runs: true, since: now, busy: None }
     }
 
-    /// `Some` if that changes. `busy` says whether requests run now.
+    /// Updates the state; `Some` if it changes. `busy` says whether requests run now.
     pub(super) fn look(&mut self, busy: bool, now: Instant) -> Option<bool> {
         if busy {
             self.busy = Some(now);
@@ -36,7 +37,8 @@ impl Throttle {
         let quiet = self.busy.is_none_or(|busy| now - busy >= QUIET);
         let runs = match (quiet, self.runs) {
             (true, _) => true,
-            // The first request after silence finds a job that has run for long.
+            // At the first request after a quiet time the job has run for longer than a slice, so
+            // it stops at once.
             (false, true) => now - self.since < SLICE,
             (false, false) => now - self.since >= WAIT,
         };

@@ -1,4 +1,4 @@
-//! Pieces of text to tokens.
+//! Tokenizes rendered examples.
 
 use crate::dataset::{
     Chat, Example, Rendered, RenderedPiece, Rendering, prompt, render, render_all,
@@ -7,7 +7,8 @@ use crate::template::{ChatTemplate, ControlTokens};
 use crate::tokenizer::Tokenizer;
 use std::sync::Arc;
 
-/// The tokens of an example, and which of them are trained: predicted from those before.
+/// The tokens of an example, and which of them are trained, that is, predicted from the tokens
+/// before them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Encoded {
     pub tokens: Vec<u32>,
@@ -15,12 +16,14 @@ pub struct Encoded {
 }
 
 impl Encoded {
-    /// Tokens that a loss has: trained ones, but for the first token, which nothing predicts.
+    /// Number of tokens that contribute to the loss: the trained ones, except for the first token,
+    /// which nothing predicts.
     pub fn targets(&self) -> usize {
         self.trained.iter().skip(1).filter(|trained| **trained).count()
     }
 
-    /// Takes away what a template puts behind the last answer: the last token is then its end of turn.
+    /// Removes what a template puts after the last trained token, so that the end-of-turn token is
+    /// last.
     pub fn end_at_the_answer(&mut self) {
         let end = self.trained.iter().rposition(|trained| *trained).map_or(0, |at| at + 1);
         self.tokens.truncate(end);
@@ -28,31 +31,31 @@ impl Encoded {
     }
 }
 
-/// The served model's own tokenizer and template.
+/// Encodes examples with the served model's own tokenizer and template.
 #[derive(Clone)]
 pub struct Encoder {
     pub tokenizer: Arc<dyn Tokenizer>,
     pub template: Arc<ChatTemplate>,
-    /// Control tokens that are text where users' and tools' messages spell them.
+    /// Control tokens that are treated as plain text where user and tool messages spell them out.
     control: Option<Arc<ControlTokens>>,
     bos: Option<String>,
-    /// The clock of the template: the same for all of a job's data.
+    /// The time that the template sees, the same for all data of a job.
     now: i64,
 }
 
-/// The sequences of an example, and what is to be said of them.
+/// The sequences of an example, and statistics for the report.
 #[derive(Debug, Default)]
 pub(super) struct EncodedExample {
     pub(super) sequences: Vec<Encoded>,
-    /// Answers of conversations.
+    /// Number of completions of conversations.
     pub(super) answers: u64,
-    /// Those of them behind which the template puts no token that ends a turn.
+    /// Number of these completions that the template does not end with an end-of-turn token.
     pub(super) without_end: u64,
 }
 
 impl Encoder {
-    /// An encoder whose templates see the time `now`, in seconds since 1970. With `parse_control`
-    /// users and tools can spell control tokens.
+    /// An encoder whose templates see the time `now`, in seconds since 1970. With `parse_control`,
+    /// control tokens that user and tool messages spell out are parsed.
     pub fn new(
         tokenizer: Arc<dyn Tokenizer>,
         template: Arc<ChatTemplate>,
@@ -77,19 +80,19 @@ impl Encoder {
         }
     }
 
-    /// Tokenizes an example: all its sequences.
+    /// Tokenizes all sequences of an example.
     ///
     /// # Errors
-    /// What the template does not render, in words.
+    /// What the template cannot render.
     pub(super) fn encode(&self, example: &Example) -> Result<EncodedExample, String> {
         let rendered = render_all(example, self.rendering())?;
         Ok(self.tokens(rendered))
     }
 
-    /// Tokenizes an example that has to be one sequence.
+    /// Tokenizes an example that must be one sequence.
     ///
     /// # Errors
-    /// What the template does not render, in words.
+    /// What the template cannot render, or that there are several sequences.
     pub(super) fn encode_one(&self, example: &Example) -> Result<EncodedExample, String> {
         let rendered = render(example, self.rendering())?;
         Ok(self.tokens(vec![rendered]))
@@ -101,7 +104,7 @@ impl Encoder {
         for rendered in rendered {
             let sequence = self.sequence(&rendered);
             if !rendered.ends {
-                // The last token of each answer.
+                // The last token of each completion.
                 let trained = sequence.trained.iter().chain([&false]);
                 let pairs = trained.clone().zip(trained.skip(1));
                 let ends = pairs.enumerate().filter(|(_, pair)| *pair == (&true, &false));
@@ -117,8 +120,8 @@ impl Encoder {
         found
     }
 
-    /// Tokenizes piece by piece: an answer's tokens are those that follow a prompt when the model is
-    /// served, never one that reaches over the seam.
+    /// Tokenizes piece by piece: a completion has the tokens that follow the prompt when the model
+    /// is served. No token spans the boundary between prompt and completion.
     fn sequence(&self, rendered: &Rendered) -> Encoded {
         let mut encoded = Encoded::default();
         let parse = rendered.parse_special;
@@ -129,7 +132,7 @@ impl Encoder {
                     self.tokenizer.encode_rendered(&piece.text, &piece.barriers, add_special)
                 }
                 0 => self.tokenizer.encode_prompt(&piece.text, rendered.add_special, false),
-                // What a model writes has no spaces but its own.
+                // A completion gets no additional space prefix.
                 _ if piece.trained => self.tokenizer.encode_continuation(&piece.text, parse, &[]),
                 _ => self.context(piece, encoded.tokens.last().copied(), parse),
             };
@@ -143,8 +146,8 @@ impl Encoder {
         encoded
     }
 
-    /// What stands between two answers, as in the prompt of the second one when it is served: there
-    /// SentencePiece puts a space behind special tokens, but not behind text.
+    /// Tokenizes the text between two completions as in the prompt of the second one when the model
+    /// is served: in a prompt, SentencePiece adds a space after special tokens but not after text.
     fn context(&self, piece: &RenderedPiece, before: Option<u32>, parse_special: bool) -> Vec<u32> {
         let vocab = self.tokenizer.vocab();
         let RenderedPiece { text, barriers, .. } = piece;
@@ -157,7 +160,7 @@ impl Encoder {
             return tokens;
         }
         let exact = self.tokenizer.encode_continuation(text, parse_special, barriers);
-        // Up to the first special token, which is the same in both.
+        // Uses the tokens up to the first special token, which is the same in both.
         let first = |tokens: &[u32]| {
             tokens.iter().position(|&token| special(token)).unwrap_or(tokens.len())
         };
@@ -165,11 +168,11 @@ impl Encoder {
         exact[..in_exact].iter().chain(&tokens[in_tokens..]).copied().collect()
     }
 
-    /// The tokens of a conversation up to where the assistant's turn begins: as the served model is
-    /// given it.
+    /// The tokens of a conversation up to the beginning of the assistant's turn, as the served
+    /// model receives them.
     ///
     /// # Errors
-    /// What the template does not render, in words.
+    /// What the template cannot render.
     pub fn prompt(&self, chat: &Chat) -> Result<Vec<u32>, String> {
         let prompt = prompt(chat, self.rendering())?;
         let bos = self.bos.as_deref().filter(|bos| !bos.is_empty());

@@ -1,15 +1,15 @@
 //! From training files, whose formats are in [`crate::dataset`], to batches.
 //!
-//! A file is read once, line by line, checked and tokenized on all cores into a cache on disk; steps
-//! read examples from there, in an order that the seed and the epoch give. Nothing grows with the file
-//! but eight bytes a line.
+//! A file is read once, line by line, checked, and tokenized on all cores into a cache on disk.
+//! Steps read examples from the cache, in an order given by the seed and the epoch. Memory grows
+//! with the file only by eight bytes per line.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `encode.rs` | pieces to tokens |
+//! | `encode.rs` | tokenizes rendered examples |
 //! | `prepare.rs` | a file to a [`Prepared`] cache, with a [`DataReport`](crate::job::DataReport) |
-//! | `pack.rs` | examples to rows of tokens, best fit first |
-//! | `order.rs` | which example comes when, and where a run stands |
+//! | `pack.rs` | packs examples into rows of tokens, best fit first |
+//! | `order.rs` | the order of the examples, and the position of a run |
 //! | `stream.rs` | a pretraining file to a [`Stream`] of tokens on disk |
 //! | `windows.rs` | a stream to batches |
 

@@ -1,4 +1,4 @@
-//! Which example comes when.
+//! The order of examples.
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -6,11 +6,11 @@ use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// Where a run stands in its data.
+/// The position of a run in its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Cursor {
     pub epoch: u64,
-    /// Examples of the epoch that have been taken.
+    /// Examples of the epoch that were already used.
     pub taken: u64,
 }
 
@@ -30,7 +30,7 @@ impl Order {
         order
     }
 
-    /// Examples of an epoch.
+    /// Examples per epoch.
     pub fn len(&self) -> usize {
         self.examples
     }
@@ -49,7 +49,7 @@ impl Order {
         self.order.shuffle(&mut StdRng::from_seed(hash.finalize().into()));
     }
 
-    /// The next `count` examples, over the end of an epoch if need be.
+    /// The next `count` examples; continues into the next epoch if necessary.
     pub fn next(&mut self, cursor: &mut Cursor, count: usize) -> Vec<usize> {
         let mut examples = Vec::with_capacity(count);
         while examples.len() < count && self.examples > 0 {

@@ -1,10 +1,10 @@
-//! Examples to rows of tokens.
+//! Packs examples into rows of tokens.
 
 use super::Encoded;
 use crate::train::model::Batch;
 use std::sync::Arc;
 
-/// Examples that share a row; attention stays inside each.
+/// Examples that share a row; attention does not cross their boundaries.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Row {
     /// Numbers of the examples.
@@ -12,8 +12,9 @@ pub struct Row {
     pub tokens: usize,
 }
 
-/// Puts examples of some lengths into rows of at most `capacity` tokens: the longest first, each into
-/// the fullest row that has room (best-fit decreasing). Nothing is longer than a row.
+/// Packs examples of these lengths into rows of at most `capacity` tokens by best-fit decreasing:
+/// the longest example first, each into the fullest row that has room. No example is longer than a
+/// row.
 pub fn pack(lengths: &[usize], capacity: usize) -> Vec<Row> {
     let mut longest: Vec<usize> = (0..lengths.len()).collect();
     longest.sort_by_key(|&member| (std::cmp::Reverse(lengths[member]), member));
@@ -21,7 +22,7 @@ pub fn pack(lengths: &[usize], capacity: usize) -> Vec<Row> {
     for member in longest {
         let length = lengths[member];
         let fits = |row: &&mut Row| row.tokens + length <= capacity;
-        // Of equally full ones the first.
+        // The first one of equally full rows.
         let fullest = rows.iter_mut().filter(fits).rev().max_by_key(|row| row.tokens);
         match fullest {
             Some(row) => {
@@ -35,14 +36,14 @@ pub fn pack(lengths: &[usize], capacity: usize) -> Vec<Row> {
 }
 
 impl Batch {
-    /// Examples side by side.
+    /// A batch of one row with these examples side by side.
     pub fn of<'a>(examples: impl IntoIterator<Item = &'a Encoded>) -> Self {
         let (mut tokens, mut targets, mut weights) = (Vec::new(), Vec::new(), Vec::new());
         let mut documents = Vec::new();
         for example in examples {
             documents.push(tokens.len());
             tokens.extend_from_slice(&example.tokens);
-            // A token predicts the next; the last predicts nothing.
+            // Each token predicts the next one; the last token of an example predicts nothing.
             targets.extend(example.tokens.iter().skip(1).copied().chain([0]));
             let counts = |trained: &bool| if *trained { 1.0 } else { 0.0 };
             weights.extend(example.trained.iter().skip(1).map(counts).chain([0.0]));

@@ -1,4 +1,4 @@
-//! Files to a cache of tokens on disk.
+//! Tokenizes training files into a cache on disk.
 
 use super::encode::{Encoded, Encoder};
 use crate::dataset::{
@@ -12,16 +12,16 @@ use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// The bit of a stored token that says that it is trained; vocabularies are far smaller.
+/// Bit of a stored token that marks it as trained. Vocabularies are far smaller than this.
 const TRAINED: u32 = 1 << 31;
 
-/// What becomes the notes of a [`DataReport`].
+/// Counts for the notes of a [`DataReport`].
 #[derive(Debug, Default)]
 struct Counts {
-    /// Answers of conversations, and those that do not end with a token that ends a turn.
+    /// Completions of conversations, and (`without_end`) those without an end-of-turn token.
     answers: u64,
     without_end: u64,
-    /// Conversations of several sequences, and those sequences.
+    /// Conversations that were split into several sequences, and the number of these sequences.
     split: u64,
     sequences: u64,
 }
@@ -48,10 +48,10 @@ impl Counts {
     }
 }
 
-/// A file's examples, tokenized.
+/// The tokenized examples of a file.
 pub struct Prepared {
     file: File,
-    /// (examples + 1) where each begins, in tokens.
+    /// (examples + 1) start of each example, in tokens.
     offsets: Vec<u64>,
 }
 
@@ -64,7 +64,7 @@ impl Prepared {
         self.len() == 0
     }
 
-    /// Tokens of an example.
+    /// Number of tokens of an example.
     pub fn length(&self, example: usize) -> usize {
         (self.offsets[example + 1] - self.offsets[example]) as usize
     }
@@ -84,14 +84,14 @@ impl Prepared {
     }
 }
 
-/// A file's pairs of answers, tokenized.
+/// The tokenized preference pairs of a file.
 pub struct PreparedPairs {
-    /// The chosen one of each pair, then the rejected one.
+    /// The chosen completion of each pair, followed by the rejected one.
     answers: Prepared,
     facts: Vec<PairFacts>,
 }
 
-/// A pair of answers, each behind the prompt: the chosen one first.
+/// A preference pair: the prompt with the chosen, and the prompt with the rejected completion.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EncodedPair {
     pub answers: [Encoded; 2],
@@ -117,20 +117,20 @@ impl PreparedPairs {
     }
 }
 
-/// A file's prompts, tokenized, with the lines that they are from.
+/// The tokenized prompts of a file, with their lines.
 pub struct PreparedPrompts {
     prompts: Prepared,
-    /// JSON, one behind another.
+    /// The lines as JSON, concatenated.
     items: File,
-    /// (prompts + 1) where each begins, in bytes.
+    /// (prompts + 1) start of each line, in bytes.
     offsets: Vec<u64>,
 }
 
-/// What is to be answered.
+/// A prompt whose completions are sampled.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EncodedPrompt {
     pub tokens: Vec<u32>,
-    /// What graders may know of it.
+    /// The line of the prompt, for graders.
     pub item: Value,
 }
 
@@ -170,8 +170,8 @@ pub fn prepare(
     Ok((read.tokens, read.report))
 }
 
-/// The same of pairs. One with an answer that is too long is left out, never cut, as are those whose
-/// answers are the same.
+/// [`prepare`] for preference pairs. A pair is dropped if one of its completions is too long (it is
+/// never truncated), or if both completions are equal.
 ///
 /// # Errors
 /// [`DataError`].
@@ -185,8 +185,8 @@ pub fn prepare_pairs(
     Ok((PreparedPairs { answers: read.tokens, facts: read.facts }, read.report))
 }
 
-/// The same of prompts, of which those that are too long are left out. Their lines go into a file
-/// beside `cache`.
+/// [`prepare`] for prompts. Prompts that are too long are dropped. Their lines are written to a
+/// file beside `cache`.
 ///
 /// # Errors
 /// [`DataError`].
@@ -205,22 +205,22 @@ fn items_of(cache: &Path) -> PathBuf {
     cache.with_extension("items")
 }
 
-/// What was made of a file.
+/// The result of reading a file.
 struct Read {
     tokens: Prepared,
     facts: Vec<PairFacts>,
-    /// Where the lines of prompts begin in their file, and where the last one ends.
+    /// Start of each prompt's line in the items file, and the end of the last one.
     items: Vec<u64>,
     report: DataReport,
 }
 
-/// A line's answers, or its prompt, as tokens.
+/// The tokens of a line: its completions, or its prompt.
 #[derive(Default)]
 struct Tokens {
-    /// The sequences of an example, or the chosen and the rejected answer of a pair.
+    /// The sequences of an example, or the chosen and the rejected completion of a pair.
     answers: Vec<Encoded>,
     facts: Option<PairFacts>,
-    /// A prompt's line.
+    /// The line of a prompt.
     item: Option<String>,
     counts: Counts,
 }
@@ -257,7 +257,7 @@ impl Tokens {
         }
     }
 
-    /// What of it can be trained on; `None` if nothing.
+    /// The part that can be trained on; `None` if there is none.
     fn within(mut self, max_length: usize, report: &mut DataReport) -> Option<Self> {
         let longest = self.answers.iter().map(|answer| answer.tokens.len()).max().unwrap_or(0);
         report.examples += 1;
@@ -276,7 +276,7 @@ impl Tokens {
                     answer.tokens.truncate(max_length);
                     answer.trained.truncate(max_length);
                 }
-                // Of several sequences, those that are left.
+                // Keeps those of several sequences that have trained tokens.
                 self.answers.retain(trains);
                 !self.answers.is_empty()
             }
@@ -317,7 +317,7 @@ fn read(
             })
             .collect();
         for (number, format, tokens) in encoded {
-            // Also that of a line which the template refuses.
+            // Lines that the template rejects also determine the format of the file.
             let same = format.map_or(Ok(()), |format| one_format.check(number, format));
             let tokens = match same.and(tokens) {
                 Ok(tokens) => tokens,
@@ -361,7 +361,8 @@ fn read(
     Ok(Read { tokens, facts, items, report })
 }
 
-/// Examples that are tokens already: each with what of it is trained.
+/// Prepares examples that are already tokenized; each token has a flag that says whether it is
+/// trained.
 ///
 /// # Errors
 /// If the cache cannot be written.

@@ -1,4 +1,4 @@
-//! A file's documents as one stream of tokens on disk.
+//! The documents of a file as one stream of tokens on disk.
 
 use crate::dataset::{DataError, Texts};
 use crate::job::DataReport;
@@ -11,20 +11,20 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Tokens that are held out at the end of a stream, at most: a look at them should take far less time
-/// than the training between two looks, and tells the loss to a hundredth of a nat.
+/// Maximum number of validation tokens at the end of a stream. One evaluation should take much less
+/// time than the training between two evaluations, and determine the loss to a hundredth of a nat.
 const HELD_OUT: u64 = 1 << 17;
 
-/// Tokens of documents, one after the other, each document with an end-of-text token behind it.
+/// The tokens of documents, concatenated, with an end-of-text token after each document.
 #[derive(Debug, Clone)]
 pub struct Stream {
     file: Arc<File>,
-    /// Which of the file's tokens.
+    /// Range of the file's tokens.
     tokens: Range<u64>,
 }
 
 impl Stream {
-    /// Tokens.
+    /// Number of tokens.
     pub fn len(&self) -> u64 {
         self.tokens.end - self.tokens.start
     }
@@ -33,7 +33,7 @@ impl Stream {
         self.tokens.is_empty()
     }
 
-    /// (count) tokens from `start` on.
+    /// (count) tokens starting at `start`.
     ///
     /// # Errors
     /// If the cache cannot be read.
@@ -43,7 +43,8 @@ impl Stream {
         Ok(bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)).collect())
     }
 
-    /// The stream without a share at its end, of at most 131,072 tokens, and that share.
+    /// Splits the stream into training and validation data. Validation is the fraction `share` at
+    /// the end, at most 131,072 tokens.
     pub fn hold_out(&self, share: f64) -> (Self, Self) {
         let held = ((self.len() as f64 * share) as u64).min(HELD_OUT);
         let seam = self.tokens.end - held;
@@ -52,8 +53,8 @@ impl Stream {
     }
 }
 
-/// Reads `source`, tokenizes it on all cores, and writes the tokens to `cache`. `progress` is told
-/// the bytes read.
+/// Reads `source`, tokenizes it on all cores, and writes the tokens to `cache`. `progress` receives
+/// the number of bytes read.
 ///
 /// # Errors
 /// [`DataError`].
@@ -73,7 +74,7 @@ pub fn prepare_stream(
             break;
         }
         progress(texts.bytes());
-        // What spells a special token is text like any other.
+        // Text that spells a special token is tokenized as plain text.
         let encoded: Vec<_> =
             chunk.par_iter().map(|piece| tokenizer.encode(&piece.text, false, false)).collect();
         for (piece, mut tokens) in chunk.iter().zip(encoded) {

@@ -12,7 +12,7 @@ use crate::tokenizer::{Tokenizer, Vocab};
 use serde_json::json;
 use std::sync::Arc;
 
-/// Bytes are tokens; `<|…|>` is one token.
+/// A tokenizer with one token per byte; `<|…|>` is one token.
 pub(super) struct Bytes(Vocab);
 
 impl Bytes {
@@ -41,7 +41,7 @@ impl Tokenizer for Bytes {
                 }
                 None => {
                     tokens.push(u32::from(first));
-                    // Tests are ASCII.
+                    // The tests use only ASCII.
                     rest = &rest[1..];
                 }
             }
@@ -55,7 +55,7 @@ fn encoder() -> Encoder {
     Encoder::new(Arc::new(Bytes::new()), Arc::new(template), 0, false)
 }
 
-/// An example that is one sequence.
+/// Encodes an example that is one sequence.
 fn encode(example: &Example) -> Encoded {
     let mut found = encoder().encode(example).unwrap().sequences;
     assert_eq!(found.len(), 1);

@@ -1,9 +1,10 @@
-//! A stream to batches.
+//! From a token stream to batches.
 //!
-//! An epoch cuts the stream into windows of equal length, from a place that the seed and the epoch
-//! give, and takes them in an order that they give too: windows are random, and yet no token is seen
-//! twice before nearly all are seen once. Attention stays inside each document of a window, where
-//! positions restart; the end of a document begins the next.
+//! An epoch cuts the stream into windows of equal length, starting at an offset given by the seed
+//! and the epoch, and uses them in an order also given by them. So windows are random, but almost
+//! every token is used once before any is used again. Attention does not cross document boundaries
+//! within a window, and positions restart at each document. The end-of-text token of a document is
+//! the first token of the next one.
 
 use super::{Cursor, Order, Stream};
 use crate::train::model::Batch;
@@ -18,28 +19,30 @@ pub struct Windows<'a> {
     length: usize,
     /// The end-of-text token.
     end: Option<u32>,
-    /// `None` takes windows as they come.
+    /// Shuffle seed; `None` keeps the order of the stream.
     seed: Option<u64>,
     order: Order,
 }
 
 impl<'a> Windows<'a> {
-    /// Windows of `length` tokens, or of all if there are fewer. The stream has two tokens at least.
+    /// Windows of `length` tokens, or of the whole stream if it is shorter. The stream must have at
+    /// least two tokens.
     pub fn new(stream: &'a Stream, length: usize, end: Option<u32>, seed: Option<u64>) -> Self {
         let targets = stream.len().saturating_sub(1);
         let length = (length as u64).min(targets).max(1);
-        // Room to begin anywhere.
+        // Room for a random offset.
         let slack = if seed.is_some() { length - 1 } else { 0 };
         let count = (targets.saturating_sub(slack) / length).max(1) as usize;
         Self { stream, length: length as usize, end, seed, order: Order::new(count, seed) }
     }
 
-    /// Windows of an epoch.
+    /// Windows per epoch.
     pub fn count(&self) -> usize {
         self.order.len()
     }
 
-    /// The next `count` windows, in parts of `each`, over the end of an epoch if need be.
+    /// The next `count` windows in batches of `each` windows; continues into the next epoch if
+    /// necessary.
     ///
     /// # Errors
     /// If the stream cannot be read.
@@ -58,11 +61,11 @@ impl<'a> Windows<'a> {
         Ok(windows.chunks(each).map(|windows| self.batch(windows)).collect())
     }
 
-    /// Gives `each` the whole stream in consecutive windows, `together` at a time: all tokens but
-    /// the first are predicted, once.
+    /// Passes the whole stream to `each` in consecutive windows, `together` windows at a time.
+    /// Every token except the first is predicted once.
     ///
     /// # Errors
-    /// If the stream cannot be read, and those of `each`.
+    /// If the stream cannot be read, and the errors of `each`.
     pub fn all<E: From<io::Error>>(
         &self,
         together: usize,
@@ -79,7 +82,7 @@ impl<'a> Windows<'a> {
         Ok(())
     }
 
-    /// Where an epoch's first window begins.
+    /// Offset of the first window of an epoch.
     fn offset(&self, epoch: u64) -> u64 {
         let Some(seed) = self.seed else { return 0 };
         let slack = self.stream.len() - 1 - (self.count() * self.length) as u64;
@@ -91,7 +94,7 @@ impl<'a> Windows<'a> {
         u64::from_le_bytes(bytes[..8].try_into().unwrap_or_default()) % (slack + 1)
     }
 
-    /// Windows side by side. Each is of one token more than it predicts.
+    /// A batch of windows side by side. Each window has one token more than it predicts.
     fn batch(&self, windows: &[Vec<u32>]) -> Batch {
         let (mut tokens, mut targets, mut documents) = (Vec::new(), Vec::new(), Vec::new());
         for window in windows {
@@ -124,7 +127,7 @@ mod tests {
     }
 
     fn counted(count: u32) -> Stream {
-        // Letters that say where they stand, more or less.
+        // Letters that give their position modulo 26.
         stream(&(0..count - 1).map(|i| char::from(b'a' + (i % 26) as u8)).collect::<String>())
     }
 
@@ -181,7 +184,8 @@ mod tests {
         assert_eq!(all[..65], head);
         assert_eq!((cursor.epoch, cursor.taken), (1, 4));
         assert_eq!(all[65..], run(cursor, 27).0);
-        // An epoch's windows lie side by side; those of the next lie elsewhere, in another order.
+        // The windows of an epoch are adjacent; those of the next epoch have another offset and
+        // another order.
         let first =
             |windows: &[Vec<u32>]| windows.iter().map(|window| window[0] % 26).collect::<Vec<_>>();
         assert_ne!(first(&all[..61]), first(&all[61..122]));

@@ -1,4 +1,4 @@
-//! Adapters: PEFT folders, llama.cpp's LoRA GGUF.
+//! Exports adapters as PEFT folders and as llama.cpp's LoRA GGUF.
 
 use super::{ExportError, at};
 use crate::gguf::{GgufWriter, ModelConfig, SCORE_HEAD, TensorType, is_interleaved, layer_module};
@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-/// The two halves of an adapted matrix: A (rank, inputs), B (outputs, rank).
+/// The LoRA matrices of an adapted matrix: A (rank, inputs), B (outputs, rank).
 pub(super) struct Pair<'a> {
     /// `blk.3.attn_q`
     pub(super) tensor: &'a str,
@@ -43,7 +43,7 @@ pub(super) fn pairs<'a>(model: &'a Model, lora: &Lora) -> Result<Vec<Pair<'a>>, 
     Ok(pairs)
 }
 
-/// The head of a reward model.
+/// The score head of a reward model.
 fn head(model: &Model) -> Result<Option<Vec<f32>>, ExportError> {
     let Some(param) = model.params().iter().find(|param| param.name == SCORE) else {
         return Ok(None);
@@ -51,10 +51,11 @@ fn head(model: &Model) -> Result<Option<Vec<f32>>, ExportError> {
     Ok(Some(param.var.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?))
 }
 
-/// Writes the adapter as llama.cpp's LoRA GGUF, with `facts` of where it comes from; returns its bytes.
+/// Writes the adapter as llama.cpp's LoRA GGUF, with `facts` about its origin as metadata. Returns
+/// its size in bytes.
 ///
 /// # Errors
-/// [`ExportError`]; nothing half-written is left.
+/// [`ExportError`]; no incomplete file is left.
 pub fn lora_gguf(
     model: &Model,
     lora: &Lora,
@@ -95,7 +96,7 @@ pub fn lora_gguf(
     Ok(writer.write(path)?)
 }
 
-/// Writes the adapter as a PEFT folder for the base that is called `base`.
+/// Writes the adapter as a PEFT folder for the base model named `base`.
 ///
 /// # Errors
 /// [`ExportError`].
@@ -164,7 +165,8 @@ pub fn peft_folder(
     fs::write(&path, bytes).map_err(at(&path))
 }
 
-/// Heads within which the rows of a matrix stand in another order at Hugging Face.
+/// Number of heads within which the rows of a matrix have another order in the Hugging Face format;
+/// `None` if the order is the same.
 pub(super) fn heads(shape: &ModelConfig, short: &str) -> Option<usize> {
     match short {
         _ if !is_interleaved(&shape.architecture) => None,
@@ -174,7 +176,7 @@ pub(super) fn heads(shape: &ModelConfig, short: &str) -> Option<usize> {
     }
 }
 
-/// Rows of neighbours to rows of halves: row 2i + j of a head becomes row i + j·half.
+/// Reorders rows from interleaved pairs to halves: row 2i + j of a head becomes row i + j·half.
 pub(super) fn to_halves(rows: &[f32], heads: usize, cols: usize) -> Vec<f32> {
     let dim = rows.len() / cols / heads;
     let mut out = vec![0.0; rows.len()];

@@ -1,10 +1,11 @@
-//! `config.json`: a model as transformers describes it.
+//! `config.json`: the configuration of a model for transformers.
 
 use super::ExportError;
 use crate::gguf::{Gguf, ModelConfig, ModelFacts, RopeFactors, RopeFacts, TensorType};
 use serde_json::{Map, Value, json};
 
-/// Keys of a parent's configuration that say how positions turn, which a GGUF does not tell in full.
+/// Keys of the parent's configuration that describe RoPE, which GGUF metadata does not describe in
+/// full.
 const ROPE: [&str; 5] = [
     "rope_theta",
     "rope_scaling",
@@ -13,11 +14,11 @@ const ROPE: [&str; 5] = [
     "max_position_embeddings",
 ];
 
-/// The configuration of a model in `ty`. With the configuration that its base was once made from,
-/// `parent`, positions turn as that says.
+/// The configuration of a model stored as `ty`. If `parent` is given, the configuration from which
+/// the base model was converted, its RoPE settings are used.
 ///
 /// # Errors
-/// If transformers cannot be told what the model is.
+/// If transformers cannot represent the model.
 pub fn config(
     base: &Gguf,
     shape: &ModelConfig,
@@ -113,7 +114,7 @@ pub fn config(
     Ok(config)
 }
 
-/// A number as it was written once: 1e-5, not the nearest number of 32 bits.
+/// The shortest decimal number of an f32: 1e-5, not its exact binary value.
 fn decimal(x: f32) -> f64 {
     x.to_string().parse().unwrap_or(f64::from(x))
 }
@@ -153,7 +154,7 @@ fn rope(base: &Gguf, shape: &ModelConfig) -> Result<Vec<(&'static str, Value)>, 
         let factor = decimal(1.0 / facts.scale);
         keys.push(("rope_scaling", json!({"rope_type": "linear", "factor": factor})));
     }
-    // Since transformers 5; by kind of layer where kinds differ.
+    // Since transformers 5, RoPE settings are given by kind of layer where they differ.
     if shape.architecture == "gemma3" {
         let local = shape.ropes.last().unwrap_or(facts);
         keys.push(("rope_local_base_freq", json!(decimal(local.base))));

@@ -1,4 +1,4 @@
-//! Models as folders that transformers loads: `config.json`, `model.safetensors`, the tokenizer's
+//! Exports models as folders for transformers: `config.json`, `model.safetensors`, the tokenizer's
 //! files, `generation_config.json`.
 
 use super::adapter::{heads, to_halves};
@@ -19,9 +19,10 @@ use std::sync::{Mutex, PoisonError};
 
 const TOKENIZER: &str = "tokenizer.json";
 
-/// Writes the model as a folder, its matrices and vectors in `ty` (F32, F16 or BF16). `parent` is the
-/// folder that the base was made from, if it is there: its tokenizer is copied, and positions turn as
-/// its `config.json` says. One tensor is held at a time. Returns what the folder lacks, in words.
+/// Writes the model as a folder, with its matrices and vectors in `ty` (F32, F16 or BF16). `parent`
+/// is the folder from which the base model was converted, if it exists: its tokenizer is copied,
+/// and the RoPE settings of its `config.json` are used. One tensor is held in memory at a time.
+/// Returns messages about what the folder lacks.
 ///
 /// # Errors
 /// [`ExportError`]; an old `model.safetensors` is replaced last.
@@ -91,13 +92,13 @@ fn write_tokenizer(
     }
 }
 
-/// A tensor that is computed when its turn comes.
+/// A tensor that is computed when it is written.
 struct Lazy<'a> {
     weights: &'a Weights<'a>,
     name: &'a str,
-    /// Rows stand in another order there, within so many heads.
+    /// Number of heads within which rows are reordered for the Hugging Face format.
     heads: Option<usize>,
-    /// What is taken off: Gemma's norms have 1 added in a GGUF.
+    /// Subtracted from the values: in a GGUF, 1 is added to Gemma's norm weights.
     less: f32,
     ty: TensorType,
     shape: Vec<usize>,
@@ -137,7 +138,7 @@ impl View for Lazy<'_> {
             written.map_err(|error| ExportError::Other(error.to_string()))
         });
         if let Err(error) = written {
-            // The trait has no errors: this is looked at when all is written.
+            // The trait's method cannot return an error; it is checked after everything is written.
             self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             bytes.resize(self.data_len(), 0);
         }
@@ -159,7 +160,7 @@ fn write_weights(
     let failed = Mutex::new(None);
     let mut views = Vec::new();
     for tensor in base.tensors() {
-        // The configuration says what these do.
+        // The configuration contains the RoPE factors.
         if tensor.name().starts_with("rope_") {
             continue;
         }

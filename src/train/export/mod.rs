@@ -1,12 +1,12 @@
-//! What training made, in the forms that others read.
+//! Exports trained models and adapters in the formats of other programs.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `adapter.rs` | PEFT folders, llama.cpp's LoRA GGUF |
-//! | `weights.rs` | a model's tensors as they are now, one at a time |
+//! | `weights.rs` | a model's current tensors, one at a time |
 //! | `model.rs` | models as GGUF |
-//! | `folder.rs` | models as Hugging Face's folders |
-//! | `config.rs` | what `config.json` says of a model |
+//! | `folder.rs` | models as Hugging Face folders |
+//! | `config.rs` | a model's `config.json` |
 //! | `tokenizer.rs` | a GGUF's tokenizer as `tokenizer.json` |
 
 mod adapter;
@@ -25,7 +25,7 @@ pub use model::model_gguf;
 use crate::gguf::GgufError;
 use std::path::{Path, PathBuf};
 
-/// Why nothing was written.
+/// Why an export failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     #[error("{}: {source}", path.display())]

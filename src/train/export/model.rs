@@ -1,4 +1,4 @@
-//! Models as GGUF.
+//! Exports models as GGUF.
 
 use super::ExportError;
 use super::weights::Weights;
@@ -8,15 +8,15 @@ use crate::train::model::Model;
 use std::io;
 use std::path::Path;
 
-/// Numbers quantized at a time: whole blocks.
+/// Numbers that are quantized at a time: a whole number of blocks.
 const CHUNK: usize = 1 << 16;
 
-/// Writes the model as a GGUF of F32, F16, BF16 or Q8_0: `base` with the trained weights in place of
-/// its own, or with the adapter added to them. Metadata is the base's, besides `facts`. One tensor is held at a time.
-/// Returns the bytes written.
+/// Writes the model as a GGUF of F32, F16, BF16 or Q8_0: `base` with the trained weights in place
+/// of its own, or with the adapter merged into them. The metadata is the base's plus `facts`. One
+/// tensor is held in memory at a time. Returns the number of bytes written.
 ///
 /// # Errors
-/// [`ExportError`]; nothing half-written is left.
+/// [`ExportError`]; no incomplete file is left.
 pub fn model_gguf(
     model: &Model,
     lora: Option<&Lora>,
@@ -31,7 +31,7 @@ pub fn model_gguf(
     for (key, value) in facts {
         writer.set(key, value.as_str());
     }
-    // `general.file_type` as llama.cpp numbers it.
+    // `general.file_type` by llama.cpp's numbers.
     let file_type = match ty {
         TensorType::F32 => 0u32,
         TensorType::F16 => 1,
@@ -56,8 +56,8 @@ pub fn model_gguf(
     Ok(writer.write(path)?)
 }
 
-/// The type of a tensor where matrices are of type `ty`: vectors stay exact, and rows that are not
-/// whole blocks are halves of floats, as llama.cpp keeps them.
+/// The storage type of a tensor if matrices are stored as `ty`: vectors are F32, and matrices whose
+/// rows are not whole blocks are F16, as in llama.cpp.
 fn stored(tensor: &TensorInfo, ty: TensorType) -> TensorType {
     match tensor.dims() {
         [_] => TensorType::F32,

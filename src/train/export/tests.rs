@@ -1,4 +1,4 @@
-//! What is written, read back.
+//! Tests that read exported files back.
 
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
@@ -78,7 +78,7 @@ fn a_merged_model_has_the_adapters_loss() {
     let whole = Model::load(merged.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
     let (adapted, merged_loss) = (loss(&model), loss(&whole));
     assert!((adapted - merged_loss).abs() < 1e-4 * adapted, "{adapted}, {merged_loss}");
-    // What was trained is what is written.
+    // The written weights are the trained ones.
     model_gguf(&whole, None, &merged, TensorType::F32, &[], &path("again.gguf")).unwrap();
     let again = Gguf::open(path("again.gguf")).unwrap();
     for tensor in merged.tensors() {
@@ -86,7 +86,7 @@ fn a_merged_model_has_the_adapters_loss() {
     }
 }
 
-/// A file of safetensors: by name shape and numbers, which are F32.
+/// Reads an F32 safetensors file: shape and numbers by name.
 fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
     let bytes = std::fs::read(path).unwrap();
     let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -97,7 +97,7 @@ fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
     tensors.map(|(name, at)| (name.into(), (at.shape().to_vec(), values(at.data())))).collect()
 }
 
-/// Of a folder of F32.
+/// Exports a model as an F32 folder.
 fn folder_of(tiny: TinyDecoder, folder: &Path) -> (Gguf, serde_json::Value) {
     tiny.write(&folder.join("base.gguf")).unwrap();
     let base = Arc::new(Gguf::open(folder.join("base.gguf")).unwrap());
@@ -117,7 +117,7 @@ fn a_llama_folder_has_its_rows_in_halves() {
     assert_eq!(config["tie_word_embeddings"], base.tensor("output.weight").is_none());
     assert_eq!(found.contains_key("lm_head.weight"), base.tensor("output.weight").is_some());
     assert_eq!(found.len(), base.tensors().len());
-    // llama.cpp's conversion turns rows 0, 1, …, h of a head and h, h + 1, … into neighbours.
+    // llama.cpp's conversion interleaves rows 0, 1, … of a head with rows h, h + 1, …
     for (theirs, ours, heads) in [("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2)] {
         let (shape, rows) = &found[&format!("model.layers.0.self_attn.{theirs}.weight")];
         let (dim, cols) = (shape[0] / heads, shape[1]);
@@ -251,7 +251,7 @@ fn tokenizer_json_gives_the_same_ids() {
     let shape = shape.shape(vocabulary.len()).unwrap();
     crate::train::random_init::write(&shape, &vocabulary, "x", 1, &path("trained.gguf")).unwrap();
     let mut files = vec![path("trained.gguf")];
-    // The tables of llama.cpp, where they are: `scripts/vocabs.sh`.
+    // The tables of llama.cpp, if they were fetched by `scripts/vocabs.sh`.
     if let Some(tables) = std::env::var_os("INGOT_TEST_VOCABS") {
         let tables = Path::new(&tables);
         files.extend(

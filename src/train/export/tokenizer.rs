@@ -1,4 +1,5 @@
-//! A GGUF's tokenizer as the files that the crate `tokenizers`, and so transformers, reads.
+//! Exports a GGUF's tokenizer as the files of the `tokenizers` crate, which transformers also
+//! reads.
 
 use crate::gguf::{Gguf, ModelFacts, SpecialToken, pre_tokenizer};
 use serde_json::{Map, Value, json};
@@ -10,7 +11,7 @@ const USER_DEFINED: u64 = 4;
 /// `tokenizer.json`.
 ///
 /// # Errors
-/// What of it has no counterpart here, in words.
+/// What part of the tokenizer cannot be represented in this format.
 pub fn tokenizer_json(model: &Gguf) -> Result<Value, String> {
     let text = |error: crate::gguf::GgufError| error.to_string();
     let facts = ModelFacts::read(model).map_err(text)?.tokenizer;

@@ -1,4 +1,4 @@
-//! A model's tensors as they are now: trained, with the adapter added, or the base's.
+//! A model's current tensors: trained ones, ones with the adapter merged, or the base's.
 
 use super::ExportError;
 use super::adapter::{Pair, pairs};
@@ -10,13 +10,13 @@ use crate::train::optim::Param;
 use candle_core::Device;
 use std::collections::HashMap;
 
-/// Tensors of a model over its base. One is computed when it is asked for.
+/// Tensors of a model over its base. A tensor is computed when it is requested.
 pub struct Weights<'a> {
     base: &'a Gguf,
-    /// By the tensor that they are, or are a part of, from its first row to its last.
+    /// Parameters by the tensor to which they belong, in the order of their rows.
     trained: HashMap<&'a str, Vec<&'a Param>>,
     adapted: HashMap<String, Pair<'a>>,
-    /// By which an adapter's product counts.
+    /// Factor of an adapter's product.
     scale: f32,
 }
 
@@ -32,7 +32,7 @@ impl<'a> Weights<'a> {
         let adapted = of_lora.into_iter().map(named).collect();
         let weights =
             Self { base, trained, adapted, scale: lora.map_or(0.0, |lora| lora.scale() as f32) };
-        // Nothing shall fail when half is written.
+        // Checks every tensor first, so that the export does not fail half-way.
         for tensor in base.tensors() {
             if !can_dequantize(tensor.ty()) && !weights.trained.contains_key(tensor.name()) {
                 let (name, ty) = (tensor.name(), tensor.ty());
@@ -44,7 +44,7 @@ impl<'a> Weights<'a> {
         Ok(weights)
     }
 
-    /// The numbers of a tensor of the base, in its order.
+    /// The values of a tensor of the base model, in the base's order.
     pub fn values(&self, name: &str) -> Result<Vec<f32>, ExportError> {
         let mut values = Vec::new();
         match self.trained.get(name) {

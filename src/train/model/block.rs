@@ -86,7 +86,7 @@ impl Block {
         })
     }
 
-    /// (rows, width) of (rows, width).
+    /// Output and `x`: (rows, width).
     pub(super) fn forward(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
         let epsilon = f64::from(context.shape.epsilon);
         let after = |y: Tensor, norm: &Option<Tensor>| match norm {
@@ -103,7 +103,7 @@ impl Block {
         ops::add(&x, &after(self.down.forward(&hidden, pass)?, &self.ff_post_norm)?)
     }
 
-    /// (rows, heads * head_dim)
+    /// Output: (rows, heads * head_dim).
     fn attend(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
         let shape = context.shape;
         let project = |weight: &Weight, which: usize, heads: usize| -> Result<Tensor> {

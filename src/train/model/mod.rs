@@ -1,12 +1,12 @@
-//! A model that can be trained: the decoders that [`ModelConfig`] describes, from their GGUF.
+//! A model that can be trained: the decoders that [`ModelConfig`] describes, loaded from a GGUF.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `weight.rs` | a matrix: frozen, frozen with LoRA, or trained |
-//! | `block.rs` | one layer |
-//! | `gradients.rs` | gradients of the parameters, added up over a batch |
-//! | `outputs.rs` | what losses other than a token's are made of, and their way back |
-//! | `logits.rs` | what comes next |
+//! | `weight.rs` | weight matrices: frozen, frozen with LoRA, or trained |
+//! | `block.rs` | one transformer layer |
+//! | `gradients.rs` | parameter gradients, accumulated over a batch |
+//! | `outputs.rs` | outputs for losses other than cross-entropy, and their backward pass |
+//! | `logits.rs` | next-token logits |
 
 mod block;
 mod gradients;

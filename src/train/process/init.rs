@@ -13,10 +13,10 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use std::path::{Path, PathBuf};
 
-/// What tells the head's numbers from others that the seed gives.
+/// Separates the random numbers of the score head from others of the same seed.
 const HEAD: u64 = 0x7363_6f72_6500;
 
-/// The adapter to begin with, as GGUF.
+/// The initial adapter as GGUF.
 pub(super) fn adapter_file(folder: &Folder, order: &Order) -> Option<PathBuf> {
     let init = order.init.as_ref()?;
     Some(if init.is_dir() { folder.cache().join("init.gguf") } else { init.clone() })
@@ -48,7 +48,7 @@ pub(super) fn training(
     Ok(Training::Lora(Lora { dropout: adapter.dropout, ..lora }))
 }
 
-/// What an adapter in llama.cpp's form was made with.
+/// The LoRA settings of an adapter in llama.cpp's format.
 fn lora_of(info: &LoraInfo, seed: u64) -> Result<Lora, String> {
     let target = |name: &String| match name.as_str() {
         "attn_q" => Ok(Projection::Q),
@@ -62,13 +62,14 @@ fn lora_of(info: &LoraInfo, seed: u64) -> Result<Lora, String> {
     };
     let targets = info.targets.iter().map(target).collect::<Result<_, _>>()?;
     let (rank, alpha) = (info.rank as usize, f64::from(info.alpha));
-    // No alpha means no scale.
+    // An alpha of 0 means that there is no scale.
     let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
     Ok(Lora { rank, alpha, targets, rank_stabilized: false, dropout: 0.0, seed })
 }
 
-/// What a reward model's head begins with: that of the adapter that it goes on from, or small numbers
-/// from the seed (Stiennon et al. 2020, arXiv:2009.01325: normal with variance 1/(width + 1)).
+/// Initial weights of a reward model's score head: those of the initial adapter, or small random
+/// numbers from the seed (Stiennon et al. 2020, arXiv:2009.01325: normal with variance 1/(width +
+/// 1)).
 pub(super) fn score(folder: &Folder, order: &Order, width: usize) -> Result<Vec<f32>, JobFailure> {
     if let Some(file) = adapter_file(folder, order)
         && let Some(head) = score_head(&Gguf::open(&file)?)
@@ -85,7 +86,7 @@ pub(super) fn score(folder: &Folder, order: &Order, width: usize) -> Result<Vec<
     Ok((0..width).map(|_| (deviation * normal(&mut rng)) as f32).collect())
 }
 
-/// Puts an adapter's matrices in place of the drawn ones.
+/// Replaces the randomly initialized LoRA matrices with those of an adapter.
 pub(super) fn begin_with(model: &Model, adapter: &Path) -> Result<(), JobFailure> {
     let file = Gguf::open(adapter)?;
     for param in model.params().iter().filter(|param| param.name != SCORE) {

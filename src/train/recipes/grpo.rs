@@ -224,7 +224,8 @@ impl GrpoTrainer<'_> {
         Ok(rewards)
     }
 
-    /// Repeats a request until it succeeds: a dead engine is restarted.
+    /// Repeats a request that fails temporarily, [`TRIES`] times at most: a dead engine is
+    /// restarted.
     fn patiently<T>(
         &self,
         mut ask: impl FnMut(&mut dyn RolloutClient) -> Result<T, RolloutError>,

@@ -1,17 +1,17 @@
-//! The malformed requests. Each is made from a target and a random stream, and nothing else.
+//! The malformed requests. Each is determined by the target and a random stream.
 
 use super::Target;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::time::Duration;
 
-/// Bytes to send, and how.
+/// The bytes to send, and how to send them.
 pub(super) struct Attempt {
     pub(super) kind: &'static str,
     pub(super) bytes: Vec<u8>,
-    /// Pause in the middle of the bytes.
+    /// Pause after half of the bytes.
     pub(super) pause: Duration,
-    /// Shut our side down after the last byte.
+    /// Shut down the client's side of the connection after the last byte.
     pub(super) half_close: bool,
 }
 
@@ -39,7 +39,7 @@ pub(super) fn make(target: &Target, random: &mut Random, case: usize) -> Attempt
     }
 }
 
-/// A whole request with a JSON body.
+/// A complete request with a JSON body.
 pub(super) fn request(target: &Target, line: &str, headers: &[(&str, &str)], body: &str) -> String {
     let mut text = format!("{line} HTTP/1.1\r\nhost: {}\r\n", target.address);
     let key = match line.contains("/admin/") {
@@ -59,7 +59,7 @@ pub(super) fn request(target: &Target, line: &str, headers: &[(&str, &str)], bod
     text
 }
 
-/// Valid requests to begin from, each with its route.
+/// A random valid request to modify, with its route.
 fn good_bodies(target: &Target, random: &mut Random) -> (&'static str, Value) {
     let model = &target.model;
     match random.below(7) {
@@ -142,7 +142,7 @@ fn mutated(target: &Target, random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-/// A valid body with one field of another type.
+/// A valid body in which one field has another type.
 fn wrong_type(target: &Target, random: &mut Random) -> String {
     let (line, mut body) = good_bodies(target, random);
     for _ in 0..1 + random.below(2) {
@@ -156,7 +156,7 @@ fn wrong_type(target: &Target, random: &mut Random) -> String {
     request(target, line, &[], &body.to_string())
 }
 
-/// Puts `value` in place of a field at a random depth.
+/// Replaces a field at a random depth by `value`.
 fn replace_somewhere(spot: &mut Value, value: Value, random: &mut Random) {
     let deeper = random.chance(2);
     match spot {
@@ -288,7 +288,7 @@ fn giant_header(target: &Target, random: &mut Random) -> String {
     }
 }
 
-/// Senders that pause, stop in the middle, or close their side.
+/// Senders that pause, stop half-way, or close their side of the connection.
 fn slow_or_short(target: &Target, random: &mut Random) -> Attempt {
     let (line, body) = good_bodies(target, random);
     let mut bytes = request(target, line, &[], &body.to_string()).into_bytes();
@@ -425,7 +425,7 @@ fn bad_form(target: &Target, random: &mut Random) -> String {
     request(target, line, &[("content-type", kind)], &body)
 }
 
-/// Bodies whose length is a lie.
+/// Bodies whose declared length is wrong.
 fn bad_framing(target: &Target, random: &mut Random) -> String {
     let head = |line: &str| {
         format!("{line} HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\n", target.address)
@@ -531,7 +531,7 @@ fn bad_conversation(target: &Target, random: &mut Random) -> String {
     request(target, "POST /v1/chat/completions", &[], &body.to_string())
 }
 
-/// splitmix64.
+/// The SplitMix64 random generator.
 pub(super) struct Random(pub(super) u64);
 
 impl Random {
@@ -543,12 +543,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// From 0 to `bound`, which is left out.
+    /// A number from 0 to `bound`, exclusive.
     fn below(&mut self, bound: usize) -> usize {
         (self.next() % bound.max(1) as u64) as usize
     }
 
-    /// True once in `times`.
+    /// True with probability 1 / `times`.
     fn chance(&mut self, times: usize) -> bool {
         self.below(times) == 0
     }

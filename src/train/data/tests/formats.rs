@@ -1,4 +1,4 @@
-//! Keys of each format: read, or refused by name.
+//! Tests of the keys of each format: each key is read, or rejected by name.
 
 use super::{chat, encoder, parse, prepared};
 use crate::dataset::{DatasetKind, Example, Line, parse as parse_for};
@@ -76,7 +76,7 @@ fn alpaca_has_a_system_message_and_a_history_whose_answers_are_trained() {
         json!({"instruction": "I", "output": "O", "histroy": []}),
         &["`histroy`", "did you mean `history`?"],
     );
-    // Stanford's file repeats the example.
+    // The `text` of Stanford's Alpaca file repeats the example.
     let line = json!({"instruction": "I", "output": "O", "text": "### I\n### O"});
     assert_eq!(texts(line).len(), 2);
     refused(json!({"instruction": "I", "output": "O", "text": "other"}), &["`text`"]);
@@ -101,7 +101,7 @@ fn unknown_keys_are_refused_and_metadata_is_not() {
     let fine = json!({"messages": [user, answer], "id": 1, "source": "s", "metadata": {"k": 1},
                       "score": 0.5, "other": null, "parallel_tool_calls": false});
     assert_eq!(texts(fine).len(), 2);
-    // HF's ultrachat_200k has the first question twice.
+    // In HF's ultrachat_200k, `prompt` repeats the first user message.
     let repeated = json!({"messages": [user, answer], "prompt": "U", "prompt_id": "x"});
     assert_eq!(texts(repeated).len(), 2);
     refused(json!({"messages": [user, answer], "prompt": "V"}), &["`prompt`"]);
@@ -149,7 +149,7 @@ fn prompts_and_completions_may_be_messages() {
         (json!([user]), json!([said])),
         (json!([user]), json!(answer)),
         (json!("U"), json!([said])),
-        // The prompt is repeated.
+        // The prompt is repeated in the completions.
         (json!([user]), json!([user, said])),
     ] {
         let line = json!({"prompt": prompt, "completion": completion});
@@ -176,7 +176,7 @@ fn all_kinds_of_bad_lines_are_named_at_once() {
         "{",
         r#"{"text": "another format"}"#,
         r#"{"messages": [], "mood": 1}"#,
-        // The template does not render it.
+        // The template does not render the reasoning.
         r#"{"messages": [{"role": "assistant", "content": "A", "reasoning_content": "R"}]}"#,
         good,
         r#"{"messages": [{"role": "user", "content": "U"}]}"#,

@@ -1,4 +1,4 @@
-//! Tokens on both sides of the place where an answer begins, under SentencePiece.
+//! Tests of the tokens around the boundary between prompt and completion, with SentencePiece.
 
 use crate::dataset::{DatasetKind, Line, parse};
 use crate::gguf::{Gguf, GgufWriter};
@@ -8,7 +8,7 @@ use crate::train::data::{Encoded, Encoder, prepare_pairs};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// Letters, digits and marks, some with a space before them.
+/// A tokenizer of letters, digits and punctuation, some with a space prefix.
 fn tokenizer(space_prefix: bool, add_eos: bool) -> NativeTokenizer {
     let mut tokens: Vec<(String, i32, f32)> = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("<e>", 3)]
         .iter()
@@ -57,7 +57,7 @@ fn encode(encoder: &Encoder, line: Value) -> Encoded {
     encoder.encode(&example).unwrap().sequences.remove(0)
 }
 
-/// The text of the tokens that are trained, or of the others.
+/// The text of the tokens that are trained, or of the other tokens.
 fn text(encoder: &Encoder, encoded: &Encoded, trained: bool) -> String {
     let vocab = encoder.tokenizer.vocab();
     let tokens = encoded.tokens.iter().zip(&encoded.trained);
@@ -82,7 +82,7 @@ fn answers_have_no_spaces_but_their_own() {
     }
     let encoder = encoder(true, false, "");
     let single = encode(&encoder, json!({"prompt": "1+1=", "completion": "4"}));
-    // Bytes have tokens of their own, which come first.
+    // The byte tokens have the first ids.
     let piece = |text: &str| {
         let vocab = encoder.tokenizer.vocab();
         (0..vocab.len() as u32).rev().find(|&token| vocab.piece(token) == text.as_bytes())
@@ -113,8 +113,8 @@ fn chats_and_pairs_are_as_they_are_served() {
         let bos_count = found.tokens.iter().filter(|&&token| token == 1).count();
         let eos_count = found.tokens.iter().filter(|&&token| token == 2).count();
         assert_eq!((bos_count, eos_count, found.tokens[0]), (1, 0, 1));
-        // The first prompt, and that of the second answer, of which the first is a part: there the
-        // answer has the tokens that the model wrote.
+        // The first prompt, and the prompt of the second completion, which contains the first
+        // completion with the tokens that the model generated.
         let asks = json!({"prompt": [message("user", "1+1")]}).to_string();
         let (_, Line::Prompt(prompt)) = parse(&asks, DatasetKind::PromptOnly).unwrap() else {
             panic!()

@@ -1,4 +1,5 @@
-//! Conversations whose template shows an answer otherwise once another question follows.
+//! Tests of conversations whose template renders a completion differently once another user message
+//! follows.
 
 use super::{Bytes, chat};
 use crate::dataset::{Example, Rendering, render, render_all};
@@ -8,7 +9,8 @@ use crate::train::data::{Encoder, Prepared, prepare, prepare_pairs};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// As Qwen 3's: the last answer has a reasoning block, which may be empty; earlier ones have none.
+/// As Qwen 3's template: the last completion has a reasoning block, which may be empty; earlier
+/// ones have none.
 const QWEN3: &str = "{%- set ns = namespace(last = -1) -%}\
 {%- for message in messages -%}{%- if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}\
 {%- endif -%}{%- endfor -%}\
@@ -25,12 +27,13 @@ const QWEN3: &str = "{%- set ns = namespace(last = -1) -%}\
 {%- endif -%}{%- endfor -%}\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}PROMPT{%- endif -%}";
 
-/// A template whose prompt ends with `prompt`.
+/// The Qwen 3 template with this end of the prompt.
 fn qwen3(prompt: &str) -> ChatTemplate {
     ChatTemplate::compile(&QWEN3.replace("PROMPT", prompt), None, "", "<|im_end|>").unwrap()
 }
 
-/// As DeepSeek R1's: no answer that is rendered has a reasoning block, and the prompt opens one.
+/// As DeepSeek R1's template: no rendered completion has a reasoning block, and the prompt opens
+/// one.
 fn r1(prompt: &str) -> ChatTemplate {
     let source = format!(
         "{{%- for message in messages -%}}{{%- set content = message.content.split('</think>')[-1] -%}}\
@@ -44,7 +47,7 @@ fn message(role: &str, content: &str) -> Value {
     json!({"role": role, "content": content})
 }
 
-/// Each sequence: its text, and what of it is trained.
+/// The text and the trained text of each sequence.
 fn sequences(
     messages: &[Value],
     template: &ChatTemplate,
@@ -77,23 +80,23 @@ fn each_answer_is_trained_behind_its_own_prompt() {
     let trained = |answer: &str| vec![format!("{empty}{answer}<|im_end|>")];
     let expected = [(first.clone(), trained("A")), (second.clone(), trained("B"))];
     assert_eq!(found, expected);
-    // The same text, of which the prompt holds the empty block, or its beginning.
+    // The same text, where the prompt contains the empty block or its beginning.
     let found = sequences(&two, &qwen3("{{- '<think>\\n\\n</think>\\n\\n' -}}")).unwrap();
     let plain = |answer: &str| vec![format!("{answer}<|im_end|>")];
     assert_eq!(found, [(first.clone(), plain("A")), (second.clone(), plain("B"))]);
     let found = sequences(&two, &qwen3("{{- '<think>\\n' -}}")).unwrap();
     let closed = |answer: &str| vec![format!("\n</think>\n\n{answer}<|im_end|>")];
     assert_eq!(found, [(first, closed("A")), (second.clone(), closed("B"))]);
-    // Only the last one is trained: one sequence.
+    // Only the last completion is trained: one sequence.
     let mut last = two.clone();
     last[1]["weight"] = json!(0);
     assert_eq!(sequences(&last, &qwen3("")).unwrap(), [(second, trained("B"))]);
-    // A template that shows answers as they were is one sequence with both.
+    // With a template that does not change earlier completions, both are in one sequence.
     let chatml = ChatTemplate::compile(CHATML, None, "", "").unwrap();
     let found = sequences(&two, &chatml).unwrap();
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].1, ["A<|im_end|>", "B<|im_end|>"]);
-    // One answer after another without a question between them share a sequence.
+    // Consecutive completions without a user message between them share a sequence.
     let row = [two[0].clone(), two[1].clone(), two[3].clone(), two[2].clone(), two[3].clone()];
     let found = sequences(&row, &qwen3("")).unwrap();
     assert_eq!(found.iter().map(|(_, trained)| trained.len()).collect::<Vec<_>>(), [2, 1]);
@@ -112,7 +115,7 @@ fn reasoning_is_trained_or_refused() {
     let whole = "<think>\nR\n</think>\n\nA<|im_end|>";
     assert_eq!(trained(&with("A", Some("R")), &qwen3("")).unwrap(), whole);
     assert_eq!(trained(&with("<think>\nR\n</think>\n\nA", None), &qwen3("")).unwrap(), whole);
-    // The prompt opens a block that the answer closes.
+    // The prompt opens a reasoning block that the completion closes.
     for prompt in ["<think>\\n", "<think>"] {
         let line = if prompt.len() > 7 { "" } else { "\n" };
         let open = format!("{line}R\n</think>\n\nA<|im_end|>");
@@ -121,7 +124,7 @@ fn reasoning_is_trained_or_refused() {
         let empty = format!("{line}\n</think>\n\nA<|im_end|>");
         assert_eq!(trained(&with("A", None), &r1(prompt)).unwrap(), empty);
     }
-    // An empty block in the prompt says that there is no reasoning.
+    // An empty block in the prompt means that there is no reasoning.
     let none = r1("<think>\\n\\n</think>\\n\\n");
     assert_eq!(trained(&with("A", None), &none).unwrap(), "A<|im_end|>");
     let error = trained(&with("A", Some("R")), &none).unwrap_err();
@@ -130,12 +133,12 @@ fn reasoning_is_trained_or_refused() {
     let error = trained(&with("A", Some("R")), &chatml).unwrap_err();
     assert!(error.contains("`reasoning_content`"), "{error}");
     assert_eq!(trained(&with("A", None), &chatml).unwrap(), "A<|im_end|>");
-    // Reasoning of an answer that is not trained is as the template has it.
+    // The reasoning of a completion that is not trained is rendered as the template does it.
     let mut earlier = with("A", Some("R")).to_vec();
     earlier[1]["weight"] = json!(0);
     earlier.extend([message("user", "V"), message("assistant", "B")]);
     assert_eq!(trained(&earlier, &chatml).unwrap(), "B<|im_end|>");
-    // A template that leaves the text beside a call out.
+    // A template that omits the text of a message with a tool call.
     let source = "{%- for m in messages -%}{{ m.role }}: {% if m.tool_calls %}call{% else %}\
                   {{ m.content }}{% endif %};{%- endfor -%}\
                   {%- if add_generation_prompt -%}assistant: {% endif -%}";
@@ -163,7 +166,7 @@ fn split_conversations_are_one_example_in_reports() {
     assert_eq!((data.len(), report.examples, report.dropped), (3, 2, 0));
     assert_eq!(report.notes.len(), 1);
     assert!(report.notes[0].contains("1 conversations are trained as 2 sequences"), "{report:?}");
-    // The longer sequence does not fit, and is cut before its answer.
+    // The longer sequence does not fit, and is truncated before its completion.
     let short = data.length(2);
     let (data, report) = prepared(std::slice::from_ref(&two), qwen3(""), short);
     assert_eq!((data.len(), report.truncated, report.dropped), (1, 1, 0));
