@@ -2,6 +2,8 @@
 //! `cargo bench --bench kernels [-- FILTER]`. Elements are multiplications, or numbers that are normed
 //! and quantized.
 
+#![allow(unsafe_code)]
+
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ingot::gguf::{KERNEL_TYPES, KvType};
 use ingot::kernels::attention::{Plan, Scope};

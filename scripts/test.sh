@@ -66,6 +66,8 @@ need_rust
 
 check "rustfmt" cargo fmt --check
 check "clippy" cargo clippy --release --all-targets --locked -- -D warnings
+check "documentation" env RUSTDOCFLAGS="-D warnings" \
+    cargo doc --release --no-deps --lib --locked --quiet
 check "build" build
 [ "$failed" -eq 0 ] || [ -x "$binary" ] || finish
 

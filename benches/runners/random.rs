@@ -16,7 +16,7 @@ const VOCAB: u64 = 128_256;
 
 /// Types as llama.cpp's presets of these names choose them: most matrices have the first, the more
 /// sensitive ones (half of `attn_v` and `ffn_down`, and the embedding) the second.
-pub fn preset(name: &str) -> Option<(TensorType, TensorType)> {
+pub(crate) fn preset(name: &str) -> Option<(TensorType, TensorType)> {
     use TensorType::{F16, IQ4_NL, IQ4_XS, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
     Some(match name {
         "Q4_K_M" => (Q4_K, Q6_K),
@@ -35,7 +35,7 @@ pub fn preset(name: &str) -> Option<(TensorType, TensorType)> {
     })
 }
 
-pub fn write(path: &Path, (most, sensitive): (TensorType, TensorType)) {
+pub(crate) fn write(path: &Path, (most, sensitive): (TensorType, TensorType)) {
     let mut w = GgufWriter::new();
     metadata(&mut w);
     let kv = WIDTH / u64::from(HEADS) * u64::from(KV_HEADS);

@@ -33,7 +33,7 @@ pub(super) enum HttpError {
 
 impl HttpError {
     /// A short name, to count by.
-    pub fn kind(&self) -> String {
+    pub(super) fn kind(&self) -> String {
         match self {
             Self::Connect(..) => "connect".to_owned(),
             Self::Status { status, .. } => format!("status {status}"),
@@ -55,7 +55,7 @@ pub(super) struct Server {
 
 impl Server {
     /// From `http://host[:port][/prefix][/v1]`.
-    pub fn parse(url: &str, key: Option<Secret>) -> Result<Self, String> {
+    pub(super) fn parse(url: &str, key: Option<Secret>) -> Result<Self, String> {
         let rest = url.trim().strip_prefix("http://").ok_or_else(|| {
             format!(
                 "--url takes an address such as http://127.0.0.1:8000 (plain HTTP), not `{url}`."
@@ -74,7 +74,7 @@ impl Server {
     }
 
     /// Opens a connection.
-    pub async fn connect(&self) -> Result<Connection, HttpError> {
+    pub(super) async fn connect(&self) -> Result<Connection, HttpError> {
         let failed =
             |reason: String| HttpError::Connect(format!("http://{}", self.authority), reason);
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(&self.authority))
@@ -92,7 +92,7 @@ impl Server {
     }
 
     /// A whole JSON answer, over a connection of its own.
-    pub async fn json(
+    pub(super) async fn json(
         &self,
         method: Method,
         path: &str,
@@ -102,7 +102,7 @@ impl Server {
     }
 
     /// The same for a body of any type.
-    pub async fn json_of(
+    pub(super) async fn json_of(
         &self,
         method: Method,
         path: &str,
@@ -129,12 +129,12 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Whether another request may be sent.
-    pub async fn ready(&mut self) -> bool {
+    pub(super) async fn ready(&mut self) -> bool {
         self.sender.ready().await.is_ok()
     }
 
     /// Sends a request; an answer that is no success becomes an error with the server's message.
-    pub async fn send(
+    pub(super) async fn send(
         &mut self,
         server: &Server,
         method: Method,
@@ -145,7 +145,7 @@ impl Connection {
     }
 
     /// The same for a body of any type.
-    pub async fn send_of(
+    pub(super) async fn send_of(
         &mut self,
         server: &Server,
         method: Method,
@@ -203,7 +203,7 @@ pub(super) struct SseLines {
 
 impl SseLines {
     /// Calls `data` for each payload that `bytes` completes.
-    pub fn feed(&mut self, mut bytes: &[u8], mut data: impl FnMut(&[u8])) {
+    pub(super) fn feed(&mut self, mut bytes: &[u8], mut data: impl FnMut(&[u8])) {
         while let Some(end) = bytes.iter().position(|&byte| byte == b'\n') {
             let (line, rest) = bytes.split_at(end);
             bytes = &rest[1..];

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 /// Options of `ingot pull`.
 #[derive(Debug, clap::Args)]
 pub struct PullOptions {
-    /// hf:org/repo/file.gguf[@revision], an alias such as smollm2:135m, or a file to copy in
+    /// hf:org/repo/file.gguf (or file.gguf@revision), an alias such as smollm2:135m, or a file to copy in
     #[arg(value_name = "REF")]
     pub reference: String,
     #[command(flatten)]

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 #[derive(Debug, Clone, Default, PartialEq, clap::Args, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServeOptions {
-    /// Models to load: a file, hf:org/repo/file.gguf[@rev], an alias, or a name that
+    /// Models to load: a file, hf:org/repo/file.gguf (or file.gguf@rev), an alias, or a name that
     /// `ingot models` lists [default: smollm2:135m]
     #[arg(value_name = "MODEL", env = "INGOT_MODELS", value_delimiter = ',')]
     pub models: Vec<String>,

@@ -10,7 +10,7 @@ use std::path::Path;
 /// Lines that are read before all cores tokenize them.
 const LINES: usize = 1024;
 /// Maximum bytes of a line: a document of several million words.
-pub const LONGEST: u64 = 64 << 20;
+pub(super) const LONGEST: u64 = 64 << 20;
 /// Number of bad lines that an error lists.
 const NAMED: usize = 20;
 

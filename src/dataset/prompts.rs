@@ -15,7 +15,10 @@ pub struct Prompt {
 
 /// `{"messages": [… ends with a user message], "tools"?, …}` (OpenAI), or `{"prompt", …}` with a
 /// text or messages. `item` is the line including keys whose value is null.
-pub fn prompt(line: &Map<String, Value>, mut item: Map<String, Value>) -> Result<Prompt, String> {
+pub(super) fn prompt(
+    line: &Map<String, Value>,
+    mut item: Map<String, Value>,
+) -> Result<Prompt, String> {
     let key = if line.contains_key("messages") { "messages" } else { "prompt" };
     if key == "messages" && !line["messages"].is_array() {
         return Err("`messages` is no list".into());

@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 /// The properties of an installed adapter that the step loop needs.
 #[derive(Debug, Clone)]
-pub struct AdapterFacts {
+pub(super) struct AdapterFacts {
     pub digest: [u8; 32],
     /// Head of a reward model, shape (width).
     pub head: Option<Arc<[f32]>>,
 }
 
-pub enum Command {
+pub(super) enum Command {
     /// Admits a request that has been tokenized and validated.
     Admit(Box<ValidRequest>),
     /// Reports a request that intake rejected.

@@ -31,7 +31,7 @@ const DISTURBED: f32 = 2.0;
 /// An addition is worthwhile while it raises the tokens per second: while its `tokens / seconds`
 /// exceeds that of the step.
 #[derive(Debug, Clone, Copy)]
-pub struct Pace {
+pub(super) struct Pace {
     pub seconds: f32,
     pub tokens: f32,
     /// Seconds of one more row.
@@ -39,18 +39,18 @@ pub struct Pace {
 }
 
 impl Pace {
-    pub fn gains(&self, tokens: f32, seconds: f32) -> bool {
+    pub(super) fn gains(&self, tokens: f32, seconds: f32) -> bool {
         tokens * self.seconds > seconds * self.tokens
     }
 
-    pub fn add(&mut self, tokens: f32, seconds: f32) {
+    pub(super) fn add(&mut self, tokens: f32, seconds: f32) {
         self.tokens += tokens;
         self.seconds += seconds;
     }
 }
 
 #[derive(Debug)]
-pub struct CostModel {
+pub(super) struct CostModel {
     target: f32,
     max_tokens: usize,
     /// Seconds of a step of one row, used until a step has been measured.
@@ -111,7 +111,7 @@ impl Line {
 impl CostModel {
     /// `target` is the duration that a step should have while any sequence decodes; `max_tokens`
     /// the most tokens in a step; `first` the measured duration of a step of one row.
-    pub fn new(target: Duration, max_tokens: usize, first: Duration) -> Self {
+    pub(super) fn new(target: Duration, max_tokens: usize, first: Duration) -> Self {
         Self {
             target: target.as_secs_f32(),
             max_tokens,
@@ -124,7 +124,7 @@ impl CostModel {
     }
 
     /// Most tokens that the next step may hold, including its `decoding` rows.
-    pub fn budget(&self, decoding: usize) -> usize {
+    pub(super) fn budget(&self, decoding: usize) -> usize {
         if decoding == 0 {
             return self.max_tokens;
         }
@@ -141,31 +141,37 @@ impl CostModel {
 
     /// Expected seconds of a step with these rows. Until a prompt has been measured, each of its
     /// rows counts as a step of one row, which is an upper bound.
-    pub fn expected(&self, decoding: usize, prefill: usize) -> f32 {
+    pub(super) fn expected(&self, decoding: usize, prefill: usize) -> f32 {
         let decode = self.decode.unwrap_or(self.first);
         let per_token = self.per_token.unwrap_or(decode);
         decode * f32::from(u8::from(decoding > 0)) + per_token * prefill as f32
     }
 
     /// Duration of the longest recent step in seconds, decayed.
-    pub fn longest(&self) -> f32 {
+    pub(super) fn longest(&self) -> f32 {
         self.longest
     }
 
     /// The pace of a step that only decodes `rows` rows.
-    pub fn decoding(&self, rows: usize) -> Pace {
+    pub(super) fn decoding(&self, rows: usize) -> Pace {
         let rows = rows as f32;
         Pace { seconds: self.line.at(rows), tokens: rows, row: self.line.slope() }
     }
 
     /// Seconds per token of prefill.
-    pub fn prefill(&self) -> f32 {
+    pub(super) fn prefill(&self) -> f32 {
         self.per_token.unwrap_or(self.line.slope())
     }
 
     /// Records the duration of a step: with `decoding` rows of sequences' next tokens, `drafted`
     /// speculative rows beside them, and `prefill` rows of prompts.
-    pub fn observe(&mut self, decoding: usize, drafted: usize, prefill: usize, took: Duration) {
+    pub(super) fn observe(
+        &mut self,
+        decoding: usize,
+        drafted: usize,
+        prefill: usize,
+        took: Duration,
+    ) {
         let took = took.as_secs_f32();
         self.longest = took.max(self.longest * 0.98);
         if prefill == 0 {

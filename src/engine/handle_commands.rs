@@ -239,7 +239,7 @@ impl Pooling {
 }
 
 /// The error for a full queue.
-pub fn overloaded() -> EngineError {
+pub(super) fn overloaded() -> EngineError {
     EngineError {
         kind: EngineErrorKind::Overloaded,
         message: "the server has as many requests waiting as it may; try again shortly".into(),

@@ -25,7 +25,7 @@ const STACK: usize = 64 << 20;
 const THREADS: usize = 2;
 
 /// Work for the intake threads.
-pub enum Job {
+pub(super) enum Job {
     Generate(Box<Generate>, Instant),
     Call { call: u64, what: Call },
 }
@@ -41,7 +41,7 @@ enum Use {
 }
 
 /// Validates requests against the model's properties.
-pub struct InputProcessor {
+pub(super) struct InputProcessor {
     tokenizer: Arc<dyn Tokenizer>,
     info: ModelInfo,
     longest_piece: usize,
@@ -49,7 +49,7 @@ pub struct InputProcessor {
 }
 
 impl InputProcessor {
-    pub fn new(tokenizer: Arc<dyn Tokenizer>, info: ModelInfo) -> Self {
+    pub(super) fn new(tokenizer: Arc<dyn Tokenizer>, info: ModelInfo) -> Self {
         let vocab = tokenizer.vocab();
         let longest_piece =
             (0..vocab.len() as Token).map(|token| vocab.piece(token).len()).max().unwrap_or(1);
@@ -57,7 +57,7 @@ impl InputProcessor {
     }
 
     /// Starts the intake threads; they end when `jobs` is disconnected.
-    pub fn open(
+    pub(super) fn open(
         self,
         jobs: &Receiver<Job>,
         commands: &Sender<Command>,

@@ -15,7 +15,7 @@ const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// In seconds. The watchdog tolerates any step up to this long without an announcement.
 const ANNOUNCED: f32 = 1.0;
 
-pub struct OutputProcessor {
+pub(super) struct OutputProcessor {
     frames: Sender<FromEngine>,
     events: Vec<(RequestId, Event)>,
     requests: HashMap<RequestId, InFlight>,
@@ -38,7 +38,7 @@ struct InFlight {
 }
 
 impl OutputProcessor {
-    pub fn new(frames: Sender<FromEngine>) -> Self {
+    pub(super) fn new(frames: Sender<FromEngine>) -> Self {
         Self {
             frames,
             events: Vec::new(),
@@ -50,7 +50,7 @@ impl OutputProcessor {
         }
     }
 
-    pub fn accepted(&mut self, facts: &Arc<RequestFacts>) {
+    pub(super) fn accepted(&mut self, facts: &Arc<RequestFacts>) {
         let in_flight = InFlight {
             facts: facts.clone(),
             live: facts.choices,
@@ -66,7 +66,7 @@ impl OutputProcessor {
 
     /// Records that the request has its pages; `cached` prompt tokens need not be computed. Only
     /// the first call counts: a preempted request is admitted again.
-    pub fn started(&mut self, request: RequestId, cached: usize) {
+    pub(super) fn started(&mut self, request: RequestId, cached: usize) {
         let Some(in_flight) = self.requests.get_mut(&request) else { return };
         if in_flight.started.is_some() {
             return;
@@ -78,13 +78,13 @@ impl OutputProcessor {
         self.push(request, Event::Started { cached_tokens, queue_seconds });
     }
 
-    pub fn prompt(&mut self, request: RequestId, text: String, logprobs: Vec<TokenLogprob>) {
+    pub(super) fn prompt(&mut self, request: RequestId, text: String, logprobs: Vec<TokenLogprob>) {
         self.push(request, Event::Prompt { text, logprobs });
     }
 
     /// Queues a token of a choice; `text` may be empty while text is held back. All tokens of a
     /// choice in one step are merged into one event.
-    pub fn delta(&mut self, key: SeqKey, text: String, logprobs: Vec<TokenLogprob>) {
+    pub(super) fn delta(&mut self, key: SeqKey, text: String, logprobs: Vec<TokenLogprob>) {
         let now = Instant::now();
         if let Some(in_flight) = self.requests.get_mut(&key.request) {
             in_flight.first_token.get_or_insert(now);
@@ -103,12 +103,12 @@ impl OutputProcessor {
     }
 
     /// Queues text that was held back until the output ended; it carries no token of its own.
-    pub fn tail(&mut self, key: SeqKey, text: String, logprobs: Vec<TokenLogprob>) {
+    pub(super) fn tail(&mut self, key: SeqKey, text: String, logprobs: Vec<TokenLogprob>) {
         self.push(key.request, Event::Delta { choice: key.choice, text, tokens: 0, logprobs });
     }
 
     /// Finishes a choice. When its last choice finishes, the request is done.
-    pub fn finish(&mut self, key: SeqKey, reason: FinishReason, completion_tokens: usize) {
+    pub(super) fn finish(&mut self, key: SeqKey, reason: FinishReason, completion_tokens: usize) {
         self.push(
             key.request,
             Event::Finish {
@@ -127,29 +127,29 @@ impl OutputProcessor {
         }
     }
 
-    pub fn failed(&mut self, request: RequestId, error: EngineError) {
+    pub(super) fn failed(&mut self, request: RequestId, error: EngineError) {
         self.requests.remove(&request);
         self.push(request, Event::Failed(error));
     }
 
     /// Drops a request whose client has disconnected.
-    pub fn forget(&mut self, request: RequestId) {
+    pub(super) fn forget(&mut self, request: RequestId) {
         self.requests.remove(&request);
     }
 
-    pub fn reply(&mut self, call: u64, result: Result<Reply, EngineError>) {
+    pub(super) fn reply(&mut self, call: u64, result: Result<Reply, EngineError>) {
         self.send(FromEngine::Reply { call, result });
     }
 
     /// Sends the events of this step to the writer thread.
-    pub fn flush(&mut self) {
+    pub(super) fn flush(&mut self) {
         if !self.events.is_empty() {
             let events = std::mem::take(&mut self.events);
             self.send(FromEngine::Events(events));
         }
     }
 
-    pub fn stepped(&mut self, rows: usize, decoding: usize, prefill: usize) {
+    pub(super) fn stepped(&mut self, rows: usize, decoding: usize, prefill: usize) {
         self.progress.steps += 1;
         self.progress.batch_sizes.push(rows as u32);
         self.progress.decode_tokens += decoding as u64;
@@ -158,7 +158,7 @@ impl OutputProcessor {
 
     /// Sends a snapshot every 50 ms, when the engine becomes idle, and when the reported counts
     /// change while it is idle (a paused request whose client leaves).
-    pub fn report(
+    pub(super) fn report(
         &mut self,
         scheduler: &Scheduler,
         kv: &KvCacheManager,
@@ -202,7 +202,7 @@ impl OutputProcessor {
     }
 
     /// Announces to the gateway's watchdog a step that may take longer than any before.
-    pub fn expect(&mut self, seconds: f32) {
+    pub(super) fn expect(&mut self, seconds: f32) {
         if seconds > self.progress.step_seconds.max(ANNOUNCED) {
             self.progress.step_seconds = seconds;
             let snapshot = self.progress.clone();

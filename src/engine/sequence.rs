@@ -11,7 +11,7 @@ use std::time::Instant;
 
 /// The immutable properties that all choices of a request share.
 #[derive(Debug)]
-pub struct RequestFacts {
+pub(super) struct RequestFacts {
     pub id: RequestId,
     pub prompt_len: usize,
     pub cache_key: CacheKey,
@@ -33,7 +33,7 @@ pub struct RequestFacts {
 }
 
 /// A request that has been tokenized and validated; intake sends it to the step loop.
-pub struct ValidRequest {
+pub(super) struct ValidRequest {
     pub request: Generate,
     pub tokens: Vec<Token>,
     pub max_tokens: usize,
@@ -43,7 +43,7 @@ pub struct ValidRequest {
 }
 
 /// The state of one choice that the request's other choices do not share.
-pub struct Choice {
+pub(super) struct Choice {
     pub choice: u32,
     pub sampler: Sampler,
     pub grammar: Option<TriggeredGrammar>,
@@ -51,12 +51,12 @@ pub struct Choice {
 
 /// Identifies a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SeqKey {
+pub(super) struct SeqKey {
     pub request: RequestId,
     pub choice: u32,
 }
 
-pub struct Sequence {
+pub(super) struct Sequence {
     pub key: SeqKey,
     pub facts: Arc<RequestFacts>,
     /// Prompt and output.
@@ -83,34 +83,34 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    pub fn output_len(&self) -> usize {
+    pub(super) fn output_len(&self) -> usize {
         self.tokens.len() - self.facts.prompt_len
     }
 
     /// Rows to compute before the next token can be sampled.
-    pub fn todo(&self) -> usize {
+    pub(super) fn todo(&self) -> usize {
         self.tokens.len() - self.computed
     }
 
     /// The first `count` tokens of this step's draft.
-    pub fn draft(&self, count: usize) -> &[Token] {
+    pub(super) fn draft(&self, count: usize) -> &[Token] {
         self.speculation.as_ref().map_or(&[], |speculation| &speculation.draft()[..count])
     }
 
     /// Number of those tokens that a draft model proposed.
-    pub fn modelled(&self, count: usize) -> usize {
+    pub(super) fn modelled(&self, count: usize) -> usize {
         self.speculation.as_ref().map_or(0, |speculation| speculation.modelled(count))
     }
 
     /// Most tokens of a draft: the row after the draft yields one more token.
-    pub fn draft_limit(&self) -> usize {
+    pub(super) fn draft_limit(&self) -> usize {
         let left = self.facts.max_tokens.saturating_sub(self.output_len());
         self.facts.max_drafted.min(left.saturating_sub(1))
     }
 
     /// The view of this sequence for a draft model that may draft `most` tokens. `None` if nothing
     /// is drafted.
-    pub fn draftee(&mut self, most: usize) -> Option<DraftRequest<'_>> {
+    pub(super) fn draftee(&mut self, most: usize) -> Option<DraftRequest<'_>> {
         let most = most.min(self.draft_limit());
         let left = self.facts.max_tokens.saturating_sub(self.output_len());
         Some(DraftRequest {
@@ -125,35 +125,35 @@ impl Sequence {
         })
     }
 
-    pub fn is_decoding(&self) -> bool {
+    pub(super) fn is_decoding(&self) -> bool {
         self.todo() == 1 && self.output_len() > 0
     }
 
     /// Whether the logits of all prompt rows are needed; then no prompt row may come from the
     /// cache.
-    pub fn wants_prompt_logits(&self) -> bool {
+    pub(super) fn wants_prompt_logits(&self) -> bool {
         self.facts.echo && self.facts.logprobs.is_some() && self.output_len() == 0
     }
 
     /// Whether the sequence waits for its client. A prefill that has begun is completed up to the
     /// next token, because other sequences may be waiting for those pages.
-    pub fn is_stalled(&self) -> bool {
+    pub(super) fn is_stalled(&self) -> bool {
         self.paused && self.output_len() > 0 && (self.pages.is_none() || self.is_decoding())
     }
 
     /// Whether the scheduler may give this sequence rows now.
-    pub fn is_runnable(&self) -> bool {
+    pub(super) fn is_runnable(&self) -> bool {
         self.pages.is_some() && !self.is_stalled()
     }
 
     /// Slots that the sequence and its choices to be forked need.
-    pub fn slots(&self) -> usize {
+    pub(super) fn slots(&self) -> usize {
         1 + self.siblings.len()
     }
 
     /// Creates a sequence before its first token. `tokens` are the prompt; `siblings` are forked
     /// later.
-    pub fn new(
+    pub(super) fn new(
         facts: Arc<RequestFacts>,
         tokens: Vec<Token>,
         mine: Choice,

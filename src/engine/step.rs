@@ -35,7 +35,7 @@ pub(super) struct Pooling {
     pub scores: Vec<f32>,
 }
 
-pub struct StepLoop {
+pub(super) struct StepLoop {
     pub(super) runner: Box<dyn ModelRunner>,
     pub(super) tokenizer: Arc<dyn Tokenizer>,
     pub(super) scheduler: Scheduler,
@@ -62,7 +62,7 @@ pub struct StepLoop {
 }
 
 impl StepLoop {
-    pub fn new(
+    pub(super) fn new(
         runner: Box<dyn ModelRunner>,
         draft: Option<Box<dyn ModelRunner>>,
         spec: &LoadSpec,
@@ -107,7 +107,7 @@ impl StepLoop {
     }
 
     /// Runs until shutdown.
-    pub fn run(mut self) {
+    pub(super) fn run(mut self) {
         let mut idle = true;
         while self.drain_commands(idle) {
             let pooled = self.pool_chunk();

@@ -2,7 +2,7 @@
 
 /// The result of adding a piece.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Progressed {
+pub(super) enum Progressed {
     /// Text to emit; it can be empty.
     Text(String),
     /// A stop string was completed; only the text before it is emitted.
@@ -11,7 +11,7 @@ pub enum Progressed {
 
 /// Assembles the output of one sequence.
 #[derive(Debug)]
-pub struct TextAssembler {
+pub(super) struct TextAssembler {
     stops: Vec<String>,
     /// Bytes of an incomplete character.
     partial: Vec<u8>,
@@ -21,7 +21,7 @@ pub struct TextAssembler {
 
 impl TextAssembler {
     /// Empty stop strings are ignored: they would match everywhere.
-    pub fn new(stops: &[String]) -> Self {
+    pub(super) fn new(stops: &[String]) -> Self {
         Self {
             stops: stops.iter().filter(|stop| !stop.is_empty()).cloned().collect(),
             partial: Vec::new(),
@@ -30,7 +30,7 @@ impl TextAssembler {
     }
 
     /// Adds a token's bytes.
-    pub fn push(&mut self, piece: &[u8]) -> Progressed {
+    pub(super) fn push(&mut self, piece: &[u8]) -> Progressed {
         let text = self.decode(piece);
         if self.stops.is_empty() {
             return Progressed::Text(text);
@@ -41,7 +41,7 @@ impl TextAssembler {
 
     /// Ends the output and returns the text that was held back. An incomplete character becomes
     /// U+FFFD.
-    pub fn finish(&mut self) -> Progressed {
+    pub(super) fn finish(&mut self) -> Progressed {
         if !self.partial.is_empty() {
             self.partial.clear();
             self.held.push(char::REPLACEMENT_CHARACTER);
@@ -56,7 +56,7 @@ impl TextAssembler {
     }
 
     /// Bytes that have not been emitted; after a stop string, the bytes from its beginning.
-    pub fn held_len(&self) -> usize {
+    pub(super) fn held_len(&self) -> usize {
         self.partial.len() + self.held.len()
     }
 

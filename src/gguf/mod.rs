@@ -23,6 +23,8 @@
 //! Every file is untrusted input: no length, offset, count or shape is used before it was compared
 //! with the size of the file, and no allocation is larger than a small multiple of that size.
 
+#![allow(unsafe_code)]
+
 mod arch;
 mod dequantize;
 mod dequantized;

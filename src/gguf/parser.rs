@@ -28,12 +28,12 @@ pub(super) struct Parser<R> {
 
 impl<R: Read> Parser<R> {
     /// `input` is the start of a file of `file_size` bytes.
-    pub fn new(input: R, file_size: u64) -> Parser<R> {
+    pub(super) fn new(input: R, file_size: u64) -> Parser<R> {
         Parser { input, at: 0, end: file_size.min(MAX_HEADER), lossy: false }
     }
 
     /// Number of bytes that may still be read.
-    pub fn left(&self) -> u64 {
+    pub(super) fn left(&self) -> u64 {
         self.end - self.at
     }
 
@@ -49,17 +49,17 @@ impl<R: Read> Parser<R> {
         Ok(())
     }
 
-    pub fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], GgufError> {
+    pub(super) fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], GgufError> {
         let mut out = [0; N];
         self.fill(&mut out, what)?;
         Ok(out)
     }
 
-    pub fn u32(&mut self, what: &str) -> Result<u32, GgufError> {
+    pub(super) fn u32(&mut self, what: &str) -> Result<u32, GgufError> {
         Ok(u32::from_le_bytes(self.array(what)?))
     }
 
-    pub fn u64(&mut self, what: &str) -> Result<u64, GgufError> {
+    pub(super) fn u64(&mut self, what: &str) -> Result<u64, GgufError> {
         Ok(u64::from_le_bytes(self.array(what)?))
     }
 
@@ -77,7 +77,7 @@ impl<R: Read> Parser<R> {
     }
 
     /// Reads a key or tensor name. It must be UTF-8, because it could not be looked up otherwise.
-    pub fn name(&mut self, what: &str, max: u64) -> Result<String, GgufError> {
+    pub(super) fn name(&mut self, what: &str, max: u64) -> Result<String, GgufError> {
         match String::from_utf8(self.bytes(what, max)?) {
             Ok(name) => Ok(name),
             Err(_) => malformed!("{what} is not UTF-8"),
@@ -94,7 +94,7 @@ impl<R: Read> Parser<R> {
         }))
     }
 
-    pub fn value(&mut self, key: &str) -> Result<Value, GgufError> {
+    pub(super) fn value(&mut self, key: &str) -> Result<Value, GgufError> {
         let what = &format!("key '{key}'");
         Ok(match self.u32(what)? {
             0 => Value::U8(u8::from_le_bytes(self.array(what)?)),

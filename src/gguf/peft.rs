@@ -62,7 +62,7 @@ impl PeftConfig {
     ///
     /// # Errors
     /// [`LoraError::Config`] with the key at fault.
-    pub fn read(folder: &Path) -> Result<PeftConfig, LoraError> {
+    pub(super) fn read(folder: &Path) -> Result<PeftConfig, LoraError> {
         let path = folder.join("adapter_config.json");
         let io = |source| LoraError::Io { file: "adapter_config.json", source };
         let about = fs::metadata(&path).map_err(io)?;
@@ -147,14 +147,14 @@ impl PeftConfig {
     }
 
     /// The alpha to write. llama.cpp scales each module by `alpha / rank of the module`.
-    pub fn gguf_alpha(&self) -> f32 {
+    pub(super) fn gguf_alpha(&self) -> f32 {
         let boost = if self.rslora { (self.rank as f64).sqrt() } else { 1.0 };
         (self.alpha * boost) as f32
     }
 
     /// The factor on B of a module with `rank` that turns llama.cpp's scale into PEFT's. It is 1
     /// except for rsLoRA with a rank pattern.
-    pub fn correction(&self, rank: u64) -> f32 {
+    pub(super) fn correction(&self, rank: u64) -> f32 {
         if !self.rslora || rank == self.rank {
             return 1.0;
         }

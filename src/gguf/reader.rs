@@ -17,11 +17,11 @@ use super::types::{TensorType, Value};
 use crate::gguf::GgufError;
 
 /// Maximum number of dimensions of a tensor (`GGML_MAX_DIMS`).
-pub const MAX_DIMS: usize = 4;
+pub(super) const MAX_DIMS: usize = 4;
 /// Maximum length of a tensor name in bytes (`GGML_MAX_NAME` without the terminating zero).
-pub const MAX_NAME: usize = 63;
+pub(super) const MAX_NAME: usize = 63;
 /// Alignment if `general.alignment` is absent (`GGUF_DEFAULT_ALIGNMENT`).
-pub const DEFAULT_ALIGNMENT: u64 = 32;
+pub(super) const DEFAULT_ALIGNMENT: u64 = 32;
 /// First four bytes of every file.
 pub(crate) const MAGIC: [u8; 4] = *b"GGUF";
 

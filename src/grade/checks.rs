@@ -76,7 +76,7 @@ impl PartialEq for Pattern {
 
 impl Check {
     /// Reads the keys of a kind, except `type` and `name`.
-    pub fn parse(kind: &str, fields: &mut Fields) -> Result<Self, GraderError> {
+    pub(super) fn parse(kind: &str, fields: &mut Fields) -> Result<Self, GraderError> {
         match kind {
             "string_check" => Ok(Self::String {
                 operation: fields.need_one_of("operation", OPERATIONS)?,
@@ -120,7 +120,7 @@ impl Check {
         }
     }
 
-    pub fn kind(&self) -> &'static str {
+    pub(super) fn kind(&self) -> &'static str {
         match self {
             Self::String { .. } => "string_check",
             Self::Similarity { .. } => "text_similarity",
@@ -132,7 +132,7 @@ impl Check {
     }
 
     /// Writes the keys of the normal form, except `type` and `name`.
-    pub fn write(&self, map: &mut Map<String, Value>) {
+    pub(super) fn write(&self, map: &mut Map<String, Value>) {
         let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
         match self {
             Self::String { input, .. }
@@ -178,7 +178,7 @@ impl Check {
     }
 
     /// The value of a sample.
-    pub fn value(&self, context: &Context<'_>) -> Result<f64, Fault> {
+    pub(super) fn value(&self, context: &Context<'_>) -> Result<f64, Fault> {
         let fill = |template: &Template| template.render(context);
         let truth = match self {
             Self::String { operation, input, reference } => {

@@ -18,7 +18,7 @@ pub(super) struct Fields {
 
 impl Fields {
     /// The keys of the object at `path`.
-    pub fn of(path: String, value: Value) -> Result<Self, GraderError> {
+    pub(super) fn of(path: String, value: Value) -> Result<Self, GraderError> {
         match value {
             Value::Object(map) => Ok(Self { path, map }),
             other => Err(wrong(&path, "an object", &other)),
@@ -26,37 +26,37 @@ impl Fields {
     }
 
     /// The full name of a key.
-    pub fn path(&self, key: &str) -> String {
+    pub(super) fn path(&self, key: &str) -> String {
         format!("{}.{key}", self.path)
     }
 
     /// Takes a key of any type; null counts as absent.
-    pub fn take(&mut self, key: &str) -> Option<Value> {
+    pub(super) fn take(&mut self, key: &str) -> Option<Value> {
         self.map.shift_remove(key).filter(|value| !value.is_null())
     }
 
     /// Puts back a key that was taken with [`Fields::take`].
-    pub fn put_back(&mut self, key: &str, value: Value) {
+    pub(super) fn put_back(&mut self, key: &str, value: Value) {
         self.map.insert(key.to_owned(), value);
     }
 
-    pub fn need(&mut self, key: &str) -> Result<Value, GraderError> {
+    pub(super) fn need(&mut self, key: &str) -> Result<Value, GraderError> {
         self.take(key).ok_or_else(|| self.missing(key))
     }
 
-    pub fn missing(&self, key: &str) -> GraderError {
+    pub(super) fn missing(&self, key: &str) -> GraderError {
         let param = self.path(key);
         GraderError { message: format!("Missing required parameter: '{param}'."), param }
     }
 
     /// An error for a key: `grader.range must be …`; `what` follows the key's name.
-    pub fn error(&self, key: &str, what: impl std::fmt::Display) -> GraderError {
+    pub(super) fn error(&self, key: &str, what: impl std::fmt::Display) -> GraderError {
         let param = self.path(key);
         GraderError { message: format!("{param} {what}"), param }
     }
 
     /// Takes a string of at most `most` bytes.
-    pub fn string(&mut self, key: &str, most: usize) -> Result<Option<String>, GraderError> {
+    pub(super) fn string(&mut self, key: &str, most: usize) -> Result<Option<String>, GraderError> {
         match self.take(key) {
             None => Ok(None),
             Some(Value::String(text)) if text.len() <= most => Ok(Some(text)),
@@ -69,7 +69,7 @@ impl Fields {
     }
 
     /// Takes a non-empty name.
-    pub fn name(&mut self, key: &str) -> Result<Option<String>, GraderError> {
+    pub(super) fn name(&mut self, key: &str) -> Result<Option<String>, GraderError> {
         match self.string(key, LONGEST_NAME)? {
             Some(name) if name.is_empty() => Err(self.error(key, "must not be empty")),
             name => Ok(name),
@@ -77,21 +77,21 @@ impl Fields {
     }
 
     /// Takes a required name.
-    pub fn need_name(&mut self, key: &str) -> Result<String, GraderError> {
+    pub(super) fn need_name(&mut self, key: &str) -> Result<String, GraderError> {
         let value = self.need(key)?;
         self.put_back(key, value);
         Ok(self.name(key)?.unwrap_or_default())
     }
 
     /// Takes a required string of at most `most` bytes.
-    pub fn need_string(&mut self, key: &str, most: usize) -> Result<String, GraderError> {
+    pub(super) fn need_string(&mut self, key: &str, most: usize) -> Result<String, GraderError> {
         let value = self.need(key)?;
         self.put_back(key, value);
         Ok(self.string(key, most)?.unwrap_or_default())
     }
 
     /// Takes a string that is one of `known`.
-    pub fn one_of<T: Copy>(
+    pub(super) fn one_of<T: Copy>(
         &mut self,
         key: &str,
         known: &[(&'static str, T)],
@@ -105,7 +105,7 @@ impl Fields {
     }
 
     /// As [`Fields::one_of`], but required.
-    pub fn need_one_of<T: Copy>(
+    pub(super) fn need_one_of<T: Copy>(
         &mut self,
         key: &str,
         known: &[(&'static str, T)],
@@ -116,7 +116,7 @@ impl Fields {
         one.ok_or_else(|| self.error(key, "must be given"))
     }
 
-    pub fn number(
+    pub(super) fn number(
         &mut self,
         key: &str,
         range: RangeInclusive<f64>,
@@ -129,7 +129,7 @@ impl Fields {
     }
 
     /// Takes a whole number, written without a fraction.
-    pub fn integer(
+    pub(super) fn integer(
         &mut self,
         key: &str,
         range: RangeInclusive<i64>,
@@ -142,7 +142,7 @@ impl Fields {
     }
 
     /// Takes a list of `1..=most` elements, each with its path.
-    pub fn list(
+    pub(super) fn list(
         &mut self,
         key: &str,
         most: usize,
@@ -161,19 +161,19 @@ impl Fields {
     }
 
     /// Takes a required template.
-    pub fn template(&mut self, key: &str) -> Result<Template, GraderError> {
+    pub(super) fn template(&mut self, key: &str) -> Result<Template, GraderError> {
         let value = self.need(key)?;
         template_at(&self.path(key), value)
     }
 
     /// Takes a template; the default is the sample's text.
-    pub fn template_or_output(&mut self, key: &str) -> Result<Template, GraderError> {
+    pub(super) fn template_or_output(&mut self, key: &str) -> Result<Template, GraderError> {
         let value = self.take(key).unwrap_or_else(|| Value::from(template::OUTPUT_TEXT));
         template_at(&self.path(key), value)
     }
 
     /// Refuses keys that were not taken.
-    pub fn finish(self) -> Result<(), GraderError> {
+    pub(super) fn finish(self) -> Result<(), GraderError> {
         match self.map.iter().find(|(_, value)| !value.is_null()) {
             None => Ok(()),
             Some((key, _)) => {

@@ -73,7 +73,7 @@ fn in_name(c: char) -> bool {
 
 impl Formula {
     /// Parses a formula over these keys; the error describes what is wrong.
-    pub fn parse(source: String, keys: &[&str]) -> Result<Self, String> {
+    pub(super) fn parse(source: String, keys: &[&str]) -> Result<Self, String> {
         let mut parser = Parser { rest: &source, keys, steps: Vec::new(), depth: 0 };
         parser.sum()?;
         parser.skip();
@@ -84,12 +84,12 @@ impl Formula {
         Ok(Self { source, steps })
     }
 
-    pub fn source(&self) -> &str {
+    pub(super) fn source(&self) -> &str {
         &self.source
     }
 
     /// Evaluates the formula for these values of the graders. Every step must have a finite result.
-    pub fn value(&self, values: &[f64]) -> Result<f64, Fault> {
+    pub(super) fn value(&self, values: &[f64]) -> Result<f64, Fault> {
         let fault = |why: String| Fault::new(Flag::Formula, why);
         let mut stack: Vec<f64> = Vec::new();
         for step in &self.steps {

@@ -75,7 +75,7 @@ pub(super) enum Scale {
 const SCALES: &[(&str, Scale)] = &[("raw", Scale::Raw), ("sigmoid", Scale::Sigmoid)];
 
 impl Judge {
-    pub fn score(fields: &mut Fields) -> Result<Self, GraderError> {
+    pub(super) fn score(fields: &mut Fields) -> Result<Self, GraderError> {
         Ok(Self::Score {
             model: fields.need_name("model")?,
             input: match turns(fields)? {
@@ -90,7 +90,7 @@ impl Judge {
         })
     }
 
-    pub fn reward(fields: &mut Fields) -> Result<Self, GraderError> {
+    pub(super) fn reward(fields: &mut Fields) -> Result<Self, GraderError> {
         Ok(Self::Reward {
             model: fields.need_name("model")?,
             input: turns(fields)?,
@@ -98,7 +98,7 @@ impl Judge {
         })
     }
 
-    pub fn kind(&self) -> &'static str {
+    pub(super) fn kind(&self) -> &'static str {
         match self {
             Self::Score { .. } => "score_model",
             Self::Reward { .. } => "reward_model",
@@ -106,7 +106,7 @@ impl Judge {
     }
 
     /// The model's name, and whether it must be a reward model.
-    pub fn model(&self) -> (&str, bool) {
+    pub(super) fn model(&self) -> (&str, bool) {
         match self {
             Self::Score { model, .. } => (model, false),
             Self::Reward { model, .. } => (model, true),
@@ -114,7 +114,7 @@ impl Judge {
     }
 
     /// Writes the keys of the normal form, except `type` and `name`.
-    pub fn write(&self, map: &mut Map<String, Value>) {
+    pub(super) fn write(&self, map: &mut Map<String, Value>) {
         let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
         let turns = |input: &[Turn]| input.iter().map(Turn::value).collect::<Vec<_>>().into();
         put("model", self.model().0.into());
@@ -133,7 +133,7 @@ impl Judge {
         }
     }
 
-    pub fn question(&self, context: &Context<'_>) -> Result<Question, Fault> {
+    pub(super) fn question(&self, context: &Context<'_>) -> Result<Question, Fault> {
         let ask = match self {
             Self::Score { input, range, sampling, .. } => Ask::Number {
                 messages: fill(input, context)?,
@@ -149,7 +149,7 @@ impl Judge {
     }
 
     /// The value of an answer; `None` is a missing answer.
-    pub fn read(&self, answer: Option<&Result<Answer, Failed>>) -> Result<f64, Fault> {
+    pub(super) fn read(&self, answer: Option<&Result<Answer, Failed>>) -> Result<f64, Fault> {
         let model = self.model().0;
         let answer = match answer {
             None => {

@@ -120,7 +120,11 @@ pub(super) fn multi(mut fields: Fields) -> Result<Grader, GraderError> {
 
 impl Leaf {
     /// Parses a grader whose `type` is taken already; `name` is its default name.
-    pub fn parse(kind: &'static str, name: &str, mut fields: Fields) -> Result<Self, GraderError> {
+    pub(super) fn parse(
+        kind: &'static str,
+        name: &str,
+        mut fields: Fields,
+    ) -> Result<Self, GraderError> {
         let name = fields.name("name")?.unwrap_or_else(|| name.to_owned());
         let work = match kind {
             "score_model" => Work::Judge(Judge::score(&mut fields)?),
@@ -131,7 +135,7 @@ impl Leaf {
         Ok(Self { name, work })
     }
 
-    pub fn kind(&self) -> &'static str {
+    pub(super) fn kind(&self) -> &'static str {
         match &self.work {
             Work::Check(check) => check.kind(),
             Work::Judge(judge) => judge.kind(),
@@ -139,7 +143,7 @@ impl Leaf {
     }
 
     /// The normal form.
-    pub fn value(&self) -> Value {
+    pub(super) fn value(&self) -> Value {
         let mut map = Map::new();
         map.insert("type".to_owned(), self.kind().into());
         map.insert("name".to_owned(), self.name.as_str().into());
@@ -151,7 +155,7 @@ impl Leaf {
     }
 
     /// The model that the grader needs, and whether it must be a reward model.
-    pub fn model(&self) -> Option<(&str, bool)> {
+    pub(super) fn model(&self) -> Option<(&str, bool)> {
         match &self.work {
             Work::Check(_) => None,
             Work::Judge(judge) => Some(judge.model()),
@@ -159,7 +163,7 @@ impl Leaf {
     }
 
     /// The question to the model, if the grader needs one.
-    pub fn question(&self, context: &Context<'_>) -> Option<Result<Question, Fault>> {
+    pub(super) fn question(&self, context: &Context<'_>) -> Option<Result<Question, Fault>> {
         match &self.work {
             Work::Check(_) => None,
             Work::Judge(judge) => Some(judge.question(context)),
@@ -167,7 +171,7 @@ impl Leaf {
     }
 
     /// The value of a grader that needs no model.
-    pub fn check(&self, context: &Context<'_>) -> Result<f64, Fault> {
+    pub(super) fn check(&self, context: &Context<'_>) -> Result<f64, Fault> {
         match &self.work {
             Work::Check(check) => check.value(context),
             Work::Judge(judge) => judge.read(None),
@@ -175,7 +179,7 @@ impl Leaf {
     }
 
     /// The value of a grader that needs a model, from the model's answer.
-    pub fn read(&self, answer: Option<&Result<Answer, Failed>>) -> Result<f64, Fault> {
+    pub(super) fn read(&self, answer: Option<&Result<Answer, Failed>>) -> Result<f64, Fault> {
         match &self.work {
             Work::Check(_) => Ok(0.0),
             Work::Judge(judge) => judge.read(answer),

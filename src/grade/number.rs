@@ -16,7 +16,7 @@ pub(super) struct Marker(pub String);
 
 impl NumberMatch {
     /// Whether the input's number equals the reference's. An input without a number does not match.
-    pub fn holds(&self, input: &str, reference: &str) -> Result<bool, Fault> {
+    pub(super) fn holds(&self, input: &str, reference: &str) -> Result<bool, Fault> {
         let expected = self.read(reference).ok_or_else(|| {
             Fault::new(Flag::Variable, "there is no number in the reference".to_owned())
         })?;

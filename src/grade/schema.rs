@@ -38,7 +38,7 @@ impl Retrieve for Nothing {
 
 impl Schema {
     /// Compiles a schema; the error message follows the key's name.
-    pub fn compile(source: Value) -> Result<Self, String> {
+    pub(super) fn compile(source: Value) -> Result<Self, String> {
         if !matches!(source, Value::Object(_) | Value::Bool(_)) {
             return Err("must be a JSON schema: an object, or true or false".to_owned());
         }
@@ -61,11 +61,11 @@ impl Schema {
         Ok(Self { source, validator: Arc::new(validator) })
     }
 
-    pub fn source(&self) -> &Value {
+    pub(super) fn source(&self) -> &Value {
         &self.source
     }
 
-    pub fn accepts(&self, value: &Value) -> bool {
+    pub(super) fn accepts(&self, value: &Value) -> bool {
         self.validator.is_valid(value)
     }
 }

@@ -89,7 +89,7 @@ enum Piece {
 
 impl Template {
     /// Splits a template into its pieces; the error describes what is wrong.
-    pub fn parse(source: String) -> Result<Self, String> {
+    pub(super) fn parse(source: String) -> Result<Self, String> {
         if source.len() > LONGEST {
             return Err(format!("it may be {LONGEST} bytes long, not {}", source.len()));
         }
@@ -111,12 +111,12 @@ impl Template {
         Ok(Self { source, pieces })
     }
 
-    pub fn source(&self) -> &str {
+    pub(super) fn source(&self) -> &str {
         &self.source
     }
 
     /// Renders the text for one sample.
-    pub fn render(&self, context: &Context<'_>) -> Result<String, Fault> {
+    pub(super) fn render(&self, context: &Context<'_>) -> Result<String, Fault> {
         let mut text = Vec::new();
         self.render_into(context, &mut text, LONGEST)?;
         // Only whole strings and JSON were written, which are UTF-8.
@@ -124,7 +124,7 @@ impl Template {
     }
 
     /// Appends the rendered text; `text` must not become longer than `most` bytes.
-    pub fn render_into(
+    pub(super) fn render_into(
         &self,
         context: &Context<'_>,
         text: &mut Vec<u8>,

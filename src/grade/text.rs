@@ -26,7 +26,7 @@ pub(super) enum Metric {
 }
 
 impl Metric {
-    pub const ALL: &[(&str, Self)] = &[
+    pub(super) const ALL: &[(&str, Self)] = &[
         ("fuzzy_match", Self::FuzzyMatch),
         ("bleu", Self::Bleu),
         ("gleu", Self::Gleu),
@@ -39,7 +39,7 @@ impl Metric {
     ];
 
     /// The similarity. Subsequences take time proportional to the product of the lengths, over 64.
-    pub fn of(self, input: &str, reference: &str) -> f64 {
+    pub(super) fn of(self, input: &str, reference: &str) -> f64 {
         match self {
             Self::FuzzyMatch => fuzz::ratio(input.chars(), reference.chars()),
             Self::Bleu => {

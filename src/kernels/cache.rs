@@ -224,7 +224,7 @@ fn q8_0(numbers: &[f32]) -> ([i8; BLOCK], u16) {
 #[cfg(test)]
 impl Numbers<'_> {
     /// The number at index `at`, which is dimension `d` of a token.
-    pub fn number(self, at: usize, token: usize, d: usize) -> f32 {
+    pub(super) fn number(self, at: usize, token: usize, d: usize) -> f32 {
         use super::pack::f16_to_f32;
         match self {
             Self::F16(bits) => f16_to_f32(bits[at]),

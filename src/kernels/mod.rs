@@ -6,6 +6,7 @@
 //! whatever the tile. AVX-512 VNNI and NEON would be modules beside `avx2`, and variants of
 //! [`matmul::Isa`].
 
+#![allow(unsafe_code)]
 // An index selects a row, lane or token in several arrays at once, and a tile has many parameters.
 #![allow(clippy::needless_range_loop, clippy::too_many_arguments)]
 

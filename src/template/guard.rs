@@ -54,7 +54,7 @@ pub(super) struct Marks {
 
 impl Marks {
     /// Chooses a word that does not occur in the conversation, its tools or variables.
-    pub fn new(input: &RenderInput) -> Self {
+    pub(super) fn new(input: &RenderInput) -> Self {
         let occurs = |word: &str| {
             let texts = input.messages.iter().chain(input.tools.iter().flatten());
             let mut texts = texts.chain(input.chat_template_kwargs.values());
@@ -79,7 +79,7 @@ impl Marks {
     /// Breaks every control token that is spelled in a user's or a tool's text, also across the
     /// parts of a text; in names of participants; in calls, whose arguments repeat text of users;
     /// and in definitions of tools, which come from other servers.
-    pub fn guard(&self, input: &mut RenderInput, tokens: &ControlTokens) {
+    pub(super) fn guard(&self, input: &mut RenderInput, tokens: &ControlTokens) {
         let barrier = self.barrier();
         for tool in input.tools.iter_mut().flatten() {
             break_all(tool, tokens, &barrier);
@@ -115,7 +115,7 @@ impl Marks {
     ///
     /// # Errors
     /// [`TemplateError::Refused`] if the final message cannot be continued.
-    pub fn mark_end(&self, input: &mut RenderInput) -> Result<(), TemplateError> {
+    pub(super) fn mark_end(&self, input: &mut RenderInput) -> Result<(), TemplateError> {
         let refuse = |why: &str| {
             Err(TemplateError::Refused(format!("continue_final_message is set, but {why}")))
         };
@@ -137,7 +137,7 @@ impl Marks {
 
     /// Marks every text and, with `names`, the names of called functions. Returns the number of
     /// marks per message that the prompt should contain.
-    pub fn mark_messages(&self, input: &mut RenderInput, names: bool) -> Vec<usize> {
+    pub(super) fn mark_messages(&self, input: &mut RenderInput, names: bool) -> Vec<usize> {
         let mark = |(index, message): (usize, &mut Value)| {
             let mark = self.message(index);
             let mut marked = 0;
@@ -160,7 +160,7 @@ impl Marks {
     }
 
     /// The first message with fewer marks in the prompt than expected.
-    pub fn missing(&self, prompt: &str, wanted: &[usize]) -> Option<usize> {
+    pub(super) fn missing(&self, prompt: &str, wanted: &[usize]) -> Option<usize> {
         let mut found = vec![0; wanted.len()];
         for behind in prompt.split(&format!("{}m", self.word)).skip(1) {
             let index = behind.split('x').next().and_then(|digits| digits.parse::<usize>().ok());
@@ -175,7 +175,7 @@ impl Marks {
     ///
     /// # Errors
     /// [`TemplateError::Failed`] if the template left out that text.
-    pub fn cut_at_end(&self, mut prompt: String) -> Result<String, TemplateError> {
+    pub(super) fn cut_at_end(&self, mut prompt: String) -> Result<String, TemplateError> {
         match prompt.rfind(&self.end()) {
             Some(at) => {
                 prompt.truncate(at);
@@ -189,7 +189,7 @@ impl Marks {
     }
 
     /// Removes the marks of broken control tokens from a prompt and returns their positions.
-    pub fn take_barriers(&self, prompt: &str) -> RenderedPrompt {
+    pub(super) fn take_barriers(&self, prompt: &str) -> RenderedPrompt {
         let mut rendered = RenderedPrompt::default();
         for (number, text) in prompt.split(&self.barrier()).enumerate() {
             if number > 0 {

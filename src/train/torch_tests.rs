@@ -5,7 +5,7 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 
 #[derive(Deserialize)]
-pub struct Reference {
+pub(super) struct Reference {
     pub shape: Shape,
     pub window: u32,
     pub operations: BTreeMap<String, Operation>,
@@ -14,7 +14,7 @@ pub struct Reference {
 
 /// The shape of the tiny models.
 #[derive(Deserialize)]
-pub struct Shape {
+pub(super) struct Shape {
     pub layers: u32,
     pub width: u32,
     pub heads: u32,
@@ -26,7 +26,7 @@ pub struct Shape {
 
 /// The result of an operation, and the gradients of its arguments.
 #[derive(Deserialize)]
-pub struct Operation {
+pub(super) struct Operation {
     pub out: Vec<f64>,
     pub grads: Vec<Vec<f64>>,
     #[serde(default)]
@@ -39,7 +39,7 @@ pub struct Operation {
 
 /// Some training steps of a tiny model.
 #[derive(Deserialize)]
-pub struct Trained {
+pub(super) struct Trained {
     pub architecture: String,
     pub training: String,
     pub learning_rate: f64,
@@ -54,14 +54,14 @@ pub struct Trained {
 /// A whole tensor, or enough numbers to detect any difference.
 #[derive(Deserialize)]
 #[serde(untagged)]
-pub enum Numbers {
+pub(super) enum Numbers {
     Whole(Vec<f64>),
     Summary { norm: f64, along: f64, first: Vec<f64> },
 }
 
 impl Numbers {
     /// The distance of `found` from these numbers, relative to the norm of these numbers.
-    pub fn distance(&self, name: &str, found: &[f32]) -> f64 {
+    pub(super) fn distance(&self, name: &str, found: &[f32]) -> f64 {
         let found: Vec<f64> = found.iter().map(|x| f64::from(*x)).collect();
         let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
         let apart =
@@ -82,13 +82,13 @@ impl Numbers {
     }
 }
 
-pub fn reference() -> Reference {
+pub(super) fn reference() -> Reference {
     let text = include_str!("../../tests/train/torch.json").replace("\"final\":", "\"final_\":");
     serde_json::from_str(&text).unwrap()
 }
 
 /// 32-bit numbers: FNV-1a of the name, then the finalizer of MurmurHash3.
-pub fn hashed(name: &str, count: usize) -> impl Iterator<Item = u32> {
+pub(super) fn hashed(name: &str, count: usize) -> impl Iterator<Item = u32> {
     let mix = |seed: u32, byte: u8| (seed ^ u32::from(byte)).wrapping_mul(16_777_619);
     let seed = name.bytes().fold(2_166_136_261, mix);
     (0..count as u32).map(move |i| {
@@ -100,13 +100,13 @@ pub fn hashed(name: &str, count: usize) -> impl Iterator<Item = u32> {
 }
 
 /// Numbers between -1 and 1.
-pub fn uniform(name: &str, count: usize) -> Vec<f64> {
+pub(super) fn uniform(name: &str, count: usize) -> Vec<f64> {
     hashed(name, count).map(|z| f64::from(z) / 2f64.powi(31) - 1.0).collect()
 }
 
 /// A matrix with rows of `cols` numbers, whose products preserve the magnitude of their input;
 /// without `cols`, norm weights around 1.
-pub fn weight(name: &str, count: usize, cols: Option<usize>) -> Vec<f32> {
+pub(super) fn weight(name: &str, count: usize, cols: Option<usize>) -> Vec<f32> {
     let scale = |x: f64| cols.map_or(1.0 + 0.2 * x, |cols| x * (3.0 / cols as f64).sqrt());
     uniform(name, count).into_iter().map(|x| scale(x) as f32).collect()
 }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 /// The server to test.
 #[derive(Debug, Clone)]
-pub struct Target {
+pub(crate) struct Target {
     pub address: SocketAddr,
     /// A loaded model that generates text.
     pub model: String,
@@ -33,7 +33,7 @@ pub struct Target {
 
 /// The results of an attack.
 #[derive(Debug, Default)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     pub answered: usize,
     pub closed: usize,
     /// Failures, each with the request that caused it; empty if there are none.
@@ -42,7 +42,7 @@ pub struct Outcome {
 
 /// Sends `count` malformed requests, generated from `seed`, on eight connections in parallel, with
 /// valid requests in between. Case `i` depends only on `(seed, i)`.
-pub fn attack(target: &Target, seed: u64, count: usize) -> Outcome {
+pub(crate) fn attack(target: &Target, seed: u64, count: usize) -> Outcome {
     let next = AtomicUsize::new(0);
     let parts = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..8)
@@ -96,7 +96,7 @@ fn one(target: &Target, seed: u64, case: usize, outcome: &mut Outcome) {
 }
 
 /// A request that must always succeed.
-pub fn good_request(target: &Target) -> Result<(), String> {
+pub(crate) fn good_request(target: &Target) -> Result<(), String> {
     let body = json!({"model": target.model, "prompt": "Hello", "max_tokens": 2}).to_string();
     let attempt = Attempt::whole("good", request(target, "POST /v1/completions", &[], &body));
     match send(target, &attempt)? {

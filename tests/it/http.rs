@@ -10,21 +10,21 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The server's address and the API key.
 #[derive(Debug, Clone)]
-pub struct Client {
+pub(crate) struct Client {
     pub address: SocketAddr,
     pub key: Option<String>,
 }
 
 /// A complete response.
 #[derive(Debug, Clone)]
-pub struct Answer {
+pub(crate) struct Answer {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: String,
 }
 
 /// A response whose body has not been read yet.
-pub struct Stream {
+pub(crate) struct Stream {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     reader: BufReader<TcpStream>,
@@ -38,32 +38,37 @@ enum Framing {
 }
 
 impl Client {
-    pub fn new(address: SocketAddr) -> Self {
+    pub(crate) fn new(address: SocketAddr) -> Self {
         Self { address, key: None }
     }
 
-    pub fn with_key(&self, key: &str) -> Self {
+    pub(crate) fn with_key(&self, key: &str) -> Self {
         Self { key: Some(key.to_owned()), ..self.clone() }
     }
 
-    pub fn get(&self, path: &str) -> Answer {
+    pub(crate) fn get(&self, path: &str) -> Answer {
         self.ask("GET", path, "application/json", b"").expect("the server answers")
     }
 
-    pub fn delete(&self, path: &str) -> Answer {
+    pub(crate) fn delete(&self, path: &str) -> Answer {
         self.ask("DELETE", path, "application/json", b"").expect("the server answers")
     }
 
-    pub fn post(&self, path: &str, body: &Value) -> Answer {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Answer {
         self.try_post(path, body).expect("the server answers")
     }
 
-    pub fn try_post(&self, path: &str, body: &Value) -> std::io::Result<Answer> {
+    pub(crate) fn try_post(&self, path: &str, body: &Value) -> std::io::Result<Answer> {
         self.ask("POST", path, "application/json", body.to_string().as_bytes())
     }
 
     /// `multipart/form-data` with text fields and files (field name = file name).
-    pub fn upload(&self, path: &str, texts: &[(&str, &str)], files: &[(&str, &[u8])]) -> Answer {
+    pub(crate) fn upload(
+        &self,
+        path: &str,
+        texts: &[(&str, &str)],
+        files: &[(&str, &[u8])],
+    ) -> Answer {
         const EDGE: &str = "edge-of-a-part";
         let mut body = Vec::new();
         for (name, text) in texts {
@@ -87,12 +92,12 @@ impl Client {
     }
 
     /// Starts a streaming request, and reads the head of the response.
-    pub fn stream(&self, path: &str, body: &Value) -> Stream {
+    pub(crate) fn stream(&self, path: &str, body: &Value) -> Stream {
         let body = body.to_string();
         self.open("POST", path, "application/json", body.as_bytes()).expect("the server answers")
     }
 
-    pub fn open(
+    pub(crate) fn open(
         &self,
         method: &str,
         path: &str,
@@ -104,7 +109,7 @@ impl Client {
     }
 
     /// As [`Client::open`], on an existing connection.
-    pub fn open_on(
+    pub(crate) fn open_on(
         &self,
         mut socket: TcpStream,
         method: &str,
@@ -133,30 +138,30 @@ impl Client {
 }
 
 impl Answer {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body)
             .unwrap_or_else(|error| panic!("the body is JSON ({error}): {}", self.body))
     }
 
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(header, _)| header == name).map(|(_, value)| value.as_str())
     }
 
     /// The response's JSON. Panics if the status is not a success.
-    pub fn good(&self) -> Value {
+    pub(crate) fn good(&self) -> Value {
         assert!((200..300).contains(&self.status), "{}: {}", self.status, self.body);
         self.json()
     }
 
     /// The error's message. Panics if the response has another status or not OpenAI's error format.
-    pub fn error(&self, status: u16) -> String {
+    pub(crate) fn error(&self, status: u16) -> String {
         assert_eq!(self.status, status, "{}", self.body);
         error_message(&self.json())
     }
 }
 
 /// The message of an error in OpenAI's format.
-pub fn error_message(body: &Value) -> String {
+pub(crate) fn error_message(body: &Value) -> String {
     let error = &body["error"];
     for field in ["message", "type", "param", "code"] {
         assert!(error.get(field).is_some(), "an error has the field {field}: {body}");
@@ -219,7 +224,7 @@ impl Stream {
     }
 
     /// Reads the rest of the body.
-    pub fn whole(mut self) -> std::io::Result<Answer> {
+    pub(crate) fn whole(mut self) -> std::io::Result<Answer> {
         let mut body = Vec::new();
         while let Some(piece) = self.piece()? {
             body.extend(piece);
@@ -229,7 +234,7 @@ impl Stream {
     }
 
     /// The remaining server-sent events, each as the text after `data: `.
-    pub fn events(self) -> Events {
+    pub(crate) fn events(self) -> Events {
         if self.status != 200 {
             panic!("the stream is refused: {:?}", self.whole());
         }
@@ -239,7 +244,7 @@ impl Stream {
 
 /// Iterates over the data of server-sent events; comments are skipped. If the connection breaks,
 /// the last item is an error.
-pub struct Events {
+pub(crate) struct Events {
     stream: Stream,
     pending: Vec<u8>,
     over: bool,
@@ -277,7 +282,7 @@ impl Iterator for Events {
 
 /// A stream that was read to its end.
 #[derive(Debug, Default)]
-pub struct Transcript {
+pub(crate) struct Transcript {
     pub text: String,
     pub chunks: Vec<Value>,
     pub error: Option<String>,
@@ -288,7 +293,7 @@ pub struct Transcript {
 
 impl Events {
     /// Reads a stream of text or chat completions to its end.
-    pub fn transcript(self) -> Transcript {
+    pub(crate) fn transcript(self) -> Transcript {
         let mut all = Transcript::default();
         for event in self {
             let Ok(event) = event else {

@@ -6,7 +6,7 @@ use ingot::gguf::{Gguf, GgufWriter, ModelFacts, TensorType, Value};
 use std::path::{Path, PathBuf};
 
 /// Writes `<folder>/<name>.gguf`: a Llama model whose output depends on `seed`.
-pub fn llama(folder: &Path, name: &str, seed: u64) -> PathBuf {
+pub(crate) fn llama(folder: &Path, name: &str, seed: u64) -> PathBuf {
     let path = folder.join(format!("{name}.gguf"));
     let options = TinyLlama { seed, ..TinyLlama::default() };
     tiny_llama(&path, &options).expect("the model is written");
@@ -14,20 +14,20 @@ pub fn llama(folder: &Path, name: &str, seed: u64) -> PathBuf {
 }
 
 /// Writes the PEFT folder `<folder>/<name>` for a base model.
-pub fn peft(folder: &Path, name: &str, base: &Path, seed: u64) -> PathBuf {
+pub(crate) fn peft(folder: &Path, name: &str, base: &Path, seed: u64) -> PathBuf {
     let path = folder.join(name);
     tiny_peft(&path, &facts(base), 4, seed).expect("the adapter is written");
     path
 }
 
-pub fn facts(model: &Path) -> ModelFacts {
+pub(crate) fn facts(model: &Path) -> ModelFacts {
     let gguf = Gguf::open_header(model).expect("the model is readable");
     ModelFacts::read(&gguf).expect("the model is complete")
 }
 
 /// Changes to make in a copy of a model.
 #[derive(Default)]
-pub struct Changes<'a> {
+pub(crate) struct Changes<'a> {
     pub set: Vec<(&'a str, Value)>,
     pub remove: Vec<&'a str>,
     /// Tensors to omit.
@@ -37,7 +37,7 @@ pub struct Changes<'a> {
 }
 
 /// Copies a model with F32 tensors, with changes.
-pub fn copy_with(from: &Path, to: &Path, changes: &Changes<'_>) {
+pub(crate) fn copy_with(from: &Path, to: &Path, changes: &Changes<'_>) {
     let gguf = Gguf::open(from).expect("the model is readable");
     let mut writer = GgufWriter::new();
     writer.copy_metadata(&gguf, |key| !changes.remove.contains(&key));
@@ -58,7 +58,7 @@ pub fn copy_with(from: &Path, to: &Path, changes: &Changes<'_>) {
 }
 
 /// Registers a file in the data folder as a model, as `ingot pull` would.
-pub fn store(data: &Path, name: &str, file: &Path) {
+pub(crate) fn store(data: &Path, name: &str, file: &Path) {
     let folder = data.join("models");
     std::fs::create_dir_all(&folder).expect("the folder is made");
     let inside = Path::new("models").join(format!("{name}.gguf"));

@@ -1,6 +1,8 @@
 //! Greedy text of a real model compared with a plain llama.cpp loop without scheduler, pages and
 //! sampler.
 
+#![allow(unsafe_code)]
+
 use crate::support::{Options, one_at_a_time, real_model};
 use ingot::gguf::{Gguf, write_dequantized};
 use llama_cpp_sys_2 as sys;

@@ -14,10 +14,10 @@ use tempfile::TempDir;
 
 /// How long a server may take to start, on a machine that also compiles.
 const START: Duration = Duration::from_secs(60);
-pub const ADMIN: &str = "sk-admin-of-the-tests";
+pub(crate) const ADMIN: &str = "sk-admin-of-the-tests";
 
 /// A running `ingot serve`. Dropping it kills it, and shows its log if the test failed.
-pub struct Server {
+pub(crate) struct Server {
     child: Child,
     /// Process id of the gateway itself, which `child` becomes.
     pub pid: u32,
@@ -28,7 +28,7 @@ pub struct Server {
 }
 
 /// How to start a server.
-pub struct Options {
+pub(crate) struct Options {
     arguments: Vec<String>,
     folder: Arc<TempDir>,
     /// Shell commands that run first, in the same process.
@@ -37,7 +37,7 @@ pub struct Options {
 
 impl Options {
     /// The mock runner with `step` microseconds per step and defaults for everything else.
-    pub fn mock(step: u32) -> Self {
+    pub(crate) fn mock(step: u32) -> Self {
         Self::bare(&["mock", "--runner", "mock"])
             .flag("--mock-step-us", step)
             .flag("--context-length", 8192)
@@ -45,7 +45,7 @@ impl Options {
     }
 
     /// llama.cpp with these model files.
-    pub fn models(paths: &[&Path]) -> Self {
+    pub(crate) fn models(paths: &[&Path]) -> Self {
         let paths: Vec<_> = paths.iter().map(|path| path.to_str().expect("UTF-8")).collect();
         Self::bare(&paths).flag("--threads", 1)
     }
@@ -57,7 +57,7 @@ impl Options {
     }
 
     /// Sets a flag. Flags that are not lists replace an earlier value.
-    pub fn flag(mut self, name: &str, value: impl ToString) -> Self {
+    pub(crate) fn flag(mut self, name: &str, value: impl ToString) -> Self {
         let set = self.arguments.iter().position(|argument| argument == name);
         if let Some(at) = set.filter(|_| name != "--api-key") {
             self.arguments.drain(at..at + 2);
@@ -68,21 +68,21 @@ impl Options {
     }
 
     /// Enables the admin routes.
-    pub fn admin(self) -> Self {
+    pub(crate) fn admin(self) -> Self {
         self.flag("--admin-key", ADMIN)
     }
 
-    pub fn shell(mut self, commands: &str) -> Self {
+    pub(crate) fn shell(mut self, commands: &str) -> Self {
         self.shell = Some(commands.to_owned());
         self
     }
 
     /// The data folder of the server; it exists before the server starts.
-    pub fn data(&self) -> PathBuf {
+    pub(crate) fn data(&self) -> PathBuf {
         self.folder.path().to_owned()
     }
 
-    pub fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         let binary = env!("CARGO_BIN_EXE_ingot");
         let mut command = match &self.shell {
             None => Command::new(binary),
@@ -107,7 +107,7 @@ impl Options {
     }
 
     /// Starts the server, and waits until it is ready.
-    pub fn start(self) -> Server {
+    pub(crate) fn start(self) -> Server {
         let mut child = self.command().spawn().expect("the binary runs");
         let log = Arc::new(Mutex::new(String::new()));
         let address = Arc::new(Mutex::new(None));
@@ -137,7 +137,7 @@ impl Options {
     }
 
     /// Runs a server that exits by itself. Returns its status and standard error.
-    pub fn run(self) -> (ExitStatus, String) {
+    pub(crate) fn run(self) -> (ExitStatus, String) {
         let child = self.command().spawn().expect("the binary runs");
         let output = child.wait_with_output().expect("the server ends");
         (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
@@ -162,41 +162,41 @@ fn read_log(
 }
 
 impl Server {
-    pub fn admin(&self) -> Client {
+    pub(crate) fn admin(&self) -> Client {
         self.client.with_key(ADMIN)
     }
 
     /// The data folder.
-    pub fn data(&self) -> &Path {
+    pub(crate) fn data(&self) -> &Path {
         self.folder.path()
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         lock(&self.log).clone()
     }
 
-    pub fn wait_ready(&self) {
+    pub(crate) fn wait_ready(&self) {
         eventually(START, "the server is ready", || self.client.get("/ready").status == 200);
     }
 
     /// Process ids of the running engines.
-    pub fn engines(&self) -> Vec<u32> {
+    pub(crate) fn engines(&self) -> Vec<u32> {
         children(self.pid)
     }
 
     /// Process id of the only engine.
-    pub fn engine(&self) -> u32 {
+    pub(crate) fn engine(&self) -> u32 {
         let engines = self.engines();
         assert_eq!(engines.len(), 1, "there is one engine: {engines:?}");
         engines[0]
     }
 
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         send(self.pid, signal);
     }
 
     /// Waits until the gateway exits.
-    pub fn wait(&mut self, patience: Duration) -> ExitStatus {
+    pub(crate) fn wait(&mut self, patience: Duration) -> ExitStatus {
         let end = Instant::now() + patience;
         loop {
             if let Some(status) = self.child.try_wait().expect("our child") {
@@ -207,17 +207,17 @@ impl Server {
         }
     }
 
-    pub fn lives(&mut self) -> bool {
+    pub(crate) fn lives(&mut self) -> bool {
         self.child.try_wait().expect("our child").is_none()
     }
 
     /// The text of a completion, which must succeed.
-    pub fn complete(&self, model: &str, prompt: &str, max_tokens: u32) -> String {
+    pub(crate) fn complete(&self, model: &str, prompt: &str, max_tokens: u32) -> String {
         text_of(&self.client.post("/v1/completions", &completion(model, prompt, max_tokens)).good())
     }
 
     /// The value of a metric in `/metrics`, summed over the label sets that contain `labels`.
-    pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+    pub(crate) fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let text = self.client.get("/metrics").body;
         samples(&text).filter(|sample| sample.is(name, labels)).map(|sample| sample.value).sum()
     }
@@ -241,30 +241,30 @@ impl Drop for Server {
 }
 
 /// A greedy completion request of exactly this many tokens.
-pub fn completion(model: &str, prompt: &str, max_tokens: u32) -> Value {
+pub(crate) fn completion(model: &str, prompt: &str, max_tokens: u32) -> Value {
     json!({"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
            "ignore_eos": true})
 }
 
 /// The same as a streaming request.
-pub fn streamed(model: &str, prompt: &str, max_tokens: u32) -> Value {
+pub(crate) fn streamed(model: &str, prompt: &str, max_tokens: u32) -> Value {
     let mut body = completion(model, prompt, max_tokens);
     body["stream"] = true.into();
     body
 }
 
-pub fn text_of(body: &Value) -> String {
+pub(crate) fn text_of(body: &Value) -> String {
     body["choices"][0]["text"].as_str().expect("a completion has text").to_owned()
 }
 
 /// Sends a signal to a process, which may have exited already.
-pub fn send(pid: u32, signal: Signal) {
+pub(crate) fn send(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
     let _ = kill_process(pid, signal);
 }
 
 /// Whether a process exists and is not a zombie.
-pub fn exists(pid: u32) -> bool {
+pub(crate) fn exists(pid: u32) -> bool {
     stat(pid).is_some_and(|(_, state)| state != 'Z')
 }
 
@@ -283,7 +283,7 @@ fn children(parent: u32) -> Vec<u32> {
 }
 
 /// Waits until `check` is true.
-pub fn eventually(patience: Duration, what: &str, mut check: impl FnMut() -> bool) {
+pub(crate) fn eventually(patience: Duration, what: &str, mut check: impl FnMut() -> bool) {
     let end = Instant::now() + patience;
     while !check() {
         assert!(Instant::now() < end, "{what} within {patience:?}");
@@ -293,14 +293,14 @@ pub fn eventually(patience: Duration, what: &str, mut check: impl FnMut() -> boo
 
 /// One line of `/metrics`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sample {
+pub(crate) struct Sample {
     pub name: String,
     pub labels: Vec<(String, String)>,
     pub value: f64,
 }
 
 impl Sample {
-    pub fn is(&self, name: &str, labels: &[(&str, &str)]) -> bool {
+    pub(crate) fn is(&self, name: &str, labels: &[(&str, &str)]) -> bool {
         let has = |wanted: &(&str, &str)| {
             self.labels.iter().any(|(name, value)| (name.as_str(), value.as_str()) == *wanted)
         };
@@ -309,7 +309,7 @@ impl Sample {
 }
 
 /// The samples of a text in Prometheus format.
-pub fn samples(text: &str) -> impl Iterator<Item = Sample> {
+pub(crate) fn samples(text: &str) -> impl Iterator<Item = Sample> {
     text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).map(|line| {
         let (series, value) = line.rsplit_once(' ').expect("a name and a value");
         let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
@@ -324,7 +324,7 @@ pub fn samples(text: &str) -> impl Iterator<Item = Sample> {
 
 /// The default real model of the tests. Tests that need it fail if it is missing, so that they are
 /// not skipped unnoticed.
-pub fn real_model() -> PathBuf {
+pub(crate) fn real_model() -> PathBuf {
     let path = std::env::var_os("INGOT_TEST_MODEL").map(PathBuf::from);
     let path = path.expect("INGOT_TEST_MODEL must name the file of the default model");
     assert!(path.is_file(), "INGOT_TEST_MODEL names no file: {}", path.display());
@@ -332,24 +332,24 @@ pub fn real_model() -> PathBuf {
 }
 
 /// A lock, so that one test with a real model runs at a time: each uses all cores.
-pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+pub(crate) fn one_at_a_time() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     lock(&TURN)
 }
 
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs a request in a thread of its own; returns its response and when it ended.
-pub fn later(ask: impl FnOnce() -> std::io::Result<Answer> + Send + 'static) -> Later {
+pub(crate) fn later(ask: impl FnOnce() -> std::io::Result<Answer> + Send + 'static) -> Later {
     Later(std::thread::spawn(move || (ask(), Instant::now())))
 }
 
-pub struct Later(JoinHandle<(std::io::Result<Answer>, Instant)>);
+pub(crate) struct Later(JoinHandle<(std::io::Result<Answer>, Instant)>);
 
 impl Later {
-    pub fn join(self) -> (Answer, Instant) {
+    pub(crate) fn join(self) -> (Answer, Instant) {
         let (answer, at) = self.0.join().expect("asking does not panic");
         (answer.expect("the server answers"), at)
     }

@@ -8,7 +8,7 @@ use ingot::template::{ChatTemplate, RenderInput, TemplateError};
 use serde_json::Value;
 
 /// Rows that are not as jinja2's, and why: a template, the beginning of what jinja2 says, a reason.
-pub const KNOWN: [(&str, &str, &str); 5] = [
+pub(super) const KNOWN: [(&str, &str, &str); 5] = [
     (
         "meetkai-functionary-medium-v3.1.jinja",
         "",
@@ -39,7 +39,7 @@ pub const KNOWN: [(&str, &str, &str); 5] = [
 
 /// One row that is not as expected.
 #[derive(Debug)]
-pub struct Difference {
+pub(super) struct Difference {
     pub template: String,
     pub conversation: String,
     pub expected: String,
@@ -48,7 +48,7 @@ pub struct Difference {
 
 /// What the comparison found.
 #[derive(Debug, Default)]
-pub struct Report {
+pub(super) struct Report {
     pub templates: usize,
     pub rows: usize,
     /// jinja2 renders and we render the same text.
@@ -69,7 +69,7 @@ pub struct Report {
 
 impl Report {
     /// The rows that differ for no reason in [`KNOWN`].
-    pub fn unexplained(&self) -> Vec<&Difference> {
+    pub(super) fn unexplained(&self) -> Vec<&Difference> {
         let known = |row: &&Difference| {
             KNOWN.iter().any(|(template, says, _)| {
                 row.template.starts_with(template) && row.expected.contains(says)
@@ -80,7 +80,11 @@ impl Report {
 }
 
 /// Renders every conversation of `conversations_json` with every template of `reference_json`.
-pub fn check(templates: &[&Path], conversations_json: &Path, reference_json: &Path) -> Report {
+pub(super) fn check(
+    templates: &[&Path],
+    conversations_json: &Path,
+    reference_json: &Path,
+) -> Report {
     let read = |path: &Path| -> Value {
         let text = std::fs::read_to_string(path).expect("the file is readable");
         serde_json::from_str(&text).expect("the file is JSON")

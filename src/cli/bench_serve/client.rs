@@ -21,7 +21,7 @@ pub(super) struct Sample {
 
 impl Sample {
     /// Times between neighbouring pieces of text.
-    pub fn gaps(&self) -> impl Iterator<Item = Duration> {
+    pub(super) fn gaps(&self) -> impl Iterator<Item = Duration> {
         self.arrivals.windows(2).map(|pair| pair[1] - pair[0])
     }
 }

@@ -76,12 +76,12 @@ impl Shared {
 }
 
 impl Load<'_> {
-    pub fn model(&self, index: u32) -> &str {
+    pub(super) fn model(&self, index: u32) -> &str {
         &self.models[index as usize % self.models.len()]
     }
 
     /// Unmeasured requests, with prompts that no measured request has.
-    pub async fn warm_up(&self) -> Result<(), CliError> {
+    pub(super) async fn warm_up(&self) -> Result<(), CliError> {
         for index in 0..self.options.warmup {
             let body = self.prompts.body(self.model(index), u32::MAX, index);
             let path = self.prompts.path();
@@ -95,7 +95,7 @@ impl Load<'_> {
     }
 
     /// One repetition.
-    pub async fn run(&self, repetition: u32) -> Run {
+    pub(super) async fn run(&self, repetition: u32) -> Run {
         let requests = self.options.requests();
         // Made before the clock starts: the load generator shares cores with the server.
         let bodies: VecDeque<Bytes> = (0..requests)

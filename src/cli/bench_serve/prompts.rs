@@ -40,7 +40,7 @@ pub(super) struct Prompts {
 
 impl Prompts {
     /// Settles the number of words; lengths in tokens are measured with two trial requests.
-    pub async fn prepare(
+    pub(super) async fn prepare(
         options: &BenchServeOptions,
         server: &Server,
         model: &str,
@@ -90,7 +90,7 @@ impl Prompts {
     }
 
     /// The path of the endpoint.
-    pub fn path(&self) -> &'static str {
+    pub(super) fn path(&self) -> &'static str {
         match self.endpoint {
             Endpoint::Chat => "/v1/chat/completions",
             Endpoint::Completions => "/v1/completions",
@@ -98,7 +98,7 @@ impl Prompts {
     }
 
     /// The body of request `index` of a repetition.
-    pub fn body(&self, model: &str, repetition: u32, index: u32) -> Bytes {
+    pub(super) fn body(&self, model: &str, repetition: u32, index: u32) -> Bytes {
         let key = self.seed.wrapping_mul(1_000_003).wrapping_add(u64::from(repetition));
         let mut text = String::new();
         // Every k-th request has the prefix, as evenly as the share allows.
@@ -112,7 +112,7 @@ impl Prompts {
     }
 
     /// The body of a long prompt that asks for one token.
-    pub fn probe_body(&self, model: &str, tokens: u32, repetition: u32) -> Bytes {
+    pub(super) fn probe_body(&self, model: &str, tokens: u32, repetition: u32) -> Bytes {
         let words = (f64::from(tokens) / self.tokens_per_word.unwrap_or(1.0)).round() as u32;
         let key = self.seed.wrapping_add(u64::from(repetition)) ^ 0x70_72_6f_62_65;
         self.value(model, &random_words(words.max(1), key), 1).to_string().into()

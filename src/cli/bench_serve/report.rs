@@ -20,7 +20,7 @@ pub(super) struct Times {
 }
 
 impl Times {
-    pub fn of(times: impl IntoIterator<Item = Duration>) -> Self {
+    pub(super) fn of(times: impl IntoIterator<Item = Duration>) -> Self {
         let mut ms: Vec<f64> = times.into_iter().map(|time| time.as_secs_f64() * 1e3).collect();
         ms.sort_by(f64::total_cmp);
         let Some(&max) = ms.last() else { return Self::default() };
@@ -71,7 +71,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub fn summarize(outcomes: &[Outcome], wall: Duration) -> Self {
+    pub(super) fn summarize(outcomes: &[Outcome], wall: Duration) -> Self {
         let mut run = Self { seconds: wall.as_secs_f64(), ..Self::default() };
         for error in outcomes.iter().filter_map(|outcome| outcome.as_ref().err()) {
             *run.errors.entry(error.kind()).or_default() += 1;
@@ -153,7 +153,7 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub fn new(options: &BenchServeOptions, models: &[String], prompts: &Prompts) -> Self {
+    pub(super) fn new(options: &BenchServeOptions, models: &[String], prompts: &Prompts) -> Self {
         let endpoint = match options.endpoint {
             Endpoint::Chat => "chat",
             Endpoint::Completions => "completions",
@@ -179,7 +179,7 @@ impl Report {
     }
 
     /// Picks the medians; called once, after the last run.
-    pub fn finish(&mut self) {
+    pub(super) fn finish(&mut self) {
         let middle = |count: usize| count.saturating_sub(1) / 2;
         let mut runs: Vec<&Run> = self.runs.iter().collect();
         runs.sort_by(|a, b| a.output_tokens_per_second.total_cmp(&b.output_tokens_per_second));
@@ -190,13 +190,13 @@ impl Report {
         self.median_probe = probes.get(middle(probes.len())).copied().cloned();
     }
 
-    pub fn any_success(&self) -> bool {
+    pub(super) fn any_success(&self) -> bool {
         self.runs.iter().any(|run| run.succeeded > 0)
             || self.probes.iter().any(|probe| probe.error.is_none())
     }
 
     /// For people.
-    pub fn table(&self) -> String {
+    pub(super) fn table(&self) -> String {
         let mut text = String::new();
         if self.runs.len() > 1 {
             for (index, run) in self.runs.iter().enumerate() {

@@ -28,7 +28,7 @@ pub(super) struct Chat {
 }
 
 impl Chat {
-    pub fn new(server: Server, model: String, options: &RunOptions) -> Self {
+    pub(super) fn new(server: Server, model: String, options: &RunOptions) -> Self {
         let given = [
             ("temperature", options.temperature.map(|value| json!(value))),
             ("max_tokens", options.max_tokens.map(|value| json!(value))),
@@ -46,22 +46,22 @@ impl Chat {
         }
     }
 
-    pub fn model(&self) -> &str {
+    pub(super) fn model(&self) -> &str {
         &self.model
     }
 
     /// Forgets the conversation, not the instructions.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.messages.clear();
     }
 
     /// Sets the instructions; empty text removes them.
-    pub fn set_system(&mut self, text: &str) {
+    pub(super) fn set_system(&mut self, text: &str) {
         self.system = Some(text.to_owned()).filter(|text| !text.is_empty());
     }
 
     /// Asks, and prints the answer as it comes. A question that failed leaves no trace.
-    pub async fn ask(&mut self, question: &str) -> Result<Answer, HttpError> {
+    pub(super) async fn ask(&mut self, question: &str) -> Result<Answer, HttpError> {
         self.messages.push(json!({"role": "user", "content": question}));
         let mut printer = Printer { show_reasoning: self.show_reasoning, ..Printer::default() };
         let result = tokio::select! {

@@ -28,7 +28,7 @@ pub(super) struct ServeChild {
 
 impl ServeChild {
     /// Starts the server on a free port and waits until it says where it listens.
-    pub fn start(
+    pub(super) fn start(
         model: &str,
         draft: Option<&str>,
         data_dir: &Path,

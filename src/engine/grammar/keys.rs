@@ -14,14 +14,14 @@ use toktrie::TokTrie;
 const CONTROL: u8 = 0xff;
 
 /// The bytes that a token writes.
-pub fn bytes(trie: &TokTrie, token: Token) -> &[u8] {
+pub(super) fn bytes(trie: &TokTrie, token: Token) -> &[u8] {
     let bytes = trie.token(token);
     bytes.strip_prefix(&[CONTROL]).unwrap_or(bytes)
 }
 
 /// The tokens of a vocabulary that can complete a key.
 #[derive(Debug, Default)]
-pub struct QuoteTokens {
+pub(super) struct QuoteTokens {
     /// Tokens with one quotation mark: they can end a key that has begun.
     one: Vec<Token>,
     /// Tokens with at least two: they can contain a whole key.
@@ -29,7 +29,7 @@ pub struct QuoteTokens {
 }
 
 impl QuoteTokens {
-    pub fn of(trie: &TokTrie) -> Self {
+    pub(super) fn of(trie: &TokTrie) -> Self {
         let mut found = Self::default();
         for token in 0..trie.vocab_size() as Token {
             let quotes = bytes(trie, token).iter().filter(|byte| **byte == b'"').count();
@@ -46,7 +46,7 @@ impl QuoteTokens {
 
 /// The position of a text in its JSON values, and the keys of the open objects.
 #[derive(Clone, Debug, Default)]
-pub struct UniqueKeys {
+pub(super) struct UniqueKeys {
     reasoning: Option<Reasoning>,
     open: Vec<Frame>,
     string: Option<Text>,
@@ -79,7 +79,7 @@ struct Reasoning {
 
 impl UniqueKeys {
     /// Tracks a text that may begin with a block between these markers.
-    pub fn after(reasoning: Option<&(String, String)>) -> Self {
+    pub(super) fn after(reasoning: Option<&(String, String)>) -> Self {
         let reasoning = reasoning.map(|(open, close)| Reasoning {
             open: open.clone().into_bytes(),
             close: close.clone().into_bytes(),
@@ -90,7 +90,7 @@ impl UniqueKeys {
     }
 
     /// Reads further bytes; returns false if they repeat a key.
-    pub fn push_all(&mut self, bytes: &[u8]) -> bool {
+    pub(super) fn push_all(&mut self, bytes: &[u8]) -> bool {
         let mut fine = true;
         for byte in bytes {
             // Read on even after a repeated key, so that the position stays correct.
@@ -100,7 +100,7 @@ impl UniqueKeys {
     }
 
     /// The tokens among `allowed` that would repeat a key at this position.
-    pub fn repeats<'t>(
+    pub(super) fn repeats<'t>(
         &'t self,
         trie: &'t TokTrie,
         tokens: &'t QuoteTokens,

@@ -22,7 +22,7 @@ const MAX_CAUSE: usize = 240;
 
 /// The resource limits of a grammar. llguidance counts fuel, not time, so the same grammar always
 /// gives the same result; the times are for one core of 2024.
-pub fn limits() -> ParserLimits {
+pub(super) fn limits() -> ParserLimits {
     ParserLimits {
         max_items_in_row: 2000,
         // About 20 ms to build the lexer.
@@ -42,7 +42,7 @@ pub fn limits() -> ParserLimits {
 }
 
 /// The request's field that contains a grammar of this kind.
-pub fn param(grammar: &Grammar) -> &'static str {
+pub(super) fn param(grammar: &Grammar) -> &'static str {
     match grammar {
         Grammar::JsonSchema(_) | Grammar::JsonObject | Grammar::Regex(_) => "response_format",
         Grammar::Lark(_) => "grammar",
@@ -76,7 +76,7 @@ fn noun(grammar: &Grammar) -> &'static str {
 ///
 /// # Errors
 /// An invalid-request error that names the field and what to change.
-pub fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
+pub(super) fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
     let invalid = |message: String| EngineError::invalid(param(grammar), message);
     let length = text(grammar).len();
     if length > MAX_GRAMMAR_BYTES {
@@ -191,7 +191,7 @@ fn depth(text: &str) -> usize {
 }
 
 /// The error message for a grammar that llguidance refuses.
-pub fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
+pub(super) fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
     let advice = match grammar {
         _ if cause.contains("coerce_one_of") => {
             return EngineError::invalid(

@@ -52,7 +52,7 @@ impl TokenizerEnv for Tokenizer {
 }
 
 /// Whether these tokens spell exactly these bytes, without control tokens.
-pub fn spells(trie: &TokTrie, tokens: &[Token], bytes: &[u8]) -> bool {
+pub(super) fn spells(trie: &TokTrie, tokens: &[Token], bytes: &[u8]) -> bool {
     let mut rest = bytes;
     for &token in tokens {
         let piece = trie.token(token);
@@ -71,7 +71,7 @@ pub fn spells(trie: &TokTrie, tokens: &[Token], bytes: &[u8]) -> bool {
 ///
 /// # Errors
 /// An internal error if the vocabulary is empty or larger than toktrie can hold.
-pub fn token_env(source: VocabSource) -> Result<TokEnv, EngineError> {
+pub(super) fn token_env(source: VocabSource) -> Result<TokEnv, EngineError> {
     let VocabSource { tokens, eos, tokenize } = source;
     let size = tokens.len();
     if size == 0 || size >= 1 << 24 {

@@ -62,14 +62,14 @@ pub fn overlapping_sequences<'a>(
 
 /// Buffers that [`Dry::apply`] reuses between calls.
 #[derive(Debug, Default)]
-pub struct DryScratch {
+pub(super) struct DryScratch {
     repeats: Vec<u32>,
     longest: HashMap<Token, u32>,
 }
 
 /// The DRY penalty of one sequence.
 #[derive(Debug, Clone)]
-pub struct Dry {
+pub(super) struct Dry {
     multiplier: f32,
     base: f32,
     allowed_length: usize,
@@ -83,7 +83,7 @@ pub struct Dry {
 impl Dry {
     /// Returns `None` if the parameters disable DRY. `breakers` maps a breaker's text to the token
     /// sequences that represent it, head first (see [`overlapping_sequences`]).
-    pub fn new(
+    pub(super) fn new(
         params: &SamplingParams,
         breakers: &dyn Fn(&str) -> Vec<Vec<Token>>,
     ) -> Option<Self> {
@@ -118,13 +118,13 @@ impl Dry {
     }
 
     /// Number of history tokens that [`apply`](Self::apply) examines.
-    pub fn lookback(&self) -> usize {
+    pub(super) fn lookback(&self) -> usize {
         self.last_n
     }
 
     /// Lowers the logits of tokens that would continue a repetition. `history` is prompt and
     /// output, oldest token first. Linear in `dry_penalty_last_n`.
-    pub fn apply(&self, logits: &mut [f32], history: &[Token], scratch: &mut DryScratch) {
+    pub(super) fn apply(&self, logits: &mut [f32], history: &[Token], scratch: &mut DryScratch) {
         let recent = &history[history.len().saturating_sub(self.last_n)..];
         if recent.len() <= self.allowed_length {
             return;

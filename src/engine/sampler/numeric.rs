@@ -6,7 +6,7 @@
 
 /// Logits per block: few enough to stay in the L1 cache, enough to amortise the reduction over
 /// lanes.
-pub const BLOCK: usize = 1024;
+pub(super) const BLOCK: usize = 1024;
 const LANES: usize = 16;
 
 /// Below this argument the exponential is zero; the smallest normal `f32` is about e^-87.3.
@@ -18,7 +18,7 @@ const EXP_MIN: f32 = -87.0;
 /// (<https://www.netlib.org/cephes/>). No branches and no fused multiply-add, so it vectorizes and
 /// gives the same bits on every target.
 #[inline(always)]
-pub fn exp_nonpositive(x: f32) -> f32 {
+pub(super) fn exp_nonpositive(x: f32) -> f32 {
     // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;
@@ -39,7 +39,7 @@ pub fn exp_nonpositive(x: f32) -> f32 {
 }
 
 /// Returns the largest logit; minus infinity for an empty row or a row of only NaN.
-pub fn max(logits: &[f32]) -> f32 {
+pub(super) fn max(logits: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let chunks = logits.chunks_exact(LANES);
     let rest = chunks.remainder();
@@ -57,7 +57,7 @@ pub fn max(logits: &[f32]) -> f32 {
 
 /// Returns the index of the largest logit, the lowest one of equals; `None` if all are minus
 /// infinity or NaN.
-pub fn argmax(logits: &[f32]) -> Option<usize> {
+pub(super) fn argmax(logits: &[f32]) -> Option<usize> {
     let mut best = f32::NEG_INFINITY;
     let mut block = 0;
     for (i, chunk) in logits.chunks(BLOCK).enumerate() {
@@ -97,7 +97,7 @@ fn block_weight(block: &[f32], max: f32, scale: f32) -> f32 {
 
 /// Sum of `exp(x - max)` over the row: the denominator of the softmax. `max` must be finite and not
 /// less than any logit.
-pub fn weight(logits: &[f32], max: f32) -> f64 {
+pub(super) fn weight(logits: &[f32], max: f32) -> f64 {
     logits.chunks(BLOCK).map(|b| f64::from(block_weight(b, max, 1.0))).sum()
 }
 
@@ -105,7 +105,7 @@ pub fn weight(logits: &[f32], max: f32) -> f64 {
 /// ids. Costs one exponential per logit, plus those of the selected block.
 ///
 /// `u` is uniform in `[0, 1)`; `max` is the largest logit and finite; `blocks` is scratch.
-pub fn draw(logits: &[f32], max: f32, scale: f32, u: f64, blocks: &mut Vec<f64>) -> usize {
+pub(super) fn draw(logits: &[f32], max: f32, scale: f32, u: f64, blocks: &mut Vec<f64>) -> usize {
     blocks.clear();
     let mut total = 0f64;
     for block in logits.chunks(BLOCK) {
@@ -134,7 +134,7 @@ pub fn draw(logits: &[f32], max: f32, scale: f32, u: f64, blocks: &mut Vec<f64>)
 }
 
 /// Forbids every token whose bit is not set, and tokens beyond the mask's end.
-pub fn apply_mask(logits: &mut [f32], mask: &[u32]) {
+pub(super) fn apply_mask(logits: &mut [f32], mask: &[u32]) {
     let covered = logits.len().min(mask.len().saturating_mul(32));
     let (inside, outside) = logits.split_at_mut(covered);
     outside.fill(f32::NEG_INFINITY);

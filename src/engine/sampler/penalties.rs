@@ -19,7 +19,7 @@ struct Count {
 
 /// The logit penalties of one sequence; stores nothing if all of them are neutral.
 #[derive(Debug, Clone)]
-pub struct Penalties {
+pub(super) struct Penalties {
     repetition: f32,
     frequency: f32,
     presence: f32,
@@ -30,7 +30,7 @@ pub struct Penalties {
 
 impl Penalties {
     /// Invalid values (NaN, a repetition penalty of zero or less) count as neutral.
-    pub fn new(params: &SamplingParams) -> Self {
+    pub(super) fn new(params: &SamplingParams) -> Self {
         let sane = |x: f32| if x.is_finite() { x } else { 0.0 };
         let repetition = params.repetition_penalty;
         Self {
@@ -46,7 +46,7 @@ impl Penalties {
     }
 
     /// Number of history tokens needed to know which tokens leave the window; 0 if none do.
-    pub fn lookback(&self) -> usize {
+    pub(super) fn lookback(&self) -> usize {
         if self.repeats() && self.window != usize::MAX { self.window } else { 0 }
     }
 
@@ -60,7 +60,7 @@ impl Penalties {
 
     /// Counts a token. `history` is the tokens before it, of which the last
     /// [`lookback`](Self::lookback) must be complete.
-    pub fn accept(&mut self, token: Token, history: &[Token], is_output: bool) {
+    pub(super) fn accept(&mut self, token: Token, history: &[Token], is_output: bool) {
         let output = is_output && self.counts_output();
         let repeats = self.repeats();
         if !repeats && !output {
@@ -81,7 +81,7 @@ impl Penalties {
     }
 
     /// Lowers the logits of counted tokens; leaves the others unchanged.
-    pub fn apply(&self, logits: &mut [f32]) {
+    pub(super) fn apply(&self, logits: &mut [f32]) {
         // Each token is changed independently, so the map's order does not matter.
         for (&token, count) in &self.counts {
             let Some(logit) = logits.get_mut(token as usize) else { continue };
@@ -97,7 +97,7 @@ impl Penalties {
 }
 
 /// Adds each bias to its token's logit. Tokens outside the vocabulary are ignored.
-pub fn apply_bias(logits: &mut [f32], bias: &[(Token, f32)]) {
+pub(super) fn apply_bias(logits: &mut [f32], bias: &[(Token, f32)]) {
     for &(token, value) in bias {
         if let Some(logit) = logits.get_mut(token as usize) {
             *logit += value;

@@ -3,7 +3,7 @@
 /// Independent random streams of one position, so that a draw in one stage does not change
 /// another's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stream {
+pub(super) enum Stream {
     /// The draw of the token itself.
     Token = 1,
     /// Whether XTC acts at this position.
@@ -23,7 +23,7 @@ fn mix(mut x: u64) -> u64 {
 ///
 /// Each key is mixed in before the next one is added, so that (seed 1, position 0) and (seed 0,
 /// position 1) are unrelated.
-pub fn uniform(seed: u64, choice: u32, position: u64, stream: Stream) -> f64 {
+pub(super) fn uniform(seed: u64, choice: u32, position: u64, stream: Stream) -> f64 {
     let mut x = mix(seed);
     x = mix(x ^ u64::from(choice));
     x = mix(x ^ position);

@@ -5,7 +5,7 @@ use crate::ipc::Token;
 
 /// A token that has not been excluded.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Candidate {
+pub(super) struct Candidate {
     pub id: Token,
     pub logit: f32,
     /// `exp(logit - max)`, not normalized.
@@ -15,12 +15,12 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    pub fn new(id: Token, logit: f32, max: f32) -> Self {
+    pub(super) fn new(id: Token, logit: f32, max: f32) -> Self {
         Self::weighed(id, logit, exp_nonpositive(logit - max))
     }
 
     /// Creates a candidate whose weight is already known.
-    pub fn weighed(id: Token, logit: f32, weight: f32) -> Self {
+    pub(super) fn weighed(id: Token, logit: f32, weight: f32) -> Self {
         Self { id, logit, weight, key: -logit }
     }
 }
@@ -45,7 +45,7 @@ fn unpack(packed: u64) -> (f32, Token) {
 ///
 /// One pass with a rising threshold: a buffer of `2m` entries is reduced to its best `m` whenever
 /// it is full, so the work is linear in the row in any order.
-pub fn top<'a>(
+pub(super) fn top<'a>(
     logits: &[f32],
     m: usize,
     buffer: &'a mut Vec<u64>,
@@ -81,7 +81,7 @@ pub fn top<'a>(
 }
 
 /// Total weight of a list.
-pub fn total(candidates: &[Candidate]) -> f64 {
+pub(super) fn total(candidates: &[Candidate]) -> f64 {
     candidates.iter().map(|c| f64::from(c.weight)).sum()
 }
 
@@ -157,7 +157,7 @@ fn narrow(candidates: &mut Vec<Candidate>, mass: f64) -> (usize, usize, f64) {
 
 /// Nucleus sampling: keeps the fewest most probable tokens whose total probability reaches `p`
 /// (Holtzman et al., arXiv:1904.09751).
-pub fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
+pub(super) fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
     for c in candidates.iter_mut() {
         c.key = -c.logit;
     }
@@ -167,7 +167,7 @@ pub fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
 
 /// Locally typical sampling: keeps the fewest tokens with surprise nearest to the entropy whose
 /// total probability reaches `p` (Meister et al., arXiv:2202.00666).
-pub fn typical_p(candidates: &mut Vec<Candidate>, p: f32, max: f32) {
+pub(super) fn typical_p(candidates: &mut Vec<Candidate>, p: f32, max: f32) {
     let sum = total(candidates);
     let log_sum = sum.ln();
     // A token's surprise is log_sum - (logit - max); the entropy is its mean.
@@ -185,21 +185,21 @@ pub fn typical_p(candidates: &mut Vec<Candidate>, p: f32, max: f32) {
 
 /// Keeps tokens at least `p` times as probable as the most probable (Nguyen et al.,
 /// arXiv:2407.01082).
-pub fn min_p(candidates: &mut Vec<Candidate>, p: f32) {
+pub(super) fn min_p(candidates: &mut Vec<Candidate>, p: f32) {
     let best = candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.logit));
     let floor = min_p_floor(best, p);
     candidates.retain(|c| c.logit >= floor);
 }
 
 /// The lowest logit that min-p keeps, for the largest logit `max`.
-pub fn min_p_floor(max: f32, p: f32) -> f32 {
+pub(super) fn min_p_floor(max: f32, p: f32) -> f32 {
     max + p.clamp(0.0, 1.0).ln()
 }
 
 /// "Exclude top choices": of the tokens with at least `threshold` probability, removes all but the
 /// least probable (llama.cpp's `llama_sample_xtc_apply`; text-generation-webui#6335). Does not
 /// change a list with fewer than two such tokens.
-pub fn xtc(candidates: &mut Vec<Candidate>, threshold: f32) {
+pub(super) fn xtc(candidates: &mut Vec<Candidate>, threshold: f32) {
     let floor = f64::from(threshold) * total(candidates);
     let above = |c: &Candidate| f64::from(c.weight) >= floor;
     let least = candidates

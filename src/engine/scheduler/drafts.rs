@@ -27,7 +27,7 @@ const RELUCTANCE: f32 = 1.25;
 
 impl Scheduler {
     /// Gives rows to drafts, as far as the step has rows left.
-    pub fn draft(
+    pub(crate) fn draft(
         &mut self,
         plan: &mut SchedulerOutput,
         kv: &mut KvCacheManager,
@@ -132,7 +132,7 @@ impl Scheduler {
 
     /// Whether the newest of the `given` tokens of this step equals the drafted one. If so, the
     /// logits of the following row are valid and its page can be shared.
-    pub fn accepts(&mut self, key: SeqKey, given: usize, kv: &mut KvCacheManager) -> bool {
+    pub(crate) fn accepts(&mut self, key: SeqKey, given: usize, kv: &mut KvCacheManager) -> bool {
         let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.key == key) else {
             return false;
         };
@@ -151,7 +151,7 @@ impl Scheduler {
     }
 
     /// Discards the rows of a sequence's draft that were rejected.
-    pub fn roll_back(&mut self, key: SeqKey, kv: &mut KvCacheManager) {
+    pub(crate) fn roll_back(&mut self, key: SeqKey, kv: &mut KvCacheManager) {
         let Some(sequence) = self.running.iter_mut().find(|s| s.key == key) else { return };
         if let Some(pages) = &mut sequence.pages {
             kv.roll_back(pages, sequence.computed);

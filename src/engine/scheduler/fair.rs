@@ -13,13 +13,13 @@ const OUTPUT_WEIGHT: f64 = 4.0;
 const MAX_KEYS: usize = 4096;
 
 #[derive(Debug, Default)]
-pub struct FairShares {
+pub(super) struct FairShares {
     counters: HashMap<u64, f64>,
 }
 
 impl FairShares {
     /// Records the arrival of a request of `key`; `active` are the keys that already have requests.
-    pub fn arrive(&mut self, key: u64, active: impl Iterator<Item = u64>) {
+    pub(super) fn arrive(&mut self, key: u64, active: impl Iterator<Item = u64>) {
         let mut floor = f64::INFINITY;
         for other in active {
             if other == key {
@@ -36,14 +36,14 @@ impl FairShares {
         }
     }
 
-    pub fn counter(&self, key: u64) -> f64 {
+    pub(super) fn counter(&self, key: u64) -> f64 {
         self.counters.get(&key).copied().unwrap_or(0.0)
     }
 
     /// The counter at which each request would be served, if the requests are served in this order.
     /// A request is given as its key and its prompt length; earlier requests of a key are charged
     /// before later ones.
-    pub fn places(&self, requests: impl Iterator<Item = (u64, usize)>) -> Vec<u64> {
+    pub(super) fn places(&self, requests: impl Iterator<Item = (u64, usize)>) -> Vec<u64> {
         let mut counters = HashMap::new();
         let mut place = |(key, prompt): (u64, usize)| {
             let counter = counters.entry(key).or_insert_with(|| self.counter(key));
@@ -52,7 +52,7 @@ impl FairShares {
         requests.map(&mut place).collect()
     }
 
-    pub fn charge(&mut self, key: u64, prompt: usize, output: usize) {
+    pub(super) fn charge(&mut self, key: u64, prompt: usize, output: usize) {
         *self.counters.entry(key).or_default() += prompt as f64 + OUTPUT_WEIGHT * output as f64;
     }
 }

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 const QUANTUM: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub(super) struct Limits {
     pub max_sequences: usize,
     pub batch_tokens: usize,
     pub target_step: Duration,
@@ -40,7 +40,7 @@ pub struct Limits {
 
 /// One sequence's rows in the next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ScheduledSequence {
+pub(super) struct ScheduledSequence {
     /// Index into [`Scheduler::running`].
     pub index: usize,
     pub rows: usize,
@@ -53,7 +53,7 @@ pub struct ScheduledSequence {
 
 /// The next step.
 #[derive(Debug, Default)]
-pub struct SchedulerOutput {
+pub(super) struct SchedulerOutput {
     pub work: Vec<ScheduledSequence>,
     pub adapter: Option<AdapterId>,
     /// Sequences that got their pages for this step, with the number of cached tokens.
@@ -64,7 +64,7 @@ pub struct SchedulerOutput {
     pub spare: usize,
 }
 
-pub struct Scheduler {
+pub(super) struct Scheduler {
     limits: Limits,
     pub waiting: Vec<Sequence>,
     pub running: Vec<Sequence>,
@@ -91,7 +91,7 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    pub fn new(limits: Limits) -> Self {
+    pub(super) fn new(limits: Limits) -> Self {
         Self {
             limits,
             waiting: Vec::new(),
@@ -114,22 +114,22 @@ impl Scheduler {
         }
     }
 
-    pub fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.waiting.len() >= self.limits.queue_limit
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    pub fn push(&mut self, sequence: Sequence) {
+    pub(super) fn push(&mut self, sequence: Sequence) {
         let active = self.waiting.iter().chain(&self.running).map(|other| other.facts.fair_key);
         self.shares.arrive(sequence.facts.fair_key, active);
         self.waiting.push(sequence);
     }
 
     /// The plan of the next step, without drafts; empty if no sequence can run.
-    pub fn schedule(&mut self, kv: &mut KvCacheManager) -> SchedulerOutput {
+    pub(super) fn schedule(&mut self, kv: &mut KvCacheManager) -> SchedulerOutput {
         let mut plan = SchedulerOutput::default();
         self.admit(kv, &mut plan);
         self.grow(kv);
@@ -175,7 +175,7 @@ impl Scheduler {
     }
 
     /// Records the duration of a step, and charges the keys of its sequences.
-    pub fn observe(&mut self, plan: &SchedulerOutput, took: Duration) {
+    pub(super) fn observe(&mut self, plan: &SchedulerOutput, took: Duration) {
         let drafted = plan.work.iter().map(|work| work.drafted).sum();
         self.cost.observe(plan.decoding, drafted, plan.prefill, took);
         for work in &plan.work {
@@ -186,45 +186,45 @@ impl Scheduler {
     }
 
     /// Expected seconds of the step.
-    pub fn expected(&self, plan: &SchedulerOutput) -> f32 {
+    pub(super) fn expected(&self, plan: &SchedulerOutput) -> f32 {
         self.cost.expected(plan.decoding, plan.prefill)
     }
 
     /// Rows of an input to be embedded or scored that are computed before the next step.
-    pub fn pooling_rows(&self) -> usize {
+    pub(super) fn pooling_rows(&self) -> usize {
         let decoding = self.running.iter().filter(|s| s.is_runnable() && s.is_decoding()).count();
         self.cost.budget(decoding) - decoding
     }
 
     /// Expected seconds of `rows` rows of an input to be embedded or scored.
-    pub fn expected_pooling(&self, rows: usize) -> f32 {
+    pub(super) fn expected_pooling(&self, rows: usize) -> f32 {
         self.cost.expected(0, rows)
     }
 
     /// Records the duration of `rows` rows of an input to be embedded or scored.
-    pub fn observe_pooling(&mut self, rows: usize, took: Duration) {
+    pub(super) fn observe_pooling(&mut self, rows: usize, took: Duration) {
         self.cost.observe(0, 0, rows, took);
     }
 
     /// Duration of the longest recent step in seconds, decayed.
-    pub fn longest_step(&self) -> f32 {
+    pub(super) fn longest_step(&self) -> f32 {
         self.cost.longest()
     }
 
     /// Removes and returns all sequences of a request. The caller frees their pages.
-    pub fn remove(&mut self, request: RequestId) -> Vec<Sequence> {
+    pub(super) fn remove(&mut self, request: RequestId) -> Vec<Sequence> {
         let mine = |sequence: &mut Sequence| sequence.key.request == request;
         let mut removed: Vec<_> = self.running.extract_if(.., mine).collect();
         removed.extend(self.waiting.extract_if(.., mine));
         removed
     }
 
-    pub fn sequence_mut(&mut self, key: SeqKey) -> Option<&mut Sequence> {
+    pub(super) fn sequence_mut(&mut self, key: SeqKey) -> Option<&mut Sequence> {
         self.sequences_mut().find(|sequence| sequence.key == key)
     }
 
     /// Removes and returns one sequence. The caller frees its pages.
-    pub fn take(&mut self, key: SeqKey) -> Option<Sequence> {
+    pub(super) fn take(&mut self, key: SeqKey) -> Option<Sequence> {
         if let Some(at) = self.running.iter().position(|s| s.key == key) {
             return Some(self.running.remove(at));
         }
@@ -233,21 +233,21 @@ impl Scheduler {
     }
 
     /// All sequences, running and waiting.
-    pub fn sequences_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
+    pub(super) fn sequences_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
         self.running.iter_mut().chain(&mut self.waiting)
     }
 
     /// Number of sequences whose clients read slowly.
-    pub fn paused(&self) -> usize {
+    pub(super) fn paused(&self) -> usize {
         self.running.iter().chain(&self.waiting).filter(|sequence| sequence.paused).count()
     }
 
-    pub fn uses_adapter(&self, adapter: AdapterId) -> bool {
+    pub(super) fn uses_adapter(&self, adapter: AdapterId) -> bool {
         self.running.iter().chain(&self.waiting).any(|s| s.facts.adapter == Some(adapter))
     }
 
     /// Number of adapters that have requests but not the current turn.
-    pub fn adapters_waiting(&self) -> usize {
+    pub(super) fn adapters_waiting(&self) -> usize {
         let mut others: Vec<_> = self
             .running
             .iter()

@@ -11,7 +11,7 @@ const CLASSES: [(usize, f32); 5] = [(2, 0.3), (3, 0.45), (4, 0.6), (8, 0.8), (LO
 /// Acceptance rates of one sequence, by the length of the match that a draft continues: decaying
 /// means over all proposed tokens, whether they were computed or not.
 #[derive(Debug)]
-pub struct Acceptance {
+pub(super) struct Acceptance {
     rates: [f32; CLASSES.len()],
 }
 
@@ -23,11 +23,11 @@ impl Default for Acceptance {
 
 impl Acceptance {
     /// Probability that the token proposed after a match of `length` tokens is accepted.
-    pub fn rate(&self, length: usize) -> f32 {
+    pub(super) fn rate(&self, length: usize) -> f32 {
         self.rates[class(length)]
     }
 
-    pub fn observe(&mut self, length: usize, stood: bool) {
+    pub(super) fn observe(&mut self, length: usize, stood: bool) {
         let rate = &mut self.rates[class(length)];
         *rate += ALPHA * (f32::from(u8::from(stood)) - *rate);
     }

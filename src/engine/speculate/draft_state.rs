@@ -19,7 +19,7 @@ const CLASSES: [(f32, f32); 5] = [(0.0, 0.15), (0.25, 0.4), (0.5, 0.65), (0.8, 0
 
 /// Acceptance rates of a draft model's tokens: decaying means.
 #[derive(Debug, Clone, Copy)]
-pub struct AcceptanceRate {
+pub(super) struct AcceptanceRate {
     /// Rate of the next token, before its probability is known.
     next: f32,
     by_confidence: [f32; CLASSES.len()],
@@ -33,12 +33,12 @@ impl Default for AcceptanceRate {
 
 impl AcceptanceRate {
     /// Probability that the next token of the draft model will be accepted.
-    pub fn next(&self) -> f32 {
+    pub(super) fn next(&self) -> f32 {
         self.next
     }
 
     /// Acceptance probability of a token that has probability `confidence` in the draft model.
-    pub fn rate(&self, confidence: f32) -> f32 {
+    pub(super) fn rate(&self, confidence: f32) -> f32 {
         self.by_confidence[class(confidence)]
     }
 
@@ -50,7 +50,7 @@ impl AcceptanceRate {
     }
 
     /// Records a step without a draft.
-    pub fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         self.next += FORGET * (1.0 - self.next);
     }
 }
@@ -60,11 +60,11 @@ fn class(confidence: f32) -> usize {
 }
 
 /// Pages of removed sequences. The draft model's cache frees them at its next use.
-pub type Left = Rc<RefCell<Vec<SequencePages>>>;
+pub(super) type Left = Rc<RefCell<Vec<SequencePages>>>;
 
 /// A sequence's state in a draft model. Dropping it releases its pages.
 #[derive(Debug)]
-pub struct DraftState {
+pub(super) struct DraftState {
     /// `None` until the draft model prefills the sequence, and after the pages have been released.
     pub(super) pages: Option<SequencePages>,
     left: Left,

@@ -16,7 +16,7 @@ mod draft_state;
 mod model;
 mod ngram;
 
-pub use model::{DraftModel, DraftRequest};
+pub(super) use model::{DraftModel, DraftRequest};
 
 use crate::ipc::Token;
 use acceptance::Acceptance;
@@ -25,7 +25,7 @@ use ngram::NgramProposer;
 
 /// Most tokens drafted for a sequence in one step. Longer drafts gain little: every step pays for
 /// its first token anyway.
-pub const MAX_DRAFTED: usize = 16;
+pub(super) const MAX_DRAFTED: usize = 16;
 
 /// Acceptance probability of a token that a grammar forces. It is rejected only if the model
 /// tokenizes the same text differently.
@@ -33,7 +33,7 @@ const FORCED: f32 = 0.98;
 
 /// The draft of one sequence, and the acceptance statistics of its earlier drafts.
 #[derive(Debug, Default)]
-pub struct Speculation {
+pub(super) struct Speculation {
     lookup: NgramProposer,
     acceptance: Acceptance,
     /// `None` until a draft model is consulted for this sequence.
@@ -52,7 +52,7 @@ pub struct Speculation {
 impl Speculation {
     /// Drafts at most `most` tokens to follow `tokens`, which must begin with the tokens of the
     /// previous call. Tokens that a grammar forces come first. Takes about a microsecond.
-    pub fn propose(&mut self, tokens: &[Token], forced: &[Token], most: usize) {
+    pub(super) fn propose(&mut self, tokens: &[Token], forced: &[Token], most: usize) {
         self.confirmed = 0;
         self.forced = forced.len().min(most);
         self.confidence.clear();
@@ -65,17 +65,17 @@ impl Speculation {
     }
 
     /// Number of first tokens of the draft that have been confirmed by sampling.
-    pub fn confirmed(&self) -> usize {
+    pub(super) fn confirmed(&self) -> usize {
         self.confirmed
     }
 
-    pub fn draft(&self) -> &[Token] {
+    pub(super) fn draft(&self) -> &[Token] {
         &self.draft
     }
 
     /// For each token of the draft, the probability that it and all tokens before it are accepted;
     /// decreasing.
-    pub fn chances(&self) -> impl Iterator<Item = f32> {
+    pub(super) fn chances(&self) -> impl Iterator<Item = f32> {
         (0..self.draft.len()).scan(1.0, |all, at| {
             *all *= match (at.checked_sub(self.forced), &self.seat) {
                 (None, _) => FORCED,
@@ -93,7 +93,7 @@ impl Speculation {
     }
 
     /// Number of the draft model's tokens among the draft's first `count`.
-    pub fn modelled(&self, count: usize) -> usize {
+    pub(super) fn modelled(&self, count: usize) -> usize {
         if self.is_modelled() { count.saturating_sub(self.forced) } else { 0 }
     }
 
@@ -117,13 +117,13 @@ impl Speculation {
     }
 
     /// Releases the draft model's pages of this sequence. Called when the sequence must wait.
-    pub fn make_room(&mut self) {
+    pub(super) fn make_room(&mut self) {
         self.seat.iter_mut().for_each(DraftState::leave);
     }
 
     /// Updates the acceptance statistics with a sampled token, whether its draft was computed or
     /// not.
-    pub fn observe(&mut self, token: Token) {
+    pub(super) fn observe(&mut self, token: Token) {
         let Some(&foreseen) = self.draft.get(self.confirmed) else { return };
         let accepts = foreseen == token;
         let modelled = self.is_modelled();

@@ -28,7 +28,7 @@ const FRESH: usize = 2;
 /// After a step without a draft model pass, a pass must be worth this many times its cost.
 const RELUCTANCE: f32 = 1.25;
 
-pub struct DraftModel {
+pub(crate) struct DraftModel {
     runner: Box<dyn ModelRunner>,
     tokenizer: Arc<dyn Tokenizer>,
     kv: KvCacheManager,
@@ -47,7 +47,7 @@ pub struct DraftModel {
 }
 
 /// A decoding sequence that may be drafted for.
-pub struct DraftRequest<'a> {
+pub(crate) struct DraftRequest<'a> {
     pub tokens: &'a [Token],
     /// The tenant that may share its prefix.
     pub tenant: u64,
@@ -77,7 +77,7 @@ struct Turn<'a> {
 
 impl DraftModel {
     /// `vocab` is the number of tokens of the served model.
-    pub fn new(runner: Box<dyn ModelRunner>, vocab: usize) -> Self {
+    pub(crate) fn new(runner: Box<dyn ModelRunner>, vocab: usize) -> Self {
         let info = runner.info();
         let mut cost = CostModel::new(Duration::ZERO, usize::MAX, Duration::ZERO);
         cost.observe(1, 0, 0, Duration::from_secs_f32(info.step_seconds.max(0.0)));
@@ -105,7 +105,7 @@ impl DraftModel {
     /// Drafts at most `spare` tokens while that raises the step's tokens per second, or up to the
     /// limits if there is no `pace`. Prefills at most `spare` tokens of sequences that are new to
     /// the draft model. Returns the seconds that the passes took.
-    pub fn draft(
+    pub(crate) fn draft(
         &mut self,
         draftees: Vec<DraftRequest>,
         mut pace: Option<Pace>,
@@ -380,13 +380,13 @@ fn prefetch_next(sampler: &Sampler, tokens: &[Token]) -> Sampler {
 #[cfg(test)]
 impl DraftModel {
     /// Pages held by sequences, after the pages of finished sequences have been freed.
-    pub fn held_pages(&mut self) -> usize {
+    pub(crate) fn held_pages(&mut self) -> usize {
         self.take_back();
         self.kv.held_pages()
     }
 
     /// Free pages after every cached page has been evicted.
-    pub fn free_pages(&mut self) -> usize {
+    pub(crate) fn free_pages(&mut self) -> usize {
         while self.kv.evict_one() {}
         self.kv.free_pages()
     }

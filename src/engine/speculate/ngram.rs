@@ -11,7 +11,7 @@ use crate::ipc::Token;
 /// Lengths of the n-grams that are looked up, longest first.
 const LENGTHS: std::ops::RangeInclusive<usize> = 2..=4;
 /// Most tokens of a match that are compared: a longer match is no better.
-pub const LONGEST_MATCH: usize = 16;
+pub(super) const LONGEST_MATCH: usize = 16;
 /// Base-2 logarithm of the table's size. The table grows with the tokens, up to 1 MiB.
 const TABLE_BITS: std::ops::RangeInclusive<u32> = 8..=18;
 /// Table entries per n-gram; enough that few entries are overwritten.
@@ -19,7 +19,7 @@ const SPARSE: usize = 4;
 
 /// An index over the tokens of one sequence, which must only grow between calls.
 #[derive(Debug, Default)]
-pub struct NgramProposer {
+pub(super) struct NgramProposer {
     /// By hash: the position after the last occurrence of an n-gram; 0 if there is none.
     table: Vec<u32>,
     bits: u32,
@@ -29,7 +29,7 @@ pub struct NgramProposer {
 
 /// An earlier position that is preceded by the newest tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Match {
+pub(super) struct Match {
     /// Position of the token that followed the earlier occurrence.
     pub next: usize,
     /// Number of equal tokens before that position, at most [`LONGEST_MATCH`].
@@ -39,7 +39,7 @@ pub struct Match {
 impl NgramProposer {
     /// Finds the latest position in `tokens` that is preceded by the longest known n-gram at the
     /// end of `tokens` + `prefetch_next`. `tokens` must begin with the tokens of the previous call.
-    pub fn find(&mut self, tokens: &[Token], prefetch_next: &[Token]) -> Option<Match> {
+    pub(super) fn find(&mut self, tokens: &[Token], prefetch_next: &[Token]) -> Option<Match> {
         self.extend(tokens);
         let kept = tokens.len().saturating_sub(LONGEST_MATCH);
         let newest = [&tokens[kept..], prefetch_next].concat();
@@ -82,7 +82,7 @@ impl NgramProposer {
 /// Fills a draft of the tokens after `tokens`, up to `most` tokens, with the tokens that follow
 /// `found`. At the end of `tokens` copying continues from the draft itself, so that a loop of a few
 /// tokens can be drafted at any length.
-pub fn copy(tokens: &[Token], found: Match, most: usize, draft: &mut Vec<Token>) {
+pub(super) fn copy(tokens: &[Token], found: Match, most: usize, draft: &mut Vec<Token>) {
     for at in (found.next..).take(most.saturating_sub(draft.len())) {
         let token = tokens.get(at).copied().unwrap_or_else(|| draft[at - tokens.len()]);
         draft.push(token);

@@ -4,7 +4,7 @@ use crate::ipc::Token;
 
 /// The reference's prediction for one row, and its likelihood of the text so far.
 #[derive(Debug, Default)]
-pub struct Reference {
+pub(super) struct Reference {
     /// (vocabulary) log p: the logits minus the logarithm of the sum of their exponentials.
     log_p: Vec<f64>,
     /// (vocabulary) p.
@@ -15,7 +15,7 @@ pub struct Reference {
 
 /// Log likelihood of the tokens of the text.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Likelihood {
+pub(super) struct Likelihood {
     sum: f64,
     count: usize,
 }
@@ -27,7 +27,7 @@ impl Likelihood {
     }
 
     /// e to the power of the mean negative log likelihood.
-    pub fn perplexity(&self) -> f64 {
+    pub(super) fn perplexity(&self) -> f64 {
         (-self.sum / self.count.max(1) as f64).exp()
     }
 }
@@ -35,7 +35,7 @@ impl Likelihood {
 impl Reference {
     /// Reads a row and the token that follows it in the text. Returns `None` if a logit is not
     /// finite.
-    pub fn read(&mut self, logits: &[f32], target: Option<Token>) -> Option<()> {
+    pub(super) fn read(&mut self, logits: &[f32], target: Option<Token>) -> Option<()> {
         let (best, total) = log_sum_exp(logits)?;
         self.best = best;
         self.log_p.clear();
@@ -51,7 +51,7 @@ impl Reference {
 
 /// The distance of a runner from the reference.
 #[derive(Debug, Default)]
-pub struct Divergence {
+pub(super) struct Divergence {
     /// (rows) KL(reference || runner) in nats: the expectation under p of log p - log q.
     pub kl: Vec<f64>,
     /// Number of rows whose most probable token is also the reference's.
@@ -61,7 +61,7 @@ pub struct Divergence {
 
 impl Divergence {
     /// Adds the row that the reference has just read. Returns `None` if a logit is not finite.
-    pub fn add(
+    pub(super) fn add(
         &mut self,
         reference: &Reference,
         logits: &[f32],
@@ -78,13 +78,13 @@ impl Divergence {
         Some(())
     }
 
-    pub fn mean(&self) -> f64 {
+    pub(super) fn mean(&self) -> f64 {
         self.kl.iter().sum::<f64>() / self.kl.len().max(1) as f64
     }
 
     /// The quantile by nearest rank: the smallest value that at least this share of the rows does
     /// not exceed.
-    pub fn quantile(&self, share: f64) -> f64 {
+    pub(super) fn quantile(&self, share: f64) -> f64 {
         let mut sorted = self.kl.clone();
         sorted.sort_by(f64::total_cmp);
         let rank = (share * sorted.len() as f64).ceil() as usize;

@@ -36,7 +36,7 @@ struct Choice {
 }
 
 impl Writer {
-    pub fn new(request: &ChatRequest, constraint: &Constraint) -> Self {
+    pub(super) fn new(request: &ChatRequest, constraint: &Constraint) -> Self {
         let choice = |_| Choice {
             parser: OutputParser::new(
                 constraint.family,

@@ -14,7 +14,7 @@ const MAX_REGEX: usize = 16 << 10;
 ///
 /// Besides OpenAI's `text`, `json_object` and `json_schema` there are
 /// `{"type": "regex", "regex": "…"}` and `{"type": "grammar", "grammar": "…"}` (Lark).
-pub fn take_response_format(fields: &mut Fields) -> Result<Option<Grammar>, ApiError> {
+pub(super) fn take_response_format(fields: &mut Fields) -> Result<Option<Grammar>, ApiError> {
     let Some(mut format) = fields.object("response_format")? else { return Ok(None) };
     let kind = format.string("type", 64)?.ok_or_else(|| format.missing("type"))?;
     let grammar = match kind.as_str() {

@@ -102,7 +102,7 @@ pub fn router(app: Arc<App>) -> Router {
 }
 
 /// The routes that a job may use over its own connection.
-pub fn of_jobs(app: Arc<App>) -> Routes {
+pub(super) fn of_jobs(app: Arc<App>) -> Routes {
     Arc::new(move |link| {
         Router::new()
             .route(rollout::ROLLOUTS, post(policy::rollouts))

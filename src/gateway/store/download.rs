@@ -43,7 +43,7 @@ pub(super) struct Downloader {
 }
 
 impl Downloader {
-    pub fn new(patient: bool) -> Self {
+    pub(super) fn new(patient: bool) -> Self {
         let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build();
         let agent = Agent::config_builder()
             .http_status_as_error(false)
@@ -65,7 +65,7 @@ impl Downloader {
     ///
     /// The hub responds with a redirect to the storage server. The digest of a large file is in
     /// that first response (`x-linked-etag`), so redirects are followed by hand, on one host only.
-    pub fn describe(&self, remote: &mut Remote) -> Result<(), PullError> {
+    pub(super) fn describe(&self, remote: &mut Remote) -> Result<(), PullError> {
         let mut url = remote.url.clone();
         for _ in 0..5 {
             let response = self.send("HEAD", &url, remote, 0)?;
@@ -99,7 +99,7 @@ impl Downloader {
     }
 
     /// Downloads into `part` and resumes an earlier attempt. Returns the SHA-256.
-    pub fn fetch(
+    pub(super) fn fetch(
         &self,
         remote: &Remote,
         part: &Path,
@@ -242,7 +242,7 @@ pub(super) struct Part {
 
 impl Part {
     /// Opens or creates the file, and hashes the bytes of an earlier attempt.
-    pub fn open(path: &Path) -> Result<Self, PullError> {
+    pub(super) fn open(path: &Path) -> Result<Self, PullError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -262,14 +262,14 @@ impl Part {
         }
     }
 
-    pub fn restart(&mut self) -> Result<(), PullError> {
+    pub(super) fn restart(&mut self) -> Result<(), PullError> {
         self.file.set_len(0).and_then(|()| self.file.rewind()).map_err(write_error)?;
         self.hasher = Sha256::new();
         self.len = 0;
         Ok(())
     }
 
-    pub fn write(&mut self, bytes: &[u8]) -> Result<(), PullError> {
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), PullError> {
         self.file.write_all(bytes).map_err(write_error)?;
         self.hasher.update(bytes);
         self.len += bytes.len() as u64;
@@ -277,7 +277,7 @@ impl Part {
     }
 
     /// Syncs the file to disk; returns the SHA-256.
-    pub fn finish(self, path: &Path) -> Result<String, PullError> {
+    pub(super) fn finish(self, path: &Path) -> Result<String, PullError> {
         self.file.sync_all().map_err(io_error("write", path))?;
         Ok(hex(&self.hasher.finalize()))
     }

@@ -266,7 +266,7 @@ pub(crate) mod fake {
 
     /// Requests whose events a test sends, with one sender per prompt. A closed receiver means that
     /// the request was cancelled.
-    pub fn running(
+    pub(crate) fn running(
         prompts: usize,
         limit: Duration,
     ) -> (GenerationStream, Vec<UnboundedSender<Event>>) {
@@ -281,7 +281,7 @@ pub(crate) mod fake {
     }
 
     /// A request that has ended, with all its events waiting.
-    pub fn recorded(events: Vec<Event>) -> GenerationStream {
+    pub(crate) fn recorded(events: Vec<Event>) -> GenerationStream {
         let (running, senders) = running(1, Duration::from_secs(60));
         for event in events {
             senders[0].send(event).expect("the receiver lives");
@@ -289,23 +289,23 @@ pub(crate) mod fake {
         running
     }
 
-    pub fn accepted(prompt_tokens: u32, cached_tokens: u32) -> [Event; 2] {
+    pub(crate) fn accepted(prompt_tokens: u32, cached_tokens: u32) -> [Event; 2] {
         [Event::Accepted { prompt_tokens }, Event::Started { cached_tokens, queue_seconds: 0.0 }]
     }
 
-    pub fn delta(choice: u32, text: &str) -> Event {
+    pub(crate) fn delta(choice: u32, text: &str) -> Event {
         Event::Delta { choice, text: text.into(), tokens: 1, logprobs: Vec::new() }
     }
 
-    pub fn delta_with(choice: u32, text: &str, logprobs: Vec<TokenLogprob>) -> Event {
+    pub(crate) fn delta_with(choice: u32, text: &str, logprobs: Vec<TokenLogprob>) -> Event {
         Event::Delta { choice, text: text.into(), tokens: 1, logprobs }
     }
 
-    pub fn finish(choice: u32, reason: FinishReason, completion_tokens: u32) -> Event {
+    pub(crate) fn finish(choice: u32, reason: FinishReason, completion_tokens: u32) -> Event {
         Event::Finish { choice, reason, completion_tokens }
     }
 
-    pub fn done() -> Event {
+    pub(crate) fn done() -> Event {
         Event::Done { timing: Timing::default() }
     }
 }

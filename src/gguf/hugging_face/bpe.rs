@@ -8,13 +8,13 @@ use serde_json::Value as Json;
 use std::collections::BTreeMap;
 
 /// Whether tokens represent bytes as in GPT-2.
-pub fn is_byte_level(tokenizer: &Object) -> bool {
+pub(super) fn is_byte_level(tokenizer: &Object) -> bool {
     let pre = tokenizer.get("pre_tokenizer").unwrap_or(&Json::Null);
     let bytes = |part: &Json| part["type"] == "ByteLevel";
     bytes(pre) || pre["pretokenizers"].as_array().is_some_and(|list| list.iter().any(bytes))
 }
 
-pub fn read(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<Base, ConvertError> {
+pub(super) fn read(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<Base, ConvertError> {
     let wrong = |reason: String| ConvertError::new(TOKENIZER, reason);
     let model = model(tokenizer)?;
     let whole_words = model["ignore_merges"] == true;
@@ -36,12 +36,12 @@ pub fn read(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<Base, Conve
 }
 
 /// Note that a GGUF does not carry a Unicode normalization form.
-pub fn form_note(form: &str) -> String {
+pub(super) fn form_note(form: &str) -> String {
     format!("texts are not brought to the form {form} before they are tokenized")
 }
 
 /// The parts of `normalizer`.
-pub fn normalizers(tokenizer: &Object) -> Vec<&Json> {
+pub(super) fn normalizers(tokenizer: &Object) -> Vec<&Json> {
     match tokenizer.get("normalizer") {
         None | Some(Json::Null) => Vec::new(),
         Some(one) => one["normalizers"].as_array().map_or(vec![one], |list| list.iter().collect()),
@@ -49,7 +49,7 @@ pub fn normalizers(tokenizer: &Object) -> Vec<&Json> {
 }
 
 /// The BPE model in a tokenizer.
-pub fn model(tokenizer: &Object) -> Result<&Json, ConvertError> {
+pub(super) fn model(tokenizer: &Object) -> Result<&Json, ConvertError> {
     let model = tokenizer.get("model").unwrap_or(&Json::Null);
     let kind = model["type"].as_str().unwrap_or("BPE");
     let set = |key: &&str| model[*key].as_str().is_some_and(|text| !text.is_empty());
@@ -68,7 +68,7 @@ pub fn model(tokenizer: &Object) -> Result<&Json, ConvertError> {
 }
 
 /// Tokens by id.
-pub fn vocabulary(model: &Json) -> Result<BTreeMap<u64, String>, ConvertError> {
+pub(super) fn vocabulary(model: &Json) -> Result<BTreeMap<u64, String>, ConvertError> {
     let wrong = |reason: String| ConvertError::new(TOKENIZER, reason);
     let Some(listed) = model["vocab"].as_object().filter(|listed| !listed.is_empty()) else {
         return Err(wrong("its model has no object `vocab`".into()));
@@ -86,7 +86,7 @@ pub fn vocabulary(model: &Json) -> Result<BTreeMap<u64, String>, ConvertError> {
 }
 
 /// Both sides of every merge, in order.
-pub fn merges(model: &Json) -> Result<Vec<(&str, &str)>, ConvertError> {
+pub(super) fn merges(model: &Json) -> Result<Vec<(&str, &str)>, ConvertError> {
     let wrong = |reason: String| ConvertError::new(TOKENIZER, reason);
     let Some(listed) = model["merges"].as_array() else {
         return Err(wrong("its model has no list `merges`".into()));

@@ -9,10 +9,10 @@ use crate::gguf::{Array, Value, is_interleaved};
 use serde_json::Value as Json;
 
 /// A key without the prefix of the architecture's name.
-pub type Key = &'static str;
+pub(super) type Key = &'static str;
 
 /// Everything that is written except the tokenizer.
-pub struct Plan {
+pub(super) struct Plan {
     pub architecture: &'static str,
     pub keys: Vec<(Key, Value)>,
     /// Rows of the embedding.
@@ -23,7 +23,7 @@ pub struct Plan {
 }
 
 /// A tensor of the GGUF, and its source.
-pub struct Wanted {
+pub(super) struct Wanted {
     pub name: String,
     pub from: String,
     /// In ggml's order: the number of columns first.
@@ -33,7 +33,7 @@ pub struct Wanted {
 
 /// Change of a tensor during conversion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change {
+pub(super) enum Change {
     None,
     /// Rows in halves are reordered to adjacent rows, within each of this many heads.
     Neighbours(u64),
@@ -43,7 +43,7 @@ pub enum Change {
 
 /// An object of the configuration; its errors name the object.
 #[derive(Clone, Copy)]
-pub struct Config<'a>(pub &'a Object);
+pub(super) struct Config<'a>(pub &'a Object);
 
 /// Maximum of token counts and similar numbers.
 const MAX_NUMBER: u64 = 1 << 31;
@@ -52,16 +52,16 @@ const MAX_LAYERS: u64 = 4096;
 const MAX_HEAD: u64 = 1 << 16;
 
 impl<'a> Config<'a> {
-    pub fn wrong(&self, reason: impl Into<String>) -> ConvertError {
+    pub(super) fn wrong(&self, reason: impl Into<String>) -> ConvertError {
         ConvertError::new(CONFIG, reason)
     }
 
     /// A value that is present and not null.
-    pub fn get(&self, key: &str) -> Option<&'a Json> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a Json> {
         self.0.get(key).filter(|value| !value.is_null())
     }
 
-    pub fn object(&self, key: &str) -> Result<Option<Config<'a>>, ConvertError> {
+    pub(super) fn object(&self, key: &str) -> Result<Option<Config<'a>>, ConvertError> {
         match self.get(key) {
             None => Ok(None),
             Some(Json::Object(object)) => Ok(Some(Config(object))),
@@ -69,7 +69,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    pub fn text(&self, key: &str) -> Result<Option<&'a str>, ConvertError> {
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>, ConvertError> {
         match self.get(key) {
             None => Ok(None),
             Some(Json::String(text)) => Ok(Some(text)),
@@ -77,7 +77,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    pub fn flag(&self, key: &str) -> Result<Option<bool>, ConvertError> {
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, ConvertError> {
         match self.get(key) {
             None => Ok(None),
             Some(Json::Bool(flag)) => Ok(Some(*flag)),
@@ -86,7 +86,7 @@ impl<'a> Config<'a> {
     }
 
     /// A whole number of at least 1.
-    pub fn number(&self, key: &str) -> Result<Option<u64>, ConvertError> {
+    pub(super) fn number(&self, key: &str) -> Result<Option<u64>, ConvertError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64().filter(|number| (1..MAX_NUMBER).contains(number)) {
             Some(number) => Ok(Some(number)),
@@ -95,7 +95,7 @@ impl<'a> Config<'a> {
     }
 
     /// A number above 0.
-    pub fn positive(&self, key: &str) -> Result<Option<f64>, ConvertError> {
+    pub(super) fn positive(&self, key: &str) -> Result<Option<f64>, ConvertError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_f64().filter(|number| (*number as f32).is_finite() && *number > 0.0) {
             Some(number) => Ok(Some(number)),
@@ -103,7 +103,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    pub fn needed(&self, key: &str) -> Result<f64, ConvertError> {
+    pub(super) fn needed(&self, key: &str) -> Result<f64, ConvertError> {
         self.positive(key)?.ok_or_else(|| self.wrong(format!("`{key}` is missing")))
     }
 
@@ -148,7 +148,7 @@ impl Shape {
 }
 
 /// Reads the configuration. Settings that a GGUF cannot represent are added to `lacking`.
-pub fn plan(
+pub(super) fn plan(
     config: &Object,
     weights: &Weights,
     lacking: &mut Vec<String>,

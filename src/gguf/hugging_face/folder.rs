@@ -7,17 +7,17 @@ use std::fs;
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
-pub const CONFIG: &str = "config.json";
-pub const TOKENIZER: &str = "tokenizer.json";
-pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
-pub const TOKENIZER_MODEL: &str = "tokenizer.model";
+pub(super) const CONFIG: &str = "config.json";
+pub(super) const TOKENIZER: &str = "tokenizer.json";
+pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(super) const TOKENIZER_MODEL: &str = "tokenizer.model";
 
 /// Maximum size of a file that is read as a whole, in bytes. Tokenizers with vocabularies of 256k
 /// tokens have 35 MB.
 const MAX_FILE: u64 = 256 << 20;
 
 /// A JSON object.
-pub type Object = Map<String, Json>;
+pub(super) type Object = Map<String, Json>;
 
 /// Whether `folder` looks like a Hugging Face model.
 pub fn is_hugging_face(folder: &Path) -> bool {
@@ -56,13 +56,13 @@ pub fn fingerprint(folder: &Path) -> Result<String, ConvertError> {
 }
 
 /// The model's name, which is that of its folder.
-pub fn name(folder: &Path) -> String {
+pub(super) fn name(folder: &Path) -> String {
     let whole = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
     whole.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// Reads a whole file; `None` if it does not exist.
-pub fn bytes(folder: &Path, file: &str) -> Result<Option<Vec<u8>>, ConvertError> {
+pub(super) fn bytes(folder: &Path, file: &str) -> Result<Option<Vec<u8>>, ConvertError> {
     let path = folder.join(file);
     let about = match fs::metadata(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -75,7 +75,7 @@ pub fn bytes(folder: &Path, file: &str) -> Result<Option<Vec<u8>>, ConvertError>
 }
 
 /// Reads a file that holds a JSON object; `None` if it does not exist.
-pub fn object(folder: &Path, file: &str) -> Result<Option<Object>, ConvertError> {
+pub(super) fn object(folder: &Path, file: &str) -> Result<Option<Object>, ConvertError> {
     let Some(bytes) = bytes(folder, file)? else { return Ok(None) };
     let object = serde_json::from_slice(&bytes);
     object.map(Some).map_err(|error| {
@@ -84,7 +84,7 @@ pub fn object(folder: &Path, file: &str) -> Result<Option<Object>, ConvertError>
 }
 
 /// Reads `config.json`; for a multimodal model, its part about text.
-pub fn config(folder: &Path) -> Result<Object, ConvertError> {
+pub(super) fn config(folder: &Path) -> Result<Object, ConvertError> {
     if !folder.is_dir() {
         let reason = "there is no such folder; name one that holds config.json";
         return Err(ConvertError::new(folder.display().to_string(), reason));

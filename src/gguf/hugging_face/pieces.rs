@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 
 /// Reads the tokenizer. In `tokenizer.json` pairs merge by rank, in a GGUF by the score of the
 /// merged token. If the tokenizer was converted from a SentencePiece file, both are equivalent.
-pub fn read(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<Base, ConvertError> {
+pub(super) fn read(tokenizer: &Object, lacking: &mut Vec<String>) -> Result<Base, ConvertError> {
     let wrong = |reason: String| ConvertError::new(TOKENIZER, reason);
     let model = model(tokenizer)?;
     if model["byte_fallback"] != true {

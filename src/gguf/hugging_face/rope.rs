@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 use std::f64::consts::PI;
 
 /// RoPE settings of a GGUF.
-pub struct Rope {
+pub(super) struct Rope {
     pub keys: Vec<(Key, Value)>,
     /// Tensors whose elements divide the frequencies.
     pub tensors: Vec<(&'static str, Vec<f32>)>,
@@ -15,7 +15,7 @@ pub struct Rope {
 
 /// Reads the settings of a model whose heads have `dims` rotated elements. If layers differ, these
 /// are the settings of the layers with full attention.
-pub fn rope(
+pub(super) fn rope(
     config: &Config,
     architecture: &str,
     dims: u64,

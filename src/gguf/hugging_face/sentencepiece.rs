@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 const BPE: u64 = 2;
 
 /// Reads the file's bytes.
-pub fn read(bytes: &[u8]) -> Result<Base, ConvertError> {
+pub(super) fn read(bytes: &[u8]) -> Result<Base, ConvertError> {
     let wrong = |reason: &str| ConvertError::new(TOKENIZER_MODEL, reason);
     let torn = || wrong("it is torn, or no file of SentencePiece: download it again");
     let mut tokens = BTreeMap::new();

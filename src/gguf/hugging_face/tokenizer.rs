@@ -8,20 +8,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 /// `enum llama_token_type`
-pub const NORMAL: i32 = 1;
-pub const UNKNOWN: i32 = 2;
-pub const CONTROL: i32 = 3;
-pub const USER_DEFINED: i32 = 4;
-pub const UNUSED: i32 = 5;
-pub const BYTE: i32 = 6;
+pub(super) const NORMAL: i32 = 1;
+pub(super) const UNKNOWN: i32 = 2;
+pub(super) const CONTROL: i32 = 3;
+pub(super) const USER_DEFINED: i32 = 4;
+pub(super) const UNUSED: i32 = 5;
+pub(super) const BYTE: i32 = 6;
 
 /// SentencePiece writes a space as this character.
-pub const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 /// Score of added tokens and padding in llama.cpp's files.
 const ADDED_SCORE: f32 = -1000.0;
 
 /// A tokenizer without its added tokens.
-pub struct Base {
+pub(super) struct Base {
     /// `tokenizer.ggml.model`
     pub model: &'static str,
     pub pre: &'static str,
@@ -34,7 +34,7 @@ pub struct Base {
 }
 
 /// An entry of the vocabulary.
-pub struct Token {
+pub(super) struct Token {
     pub text: String,
     pub kind: i32,
     pub score: f32,
@@ -50,7 +50,7 @@ struct Files<'a> {
 }
 
 /// Sets the `tokenizer.*` keys for an embedding with `rows` rows.
-pub fn write(
+pub(super) fn write(
     folder: &Path,
     config: &Object,
     rows: u64,

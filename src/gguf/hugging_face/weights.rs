@@ -28,7 +28,7 @@ const OTHER_SENSES: &[&str] =
     &["vision_tower.", "multi_modal_projector.", "audio_tower.", "embed_vision.", "embed_audio."];
 
 /// All tensors of a folder.
-pub struct Weights {
+pub(super) struct Weights {
     files: Vec<(String, Mmap)>,
     /// Positions by the name that a text-only model uses.
     places: BTreeMap<String, Place>,
@@ -49,7 +49,7 @@ struct Place {
 
 impl Weights {
     /// Opens the files and checks their headers.
-    pub fn open(folder: &Path) -> Result<Self, ConvertError> {
+    pub(super) fn open(folder: &Path) -> Result<Self, ConvertError> {
         let names = names(folder)?;
         let mut weights = Self {
             files: Vec::new(),
@@ -79,7 +79,7 @@ impl Weights {
         Ok(weights)
     }
 
-    pub fn has(&self, name: &str) -> bool {
+    pub(super) fn has(&self, name: &str) -> bool {
         self.places.contains_key(name)
     }
 
@@ -119,7 +119,7 @@ impl Weights {
     }
 
     /// Checks every tensor and adds all to the writer. Data is read only when it is written.
-    pub fn write<'a>(
+    pub(super) fn write<'a>(
         &'a self,
         wanted: &[Wanted],
         writer: &mut GgufWriter<'a>,

@@ -54,7 +54,7 @@ unsafe impl GlobalAlloc for Counting {
 
 /// The result of `work`, and the peak of bytes that this thread had allocated during it, in excess
 /// of the bytes allocated before.
-pub fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
+pub(super) fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = LIVE.get();
     PEAK.set(before);
     let result = work();

@@ -6,7 +6,7 @@ use crate::kernels::pack::{BLOCK, f16_to_f32};
 use std::ops::Range;
 
 /// The element type of a page.
-pub trait Number: Copy {
+pub(crate) trait Number: Copy {
     fn number(self) -> f32;
 }
 
@@ -33,7 +33,7 @@ impl Number for f32 {
 
 /// The scales of a page's numbers. A type, not an option, so that the inner loops are compiled for
 /// each case.
-pub trait Scales: Copy {
+pub(crate) trait Scales: Copy {
     /// (blocks, 32) bits of f16, or `None` for numbers without scales.
     fn bits(&self) -> Option<&[u16]>;
 
@@ -58,7 +58,7 @@ impl Scales for &[u16] {
 
 /// `scores[row][at..at + 32] = q[row] · keys`; `keys` (head_dim, 32), `scales` (blocks, 32), `q`
 /// (rows, head_dim).
-pub fn score<N: Number, S: Scales>(
+pub(crate) fn score<N: Number, S: Scales>(
     q: &[f32],
     keys: &[N],
     scales: S,
@@ -86,7 +86,7 @@ pub fn score<N: Number, S: Scales>(
 
 /// `out[row] += scores[row][at + t] * values[t]` for the tokens `tokens` of a page that begins at
 /// `at`; `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim).
-pub fn accumulate_values<N: Number, S: Scales>(
+pub(crate) fn accumulate_values<N: Number, S: Scales>(
     scores: &[Scores],
     at: usize,
     tokens: Range<usize>,

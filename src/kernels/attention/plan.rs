@@ -15,7 +15,7 @@ const CHUNKS: usize = 4;
 
 /// The queries of one row.
 #[derive(Debug, Clone)]
-pub struct Query<'a> {
+pub(crate) struct Query<'a> {
     pub row: usize,
     /// Positions of the tokens that it attends to.
     pub seen: Range<usize>,
@@ -26,12 +26,12 @@ pub struct Query<'a> {
 }
 
 impl Query<'_> {
-    pub fn runs(&self) -> Range<usize> {
+    pub(crate) fn runs(&self) -> Range<usize> {
         self.seen.start / RUN..self.seen.end.div_ceil(RUN)
     }
 
     /// The tokens of a run that it attends to, relative to the run's beginning.
-    pub fn seen_of(&self, run: usize) -> Range<usize> {
+    pub(crate) fn seen_of(&self, run: usize) -> Range<usize> {
         let first = run * RUN;
         let end = self.seen.end.clamp(first, first + RUN);
         self.seen.start.clamp(first, end) - first..end - first
@@ -40,7 +40,7 @@ impl Query<'_> {
 
 /// Queries that share the pages of some runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tile {
+pub(crate) struct Tile {
     pub queries: Range<usize>,
     pub runs: Range<usize>,
 }

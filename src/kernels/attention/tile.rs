@@ -16,7 +16,7 @@ const PAGES: usize = RUN / PAGE;
 
 /// One head of one layer's cache, and the `group` query heads that use it.
 #[derive(Clone, Copy)]
-pub struct Head<'a> {
+pub(crate) struct Head<'a> {
     pub isa: Isa,
     pub cache: &'a KvCache,
     pub layer: usize,
@@ -28,7 +28,7 @@ pub struct Head<'a> {
 
 /// A softmax's largest score, and its sum of e^(score - largest).
 #[derive(Debug, Clone, Copy)]
-pub struct Sum {
+pub(super) struct Sum {
     max: f32,
     total: f32,
 }
@@ -39,7 +39,7 @@ impl Sum {
 
 /// Scratch buffers for a tile, one per thread.
 #[derive(Default)]
-pub struct Scratch {
+pub(crate) struct Scratch {
     /// (queries, group, head_dim), already scaled.
     pub q: Vec<f32>,
     /// (queries, group) scores of one run.
@@ -57,7 +57,7 @@ pub struct Scratch {
 impl Head<'_> {
     /// Computes attention of the queries in `scratch.q` over all of `runs`; the result is in
     /// `scratch.out`.
-    pub fn attend(&self, queries: &[Query], runs: Range<usize>, scratch: &mut Scratch) {
+    pub(crate) fn attend(&self, queries: &[Query], runs: Range<usize>, scratch: &mut Scratch) {
         let (dim, group) = (self.cache.head_dim(), self.group);
         scratch.out.clear();
         scratch.out.resize(queries.len() * group * dim, 0.0);
@@ -83,12 +83,12 @@ impl Head<'_> {
 
     /// Numbers that [`Head::keep`] writes: for each query head the softmax's largest score, its
     /// sum, and (head_dim) the weighted sum.
-    pub fn kept(&self) -> usize {
+    pub(crate) fn kept(&self) -> usize {
         self.group * (self.cache.head_dim() + 2)
     }
 
     /// Writes the `index`-th query's sums of the last run computed by [`Head::sum_run`].
-    pub fn keep(&self, scratch: &Scratch, index: usize, kept: &mut [f32]) {
+    pub(crate) fn keep(&self, scratch: &Scratch, index: usize, kept: &mut [f32]) {
         let dim = self.cache.head_dim();
         for (row, kept) in kept.chunks_exact_mut(dim + 2).enumerate() {
             let row = index * self.group + row;
@@ -98,7 +98,7 @@ impl Head<'_> {
     }
 
     /// Computes the sums of one run, for all queries that attend to part of it.
-    pub fn sum_run(&self, queries: &[Query], run: usize, scratch: &mut Scratch) {
+    pub(crate) fn sum_run(&self, queries: &[Query], run: usize, scratch: &mut Scratch) {
         let (dim, group) = (self.cache.head_dim(), self.group);
         let rows = queries.len() * group;
         assert!(scratch.q.len() == rows * dim, "the queries are there");
@@ -245,7 +245,7 @@ fn stretches<P: PartialEq>(
 
 /// Merges one query's runs, as written by [`Head::keep`], in order into its result: `out` (group,
 /// head_dim).
-pub fn merge_runs(runs: &[f32], out: &mut [f32], dim: usize) {
+pub(crate) fn merge_runs(runs: &[f32], out: &mut [f32], dim: usize) {
     let group = out.len() / dim;
     out.fill(0.0);
     for (row, out) in out.chunks_exact_mut(dim).enumerate() {

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// The element type of a page.
-pub trait Number: plain::Number {
+pub(crate) trait Number: plain::Number {
     /// # Safety
     /// Eight numbers must be readable, and the CPU must have AVX2 and F16C.
     unsafe fn eight(from: *const Self) -> __m256;
@@ -39,7 +39,7 @@ impl Number for f32 {
 }
 
 /// Converts to f32; the lengths must be equal multiples of eight. The CPU must have AVX2 and F16C.
-pub fn widen<N: Number>(from: &[N], to: &mut [f32]) {
+pub(crate) fn widen<N: Number>(from: &[N], to: &mut [f32]) {
     assert!(from.len() == to.len() && from.len().is_multiple_of(8));
     /// # Safety
     /// Both must have `count` numbers, a multiple of eight, and the CPU must have AVX2 and F16C.
@@ -60,7 +60,7 @@ fn fit<S: Scales>(scales: S, dim: usize) -> bool {
 
 /// `scores[row][at..at + 32] = q[row] · keys`; `keys` (head_dim, 32), `scales` (blocks, 32), `q`
 /// (rows, head_dim), at most four rows. The CPU must have AVX2, FMA and F16C.
-pub fn score<N: Number, S: Scales>(
+pub(crate) fn score<N: Number, S: Scales>(
     q: &[f32],
     keys: &[N],
     scales: S,
@@ -138,7 +138,7 @@ unsafe fn score_rows<const R: usize, N: Number, S: Scales>(
 /// `out[row] += scores[row][at + t] * values[t]` for the tokens `tokens` of a page that begins at
 /// `at`; `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim), at most four rows, `dim` a
 /// multiple of 8. The CPU must have AVX2, FMA and F16C.
-pub fn accumulate_values<N: Number, S: Scales>(
+pub(crate) fn accumulate_values<N: Number, S: Scales>(
     scores: &[Scores],
     at: usize,
     tokens: Range<usize>,

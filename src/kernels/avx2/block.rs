@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 /// Eight rows of `SUBS` times 32 columns. With several sub-blocks, scales and minima are integers
 /// multiplied by one float per block.
-pub trait Block {
+pub(super) trait Block {
     const SUBS: usize;
     /// The largest magnitude of a weight.
     const MOST: i32;

@@ -4,7 +4,7 @@ use crate::kernels::gemm::{PACKED, STRIP, Tile};
 use std::arch::x86_64::*;
 
 /// The kernel for this number of rows and these strides; the CPU must have AVX2 and FMA.
-pub fn tile(rows: usize, strides: [usize; 2]) -> Tile<f32> {
+pub(crate) fn tile(rows: usize, strides: [usize; 2]) -> Tile<f32> {
     if strides == PACKED { of::<true>(rows) } else { of::<false>(rows) }
 }
 
@@ -79,7 +79,12 @@ unsafe fn run<const R: usize, const P: bool>(
 /// # Safety
 /// All of these numbers must be readable and writable, and the CPU must have AVX2.
 #[target_feature(enable = "avx2")]
-pub unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+pub(crate) unsafe fn transpose(
+    from: *const f32,
+    from_stride: usize,
+    to: *mut f32,
+    to_stride: usize,
+) {
     // SAFETY: guaranteed by the caller.
     let r: [__m256; 8] =
         std::array::from_fn(|i| unsafe { _mm256_loadu_ps(from.add(i * from_stride)) });

@@ -7,7 +7,7 @@ use half::bf16;
 use std::arch::x86_64::*;
 
 /// A column of eight weights.
-pub trait Lanes {
+pub(super) trait Lanes {
     /// # Safety
     /// `at` must have eight readable numbers; the CPU must have AVX2 and F16C.
     unsafe fn load(at: *const u8) -> __m256;
@@ -52,7 +52,7 @@ impl Lanes for [f32; LANES] {
 /// # Safety
 /// As for `matmul::Tile`; the CPU must have AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn tile<L: Lanes + Sized, const G: usize, const T: usize>(
+pub(super) unsafe fn tile<L: Lanes + Sized, const G: usize, const T: usize>(
     weights: *const u8,
     cols: usize,
     x: &[Row],

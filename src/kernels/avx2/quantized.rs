@@ -41,7 +41,7 @@ const fn run<B: Block>() -> usize {
 /// # Safety
 /// As for `matmul::Tile`; the CPU must have AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn tile<B: Block, const G: usize, const T: usize>(
+pub(super) unsafe fn tile<B: Block, const G: usize, const T: usize>(
     weights: *const u8,
     blocks: usize,
     x: &[Row],

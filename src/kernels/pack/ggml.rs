@@ -5,11 +5,11 @@
 
 use super::*;
 
-pub fn u16_at(bytes: &[u8], at: usize) -> u16 {
+pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
-pub fn f32_at(bytes: &[u8]) -> f32 {
+pub(super) fn f32_at(bytes: &[u8]) -> f32 {
     f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
@@ -79,11 +79,11 @@ fn bits_at(bits: &[u8], column: usize) -> u32 {
     (u32::from(four) * 0x0020_4081) & each(1)
 }
 
-pub fn q4_0(rows: [&[u8]; LANES]) -> BlockU4 {
+pub(super) fn q4_0(rows: [&[u8]; LANES]) -> BlockU4 {
     BlockU4 { d: rows.map(|row| u16_at(row, 0)), qs: interleave_nibbles(rows.map(|row| &row[2..])) }
 }
 
-pub fn q4_1(rows: [&[u8]; LANES]) -> BlockU4Min {
+pub(super) fn q4_1(rows: [&[u8]; LANES]) -> BlockU4Min {
     BlockU4Min {
         d: rows.map(|row| u16_at(row, 0)),
         m: rows.map(|row| u16_at(row, 2)),
@@ -91,7 +91,7 @@ pub fn q4_1(rows: [&[u8]; LANES]) -> BlockU4Min {
     }
 }
 
-pub fn q5_0(rows: [&[u8]; LANES]) -> BlockU5 {
+pub(super) fn q5_0(rows: [&[u8]; LANES]) -> BlockU5 {
     BlockU5 {
         d: rows.map(|row| u16_at(row, 0)),
         high: interleave_bits(|lane, col| bits_at(&rows[lane][2..], col)),
@@ -99,7 +99,7 @@ pub fn q5_0(rows: [&[u8]; LANES]) -> BlockU5 {
     }
 }
 
-pub fn q5_1(rows: [&[u8]; LANES]) -> BlockU5Min {
+pub(super) fn q5_1(rows: [&[u8]; LANES]) -> BlockU5Min {
     BlockU5Min {
         d: rows.map(|row| u16_at(row, 0)),
         m: rows.map(|row| u16_at(row, 2)),
@@ -126,7 +126,7 @@ fn super_nibbles(qs: &[u8], sub: usize, column: usize) -> u32 {
     u32_at(qs, sub / 2 * 32 + column) >> (sub % 2 * 4)
 }
 
-pub fn q4_k(rows: [&[u8]; LANES]) -> BlockU4K {
+pub(super) fn q4_k(rows: [&[u8]; LANES]) -> BlockU4K {
     let each = |sub: usize| rows.map(|row| scale_and_min(&row[4..16], sub));
     BlockU4K {
         d: rows.map(|row| u16_at(row, 0)),
@@ -139,7 +139,7 @@ pub fn q4_k(rows: [&[u8]; LANES]) -> BlockU4K {
     }
 }
 
-pub fn q5_k(rows: [&[u8]; LANES]) -> BlockU5K {
+pub(super) fn q5_k(rows: [&[u8]; LANES]) -> BlockU5K {
     let each = |sub: usize| rows.map(|row| scale_and_min(&row[4..16], sub));
     BlockU5K {
         d: rows.map(|row| u16_at(row, 0)),
@@ -162,7 +162,7 @@ fn six_low(row: &[u8], sub: usize, column: usize) -> u32 {
     u32_at(row, sub / 4 * 64 + sub % 2 * 32 + column) >> (sub % 4 / 2 * 4)
 }
 
-pub fn q6_k(rows: [&[u8]; LANES]) -> BlockU6K {
+pub(super) fn q6_k(rows: [&[u8]; LANES]) -> BlockU6K {
     BlockU6K {
         d: rows.map(|row| u16_at(row, 208)),
         sc: std::array::from_fn(|sixteen| rows.map(|row| row[192 + sixteen] as i8)),
@@ -179,7 +179,7 @@ fn super_pairs(qs: &[u8], sub: usize, column: usize) -> u32 {
     u32_at(qs, sub / 4 * 32 + column) >> (2 * (sub % 4))
 }
 
-pub fn q2_k(rows: [&[u8]; LANES]) -> BlockU2K {
+pub(super) fn q2_k(rows: [&[u8]; LANES]) -> BlockU2K {
     BlockU2K {
         d: rows.map(|row| u16_at(row, 80)),
         m: rows.map(|row| u16_at(row, 82)),
@@ -198,7 +198,7 @@ fn three_bit_scale(packed: &[u8], sixteen: usize) -> i8 {
     (low | high << 4) as i8 - 32
 }
 
-pub fn q3_k(rows: [&[u8]; LANES]) -> BlockU3K {
+pub(super) fn q3_k(rows: [&[u8]; LANES]) -> BlockU3K {
     BlockU3K {
         d: rows.map(|row| u16_at(row, 108)),
         sc: std::array::from_fn(|sixteen| rows.map(|row| three_bit_scale(&row[96..], sixteen))),
@@ -211,7 +211,7 @@ pub fn q3_k(rows: [&[u8]; LANES]) -> BlockU3K {
     }
 }
 
-pub fn iq4_nl(rows: [&[u8]; LANES]) -> BlockT4 {
+pub(super) fn iq4_nl(rows: [&[u8]; LANES]) -> BlockT4 {
     BlockT4 { d: rows.map(|row| u16_at(row, 0)), qs: interleave_nibbles(rows.map(|row| &row[2..])) }
 }
 
@@ -222,7 +222,7 @@ fn table_scale(packed: &[u8], sub: usize) -> i8 {
     (low | high << 4) as i8 - 32
 }
 
-pub fn iq4_xs(rows: [&[u8]; LANES]) -> BlockT4K {
+pub(super) fn iq4_xs(rows: [&[u8]; LANES]) -> BlockT4K {
     BlockT4K {
         d: rows.map(|row| u16_at(row, 0)),
         sc: std::array::from_fn(|sub| rows.map(|row| table_scale(&row[2..], sub))),
@@ -230,7 +230,7 @@ pub fn iq4_xs(rows: [&[u8]; LANES]) -> BlockT4K {
     }
 }
 
-pub fn q8_0(rows: [&[u8]; LANES]) -> BlockI8 {
+pub(super) fn q8_0(rows: [&[u8]; LANES]) -> BlockI8 {
     let qs = place::<256>(|j, lane| u32_at(rows[lane], 2 + 4 * j));
     BlockI8 { d: rows.map(|row| u16_at(row, 0)), qs: qs.map(|byte| byte as i8) }
 }

@@ -16,7 +16,7 @@ use tokenizers::models::bpe::{BPE, Merges};
 /// Words whose tokens are cached, per thread; the crate caches those below 256 bytes.
 const CACHED_WORDS: usize = 4096;
 
-pub struct Bpe {
+pub(super) struct Bpe {
     splitter: Splitter,
     units: Units,
     whole_words: bool,
@@ -27,7 +27,7 @@ pub struct Bpe {
 }
 
 impl Bpe {
-    pub fn new(gguf: &Gguf, lexicon: &Lexicon) -> Result<Self, NativeError> {
+    pub(super) fn new(gguf: &Gguf, lexicon: &Lexicon) -> Result<Self, NativeError> {
         let name = lexicon.pre();
         let pre =
             Pre::by_name(name).ok_or_else(|| not_covered(format!("the pre-tokenizer '{name}'")))?;
@@ -54,12 +54,12 @@ impl Bpe {
     }
 
     /// Whether tokens are spelled in GPT-2's byte alphabet.
-    pub fn is_byte_level(&self) -> bool {
+    pub(super) fn is_byte_level(&self) -> bool {
         self.units == Units::Bytes
     }
 
     /// Appends the tokens of `text`.
-    pub fn encode(&self, text: &str, tokens: &mut Vec<Token>) {
+    pub(super) fn encode(&self, text: &str, tokens: &mut Vec<Token>) {
         if self.is_byte_level() {
             let mut spelled = String::new();
             for word in self.splitter.split(text) {

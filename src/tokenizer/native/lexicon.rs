@@ -11,14 +11,14 @@ use std::collections::{BTreeSet, HashMap};
 use tokenizers::models::bpe::Vocab as Ids;
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
-pub const MERGES: &str = "tokenizer.ggml.merges";
+pub(super) const MERGES: &str = "tokenizer.ggml.merges";
 /// SentencePiece writes a space as this character.
-pub const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 
 /// The kind of a token (`enum llama_token_type`). llama.cpp keeps a set of attributes; if it adds
 /// "control" to another attribute, only "control" has an effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(super) enum Kind {
     Undefined,
     Normal,
     Unknown,
@@ -42,7 +42,7 @@ impl Kind {
     }
 
     /// Whether the token is matched in a text by its spelling, before the text is split.
-    pub fn is_mark(self) -> bool {
+    pub(super) fn is_mark(self) -> bool {
         matches!(self, Kind::Control | Kind::UserDefined | Kind::Unknown)
     }
 }
@@ -83,7 +83,7 @@ const INFILL_ENDS: &[(&str, &[&str])] = &[
 ];
 
 /// A vocabulary read from a file. Only needed to construct a tokenizer.
-pub struct Lexicon {
+pub(super) struct Lexicon {
     pub facts: TokenizerFacts,
     /// By token id.
     pub texts: Vec<String>,
@@ -94,7 +94,7 @@ pub struct Lexicon {
 }
 
 impl Lexicon {
-    pub fn read(gguf: &Gguf) -> Result<Self, NativeError> {
+    pub(super) fn read(gguf: &Gguf) -> Result<Self, NativeError> {
         let mut facts = TokenizerFacts::read(gguf)?;
         let listed = gguf.strings(TOKENS)?.ok_or_else(|| GgufError::MissingKey(TOKENS.into()))?;
         if gguf.lossy_keys().iter().any(|key| key == TOKENS || key == MERGES) {
@@ -119,32 +119,32 @@ impl Lexicon {
         Ok(lexicon)
     }
 
-    pub fn id(&self, text: &str) -> Option<Token> {
+    pub(super) fn id(&self, text: &str) -> Option<Token> {
         self.ids.get(text).copied()
     }
 
     /// Tokens that are matched in a text by their spelling.
-    pub fn marks(&self) -> impl Iterator<Item = Token> {
+    pub(super) fn marks(&self) -> impl Iterator<Item = Token> {
         (0..self.texts.len()).filter(|&at| self.kinds[at].is_mark()).map(|at| at as Token)
     }
 
-    pub fn text(&self, token: Token) -> &str {
+    pub(super) fn text(&self, token: Token) -> &str {
         &self.texts[token as usize]
     }
 
-    pub fn kind(&self, token: Token) -> Kind {
+    pub(super) fn kind(&self, token: Token) -> Kind {
         self.kinds[token as usize]
     }
 
     /// The name of the pre-tokenizer; the `gemma4` model implies its own.
-    pub fn pre(&self) -> &str {
+    pub(super) fn pre(&self) -> &str {
         match self.facts.model.as_deref() {
             Some("gemma4") => "gemma4",
             _ => self.facts.pre.as_deref().unwrap_or(""),
         }
     }
 
-    pub fn pre_is_gemma4(&self) -> bool {
+    pub(super) fn pre_is_gemma4(&self) -> bool {
         let bpe = self.facts.model.as_deref() != Some("llama");
         bpe && matches!(self.pre(), "gemma4" | "granite-embed-multi-311m")
     }
@@ -212,7 +212,7 @@ impl Lexicon {
     }
 
     /// The tokens' bytes and roles; `bytes` means that texts are spelled in GPT-2's byte alphabet.
-    pub fn vocab(&self, bytes: bool) -> Vocab {
+    pub(super) fn vocab(&self, bytes: bool) -> Vocab {
         let decode = bytes.then(byte_values);
         let pieces = self.texts.iter().zip(&self.kinds).zip(0..).map(|((text, kind), token)| {
             let piece = piece(text, *kind, decode.as_ref());
@@ -231,7 +231,7 @@ impl Lexicon {
     }
 }
 
-pub fn not_covered(what: impl Into<String>) -> NativeError {
+pub(super) fn not_covered(what: impl Into<String>) -> NativeError {
     NativeError::NotCovered(what.into())
 }
 

@@ -17,7 +17,7 @@ use std::ops::Range;
 
 /// A part of a text: a special token or plain text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fragment<'t> {
+pub(super) enum Fragment<'t> {
     Mark(Token),
     Text(&'t str),
 }
@@ -53,14 +53,14 @@ impl Wanted<'_> {
     }
 }
 
-pub struct Marks {
+pub(super) struct Marks {
     /// The pattern indices are those of `marks`.
     finder: AhoCorasick,
     marks: Vec<Mark>,
 }
 
 impl Marks {
-    pub fn new(gguf: &Gguf, lexicon: &Lexicon) -> Result<Self, NativeError> {
+    pub(super) fn new(gguf: &Gguf, lexicon: &Lexicon) -> Result<Self, NativeError> {
         let strips = Strips::read(gguf)?;
         let mark = |token| {
             let (text, kind) = (lexicon.text(token), lexicon.kind(token));
@@ -75,7 +75,12 @@ impl Marks {
     /// Splits `text` into fragments, in order. With `all`, control tokens are matched too, not only
     /// user-defined tokens; control tokens that span one of the ascending byte offsets `barriers`
     /// are not matched.
-    pub fn cut<'t>(&self, text: &'t str, all: bool, barriers: &[usize]) -> Vec<Fragment<'t>> {
+    pub(super) fn cut<'t>(
+        &self,
+        text: &'t str,
+        all: bool,
+        barriers: &[usize],
+    ) -> Vec<Fragment<'t>> {
         let mut fragments = Vec::new();
         push_text(text, &mut fragments);
         let wanted = Wanted { all, barriers, start: text.as_ptr() as usize };

@@ -8,7 +8,7 @@
 
 /// One splitting rule. [`Splitter`](super::split::Splitter) applies a list of them in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub(super) enum Step {
     /// Splits into the matches and the text between them.
     Match(&'static str),
     /// As `Match`, with `|\s+(?!\S)|\s+` appended to the expression.
@@ -23,7 +23,7 @@ pub enum Step {
 
 /// The initial units of merging.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Units {
+pub(super) enum Units {
     /// Bytes, each written as a character of GPT-2's alphabet.
     Bytes,
     /// Characters, with a space as U+2581; a character that is not a token becomes bytes
@@ -37,7 +37,7 @@ pub enum Units {
 
 /// A row of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pre {
+pub(super) struct Pre {
     pub steps: &'static [Step],
     pub units: Units,
     /// Whether a word that is a token becomes that token without merging (`ignore_merges`).
@@ -58,7 +58,7 @@ impl Pre {
     }
 
     /// The row for a name that llama.cpp knows; `None` if the name is not in the table.
-    pub fn by_name(name: &str) -> Option<Self> {
+    pub(super) fn by_name(name: &str) -> Option<Self> {
         Some(match name {
             "" | "default" => Self::new(DEFAULT),
             "llama3" | "llama-v3" | "llama-bpe" | "falcon3" | "falcon-h1" | "pixtral"

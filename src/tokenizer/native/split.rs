@@ -13,7 +13,7 @@ use regex_automata::meta::Regex;
 /// index 0.
 const WHITE_SPACE: usize = 1;
 
-pub struct Splitter(Vec<Splitting>);
+pub(super) struct Splitter(Vec<Splitting>);
 
 enum Splitting {
     Match(Regex),
@@ -24,7 +24,7 @@ enum Splitting {
 }
 
 impl Splitter {
-    pub fn new(steps: &[Step]) -> Self {
+    pub(super) fn new(steps: &[Step]) -> Self {
         let compile = |step: &Step| match *step {
             Step::Match(expression) => Splitting::Match(regex(&[expression])),
             Step::Words(expression) => Splitting::Words(regex(&[expression, r"\s+"])),
@@ -36,7 +36,7 @@ impl Splitter {
     }
 
     /// Splits `text` into words, in order and without gaps.
-    pub fn split<'t>(&self, text: &'t str) -> Vec<&'t str> {
+    pub(super) fn split<'t>(&self, text: &'t str) -> Vec<&'t str> {
         let mut words = vec![text];
         for splitting in &self.0 {
             let mut pieces = Pieces(Vec::with_capacity(words.len()));

@@ -11,7 +11,7 @@ use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashSet};
 use tokenizers::models::bpe::Vocab as Ids;
 
-pub struct Spm {
+pub(super) struct Spm {
     ids: Ids,
     /// Log probabilities by token id.
     scores: Vec<f32>,
@@ -75,7 +75,7 @@ impl PartialEq for Bigram {
 impl Eq for Bigram {}
 
 impl Spm {
-    pub fn new(gguf: &Gguf, lexicon: &Lexicon) -> Result<Self, NativeError> {
+    pub(super) fn new(gguf: &Gguf, lexicon: &Lexicon) -> Result<Self, NativeError> {
         let scores = read_scores(gguf, lexicon.texts.len())?;
         let unknown = lexicon.facts.unk.as_ref().map(|token| token.id);
         let byte_token = |byte: u8| {
@@ -93,7 +93,7 @@ impl Spm {
     }
 
     /// Appends the tokens of `text`. `starts`: the text is at the beginning or follows a mark.
-    pub fn encode(&self, text: &str, starts: bool, tokens: &mut Vec<Token>) {
+    pub(super) fn encode(&self, text: &str, starts: bool, tokens: &mut Vec<Token>) {
         let prefix = if self.space_prefix && starts { SPACE } else { "" };
         let text = format!("{prefix}{}", text.replace(' ', SPACE));
         for word in self.words(&text) {

@@ -19,7 +19,7 @@ const ROPE: [&str; 5] = [
 ///
 /// # Errors
 /// If transformers cannot represent the model.
-pub fn config(
+pub(super) fn config(
     base: &Gguf,
     shape: &ModelConfig,
     ty: TensorType,

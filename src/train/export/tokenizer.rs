@@ -12,7 +12,7 @@ const USER_DEFINED: u64 = 4;
 ///
 /// # Errors
 /// What part of the tokenizer cannot be represented in this format.
-pub fn tokenizer_json(model: &Gguf) -> Result<Value, String> {
+pub(super) fn tokenizer_json(model: &Gguf) -> Result<Value, String> {
     let text = |error: crate::gguf::GgufError| error.to_string();
     let facts = ModelFacts::read(model).map_err(text)?.tokenizer;
     if facts.model.as_deref() != Some("gpt2") {
@@ -98,7 +98,10 @@ fn with_bos(bos: &SpecialToken) -> Value {
 ///
 /// # Errors
 /// If the header contradicts itself.
-pub fn tokenizer_config(model: &Gguf, context: usize) -> Result<Value, crate::gguf::GgufError> {
+pub(super) fn tokenizer_config(
+    model: &Gguf,
+    context: usize,
+) -> Result<Value, crate::gguf::GgufError> {
     let facts = ModelFacts::read(model)?.tokenizer;
     let text = |token: &Option<SpecialToken>| token.as_ref().map(|token| token.text.clone());
     let mut config = json!({

@@ -11,7 +11,7 @@ use candle_core::Device;
 use std::collections::HashMap;
 
 /// Tensors of a model over its base. A tensor is computed when it is requested.
-pub struct Weights<'a> {
+pub(super) struct Weights<'a> {
     base: &'a Gguf,
     /// Parameters by the tensor to which they belong, in the order of their rows.
     trained: HashMap<&'a str, Vec<&'a Param>>,
@@ -21,7 +21,11 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    pub fn new(model: &'a Model, lora: Option<&Lora>, base: &'a Gguf) -> Result<Self, ExportError> {
+    pub(super) fn new(
+        model: &'a Model,
+        lora: Option<&Lora>,
+        base: &'a Gguf,
+    ) -> Result<Self, ExportError> {
         let mut trained: HashMap<&str, Vec<&Param>> = HashMap::new();
         for param in model.params() {
             let name = param.name.split_once(':').map_or(&param.name[..], |(name, _)| name);
@@ -45,7 +49,7 @@ impl<'a> Weights<'a> {
     }
 
     /// The values of a tensor of the base model, in the base's order.
-    pub fn values(&self, name: &str) -> Result<Vec<f32>, ExportError> {
+    pub(super) fn values(&self, name: &str) -> Result<Vec<f32>, ExportError> {
         let mut values = Vec::new();
         match self.trained.get(name) {
             Some(parts) => {

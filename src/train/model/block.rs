@@ -7,7 +7,7 @@ use crate::train::ops::{self, Scope};
 use candle_core::{Result, Tensor, bail};
 
 /// One transformer layer. Parts that a model family does not have are `None`.
-pub struct Block {
+pub(super) struct Block {
     kind: LayerKind,
     attention_norm: Tensor,
     q: Weight,

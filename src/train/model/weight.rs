@@ -21,7 +21,7 @@ pub enum Training {
 }
 
 /// A matrix (outputs, inputs).
-pub enum Weight {
+pub(super) enum Weight {
     Frozen(Arc<Frozen>),
     Lora { base: Arc<Frozen>, a: Tensor, b: Tensor, scale: f64, dropout: Draw },
     Trained(Tensor),
@@ -30,7 +30,7 @@ pub enum Weight {
 impl Weight {
     /// (rows, outputs) of `x` (rows, inputs). `pass` is the number of the training pass and seeds
     /// dropout; without it nothing is dropped.
-    pub fn forward(&self, x: &Tensor, pass: Option<u64>) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, pass: Option<u64>) -> Result<Tensor> {
         match (self, pass) {
             (Self::Frozen(base), _) => ops::frozen_linear(x, base),
             (Self::Lora { base, a, b, scale, dropout }, Some(pass)) if dropout.rate > 0.0 => {
@@ -46,7 +46,7 @@ impl Weight {
 }
 
 /// Creates weights from the tensors of a file, and collects the parameters.
-pub struct Builder<'a> {
+pub(super) struct Builder<'a> {
     file: Arc<Gguf>,
     training: &'a Training,
     device: &'a Device,
@@ -54,21 +54,21 @@ pub struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    pub fn new(file: Arc<Gguf>, training: &'a Training, device: &'a Device) -> Self {
+    pub(super) fn new(file: Arc<Gguf>, training: &'a Training, device: &'a Device) -> Self {
         Self { file, training, device, params: Vec::new() }
     }
 
-    pub fn params(self) -> Vec<Param> {
+    pub(super) fn params(self) -> Vec<Param> {
         self.params
     }
 
-    pub fn has(&self, name: &str) -> bool {
+    pub(super) fn has(&self, name: &str) -> bool {
         self.file.tensor(name).is_some()
     }
 
     /// Some rows of a tensor as a matrix. `part` names the rows if the tensor also contains other
     /// matrices.
-    pub fn matrix(
+    pub(super) fn matrix(
         &mut self,
         name: &str,
         part: Option<&str>,
@@ -100,7 +100,7 @@ impl<'a> Builder<'a> {
     }
 
     /// A norm's weights or a bias: trained if all weights are trained.
-    pub fn vector(&mut self, name: &str) -> Result<Tensor> {
+    pub(super) fn vector(&mut self, name: &str) -> Result<Tensor> {
         let values = self.file.to_f32(name).map_err(candle_core::Error::wrap)?;
         let len = values.len();
         let vector = Tensor::from_vec(values, len, self.device)?;
@@ -111,7 +111,7 @@ impl<'a> Builder<'a> {
     }
 
     /// A whole matrix that is trained.
-    pub fn trained(&mut self, name: &str, hidden: bool) -> Result<Tensor> {
+    pub(super) fn trained(&mut self, name: &str, hidden: bool) -> Result<Tensor> {
         let Some(tensor) = self.file.tensor(name) else { bail!("the file has no tensor `{name}`") };
         let &[cols, rows] = tensor.dims() else { bail!("`{name}` is no matrix") };
         let values = self.file.to_f32(name).map_err(candle_core::Error::wrap)?;

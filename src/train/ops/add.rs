@@ -24,7 +24,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 }
 
 /// `x + y` without a backward pass.
-pub fn sum(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+pub(super) fn sum(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.dims() != y.dims() {
         bail!("{:?} and {:?} cannot be added", x.dims(), y.dims());
     }

@@ -10,14 +10,14 @@ use candle_core::{
 
 /// An argument or a result: its numbers in row-major order, and its dimensions.
 #[derive(Clone, Copy)]
-pub struct View<'a, T> {
+pub(super) struct View<'a, T> {
     pub data: &'a [T],
     pub dims: &'a [usize],
 }
 
 impl<T> View<'_, T> {
     /// Rows and columns; all dimensions but the last count as rows.
-    pub fn rows(&self) -> (usize, usize) {
+    pub(super) fn rows(&self) -> (usize, usize) {
         let cols = self.dims.last().copied().unwrap_or(1);
         (self.data.len() / cols.max(1), cols)
     }
@@ -29,7 +29,7 @@ impl Number for f32 {}
 impl Number for f64 {}
 
 /// An operation with up to three arguments, all contiguous and of one type.
-pub trait Fused: Send + Sync + 'static {
+pub(super) trait Fused: Send + Sync + 'static {
     const NAME: &'static str;
 
     /// The result and its shape.
@@ -49,7 +49,7 @@ pub trait Fused: Send + Sync + 'static {
 ///
 /// # Errors
 /// If the tensors are of a type other than f32 and f64.
-pub fn apply<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
+pub(super) fn apply<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
     if tape::recording() {
         let op = Node(op);
         let result = op.plain(args)?;
@@ -70,17 +70,17 @@ pub fn apply<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
 ///
 /// # Errors
 /// As [`apply`].
-pub fn plain<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
+pub(super) fn plain<F: Fused>(op: F, args: &[&Tensor]) -> Result<Tensor> {
     Node(op).plain(args)
 }
 
 /// Whether the fused operation supports the tensor's device and type.
-pub fn has_cpu_kernel(x: &Tensor) -> bool {
+pub(super) fn has_cpu_kernel(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && matches!(x.dtype(), DType::F32 | DType::F64)
 }
 
 /// An operation as a node of candle's graph or of a tape.
-pub struct Node<F>(F);
+pub(super) struct Node<F>(F);
 
 impl<F: Fused> Node<F> {
     /// The result only.
@@ -121,7 +121,7 @@ impl<F: Fused> Node<F> {
     ///
     /// # Errors
     /// The errors of the operation.
-    pub fn backward(
+    pub(super) fn backward(
         &self,
         args: &[&Tensor],
         result: &Tensor,

@@ -4,7 +4,7 @@ use super::fused::Number;
 use crate::kernels::real::Real;
 
 /// The dot product.
-pub fn dot<T: Number>(x: &[T], y: &[T]) -> T {
+pub(super) fn dot<T: Number>(x: &[T], y: &[T]) -> T {
     let (xs, ys) = (x.as_chunks::<16>(), y.as_chunks::<16>());
     let mut lanes = [T::ZERO; 16];
     for (x, y) in xs.0.iter().zip(ys.0) {
@@ -17,7 +17,7 @@ pub fn dot<T: Number>(x: &[T], y: &[T]) -> T {
 }
 
 /// The maximum; -∞ for an empty slice.
-pub fn most<T: Number>(x: &[T]) -> T {
+pub(super) fn most<T: Number>(x: &[T]) -> T {
     let (xs, rest) = x.as_chunks::<16>();
     let mut lanes = [T::NEG_INFINITY; 16];
     for x in xs {
@@ -29,7 +29,7 @@ pub fn most<T: Number>(x: &[T]) -> T {
 }
 
 /// Replaces each number by `exp(x - from)`; returns their sum.
-pub fn exp_from<T: Number>(x: &mut [T], from: T) -> T {
+pub(super) fn exp_from<T: Number>(x: &mut [T], from: T) -> T {
     let (xs, rest) = x.as_chunks_mut::<16>();
     let mut lanes = [T::ZERO; 16];
     for x in xs {
@@ -47,7 +47,7 @@ pub fn exp_from<T: Number>(x: &mut [T], from: T) -> T {
 }
 
 /// The sums of `exp(x - from)` and of `exp(x - from) (x - from)`.
-pub fn exp_moment<T: Number>(x: &[T], from: T) -> (T, T) {
+pub(super) fn exp_moment<T: Number>(x: &[T], from: T) -> (T, T) {
     let (xs, rest) = x.as_chunks::<16>();
     let (mut lanes, mut moments) = ([T::ZERO; 16], [T::ZERO; 16]);
     for x in xs {

@@ -86,7 +86,7 @@ impl Fused for RmsNorm {
 }
 
 /// The sum of partial sums, added in order.
-pub fn sum<T: Number>(parts: Vec<Vec<T>>, len: usize) -> Vec<T> {
+pub(super) fn sum<T: Number>(parts: Vec<Vec<T>>, len: usize) -> Vec<T> {
     let mut all = vec![T::ZERO; len];
     for part in parts {
         all.iter_mut().zip(part).for_each(|(all, x)| *all += x);

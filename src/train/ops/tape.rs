@@ -14,7 +14,7 @@ use std::collections::{HashMap, HashSet};
 pub type Grads = HashMap<TensorId, Tensor>;
 
 /// The backward pass of an operation.
-pub trait Backward {
+pub(super) trait Backward {
     /// The gradients of the arguments that need one.
     fn back(
         &self,
@@ -68,7 +68,7 @@ fn with<R>(tape: Tape, f: impl FnOnce() -> R) -> (R, Tape) {
 }
 
 /// Whether a tensor needs a gradient.
-pub fn tracked(tensor: &Tensor) -> bool {
+pub(super) fn tracked(tensor: &Tensor) -> bool {
     TAPES.with_borrow(|tapes| match tapes.last() {
         Some(tape) => !tape.off && (tensor.is_variable() || tape.tracked.contains(&tensor.id())),
         None => tensor.track_op(),
@@ -76,12 +76,12 @@ pub fn tracked(tensor: &Tensor) -> bool {
 }
 
 /// Whether operations are recorded on this thread.
-pub fn recording() -> bool {
+pub(super) fn recording() -> bool {
     TAPES.with_borrow(|tapes| !tapes.is_empty())
 }
 
 /// Records an operation if any of its arguments needs a gradient.
-pub fn record_op(op: Box<dyn Backward>, args: &[&Tensor], result: &Tensor) {
+pub(super) fn record_op(op: Box<dyn Backward>, args: &[&Tensor], result: &Tensor) {
     let wanted: Vec<bool> = args.iter().map(|arg| tracked(arg)).collect();
     if !wanted.contains(&true) {
         return;

@@ -19,7 +19,7 @@ use std::path::Path;
 use tokio::runtime::Runtime;
 
 /// The connection to the gateway.
-pub struct GatewayClient {
+pub(super) struct GatewayClient {
     runtime: Runtime,
     requests: SendRequest<Full<Bytes>>,
 }
@@ -29,7 +29,7 @@ impl GatewayClient {
     ///
     /// # Errors
     /// If the connection cannot be used.
-    pub fn open() -> io::Result<Option<Self>> {
+    pub(super) fn open() -> io::Result<Option<Self>> {
         let output = io::stdout().as_fd().try_clone_to_owned()?;
         let ty = rustix::fs::fstat(&output).map(|found| found.st_mode)?;
         if rustix::fs::FileType::from_raw_mode(ty) != rustix::fs::FileType::Socket {

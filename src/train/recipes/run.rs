@@ -190,7 +190,7 @@ pub(super) struct Run<'a> {
 
 impl Run<'_> {
     /// Trains from the newest checkpoint to the last step, or until `stop` is set.
-    pub fn run(
+    pub(super) fn run(
         &self,
         source: &mut impl BatchSource,
         stop: &AtomicBool,
@@ -308,7 +308,7 @@ impl Run<'_> {
     }
 
     /// The loss or the other metrics on all validation data.
-    pub fn evaluate(
+    pub(super) fn evaluate(
         &self,
         source: &impl BatchSource,
         step: u64,
@@ -347,7 +347,7 @@ pub(super) struct StepCount {
 
 impl StepCount {
     /// The step count for a data set of `count` examples.
-    pub fn new(count: usize, settings: &Resolved) -> Self {
+    pub(super) fn new(count: usize, settings: &Resolved) -> Self {
         let batch_size = settings.batch_size as u64;
         let max_steps = settings.max_steps;
         let examples = match settings.epochs {
@@ -360,7 +360,7 @@ impl StepCount {
     }
 
     /// Multiplies the steps: `updates` optimizer steps are made on every batch.
-    pub fn with_updates(mut self, updates: u64) -> Self {
+    pub(super) fn with_updates(mut self, updates: u64) -> Self {
         self.steps = self.examples.div_ceil(self.batch_size).saturating_mul(updates);
         self.capped()
     }
@@ -382,7 +382,7 @@ impl StepCount {
     }
 
     /// Number of examples that the run processes, counting repetitions.
-    pub fn seen(&self) -> u64 {
+    pub(super) fn seen(&self) -> u64 {
         self.examples.min(self.steps.saturating_mul(self.batch_size))
     }
 }
@@ -411,7 +411,7 @@ impl LossSums {
         if self.weight > 0.0 { self.weight } else { 1.0 }
     }
 
-    pub fn add(&mut self, other: Self) {
+    pub(super) fn add(&mut self, other: Self) {
         self.loss += other.loss;
         self.correct = match (self.correct, other.correct) {
             (Some(one), Some(more)) => Some(one + more),
@@ -423,12 +423,12 @@ impl LossSums {
         }
     }
 
-    pub fn measure(&mut self, name: &'static str, value: f64) {
+    pub(super) fn measure(&mut self, name: &'static str, value: f64) {
         self.measure_all(name, value, 1.0);
     }
 
     /// Adds a sum over `count` values to a metric.
-    pub fn measure_all(&mut self, name: impl Into<Cow<'static, str>>, sum: f64, count: f64) {
+    pub(super) fn measure_all(&mut self, name: impl Into<Cow<'static, str>>, sum: f64, count: f64) {
         let found = self.measured.entry(name.into()).or_default();
         *found = (found.0 + sum, found.1 + count);
     }

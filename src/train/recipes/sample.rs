@@ -21,7 +21,7 @@ const TEMPERATURE: f64 = 0.8;
 ///
 /// # Errors
 /// If memory cannot be allocated.
-pub fn sample(
+pub(super) fn sample(
     model: &Model,
     vocab: &Vocab,
     prompt: &[u32],

@@ -3,7 +3,7 @@
 use super::Value;
 
 /// Whether `value` satisfies `schema`; `$ref` is resolved from `root`.
-pub fn fits(root: &Value, schema: &Value, value: &Value) -> bool {
+pub(super) fn fits(root: &Value, schema: &Value, value: &Value) -> bool {
     if let Some(path) = schema["$ref"].as_str() {
         let target = root.pointer(path.trim_start_matches('#')).expect("a known $ref");
         return fits(root, target, value);

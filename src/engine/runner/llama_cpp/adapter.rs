@@ -28,12 +28,12 @@ impl Drop for Adapter {
 }
 
 /// Reads adapter files on a thread beside the step loop.
-pub struct Loader {
+pub(super) struct Loader {
     model: Arc<Model>,
 }
 
 impl Loader {
-    pub fn new(model: Arc<Model>) -> Self {
+    pub(super) fn new(model: Arc<Model>) -> Self {
         Self { model }
     }
 }

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-pub enum ContextKind {
+pub(super) enum ContextKind {
     /// `exact`: keys and values in F32, whatever the specification says.
     Generate {
         slots: u32,
@@ -20,7 +20,7 @@ pub enum ContextKind {
     Embed,
 }
 
-pub struct Context {
+pub(super) struct Context {
     raw: NonNull<sys::llama_context>,
     slots: u32,
     unified: bool,
@@ -66,7 +66,7 @@ impl Drop for Context {
 }
 
 impl Context {
-    pub fn new(
+    pub(super) fn new(
         model: &Arc<Model>,
         spec: &LoadSpec,
         kind: ContextKind,
@@ -158,7 +158,7 @@ impl Context {
 
     /// Computes the batch, unless `interrupt` returns true. On an error the caller drops all
     /// sequences in the batch.
-    pub fn decode(
+    pub(super) fn decode(
         &mut self,
         batch: &Batch,
         interrupt: &mut dyn FnMut() -> bool,
@@ -245,7 +245,7 @@ impl Context {
     }
 
     /// (vocabulary) logits after row `row` of the last batch.
-    pub fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
+    pub(super) fn logits(&mut self, row: usize) -> Result<&mut [f32], RunnerError> {
         match self.logits.get(row) {
             Some(&Logits::InContext(index)) => self.logits_in_context(index),
             Some(&Logits::Saved(at)) => Ok(&mut self.saved[at..at + self.vocab_size]),
@@ -264,7 +264,7 @@ impl Context {
         Ok(unsafe { std::slice::from_raw_parts_mut(raw.as_ptr(), self.vocab_size) })
     }
 
-    pub fn copy_sequence(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize) {
+    pub(super) fn copy_sequence(&mut self, from: SeqSlot, to: SeqSlot, tokens: usize) {
         assert!(from.0 < self.slots && to.0 < self.slots, "slots are below the limit");
         // Between streams llama.cpp only copies whole sequences: the tail is removed afterwards.
         let end = if self.unified { tokens as i32 } else { -1 };
@@ -279,7 +279,7 @@ impl Context {
     }
 
     /// Discards all but the first `keep` tokens of a sequence.
-    pub fn remove_tokens(&mut self, slot: SeqSlot, keep: usize) {
+    pub(super) fn remove_tokens(&mut self, slot: SeqSlot, keep: usize) {
         assert!(slot.0 < self.slots, "slots are below the limit");
         let from = if keep == 0 { -1 } else { keep as i32 };
         // SAFETY: the id is below `n_seq_max`; a null memory is accepted.
@@ -291,7 +291,7 @@ impl Context {
 
     /// Applies an adapter to all rows of later batches. llama.cpp then rebuilds its graph, so a
     /// change is expensive. The runner keeps adapters alive while a context uses them.
-    pub fn adapt(
+    pub(super) fn adapt(
         &mut self,
         id: Option<AdapterId>,
         adapters: &HashMap<AdapterId, Adapter>,
@@ -309,7 +309,7 @@ impl Context {
     }
 
     /// Stops using an adapter that is about to be freed.
-    pub fn leave_adapter(&mut self, id: AdapterId) {
+    pub(super) fn leave_adapter(&mut self, id: AdapterId) {
         if self.adapter == Some(id) && self.use_adapter(None).is_ok() {
             self.adapter = None;
         }
@@ -336,7 +336,7 @@ impl Context {
 
     /// Computes rows of an input to be pooled; with the last row, returns the pooled vector of
     /// `size` elements.
-    pub fn pool(
+    pub(super) fn pool(
         &mut self,
         input: &[Token],
         rows: Range<usize>,

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 /// An incomplete line: llama.cpp prints some lines in pieces.
 static LINE: Mutex<(u32, String)> = Mutex::new((0, String::new()));
 
-pub fn install() {
+pub(super) fn install() {
     // SAFETY: the callback is a plain function that lives as long as the program and uses no user
     // data.
     unsafe { sys::llama_log_set(Some(on_line), std::ptr::null_mut()) }

@@ -9,6 +9,8 @@
 //! Alternatively one buffer per slot (streams): decoding rows never scan other slots' cells, but a
 //! shared prefix is copied, and every slot takes the memory of a whole context.
 
+#![allow(unsafe_code)]
+
 mod adapter;
 mod context;
 mod log;

@@ -12,7 +12,7 @@ use std::sync::{Mutex, Once};
 
 static BACKEND: Once = Once::new();
 
-pub struct Model {
+pub(super) struct Model {
     raw: NonNull<sys::llama_model>,
     vocab: Vocab,
     /// Guards llama.cpp's list of adapters in the model.
@@ -33,7 +33,7 @@ impl Drop for Model {
 }
 
 impl Model {
-    pub fn load(spec: &LoadSpec) -> Result<Self, RunnerError> {
+    pub(super) fn load(spec: &LoadSpec) -> Result<Self, RunnerError> {
         // SAFETY: the function takes no arguments and returns plain data.
         let mut params = unsafe { sys::llama_model_default_params() };
         params.n_gpu_layers = i32::try_from(spec.gpu_layers).unwrap_or(i32::MAX);
@@ -46,7 +46,7 @@ impl Model {
     }
 
     /// Loads only the vocabulary, which is all that tokenizing needs.
-    pub fn load_vocabulary(path: &Path) -> Result<Self, RunnerError> {
+    pub(super) fn load_vocabulary(path: &Path) -> Result<Self, RunnerError> {
         // SAFETY: the function takes no arguments and returns plain data.
         let mut params = unsafe { sys::llama_model_default_params() };
         params.vocab_only = true;
@@ -67,16 +67,16 @@ impl Model {
         Ok(Self { raw, vocab, adapters: Mutex::new(()) })
     }
 
-    pub fn as_ptr(&self) -> *mut sys::llama_model {
+    pub(super) fn as_ptr(&self) -> *mut sys::llama_model {
         self.raw.as_ptr()
     }
 
-    pub fn vocab(&self) -> &Vocab {
+    pub(super) fn vocab(&self) -> &Vocab {
         &self.vocab
     }
 
     /// llama.cpp's one-line description of the model, such as "llama 135M Q4_1".
-    pub fn description(&self) -> String {
+    pub(super) fn description(&self) -> String {
         let mut buffer = [0u8; 256];
         // SAFETY: the length passed is the buffer's.
         let written = unsafe {
@@ -85,7 +85,7 @@ impl Model {
         text(&buffer, written)
     }
 
-    pub fn metadata(&self, key: &str) -> Option<String> {
+    pub(super) fn metadata(&self, key: &str) -> Option<String> {
         let key = CString::new(key).ok()?;
         let mut buffer = [0u8; 1024];
         // SAFETY: the key is NUL-terminated; the length passed is the buffer's.
@@ -100,35 +100,35 @@ impl Model {
         (written >= 0).then(|| text(&buffer, written))
     }
 
-    pub fn parameters(&self) -> u64 {
+    pub(super) fn parameters(&self) -> u64 {
         // SAFETY: the model is live.
         unsafe { sys::llama_model_n_params(self.as_ptr()) }
     }
 
     /// Elements of an output embedding.
-    pub fn embedding_size(&self) -> u32 {
+    pub(super) fn embedding_size(&self) -> u32 {
         // SAFETY: the model is live.
         unsafe { sys::llama_model_n_embd_out(self.as_ptr()) }.max(0) as u32
     }
 
-    pub fn has_decoder(&self) -> bool {
+    pub(super) fn has_decoder(&self) -> bool {
         // SAFETY: the model is live.
         unsafe { sys::llama_model_has_decoder(self.as_ptr()) }
     }
 
-    pub fn is_encoder_decoder(&self) -> bool {
+    pub(super) fn is_encoder_decoder(&self) -> bool {
         // SAFETY: the model is live.
         self.has_decoder() && unsafe { sys::llama_model_has_encoder(self.as_ptr()) }
     }
 
     /// Whether attention is causal; false for BERT-like models.
-    pub fn is_causal(&self) -> bool {
+    pub(super) fn is_causal(&self) -> bool {
         let architecture = self.metadata("general.architecture").unwrap_or_default();
         self.metadata(&format!("{architecture}.attention.causal")).as_deref() != Some("false")
     }
 
     /// Whether a sequence can be truncated. Recurrent and hybrid models cannot do that.
-    pub fn shares_prefixes(&self) -> bool {
+    pub(super) fn shares_prefixes(&self) -> bool {
         // SAFETY: the model is live.
         unsafe {
             !sys::llama_model_is_recurrent(self.as_ptr())
@@ -137,19 +137,19 @@ impl Model {
     }
 
     /// The pooling type that the file names, or `None`.
-    pub fn pooling(&self) -> Option<sys::llama_pooling_type> {
+    pub(super) fn pooling(&self) -> Option<sys::llama_pooling_type> {
         let architecture = self.metadata("general.architecture").unwrap_or_default();
         self.metadata(&format!("{architecture}.pooling_type"))?.parse().ok()
     }
 
     /// Whether an input may be pooled in chunks: no token attends to a later one, and the last row
     /// is the pooled row.
-    pub fn pools_in_chunks(&self) -> bool {
+    pub(super) fn pools_in_chunks(&self) -> bool {
         self.is_causal() && super::context::pooling(self) == sys::LLAMA_POOLING_TYPE_LAST
     }
 
     /// Whether the model produces embeddings. Rerankers have a classification head instead.
-    pub fn can_embed(&self) -> bool {
+    pub(super) fn can_embed(&self) -> bool {
         self.pooling() != Some(sys::LLAMA_POOLING_TYPE_RANK)
     }
 }
@@ -248,7 +248,7 @@ unsafe fn read_vocab(vocab: *const sys::llama_vocab) -> Vocab {
     }
 }
 
-pub fn c_path(path: &Path) -> Result<CString, RunnerError> {
+pub(super) fn c_path(path: &Path) -> Result<CString, RunnerError> {
     CString::new(path.as_os_str().as_bytes())
         .map_err(|_| RunnerError(format!("{} has a NUL in its name", path.display())))
 }

@@ -103,12 +103,12 @@ impl Factors {
 }
 
 /// Reads adapter files on a thread beside the step loop.
-pub struct Loader {
+pub(super) struct Loader {
     shape: ModelConfig,
 }
 
 impl Loader {
-    pub fn new(shape: &ModelConfig) -> Self {
+    pub(super) fn new(shape: &ModelConfig) -> Self {
         Self { shape: shape.clone() }
     }
 }

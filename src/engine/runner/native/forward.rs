@@ -14,7 +14,7 @@ use crate::kernels::{Adapted, KvCache, LANES, Pool, Scope};
 use std::ops::Range;
 
 /// The input of a step.
-pub struct Rows<'a> {
+pub(super) struct Rows<'a> {
     pub tokens: &'a [Token],
     /// The rows of each sequence, one sequence after another.
     pub spans: &'a [Span],
@@ -45,7 +45,7 @@ impl<'a> Rows<'a> {
 
 /// Buffers of a step, reused from step to step.
 #[derive(Default)]
-pub struct Forward {
+pub(super) struct Forward {
     /// (rows, width) the residual stream.
     pub(super) x: Vec<f32>,
     normed: Activations,
@@ -66,7 +66,7 @@ pub struct Forward {
 }
 
 impl Forward {
-    pub fn new(weights: &Weights) -> Self {
+    pub(super) fn new(weights: &Weights) -> Self {
         if weights.take_quantized() {
             return Self::default();
         }
@@ -79,7 +79,7 @@ impl Forward {
     ///
     /// # Errors
     /// If a token is not in the vocabulary, or if its embedding cannot be read.
-    pub fn run(
+    pub(super) fn run(
         &mut self,
         weights: &Weights,
         cache: &mut KvCache,
@@ -129,14 +129,14 @@ impl Forward {
     }
 
     /// (vocabulary) logits of the `index`-th wanted row.
-    pub fn logits(&mut self, index: usize, vocab: usize) -> &mut [f32] {
+    pub(super) fn logits(&mut self, index: usize, vocab: usize) -> &mut [f32] {
         let at = index * vocab.next_multiple_of(LANES);
         &mut self.logits[at..at + vocab]
     }
 
     /// (width) the output norm's result for the `index`-th wanted row: the input of the head, and
     /// the basis of embeddings.
-    pub fn hidden(&self, index: usize) -> &[f32] {
+    pub(super) fn hidden(&self, index: usize) -> &[f32] {
         self.normed.row(index)
     }
 

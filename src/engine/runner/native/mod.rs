@@ -1,5 +1,5 @@
 //! The native runner: our own kernels over real pages, for the architectures of
-//! [`weights`](weights).
+//! [`weights`].
 //!
 //! A row's numbers do not depend on the other rows of the batch, on how a prompt was cut into
 //! chunks, or on what was found in the cache: the same request gives bit-identical results.

@@ -28,7 +28,7 @@ fn unsupported<T>(why: impl Into<String>) -> Result<T, Unsupported> {
 }
 
 /// The weights of one layer; `None` for parts that the architecture lacks.
-pub struct Layer {
+pub(super) struct Layer {
     pub kind: LayerKind,
     pub attention_norm: Vec<f32>,
     pub q: Matrix,
@@ -49,7 +49,7 @@ pub struct Layer {
     pub ff_post_norm: Option<Vec<f32>>,
 }
 
-pub struct Weights {
+pub(super) struct Weights {
     pub shape: ModelConfig,
     /// In the order of the indices in [`LayerKind::rope`].
     pub ropes: Vec<Rope>,
@@ -64,7 +64,7 @@ pub struct Weights {
 impl Weights {
     /// Reads and packs all weights, on all threads of the pool. `context` is the most tokens of a
     /// sequence.
-    pub fn load(file: Gguf, context: usize, pool: &mut Pool) -> Result<Self, Unsupported> {
+    pub(super) fn load(file: Gguf, context: usize, pool: &mut Pool) -> Result<Self, Unsupported> {
         let shape = ModelConfig::read(&file)?;
         let ropes = shape.ropes.iter().map(|facts| rope(&file, facts, context));
         let ropes = ropes.collect::<Result<_, _>>().map_err(Unsupported::Other)?;
@@ -80,7 +80,7 @@ impl Weights {
     }
 
     /// Whether any matrix takes quantized activations.
-    pub fn take_quantized(&self) -> bool {
+    pub(super) fn take_quantized(&self) -> bool {
         let of = |layer: &Layer| {
             let Layer { q, k, v, output, gate, up, down, .. } = layer;
             [q, k, v, output, gate, up, down].iter().any(|matrix| matrix.takes_quantized())
@@ -89,7 +89,7 @@ impl Weights {
     }
 
     /// (width) the embedding of a token.
-    pub fn embedding(&self, token: Token, out: &mut [f32]) -> Result<(), String> {
+    pub(super) fn embedding(&self, token: Token, out: &mut [f32]) -> Result<(), String> {
         let tensor = self.file.tensor(EMBEDDING).expect("it was there at load");
         let data = self.file.data(EMBEDDING).map_err(|error| error.to_string())?;
         let row = data.len() / self.shape.vocab;

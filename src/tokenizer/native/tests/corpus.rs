@@ -130,7 +130,7 @@ const WORDS: &[&str] = &[
 ];
 
 /// Random texts of about `bytes` bytes in total, each of a few hundred bytes.
-pub fn texts(bytes: usize) -> Vec<String> {
+pub(super) fn texts(bytes: usize) -> Vec<String> {
     let mut rng = Rng(0x70_6b_65_6e);
     let mut texts = Vec::new();
     let mut total = 0;
@@ -144,7 +144,7 @@ pub fn texts(bytes: usize) -> Vec<String> {
 
 /// Every `stride`-th character of all planes, after a letter and between spaces, in texts of some
 /// thousand characters. Planes without letters (4 to 13) and of private use are sampled.
-pub fn planes(stride: usize) -> Vec<String> {
+pub(super) fn planes(stride: usize) -> Vec<String> {
     let dense = (0..0x3_2350u32).step_by(stride);
     let sparse = (0x3_2350..0x11_0000u32).step_by(stride * 101);
     let characters: Vec<char> = dense.chain(sparse).filter_map(char::from_u32).collect();

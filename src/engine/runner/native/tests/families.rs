@@ -22,14 +22,14 @@ const QUANTIZED: f64 = 3e-2;
 const LONG: [usize; 7] = [60, 1, 500, 3, 200, 512, 40];
 const SHORT: [usize; 4] = [60, 1, 200, 30];
 
-pub fn write(model: &TinyDecoder) -> (TempDir, PathBuf) {
+pub(super) fn write(model: &TinyDecoder) -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     model.write(&path).unwrap();
     (folder, path)
 }
 
-pub fn random_tokens(count: usize) -> Vec<Token> {
+pub(super) fn random_tokens(count: usize) -> Vec<Token> {
     let mut rng = StdRng::seed_from_u64(count as u64);
     (0..count).map(|_| rng.random_range(0..TinyDecoder::vocab())).collect()
 }
