@@ -249,18 +249,19 @@ fn call_text(call: &Value) -> String {
     format!("<tool_call>\n{}\n</tool_call>", integers::to_text(&Value::Object(text)))
 }
 
-/// Moves the text of system messages to the front of the next user message.
+/// Moves the text of system messages to the front of the next user message, as llama-server does: with a
+/// line break between them.
 fn merge_system(messages: &mut Vec<Value>) {
     let mut pending = String::new();
     let mut out: Vec<Value> = Vec::with_capacity(messages.len());
     for mut message in messages.drain(..) {
         let text = message["content"].as_str().unwrap_or_default();
         if message["role"] == "system" {
-            pending = join_nonempty(&pending, text);
+            pending = join_lines(&pending, text);
             continue;
         }
         if message["role"] == "user" && !pending.is_empty() {
-            message["content"] = Value::String(join_nonempty(&pending, text));
+            message["content"] = Value::String(join_lines(&pending, text));
             pending.clear();
         }
         out.push(message);

@@ -176,3 +176,43 @@ fn templates_render_as_jinja2_does() {
     }
     assert!(report.unexplained().is_empty(), "every difference is explained in check.rs");
 }
+
+/// One case of llama.cpp's own test of chat templates.
+#[derive(serde::Deserialize)]
+struct Case {
+    name: String,
+    template: String,
+    bos: String,
+    eos: String,
+    messages: Vec<Value>,
+    expected: String,
+}
+
+#[test]
+fn templates_render_as_llama_cpp_expects() {
+    let Some(folder) = folder() else { return };
+    let text =
+        std::fs::read_to_string(folder.join("llama_cases.json")).expect("templates.sh made it");
+    let cases: Vec<Case> = serde_json::from_str(&text).expect("a list of cases");
+    assert!(cases.len() >= 30, "{}", cases.len());
+    let mut wrong = Vec::new();
+    for case in cases {
+        let template = ChatTemplate::compile(&case.template, None, &case.bos, &case.eos)
+            .unwrap_or_else(|error| panic!("{}: {error}", case.name));
+        let input = RenderInput {
+            messages: case.messages,
+            add_generation_prompt: true,
+            ..RenderInput::default()
+        };
+        let found = template.render(&input).unwrap_or_else(|error| format!("error: {error}"));
+        // llama.cpp takes one BOS away, which its tokenizer adds.
+        let without = |text: &str| text.strip_prefix(&case.bos).unwrap_or(text).to_owned();
+        if without(&found) != without(&case.expected) {
+            wrong.push(format!(
+                "{}:\n expected {:?}\n found    {found:?}",
+                case.name, case.expected
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
