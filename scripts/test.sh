@@ -18,12 +18,13 @@ done
 passed=0
 failed=0
 failures=()
+seconds=()
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
 # Counts a command as one test.
 check() {
-    local name=$1
+    local name=$1 start=$SECONDS
     shift
     say "$name"
     if "$@"; then
@@ -32,11 +33,12 @@ check() {
         failed=$((failed + 1))
         failures+=("$name")
     fi
+    seconds+=("$((SECONDS - start)) $name")
 }
 
 # Runs a command whose output counts its tests as `N passed` and `N failed`, on one line or many.
 suite() {
-    local name=$1 status=0 good bad
+    local name=$1 status=0 start=$SECONDS good bad
     shift
     say "$name"
     "$@" 2>&1 | tee "$log" || status=$?
@@ -48,9 +50,12 @@ suite() {
     passed=$((passed + good))
     failed=$((failed + bad))
     [ "$bad" -eq 0 ] || failures+=("$name")
+    seconds+=("$((SECONDS - start)) $name")
 }
 
 finish() {
+    say "seconds of each suite"
+    printf '%s\n' "${seconds[@]}" | sort -rn
     for name in "${failures[@]}"; do
         say "failed: $name"
     done
