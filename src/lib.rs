@@ -14,7 +14,8 @@
 //! An engine may die at any time: its requests fail with a clear error, the engine is restarted, and the
 //! gateway stays. Gateway and engine exchange frames of [`ipc`] over a socket pair, and nothing else. A
 //! job and its starter share the job's folder ([`job`]): if either process dies, the other finds the
-//! whole state there, and the job resumes from its last checkpoint with a bit-identical result.
+//! whole state there, and the job resumes from its last checkpoint with a bit-identical result. A job
+//! that trains a policy also asks the gateway for completions, over a socket pair ([`job::rollout`]).
 //!
 //! # The path of a request
 //!

@@ -63,14 +63,14 @@ impl InputProcessor {
         commands: &Sender<Command>,
         replies: &Sender<FromEngine>,
     ) -> std::io::Result<Vec<JoinHandle<()>>> {
-        let desk = Arc::new(self);
+        let processor = Arc::new(self);
         let work = |index: usize| {
-            let (desk, jobs) = (desk.clone(), jobs.clone());
+            let (processor, jobs) = (processor.clone(), jobs.clone());
             let (commands, replies) = (commands.clone(), replies.clone());
             std::thread::Builder::new().name(format!("intake-{index}")).stack_size(STACK).spawn(
                 move || {
                     for job in jobs {
-                        desk.handle_safely(job, &commands, &replies);
+                        processor.handle_safely(job, &commands, &replies);
                     }
                 },
             )

@@ -72,7 +72,7 @@ pub fn main() -> ExitCode {
 fn run() -> Result<(), FrameError> {
     let socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     let mut reader = BufReader::new(socket.try_clone()?);
-    let (reception, work, to_write) = channels();
+    let (router, work, to_write) = channels();
     std::thread::Builder::new()
         .name("writer".into())
         .spawn(move || write_frames(socket, &to_write))?;
@@ -81,7 +81,7 @@ fn run() -> Result<(), FrameError> {
         return Ok(());
     };
     // Start reading before the model loads, so that the gateway's death is noticed during loading.
-    std::thread::Builder::new().name("reader".into()).spawn(move || reception.receive(reader))?;
+    std::thread::Builder::new().name("reader".into()).spawn(move || router.receive(reader))?;
     load_and_serve(&spec, work)?;
     Ok(())
 }
@@ -89,22 +89,22 @@ fn run() -> Result<(), FrameError> {
 /// An engine on threads of this process, without the socket. The baseline for measuring the cost of
 /// the process boundary.
 pub struct Local {
-    reception: FrameRouter,
+    router: FrameRouter,
     frames: Receiver<FromEngine>,
 }
 
 impl Local {
     /// Starts to load the model; the first frame reports success or failure.
     pub fn start(spec: LoadSpec) -> std::io::Result<Self> {
-        let (reception, work, frames) = channels();
+        let (router, work, frames) = channels();
         std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || load_and_serve(&spec, work))?;
-        Ok(Self { reception, frames })
+        Ok(Self { router, frames })
     }
 
     pub fn send(&self, frame: ToEngine) {
-        self.reception.pass_on(frame);
+        self.router.pass_on(frame);
     }
 
     pub fn frames(&self) -> &Receiver<FromEngine> {
@@ -126,9 +126,8 @@ fn channels() -> (FrameRouter, Work, Receiver<FromEngine>) {
     let (commands, to_do) = unbounded();
     let (jobs, to_check) = bounded(INTAKE_QUEUE);
     let (adapters, to_load) = unbounded();
-    let reception =
-        FrameRouter { commands: commands.clone(), jobs, adapters, frames: frames.clone() };
-    (reception, Work { commands, to_do, to_check, to_load, frames }, to_write)
+    let router = FrameRouter { commands: commands.clone(), jobs, adapters, frames: frames.clone() };
+    (router, Work { commands, to_do, to_check, to_load, frames }, to_write)
 }
 
 /// Loads the model and runs its step loop on this thread until shutdown.

@@ -51,13 +51,13 @@ impl Engine {
         let (commands, to_do) = unbounded();
         let (jobs, to_check) = unbounded();
         let (to_gateway, frames) = unbounded();
-        let (for_desk, loading) = (commands.clone(), commands.clone());
+        let (for_processor, loading) = (commands.clone(), commands.clone());
         let steps = std::thread::spawn(move || {
             let runner = Box::new(Mock::load(&spec));
             let draft = load_draft(&*runner, &spec).unwrap();
-            let desk = InputProcessor::new(runner.tokenizer(), runner.info().clone());
-            desk.open(&to_check, &for_desk, &to_gateway).unwrap();
-            drop(for_desk);
+            let processor = InputProcessor::new(runner.tokenizer(), runner.info().clone());
+            processor.open(&to_check, &for_processor, &to_gateway).unwrap();
+            drop(for_processor);
             StepLoop::new(runner, draft, &spec, to_do, to_gateway).unwrap().run();
         });
         for id in 1..=ADAPTERS {

@@ -25,8 +25,8 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::level_filters::LevelFilter;
 
-/// The engine is told to pause a request when more than this many of its events wait for the
-/// client.
+/// The gateway tells the engine to pause a request if more than this many of its events wait for
+/// the client.
 const PAUSE_ABOVE: usize = 256;
 const RESUME_BELOW: usize = 32;
 /// Number of log lines of the engine that are shown when it fails to load a model.
