@@ -63,7 +63,8 @@ def test_python():
     variables, out = {}, io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(here(chat), variables)
-    assert len(out.getvalue().split()) > 3, out.getvalue()
+    # A sampled answer, so only its presence can be asserted.
+    assert out.getvalue().strip(), out.getvalue()
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(here(tune), variables)
@@ -79,8 +80,15 @@ def test_python():
 def test_curl():
     (command,) = [block for block in blocks("sh") if block.startswith("curl")]
     command = here(command).replace("-H 'Content", f"-H 'Authorization: Bearer {KEY}' -H 'Content", 1)
-    answer = subprocess.run(["sh", "-c", command], check=True, capture_output=True).stdout
-    assert "Paris" in json.loads(answer)["choices"][0]["message"]["content"]
+
+    def content(command):
+        answer = subprocess.run(["sh", "-c", command], check=True, capture_output=True).stdout
+        return json.loads(answer)["choices"][0]["message"]["content"]
+
+    # As it stands the answer is sampled; what it says can be asserted at temperature 0.
+    assert content(command)
+    assert '"messages":' in command
+    assert "Paris" in content(command.replace('"messages":', '"temperature": 0, "messages":'))
 
 
 if __name__ == "__main__":
