@@ -66,7 +66,9 @@ impl ResourceEstimate {
     }
 
     fn of_fresh(spec: &Spec, settings: &Resolved) -> Result<Self, String> {
-        let block = spec.pretrain.clone().unwrap_or_default();
+        let Some(block) = spec.task.settings().new_model() else {
+            return Err(format!("model: a job of kind `{}` needs one", spec.task.name()));
+        };
         let vocab = match block.tokenizer()? {
             TokenizerPlan::Train { vocab_size } => vocab_size,
             TokenizerPlan::From(_) => TAKEN_VOCABULARY,
@@ -103,12 +105,13 @@ impl Dimensions {
             false => (self.layers + 1) * layer,
         };
         // Both completions of a pair are in one row.
-        let answers = if spec.kind.dataset() == Some(DatasetKind::Preference) { 2 } else { 1 };
+        let answers =
+            if spec.task.settings().dataset() == Some(DatasetKind::Preference) { 2 } else { 1 };
         let tokens = answers * settings.micro_batch as u64 * settings.max_length as u64;
         let logits = LOGIT_ROWS * self.vocab;
         let memory = PROCESS + file + trained * TRAINED_BYTES + 4 * (tokens * kept + logits);
         let whole = if spec.adapter.is_none() || spec.export.merged { 4 * all } else { 0 };
-        let folder = if spec.export.hugging_face { 4 * all } else { 0 };
+        let folder = if spec.writes_hugging_face() { 4 * all } else { 0 };
         let disk = 2 * trained * CHECKPOINT_BYTES + trained * 8 + whole + folder;
         ResourceEstimate { memory, disk, trained }
     }

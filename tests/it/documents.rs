@@ -123,7 +123,7 @@ fn examples_are_accepted_with_their_data() {
             {
                 let data = folder.path().join(data);
                 // Some say where to get theirs.
-                if let Some(dataset) = spec.kind.dataset()
+                if let Some(dataset) = spec.task.settings().dataset()
                     && (data.exists() || !text.contains("http"))
                 {
                     check(&data, dataset, 1)

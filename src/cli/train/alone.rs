@@ -8,7 +8,7 @@ use crate::gateway::jobs::{fits, rows};
 use crate::gateway::memory::available;
 use crate::gateway::store::{ModelRef, PulledModel, Store, ensure, hex};
 use crate::gguf::is_hugging_face;
-use crate::job::spec::{Kind, Resolved, Spec};
+use crate::job::spec::{Resolved, Spec};
 use crate::job::{
     self, Artifact, ArtifactKind, BaseModel, Folder, Follower, InitAdapter, Order, Outcome,
     ResolveError, ResolvedJob, Sources,
@@ -68,15 +68,17 @@ pub(super) async fn run(
 /// so that the same command finds the same folder.
 fn order(store: &Store, spec: Spec, beside: &Path) -> Result<Order, CliError> {
     spec.resolve().map_err(CliError::Message)?;
-    if spec.kind == Kind::Grpo {
-        return Err(CliError::message(
-            "A job of kind `grpo` samples from a served model: start `ingot serve MODEL \
+    let task = spec.task.settings();
+    if task.grader().is_some() {
+        return Err(CliError::message(format!(
+            "A job of kind `{}` samples from a served model: start `ingot serve MODEL \
              --admin-key KEY`, and give its address with --url.",
-        ));
+            spec.task.name()
+        )));
     }
     let train = located(beside, &spec.data.train)?;
     let validation = spec.data.validation.as_ref().map(|path| located(beside, path)).transpose()?;
-    if let Some(dataset) = spec.kind.dataset() {
+    if let Some(dataset) = task.dataset() {
         for path in validation.iter().chain([&train]) {
             check(path, dataset, 1).map_err(|error| {
                 CliError::message(format!("{} cannot be trained on: {error}.", path.display()))
@@ -121,8 +123,7 @@ fn sources(store: &Store, spec: &Spec, beside: &Path) -> Result<Sources, CliErro
         };
         sources.init = Some(InitAdapter { path: absolute(path)?, base });
     }
-    let from = spec.pretrain.as_ref().and_then(|block| block.tokenizer.as_ref());
-    if let Some(name) = from.and_then(|tokenizer| tokenizer.from.as_ref()) {
+    if let Some(name) = spec.tokenizer_from() {
         sources.tokenizer = Some(pull(store, name)?.path);
     }
     Ok(sources)

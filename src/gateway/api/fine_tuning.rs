@@ -13,11 +13,12 @@ use crate::gateway::error::ApiError;
 use crate::gateway::jobs::{NewJob, checkpoint_name};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::grade::Grader;
-use crate::job::spec::{Adapter, Data, Dpo, Export, Grpo, Kind, Spec, Train, VERSION};
+use crate::job::spec::{Adapter, Data, Dpo, Export, Grpo, Sft, Spec, Task, Train, VERSION};
 use crate::job::{Entry, JobEvent, Level, StepMetrics, Validation};
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Extension, Path, Query, State};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
@@ -67,20 +68,12 @@ impl MethodKind {
             Self::Reinforcement => "reinforcement",
         }
     }
+}
 
-    fn kind(self) -> Kind {
-        match self {
-            Self::Supervised => Kind::Sft,
-            Self::Dpo => Kind::Dpo,
-            Self::Reinforcement => Kind::Grpo,
-        }
-    }
-
-    /// Learning rate that `learning_rate_multiplier` multiplies.
-    fn learning_rate(self) -> f64 {
-        let [of_adapter, _] = self.kind().learning_rates();
-        of_adapter
-    }
+/// Learning rate that `learning_rate_multiplier` multiplies.
+fn learning_rate(task: &Task) -> f64 {
+    let [of_adapter, _] = task.settings().learning_rates();
+    of_adapter
 }
 
 /// Hyperparameters that a client requests. `None` is `auto`.
@@ -209,14 +202,23 @@ pub async fn create(
         // Rounded, so that an `f32` 0.1 is shown as 0.1 and not as 0.10000000149.
         shown["beta"] = json!((beta * 1e6).round() / 1e6);
     }
-    let grpo = grader.map(|grader| {
+    let grpo = |grader| {
         let usual = Grpo { max_tokens: ANSWER_TOKENS, ..Grpo::with(grader) };
         let more = hyperparameters.compute_multiplier.unwrap_or(1.0);
         let num_generations = (usual.num_generations as f64 * more).round() as usize;
         let eval_samples = hyperparameters.eval_samples.map_or(1, |samples| samples as usize);
         Grpo { num_generations, eval_samples, ..usual }
-    });
-    if let Some(block) = &grpo {
+    };
+    let task = match (kind, grader) {
+        (MethodKind::Supervised, _) => Task::Sft(Sft {}),
+        (MethodKind::Dpo, _) => Task::Dpo(Dpo { beta, ..Dpo::default() }),
+        (MethodKind::Reinforcement, Some(grader)) => Task::Grpo(grpo(grader)),
+        (MethodKind::Reinforcement, None) => {
+            let param = "method.reinforcement.grader";
+            return Err(ApiError::invalid(param, format!("{param} is required.")));
+        }
+    };
+    if let Task::Grpo(block) = &task {
         shown["compute_multiplier"] = json!(hyperparameters.compute_multiplier.unwrap_or(1.0));
         shown["eval_interval"] = json!(eval_every);
         shown["eval_samples"] = json!(block.eval_samples);
@@ -232,7 +234,6 @@ pub async fn create(
     });
     let spec = Spec {
         version: VERSION,
-        kind: kind.kind(),
         model: Some(model),
         name: None,
         suffix,
@@ -244,19 +245,16 @@ pub async fn create(
             parse_control_tokens: app.config.limits.parse_control_tokens,
         },
         adapter: Adapter::usual(),
-        pretrain: None,
-        dpo: (kind == MethodKind::Dpo).then(|| Dpo { beta, ..Dpo::default() }),
-        reward: None,
-        grpo,
         export: Export::default(),
         train: Train {
             epochs: Some(epochs as f64),
             batch_size: Some(batch as usize),
-            learning_rate: Some(kind.learning_rate() * multiplier),
+            learning_rate: Some(learning_rate(&task) * multiplier),
             checkpoint_every: Some(often),
             eval_every: Some(eval_every),
             ..Train::default()
         },
+        task,
     };
     let new = NewJob { spec, owner, admin: identity.admin, request: Some(request.to_string()) };
     let job = app.jobs.create(new).await?;
@@ -646,12 +644,15 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
         found => found.clone(),
     };
     let hyperparameters = match &request["hyperparameters"] {
-        Value::Null => json!({
-            "n_epochs": spec["train"]["epochs"].as_f64().unwrap_or(1.0).ceil() as u64,
-            "batch_size": spec["train"]["batch_size"],
-            "learning_rate_multiplier":
-                spec["train"]["learning_rate"].as_f64().map(|rate| rate / method.learning_rate()),
-        }),
+        Value::Null => {
+            let task = Spec::deserialize(&spec).map_err(ApiError::internal)?.task;
+            json!({
+                "n_epochs": spec["train"]["epochs"].as_f64().unwrap_or(1.0).ceil() as u64,
+                "batch_size": spec["train"]["batch_size"],
+                "learning_rate_multiplier":
+                    spec["train"]["learning_rate"].as_f64().map(|rate| rate / learning_rate(&task)),
+            })
+        }
         found => found.clone(),
     };
     let mut of_method = json!({"hyperparameters": hyperparameters});

@@ -91,8 +91,7 @@ impl Jobs {
             let path = found.adapter.ok_or_else(|| refused(&ResolveError::Init))?;
             sources.init = Some(InitAdapter { path, base: Some(found.model) });
         }
-        let from = spec.pretrain.as_ref().and_then(|block| block.tokenizer.as_ref());
-        if let Some(name) = from.and_then(|tokenizer| tokenizer.from.as_ref()) {
+        if let Some(name) = spec.tokenizer_from() {
             sources.tokenizer = Some(self.registry.trainable(name).await?.path);
         }
         Ok(sources)
@@ -100,13 +99,13 @@ impl Jobs {
 
     /// Checks that the models that a policy's job queries are loaded now.
     async fn check_policy(&self, new: &NewJob) -> Result<(), ApiError> {
-        let Some(block) = &new.spec.grpo else { return Ok(()) };
+        let Some(grader) = new.spec.task.settings().grader() else { return Ok(()) };
         let param = new.params().grader;
         if let Some(model) = &new.spec.model {
             // The base model generates the completions, so it must be loaded too.
             self.registry.find(model).await?;
         }
-        for (model, scores) in block.grader.models() {
+        for (model, scores) in grader.models() {
             let found = self.registry.find(model).await;
             let found = found.map_err(|error| error.with_param(param))?;
             let is = found.adapter.is_some_and(|adapter| adapter.is_reward_model());
@@ -145,7 +144,7 @@ impl Jobs {
         self.lay_out(&mut order, &train, validation.as_ref())?;
         let job = StoredJob {
             id: id.clone(),
-            kind: order.spec.kind.name().to_owned(),
+            kind: order.spec.task.name().to_owned(),
             status: JobStatus::Validating,
             spec: serde_json::to_string(&order.spec).map_err(ApiError::internal)?,
             request,
@@ -257,7 +256,7 @@ impl Jobs {
             param: Some(param.to_owned()),
         };
         let order = self.folder(id).order().map_err(|error| failure("training_file", &error))?;
-        let Some(dataset) = order.spec.kind.dataset() else { return Ok(()) };
+        let Some(dataset) = order.spec.task.settings().dataset() else { return Ok(()) };
         let stored = self.store().job(id).ok().flatten();
         let openai = stored.is_some_and(|job| job.request.is_some());
         let least = if openai { super::LEAST_EXAMPLES } else { 1 };

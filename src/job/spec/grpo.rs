@@ -1,6 +1,7 @@
 //! The block `grpo` of a specification.
 
-use super::{Correction, GrpoLoss, PolicyLoss, within};
+use super::{Correction, GrpoLoss, PolicyLoss, Resolved, TaskSettings, Weights, within};
+use crate::dataset::DatasetKind;
 use crate::grade::Grader;
 use serde::{Deserialize, Serialize};
 
@@ -99,12 +100,33 @@ impl Grpo {
             cap: self.importance_sampling_cap,
         }
     }
+}
 
-    /// # Errors
-    /// The key that is wrong and the values it may have.
-    pub(super) fn check(&self, max_length: usize) -> Result<(), String> {
+impl TaskSettings for Grpo {
+    fn dataset(&self) -> Option<DatasetKind> {
+        Some(DatasetKind::PromptOnly)
+    }
+
+    /// With TRL's 1e-6 to 1e-5, small tasks need thousands of steps.
+    fn learning_rates(&self) -> [f64; 2] {
+        [2e-4, 1e-6]
+    }
+
+    fn weights(&self) -> Weights {
+        Weights::Adapter(
+            "answers are sampled from the served model with an adapter that is swapped at every \
+             step, and all weights cannot be swapped",
+        )
+    }
+
+    fn grader(&self) -> Option<&Grader> {
+        Some(&self.grader)
+    }
+
+    fn check(&self, settings: &Resolved) -> Result<(), String> {
+        let most = settings.max_length as f64 - 1.0;
         within("grpo.num_generations", self.num_generations as f64, 2.0, 256.0)?;
-        within("grpo.max_tokens", self.max_tokens as f64, 1.0, max_length as f64 - 1.0)?;
+        within("grpo.max_tokens", self.max_tokens as f64, 1.0, most)?;
         within("grpo.temperature", self.temperature, 0.01, 10.0)?;
         within("grpo.num_iterations", self.num_iterations as f64, 1.0, 64.0)?;
         within("grpo.eval_samples", self.eval_samples as f64, 1.0, 256.0)?;

@@ -2,77 +2,34 @@
 //! ([`Resolved`]).
 
 mod adapter;
+mod dpo;
 mod grpo;
 mod optimizer;
 mod policy_loss;
-mod preference;
 mod pretrain;
+mod reward;
 mod schedule;
+mod sft;
+mod task;
 
 pub use adapter::{Adapter, Lora, Targets};
+pub use dpo::{Dpo, DpoLoss};
 pub use grpo::Grpo;
 pub use optimizer::Optimizer;
 pub use policy_loss::{Correction, GrpoLoss, PolicyLoss, Ppo};
-pub use preference::{Dpo, DpoLoss, Reward};
 pub use pretrain::{BYTES, Pretrain, Shape, Tokenizer, TokenizerPlan};
+pub use reward::Reward;
 pub use schedule::Schedule;
+pub use sft::Sft;
+pub(crate) use task::for_task;
+pub use task::{Task, TaskSettings, Weights};
 
-use crate::dataset::DatasetKind;
 use serde::{Deserialize, Serialize};
+use task::Written;
 
 /// Version of the [`Spec`] format. A newer Ingot either reads this version or rejects it with an
 /// error.
 pub const VERSION: u32 = 1;
-
-/// The kind of a job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Kind {
-    Sft,
-    Pretrain,
-    /// Direct preference optimization.
-    Dpo,
-    /// A reward model.
-    Reward,
-    /// Group relative policy optimization.
-    Grpo,
-}
-
-impl Kind {
-    /// The name in specifications.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Sft => "sft",
-            Self::Pretrain => "pretrain",
-            Self::Dpo => "dpo",
-            Self::Reward => "reward",
-            Self::Grpo => "grpo",
-        }
-    }
-
-    /// The kind of dataset that the job reads; `None` means plain text.
-    pub fn dataset(self) -> Option<DatasetKind> {
-        match self {
-            Self::Sft => Some(DatasetKind::PromptCompletion),
-            Self::Dpo | Self::Reward => Some(DatasetKind::Preference),
-            Self::Grpo => Some(DatasetKind::PromptOnly),
-            Self::Pretrain => None,
-        }
-    }
-
-    /// Default learning rates: for an adapter, and for all weights. For pretraining, the rate of a
-    /// model of width 512.
-    pub fn learning_rates(self) -> [f64; 2] {
-        match self {
-            Self::Sft => [2e-4, 2e-5],
-            Self::Pretrain => [1e-3; 2],
-            Self::Dpo => [1e-5, 1e-6],
-            // With TRL's 1e-6 to 1e-5, small tasks need thousands of steps.
-            Self::Grpo => [2e-4, 1e-6],
-            Self::Reward => [1e-4, 1e-5],
-        }
-    }
-}
 
 /// The specification of a job, in JSON or TOML. Unknown keys are errors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -80,7 +37,8 @@ impl Kind {
 pub struct Spec {
     /// Version of the specification format, [`VERSION`].
     pub version: u32,
-    pub kind: Kind,
+    #[serde(flatten)]
+    pub task: Task,
     /// The model to continue training from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
@@ -92,16 +50,8 @@ pub struct Spec {
     pub suffix: Option<String>,
     pub seed: u64,
     pub data: Data,
-    /// `null` trains all weights. Pretraining always trains all weights.
+    /// `null` trains all weights. Some kinds train only an adapter, or always all weights.
     pub adapter: Option<Adapter>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pretrain: Option<Pretrain>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub dpo: Option<Dpo>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reward: Option<Reward>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub grpo: Option<Grpo>,
     pub train: Train,
     #[serde(default)]
     pub export: Export,
@@ -132,81 +82,24 @@ pub enum WeightType {
     Q8,
 }
 
-/// A specification as it is written, before defaults that depend on the kind are filled in.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Written {
-    #[serde(default = "version")]
-    version: u32,
-    kind: Kind,
-    model: Option<String>,
-    name: Option<String>,
-    suffix: Option<String>,
-    #[serde(default)]
-    seed: u64,
-    data: Data,
-    /// `Some(None)` means that `null` was written.
-    #[serde(default, deserialize_with = "some")]
-    adapter: Option<Option<Adapter>>,
-    pretrain: Option<Pretrain>,
-    dpo: Option<Dpo>,
-    reward: Option<Reward>,
-    grpo: Option<Grpo>,
-    #[serde(default)]
-    train: Train,
-    #[serde(default)]
-    export: Export,
-}
-
-fn some<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Option<Adapter>>, D::Error> {
-    Option::deserialize(from).map(Some)
-}
-
 impl TryFrom<Written> for Spec {
     type Error = String;
 
-    fn try_from(written: Written) -> Result<Self, String> {
-        let Written { kind, model, name, suffix, seed, data, train, export, .. } = written;
-        let Written { version, adapter, pretrain, dpo, reward, grpo, .. } = written;
+    fn try_from(mut written: Written) -> Result<Self, String> {
+        let task = written.task()?;
+        let Written { version, model, name, suffix, seed, data, train, export, .. } = written;
         if version != VERSION {
             return Err(format!("version: this is {version}, and this Ingot knows {VERSION}"));
         }
-        let adapter = match (kind, adapter) {
-            (Kind::Pretrain, Some(Some(_))) => {
-                return Err("adapter: pretraining trains all weights; leave it out".into());
+        let adapter = match (task.settings().weights(), written.adapter) {
+            (Weights::All(why), Some(Some(_))) | (Weights::Adapter(why), Some(None)) => {
+                return Err(format!("adapter: {why}; leave it out"));
             }
-            (Kind::Pretrain, _) => None,
-            (Kind::Reward, Some(None)) => {
-                return Err(
-                    "adapter: a reward model is an adapter with a head; leave it out".into()
-                );
-            }
-            (Kind::Grpo, Some(None)) => {
-                return Err(
-                    "adapter: answers are sampled from the served model with an adapter that is \
-                     swapped at every step; all of its weights cannot be: leave it out"
-                        .into(),
-                );
-            }
+            (Weights::All(_), _) => None,
             (_, None) => Adapter::usual(),
             (_, Some(adapter)) => adapter,
         };
-        Ok(Self {
-            version,
-            kind,
-            model,
-            name,
-            suffix,
-            seed,
-            data,
-            adapter,
-            pretrain,
-            dpo,
-            reward,
-            grpo,
-            train,
-            export,
-        })
+        Ok(Self { version, task, model, name, suffix, seed, data, adapter, train, export })
     }
 }
 
@@ -319,6 +212,16 @@ impl Spec {
         Self { train, ..self.clone() }
     }
 
+    /// Whether a folder for transformers is written: if asked for, and by kinds that create models.
+    pub fn writes_hugging_face(&self) -> bool {
+        self.export.hugging_face || self.task.settings().new_model().is_some()
+    }
+
+    /// The model whose tokenizer a new model takes.
+    pub fn tokenizer_from(&self) -> Option<&String> {
+        self.task.settings().new_model()?.tokenizer.as_ref()?.from.as_ref()
+    }
+
     /// Fills in the defaults, and checks everything that needs neither the model nor the data.
     ///
     /// # Errors
@@ -337,66 +240,11 @@ impl Spec {
             within("adapter.dropout", adapter.dropout, 0.0, 0.95)?;
             adapter.lora(self.seed)?;
         }
-        let resolved = match self.kind {
-            Kind::Pretrain => self.resolve_pretrain()?,
-            Kind::Sft | Kind::Dpo | Kind::Reward | Kind::Grpo => self.resolve_tuning()?,
-        };
-        for (kind, there) in [
-            (Kind::Pretrain, self.pretrain.is_some()),
-            (Kind::Dpo, self.dpo.is_some()),
-            (Kind::Reward, self.reward.is_some()),
-            (Kind::Grpo, self.grpo.is_some()),
-        ] {
-            if there && kind != self.kind {
-                return Err(format!("{0}: it is for jobs of kind `{0}`", kind.name()));
-            }
-        }
-        let (dpo, reward) = (self.dpo.unwrap_or_default(), self.reward.unwrap_or_default());
-        within("dpo.beta", dpo.beta, f64::MIN_POSITIVE, 100.0)?;
-        within("dpo.label_smoothing", dpo.label_smoothing, 0.0, 0.5)?;
-        within("dpo.sft", dpo.sft, 0.0, 100.0)?;
-        within("reward.margin", reward.margin, -1e3, 1e3)?;
-        within("reward.centering", reward.centering, 0.0, 100.0)?;
+        let task = self.task.settings();
+        let resolved = task.resolve(self)?;
         resolved.check()?;
-        match (&self.grpo, self.kind) {
-            (Some(block), _) => block.check(resolved.max_length)?,
-            (None, Kind::Grpo) => {
-                return Err("grpo: a job of this kind needs the block, with a `grader`".into());
-            }
-            (None, _) => {}
-        }
+        task.check(&resolved)?;
         Ok(resolved)
-    }
-
-    /// [`Spec::resolve`] for kinds that train an existing model.
-    fn resolve_tuning(&self) -> Result<Resolved, String> {
-        if self.model.is_none() {
-            return Err(format!("model: a job of kind `{}` needs one", self.kind.name()));
-        }
-        if self.name.is_some() {
-            return Err("name: it is for `pretrain`; use `suffix`".into());
-        }
-        let train = &self.train;
-        let [of_adapter, of_all] = self.kind.learning_rates();
-        let rate = if self.adapter.is_none() { of_all } else { of_adapter };
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Resolved {
-            epochs: train.epochs.or(train.max_steps.is_none().then_some(1.0)),
-            max_steps: train.max_steps,
-            max_minutes: train.max_minutes,
-            batch_size: train.batch_size.unwrap_or(8),
-            micro_batch: train.micro_batch.unwrap_or(1),
-            max_length: train.max_length.unwrap_or(1024),
-            learning_rate: train.learning_rate.unwrap_or(rate),
-            schedule: train.schedule.unwrap_or(Schedule::Cosine),
-            warmup: train.warmup.unwrap_or(0.03),
-            eval_every: train.eval_every.unwrap_or(50),
-            checkpoint_every: train.checkpoint_every.unwrap_or(100),
-            keep_checkpoints: train.keep_checkpoints.unwrap_or(3),
-            threads: train.threads.unwrap_or(cores),
-            activation_checkpointing: train.activation_checkpointing.unwrap_or(false),
-            optimizer: train.optimizer.clone().unwrap_or_default(),
-        })
     }
 }
 

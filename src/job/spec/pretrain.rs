@@ -1,7 +1,8 @@
 //! The block `pretrain`: dimensions of a new model, its tokenizer, its validation data and the
 //! prompt of its samples.
 
-use super::{Optimizer, Resolved, Schedule, Spec, within};
+use super::{Optimizer, Resolved, Schedule, Spec, TaskSettings, Weights, within};
+use crate::dataset::DatasetKind;
 use serde::{Deserialize, Serialize};
 
 /// Default width of an attention head.
@@ -170,11 +171,30 @@ impl Pretrain {
     }
 }
 
-impl Spec {
-    /// [`Spec::resolve`] for pretraining.
-    pub(super) fn resolve_pretrain(&self) -> Result<Resolved, String> {
-        let pretrain = self.pretrain.clone().unwrap_or_default();
-        match (&self.model, &self.name) {
+impl TaskSettings for Pretrain {
+    fn dataset(&self) -> Option<DatasetKind> {
+        None
+    }
+
+    /// The rate of a new model of width 512; [`TaskSettings::resolve`] scales it.
+    fn learning_rates(&self) -> [f64; 2] {
+        [1e-3; 2]
+    }
+
+    fn weights(&self) -> Weights {
+        Weights::All("pretraining trains all weights")
+    }
+
+    fn new_model(&self) -> Option<&Pretrain> {
+        Some(self)
+    }
+
+    fn check(&self, _: &Resolved) -> Result<(), String> {
+        within("pretrain.held_out", self.held_out(), 0.0, 0.5)
+    }
+
+    fn resolve(&self, spec: &Spec) -> Result<Resolved, String> {
+        match (&spec.model, &spec.name) {
             (None, None) => {
                 return Err("name: a job of kind `pretrain` needs one, or a `model`".into());
             }
@@ -183,26 +203,22 @@ impl Spec {
                     "name: it is for a fresh model; a `model` trained further takes a `suffix`";
                 return Err(why.into());
             }
-            (Some(_), None) if pretrain.has_shape() || pretrain.tokenizer.is_some() => {
+            (Some(_), None) if self.has_shape() || self.tokenizer.is_some() => {
                 return Err("pretrain: a `model` that is trained further has its dimensions and \
                             its tokenizer already"
                     .into());
             }
             _ => {}
         }
-        within("pretrain.held_out", pretrain.held_out(), 0.0, 0.5)?;
-        if pretrain.held_out.is_some() && self.data.validation.is_some() {
+        if self.held_out.is_some() && spec.data.validation.is_some() {
             return Err("pretrain.held_out: `data.validation` is given already".into());
         }
-        let TokenizerPlan::Train { vocab_size } = pretrain.tokenizer()? else {
-            return self.with_shape(&pretrain.shape(BYTES)?);
+        let shape = match self.tokenizer()? {
+            TokenizerPlan::Train { vocab_size } => self.shape(vocab_size)?,
+            TokenizerPlan::From(_) => self.shape(BYTES)?,
         };
-        self.with_shape(&pretrain.shape(vocab_size)?)
-    }
-
-    fn with_shape(&self, shape: &Shape) -> Result<Resolved, String> {
-        let train = &self.train;
-        let fresh = self.model.is_none();
+        let train = &spec.train;
+        let fresh = spec.model.is_none();
         let max_length = train.max_length.unwrap_or(shape.context);
         if fresh && max_length > shape.context {
             return Err(format!(
@@ -216,7 +232,7 @@ impl Spec {
         let adamw = Optimizer::AdamW { betas, eps, weight_decay, clip };
         // A lower rate for an existing model: the rate of a new model would destroy what it has
         // learned.
-        let [_, rate] = self.kind.learning_rates();
+        let [_, rate] = self.learning_rates();
         let rate = if fresh { rate * (512.0 / shape.width as f64).sqrt() } else { 5e-5 };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Resolved {
@@ -299,7 +315,7 @@ mod tests {
         };
         assert_eq!((betas, weight_decay, clip), ([0.9, 0.95], 0.1, 1.0));
         assert_eq!((resolved.max_length, resolved.micro_batch), (512, 8));
-        let plan = spec.pretrain.unwrap_or_default().tokenizer().unwrap();
+        let plan = spec.task.settings().new_model().unwrap().tokenizer().unwrap();
         assert_eq!(plan, TokenizerPlan::Train { vocab_size: 32_768 });
         let again: Spec = serde_json::from_str(
             r#"{"kind": "pretrain", "data": {"train": "f"}, "name": "m", "adapter": null}"#,
@@ -338,7 +354,7 @@ mod tests {
             assert!(error.contains(why), "{more}: {error}");
         }
         let sft = r#"{"kind": "sft", "model": "m", "data": {"train": "f"}, "pretrain": {}}"#;
-        let error = serde_json::from_str::<Spec>(sft).unwrap().resolve().unwrap_err();
+        let error = serde_json::from_str::<Spec>(sft).unwrap_err().to_string();
         assert!(error.contains("pretrain: "), "{error}");
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! | file | content |
 //! |---|---|
+//! | `dataset.rs` | [`Dataset`]: the forms in which recipes read a file |
 //! | `encode.rs` | tokenizes rendered examples |
 //! | `prepare.rs` | a file to a [`Prepared`] cache, with a [`DataReport`](crate::job::DataReport) |
 //! | `pack.rs` | packs examples into rows of tokens, best fit first |
@@ -13,6 +14,7 @@
 //! | `stream.rs` | a pretraining file to a [`Stream`] of tokens on disk |
 //! | `windows.rs` | a stream to batches |
 
+mod dataset;
 mod encode;
 mod order;
 mod pack;
@@ -22,6 +24,7 @@ mod stream;
 mod tests;
 mod windows;
 
+pub use dataset::Dataset;
 pub use encode::{Encoded, Encoder};
 pub use order::{Cursor, Order};
 pub use pack::{Row, pack};

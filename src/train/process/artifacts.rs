@@ -2,7 +2,7 @@
 
 use super::run::JobFailure;
 use crate::gguf::{Gguf, TensorType, is_hugging_face};
-use crate::job::spec::{Kind, WeightType};
+use crate::job::spec::WeightType;
 use crate::job::{
     Artifact, ArtifactKind, Entry, EventLog, Folder, Follower, JobEvent, Level, Order,
 };
@@ -70,7 +70,7 @@ pub(super) fn artifacts(
         export::model_gguf(model, lora, base, ty, &facts, &to.join("model.gguf"))?;
         made.push((ArtifactKind::Model, "model.gguf".into()));
     }
-    if export.hugging_face || order.spec.kind == Kind::Pretrain {
+    if order.spec.writes_hugging_face() {
         // The parent is ignored if the folder is gone or is not a Hugging Face folder.
         let parent = order.parent.as_deref().filter(|parent| is_hugging_face(parent));
         let made_folder = to.join("hugging_face");

@@ -3,36 +3,28 @@
 use super::run::{JobFailure, classify, failed};
 use crate::dataset::{DataError, DatasetKind};
 use crate::gguf::{Array, Gguf, LACKING, ModelFacts, Value};
-use crate::job::spec::{Kind, Resolved};
+use crate::job::spec::Resolved;
 use crate::job::{DataReport, EventLog, Folder, JobEvent, Level, Order};
 use crate::template::{ChatTemplate, date};
-use crate::tokenizer::native::NativeTokenizer;
-use crate::train::data::{
-    Encoder, Prepared, PreparedPairs, PreparedPrompts, Stream, prepare, prepare_pairs,
-    prepare_prompts, prepare_stream,
-};
+use crate::tokenizer::Tokenizer;
+use crate::train::data::{Dataset, Encoder};
+use crate::train::recipes::Recipe;
 use std::cell::Cell;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The prepared data, by kind of job.
-pub(super) enum Data {
-    Examples { train: Prepared, validation: Option<Prepared> },
-    Preference { train: PreparedPairs, validation: Option<PreparedPairs> },
-    Prompts { train: PreparedPrompts, validation: Option<PreparedPrompts> },
-    Text { train: Stream, validation: Option<Stream> },
-}
-
-/// Reads the order's files with the model's own tokenizer, and reports their statistics.
-pub(super) fn read(
+/// Reads the order's files, training and validation data, in the recipe's form and with the model's
+/// own tokenizer, and reports their statistics.
+pub(super) fn read<R: Recipe>(
+    recipe: &R,
     folder: &Folder,
     order: &Order,
     model: &Gguf,
-    tokenizer: &Arc<NativeTokenizer>,
+    tokenizer: Arc<dyn Tokenizer>,
     settings: &Resolved,
     log: &mut EventLog,
-) -> Result<Data, JobFailure> {
+) -> Result<(R::Data, Option<R::Data>), JobFailure> {
     fs::create_dir_all(folder.cache())?;
     if let Some(Value::Array(Array::String(lacking))) = model.get(LACKING) {
         for what in lacking {
@@ -43,62 +35,44 @@ pub(super) fn read(
         }
     }
     let dated = Cell::new(false);
-    let encoder = || -> Result<Encoder, JobFailure> {
+    let encoder = R::Data::encoder(tokenizer, |tokenizer| {
         let facts = ModelFacts::read(model)?;
         let template =
             ChatTemplate::of(&facts.tokenizer).map_err(|why| failed("invalid_model", None, why))?;
         let (now, parse_control) = (order.created_at, order.spec.data.parse_control_tokens);
         dated.set(template.writes_date());
-        Ok(Encoder::new(tokenizer.clone(), Arc::new(template), now, parse_control))
-    };
-    let (data, train, validation) = match order.spec.kind.dataset() {
-        Some(DatasetKind::PromptCompletion) => {
-            let encoder = encoder()?;
-            let each =
-                |path: &Path, cache: &Path| prepare(path, &encoder, settings.max_length, cache);
-            let (train, validation) = both(folder, order, each)?;
-            let (validation, report) = validation.unzip();
-            (Data::Examples { train: train.0, validation }, train.1, report)
-        }
-        Some(DatasetKind::Preference) => {
-            let encoder = encoder()?;
-            let each = |path: &Path, cache: &Path| {
-                prepare_pairs(path, &encoder, settings.max_length, cache)
-            };
-            let (train, validation) = both(folder, order, each)?;
-            let (validation, report) = validation.unzip();
-            (Data::Preference { train: train.0, validation }, train.1, report)
-        }
-        Some(DatasetKind::PromptOnly) => {
-            let encoder = encoder()?;
-            let answer = order.spec.grpo.as_ref().map_or(0, |block| block.max_tokens);
-            let most = settings.max_length.saturating_sub(answer);
-            let each = |path: &Path, cache: &Path| prepare_prompts(path, &encoder, most, cache);
-            let (train, validation) = both(folder, order, each)?;
-            let (validation, report) = validation.unzip();
-            (Data::Prompts { train: train.0, validation }, train.1, report)
-        }
-        None => {
-            let each =
-                |path: &Path, cache: &Path| prepare_stream(path, tokenizer.as_ref(), cache, |_| {});
-            let (train, validation) = both(folder, order, each)?;
-            let (mut stream, report) = train;
-            let (mut validation, other) = validation.unzip();
-            let share = order.spec.pretrain.clone().unwrap_or_default().held_out();
-            if validation.is_none() && share > 0.0 {
-                let (train, held) = stream.hold_out(share);
-                log.say(
-                    Level::Info,
-                    format!("{} tokens at the end of the data are held out.", held.len()),
-                )?;
-                (stream, validation) = (train, Some(held));
+        Ok::<_, JobFailure>(Encoder::new(tokenizer, Arc::new(template), now, parse_control))
+    })?;
+    let most = recipe.max_length(settings);
+    let prepare = |path: &Path, param: &str, name: &str| {
+        R::Data::prepare(path, &encoder, most, &folder.cache().join(name)).map_err(|error| {
+            let code = format!("invalid_{param}");
+            match &error {
+                DataError::Io(_) => classify(&code, Some(param), &error),
+                _ => failed(&code, Some(param), &error),
             }
-            (Data::Text { train: stream, validation }, report, other)
-        }
+        })
     };
-    let mut message = describe("Training file", &train, order.spec.kind);
+    let (mut data, train) = prepare(&order.train, "training_file", "train.tokens")?;
+    let (mut held_out, validation) = match &order.validation {
+        Some(path) => {
+            let (data, report) = prepare(path, "validation_file", "validation.tokens")?;
+            (Some(data), Some(report))
+        }
+        None => (None, None),
+    };
+    let share = recipe.held_out();
+    if held_out.is_none()
+        && share > 0.0
+        && let Some((part, tokens)) = data.hold_out(share)
+    {
+        log.say(Level::Info, format!("{tokens} tokens at the end of the data are held out."))?;
+        held_out = Some(part);
+    }
+    let dataset = order.spec.task.settings().dataset();
+    let mut message = describe("Training file", &train, dataset);
     if let Some(report) = &validation {
-        message += &format!(" {}", describe("Validation file", report, order.spec.kind));
+        message += &format!(" {}", describe("Validation file", report, dataset));
     }
     let notes: Vec<_> = [("Training file", Some(&train)), ("Validation file", validation.as_ref())]
         .into_iter()
@@ -117,41 +91,18 @@ pub(super) fn read(
             log.say(Level::Warn, format!("{what}: {note}"))?;
         }
     }
-    Ok(data)
+    Ok((data, held_out))
 }
 
-type Read<T> = (T, DataReport);
-
-fn both<T>(
-    folder: &Folder,
-    order: &Order,
-    each: impl Fn(&Path, &Path) -> Result<Read<T>, DataError>,
-) -> Result<(Read<T>, Option<Read<T>>), JobFailure> {
-    let read = |path: &Path, param: &str, name: &str| {
-        each(path, &folder.cache().join(name)).map_err(|error| {
-            let code = format!("invalid_{param}");
-            match &error {
-                DataError::Io(_) => classify(&code, Some(param), &error),
-                _ => failed(&code, Some(param), &error),
-            }
-        })
-    };
-    let train = read(&order.train, "training_file", "train.tokens")?;
-    let validation = order.validation.as_ref();
-    let validation =
-        validation.map(|path| read(path, "validation_file", "validation.tokens")).transpose()?;
-    Ok((train, validation))
-}
-
-fn describe(what: &str, report: &DataReport, kind: Kind) -> String {
+fn describe(what: &str, report: &DataReport, dataset: Option<DatasetKind>) -> String {
     let DataReport { examples, tokens, trained_tokens, longest, .. } = report;
-    if kind == Kind::Pretrain {
+    let Some(dataset) = dataset else {
         return format!("{what}: {} bytes of text, {tokens} tokens.", report.bytes);
-    }
-    let what_of = match kind.dataset() {
-        Some(DatasetKind::Preference) => "pairs of answers",
-        Some(DatasetKind::PromptOnly) => "prompts",
-        _ => "examples",
+    };
+    let what_of = match dataset {
+        DatasetKind::PromptCompletion => "examples",
+        DatasetKind::Preference => "pairs of answers",
+        DatasetKind::PromptOnly => "prompts",
     };
     if report.trained_tokens == 0 {
         let mut text =
@@ -173,8 +124,8 @@ fn describe(what: &str, report: &DataReport, kind: Kind) -> String {
         text += &format!(" {} were cut at max_length.", report.truncated);
     }
     if report.dropped > 0 {
-        let why = match kind.dataset() {
-            Some(DatasetKind::Preference) => "longer than max_length, or both answers are the same",
+        let why = match dataset {
+            DatasetKind::Preference => "longer than max_length, or both answers are the same",
             _ => "max_length leaves nothing to train",
         };
         text += &format!(" {} were left out: {why}.", report.dropped);

@@ -8,16 +8,18 @@ use crate::job::spec::Lora;
 use crate::job::{Folder, Order};
 use crate::train::model::{Model, SCORE, Training};
 use crate::train::random_init::normal;
-use candle_core::Tensor;
+use crate::train::recipes::Recipe;
+use candle_core::{Device, Tensor};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Separates the random numbers of the score head from others of the same seed.
 const HEAD: u64 = 0x7363_6f72_6500;
 
 /// The initial adapter as GGUF.
-pub(super) fn adapter_file(folder: &Folder, order: &Order) -> Option<PathBuf> {
+fn adapter_file(folder: &Folder, order: &Order) -> Option<PathBuf> {
     let init = order.init.as_ref()?;
     Some(if init.is_dir() { folder.cache().join("init.gguf") } else { init.clone() })
 }
@@ -67,10 +69,34 @@ fn lora_of(info: &LoraInfo, seed: u64) -> Result<Lora, String> {
     Ok(Lora { rank, alpha, targets, rank_stabilized: false, dropout: 0.0, seed })
 }
 
+/// The model with its initial weights.
+pub(super) fn model(
+    recipe: &impl Recipe,
+    folder: &Folder,
+    order: &Order,
+    base: &Arc<Gguf>,
+    training: &Training,
+    max_length: usize,
+) -> Result<Model, JobFailure> {
+    let mut model = Model::load(base.clone(), training, max_length, &Device::Cpu)?;
+    if recipe.has_score_head() {
+        let head = score_head_weights(folder, order, model.shape().width)?;
+        model = model.with_score(head)?;
+    }
+    if let (Training::Lora(_), Some(adapter)) = (training, adapter_file(folder, order)) {
+        begin_with(&model, &adapter)?;
+    }
+    Ok(model)
+}
+
 /// Initial weights of a reward model's score head: those of the initial adapter, or small random
 /// numbers from the seed (Stiennon et al. 2020, arXiv:2009.01325: normal with variance 1/(width +
 /// 1)).
-pub(super) fn score(folder: &Folder, order: &Order, width: usize) -> Result<Vec<f32>, JobFailure> {
+fn score_head_weights(
+    folder: &Folder,
+    order: &Order,
+    width: usize,
+) -> Result<Vec<f32>, JobFailure> {
     if let Some(file) = adapter_file(folder, order)
         && let Some(head) = score_head(&Gguf::open(&file)?)
     {
@@ -87,7 +113,7 @@ pub(super) fn score(folder: &Folder, order: &Order, width: usize) -> Result<Vec<
 }
 
 /// Replaces the randomly initialized LoRA matrices with those of an adapter.
-pub(super) fn begin_with(model: &Model, adapter: &Path) -> Result<(), JobFailure> {
+fn begin_with(model: &Model, adapter: &Path) -> Result<(), JobFailure> {
     let file = Gguf::open(adapter)?;
     for param in model.params().iter().filter(|param| param.name != SCORE) {
         let values = file.to_f32(&param.name)?;

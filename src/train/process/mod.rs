@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `run.rs` | from the order to the outcome |
 //! | `data.rs`, `init.rs` | the training data, and the initial weights |
+//! | `policy.rs` | the served model that a job with a grader trains |
 //! | `gateway_client.rs` | the connection to the gateway, which samples completions and queries grader models |
 //! | `reporter.rs`, `artifacts.rs` | events while the job runs, files at its end |
 
@@ -11,6 +12,7 @@ mod artifacts;
 mod data;
 mod gateway_client;
 mod init;
+mod policy;
 mod reporter;
 mod run;
 #[cfg(test)]

@@ -7,6 +7,7 @@ use crate::train::export;
 use crate::train::model::{Model, Training};
 use crate::train::recipes::Event;
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Number of steps up to which each step is logged. Longer runs log every n-th step.
@@ -22,19 +23,45 @@ const LENGTH: &str = "completion_length";
 
 /// Writes the events of a run.
 pub(super) struct Reporter<'a> {
-    pub(super) folder: &'a Folder,
-    pub(super) order: &'a Order,
-    pub(super) model: &'a Model,
-    pub(super) training: &'a Training,
-    pub(super) log: &'a mut EventLog,
+    folder: &'a Folder,
+    order: &'a Order,
+    model: &'a Model,
+    training: &'a Training,
+    log: &'a mut EventLog,
     /// End of the last step, and the mean seconds per step.
-    pub(super) pace: Option<(Instant, f64)>,
+    pace: Option<(Instant, f64)>,
     /// Number of successive steps without a reward signal.
-    pub(super) silent: u64,
+    silent: u64,
+    /// The first event that could not be written.
+    failure: Option<JobFailure>,
 }
 
-impl Reporter<'_> {
-    pub(super) fn tell(&mut self, event: Event) -> Result<(), JobFailure> {
+impl<'a> Reporter<'a> {
+    pub(super) fn new(
+        folder: &'a Folder,
+        order: &'a Order,
+        model: &'a Model,
+        training: &'a Training,
+        log: &'a mut EventLog,
+    ) -> Self {
+        Self { folder, order, model, training, log, pace: None, silent: 0, failure: None }
+    }
+
+    /// Writes an event. An error ends the training loop through `stop`, its only way to end early.
+    pub(super) fn tell(&mut self, event: Event, stop: &AtomicBool) {
+        if let Err(error) = self.write(event) {
+            stop.store(true, Ordering::Relaxed);
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    /// # Errors
+    /// The first event that could not be written.
+    pub(super) fn finish(self) -> Result<(), JobFailure> {
+        self.failure.map_or(Ok(()), Err)
+    }
+
+    fn write(&mut self, event: Event) -> Result<(), JobFailure> {
         match event {
             // Nothing has been trained yet.
             Event::Checkpoint { step: 0 } | Event::Resumed { step: 0 } => {}

@@ -1,38 +1,27 @@
 //! Runs a job, from its order to its outcome.
 
-use super::data::{self, Data};
-use super::gateway_client::GatewayClient;
+use super::policy::AdapterFile;
 use super::reporter::Reporter;
-use super::{artifacts, init};
+use super::{artifacts, data, init, policy};
 use crate::gguf::Gguf;
-use crate::grade::Grader;
-use crate::job::spec::Kind;
+use crate::job::spec::for_task;
 use crate::job::{Artifact, EventLog, Failure, Folder, Level, Order, Outcome};
 use crate::tokenizer::native::NativeTokenizer;
 use crate::train::checkpoint::Checkpoints;
-use crate::train::data::PreparedPrompts;
-use crate::train::export::{self, ExportError};
-use crate::train::model::{Model, Training};
-use crate::train::recipes::{
-    self, GrpoTrainer, Objective, PreferenceTrainer, Pretrain, Sft, TrainError,
-};
-use candle_core::Device;
+use crate::train::export::ExportError;
+use crate::train::recipes::{self, Job, Policy, Recipe, TrainError};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use std::cell::RefCell;
 use std::error::Error;
 use std::fs::{self, File};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// File of a new model with its initial, random weights.
 const FRESH: &str = "fresh.gguf";
-/// Error message if a policy's job has no gateway.
-const ALONE: &str = "a job of this kind samples from the served model: give it to a server \
-                     (`ingot train SPEC --url URL`)";
 /// How long to wait for an earlier process of the same job to exit.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Why a job process ended without an outcome.
@@ -90,9 +79,18 @@ macro_rules! classified {
     };
 }
 
+impl From<TrainError> for JobFailure {
+    fn from(error: TrainError) -> Self {
+        match error {
+            TrainError::Spec(why) => failed("invalid_spec", None, why),
+            TrainError::Grader { param, message } => failed("invalid_grader", Some(param), message),
+            error => classify("training_failed", None, &error),
+        }
+    }
+}
+
 classified! {
     io::Error => "io_error",
-    TrainError => "training_failed",
     ExportError => "export_failed",
     candle_core::Error => "training_failed",
     crate::train::checkpoint::CheckpointError => "checkpoint_failed",
@@ -112,7 +110,8 @@ pub fn run(folder: &Folder, stop: &AtomicBool) -> Result<bool, JobError> {
     }
     let order = folder.order()?;
     let mut log = EventLog::open(&folder.events())?;
-    let outcome = match work(folder, &order, &mut log, stop) {
+    let outcome = match for_task!(&order.spec.task, recipe => train(recipe, folder, &order, &mut log, stop))
+    {
         Ok(None) => return Ok(false),
         Ok(Some((trained_tokens, artifacts))) => Outcome::Succeeded { trained_tokens, artifacts },
         Err(JobFailure::DiskFull(message)) => return Err(JobError::DiskFull(message)),
@@ -153,8 +152,9 @@ fn lock(folder: &Path) -> Result<File, JobError> {
     }
 }
 
-/// Trains and writes the artifacts. `None` if `stop` was set.
-fn work(
+/// Trains and writes the artifacts: tokens trained, and what was made. `None` if `stop` was set.
+fn train<R: Recipe>(
+    recipe: &R,
     folder: &Folder,
     order: &Order,
     log: &mut EventLog,
@@ -162,164 +162,47 @@ fn work(
 ) -> Result<Option<(u64, Vec<Artifact>)>, JobFailure> {
     let spec = &order.spec;
     let settings = spec.resolve().map_err(|why| failed("invalid_spec", None, why))?;
-    let base = base(folder, order, log)?;
+    let base = base(recipe, folder, order, log)?;
     let tokenizer = NativeTokenizer::from_gguf(&base);
     let tokenizer = Arc::new(tokenizer.map_err(|why| failed("invalid_model", None, why))?);
-    let data = data::read(folder, order, &base, &tokenizer, &settings, log)?;
+    let (train, validation) =
+        data::read(recipe, folder, order, &base, tokenizer.clone(), &settings, log)?;
     let training = init::training(folder, order, &base)?;
-    let mut model = Model::load(base.clone(), &training, settings.max_length, &Device::Cpu)?;
-    if spec.kind == Kind::Reward {
-        let start = init::score(folder, order, model.shape().width)?;
-        model = model.with_score(start)?;
-    }
-    if let (Training::Lora(_), Some(adapter)) = (&training, init::adapter_file(folder, order)) {
-        init::begin_with(&model, &adapter)?;
-    }
-    let checkpoints = Checkpoints::new(&folder.checkpoints(), settings.keep_checkpoints)?;
-    let mut reporter =
-        Reporter { folder, order, model: &model, training: &training, log, pace: None, silent: 0 };
-    let mut refused = None;
-    let tell = |event| {
-        if let Err(error) = reporter.tell(event)
-            && refused.is_none()
-        {
-            // An error in the event callback ends the training loop through `stop`, its only way to
-            // end early.
-            stop.store(true, Ordering::Relaxed);
-            refused = Some(error);
-        }
+    let model = init::model(recipe, folder, order, &base, &training, settings.max_length)?;
+    let client = policy::connect(spec)?;
+    let adapter = AdapterFile::new(&order.id, &folder.cache());
+    let export = policy::exporter(&model, &training, order);
+    let policy =
+        client.as_ref().map(|client| Policy { client, export: &export, adapter: adapter.path() });
+    let job = Job {
+        model: &model,
+        settings: &settings,
+        train: &train,
+        validation: validation.as_ref(),
+        checkpoints: &Checkpoints::new(&folder.checkpoints(), settings.keep_checkpoints)?,
+        tokenizer: tokenizer.as_ref(),
+        seed: spec.seed,
+        shuffle: spec.data.shuffle.then_some(spec.seed),
+        reference: &folder.reference(),
+        policy,
     };
-    let shuffle = spec.data.shuffle.then_some(spec.seed);
-    let (model, settings, checkpoints) = (&model, &settings, &checkpoints);
-    let ended = match &data {
-        Data::Examples { train, validation } => {
-            let validation = validation.as_ref();
-            Sft { model, settings, train, validation, checkpoints, shuffle }.run(stop, tell)
-        }
-        Data::Preference { train, validation } => {
-            let (validation, reference) = (validation.as_ref(), &folder.reference());
-            let objective = match spec.kind {
-                Kind::Reward => Objective::Reward(spec.reward.unwrap_or_default()),
-                _ => Objective::Dpo(spec.dpo.unwrap_or_default()),
-            };
-            let run = PreferenceTrainer {
-                model,
-                settings,
-                objective,
-                train,
-                validation,
-                checkpoints,
-                shuffle,
-                reference,
-            };
-            run.run(stop, tell)
-        }
-        Data::Prompts { train, validation } => {
-            let Some(block) = &spec.grpo else {
-                return Err(failed("invalid_spec", None, "grpo: the block is missing"));
-            };
-            let Some(link) = GatewayClient::open()? else {
-                return Err(failed("no_server", None, ALONE));
-            };
-            let Training::Lora(lora) = &training else {
-                return Err(failed("invalid_spec", None, "adapter: it is missing"));
-            };
-            for (name, prompts) in
-                [("data.train", Some(train)), ("data.validation", validation.as_ref())]
-            {
-                check_items(&block.grader, name, prompts)?;
-            }
-            let facts = artifacts::facts(order, None);
-            let export = |path: &Path| -> Result<(), TrainError> {
-                let written = export::lora_gguf(model, lora, &facts, path);
-                written.map(drop).map_err(|error| io::Error::other(error).into())
-            };
-            let adapter = AdapterFile::new(&order.id, &folder.cache());
-            let run = GrpoTrainer {
-                model,
-                settings,
-                block,
-                train,
-                validation: validation.as_ref(),
-                checkpoints,
-                shuffle,
-                seed: spec.seed,
-                client: &RefCell::new(link),
-                export: &export,
-                adapter: &adapter.0,
-            };
-            run.run(stop, tell)
-        }
-        Data::Text { train, validation } => {
-            let (validation, tokenizer) = (validation.as_ref(), tokenizer.as_ref());
-            let prompt = spec.pretrain.as_ref().and_then(|block| block.prompt.as_deref());
-            let seed = spec.seed;
-            let run = Pretrain {
-                model,
-                settings,
-                train,
-                validation,
-                checkpoints,
-                tokenizer,
-                seed,
-                shuffle,
-                prompt,
-            };
-            run.run(stop, tell)
-        }
-    };
-    if let Some(error) = refused {
-        return Err(error);
-    }
+    let mut reporter = Reporter::new(folder, order, &model, &training, log);
+    let ended = recipe.run(&job, stop, &mut |event| reporter.tell(event, stop));
+    reporter.finish()?;
     let recipes::Outcome::Done { tokens } = ended? else { return Ok(None) };
     log.say(Level::Info, "Training is over; writing what was made.")?;
     log.sync()?;
-    let made = artifacts::artifacts(folder, order, model, &training, &base, log)?;
+    let made = artifacts::artifacts(folder, order, &model, &training, &base, log)?;
     Ok(Some((tokens, made)))
 }
 
-/// Checks that every template of a grader can be filled from every item. A missing key would set
-/// all rewards of an item to 0 without an error.
-fn check_items(
-    grader: &Grader,
-    param: &str,
-    prompts: Option<&PreparedPrompts>,
-) -> Result<(), JobFailure> {
-    let Some(prompts) = prompts else { return Ok(()) };
-    for number in 0..prompts.len() {
-        let prompt = prompts.get(number).map_err(TrainError::from)?;
-        if let Some(why) = grader.missing_key(&prompt.item) {
-            let message = format!(
-                "{param}: prompt {}: {why}, which the grader's template names; add the key to the line, \
-                 or change the grader",
-                number + 1
-            );
-            return Err(failed("invalid_grader", Some(param), message));
-        }
-    }
-    Ok(())
-}
-
-/// The file to which the policy's adapter is written at every step, on a memory file system if
-/// there is one.
-struct AdapterFile(PathBuf);
-
-impl AdapterFile {
-    fn new(job: &str, cache: &Path) -> Self {
-        let name = format!("ingot-{job}-{}.gguf", std::process::id());
-        let memory = Path::new("/dev/shm");
-        Self(if memory.is_dir() { memory } else { cache }.join(name))
-    }
-}
-
-impl Drop for AdapterFile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-/// The model to train. A new model with random weights is written first.
-fn base(folder: &Folder, order: &Order, log: &mut EventLog) -> Result<Arc<Gguf>, JobFailure> {
+/// The model to train. A model that the order does not name is written first.
+fn base(
+    recipe: &impl Recipe,
+    folder: &Folder,
+    order: &Order,
+    log: &mut EventLog,
+) -> Result<Arc<Gguf>, JobFailure> {
     if let Some(path) = &order.model {
         return Ok(Arc::new(Gguf::open(path)?));
     }
@@ -327,9 +210,6 @@ fn base(folder: &Folder, order: &Order, log: &mut EventLog) -> Result<Arc<Gguf>,
     if !path.exists() {
         log.say(Level::Info, "Making the tokenizer and the first weights.")?;
     }
-    let block = order.spec.pretrain.clone().unwrap_or_default();
-    let parent = order.tokenizer.as_ref().map(Gguf::open).transpose()?;
-    let (data, name, seed) = (&order.train, &order.name, order.spec.seed);
-    recipes::init_pretrain(&block, parent.as_ref(), data, name, seed, &path)?;
+    recipe.create_model(order, &path)?;
     Ok(Arc::new(Gguf::open(&path)?))
 }

@@ -3,10 +3,11 @@
 //! probability.
 
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
+use super::{Job, Policy, Recipe};
 use crate::grade::{Context, Grader};
 use crate::job::Metrics;
 use crate::job::rollout::{Rollout, RolloutRequest};
-use crate::job::spec::{self, PolicyLoss, Resolved};
+use crate::job::spec::{Grpo, GrpoLoss, PolicyLoss, Resolved};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, EncodedPrompt, Order, PreparedPrompts, pack};
 use crate::train::loss::{Completion, advantages};
@@ -17,7 +18,6 @@ use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -26,11 +26,67 @@ use std::time::{Duration, Instant};
 const TRIES: u32 = 30;
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 
+impl Recipe for Grpo {
+    type Data = PreparedPrompts;
+
+    /// Prompts leave room for the completion.
+    fn max_length(&self, settings: &Resolved) -> usize {
+        settings.max_length.saturating_sub(self.max_tokens)
+    }
+
+    fn run(
+        &self,
+        job: &Job<'_, PreparedPrompts>,
+        stop: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Outcome, TrainError> {
+        let Some(policy) = job.policy else {
+            return Err(TrainError::Spec("grpo: there is no served model to sample from".into()));
+        };
+        check_items(&self.grader, "data.train", job.train)?;
+        if let Some(validation) = job.validation {
+            check_items(&self.grader, "data.validation", validation)?;
+        }
+        let trainer = GrpoTrainer {
+            model: job.model,
+            settings: job.settings,
+            block: self,
+            train: job.train,
+            validation: job.validation,
+            checkpoints: job.checkpoints,
+            shuffle: job.shuffle,
+            seed: job.seed,
+            policy,
+        };
+        trainer.run(stop, event)
+    }
+}
+
+/// Checks that every template of a grader can be filled from every item. A missing key would set
+/// all rewards of an item to 0 without an error.
+fn check_items(
+    grader: &Grader,
+    param: &'static str,
+    prompts: &PreparedPrompts,
+) -> Result<(), TrainError> {
+    for number in 0..prompts.len() {
+        if let Some(why) = grader.missing_key(&prompts.get(number)?.item) {
+            let message = format!(
+                "{param}: prompt {}: {why}, which the grader's template names; add the key to the line, \
+                 or change the grader",
+                number + 1
+            );
+            return Err(TrainError::Grader { param, message });
+        }
+    }
+    Ok(())
+}
+
 /// A GRPO run.
-pub struct GrpoTrainer<'a> {
+struct GrpoTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
-    pub block: &'a spec::Grpo,
+    pub block: &'a Grpo,
     pub train: &'a PreparedPrompts,
     /// Validation prompts: completions are sampled and graded, but not trained on.
     pub validation: Option<&'a PreparedPrompts>,
@@ -39,11 +95,7 @@ pub struct GrpoTrainer<'a> {
     pub shuffle: Option<u64>,
     /// Sampling seed.
     pub seed: u64,
-    pub client: &'a RefCell<dyn RolloutClient + 'a>,
-    /// Writes the adapter in the engine's format (GGUF).
-    pub export: &'a dyn Fn(&Path) -> Result<(), TrainError>,
-    /// Path that `export` writes to, preferably on a memory file system.
-    pub adapter: &'a Path,
+    pub policy: Policy<'a>,
 }
 
 /// (sum, count) of each metric, by name.
@@ -98,11 +150,7 @@ impl GrpoTrainer<'_> {
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
-    pub fn run(
-        &self,
-        stop: &AtomicBool,
-        mut event: impl FnMut(Event),
-    ) -> Result<Outcome, TrainError> {
+    fn run(&self, stop: &AtomicBool, mut event: impl FnMut(Event)) -> Result<Outcome, TrainError> {
         let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
         let params = self.model.params().iter();
         let began = params.map(|param| param.var.as_tensor().copy()).collect::<Result<_, _>>()?;
@@ -117,7 +165,7 @@ impl GrpoTrainer<'_> {
         let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
         let mut held =
             RolloutBuffer { updates: self.block.num_iterations as u64, ..RolloutBuffer::default() };
-        (self.export)(self.adapter)?;
+        (self.policy.export)(self.policy.adapter)?;
         let answers = self.block.num_generations;
         for group in self.groups(self.train, prompts, seeds, answers, &mut held.measured)? {
             held.take_group(group, self.block);
@@ -130,7 +178,7 @@ impl GrpoTrainer<'_> {
     fn examine(&self) -> Result<Option<Metrics>, TrainError> {
         let Some(held_out) = self.validation else { return Ok(None) };
         let mut measured = Measured::new();
-        (self.export)(self.adapter)?;
+        (self.policy.export)(self.policy.adapter)?;
         let all: Vec<usize> = (0..held_out.len()).collect();
         for prompts in all.chunks(self.settings.batch_size) {
             let seeds = prompts.iter().map(|&number| mixed(!self.seed, number as u64)).collect();
@@ -163,7 +211,7 @@ impl GrpoTrainer<'_> {
         let started = Instant::now();
         // An engine that was restarted has lost the adapter.
         let sampled = self.patiently(|client| {
-            client.load_policy(self.adapter)?;
+            client.load_policy(self.policy.adapter)?;
             client.generate(&asked)
         })?;
         measure(measured, "rollout_seconds", started.elapsed().as_secs_f64());
@@ -232,7 +280,7 @@ impl GrpoTrainer<'_> {
     ) -> Result<T, TrainError> {
         let mut pause = Duration::from_millis(200);
         for _ in 1..TRIES {
-            match ask(&mut *self.client.borrow_mut()) {
+            match ask(&mut *self.policy.client.borrow_mut()) {
                 Ok(answer) => return Ok(answer),
                 Err(error) if error.passing => {
                     tracing::warn!("the engine is asked again: {error}");
@@ -242,13 +290,13 @@ impl GrpoTrainer<'_> {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(ask(&mut *self.client.borrow_mut())?)
+        Ok(ask(&mut *self.policy.client.borrow_mut())?)
     }
 }
 
 impl RolloutBuffer {
     /// Adds the completions of one prompt. Completions whose gradient is zero are only counted.
-    fn take_group(&mut self, group: Group, block: &spec::Grpo) {
+    fn take_group(&mut self, group: Group, block: &Grpo) {
         let Group { prompt, answers, rewards } = group;
         let advantages = advantages(&rewards);
         let silent = advantages.iter().all(|advantage| *advantage == 0.0) && block.beta == 0.0;
@@ -436,7 +484,7 @@ struct Row {
 struct Loss {
     /// Index of each completion, and its range among the rows with a weight other than 0.
     answers: Vec<(usize, Range<usize>)>,
-    objective: spec::GrpoLoss,
+    objective: GrpoLoss,
 }
 
 impl Loss {

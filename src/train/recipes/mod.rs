@@ -1,14 +1,17 @@
-//! Training recipes, one for each kind of job.
+//! Training recipes, one for each kind of job: the implementations of [`Recipe`] for the blocks of
+//! [`Task`](crate::job::spec::Task).
 //!
 //! | file | content |
 //! |---|---|
-//! | `run.rs` | the training loop shared by all recipes |
 //! | `sft.rs` | supervised fine-tuning |
-//! | `pretrain.rs` | pretraining |
-//! | `preference.rs` | DPO and reward models |
+//! | `pretrain.rs` | pretraining; `sample.rs`: the texts that it samples |
+//! | `dpo.rs`, `reward.rs` | objectives of preference pairs; `preference.rs`: what they share |
 //! | `grpo.rs` | GRPO |
-//! | `sample.rs` | sample text during pretraining |
+//! | `run.rs` | the training loop shared by all recipes |
 
+mod dpo;
+#[cfg(test)]
+pub mod dummy;
 mod grpo;
 mod preference;
 #[cfg(test)]
@@ -16,6 +19,7 @@ mod preference_tests;
 mod pretrain;
 #[cfg(test)]
 mod pretrain_tests;
+mod reward;
 mod run;
 mod sample;
 mod sft;
@@ -24,8 +28,85 @@ mod tests;
 #[cfg(test)]
 mod trl_tests;
 
-pub use grpo::GrpoTrainer;
-pub use preference::{Objective, PreferenceTrainer};
-pub use pretrain::{Pretrain, init_pretrain};
 pub use run::{Event, Outcome, TrainError};
-pub use sft::Sft;
+
+use crate::job::Order;
+use crate::job::spec::Resolved;
+use crate::tokenizer::Tokenizer;
+use crate::train::checkpoint::Checkpoints;
+use crate::train::data::Dataset;
+use crate::train::model::Model;
+use crate::train::rollout::RolloutClient;
+use std::cell::RefCell;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+/// How a kind of job trains.
+pub trait Recipe {
+    /// The form in which the recipe reads its files.
+    type Data: Dataset;
+
+    /// Maximum number of tokens of an example.
+    fn max_length(&self, settings: &Resolved) -> usize {
+        settings.max_length
+    }
+
+    /// Fraction of the training data that is held out if the job has no validation data.
+    fn held_out(&self) -> f64 {
+        0.0
+    }
+
+    /// Writes the model to train to `path` if the order names none. If the file exists, an earlier
+    /// process of the job wrote it.
+    ///
+    /// # Errors
+    /// [`TrainError`].
+    fn create_model(&self, _order: &Order, _path: &Path) -> Result<(), TrainError> {
+        Err(TrainError::Spec("model: a job of this kind needs one".into()))
+    }
+
+    /// Whether the model has a head that scores texts.
+    fn has_score_head(&self) -> bool {
+        false
+    }
+
+    /// Trains from the newest checkpoint to the last step, or until `stop` is set.
+    ///
+    /// # Errors
+    /// [`TrainError`]; the last checkpoint is kept.
+    fn run(
+        &self,
+        job: &Job<'_, Self::Data>,
+        stop: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Outcome, TrainError>;
+}
+
+/// What a recipe runs on.
+pub struct Job<'a, D> {
+    /// The model with its initial weights.
+    pub model: &'a Model,
+    pub settings: &'a Resolved,
+    pub train: &'a D,
+    pub validation: Option<&'a D>,
+    pub checkpoints: &'a Checkpoints,
+    /// The model's tokenizer.
+    pub tokenizer: &'a dyn Tokenizer,
+    pub seed: u64,
+    /// Shuffle seed; `None` keeps the file's order.
+    pub shuffle: Option<u64>,
+    /// File of the reference log-probabilities, those of the initial model.
+    pub reference: &'a Path,
+    /// For kinds with a grader: the served model that is trained.
+    pub policy: Option<Policy<'a>>,
+}
+
+/// The served model whose completions are sampled while it is trained.
+#[derive(Clone, Copy)]
+pub struct Policy<'a> {
+    pub client: &'a RefCell<dyn RolloutClient>,
+    /// Writes the adapter in the engine's format (GGUF).
+    pub export: &'a dyn Fn(&Path) -> Result<(), TrainError>,
+    /// Path that `export` writes to, preferably on a memory file system.
+    pub adapter: &'a Path,
+}

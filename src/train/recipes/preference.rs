@@ -1,39 +1,57 @@
-//! Training on preference pairs: a policy that prefers the chosen completions (DPO), or a reward
-//! model that scores them higher than the rejected ones.
+//! Training on preference pairs, for any [`Objective`].
 
+use super::Job;
 use super::run::{
     BatchSource, Each, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError,
 };
 use crate::dataset::PairFacts;
-use crate::job::spec::{Dpo, Resolved, Reward};
+use crate::job::spec::Resolved;
 use crate::job::write_whole;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, EncodedPair, Order, PreparedPairs, pack};
 use crate::train::model::{Batch, Gradients, Model, OutputGrads, Outputs, Pass, Wanted};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
 use std::fs;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Interval of progress messages while reference log-probabilities are computed.
 const TOLD: Duration = Duration::from_secs(10);
 
-/// The training objective.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Objective {
-    Dpo(Dpo),
-    Reward(Reward),
+/// What the chosen completion of a pair is made to exceed the rejected one in.
+pub(super) trait Objective: Debug + Sync {
+    /// The outputs of the model that the loss depends on.
+    fn outputs(&self) -> Wanted;
+
+    /// Whether the loss depends on the log-probabilities by the initial model.
+    fn needs_reference(&self) -> bool;
+
+    /// A batch of completions. Weights other than 0 mark the rows of the outputs.
+    fn batch(&self, completions: &[&Encoded]) -> Batch;
+
+    /// Number of rows of the outputs that a completion has.
+    fn rows(&self, completion: &Encoded) -> usize;
+
+    /// The loss of a pair, and the scores of its completions. Sets the gradient with respect to
+    /// their rows, and measures what is particular to the objective.
+    fn loss(
+        &self,
+        pair: &Placed,
+        outputs: &Outputs,
+        gradients: &mut OutputGrads,
+        sums: &mut LossSums,
+    ) -> (f64, [f64; 2]);
 }
 
 /// A training run on preference pairs.
-pub struct PreferenceTrainer<'a> {
+pub(super) struct PreferenceTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
-    pub objective: Objective,
+    pub objective: &'a dyn Objective,
     pub train: &'a PreparedPairs,
     pub validation: Option<&'a PreparedPairs>,
     pub checkpoints: &'a Checkpoints,
@@ -46,13 +64,26 @@ pub struct PreferenceTrainer<'a> {
 /// Reference log-probabilities (chosen, rejected) by pair number.
 type Reference = BTreeMap<usize, [f64; 2]>;
 
-impl PreferenceTrainer<'_> {
+impl<'a> PreferenceTrainer<'a> {
+    pub(super) fn new(objective: &'a dyn Objective, job: &Job<'a, PreparedPairs>) -> Self {
+        Self {
+            model: job.model,
+            settings: job.settings,
+            objective,
+            train: job.train,
+            validation: job.validation,
+            checkpoints: job.checkpoints,
+            shuffle: job.shuffle,
+            reference: job.reference,
+        }
+    }
+
     /// Trains from the newest checkpoint to the last step, or until `stop` is set. `model` holds
     /// the initial weights.
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
-    pub fn run(
+    pub(super) fn run(
         &self,
         stop: &AtomicBool,
         mut event: impl FnMut(Event),
@@ -73,9 +104,9 @@ impl PreferenceTrainer<'_> {
         stop: &AtomicBool,
         event: &mut impl FnMut(Event),
     ) -> Result<Option<[Reference; 2]>, TrainError> {
-        let Objective::Dpo(_) = self.objective else {
+        if !self.objective.needs_reference() {
             return Ok(Some([Reference::new(), Reference::new()]));
-        };
+        }
         match fs::read(self.reference) {
             Ok(bytes) => {
                 let found = rmp_serde::from_slice(&bytes);
@@ -97,7 +128,7 @@ impl PreferenceTrainer<'_> {
                     return Ok(None);
                 }
                 for row in self.rows(data, some, None)? {
-                    let outputs = self.model.outputs(&row.batch, Wanted::LOG_PROBS)?;
+                    let outputs = self.model.outputs(&row.batch, self.objective.outputs())?;
                     for pair in &row.pairs {
                         reference
                             .insert(pair.number, pair.rows.clone().map(|rows| sum(&outputs, rows)));
@@ -132,26 +163,22 @@ impl PreferenceTrainer<'_> {
         data: &PreparedPairs,
         numbers: &[usize],
         reference: Option<&Reference>,
-    ) -> Result<Vec<Row>, TrainError> {
+    ) -> Result<Vec<Row<'a>>, TrainError> {
         let pairs: Vec<EncodedPair> =
             numbers.iter().map(|&number| data.get(number)).collect::<Result<_, _>>()?;
         let length =
             |pair: &EncodedPair| pair.answers.iter().map(|answer| answer.tokens.len()).sum();
         let lengths: Vec<usize> = pairs.iter().map(length).collect();
-        let row = |members: Vec<usize>| -> Result<Row, TrainError> {
-            let answers = members.iter().flat_map(|&member| &pairs[member].answers);
-            let batch = match self.objective {
-                Objective::Dpo(_) => Batch::of(answers),
-                Objective::Reward(_) => ends(answers),
-            };
+        let objective = self.objective;
+        let row = |members: Vec<usize>| -> Result<Row<'a>, TrainError> {
+            let completions: Vec<&Encoded> =
+                members.iter().flat_map(|&member| &pairs[member].answers).collect();
+            let batch = objective.batch(&completions);
             let mut at = 0;
-            let mut rows = |answer: &Encoded| {
-                let counted = match self.objective {
-                    Objective::Dpo(_) => answer.targets(),
-                    Objective::Reward(_) => 1,
-                };
-                at += counted;
-                at - counted..at
+            let mut rows = |completion: &Encoded| {
+                let count = objective.rows(completion);
+                at += count;
+                at - count..at
             };
             let mut placed = Vec::new();
             for &member in &members {
@@ -170,7 +197,7 @@ impl PreferenceTrainer<'_> {
                         .unwrap_or_default(),
                 });
             }
-            Ok(Row { batch, pairs: placed, objective: self.objective })
+            Ok(Row { batch, pairs: placed, objective })
         };
         let packed = pack(&lengths, 2 * self.settings.max_length);
         let some = packed.chunks(self.settings.micro_batch);
@@ -178,85 +205,48 @@ impl PreferenceTrainer<'_> {
     }
 }
 
-/// A batch of completions in which only the last token of each has a weight other than 0.
-fn ends<'a>(answers: impl IntoIterator<Item = &'a Encoded>) -> Batch {
-    let batch = Batch::of(answers);
-    let mut weights = vec![0.0; batch.tokens.len()];
-    let ends = batch.documents[1..].iter().chain([&weights.len()]).copied().collect::<Vec<_>>();
-    ends.into_iter().for_each(|end| weights[end - 1] = 1.0);
-    Batch { weights: Arc::new(weights), ..batch }
-}
-
-fn sum(outputs: &Outputs, rows: Range<usize>) -> f64 {
+/// The log-probability of a completion.
+pub(super) fn sum(outputs: &Outputs, rows: Range<usize>) -> f64 {
     outputs.log_probs[rows].iter().sum()
 }
 
 /// Pairs that are computed in one pass.
-struct Row {
+struct Row<'a> {
     batch: Batch,
     pairs: Vec<Placed>,
-    objective: Objective,
+    objective: &'a dyn Objective,
 }
 
 /// A pair, and the ranges of its completions among the rows with a weight other than 0.
-struct Placed {
+pub(super) struct Placed {
     number: usize,
-    facts: PairFacts,
-    rows: [Range<usize>; 2],
-    reference: [f64; 2],
+    pub facts: PairFacts,
+    pub rows: [Range<usize>; 2],
+    pub reference: [f64; 2],
 }
 
-impl Row {
-    fn wanted(&self) -> Wanted {
-        match self.objective {
-            Objective::Dpo(_) => Wanted::LOG_PROBS,
-            Objective::Reward(_) => Wanted::VALUES,
-        }
-    }
-
+impl Row<'_> {
     /// The loss, and its gradient with respect to the outputs.
     fn loss(&self, outputs: &Outputs) -> (LossSums, OutputGrads) {
         let mut sums = LossSums { weight: self.pairs.len() as f64, ..LossSums::default() };
-        let mut slopes = OutputGrads {
+        let mut gradients = OutputGrads {
             log_probs: vec![0.0; outputs.log_probs.len()],
             values: vec![0.0; outputs.values.len()],
         };
         for pair in &self.pairs {
-            let (found, scores) = match self.objective {
-                Objective::Dpo(dpo) => {
-                    let policy = pair.rows.clone().map(|rows| sum(outputs, rows));
-                    let tokens = pair.rows.clone().map(|rows| rows.len());
-                    let found = dpo.pair(policy, pair.reference, tokens, pair.facts.label);
-                    for which in 0..2 {
-                        slopes.log_probs[pair.rows[which].clone()].fill(found.slopes[which]);
-                    }
-                    let [better, worse] = policy;
-                    sums.measure("logps_chosen", better);
-                    sums.measure("logps_rejected", worse);
-                    let [by_better, by_worse] = pair.reference;
-                    (found, [dpo.reward(better, by_better), dpo.reward(worse, by_worse)])
-                }
-                Objective::Reward(reward) => {
-                    let scores = pair.rows.clone().map(|rows| outputs.values[rows.start]);
-                    let found = reward.pair(scores, pair.facts.margin, pair.facts.label);
-                    for which in 0..2 {
-                        slopes.values[pair.rows[which].start] = found.slopes[which];
-                    }
-                    (found, scores)
-                }
-            };
-            let [better, worse] = scores;
-            sums.loss += found.loss;
+            let (loss, [better, worse]) =
+                self.objective.loss(pair, outputs, &mut gradients, &mut sums);
+            sums.loss += loss;
             *sums.correct.get_or_insert_default() += f64::from(better > worse);
             sums.measure("reward_chosen", better);
             sums.measure("reward_rejected", worse);
             sums.measure("reward_margin", better - worse);
         }
-        (sums, slopes)
+        (sums, gradients)
     }
 }
 
-impl MicroBatch for Row {
+impl MicroBatch for Row<'_> {
     fn tokens(&self) -> usize {
         self.batch.tokens.len()
     }
@@ -268,7 +258,7 @@ impl MicroBatch for Row {
         gradients: &mut Gradients,
     ) -> Result<LossSums, TrainError> {
         let mut found = LossSums::default();
-        model.train_with(&self.batch, pass, self.wanted(), gradients, |outputs| {
+        model.train_with(&self.batch, pass, self.objective.outputs(), gradients, |outputs| {
             let (sums, slopes) = self.loss(outputs);
             found = sums;
             slopes
@@ -277,7 +267,7 @@ impl MicroBatch for Row {
     }
 
     fn evaluate_part(&self, model: &Model) -> Result<LossSums, TrainError> {
-        Ok(self.loss(&model.outputs(&self.batch, self.wanted())?).0)
+        Ok(self.loss(&model.outputs(&self.batch, self.objective.outputs())?).0)
     }
 }
 
@@ -290,23 +280,23 @@ struct Examples<'a> {
 
 impl Examples<'_> {
     fn reference(&self, which: usize) -> Option<&Reference> {
-        matches!(self.run.objective, Objective::Dpo(_)).then(|| &self.references[which])
+        self.run.objective.needs_reference().then(|| &self.references[which])
     }
 }
 
-impl BatchSource for Examples<'_> {
-    type MicroBatch = Row;
+impl<'a> BatchSource for Examples<'a> {
+    type MicroBatch = Row<'a>;
 
     fn extent(&self) -> StepCount {
         StepCount::new(self.run.train.len(), self.run.settings)
     }
 
-    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Row>, TrainError> {
+    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Row<'a>>, TrainError> {
         let pairs = self.order.next(cursor, count);
         self.run.rows(self.run.train, &pairs, self.reference(0))
     }
 
-    fn held_out(&self, each: &mut Each<Row>) -> Result<bool, TrainError> {
+    fn held_out(&self, each: &mut Each<Row<'a>>) -> Result<bool, TrainError> {
         let Some(data) = self.run.validation else { return Ok(false) };
         let all: Vec<usize> = (0..data.len()).collect();
         for some in all.chunks(self.run.settings.batch_size) {

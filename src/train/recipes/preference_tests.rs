@@ -1,7 +1,8 @@
 //! Tests of preference training: losses that are known beforehand, and preferences that must be
 //! learned.
 
-use super::{Event, Objective, Outcome, PreferenceTrainer};
+use super::preference::{Objective, PreferenceTrainer};
+use super::{Event, Outcome};
 use crate::gguf::Gguf;
 use crate::gguf::fixture::TinyDecoder;
 use crate::job::StepMetrics;
@@ -83,8 +84,8 @@ struct Ran {
 }
 
 /// Runs training, interrupted after each of the steps in `stops`.
-fn run(folder: &Path, objective: Objective, settings: &Resolved, stops: &[u64]) -> Ran {
-    let scored = matches!(objective, Objective::Reward(_));
+fn run(folder: &Path, objective: &dyn Objective, settings: &Resolved, stops: &[u64]) -> Ran {
+    let scored = objective.outputs().values;
     let (train, held_out) = (data(folder, "train", 0, 40), data(folder, "held", 100, 16));
     let runs = tempfile::tempdir().unwrap();
     let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
@@ -129,8 +130,7 @@ fn the_first_step_of_dpo_is_known() {
     for (loss, expected) in
         [(DpoLoss::Sigmoid, 2f64.ln()), (DpoLoss::Hinge, 1.0), (DpoLoss::Ipo, 25.0)]
     {
-        let ran =
-            run(folder.path(), Objective::Dpo(Dpo { loss, ..Dpo::default() }), &settings, &[]);
+        let ran = run(folder.path(), &Dpo { loss, ..Dpo::default() }, &settings, &[]);
         let step = &ran.steps[0];
         assert!((step.loss - expected).abs() < 1e-5 * expected, "{loss:?}: {}", step.loss);
         assert!(step.grad_norm > 0.0 && step.metrics["reward_margin"].abs() < 1e-5);
@@ -142,9 +142,9 @@ fn the_first_step_of_dpo_is_known() {
 fn preferences_are_learned() {
     let folder = tempfile::tempdir().unwrap();
     for objective in [
-        Objective::Dpo(Dpo::default()),
-        Objective::Dpo(Dpo { label_smoothing: 0.1, sft: 0.5, ..Dpo::default() }),
-        Objective::Reward(Reward { margin: 0.0, centering: 0.01 }),
+        &Dpo::default() as &dyn Objective,
+        &Dpo { label_smoothing: 0.1, sft: 0.5, ..Dpo::default() },
+        &Reward { margin: 0.0, centering: 0.01 },
     ] {
         let settings = settings("dpo", r#", "epochs": 6"#);
         let ran = run(folder.path(), objective, &settings, &[]);
@@ -161,7 +161,7 @@ fn preferences_are_learned() {
 #[test]
 fn an_interrupted_run_ends_with_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
-    for objective in [Objective::Dpo(Dpo::default()), Objective::Reward(Reward::default())] {
+    for objective in [&Dpo::default() as &dyn Objective, &Reward::default()] {
         let settings = settings("dpo", r#", "max_steps": 9"#);
         let whole = run(folder.path(), objective, &settings, &[]);
         let broken = run(folder.path(), objective, &settings, &[2, 5, 7]);
@@ -176,7 +176,7 @@ fn an_interrupted_run_ends_with_the_same_bits() {
 #[test]
 fn rows_and_recomputation_change_only_rounding() {
     let folder = tempfile::tempdir().unwrap();
-    for objective in [Objective::Dpo(Dpo::default()), Objective::Reward(Reward::default())] {
+    for objective in [&Dpo::default() as &dyn Objective, &Reward::default()] {
         let of = |more: &str| {
             let settings = settings("dpo", &format!(r#", "max_steps": 4{more}"#));
             run(folder.path(), objective, &settings, &[]).steps

@@ -3,9 +3,10 @@
 
 use super::run::{BatchSource, Each, Event, Outcome, Run, StepCount, TrainError};
 use super::sample::sample;
+use super::{Job, Recipe};
 use crate::gguf::Gguf;
-use crate::job::Validation;
-use crate::job::spec::{self, Resolved, TokenizerPlan};
+use crate::job::Order;
+use crate::job::spec::{Pretrain, Resolved, TokenizerPlan};
 use crate::tokenizer::Tokenizer;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Stream, Windows};
@@ -18,9 +19,42 @@ use std::sync::atomic::AtomicBool;
 /// Number of tokens of the default prompt of samples.
 const PROMPT: usize = 8;
 
+impl Recipe for Pretrain {
+    type Data = Stream;
+
+    fn held_out(&self) -> f64 {
+        Pretrain::held_out(self)
+    }
+
+    fn create_model(&self, order: &Order, path: &Path) -> Result<(), TrainError> {
+        let parent = order.tokenizer.as_ref().map(Gguf::open).transpose()?;
+        init_pretrain(self, parent.as_ref(), &order.train, &order.name, order.spec.seed, path)
+    }
+
+    fn run(
+        &self,
+        job: &Job<'_, Stream>,
+        stop: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Outcome, TrainError> {
+        let trainer = PretrainTrainer {
+            model: job.model,
+            settings: job.settings,
+            train: job.train,
+            validation: job.validation,
+            checkpoints: job.checkpoints,
+            tokenizer: job.tokenizer,
+            seed: job.seed,
+            shuffle: job.shuffle,
+            prompt: self.prompt.as_deref(),
+        };
+        trainer.run(stop, event)
+    }
+}
+
 /// A pretraining run. The model is loaded with
 /// [`Training::Full`](crate::train::model::Training::Full).
-pub struct Pretrain<'a> {
+pub(super) struct PretrainTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
     pub train: &'a Stream,
@@ -41,8 +75,8 @@ pub struct Pretrain<'a> {
 ///
 /// # Errors
 /// [`TrainError`].
-pub fn init_pretrain(
-    block: &spec::Pretrain,
+pub(super) fn init_pretrain(
+    block: &Pretrain,
     parent: Option<&Gguf>,
     data: &Path,
     name: &str,
@@ -64,12 +98,12 @@ pub fn init_pretrain(
     Ok(())
 }
 
-impl Pretrain<'_> {
+impl PretrainTrainer<'_> {
     /// Trains from the newest checkpoint to the last step, or until `stop` is set.
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
-    pub fn run(
+    pub(super) fn run(
         &self,
         stop: &AtomicBool,
         mut event: impl FnMut(Event),
@@ -77,15 +111,7 @@ impl Pretrain<'_> {
         self.loops().run(&mut self.source(), stop, &mut event)
     }
 
-    /// The loss over all validation text, and bits per byte.
-    ///
-    /// # Errors
-    /// If the validation text cannot be read.
-    pub fn evaluate(&self, step: u64) -> Result<Option<Validation>, TrainError> {
-        self.loops().evaluate(&self.source(), step)
-    }
-
-    fn loops(&self) -> Run<'_> {
+    pub(super) fn loops(&self) -> Run<'_> {
         Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints }
     }
 
@@ -94,7 +120,7 @@ impl Pretrain<'_> {
         Windows::new(stream, self.settings.max_length, end, self.shuffle)
     }
 
-    fn source(&self) -> Text<'_> {
+    pub(super) fn source(&self) -> Text<'_> {
         Text { run: self, windows: self.windows(self.train) }
     }
 
@@ -110,8 +136,8 @@ impl Pretrain<'_> {
 }
 
 /// Windows of a stream of tokens, as batches.
-struct Text<'a> {
-    run: &'a Pretrain<'a>,
+pub(super) struct Text<'a> {
+    run: &'a PretrainTrainer<'a>,
     windows: Windows<'a>,
 }
 

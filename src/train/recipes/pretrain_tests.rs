@@ -1,3 +1,4 @@
+use super::pretrain::{PretrainTrainer, init_pretrain};
 use super::*;
 use crate::gguf::{Gguf, TensorType};
 use crate::job::spec::{Resolved, Spec};
@@ -51,7 +52,7 @@ fn job(text: &str, block: &str, train: &str, parent: Option<&Path>) -> Job {
     );
     let spec: Spec = serde_json::from_str(&spec).unwrap();
     let settings = spec.resolve().unwrap();
-    let block = spec.pretrain.clone().unwrap();
+    let block = spec.task.settings().new_model().unwrap().clone();
     let begin = parent.map_or(path("start.gguf"), Path::to_owned);
     init_pretrain(&block, None, &path("data"), "fresh", spec.seed, &begin).unwrap();
     let file = Arc::new(Gguf::open(&begin).unwrap());
@@ -71,9 +72,9 @@ impl Job {
         Model::load(self.file.clone(), &Training::Full, context, &Device::Cpu).unwrap()
     }
 
-    fn with<T>(&self, model: &Model, folder: &str, then: impl FnOnce(&Pretrain) -> T) -> T {
+    fn with<T>(&self, model: &Model, folder: &str, then: impl FnOnce(&PretrainTrainer) -> T) -> T {
         let checkpoints = Checkpoints::new(&self.path(folder), 2).unwrap();
-        then(&Pretrain {
+        then(&PretrainTrainer {
             model,
             settings: &self.settings,
             train: &self.train,
@@ -131,7 +132,10 @@ fn what_was_said_before_is_learned() {
     let train = r#""max_steps": 1, "max_length": 44, "learning_rate": 1e-5"#;
     let again = self::job(&twice(20_000), r#""held_out": 0.01"#, train, Some(&path));
     let model = again.model();
-    let begun = again.with(&model, "runs", |pretrain| pretrain.evaluate(0)).unwrap().unwrap();
+    let begun = again
+        .with(&model, "runs", |pretrain| pretrain.loops().evaluate(&pretrain.source(), 0))
+        .unwrap()
+        .unwrap();
     // Equal except for the order of summation.
     assert!((begun.loss.unwrap() - evaluated[1].loss.unwrap()).abs() < 1e-6, "{begun:?}");
     let mut losses = Vec::new();

@@ -39,6 +39,9 @@ pub enum TrainError {
     /// A key of the specification, and the values it may have.
     #[error("{0}")]
     Spec(String),
+    /// The grader cannot be used with the data of this key.
+    #[error("{message}")]
+    Grader { param: &'static str, message: String },
     /// The gradients are not finite, so the optimizer rejected them.
     #[error("step {step}: {source}: lower the learning rate, or look at the data")]
     Update { step: u64, source: candle_core::Error },

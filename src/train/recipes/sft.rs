@@ -1,15 +1,36 @@
 //! Supervised fine-tuning: predicts the completions of examples, with LoRA or with all weights.
 
 use super::run::{BatchSource, Each, Event, Outcome, Run, StepCount, TrainError};
-use crate::job::Validation;
-use crate::job::spec::Resolved;
+use super::{Job, Recipe};
+use crate::job::spec::{Resolved, Sft};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, Order, Prepared, Row, pack};
 use crate::train::model::{Batch, Model};
 use std::sync::atomic::AtomicBool;
 
+impl Recipe for Sft {
+    type Data = Prepared;
+
+    fn run(
+        &self,
+        job: &Job<'_, Prepared>,
+        stop: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Outcome, TrainError> {
+        let trainer = SftTrainer {
+            model: job.model,
+            settings: job.settings,
+            train: job.train,
+            validation: job.validation,
+            checkpoints: job.checkpoints,
+            shuffle: job.shuffle,
+        };
+        trainer.run(stop, event)
+    }
+}
+
 /// A supervised fine-tuning run.
-pub struct Sft<'a> {
+pub(super) struct SftTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
     pub train: &'a Prepared,
@@ -19,25 +40,17 @@ pub struct Sft<'a> {
     pub shuffle: Option<u64>,
 }
 
-impl Sft<'_> {
+impl SftTrainer<'_> {
     /// Trains from the newest checkpoint to the last step, or until `stop` is set.
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
-    pub fn run(
+    pub(super) fn run(
         &self,
         stop: &AtomicBool,
         mut event: impl FnMut(Event),
     ) -> Result<Outcome, TrainError> {
         self.loops().run(&mut self.source(), stop, &mut event)
-    }
-
-    /// The loss over all validation examples.
-    ///
-    /// # Errors
-    /// If the examples cannot be read.
-    pub fn evaluate(&self, step: u64) -> Result<Option<Validation>, TrainError> {
-        self.loops().evaluate(&self.source(), step)
     }
 
     fn loops(&self) -> Run<'_> {
@@ -51,7 +64,7 @@ impl Sft<'_> {
 
 /// The examples of each step, packed into rows.
 struct Examples<'a> {
-    sft: &'a Sft<'a>,
+    sft: &'a SftTrainer<'a>,
     order: Order,
 }
 

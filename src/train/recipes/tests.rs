@@ -1,4 +1,5 @@
 use super::run::{BatchSource, LossSums, Run, StepCount};
+use super::sft::SftTrainer;
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
 use crate::gguf::{Gguf, Projection};
@@ -66,7 +67,7 @@ fn losses_fall_and_are_reported() {
         let runs = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
         let settings = settings(r#", "epochs": 3"#);
-        let sft = Sft {
+        let sft = SftTrainer {
             model: &model,
             settings: &settings,
             train: &train,
@@ -110,7 +111,7 @@ fn an_interrupted_run_ends_with_the_same_bits() {
             loop {
                 // Loads everything again, as a new process does.
                 let model = Model::load(file.clone(), &training, 64, &Device::Cpu).unwrap();
-                let sft = Sft {
+                let sft = SftTrainer {
                     model: &model,
                     settings: &settings,
                     train: &train,
@@ -142,7 +143,7 @@ fn a_loss_that_is_no_number_ends_the_run() {
     let runs = tempfile::tempdir().unwrap();
     let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
     let settings = settings("");
-    let sft = Sft {
+    let sft = SftTrainer {
         model: &model,
         settings: &settings,
         train: &train,
@@ -166,7 +167,7 @@ fn gradients_that_are_no_numbers_end_the_run() {
     let runs = tempfile::tempdir().unwrap();
     let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
     let settings = settings("");
-    let sft = Sft {
+    let sft = SftTrainer {
         model: &model,
         settings: &settings,
         train: &train,
@@ -199,7 +200,7 @@ fn time_ends_a_run_over_interruptions_too() {
     let mut events = Vec::new();
     let mut outcome = |stops: bool| {
         let model = Model::load(file.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
-        let sft = Sft {
+        let sft = SftTrainer {
             model: &model,
             settings: &settings,
             train: &train,
@@ -223,7 +224,7 @@ fn time_ends_a_run_over_interruptions_too() {
     assert!(matches!(events[count - 1], Event::Checkpoint { .. }));
     let mut again = Vec::new();
     let model = Model::load(file.clone(), &Training::Full, 64, &Device::Cpu).unwrap();
-    let sft = Sft {
+    let sft = SftTrainer {
         model: &model,
         settings: &settings,
         train: &train,

@@ -1,7 +1,8 @@
 //! Preference training compared with TRL's trainers: `tests/train/trl.json`, written by
 //! `scripts/trl_reference.py`.
 
-use super::{Event, Objective, PreferenceTrainer};
+use super::Event;
+use super::preference::{Objective, PreferenceTrainer};
 use crate::gguf::Gguf;
 use crate::job::spec::{Dpo, DpoLoss, Lora, Reward, Spec};
 use crate::template::{CHATML, ChatTemplate};
@@ -103,13 +104,13 @@ fn pairs_are_trained_as_in_trl() {
         let training = Training::Lora(Lora { rank: 4, ..lora });
         let mut model = Model::load(file, &training, 128, &Device::Cpu).unwrap();
         start(&model);
-        let objective = match (&case.kind[..], case.loss) {
-            ("dpo", Some(loss)) => Objective::Dpo(Dpo { loss, ..Dpo::default() }),
+        let objective: Box<dyn Objective> = match (&case.kind[..], case.loss) {
+            ("dpo", Some(loss)) => Box::new(Dpo { loss, ..Dpo::default() }),
             ("reward", None) => {
                 let width = model.shape().width;
                 model = model.with_score(weight("score.weight", width, Some(width))).unwrap();
                 let centering = case.centering.unwrap();
-                Objective::Reward(Reward { centering, ..Reward::default() })
+                Box::new(Reward { centering, ..Reward::default() })
             }
             other => panic!("{other:?}"),
         };
@@ -117,7 +118,7 @@ fn pairs_are_trained_as_in_trl() {
         let run = PreferenceTrainer {
             model: &model,
             settings: &spec.resolve().unwrap(),
-            objective,
+            objective: objective.as_ref(),
             train: &train,
             validation: None,
             checkpoints: &Checkpoints::new(runs.path(), 1).unwrap(),

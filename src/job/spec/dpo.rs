@@ -1,5 +1,7 @@
-//! The blocks `dpo` and `reward`. The losses are in `train/loss/preference.rs`.
+//! The block `dpo`. The loss is in `train/loss/preference.rs`.
 
+use super::{Resolved, TaskSettings, within};
+use crate::dataset::DatasetKind;
 use serde::{Deserialize, Serialize};
 
 /// Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) and related losses: the
@@ -37,15 +39,18 @@ impl Default for Dpo {
     }
 }
 
-/// A reward model's loss (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155): the block
-/// `reward` of a specification.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Reward {
-    /// Required difference between the scores of the chosen and the rejected completion. The
-    /// `margin` of a pair takes precedence (Touvron et al. 2023, arXiv:2307.09288).
-    pub margin: f64,
-    /// Weight of the squared sum of a pair's two scores. This term keeps scores centered around
-    /// zero (Eisenstein et al. 2023, arXiv:2312.09244).
-    pub centering: f64,
+impl TaskSettings for Dpo {
+    fn dataset(&self) -> Option<DatasetKind> {
+        Some(DatasetKind::Preference)
+    }
+
+    fn learning_rates(&self) -> [f64; 2] {
+        [1e-5, 1e-6]
+    }
+
+    fn check(&self, _: &Resolved) -> Result<(), String> {
+        within("dpo.beta", self.beta, f64::MIN_POSITIVE, 100.0)?;
+        within("dpo.label_smoothing", self.label_smoothing, 0.0, 0.5)?;
+        within("dpo.sft", self.sft, 0.0, 100.0)
+    }
 }
