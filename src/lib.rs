@@ -15,12 +15,12 @@
 //! gateway stays. Gateway and engine exchange frames of [`ipc`] over a socket pair, and nothing else. A
 //! job and its starter share the job's folder ([`job`]): if either process dies, the other finds the
 //! whole state there, and the job resumes from its last checkpoint with a bit-identical result. A job
-//! that trains a policy also asks the gateway for completions, over a socket pair ([`job::rollout`]).
+//! that trains a policy also asks the gateway for completions, in frames too ([`job::rollout`]).
 //!
 //! # The path of a request
 //!
 //! [`gateway::api`] (validated once) → [`template`] (rendered) → [`gateway::registry`]
-//! (model and adapter by name) → [`gateway::supervisor`] → [`ipc`] → [`engine`]: input processor
+//! (model and adapter by name) → [`gateway::generate`] → [`gateway::supervisor`] → [`ipc`] → [`engine`]: input processor
 //! (tokenized by [`tokenizer`], checked against the limits) → scheduler → [`engine::kv`] →
 //! [`engine::runner`] → [`kernels`] → [`engine::sampler`] → output processor → [`ipc`] →
 //! [`gateway::stream`].
@@ -57,7 +57,7 @@
 //! | [`cli`] | one file per verb |
 //! | [`config`] | raw options → resolved → immutable |
 //! | [`gateway`] | the HTTP side |
-//! | [`ipc`] | frames between gateway and engine |
+//! | [`ipc`] | frames between processes |
 //! | [`engine`] | the model side; [`engine::verify`] measures rounding against F32 arithmetic |
 //! | [`kernels`] | SIMD arithmetic of the native runner and of training, the thread pool |
 //! | [`tokenizer`] | text to tokens and back |

@@ -2,11 +2,12 @@
 
 use crate::config::ServeConfig;
 use crate::gateway::auth::Auth;
-use crate::gateway::jobs::Jobs;
+use crate::gateway::jobs::{JobConnection, Jobs};
 use crate::gateway::lifecycle::Lifecycle;
 use crate::gateway::metrics::Metrics;
 use crate::gateway::registry::Registry;
 use std::sync::Arc;
+use tokio::sync::mpsc::UnboundedSender;
 
 /// Shared state of the routes, extracted as `axum::extract::State<Arc<App>>`.
 #[derive(Debug)]
@@ -21,12 +22,18 @@ pub struct App {
 
 impl App {
     /// Creates everything except the listener and the models.
-    pub fn new(config: Arc<ServeConfig>, registry: Arc<Registry>) -> Arc<Self> {
+    ///
+    /// The connections of jobs are sent to `connections`.
+    pub fn new(
+        config: Arc<ServeConfig>,
+        registry: Arc<Registry>,
+        connections: UnboundedSender<JobConnection>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             auth: Auth::new(&config.keys),
             metrics: Arc::new(Metrics::new()),
             life: Lifecycle::default(),
-            jobs: Jobs::new(config.clone(), registry.clone()),
+            jobs: Jobs::new(config.clone(), registry.clone(), connections),
             registry,
             config,
         })

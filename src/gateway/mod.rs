@@ -13,6 +13,8 @@
 //! | `header.rs` | model properties read from the file header before loading |
 //! | `memory.rs` | memory plan of a model, made before loading |
 //! | `supervisor.rs` | supervisor of one engine process |
+//! | `generate.rs` | starts requests in a model: the way of all that generate text |
+//! | `job_calls.rs` | answers the calls of running jobs |
 //! | `stream.rs` | engine events to server-sent events |
 //! | `metrics.rs`, `metrics/` | Prometheus |
 //! | `store/` | files and their digests in the data folder |
@@ -22,7 +24,9 @@ pub mod api;
 pub mod app;
 pub mod auth;
 pub mod error;
+pub mod generate;
 pub mod header;
+pub mod job_calls;
 pub mod jobs;
 pub mod lifecycle;
 pub mod limits;

@@ -22,6 +22,7 @@ pub use routes::router;
 
 use crate::config::ServeConfig;
 use crate::gateway::app::App;
+use crate::gateway::job_calls;
 use crate::gateway::registry::Registry;
 use crate::gateway::store::{BadRef, PullError, Store, StoreError};
 use std::net::SocketAddr;
@@ -29,6 +30,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 
 /// Worker threads of the runtime. The gateway only moves bytes; the cores are for the engines.
 const WORKERS: usize = 2;
@@ -86,7 +88,9 @@ async fn run(config: Arc<ServeConfig>) -> Result<(), ServeError> {
     let address = listener.local_addr().map_err(bound)?;
 
     let registry = Registry::new(config.clone(), store);
-    let app = App::new(config.clone(), registry);
+    let (send, connections) = mpsc::unbounded_channel();
+    let app = App::new(config.clone(), registry, send);
+    tokio::spawn(job_calls::serve(app.clone(), connections));
     let connections = accept::Connections::start(listener, app.clone());
 
     let started = tokio::select! {
@@ -96,7 +100,7 @@ async fn run(config: Arc<ServeConfig>) -> Result<(), ServeError> {
     let result = match started {
         Some(Ok(())) => {
             app.life.started();
-            app.jobs.start(routes::of_jobs(app.clone()));
+            app.jobs.start();
             startup::announce(&app, address);
             signals.next().await;
             drain(&app, &mut signals).await;

@@ -392,7 +392,7 @@ impl Engine {
     ) -> End {
         let mut buffer = Vec::new();
         loop {
-            match next_frame(&mut read, &mut buffer).await {
+            match ipc::next_frame(&mut read, &mut buffer).await {
                 Ok(FromEngine::Loaded(info)) => {
                     *was_ready = true;
                     let engine = self.clone();
@@ -615,26 +615,6 @@ async fn write_frames(mut write: OwnedWriteHalf, mut outbox: mpsc::UnboundedRece
             Err(error) => tracing::error!("a message to the engine was dropped: {error}"),
         }
     }
-}
-
-async fn next_frame(
-    read: &mut OwnedReadHalf,
-    buffer: &mut Vec<u8>,
-) -> Result<FromEngine, FrameError> {
-    let length = read.read_u32_le().await.map_err(|_| FrameError::Closed)? as usize;
-    if length > ipc::MAX_FRAME {
-        return Err(FrameError::TooLarge(length));
-    }
-    buffer.clear();
-    let got = read.take(length as u64).read_to_end(buffer).await?;
-    if got < length {
-        return Err(FrameError::Closed);
-    }
-    let frame = ipc::decode(buffer);
-    if buffer.capacity() > 1 << 20 {
-        *buffer = Vec::new();
-    }
-    frame
 }
 
 fn load_adapter_call(adapter: AdapterId, what: &EngineAdapter) -> Call {

@@ -1,7 +1,8 @@
-//! Length-prefixed MessagePack frames for blocking readers and writers.
+//! Length-prefixed MessagePack frames.
 
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{self, Read, Write};
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Largest frame in bytes. The HTTP body limit bounds prompts far below this; a larger length can
 /// only come from a broken peer.
@@ -36,7 +37,7 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
 }
 
 /// Decodes the payload of one frame, without its length prefix.
-pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, FrameError> {
+fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, FrameError> {
     Ok(rmp_serde::from_slice(payload)?)
 }
 
@@ -66,6 +67,30 @@ pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read) -> Result<T, FrameE
         return Err(FrameError::Closed);
     }
     decode(&payload)
+}
+
+/// Reads one frame without blocking the thread. `buffer` is reused from frame to frame.
+///
+/// # Errors
+/// As [`read_frame`].
+pub async fn next_frame<T: DeserializeOwned>(
+    from: &mut (impl AsyncRead + Unpin),
+    buffer: &mut Vec<u8>,
+) -> Result<T, FrameError> {
+    let length = from.read_u32_le().await.map_err(|_| FrameError::Closed)? as usize;
+    if length > MAX_FRAME {
+        return Err(FrameError::TooLarge(length));
+    }
+    buffer.clear();
+    let got = from.take(length as u64).read_to_end(buffer).await?;
+    if got < length {
+        return Err(FrameError::Closed);
+    }
+    let frame = decode(buffer);
+    if buffer.capacity() > 1 << 20 {
+        *buffer = Vec::new();
+    }
+    frame
 }
 
 #[cfg(test)]

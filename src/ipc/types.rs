@@ -346,6 +346,17 @@ pub enum Grammar {
     LenientJsonSchema(String),
 }
 
+impl Grammar {
+    /// The request's field that contains a grammar of this kind.
+    pub fn param(&self) -> &'static str {
+        match self {
+            Self::JsonSchema(_) | Self::JsonObject | Self::Regex(_) => "response_format",
+            Self::Lark(_) => "grammar",
+            Self::JsonLark { .. } | Self::LenientJsonSchema(_) => "tools",
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GrammarTrigger {
     /// The first of these texts to appear in the output activates the grammar; until then the

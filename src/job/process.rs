@@ -23,12 +23,11 @@ pub struct Process {
     _leash: Option<ChildStdin>,
 }
 
-/// Starts the process. `link` is its connection to the gateway (see
-/// `train/process/gateway_client.rs`).
+/// Starts the process. Over `socket` it calls the gateway ([`super::rollout`]).
 ///
 /// # Errors
 /// If the process cannot be started.
-pub fn spawn(folder: &Folder, threads: usize, link: Option<OwnedFd>) -> io::Result<Process> {
+pub fn spawn(folder: &Folder, threads: usize, socket: Option<OwnedFd>) -> io::Result<Process> {
     let log = OpenOptions::new().append(true).create(true).open(folder.log())?;
     let mut child = Command::new("/proc/self/exe")
         .arg0("ingot")
@@ -42,7 +41,7 @@ pub fn spawn(folder: &Folder, threads: usize, link: Option<OwnedFd>) -> io::Resu
         // fifth of the step time.
         .env("MIMALLOC_PURGE_DELAY", "-1")
         .stdin(Stdio::piped())
-        .stdout(link.map_or_else(Stdio::null, Stdio::from))
+        .stdout(socket.map_or_else(Stdio::null, Stdio::from))
         .stderr(Stdio::from(log))
         // A separate process group, so that Ctrl-C in a terminal does not reach the job. The parent
         // sends SIGTERM to stop it.

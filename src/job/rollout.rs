@@ -1,16 +1,47 @@
 //! Messages between a job that trains a policy and its gateway.
 //!
-//! The job sends requests over the connection that the gateway gave it. Requests and replies are
-//! the types of this file, encoded as MessagePack.
+//! The job sends a [`Call`] over the socket that the gateway gave it, and reads [`Reply`]s up to
+//! the last one before it sends the next call. Each message is a frame of [`crate::ipc`].
 
+use crate::grade::{Answer, Failed, Question};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
-/// Path of rollout requests.
-pub const ROLLOUTS: &str = "/job/rollouts";
-/// Path of requests that load an adapter.
-pub const POLICY: &str = "/job/policy";
-/// Path of requests that query grader models.
-pub const ANSWERS: &str = "/job/answers";
+/// A call of a job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Call {
+    /// Loads an adapter (a GGUF); later completions are sampled with it. The reply is
+    /// [`Reply::Done`].
+    LoadPolicy(PathBuf),
+    /// Samples completions. Each prompt has a [`Reply::Rollouts`], in any order, before
+    /// [`Reply::Done`].
+    Generate(RolloutRequest),
+    /// Sends graders' questions to their models. The reply is [`Reply::Answers`].
+    QueryGraders(Vec<Question>),
+}
+
+/// A reply to a call. All but [`Reply::Rollouts`] are the last one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Reply {
+    Rollouts {
+        /// Number of the prompt in the request.
+        prompt: usize,
+        completions: Vec<Rollout>,
+    },
+    /// One answer per question, in their order.
+    Answers(Vec<Result<Answer, Failed>>),
+    Done,
+    Failed(CallError),
+}
+
+/// Why a call failed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct CallError {
+    /// The failure is temporary: a retry may succeed.
+    pub passing: bool,
+    pub message: String,
+}
 
 /// A request to sample completions from the policy. Sampling filters and penalties are disabled, so
 /// completions follow the model's own distribution.
@@ -28,7 +59,7 @@ pub struct RolloutRequest {
 }
 
 /// One sampled completion.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rollout {
     /// The tokens in the order of sampling, including the end-of-turn token.
     pub tokens: Vec<u32>,

@@ -1,21 +1,11 @@
 //! The interface through which completions are sampled while a policy is trained. The serving
 //! engine implements it with the policy's adapter.
 //!
-//! A job sends its requests over the connection that the gateway gave it
-//! (`process/gateway_client.rs`), as MessagePack of the types in [`crate::job::rollout`].
+//! A job calls the gateway that started it (`process/gateway_client.rs`).
 
 use crate::grade::{Answer, Failed, Question};
-use crate::job::rollout::{Rollout, RolloutRequest};
+use crate::job::rollout::{CallError, Rollout, RolloutRequest};
 use std::path::Path;
-
-/// Why a request failed.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("{message}")]
-pub struct RolloutError {
-    /// The failure is temporary: a retry may succeed.
-    pub passing: bool,
-    pub message: String,
-}
 
 /// A client of the engine that samples completions and queries grader models.
 pub trait RolloutClient {
@@ -23,13 +13,13 @@ pub trait RolloutClient {
     ///
     /// # Errors
     /// If it cannot be loaded.
-    fn load_policy(&mut self, adapter: &Path) -> Result<(), RolloutError>;
+    fn load_policy(&mut self, adapter: &Path) -> Result<(), CallError>;
 
     /// Samples completions: for each prompt the requested number.
     ///
     /// # Errors
     /// If the engine fails.
-    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, RolloutError>;
+    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError>;
 
     /// Sends graders' questions to their models.
     ///
@@ -38,5 +28,5 @@ pub trait RolloutClient {
     fn query_graders(
         &mut self,
         questions: &[Question],
-    ) -> Result<Vec<Result<Answer, Failed>>, RolloutError>;
+    ) -> Result<Vec<Result<Answer, Failed>>, CallError>;
 }

@@ -17,7 +17,7 @@ const ROOMS: Table = &[
     // `ingot verify` runs models in its own process.
     ("cli", &["engine", "gateway", "config", "job", "dataset", "gguf", "ipc", "build_info"]),
     ("gateway", &["config", "job", "dataset", "template", "grade", "gguf", "ipc", "build_info"]),
-    ("train", &["job", "dataset", "tokenizer", "template", "grade", "kernels", "gguf"]),
+    ("train", &["job", "dataset", "tokenizer", "template", "grade", "kernels", "gguf", "ipc"]),
     ("engine", &["tokenizer", "ipc", "kernels", "gguf"]),
     ("job", &["dataset", "grade", "gguf"]),
     ("dataset", &["template"]),
@@ -33,9 +33,11 @@ const ROOMS: Table = &[
 
 /// Modules of the gateway.
 const GATEWAY: Table = &[
-    ("server", &["api", "auth", "app", "jobs", "registry", "limits", "store", "error"]),
-    ("api", &["stream", "auth", "app", "jobs", "registry", "store", "error"]),
-    ("stream", &["app", "registry", "metrics", "supervisor", "error"]),
+    ("server", &["job_calls", "api", "auth", "app", "registry", "limits", "store", "error"]),
+    ("job_calls", &["api", "generate", "auth", "app", "jobs", "registry", "error"]),
+    ("api", &["generate", "stream", "auth", "app", "jobs", "registry", "store", "error"]),
+    ("generate", &["stream", "app", "registry", "error"]),
+    ("stream", &["registry", "metrics", "supervisor", "error"]),
     ("auth", &["app", "limits", "store", "error"]),
     ("app", &["jobs", "registry", "metrics", "limits", "lifecycle"]),
     ("jobs", &["registry", "memory", "metrics", "store", "error"]),

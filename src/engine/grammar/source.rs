@@ -41,15 +41,6 @@ pub(super) fn limits() -> ParserLimits {
     }
 }
 
-/// The request's field that contains a grammar of this kind.
-pub(super) fn param(grammar: &Grammar) -> &'static str {
-    match grammar {
-        Grammar::JsonSchema(_) | Grammar::JsonObject | Grammar::Regex(_) => "response_format",
-        Grammar::Lark(_) => "grammar",
-        Grammar::JsonLark { .. } | Grammar::LenientJsonSchema(_) => "tools",
-    }
-}
-
 fn text(grammar: &Grammar) -> &str {
     match grammar {
         Grammar::JsonSchema(text)
@@ -77,7 +68,7 @@ fn noun(grammar: &Grammar) -> &'static str {
 /// # Errors
 /// An invalid-request error that names the field and what to change.
 pub(super) fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
-    let invalid = |message: String| EngineError::invalid(param(grammar), message);
+    let invalid = |message: String| EngineError::invalid(grammar.param(), message);
     let length = text(grammar).len();
     if length > MAX_GRAMMAR_BYTES {
         return Err(invalid(format!(
@@ -195,7 +186,7 @@ pub(super) fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
     let advice = match grammar {
         _ if cause.contains("coerce_one_of") => {
             return EngineError::invalid(
-                param(grammar),
+                grammar.param(),
                 "the schema's oneOf has branches that are not told apart by a required constant \
                  property; use anyOf instead",
             );
@@ -215,7 +206,7 @@ pub(super) fn refusal(grammar: &Grammar, cause: &str) -> EngineError {
         Some(line) => format!("the {noun} cannot be used: {line}; {advice}"),
         None => format!("the {noun} cannot be used; {advice}"),
     };
-    EngineError::invalid(param(grammar), message)
+    EngineError::invalid(grammar.param(), message)
 }
 
 /// The first line of a llguidance error, shortened. `None` for a panic, whose text describes

@@ -64,7 +64,7 @@ impl CompiledGrammar {
             inner: Arc::new(Compiled {
                 fresh: Mutex::new(fresh),
                 env: factory.tok_env().clone(),
-                param: source::param(grammar),
+                param: grammar.param(),
                 keys: match grammar {
                     Grammar::JsonSchema(_)
                     | Grammar::LenientJsonSchema(_)

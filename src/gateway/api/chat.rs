@@ -7,10 +7,11 @@ use super::format::take_response_format;
 use super::messages::take_messages;
 use super::params::{Common, MAX_TOP_LOGPROBS, take_max_tokens};
 use super::tools::{Tools, take_tools};
-use super::{check_grammar, render, template};
+use super::{name_grammar_part, render, template};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
+use crate::gateway::generate;
 use crate::gateway::registry::{Model, Served};
 use crate::gateway::stream::{self, GenerationStream};
 use crate::ipc::{Generate, Grammar, ModelInfo, Prompt, RequestId};
@@ -45,7 +46,24 @@ pub async fn handle(
     Extension(identity): Extension<Identity>,
     JsonBody(fields): JsonBody,
 ) -> Result<Response, ApiError> {
-    let mut request = ChatRequest::read(fields)?;
+    let request = ChatRequest::read(fields)?;
+    let stream = request.common.stream;
+    let (running, writer) = start(&app, identity, request).await?;
+    match stream {
+        Some(_) => Ok(stream::respond(running, writer, app.config.listen.slow_client_timeout)),
+        None => whole(running, writer).await,
+    }
+}
+
+/// Renders a conversation and starts its request.
+///
+/// # Errors
+/// As [`handle`].
+pub(super) async fn start(
+    app: &App,
+    identity: Identity,
+    mut request: ChatRequest,
+) -> Result<(GenerationStream, Writer), ApiError> {
     let served = app.registry.find(&request.common.model).await?;
     let info = served.model.engine.info()?;
     request.check(&info)?;
@@ -54,20 +72,34 @@ pub async fn handle(
     let prompt = render(served.model.clone(), request.render_input(), parse_control).await?;
     let template = template(&served.model)?;
     let constraint = constraint::build(template, &info, &prompt.text, &request)?;
-    if let Some(spec) = &constraint.grammar {
-        check_grammar(&served, &spec.grammar, &constraint.parts).await?;
-    }
     let writer = Writer::new(&request, &constraint);
-    let stream = request.common.stream;
+    let (grammar, parts) = (constraint.grammar.clone(), constraint.parts.clone());
     let generate = request.into_generate(&served, identity, prompt, constraint);
-    let running = GenerationStream::start(&app, served, vec![generate]).await?;
-    match stream {
-        Some(_) => Ok(stream::respond(running, writer, app.config.listen.slow_client_timeout)),
-        None => whole(running, writer).await,
+    match (generate::start(app, served.clone(), vec![generate]).await, grammar) {
+        (Ok(running), _) => Ok((running, writer)),
+        (Err(error), Some(spec)) => {
+            Err(name_grammar_part(error, &served, &spec.grammar, &parts).await)
+        }
+        (Err(error), None) => Err(error),
     }
 }
 
 impl ChatRequest {
+    /// A request of the gateway itself, with the defaults of all parameters.
+    pub(super) fn plain(model: &str, messages: Vec<Value>) -> Self {
+        Self {
+            common: Common::plain(model),
+            messages,
+            tools: None,
+            format: None,
+            logprobs: None,
+            template_kwargs: Map::new(),
+            reasoning_effort: None,
+            add_generation_prompt: true,
+            continue_final_message: false,
+        }
+    }
+
     pub(super) fn read(mut fields: Fields) -> Result<Self, ApiError> {
         refuse_media(&mut fields)?;
         let mut common = Common::take(&mut fields)?;

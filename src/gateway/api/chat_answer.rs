@@ -308,9 +308,28 @@ impl Message {
 
 /// The response to a request without streaming.
 pub(super) async fn whole(
-    mut running: GenerationStream,
+    running: GenerationStream,
     mut writer: Writer,
 ) -> Result<Response, ApiError> {
+    let (choices, usage) = collect(running, &mut writer).await?;
+    let usage = usage.body();
+    Ok(Json(Body { answer: &writer.answer, choices, usage }).into_response())
+}
+
+/// The text of the only message of a request, and its token counts.
+pub(super) async fn text(
+    running: GenerationStream,
+    mut writer: Writer,
+) -> Result<(String, Usage), ApiError> {
+    let (choices, usage) = collect(running, &mut writer).await?;
+    let text = choices.into_iter().next().and_then(|choice| choice.message.content);
+    Ok((text.unwrap_or_default(), usage))
+}
+
+async fn collect(
+    mut running: GenerationStream,
+    writer: &mut Writer,
+) -> Result<(Vec<BodyChoice>, Usage), ApiError> {
     let empty = |index| BodyChoice {
         index,
         message: Message { role: "assistant", ..Message::default() },
@@ -348,6 +367,5 @@ pub(super) async fn whole(
             body.message.content.get_or_insert_default();
         }
     }
-    let usage = running.usage().body();
-    Ok(Json(Body { answer: &writer.answer, choices, usage }).into_response())
+    Ok((choices, running.usage()))
 }

@@ -5,10 +5,11 @@ use super::fields::{Fields, JsonBody, tokens};
 use super::format::take_response_format;
 use super::logprobs::TextLogprobs;
 use super::params::{Common, MAX_TOP_LOGPROBS, check_tokens, take_max_tokens};
-use super::{Answer, check_grammar, finish_reason};
+use super::{Answer, finish_reason, name_grammar_part};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
+use crate::gateway::generate;
 use crate::gateway::registry::Served;
 use crate::gateway::stream::{self, EventWriter, GenerationStream, Sse, Usage, UsageBody};
 use crate::ipc::{
@@ -61,15 +62,18 @@ pub async fn handle(
     let served = app.registry.find(&request.common.model).await?;
     let info = served.model.engine.info()?;
     request.check(&info)?;
-    if let Some(grammar) = &request.grammar {
-        let (param, what) = ("response_format".into(), None);
-        let part = Part { param, what, grammar: grammar.clone() };
-        check_grammar(&served, grammar, &[part]).await?;
-    }
     let writer = Writer::new(&request);
     let stream = request.common.stream;
+    let grammar = request.grammar.clone();
     let prompts = request.into_generates(&served, identity);
-    let running = GenerationStream::start(&app, served, prompts).await?;
+    let running = match (generate::start(&app, served.clone(), prompts).await, grammar) {
+        (Err(error), Some(grammar)) => {
+            let (param, what) = ("response_format".into(), None);
+            let part = Part { param, what, grammar: grammar.clone() };
+            return Err(name_grammar_part(error, &served, &grammar, &[part]).await);
+        }
+        (started, _) => started?,
+    };
     match stream {
         Some(_) => Ok(stream::respond(running, writer, app.config.listen.slow_client_timeout)),
         None => whole(running, writer).await,

@@ -64,7 +64,7 @@ fn take_json_schema(mut fields: Fields) -> Result<Grammar, ApiError> {
 }
 
 /// Serializes a schema for the engine, which decides whether the schema can be enforced.
-fn json_schema(name: &str, schema: &Value) -> Result<Grammar, ApiError> {
+pub(super) fn json_schema(name: &str, schema: &Value) -> Result<Grammar, ApiError> {
     if !schema.is_object() {
         return Err(wrong(name, "a JSON schema (an object)", schema));
     }

@@ -2,8 +2,10 @@
 //!
 //! Source: OpenAI's API reference, "Graders", and the types of its Python client.
 
-use super::chat;
+use super::chat::{self, ChatRequest};
+use super::chat_answer;
 use super::fields::{Fields, JsonBody};
+use super::format::json_schema;
 use super::score::{Input, score};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
@@ -19,8 +21,6 @@ use std::time::Instant;
 
 /// Default maximum of tokens that a model may generate for a score.
 const NUMBER_TOKENS: u32 = 64;
-/// Maximum bytes of a model's response.
-const MAX_ANSWER: usize = 1 << 20;
 
 /// `POST /v1/fine_tuning/alpha/graders/validate`: returns the grader with every default filled in.
 ///
@@ -138,35 +138,25 @@ async fn number(
         "required": ["result"],
         "additionalProperties": false,
     });
-    let mut body = json!({
-        "model": model,
-        "messages": messages.iter().map(plain).collect::<Vec<_>>(),
-        "response_format": {
-            "type": "json_schema",
-            "json_schema": {"name": "result", "schema": schema, "strict": true},
-        },
-        "max_completion_tokens": sampling.max_completions_tokens.unwrap_or(NUMBER_TOKENS),
-    });
-    for (key, value) in [
-        ("temperature", sampling.temperature.map(Value::from)),
-        ("top_p", sampling.top_p.map(Value::from)),
-        ("seed", sampling.seed.map(Value::from)),
-    ] {
-        body.as_object_mut().into_iter().for_each(|body| {
-            body.extend(value.clone().map(|value| (key.to_owned(), value)));
-        });
+    let mut request = ChatRequest::plain(model, messages.iter().map(plain).collect());
+    request.format = Some(json_schema("grader", &schema)?);
+    let common = &mut request.common;
+    common.stop.max_tokens = Some(sampling.max_completions_tokens.unwrap_or(NUMBER_TOKENS));
+    if let Some(temperature) = sampling.temperature {
+        common.sampling.temperature = temperature as f32;
     }
-    let fields = JsonBody(Fields::of(String::new(), body)?);
-    let response = chat::handle(State(app.clone()), Extension(identity), fields).await?;
-    let bytes = axum::body::to_bytes(response.into_body(), MAX_ANSWER).await;
-    let answer: Value =
-        serde_json::from_slice(&bytes.map_err(ApiError::internal)?).map_err(ApiError::internal)?;
-    let text = answer["choices"][0]["message"]["content"].as_str().unwrap_or_default();
-    let result: Value = serde_json::from_str(text).unwrap_or_default();
-    let count = |key: &str| answer["usage"][key].as_u64().unwrap_or(0);
+    if let Some(top_p) = sampling.top_p {
+        common.sampling.top_p = top_p as f32;
+    }
+    if let Some(seed) = sampling.seed {
+        common.sampling.seed = seed.cast_unsigned();
+    }
+    let (running, writer) = chat::start(app, identity, request).await?;
+    let (text, usage) = chat_answer::text(running, writer).await?;
+    let result: Value = serde_json::from_str(&text).unwrap_or_default();
     Ok(Answer {
         number: result["result"].as_f64(),
-        prompt_tokens: count("prompt_tokens"),
-        completion_tokens: count("completion_tokens"),
+        prompt_tokens: usage.prompt_tokens.into(),
+        completion_tokens: usage.completion_tokens.into(),
     })
 }

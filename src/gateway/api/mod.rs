@@ -5,7 +5,6 @@
 //! | `chat.rs`, `chat_answer.rs` | `/v1/chat/completions`: request, response |
 //! | `completions.rs`, `embeddings.rs`, `score.rs`, `tokenize.rs` | endpoints of these names |
 //! | `graders.rs` | validation and trial runs of graders |
-//! | `policy.rs` | requests of jobs over their own connections |
 //! | `models.rs`, `admin.rs`, `health.rs`, `openapi.rs` | endpoints of these names |
 //! | `files.rs`, `fine_tuning.rs`, `jobs.rs` | files, OpenAI's jobs API, the operator's jobs API |
 //! | `query.rs` | check of query parameters |
@@ -34,7 +33,6 @@ mod messages;
 pub mod models;
 pub mod openapi;
 mod params;
-pub mod policy;
 pub mod query;
 pub mod score;
 pub mod tokenize;
@@ -84,35 +82,38 @@ fn finish_reason(reason: &FinishReason) -> &'static str {
     }
 }
 
-/// Compiles a client's grammar in the engine, so that an invalid grammar is a 400 before generation
-/// starts. The error names the part of `parts` that is at fault.
-async fn check_grammar(served: &Served, grammar: &Grammar, parts: &[Part]) -> Result<(), ApiError> {
-    let check = async |grammar: &Grammar| {
-        let call = Call::CheckGrammar { grammar: grammar.clone() };
-        served.model.engine.call(call).await.map(drop).map_err(ApiError::from)
-    };
-    let Err(whole) = check(grammar).await else { return Ok(()) };
-    if !whole.status.is_client_error() {
-        return Err(whole);
+/// Names the part of a grammar for which the engine refused a request: `refused` with its parameter
+/// and what the part is for. Errors that are not about the grammar are returned as they are.
+async fn name_grammar_part(
+    refused: ApiError,
+    served: &Served,
+    grammar: &Grammar,
+    parts: &[Part],
+) -> ApiError {
+    if !refused.status.is_client_error() || refused.param.as_deref() != Some(grammar.param()) {
+        return refused;
     }
     for part in parts {
         let error = match parts.len() {
-            // Most grammars consist of one part, which has been checked already.
-            1 if part.grammar == *grammar => whole.clone(),
-            _ => match check(&part.grammar).await {
-                Ok(()) => continue,
-                Err(error) => error,
-            },
+            // Most grammars consist of one part.
+            1 if part.grammar == *grammar => refused.clone(),
+            _ => {
+                let call = Call::CheckGrammar { grammar: part.grammar.clone() };
+                match served.model.engine.call(call).await {
+                    Ok(_) => continue,
+                    Err(error) => ApiError::from(error),
+                }
+            }
         };
         let message = match &part.what {
             Some(what) => format!("{what}: {}", error.message),
             None => error.message.clone(),
         };
-        return Err(ApiError { message, ..error }.with_param(&part.param));
+        return ApiError { message, ..error }.with_param(&part.param);
     }
     // Each part is valid alone; only their combination is refused.
     let param = parts.last().map_or("response_format", |part| &part.param);
-    Err(whole.with_param(param))
+    refused.with_param(param)
 }
 
 /// The model's chat template, or the reason why the model cannot chat.

@@ -53,6 +53,21 @@ pub(super) struct StreamOptions {
 }
 
 impl Common {
+    /// The default of every parameter; the seed is random.
+    pub(super) fn plain(model: &str) -> Self {
+        Self {
+            model: model.to_owned(),
+            choices: 1,
+            sampling: SamplingParams { seed: rand::random(), ..SamplingParams::default() },
+            stop: StopParams::default(),
+            priority: 0,
+            max_drafted: None,
+            render_special: false,
+            share_prefix: true,
+            stream: None,
+        }
+    }
+
     /// Takes all shared parameters. Also takes parameters that have no effect, and refuses
     /// parameters of other servers that are not supported.
     pub(super) fn take(fields: &mut Fields) -> Result<Self, ApiError> {

@@ -9,12 +9,10 @@
 //! | `admit.rs` | from a specification to a stored job and its folder |
 //! | `queue.rs` | which job runs when |
 //! | `process.rs` | runs and watches one job process |
-//! | `connection.rs` | a job's connection, over which it queries models |
 //! | `throttle.rs` | pauses jobs while requests run |
 //! | `publish.rs` | publishes the models and files that a job produced |
 
 mod admit;
-mod connection;
 mod process;
 mod publish;
 mod queue;
@@ -24,7 +22,6 @@ mod throttle;
 
 pub(in crate::gateway) use admit::new_id;
 pub use admit::{NewJob, fits};
-pub use connection::{JobConnection, Routes};
 pub use publish::{checkpoint_name, rows};
 
 use crate::config::ServeConfig;
@@ -36,8 +33,10 @@ use crate::job::{Entry, EventLog, Folder, Follower, JobEvent, Level, StepMetrics
 use process::DesiredState;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::net::UnixStream;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::{Notify, watch};
 
 /// A process that has not exited after this time is killed; its job resumes from a checkpoint all
@@ -56,14 +55,23 @@ pub struct Jobs {
     /// Wakes the task that runs the queue.
     look: Notify,
     stopping: watch::Sender<bool>,
-    /// Creates the routes of job connections.
-    routes: OnceLock<Routes>,
+    /// Takes the connections of processes that are started.
+    connections: UnboundedSender<JobConnection>,
 }
 
 impl fmt::Debug for Jobs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Jobs").finish_non_exhaustive()
     }
+}
+
+/// The gateway's end of the socket over which a job's process calls it (see [`crate::job::rollout`]).
+#[derive(Debug)]
+pub struct JobConnection {
+    pub job: String,
+    /// The model that the job trains.
+    pub base: String,
+    pub socket: UnixStream,
 }
 
 /// A job whose process runs.
@@ -93,15 +101,20 @@ impl Progress {
 }
 
 impl Jobs {
-    /// The jobs of the registry's store. [`Jobs::start`] starts them.
-    pub fn new(config: Arc<ServeConfig>, registry: Arc<Registry>) -> Arc<Self> {
+    /// The jobs of the registry's store. [`Jobs::start`] starts them. The connection of each
+    /// process is sent to `connections`.
+    pub fn new(
+        config: Arc<ServeConfig>,
+        registry: Arc<Registry>,
+        connections: UnboundedSender<JobConnection>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             config,
             registry,
             live: Mutex::default(),
             look: Notify::new(),
             stopping: watch::Sender::new(false),
-            routes: OnceLock::new(),
+            connections,
         })
     }
 

@@ -1,12 +1,14 @@
 //! Runs one process of a job, and watches it until it exits.
 
 use super::throttle::Throttle;
-use super::{Jobs, LEAVE_PATIENCE, Live, lock};
+use super::{JobConnection, Jobs, LEAVE_PATIENCE, Live, lock};
 use crate::config::ByteSize;
 use crate::gateway::memory::available;
 use crate::job::{self, Entry, Folder, Follower, JobEvent};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 use tokio::process::Child;
@@ -48,11 +50,11 @@ impl Jobs {
         let mut follower = Follower::new(folder.events(), 0);
         lock(&live.progress).take(&follower.read().unwrap_or_default());
         let base = folder.order().ok().and_then(|order| order.spec.model);
-        let link = match base.map(|base| self.link(id, base)).transpose() {
-            Ok(link) => link.flatten(),
+        let socket = match base.map(|base| self.connect(id, base)).transpose() {
+            Ok(socket) => socket,
             Err(error) => return End::Died(format!("it could not be connected: {error}")),
         };
-        let mut process = match job::spawn(&folder, threads, link) {
+        let mut process = match job::spawn(&folder, threads, socket) {
             Ok(process) => process,
             Err(error) => return End::Died(format!("it could not be started: {error}")),
         };
@@ -67,6 +69,17 @@ impl Jobs {
             },
             (Err(error), _) => End::Died(error.to_string()),
         }
+    }
+
+    /// Sends one end of a new socket pair to those who answer the job's calls; the other end is for
+    /// the process.
+    fn connect(&self, job: &str, base: String) -> std::io::Result<OwnedFd> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let socket = tokio::net::UnixStream::from_std(ours)?;
+        // Nobody answers when the server stops, and then the process is stopped too.
+        let _ = self.connections.send(JobConnection { job: job.to_owned(), base, socket });
+        Ok(theirs.into())
     }
 
     async fn watch(

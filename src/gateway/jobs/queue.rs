@@ -2,7 +2,7 @@
 //! there is enough memory for it.
 
 use super::process::{DesiredState, End};
-use super::{Jobs, Live, Routes, now};
+use super::{Jobs, Live, now};
 use crate::config::ByteSize;
 use crate::gateway::memory::available;
 use crate::gateway::store::{JobStatus, StoredJob};
@@ -20,10 +20,8 @@ const DEATHS: u32 = 5;
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 
 impl Jobs {
-    /// Recovers the jobs of an earlier gateway, and starts running the queue. `routes` creates the
-    /// routes of job connections.
-    pub fn start(self: &Arc<Self>, routes: Routes) {
-        let _ = self.routes.set(routes);
+    /// Recovers the jobs of an earlier gateway, and starts running the queue.
+    pub fn start(self: &Arc<Self>) {
         if let Err(error) = self.recover() {
             tracing::error!("the jobs of before cannot be taken up: {error}");
         }

@@ -4,13 +4,11 @@ use super::body::json_body;
 use super::guard::outer;
 use crate::gateway::api::{
     self, admin, chat, completions, embeddings, files, fine_tuning, graders, health, jobs, models,
-    openapi, policy, query, score, tokenize,
+    openapi, query, score, tokenize,
 };
 use crate::gateway::app::App;
 use crate::gateway::auth::{require_admin, require_key};
 use crate::gateway::error::ApiError;
-use crate::gateway::jobs::Routes;
-use crate::job::rollout;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::{from_fn, from_fn_with_state};
@@ -99,18 +97,6 @@ pub fn router(app: Arc<App>) -> Router {
         .fallback_service(routes)
         .layer(from_fn(absolute_path))
         .layer(from_fn_with_state(app, outer))
-}
-
-/// The routes that a job may use over its own connection.
-pub(super) fn of_jobs(app: Arc<App>) -> Routes {
-    Arc::new(move |link| {
-        Router::new()
-            .route(rollout::ROLLOUTS, post(policy::rollouts))
-            .route(rollout::POLICY, post(policy::adopt))
-            .route(rollout::ANSWERS, post(policy::answers))
-            .layer(DefaultBodyLimit::disable())
-            .with_state((app.clone(), link))
-    })
 }
 
 async fn not_found(method: Method, uri: Uri) -> ApiError {

@@ -25,7 +25,8 @@ async fn server(toml: &str) -> Server {
     options.data_dir = Some(folder.path().to_owned());
     let config = Arc::new(options.resolve().unwrap());
     let store = Arc::new(Store::open(folder.path()).unwrap());
-    let app = App::new(config.clone(), Registry::new(config, store));
+    let (jobs, _) = tokio::sync::mpsc::unbounded_channel();
+    let app = App::new(config.clone(), Registry::new(config, store), jobs);
     app.life.started();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

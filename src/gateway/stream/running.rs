@@ -1,11 +1,10 @@
 //! Requests running in an engine, together with the guards that must live exactly as long.
 
-use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::metrics::RequestObserver;
 use crate::gateway::registry::Served;
 use crate::gateway::supervisor::Generation;
-use crate::ipc::{EngineError, EngineErrorKind, Event, Generate};
+use crate::ipc::{EngineError, EngineErrorKind, Event};
 use serde::Serialize;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -74,37 +73,8 @@ impl Usage {
 }
 
 impl GenerationStream {
-    /// Sends one engine request per prompt and waits until each is accepted.
-    ///
-    /// # Errors
-    /// The error of the engine if it refuses a prompt (all prompts are then cancelled), or a
-    /// time-out.
-    pub async fn start(
-        app: &App,
-        served: Served,
-        prompts: Vec<Generate>,
-    ) -> Result<Self, ApiError> {
-        if served.adapter.as_ref().is_some_and(|adapter| adapter.is_reward_model()) {
-            let name = &served.name;
-            let message = format!("`{name}` is a reward model: it writes nothing; use /v1/score.");
-            return Err(ApiError::invalid("model", message));
-        }
-        let engine = served.model.engine.clone();
-        let name = served.name.clone();
-        let mut running = Self::new(app.config.limits.request_timeout, Some(served));
-        for prompt in prompts {
-            if app.config.log.prompts {
-                tracing::info!(model = %name, prompt = prompt.prompt.shown(), "prompt");
-            }
-            let mut observer = app.metrics.observe(&name);
-            let generation = engine.generate(prompt).inspect_err(|error| observer.failed(error))?;
-            running.push(Events::Engine(generation), Some(observer));
-        }
-        running.accepted().await?;
-        Ok(running)
-    }
-
-    fn new(limit: Duration, served: Option<Served>) -> Self {
+    /// No requests yet; [`generate`](crate::gateway::generate) adds them.
+    pub(in crate::gateway) fn new(limit: Duration, served: Option<Served>) -> Self {
         Self {
             requests: Vec::new(),
             first: 0,
@@ -115,12 +85,13 @@ impl GenerationStream {
         }
     }
 
-    fn push(&mut self, events: Events, observer: Option<RequestObserver>) {
+    pub(in crate::gateway) fn push(&mut self, generation: Generation, observer: RequestObserver) {
+        let (events, observer) = (Events::Engine(generation), Some(observer));
         self.requests.push(Some(Request { events, observer }));
     }
 
     /// Waits for the first event of every request, which is `Accepted` or a refusal.
-    async fn accepted(&mut self) -> Result<(), ApiError> {
+    pub(in crate::gateway) async fn accepted(&mut self) -> Result<(), ApiError> {
         for index in 0..self.requests.len() {
             let event = poll_fn(|context| match self.poll_one(index, context) {
                 Poll::Pending => self.poll_deadline(context).map(Err),
@@ -259,7 +230,7 @@ fn lost() -> ApiError {
 pub(crate) mod fake {
     //! Test requests without an engine.
 
-    use super::{Events, GenerationStream};
+    use super::{Events, GenerationStream, Request};
     use crate::ipc::{Event, FinishReason, Timing, TokenLogprob};
     use std::time::Duration;
     use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -273,7 +244,7 @@ pub(crate) mod fake {
         let mut running = GenerationStream::new(limit, None);
         let senders = (0..prompts).map(|_| {
             let (send, events) = unbounded_channel();
-            running.push(Events::Fake(events), None);
+            running.requests.push(Some(Request { events: Events::Fake(events), observer: None }));
             send
         });
         let senders = senders.collect();

@@ -3,25 +3,17 @@
 //! The socket is connected, not listening, so no other process can connect and no key is needed.
 
 use crate::grade::{Answer, Failed, Question};
-use crate::job::rollout::{ANSWERS, POLICY, ROLLOUTS, Rollout, RolloutRequest};
-use crate::train::rollout::{RolloutClient, RolloutError};
-use bytes::Bytes;
-use http::{Method, Request, StatusCode};
-use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper_util::rt::TokioIo;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-use std::io;
+use crate::ipc::{FrameError, read_frame, write_frame};
+use crate::job::rollout::{Call, CallError, Reply, Rollout, RolloutRequest};
+use crate::train::rollout::RolloutClient;
+use std::io::{self, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use tokio::runtime::Runtime;
 
 /// The connection to the gateway.
 pub(super) struct GatewayClient {
-    runtime: Runtime,
-    requests: SendRequest<Full<Bytes>>,
+    socket: BufReader<UnixStream>,
 }
 
 impl GatewayClient {
@@ -35,80 +27,64 @@ impl GatewayClient {
         if rustix::fs::FileType::from_raw_mode(ty) != rustix::fs::FileType::Socket {
             return Ok(None);
         }
-        let stream = UnixStream::from(output);
-        stream.set_nonblocking(true)?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("link")
-            .enable_all()
-            .build()?;
-        let requests = runtime.block_on(async {
-            let stream = TokioIo::new(tokio::net::UnixStream::from_std(stream)?);
-            let (requests, connection) = handshake(stream).await.map_err(io::Error::other)?;
-            tokio::spawn(connection);
-            Ok::<_, io::Error>(requests)
-        })?;
-        Ok(Some(Self { runtime, requests }))
+        Ok(Some(Self { socket: BufReader::new(UnixStream::from(output)) }))
     }
 
-    fn post<T: DeserializeOwned>(
-        &mut self,
-        path: &str,
-        body: &impl Serialize,
-    ) -> Result<T, RolloutError> {
-        let lost = |error: &dyn std::fmt::Display| RolloutError {
-            passing: false,
-            message: format!("the connection to the server was lost: {error}"),
-        };
-        let body = rmp_serde::to_vec_named(body).map_err(|error| lost(&error))?;
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri(path)
-            .header(http::header::HOST, "job")
-            .header(http::header::CONTENT_TYPE, "application/msgpack")
-            .body(Full::new(Bytes::from(body)))
-            .map_err(|error| lost(&error))?;
-        let requests = &mut self.requests;
-        let (status, body) = self.runtime.block_on(async {
-            let lost = |error: hyper::Error| lost(&error);
-            requests.ready().await.map_err(lost)?;
-            let answer = requests.send_request(request).await.map_err(lost)?;
-            let status = answer.status();
-            let body = answer.into_body().collect().await.map_err(lost)?.to_bytes();
-            Ok::<_, RolloutError>((status, body))
-        })?;
-        if !status.is_success() {
-            let error: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
-            let message = error["error"]["message"].as_str().unwrap_or("no reason is known");
-            let passing = matches!(
-                status,
-                StatusCode::SERVICE_UNAVAILABLE
-                    | StatusCode::TOO_MANY_REQUESTS
-                    | StatusCode::INTERNAL_SERVER_ERROR
-                    | StatusCode::GATEWAY_TIMEOUT
-            );
-            return Err(RolloutError { passing, message: format!("{status}: {message}") });
+    fn send(&mut self, call: &Call) -> Result<(), CallError> {
+        write_frame(self.socket.get_mut(), call).map_err(|error| lost(&error))
+    }
+
+    /// The next reply; a failed call is an error.
+    fn reply(&mut self) -> Result<Reply, CallError> {
+        match read_frame(&mut self.socket).map_err(|error| lost(&error))? {
+            Reply::Failed(error) => Err(error),
+            reply => Ok(reply),
         }
-        rmp_serde::from_slice(&body).map_err(|error| lost(&error))
     }
 }
 
+fn lost(error: &FrameError) -> CallError {
+    CallError { passing: false, message: format!("the connection to the server was lost: {error}") }
+}
+
+fn unexpected(reply: &Reply) -> CallError {
+    CallError { passing: false, message: format!("the server replied {reply:?}") }
+}
+
 impl RolloutClient for GatewayClient {
-    fn load_policy(&mut self, adapter: &Path) -> Result<(), RolloutError> {
-        self.post(POLICY, &adapter)
+    fn load_policy(&mut self, adapter: &Path) -> Result<(), CallError> {
+        self.send(&Call::LoadPolicy(adapter.to_owned()))?;
+        match self.reply()? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
     }
 
-    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, RolloutError> {
-        self.post(ROLLOUTS, what)
+    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
+        self.send(&Call::Generate(what.clone()))?;
+        let mut found = vec![Vec::new(); what.prompts.len()];
+        loop {
+            match self.reply()? {
+                Reply::Rollouts { prompt, completions } if prompt < found.len() => {
+                    found[prompt] = completions;
+                }
+                Reply::Done => return Ok(found),
+                other => return Err(unexpected(&other)),
+            }
+        }
     }
 
     fn query_graders(
         &mut self,
         questions: &[Question],
-    ) -> Result<Vec<Result<Answer, Failed>>, RolloutError> {
-        match questions {
-            [] => Ok(Vec::new()),
-            questions => self.post(ANSWERS, &questions),
+    ) -> Result<Vec<Result<Answer, Failed>>, CallError> {
+        if questions.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.send(&Call::QueryGraders(questions.to_vec()))?;
+        match self.reply()? {
+            Reply::Answers(answers) => Ok(answers),
+            other => Err(unexpected(&other)),
         }
     }
 }

@@ -6,13 +6,13 @@ use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCou
 use super::{Job, Policy, Recipe};
 use crate::grade::{Context, Grader};
 use crate::job::Metrics;
-use crate::job::rollout::{Rollout, RolloutRequest};
+use crate::job::rollout::{CallError, Rollout, RolloutRequest};
 use crate::job::spec::{Grpo, GrpoLoss, PolicyLoss, Resolved};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, EncodedPrompt, Order, PreparedPrompts, pack};
 use crate::train::loss::{Completion, advantages};
 use crate::train::model::{Batch, Gradients, Model, OutputGrads, Outputs, Pass, Wanted};
-use crate::train::rollout::{RolloutClient, RolloutError};
+use crate::train::rollout::RolloutClient;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -276,7 +276,7 @@ impl GrpoTrainer<'_> {
     /// restarted.
     fn patiently<T>(
         &self,
-        mut ask: impl FnMut(&mut dyn RolloutClient) -> Result<T, RolloutError>,
+        mut ask: impl FnMut(&mut dyn RolloutClient) -> Result<T, CallError>,
     ) -> Result<T, TrainError> {
         let mut pause = Duration::from_millis(200);
         for _ in 1..TRIES {

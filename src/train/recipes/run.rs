@@ -2,6 +2,7 @@
 
 use crate::dataset::DataError;
 use crate::gguf::GgufError;
+use crate::job::rollout::CallError;
 use crate::job::spec::Resolved;
 use crate::job::{Metrics, StepMetrics, Validation};
 use crate::train::checkpoint::{CheckpointError, Checkpoints};
@@ -9,7 +10,6 @@ use crate::train::data::Cursor;
 use crate::train::model::{Batch, Gradients, Model, Pass};
 use crate::train::ops::Losses;
 use crate::train::optim::Optimization;
-use crate::train::rollout::RolloutError;
 use crate::train::tokenizer_training::VocabularyError;
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -31,7 +31,7 @@ pub enum TrainError {
     #[error("step {step}: the loss is {loss}: lower the learning rate, or look at the data")]
     NotFinite { step: u64, loss: f64 },
     #[error("the served model does not answer: {0}")]
-    Rollout(#[from] RolloutError),
+    Rollout(#[from] CallError),
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
     #[error(transparent)]
