@@ -4,7 +4,7 @@
 //!
 //! Only the job's process holds the other end of the socket, so a call needs no key.
 
-use super::api::graders::answer;
+use super::api::openai::graders::answer;
 use super::app::App;
 use super::auth::Identity;
 use super::error::ApiError;

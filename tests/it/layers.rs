@@ -187,7 +187,9 @@ fn imports(file: &str, text: &str) -> BTreeSet<Vec<String>> {
 /// `crate::job::now()`.
 fn inline_paths(text: &str) -> impl Iterator<Item = Vec<String>> {
     let code = text.lines().map(|line| line.split("//").next().unwrap_or_default());
-    // Import lines are parsed separately.
+    // Import lines are parsed separately. A line behind `#[cfg(test)]` is part of a test.
+    let code = code.scan("", |before, line| Some((std::mem::replace(before, line), line)));
+    let code = code.filter(|(before, _)| before.trim() != "#[cfg(test)]").map(|(_, line)| line);
     let code = code.filter(|line| !line.starts_with("use ") && !line.starts_with("pub use "));
     let paths = code.flat_map(|line| {
         let roots = line.match_indices("crate::").chain(line.match_indices("ingot::"));

@@ -2,10 +2,11 @@
 
 use super::body::json_body;
 use super::guard::outer;
-use crate::gateway::api::{
-    self, admin, chat, completions, embeddings, files, fine_tuning, graders, health, jobs, models,
-    openapi, query, score, tokenize,
+use crate::gateway::api::openai::{
+    chat, completions, embeddings, files, fine_tuning, graders, models, score, tokenize,
 };
+use crate::gateway::api::wire::query;
+use crate::gateway::api::{self, admin, health, openapi};
 use crate::gateway::app::App;
 use crate::gateway::auth::{require_admin, require_key};
 use crate::gateway::error::ApiError;
@@ -41,7 +42,7 @@ pub fn router(app: Arc<App>) -> Router {
     let listing = Router::new()
         .route("/tokenizer_info", get(tokenize::tokenizer_info))
         .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::retrieve).delete(fine_tuning::delete_model))
+        .route("/v1/models/{*id}", get(models::retrieve).delete(models::delete))
         .route("/v1/files", get(files::list).post(files::upload))
         .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
         .route("/v1/files/{id}/content", get(files::content))
@@ -55,23 +56,23 @@ pub fn router(app: Arc<App>) -> Router {
         .route_layer(known_query())
         .route_layer(key());
     let admin_json = Router::new()
-        .route("/admin/models", post(admin::load_model))
-        .route("/admin/jobs", post(jobs::create))
+        .route("/admin/models", post(admin::models::load))
+        .route("/admin/jobs", post(admin::jobs::create))
         .route_layer(json());
     let admin_routes = Router::new()
-        .route("/admin/models", get(admin::list_models))
-        .route("/admin/models/{*name}", delete(admin::unload_model))
-        .route("/admin/adapters", get(admin::list_adapters).post(admin::load_adapter))
-        .route("/admin/adapters/{*name}", delete(admin::unload_adapter))
-        .route("/admin/jobs", get(jobs::list))
-        .route("/admin/jobs/{id}", get(jobs::retrieve))
-        .route("/admin/jobs/{id}/cancel", post(jobs::cancel))
-        .route("/admin/jobs/{id}/pause", post(jobs::pause))
-        .route("/admin/jobs/{id}/resume", post(jobs::resume))
-        .route("/admin/jobs/{id}/events", get(jobs::events))
-        .route("/admin/jobs/{id}/plot.svg", get(jobs::curves))
-        .route("/admin/jobs/{id}/artifacts", get(jobs::artifacts))
-        .route("/admin/jobs/{id}/artifacts/{artifact}", get(jobs::artifact))
+        .route("/admin/models", get(admin::models::list))
+        .route("/admin/models/{*name}", delete(admin::models::unload))
+        .route("/admin/adapters", get(admin::adapters::list).post(admin::adapters::load))
+        .route("/admin/adapters/{*name}", delete(admin::adapters::unload))
+        .route("/admin/jobs", get(admin::jobs::list))
+        .route("/admin/jobs/{id}", get(admin::jobs::retrieve))
+        .route("/admin/jobs/{id}/cancel", post(admin::jobs::cancel))
+        .route("/admin/jobs/{id}/pause", post(admin::jobs::pause))
+        .route("/admin/jobs/{id}/resume", post(admin::jobs::resume))
+        .route("/admin/jobs/{id}/events", get(admin::jobs::events))
+        .route("/admin/jobs/{id}/plot.svg", get(admin::jobs::curves))
+        .route("/admin/jobs/{id}/artifacts", get(admin::jobs::artifacts))
+        .route("/admin/jobs/{id}/artifacts/{artifact}", get(admin::jobs::artifact))
         .merge(admin_json)
         .route_layer(known_query())
         .route_layer(admin());

@@ -1,7 +1,7 @@
 //! Adapters uploaded as a form: streamed into a folder of this process, loaded from there, and
 //! moved into the adapters folder once an engine has loaded them.
 
-use crate::gateway::api::form::{next_chunk, next_field, skip, text};
+use crate::gateway::api::wire::form::{next_chunk, next_field, skip, text};
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{AdapterSpec, AdapterVersion, work_folder};
@@ -28,7 +28,7 @@ const GGUF: &str = "adapter.gguf";
 /// An adapter upload in progress. Dropping it removes the files unless it was
 /// [kept](Upload::keep).
 #[derive(Debug)]
-pub(super) struct Upload {
+pub(in crate::gateway::api) struct Upload {
     folder: PathBuf,
     bytes: u64,
     digest: Sha256,
@@ -42,7 +42,7 @@ impl Drop for Upload {
 }
 
 /// Reads the whole form.
-pub(super) async fn receive(
+pub(in crate::gateway::api) async fn receive(
     app: &App,
     mut form: Multipart,
 ) -> Result<(AdapterSpec, Upload), ApiError> {
@@ -119,7 +119,11 @@ impl Upload {
 
     /// Moves the files into the adapters folder and lists them in the store, as the adapter `name`.
     /// Blocks.
-    pub(super) fn keep(self, store: &Store, version: &AdapterVersion) -> Result<(), ApiError> {
+    pub(in crate::gateway::api) fn keep(
+        self,
+        store: &Store,
+        version: &AdapterVersion,
+    ) -> Result<(), ApiError> {
         let sha256 = hex(&self.digest.clone().finalize());
         let folder = format!("upload-{}", &sha256[..16]);
         let target = store.adapters_folder().join(&folder);

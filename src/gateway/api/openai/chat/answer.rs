@@ -1,10 +1,10 @@
 //! Responses of `/v1/chat/completions`, whole or in chunks.
 
-use super::chat::ChatRequest;
+use super::ChatRequest;
 use super::constraint::Constraint;
-use super::logprobs::ChatLogprobs;
-use super::tools::Choice as ToolChoice;
-use super::{Answer, finish_reason};
+use crate::gateway::api::openai::{Answer, finish_reason};
+use crate::gateway::api::wire::logprobs::ChatLogprobs;
+use crate::gateway::api::wire::tools::Choice as ToolChoice;
 use crate::gateway::error::ApiError;
 use crate::gateway::stream::{EventWriter, GenerationStream, Sse, Usage, UsageBody};
 use crate::ipc::{Event, FinishReason, TokenLogprob};
@@ -15,7 +15,7 @@ use serde::Serialize;
 
 /// Converts engine events to a response.
 #[derive(Debug)]
-pub(super) struct Writer {
+pub(in crate::gateway::api) struct Writer {
     answer: Answer,
     include_usage: bool,
     logprobs: bool,
@@ -36,7 +36,7 @@ struct Choice {
 }
 
 impl Writer {
-    pub(super) fn new(request: &ChatRequest, constraint: &Constraint) -> Self {
+    pub(in crate::gateway::api) fn new(request: &ChatRequest, constraint: &Constraint) -> Self {
         let choice = |_| Choice {
             parser: OutputParser::new(
                 constraint.family,
@@ -307,7 +307,7 @@ impl Message {
 }
 
 /// The response to a request without streaming.
-pub(super) async fn whole(
+pub(in crate::gateway::api) async fn whole(
     running: GenerationStream,
     mut writer: Writer,
 ) -> Result<Response, ApiError> {
@@ -317,7 +317,7 @@ pub(super) async fn whole(
 }
 
 /// The text of the only message of a request, and its token counts.
-pub(super) async fn text(
+pub(in crate::gateway::api) async fn text(
     running: GenerationStream,
     mut writer: Writer,
 ) -> Result<(String, Usage), ApiError> {

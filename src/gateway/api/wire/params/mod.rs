@@ -10,9 +10,9 @@ use crate::ipc::{ModelInfo, SamplingParams, StopParams, Token};
 use serde_json::{Value, json};
 
 /// Maximum number of completions of one prompt.
-pub(super) const MAX_CHOICES: u32 = 16;
+pub(in crate::gateway::api) const MAX_CHOICES: u32 = 16;
 /// Maximum number of alternatives per position.
-pub(super) const MAX_TOP_LOGPROBS: u32 = 20;
+pub(in crate::gateway::api) const MAX_TOP_LOGPROBS: u32 = 20;
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
 const MAX_LOGIT_BIAS: usize = 1024;
@@ -26,7 +26,7 @@ const MAX_NAME: usize = 512;
 
 /// The parameters that chat and text completions share, validated.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Common {
+pub(in crate::gateway::api) struct Common {
     /// Name as the client wrote it; the registry resolves it.
     pub model: String,
     /// OpenAI's `n`.
@@ -47,14 +47,14 @@ pub(super) struct Common {
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct StreamOptions {
+pub(in crate::gateway::api) struct StreamOptions {
     /// Whether a last chunk carries the token counts.
     pub include_usage: bool,
 }
 
 impl Common {
     /// The default of every parameter; the seed is random.
-    pub(super) fn plain(model: &str) -> Self {
+    pub(in crate::gateway::api) fn plain(model: &str) -> Self {
         Self {
             model: model.to_owned(),
             choices: 1,
@@ -70,7 +70,7 @@ impl Common {
 
     /// Takes all shared parameters. Also takes parameters that have no effect, and refuses
     /// parameters of other servers that are not supported.
-    pub(super) fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+    pub(in crate::gateway::api) fn take(fields: &mut Fields) -> Result<Self, ApiError> {
         let model = take_model(fields)?.ok_or_else(|| fields.missing("model"))?;
         let choices = fields.count("n", 1, MAX_CHOICES)?.unwrap_or(1);
         let common = Self {
@@ -97,13 +97,13 @@ impl Common {
     }
 
     /// Tenant whose cached prefixes a request may use. Without sharing, it is a random new tenant.
-    pub(super) fn tenant(&self, identity: Identity) -> u64 {
+    pub(in crate::gateway::api) fn tenant(&self, identity: Identity) -> u64 {
         if self.share_prefix { identity.tenant } else { rand::random() }
     }
 
     /// Checks what depends on the model: token ids lie in its vocabulary, and drafting is
     /// supported.
-    pub(super) fn check_model(&self, info: &ModelInfo) -> Result<(), ApiError> {
+    pub(in crate::gateway::api) fn check_model(&self, info: &ModelInfo) -> Result<(), ApiError> {
         if self.max_drafted.is_some_and(|most| most > 0) && !info.speculates {
             let message = "speculative.n_max must be 0 for this model: the server was started with \
                            --speculate off, or llama.cpp runs the model, whose numbers depend on \
@@ -119,7 +119,7 @@ impl Common {
 }
 
 /// Checks that every token id lies in the model's vocabulary.
-pub(super) fn check_tokens<'a>(
+pub(in crate::gateway::api) fn check_tokens<'a>(
     param: &str,
     tokens: impl IntoIterator<Item = &'a Token>,
     info: &ModelInfo,
@@ -137,12 +137,12 @@ pub(super) fn check_tokens<'a>(
 }
 
 /// Takes the model's name, if there is one.
-pub(super) fn take_model(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+pub(in crate::gateway::api) fn take_model(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     Ok(fields.string("model", MAX_NAME)?.filter(|name| !name.is_empty()))
 }
 
 /// Takes fields that official clients send for bookkeeping: type-checked, without effect.
-pub(super) fn take_bookkeeping(fields: &mut Fields) -> Result<(), ApiError> {
+pub(in crate::gateway::api) fn take_bookkeeping(fields: &mut Fields) -> Result<(), ApiError> {
     fields.boolean("store")?;
     fields.object("metadata")?;
     for key in
@@ -313,7 +313,10 @@ fn take_stream(fields: &mut Fields) -> Result<Option<StreamOptions>, ApiError> {
 }
 
 /// Takes `max_tokens` or its newer name in chat; both are accepted only if they agree.
-pub(super) fn take_max_tokens(fields: &mut Fields, least: u32) -> Result<Option<u32>, ApiError> {
+pub(in crate::gateway::api) fn take_max_tokens(
+    fields: &mut Fields,
+    least: u32,
+) -> Result<Option<u32>, ApiError> {
     let old = fields.count("max_tokens", least, MAX_TOKENS)?;
     let new = fields.count("max_completion_tokens", least, MAX_TOKENS)?;
     match (old, new) {
@@ -326,5 +329,4 @@ pub(super) fn take_max_tokens(fields: &mut Fields, least: u32) -> Result<Option<
 }
 
 #[cfg(test)]
-#[path = "params_tests.rs"]
 mod tests;

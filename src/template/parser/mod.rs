@@ -672,5 +672,4 @@ fn partial_suffix(text: &str, marker: &str) -> usize {
 }
 
 #[cfg(test)]
-#[path = "parser_tests.rs"]
 mod tests;

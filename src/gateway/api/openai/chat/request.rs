@@ -1,30 +1,22 @@
-//! `POST /v1/chat/completions`: generates the next message of a conversation.
+//! The request of `POST /v1/chat/completions`, validated.
 
-use super::chat_answer::{Writer, whole};
-use super::constraint::{self, Constraint};
-use super::fields::{Fields, JsonBody, wrong};
-use super::format::take_response_format;
-use super::messages::take_messages;
-use super::params::{Common, MAX_TOP_LOGPROBS, take_max_tokens};
-use super::tools::{Tools, take_tools};
-use super::{name_grammar_part, render, template};
-use crate::gateway::app::App;
+use super::constraint::Constraint;
+use crate::gateway::api::openai::template;
+use crate::gateway::api::wire::fields::{Fields, wrong};
+use crate::gateway::api::wire::format::take_response_format;
+use crate::gateway::api::wire::messages::take_messages;
+use crate::gateway::api::wire::params::{Common, MAX_TOP_LOGPROBS, take_max_tokens};
+use crate::gateway::api::wire::tools::{Tools, take_tools};
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
-use crate::gateway::generate;
 use crate::gateway::registry::{Model, Served};
-use crate::gateway::stream::{self, GenerationStream};
 use crate::ipc::{Generate, Grammar, ModelInfo, Prompt, RequestId};
 use crate::template::{RenderInput, RenderedPrompt};
-use axum::Extension;
-use axum::extract::State;
-use axum::response::Response;
 use serde_json::{Map, Value, json};
-use std::sync::Arc;
 
 /// A validated request.
 #[derive(Debug)]
-pub(super) struct ChatRequest {
+pub(in crate::gateway::api) struct ChatRequest {
     pub common: Common,
     pub messages: Vec<Value>,
     pub tools: Option<Tools>,
@@ -37,56 +29,9 @@ pub(super) struct ChatRequest {
     continue_final_message: bool,
 }
 
-/// `POST /v1/chat/completions`.
-///
-/// # Errors
-/// 400 for an invalid request, 404 for an unknown model, 429 and 503 for the state of the engine.
-pub async fn handle(
-    State(app): State<Arc<App>>,
-    Extension(identity): Extension<Identity>,
-    JsonBody(fields): JsonBody,
-) -> Result<Response, ApiError> {
-    let request = ChatRequest::read(fields)?;
-    let stream = request.common.stream;
-    let (running, writer) = start(&app, identity, request).await?;
-    match stream {
-        Some(_) => Ok(stream::respond(running, writer, app.config.listen.slow_client_timeout)),
-        None => whole(running, writer).await,
-    }
-}
-
-/// Renders a conversation and starts its request.
-///
-/// # Errors
-/// As [`handle`].
-pub(super) async fn start(
-    app: &App,
-    identity: Identity,
-    mut request: ChatRequest,
-) -> Result<(GenerationStream, Writer), ApiError> {
-    let served = app.registry.find(&request.common.model).await?;
-    let info = served.model.engine.info()?;
-    request.check(&info)?;
-    request.map_effort(&served.model)?;
-    let parse_control = app.config.limits.parse_control_tokens;
-    let prompt = render(served.model.clone(), request.render_input(), parse_control).await?;
-    let template = template(&served.model)?;
-    let constraint = constraint::build(template, &info, &prompt.text, &request)?;
-    let writer = Writer::new(&request, &constraint);
-    let (grammar, parts) = (constraint.grammar.clone(), constraint.parts.clone());
-    let generate = request.into_generate(&served, identity, prompt, constraint);
-    match (generate::start(app, served.clone(), vec![generate]).await, grammar) {
-        (Ok(running), _) => Ok((running, writer)),
-        (Err(error), Some(spec)) => {
-            Err(name_grammar_part(error, &served, &spec.grammar, &parts).await)
-        }
-        (Err(error), None) => Err(error),
-    }
-}
-
 impl ChatRequest {
     /// A request of the gateway itself, with the defaults of all parameters.
-    pub(super) fn plain(model: &str, messages: Vec<Value>) -> Self {
+    pub(in crate::gateway::api) fn plain(model: &str, messages: Vec<Value>) -> Self {
         Self {
             common: Common::plain(model),
             messages,
@@ -100,7 +45,7 @@ impl ChatRequest {
         }
     }
 
-    pub(super) fn read(mut fields: Fields) -> Result<Self, ApiError> {
+    pub(in crate::gateway::api) fn read(mut fields: Fields) -> Result<Self, ApiError> {
         refuse_media(&mut fields)?;
         let mut common = Common::take(&mut fields)?;
         common.stop.max_tokens = take_max_tokens(&mut fields, 1)?;
@@ -146,7 +91,7 @@ impl ChatRequest {
     }
 
     /// Checks the parameters that depend on the model.
-    fn check(&self, info: &ModelInfo) -> Result<(), ApiError> {
+    pub(super) fn check(&self, info: &ModelInfo) -> Result<(), ApiError> {
         if !info.can_generate {
             let message = "This model computes embeddings only; it does not chat.";
             return Err(ApiError::invalid("model", message));
@@ -155,7 +100,7 @@ impl ChatRequest {
     }
 
     /// Passes `reasoning_effort` to the template, if the template has a variable for it.
-    fn map_effort(&mut self, model: &Model) -> Result<(), ApiError> {
+    pub(super) fn map_effort(&mut self, model: &Model) -> Result<(), ApiError> {
         let Some(effort) = self.reasoning_effort.take() else { return Ok(()) };
         let source = model.facts.tokenizer.chat_template.as_deref().unwrap_or_default();
         let off = effort == "none";
@@ -178,7 +123,7 @@ impl ChatRequest {
         Err(ApiError::invalid("reasoning_effort", message).with_code("unsupported_parameter"))
     }
 
-    fn render_input(&mut self) -> RenderInput {
+    pub(super) fn render_input(&mut self) -> RenderInput {
         RenderInput {
             messages: std::mem::take(&mut self.messages),
             tools: self.tools.as_ref().map(|tools| tools.definitions.clone()),
@@ -189,7 +134,7 @@ impl ChatRequest {
         }
     }
 
-    fn into_generate(
+    pub(super) fn into_generate(
         self,
         served: &Served,
         identity: Identity,
@@ -265,7 +210,3 @@ fn refuse_media(fields: &mut Fields) -> Result<(), ApiError> {
     }
     Ok(())
 }
-
-#[cfg(test)]
-#[path = "chat_tests.rs"]
-mod tests;

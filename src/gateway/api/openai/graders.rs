@@ -2,11 +2,10 @@
 //!
 //! Source: OpenAI's API reference, "Graders", and the types of its Python client.
 
-use super::chat::{self, ChatRequest};
-use super::chat_answer;
-use super::fields::{Fields, JsonBody};
-use super::format::json_schema;
-use super::score::{Input, score};
+use crate::gateway::api::openai::chat::{self, ChatRequest};
+use crate::gateway::api::openai::score::{Input, score};
+use crate::gateway::api::wire::fields::{Fields, JsonBody};
+use crate::gateway::api::wire::format::json_schema;
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -89,7 +88,7 @@ fn take_grader(fields: &mut Fields) -> Result<Grader, ApiError> {
 }
 
 /// The API error for an invalid grader.
-pub(super) fn refused(error: GraderError) -> ApiError {
+pub(in crate::gateway::api) fn refused(error: GraderError) -> ApiError {
     ApiError::invalid(error.param, error.message)
 }
 
@@ -152,7 +151,7 @@ async fn number(
         common.sampling.seed = seed.cast_unsigned();
     }
     let (running, writer) = chat::start(app, identity, request).await?;
-    let (text, usage) = chat_answer::text(running, writer).await?;
+    let (text, usage) = chat::text(running, writer).await?;
     let result: Value = serde_json::from_str(&text).unwrap_or_default();
     Ok(Answer {
         number: result["result"].as_f64(),

@@ -14,7 +14,9 @@ const MAX_REGEX: usize = 16 << 10;
 ///
 /// Besides OpenAI's `text`, `json_object` and `json_schema` there are
 /// `{"type": "regex", "regex": "…"}` and `{"type": "grammar", "grammar": "…"}` (Lark).
-pub(super) fn take_response_format(fields: &mut Fields) -> Result<Option<Grammar>, ApiError> {
+pub(in crate::gateway::api) fn take_response_format(
+    fields: &mut Fields,
+) -> Result<Option<Grammar>, ApiError> {
     let Some(mut format) = fields.object("response_format")? else { return Ok(None) };
     let kind = format.string("type", 64)?.ok_or_else(|| format.missing("type"))?;
     let grammar = match kind.as_str() {
@@ -64,7 +66,10 @@ fn take_json_schema(mut fields: Fields) -> Result<Grammar, ApiError> {
 }
 
 /// Serializes a schema for the engine, which decides whether the schema can be enforced.
-pub(super) fn json_schema(name: &str, schema: &Value) -> Result<Grammar, ApiError> {
+pub(in crate::gateway::api) fn json_schema(
+    name: &str,
+    schema: &Value,
+) -> Result<Grammar, ApiError> {
     if !schema.is_object() {
         return Err(wrong(name, "a JSON schema (an object)", schema));
     }

@@ -9,7 +9,7 @@ const LEAST: f32 = -9999.0;
 
 /// Format of chat completions.
 #[derive(Debug, Default, Serialize)]
-pub(super) struct ChatLogprobs {
+pub(in crate::gateway::api) struct ChatLogprobs {
     content: Vec<ChatToken>,
     refusal: Option<()>,
 }
@@ -30,7 +30,7 @@ struct Likely {
 
 impl ChatLogprobs {
     /// Appends tokens in the order of the text.
-    pub(super) fn extend(&mut self, tokens: Vec<TokenLogprob>) {
+    pub(in crate::gateway::api) fn extend(&mut self, tokens: Vec<TokenLogprob>) {
         self.content.extend(tokens.into_iter().map(|token| ChatToken {
             token: likely(&token.bytes, token.logprob.unwrap_or(0.0)),
             top_logprobs:
@@ -49,7 +49,7 @@ fn likely(bytes: &[u8], logprob: f32) -> Likely {
 
 /// Format of text completions: parallel lists.
 #[derive(Debug, Default, Serialize)]
-pub(super) struct TextLogprobs {
+pub(in crate::gateway::api) struct TextLogprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
     top_logprobs: Vec<Option<TopTokens>>,
@@ -74,7 +74,11 @@ impl Serialize for TopTokens {
 impl TextLogprobs {
     /// Appends tokens in the order of the text. `offset` is the start of the first token in
     /// characters; it is advanced past the last token.
-    pub(super) fn extend(&mut self, tokens: Vec<TokenLogprob>, offset: &mut usize) {
+    pub(in crate::gateway::api) fn extend(
+        &mut self,
+        tokens: Vec<TokenLogprob>,
+        offset: &mut usize,
+    ) {
         for token in tokens {
             self.text_offset.push(*offset);
             // A character counts at its first byte, even if its bytes are spread over several
@@ -103,14 +107,14 @@ impl TextLogprobs {
     }
 
     /// Appends the log-probabilities of the next part of the same text.
-    pub(super) fn append(&mut self, mut more: Self) {
+    pub(in crate::gateway::api) fn append(&mut self, mut more: Self) {
         self.tokens.append(&mut more.tokens);
         self.token_logprobs.append(&mut more.token_logprobs);
         self.top_logprobs.append(&mut more.top_logprobs);
         self.text_offset.append(&mut more.text_offset);
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::gateway::api) fn is_empty(&self) -> bool {
         self.tokens.is_empty()
     }
 }

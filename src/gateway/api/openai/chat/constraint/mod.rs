@@ -6,8 +6,8 @@
 //! | the prompt has opened it | after its end |
 //! | optional for the model | at once; the grammar allows a reasoning block in front |
 
-use super::chat::ChatRequest;
-use super::tools::Choice;
+use super::ChatRequest;
+use crate::gateway::api::wire::tools::Choice;
 use crate::gateway::error::ApiError;
 use crate::ipc::{Grammar, GrammarSpec, GrammarTrigger, ModelInfo};
 use crate::template::{
@@ -21,7 +21,7 @@ const JSON_WHITESPACE: &str = r"[ ]{1,2}|\r?\n[ \t]{0,48}";
 
 /// How the output is constrained and read.
 #[derive(Debug)]
-pub(super) struct Constraint {
+pub(in crate::gateway::api) struct Constraint {
     pub grammar: Option<GrammarSpec>,
     /// Parts of the grammar, each with the parameter that it comes from. If the grammar is refused,
     /// every part is compiled alone to find the parameter at fault.
@@ -32,7 +32,7 @@ pub(super) struct Constraint {
 
 /// A part of a grammar as the client wrote it.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Part {
+pub(in crate::gateway::api) struct Part {
     pub param: String,
     /// Description of the part for a message: "the parameters of the tool `f`".
     pub what: Option<String>,
@@ -43,7 +43,7 @@ pub(super) struct Part {
 ///
 /// # Errors
 /// 400 for tools or formats that the model, or their combination, does not allow.
-pub(super) fn build(
+pub(in crate::gateway::api) fn build(
     template: &ChatTemplate,
     info: &ModelInfo,
     prompt: &str,
@@ -263,5 +263,4 @@ fn slashes(regex: &str) -> String {
 }
 
 #[cfg(test)]
-#[path = "constraint_tests.rs"]
 mod tests;

@@ -1,11 +1,11 @@
 //! `POST /v1/completions`: continues a text.
 
-use super::constraint::Part;
-use super::fields::{Fields, JsonBody, tokens};
-use super::format::take_response_format;
-use super::logprobs::TextLogprobs;
-use super::params::{Common, MAX_TOP_LOGPROBS, check_tokens, take_max_tokens};
 use super::{Answer, finish_reason, name_grammar_part};
+use crate::gateway::api::openai::chat::constraint::Part;
+use crate::gateway::api::wire::fields::{Fields, JsonBody, tokens};
+use crate::gateway::api::wire::format::take_response_format;
+use crate::gateway::api::wire::logprobs::TextLogprobs;
+use crate::gateway::api::wire::params::{Common, MAX_TOP_LOGPROBS, check_tokens, take_max_tokens};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -314,5 +314,4 @@ async fn whole(mut running: GenerationStream, mut writer: Writer) -> Result<Resp
 }
 
 #[cfg(test)]
-#[path = "completions_tests.rs"]
 mod tests;

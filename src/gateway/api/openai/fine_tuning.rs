@@ -3,10 +3,10 @@
 //! Source: OpenAI's API reference, "Fine-tuning", and the types of its Python client. A key sees
 //! its own jobs; the admin key sees all.
 
-use super::fields::{Fields, JsonBody};
-use super::files::{Page, listed, seen_by};
-use super::jobs::parsed;
-use super::query::{self, MetadataFilter, Pairs};
+use crate::gateway::api::admin::jobs::parsed;
+use crate::gateway::api::openai::files::{Page, listed, seen_by};
+use crate::gateway::api::wire::fields::{Fields, JsonBody};
+use crate::gateway::api::wire::query::{self, MetadataFilter, Pairs};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -16,7 +16,7 @@ use crate::grade::Grader;
 use crate::job::spec::{Adapter, Data, Dpo, Export, Grpo, Sft, Spec, Task, Train, VERSION};
 use crate::job::{Entry, JobEvent, Level, StepMetrics, Validation};
 use axum::Json;
-use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Extension, Path, Query, State};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -169,11 +169,11 @@ pub async fn create(
     JsonBody(mut fields): JsonBody,
 ) -> Answer {
     let needed = |fields: &mut Fields, key: &str| {
-        fields.string(key, super::MAX_NAME)?.ok_or_else(|| fields.missing(key))
+        fields.string(key, crate::gateway::api::wire::MAX_NAME)?.ok_or_else(|| fields.missing(key))
     };
     let model = needed(&mut fields, "model")?;
     let training_file = needed(&mut fields, "training_file")?;
-    let validation_file = fields.string("validation_file", super::MAX_NAME)?;
+    let validation_file = fields.string("validation_file", crate::gateway::api::wire::MAX_NAME)?;
     let suffix = fields.string("suffix", 64)?;
     let seed = fields.integer("seed", 0..=i64::from(i32::MAX))?;
     let seed = seed.map_or_else(|| u64::from(rand::random::<u32>() >> 1), i64::unsigned_abs);
@@ -338,7 +338,10 @@ fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
         if kind == MethodKind::Reinforcement {
             let value = block.take("grader").ok_or_else(|| block.missing("grader"))?;
             let path = block.name("grader");
-            grader = Some(Grader::parse_at(&path, value).map_err(super::graders::refused)?);
+            grader = Some(
+                Grader::parse_at(&path, value)
+                    .map_err(crate::gateway::api::openai::graders::refused)?,
+            );
             if block.take("response_format").is_some_and(|format| format["type"] != "text") {
                 let message = "Sampled answers are held to no format here; leave it out, and let \
                                a `json_schema` grader reward it.";
@@ -587,42 +590,6 @@ fn checkpoint(
         "metrics": metrics,
         "step_number": at,
     })
-}
-
-/// `DELETE /v1/models/{id}`: deletes a model that a job made, with the models of the job's
-/// checkpoints, or one checkpoint model alone. Running requests finish with the model.
-///
-/// # Errors
-/// 404 if the model does not exist, 403 if it was not made by a job of this key.
-pub async fn delete_model(
-    State(app): State<Arc<App>>,
-    Extension(identity): Extension<Identity>,
-    name: Result<Path<String>, PathRejection>,
-) -> Answer {
-    let Path(name) =
-        name.map_err(|_| ApiError::bad_request("The model's name is not valid UTF-8."))?;
-    let owner = seen_by(&app, identity);
-    let jobs = app.jobs.store().jobs(owner.as_deref()).map_err(ApiError::internal)?;
-    let made = |job: &StoredJob| {
-        job.name == name
-            || name.strip_prefix(&*job.name).is_some_and(|n| n.starts_with(":ckpt-step-"))
-    };
-    let Some(job) = jobs.iter().find(|job| made(job)) else {
-        app.registry.card(&name)?;
-        return Err(ApiError::new(
-            http::StatusCode::FORBIDDEN,
-            "invalid_request_error",
-            "Only models that your fine-tuning jobs made can be deleted.",
-        )
-        .with_param("model"));
-    };
-    if !app.jobs.forget(&name)? {
-        return Err(ApiError::model_not_found(&name));
-    }
-    if name == job.name {
-        app.jobs.forget_checkpoints(job)?;
-    }
-    Ok(Json(json!({"id": name, "object": "model", "deleted": true})))
 }
 
 fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {

@@ -207,5 +207,4 @@ fn tool(tool: &Value) -> Result<Tool<'_>, GrammarError> {
 }
 
 #[cfg(test)]
-#[path = "grammar_tests.rs"]
 mod tests;

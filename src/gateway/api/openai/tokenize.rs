@@ -1,10 +1,10 @@
 //! `POST /tokenize`, `/detokenize` and `/apply-template`: show the exact input of a model.
 
-use super::fields::{Fields, JsonBody};
-use super::messages::take_messages;
-use super::params::{check_tokens, take_model};
 use super::render;
-use super::tools::take_tools;
+use crate::gateway::api::wire::fields::{Fields, JsonBody};
+use crate::gateway::api::wire::messages::take_messages;
+use crate::gateway::api::wire::params::{check_tokens, take_model};
+use crate::gateway::api::wire::tools::take_tools;
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::Served;

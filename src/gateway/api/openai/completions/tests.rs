@@ -1,5 +1,5 @@
-use super::super::logprobs::tests::token;
 use super::*;
+use crate::gateway::api::wire::logprobs::tests::token;
 use crate::gateway::stream::fake::{accepted, delta, delta_with, done, finish, recorded, running};
 use crate::ipc::FinishReason;
 use http_body_util::BodyExt;

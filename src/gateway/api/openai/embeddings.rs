@@ -1,7 +1,7 @@
 //! `POST /v1/embeddings`.
 
-use super::fields::{Fields, JsonBody, tokens, wrong};
-use super::params::{check_tokens, take_bookkeeping, take_model};
+use crate::gateway::api::wire::fields::{Fields, JsonBody, tokens, wrong};
+use crate::gateway::api::wire::params::{check_tokens, take_bookkeeping, take_model};
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::Served;

@@ -12,7 +12,7 @@ const ANY_LENGTH: usize = usize::MAX;
 const MAX_NAME: usize = 512;
 /// Fields that agents and other servers add to messages, their parts and calls: data about caching,
 /// signatures and earlier responses, which do not change the prompt. They are ignored.
-pub(super) const NOTES: [&str; 10] = [
+pub(in crate::gateway::api) const NOTES: [&str; 10] = [
     "annotations",
     "cache_control",
     "extra_content",
@@ -30,13 +30,16 @@ pub(super) const NOTES: [&str; 10] = [
 /// Every resulting message has `role`, `content` (string, list of text parts, or null) and, if
 /// given, `name`, `tool_calls`, `tool_call_id` and `reasoning_content`. The order of roles is
 /// checked by the template.
-pub(super) fn take_messages(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
+pub(in crate::gateway::api) fn take_messages(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
     let list = fields.list("messages", MAX_MESSAGES)?.ok_or_else(|| fields.missing("messages"))?;
     checked("messages", list)
 }
 
 /// Checks the messages in `list` as [`take_messages`] does; `name` is the field's name in errors.
-pub(super) fn checked(name: &str, list: Vec<Value>) -> Result<Vec<Value>, ApiError> {
+pub(in crate::gateway::api) fn checked(
+    name: &str,
+    list: Vec<Value>,
+) -> Result<Vec<Value>, ApiError> {
     if !(1..=MAX_MESSAGES).contains(&list.len()) {
         let message = format!("{name} must hold at least one message, and at most {MAX_MESSAGES}");
         return Err(ApiError::invalid(name, message));

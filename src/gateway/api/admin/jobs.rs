@@ -1,8 +1,8 @@
 //! `/admin/jobs`: every kind of job, for the operator.
 
-use super::fields::{Fields, without_mark};
-use super::files::{self, Page};
-use super::query;
+use crate::gateway::api::openai::files::{self, Page};
+use crate::gateway::api::wire::fields::{Fields, without_mark};
+use crate::gateway::api::wire::query;
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -280,6 +280,6 @@ fn show(jobs: &Jobs, job: &StoredJob) -> Result<Value, ApiError> {
 }
 
 /// Parses JSON from the store.
-pub(super) fn parsed(text: Option<&str>) -> Value {
+pub(in crate::gateway::api) fn parsed(text: Option<&str>) -> Value {
     text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or(Value::Null)
 }

@@ -1,5 +1,5 @@
-use super::super::fields::Fields;
 use super::*;
+use crate::gateway::api::wire::fields::Fields;
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities};
 use llguidance::{Matcher, ParserFactory};

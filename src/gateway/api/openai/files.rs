@@ -2,8 +2,8 @@
 //!
 //! Source: OpenAI's API reference, "Files". A key sees its own files; the admin key sees all.
 
-use super::form::{self, next_chunk, next_field, skip, text};
-use super::query;
+use crate::gateway::api::wire::form::{self, next_chunk, next_field, skip, text};
+use crate::gateway::api::wire::query;
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -46,7 +46,7 @@ pub struct Page {
 
 impl Page {
     /// The page of `all` after the entry with the id `after`, and whether more entries follow.
-    pub(super) fn cut<T>(
+    pub(in crate::gateway::api) fn cut<T>(
         &self,
         all: Vec<T>,
         id: impl Fn(&T) -> &str,
@@ -71,7 +71,7 @@ impl Page {
 }
 
 /// A list in the form that OpenAI's clients use for paging.
-pub(super) fn listed(data: Vec<Value>, more: bool) -> Json<Value> {
+pub(in crate::gateway::api) fn listed(data: Vec<Value>, more: bool) -> Json<Value> {
     let id = |entry: Option<&Value>| entry.map_or(Value::Null, |entry| entry["id"].clone());
     let (first, last) = (id(data.first()), id(data.last()));
     Json(json!({
@@ -80,7 +80,7 @@ pub(super) fn listed(data: Vec<Value>, more: bool) -> Json<Value> {
 }
 
 /// Owner whose entries a request may see; `None` means the entries of all owners.
-pub(super) fn seen_by(app: &App, identity: Identity) -> Option<String> {
+pub(in crate::gateway::api) fn seen_by(app: &App, identity: Identity) -> Option<String> {
     (!identity.admin).then(|| app.auth.owner(identity))
 }
 
@@ -291,7 +291,10 @@ fn show(file: &StoredFile) -> Value {
 ///
 /// # Errors
 /// 404 if the file no longer exists.
-pub(super) async fn download(path: PathBuf, name: &str) -> Result<Response, ApiError> {
+pub(in crate::gateway::api) async fn download(
+    path: PathBuf,
+    name: &str,
+) -> Result<Response, ApiError> {
     let gone = |_| ApiError::not_found("The file is not there any more.");
     let file = tokio::fs::File::open(path).await.map_err(gone)?;
     let length = file.metadata().await.map_err(ApiError::internal)?.len();

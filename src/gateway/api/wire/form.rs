@@ -1,6 +1,6 @@
 //! Reader of multipart forms, with time limits and size limits.
 
-use super::MAX_NAME;
+use crate::gateway::api::wire::MAX_NAME;
 use crate::gateway::error::ApiError;
 use axum::extract::multipart::{Field, MultipartError};
 use axum::extract::{FromRequest, Multipart, Request};
@@ -11,38 +11,41 @@ use std::time::Duration;
 const MAX_SKIPPED: u64 = 64 << 20;
 
 /// Whether a request's body is a form.
-pub(super) fn is_form(request: &Request) -> bool {
+pub(in crate::gateway::api) fn is_form(request: &Request) -> bool {
     essence(request).eq_ignore_ascii_case("multipart/form-data")
 }
 
 /// The content type without its parameters.
-pub(super) fn essence(request: &Request) -> &str {
+pub(in crate::gateway::api) fn essence(request: &Request) -> &str {
     let content_type = request.headers().get(header::CONTENT_TYPE);
     let content_type = content_type.and_then(|value| value.to_str().ok()).unwrap_or_default();
     content_type.split(';').next().unwrap_or_default().trim()
 }
 
-pub(super) async fn open(request: Request) -> Result<Multipart, ApiError> {
+pub(in crate::gateway::api) async fn open(request: Request) -> Result<Multipart, ApiError> {
     Multipart::from_request(request, &()).await.map_err(|rejection| {
         ApiError::bad_request(format!("The form cannot be read: {}.", rejection.body_text()))
     })
 }
 
-pub(super) async fn next_field(
+pub(in crate::gateway::api) async fn next_field(
     form: &mut Multipart,
     patience: Duration,
 ) -> Result<Option<Field<'_>>, ApiError> {
     tokio::time::timeout(patience, form.next_field()).await.map_err(|_| slow())?.map_err(broken)
 }
 
-pub(super) async fn next_chunk(
+pub(in crate::gateway::api) async fn next_chunk(
     field: &mut Field<'_>,
     patience: Duration,
 ) -> Result<Option<axum::body::Bytes>, ApiError> {
     tokio::time::timeout(patience, field.chunk()).await.map_err(|_| slow())?.map_err(broken)
 }
 
-pub(super) async fn skip(mut field: Field<'_>, patience: Duration) -> Result<(), ApiError> {
+pub(in crate::gateway::api) async fn skip(
+    mut field: Field<'_>,
+    patience: Duration,
+) -> Result<(), ApiError> {
     let mut size = 0;
     while let Some(chunk) = next_chunk(&mut field, patience).await? {
         size += chunk.len() as u64;
@@ -54,7 +57,10 @@ pub(super) async fn skip(mut field: Field<'_>, patience: Duration) -> Result<(),
 }
 
 /// A short text field.
-pub(super) async fn text(mut field: Field<'_>, patience: Duration) -> Result<String, ApiError> {
+pub(in crate::gateway::api) async fn text(
+    mut field: Field<'_>,
+    patience: Duration,
+) -> Result<String, ApiError> {
     let name = field.name().unwrap_or_default().to_owned();
     let mut text = Vec::new();
     while let Some(chunk) = next_chunk(&mut field, patience).await? {

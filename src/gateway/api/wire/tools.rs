@@ -12,7 +12,7 @@ const MAX_DESCRIPTION: usize = 64 << 10;
 
 /// The tools that the model may call, as the client defined them; not empty.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Tools {
+pub(in crate::gateway::api) struct Tools {
     /// OpenAI's definitions: `{"type": "function", "function": {"name", …}}`.
     pub definitions: Vec<Value>,
     pub choice: Choice,
@@ -22,14 +22,14 @@ pub(super) struct Tools {
 
 /// Which tools must or may be called. For `none` there is no [`Tools`] at all.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Choice {
+pub(in crate::gateway::api) enum Choice {
     Auto,
     Required,
     Named(String),
 }
 
 /// Takes `tools`, `tool_choice` and `parallel_tool_calls`; `None` if no tool may be called.
-pub(super) fn take_tools(fields: &mut Fields) -> Result<Option<Tools>, ApiError> {
+pub(in crate::gateway::api) fn take_tools(fields: &mut Fields) -> Result<Option<Tools>, ApiError> {
     for (old, new) in [("functions", "tools"), ("function_call", "tool_choice")] {
         if fields.take(old).is_some_and(|value| value != json!("none") && value != json!([])) {
             let message = format!("{old} is deprecated and not supported: use {new} instead.");

@@ -1,9 +1,12 @@
-use super::super::finish_reason;
+use super::constraint::Constraint;
 use super::*;
+use crate::gateway::api::openai::finish_reason;
+use crate::gateway::api::wire::fields::Fields;
 use crate::gateway::stream::fake::{accepted, delta, delta_with, done, finish, recorded};
 use crate::ipc::{Event, FinishReason};
 use crate::template::{ReasoningFormat, ToolFamily};
 use http_body_util::BodyExt;
+use serde_json::{Value, json};
 use std::time::Duration;
 
 fn read(more: Value) -> Result<ChatRequest, ApiError> {
@@ -181,7 +184,7 @@ async fn a_whole_answer_equals_its_stream() {
 
 #[tokio::test]
 async fn logprobs_are_never_lost() {
-    use super::super::logprobs::tests::token;
+    use crate::gateway::api::wire::logprobs::tests::token;
     let events_of = || {
         vec![
             // The parser holds this text back, because it may begin a marker.

@@ -1,10 +1,10 @@
 //! `POST /v1/score`: reward model scores of texts and conversations.
 
-use super::fields::{Fields, JsonBody, tokens};
-use super::messages::checked;
-use super::params::{check_tokens, take_bookkeeping, take_model};
 use super::template;
 use crate::dataset::{Chat, Example, Rendered, RenderedPiece, Rendering, render};
+use crate::gateway::api::wire::fields::{Fields, JsonBody, tokens};
+use crate::gateway::api::wire::messages::checked;
+use crate::gateway::api::wire::params::{check_tokens, take_bookkeeping, take_model};
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{AdapterVersion, Model, Served};
@@ -24,7 +24,7 @@ struct ScoreRequest {
 
 /// One input to score.
 #[derive(Debug, PartialEq)]
-pub(super) enum Input {
+pub(in crate::gateway::api) enum Input {
     Text(String),
     Messages(Vec<Value>),
     Tokens(Vec<Token>),
@@ -61,7 +61,7 @@ pub async fn handle(
 }
 
 /// Returns the scores, and the number of prompt tokens.
-pub(super) async fn score(
+pub(in crate::gateway::api) async fn score(
     served: Served,
     inputs: Vec<Input>,
     parse_control: bool,
