@@ -228,10 +228,10 @@ def ppo_batch(source, seed, lengths, **settings):
     settings = {
         "gamma": args.gamma,
         "lambda": args.lam,
-        "clip": args.cliprange,
+        "epsilon": args.cliprange,
         "value_clip": args.cliprange_value,
         "value_weight": args.vf_coef,
-        "kl": args.kl_coef,
+        "beta": args.kl_coef,
     }
     return {"settings": settings, "scores": numbers(scores)} | {
         **{name: rows(tensor.detach(), lengths) for name, tensor in tensors.items()},

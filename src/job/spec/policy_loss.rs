@@ -58,39 +58,37 @@ impl Default for GrpoLoss {
     }
 }
 
-/// Proximal policy optimization with a value head (Schulman et al. 2017, arXiv:1707.06347), for
-/// language models (Ziegler et al. 2019, arXiv:1909.08593): the block `ppo` of a specification.
+/// The loss of proximal policy optimization with a value head (Schulman et al. 2017,
+/// arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593). These settings are part of the block
+/// `ppo` of a specification.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Ppo {
+pub struct PpoLoss {
     /// Discount factor of rewards, per token.
     pub gamma: f64,
     /// λ of generalized advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
     pub lambda: f64,
     /// Clip range of the policy ratio around 1.
-    pub clip: f64,
+    pub epsilon: f64,
     /// Clip range of a value around the old value.
     pub value_clip: f64,
     /// Weight of the value loss.
     pub value_weight: f64,
-    /// Reward penalty per nat of divergence from the reference model.
-    pub kl: f64,
-    /// Number of passes over each batch of completions.
-    pub updates: usize,
+    /// Reward penalty per nat of divergence from the initial model.
+    pub beta: f64,
     /// Whether the advantages of a batch are normalized to mean 0 and variance 1.
     pub whiten: bool,
 }
 
-impl Default for Ppo {
+impl Default for PpoLoss {
     fn default() -> Self {
         Self {
             gamma: 1.0,
             lambda: 0.95,
-            clip: 0.2,
+            epsilon: 0.2,
             value_clip: 0.2,
             value_weight: 0.1,
-            kl: 0.05,
-            updates: 4,
+            beta: 0.05,
             whiten: true,
         }
     }

@@ -196,6 +196,7 @@ tasks! {
     dpo: Dpo(super::Dpo),
     reward: Reward(super::Reward),
     grpo: Grpo(super::Grpo),
+    ppo: Ppo(super::Ppo),
     #[cfg(test)]
     dummy: Dummy(crate::train::recipes::dummy::Dummy),
 }

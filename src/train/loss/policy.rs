@@ -3,7 +3,7 @@
 //! The loss and gradients of a completion are sums over its tokens, or already their mean. Those of
 //! a batch are the sums over its completions, divided by the sum of the completions' weights.
 
-use crate::job::spec::{Correction, GrpoLoss, PolicyLoss, Ppo};
+use crate::job::spec::{Correction, GrpoLoss, PolicyLoss, PpoLoss};
 
 /// Bound on the difference of two log-probabilities, so that no ratio overflows.
 const FARTHEST: f64 = 20.0;
@@ -183,13 +183,13 @@ pub struct PpoFound {
     pub value_clipped: f64,
 }
 
-impl Ppo {
+impl PpoLoss {
     /// The reward of each token: minus the KL penalty (k1 estimator), plus the score at the last
     /// token. TRL adds the score at the position after the last token where there is one, and has a
     /// value there.
     pub fn rewards(&self, score: f64, old: &[f64], reference: &[f64]) -> Vec<f64> {
         assert_eq!(old.len(), reference.len(), "one number a token");
-        let cost = |(&old, &reference): (&f64, &f64)| -self.kl * apart(old, reference);
+        let cost = |(&old, &reference): (&f64, &f64)| -self.beta * apart(old, reference);
         let mut rewards: Vec<f64> = old.iter().zip(reference).map(cost).collect();
         if let Some(last) = rewards.last_mut() {
             *last += score;
@@ -252,7 +252,7 @@ impl Ppo {
         };
         for token in 0..tokens {
             let log = apart(policy[token], old[token]);
-            let step = surrogate(log, advantages[token], [self.clip; 2]);
+            let step = surrogate(log, advantages[token], [self.epsilon; 2]);
             let value = self.value(values[token], old_values[token], returns[token]);
             found.policy_loss += step.loss;
             found.value_loss += value.loss;
@@ -321,7 +321,7 @@ mod tests {
 
     #[derive(Deserialize)]
     struct PpoBatch {
-        settings: Ppo,
+        settings: PpoLoss,
         scores: Vec<f64>,
         policy: Vec<Vec<f64>>,
         old: Vec<Vec<f64>>,
@@ -561,7 +561,7 @@ mod tests {
                 }
             }
         }
-        let ppo = Ppo::default();
+        let ppo = PpoLoss::default();
         let nothing = PpoCompletion { old: &[], old_values: &[], advantages: &[], returns: &[] };
         assert_eq!(ppo.completion(&[], &[], &nothing).loss, 0.0);
         assert!(ppo.rewards(1.0, &[], &[]).is_empty() && ppo.estimate(&[], &[]).0.is_empty());
@@ -631,7 +631,7 @@ mod tests {
             returns: &[1.0, -0.5, 0.0, -0.5, -1.0],
         };
         for (value_clip, clipped) in [(0.2, 2.0), (10.0, 0.0)] {
-            let ppo = Ppo { value_clip, value_weight: 0.4, ..Ppo::default() };
+            let ppo = PpoLoss { value_clip, value_weight: 0.4, ..PpoLoss::default() };
             let found = ppo.completion(&POLICY, &values, &completion);
             assert_eq!((found.clipped, found.value_clipped), (2.0, clipped));
             check(&POLICY, &found.policy_slopes, |policy| {
@@ -645,21 +645,21 @@ mod tests {
 
     #[test]
     fn rewards_and_advantages_are_their_closed_forms() {
-        let ppo = Ppo { kl: 0.1, ..Ppo::default() };
+        let ppo = PpoLoss { beta: 0.1, ..PpoLoss::default() };
         all_same(&ppo.rewards(2.0, &[-1.0, -2.0], &[-1.5, -1.0]), &[-0.05, 2.1]);
         // λ = 1: the discounted sum of the remaining rewards, minus the value. λ = 0: the one-step
         // TD error.
         let (rewards, values) = ([0.5, -0.2, 1.0], [0.1, 0.4, 0.3]);
-        let far = Ppo { lambda: 1.0, gamma: 0.5, ..ppo };
+        let far = PpoLoss { lambda: 1.0, gamma: 0.5, ..ppo };
         let (advantages, returns) = far.estimate(&rewards, &values);
         all_same(&returns, &[0.5 - 0.1 + 0.25, -0.2 + 0.5, 1.0]);
         all_same(&advantages, &[0.55, -0.1, 0.7]);
-        let near = Ppo { lambda: 0.0, gamma: 0.5, ..ppo };
+        let near = PpoLoss { lambda: 0.0, gamma: 0.5, ..ppo };
         let (advantages, _) = near.estimate(&rewards, &values);
         all_same(&advantages, &[0.5 + 0.2 - 0.1, -0.2 + 0.15 - 0.4, 0.7]);
         // In the first step, whitened advantages sum to 0, and so does the loss.
         let mut batch = vec![vec![1.0, 2.0], vec![6.0]];
-        Ppo { whiten: false, ..ppo }.whiten(&mut batch);
+        PpoLoss { whiten: false, ..ppo }.whiten(&mut batch);
         assert_eq!(batch, [vec![1.0, 2.0], vec![6.0]]);
         ppo.whiten(&mut batch);
         let std = 7f64.sqrt();
@@ -680,12 +680,12 @@ mod tests {
     #[test]
     fn settings_are_read() {
         assert_eq!(serde_json::from_str::<GrpoLoss>("{}").unwrap(), GrpoLoss::default());
-        assert_eq!(serde_json::from_str::<Ppo>("{}").unwrap(), Ppo::default());
+        assert_eq!(serde_json::from_str::<PpoLoss>("{}").unwrap(), PpoLoss::default());
         let text = r#"{"loss": "grpo", "correction": "sequence_mask", "epsilon_high": 0.28}"#;
         let grpo: GrpoLoss = serde_json::from_str(text).unwrap();
         assert_eq!((grpo.loss, grpo.epsilon_high), (PolicyLoss::Grpo, Some(0.28)));
         assert_eq!(grpo.correction, Correction::SequenceMask);
         assert!(serde_json::from_str::<GrpoLoss>(r#"{"delta": 1}"#).is_err());
-        assert!(serde_json::from_str::<Ppo>(r#"{"epochs": 1}"#).is_err());
+        assert!(serde_json::from_str::<PpoLoss>(r#"{"epochs": 1}"#).is_err());
     }
 }

@@ -19,7 +19,7 @@ pub(in crate::train) mod torch_tests;
 mod weight;
 
 pub use gradients::Gradients;
-pub use outputs::{OutputGrads, Outputs, SCORE, Wanted};
+pub use outputs::{OutputGrads, Outputs, SCORE, VALUE, Wanted};
 pub use weight::Training;
 
 use crate::gguf::{Gguf, ModelConfig};
@@ -54,8 +54,8 @@ pub struct Model {
     blocks: Vec<Block>,
     output_norm: Tensor,
     head: Head,
-    /// (1, width) the score head, which maps a row to a value, if the model has one.
-    score: Option<Tensor>,
+    /// (1, width) the head that maps a row to a value, if the model has one.
+    value_head: Option<Tensor>,
     params: Vec<Param>,
     device: Device,
 }
@@ -118,8 +118,8 @@ impl Model {
             _ => Head::Frozen(Arc::new(Frozen::new(file, "output.weight", 0..shape.vocab)?)),
         };
         let (params, device) = (builder.params(), device.clone());
-        let score = None;
-        Ok(Self { shape, ropes, embedding, blocks, output_norm, head, score, params, device })
+        let value_head = None;
+        Ok(Self { shape, ropes, embedding, blocks, output_norm, head, value_head, params, device })
     }
 
     pub fn shape(&self) -> &ModelConfig {

@@ -11,14 +11,16 @@ use crate::train::optim::Param;
 use candle_core::{DType, Result, Tensor, Var, bail};
 use std::sync::Arc;
 
-/// Name of the score head's parameter.
+/// Name of a head's parameter: the head of a reward model, which scores texts.
 pub const SCORE: &str = "score.weight";
+/// Name of a head's parameter: the head that predicts rewards while a policy is trained.
+pub const VALUE: &str = "value.weight";
 
 /// The outputs to compute for the rows with a weight other than 0.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Wanted {
     pub log_probs: bool,
-    /// Values of the score head.
+    /// Values of the head.
     pub values: bool,
     /// Divisor of the logits.
     pub temperature: f64,
@@ -48,15 +50,15 @@ pub struct OutputGrads {
 }
 
 impl Model {
-    /// Adds a score head with the initial weights `start` (width) as a parameter. The head maps a
-    /// row to a value.
+    /// Adds a head with the initial weights `start` (width) as a parameter called `name`. The head
+    /// maps a row to a value.
     ///
     /// # Errors
     /// If `start` has another length.
-    pub fn with_score(mut self, start: Vec<f32>) -> Result<Self> {
+    pub fn with_head(mut self, name: &str, start: Vec<f32>) -> Result<Self> {
         let var = Var::from_vec(start, (1, self.shape.width), &self.device)?;
-        self.score = Some(var.as_tensor().clone());
-        let name = SCORE.to_owned();
+        self.value_head = Some(var.as_tensor().clone());
+        let name = name.to_owned();
         self.params.push(Param { name, var, decays: false, hidden: false });
         Ok(self)
     }
@@ -126,10 +128,10 @@ impl Model {
             let found = ops::log_probs(normed, &self.head, targets)?;
             (outputs.log_probs, outputs.entropies) = (found.of_targets, found.entropies);
         }
-        let values = match (&self.score, wanted.values) {
+        let values = match (&self.value_head, wanted.values) {
             (_, false) => None,
             (Some(score), true) => Some(ops::linear(normed, score)?),
-            (None, true) => bail!("the model has no head for scores"),
+            (None, true) => bail!("the model has no head for values"),
         };
         if let Some(values) = &values {
             outputs.values = values.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;

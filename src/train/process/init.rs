@@ -6,7 +6,7 @@ use crate::gguf::{
 };
 use crate::job::spec::Lora;
 use crate::job::{Folder, Order};
-use crate::train::model::{Model, SCORE, Training};
+use crate::train::model::{Model, SCORE, Training, VALUE};
 use crate::train::random_init::normal;
 use crate::train::recipes::Recipe;
 use candle_core::{Device, Tensor};
@@ -79,9 +79,14 @@ pub(super) fn model(
     max_length: usize,
 ) -> Result<Model, JobFailure> {
     let mut model = Model::load(base.clone(), training, max_length, &Device::Cpu)?;
-    if recipe.has_score_head() {
-        let head = score_head_weights(folder, order, model.shape().width)?;
-        model = model.with_score(head)?;
+    if let Some(name) = recipe.head() {
+        let width = model.shape().width;
+        // A value head predicts nothing at first; a score head has to tell texts apart.
+        let start = match name {
+            SCORE => score_head_weights(folder, order, width)?,
+            _ => vec![0.0; width],
+        };
+        model = model.with_head(name, start)?;
     }
     if let (Training::Lora(_), Some(adapter)) = (training, adapter_file(folder, order)) {
         begin_with(&model, &adapter)?;
@@ -115,7 +120,7 @@ fn score_head_weights(
 /// Replaces the randomly initialized LoRA matrices with those of an adapter.
 fn begin_with(model: &Model, adapter: &Path) -> Result<(), JobFailure> {
     let file = Gguf::open(adapter)?;
-    for param in model.params().iter().filter(|param| param.name != SCORE) {
+    for param in model.params().iter().filter(|param| ![SCORE, VALUE].contains(&&*param.name)) {
         let values = file.to_f32(&param.name)?;
         let values = Tensor::from_vec(values, param.var.shape(), param.var.device())?;
         param.var.set(&values)?;

@@ -3,28 +3,19 @@
 //! probability.
 
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
-use super::{Job, Policy, Recipe};
-use crate::grade::{Context, Grader};
+use super::sampler::{Group, Measured, ReferenceModel, Sampler, Sampling, encoded, measure};
+use super::{Job, Recipe};
 use crate::job::Metrics;
-use crate::job::rollout::{CallError, Rollout, RolloutRequest};
 use crate::job::spec::{Grpo, GrpoLoss, PolicyLoss, Resolved};
 use crate::train::checkpoint::Checkpoints;
-use crate::train::data::{Cursor, Encoded, EncodedPrompt, Order, PreparedPrompts, pack};
+use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
 use crate::train::loss::{Completion, advantages};
 use crate::train::model::{Batch, Gradients, Model, OutputGrads, Outputs, Pass, Wanted};
-use crate::train::rollout::RolloutClient;
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
-
-/// Number of attempts while the engine fails, and the longest wait between two attempts.
-const TRIES: u32 = 30;
-const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 
 impl Recipe for Grpo {
     type Data = PreparedPrompts;
@@ -40,46 +31,24 @@ impl Recipe for Grpo {
         stop: &AtomicBool,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
-        let Some(policy) = job.policy else {
-            return Err(TrainError::Spec("grpo: there is no served model to sample from".into()));
+        let sampling = Sampling {
+            grader: &self.grader,
+            num_generations: self.num_generations,
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            eval_samples: self.eval_samples,
         };
-        check_items(&self.grader, "data.train", job.train)?;
-        if let Some(validation) = job.validation {
-            check_items(&self.grader, "data.validation", validation)?;
-        }
         let trainer = GrpoTrainer {
             model: job.model,
             settings: job.settings,
             block: self,
-            train: job.train,
-            validation: job.validation,
+            examples: job.train.len(),
             checkpoints: job.checkpoints,
             shuffle: job.shuffle,
-            seed: job.seed,
-            policy,
+            sampler: Sampler::new(job, sampling)?,
         };
         trainer.run(stop, event)
     }
-}
-
-/// Checks that every template of a grader can be filled from every item. A missing key would set
-/// all rewards of an item to 0 without an error.
-fn check_items(
-    grader: &Grader,
-    param: &'static str,
-    prompts: &PreparedPrompts,
-) -> Result<(), TrainError> {
-    for number in 0..prompts.len() {
-        if let Some(why) = grader.missing_key(&prompts.get(number)?.item) {
-            let message = format!(
-                "{param}: prompt {}: {why}, which the grader's template names; add the key to the line, \
-                 or change the grader",
-                number + 1
-            );
-            return Err(TrainError::Grader { param, message });
-        }
-    }
-    Ok(())
 }
 
 /// A GRPO run.
@@ -87,31 +56,12 @@ struct GrpoTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
     pub block: &'a Grpo,
-    pub train: &'a PreparedPrompts,
-    /// Validation prompts: completions are sampled and graded, but not trained on.
-    pub validation: Option<&'a PreparedPrompts>,
+    /// Number of prompts.
+    pub examples: usize,
     pub checkpoints: &'a Checkpoints,
     /// Shuffle seed; `None` keeps the file's order.
     pub shuffle: Option<u64>,
-    /// Sampling seed.
-    pub seed: u64,
-    pub policy: Policy<'a>,
-}
-
-/// (sum, count) of each metric, by name.
-type Measured = BTreeMap<String, (f64, f64)>;
-
-fn measure(measured: &mut Measured, name: &str, value: f64) {
-    let found = measured.entry(name.to_owned()).or_default();
-    *found = (found.0 + value, found.1 + 1.0);
-}
-
-/// The completions of one prompt.
-struct Group {
-    prompt: Vec<u32>,
-    answers: Vec<Rollout>,
-    /// (completions) NaN for completions without a reward.
-    rewards: Vec<f64>,
+    pub sampler: Sampler<'a>,
 }
 
 /// One graded completion.
@@ -152,145 +102,20 @@ impl GrpoTrainer<'_> {
     /// [`TrainError`]; the last checkpoint is kept.
     fn run(&self, stop: &AtomicBool, mut event: impl FnMut(Event)) -> Result<Outcome, TrainError> {
         let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
-        let params = self.model.params().iter();
-        let began = params.map(|param| param.var.as_tensor().copy()).collect::<Result<_, _>>()?;
-        let order = Order::new(self.train.len(), self.shuffle);
+        let reference = ReferenceModel::of(self.model)?;
+        let order = Order::new(self.examples, self.shuffle);
         let held = Rc::default();
-        run.run(&mut Steps { run: self, order, began, held }, stop, &mut event)
+        run.run(&mut Steps { run: self, order, reference, held }, stop, &mut event)
     }
 
     /// Samples completions to train on.
     fn sample(&self, prompts: &[usize], cursor: &Cursor) -> Result<RolloutBuffer, TrainError> {
-        let first = (cursor.epoch << 32) + cursor.taken;
-        let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
         let mut held =
             RolloutBuffer { updates: self.block.num_iterations as u64, ..RolloutBuffer::default() };
-        (self.policy.export)(self.policy.adapter)?;
-        let answers = self.block.num_generations;
-        for group in self.groups(self.train, prompts, seeds, answers, &mut held.measured)? {
+        for group in self.sampler.sample(prompts, cursor, &mut held.measured)? {
             held.take_group(group, self.block);
         }
         Ok(held)
-    }
-
-    /// Mean rewards of completions of the validation prompts. The same random seeds are used each
-    /// time.
-    fn examine(&self) -> Result<Option<Metrics>, TrainError> {
-        let Some(held_out) = self.validation else { return Ok(None) };
-        let mut measured = Measured::new();
-        (self.policy.export)(self.policy.adapter)?;
-        let all: Vec<usize> = (0..held_out.len()).collect();
-        for prompts in all.chunks(self.settings.batch_size) {
-            let seeds = prompts.iter().map(|&number| mixed(!self.seed, number as u64)).collect();
-            self.groups(held_out, prompts, seeds, self.block.eval_samples, &mut measured)?;
-        }
-        let mean = |(name, (sum, count)): (String, (f64, f64))| (name, sum / count);
-        Ok(Some(measured.into_iter().map(mean).collect()))
-    }
-
-    /// Samples completions of some prompts with the adapter that was exported last, and grades
-    /// them.
-    fn groups(
-        &self,
-        from: &PreparedPrompts,
-        prompts: &[usize],
-        seeds: Vec<u64>,
-        answers: usize,
-        measured: &mut Measured,
-    ) -> Result<Vec<Group>, TrainError> {
-        let block = self.block;
-        let prompts: Vec<_> =
-            prompts.iter().map(|&number| from.get(number)).collect::<Result<_, _>>()?;
-        let asked = RolloutRequest {
-            prompts: prompts.iter().map(|prompt| prompt.tokens.clone()).collect(),
-            seeds,
-            answers: answers as u32,
-            max_tokens: block.max_tokens as u32,
-            temperature: block.temperature as f32,
-        };
-        let started = Instant::now();
-        // An engine that was restarted has lost the adapter.
-        let sampled = self.patiently(|client| {
-            client.load_policy(self.policy.adapter)?;
-            client.generate(&asked)
-        })?;
-        measure(measured, "rollout_seconds", started.elapsed().as_secs_f64());
-        let samples: Vec<(&serde_json::Value, &Rollout)> = prompts
-            .iter()
-            .zip(&sampled)
-            .flat_map(|(prompt, group)| group.iter().map(|answer| (&prompt.item, answer)))
-            .collect();
-        for (_, answer) in &samples {
-            measure(measured, "completion_length", answer.tokens.len() as f64);
-            measure(measured, "terminated_ratio", f64::from(u8::from(answer.ended)));
-        }
-        let started = Instant::now();
-        let rewards = self.grade(&block.grader, &samples, measured)?;
-        measure(measured, "grade_seconds", started.elapsed().as_secs_f64());
-        let mut left = rewards.into_iter();
-        let group = |(prompt, answers): (&EncodedPrompt, Vec<Rollout>)| {
-            let rewards = left.by_ref().take(answers.len()).collect();
-            Group { prompt: prompt.tokens.clone(), answers, rewards }
-        };
-        Ok(prompts.iter().zip(sampled).map(group).collect())
-    }
-
-    /// (completions) rewards; NaN for a completion that could not be graded.
-    fn grade(
-        &self,
-        grader: &Grader,
-        samples: &[(&serde_json::Value, &Rollout)],
-        measured: &mut Measured,
-    ) -> Result<Vec<f64>, TrainError> {
-        let contexts: Vec<Context> =
-            samples.iter().map(|(item, answer)| Context::new(item, &answer.text)).collect();
-        let questions: Vec<_> = contexts.iter().map(|context| grader.questions(context)).collect();
-        let all: Vec<_> = questions.iter().flatten().cloned().collect();
-        let answers = self.patiently(|client| client.query_graders(&all))?;
-        let mut left = &answers[..];
-        let mut rewards = Vec::with_capacity(samples.len());
-        for (context, questions) in contexts.iter().zip(&questions) {
-            let (own, others) = left.split_at(questions.len().min(left.len()));
-            left = others;
-            let graded = grader.grade(context, own);
-            measure(measured, "grader_errors", f64::from(u8::from(graded.errors.any())));
-            // A failure of the grader model says nothing about the completion.
-            let errors = &graded.errors;
-            let lost = errors.model_grader_server_error
-                || errors.model_grader_refusal_error
-                || errors.model_grader_parse_error;
-            if lost {
-                rewards.push(f64::NAN);
-                continue;
-            }
-            measure(measured, "reward_mean", graded.reward);
-            for (name, reward) in &graded.sub_rewards {
-                measure(measured, &format!("reward_{name}"), *reward);
-            }
-            rewards.push(graded.reward);
-        }
-        Ok(rewards)
-    }
-
-    /// Repeats a request that fails temporarily, [`TRIES`] times at most: a dead engine is
-    /// restarted.
-    fn patiently<T>(
-        &self,
-        mut ask: impl FnMut(&mut dyn RolloutClient) -> Result<T, CallError>,
-    ) -> Result<T, TrainError> {
-        let mut pause = Duration::from_millis(200);
-        for _ in 1..TRIES {
-            match ask(&mut *self.policy.client.borrow_mut()) {
-                Ok(answer) => return Ok(answer),
-                Err(error) if error.passing => {
-                    tracing::warn!("the engine is asked again: {error}");
-                    std::thread::sleep(pause);
-                    pause = MAX_BACK_OFF.min(2 * pause);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(ask(&mut *self.policy.client.borrow_mut())?)
     }
 }
 
@@ -336,34 +161,18 @@ fn deviation(rewards: &[f64]) -> f64 {
     (squares / (count - 1.0).max(1.0)).sqrt()
 }
 
-/// A separate random number for every prompt of a run (Steele et al. 2014, SplitMix64).
-fn mixed(seed: u64, at: u64) -> u64 {
-    let mut z = seed.wrapping_add(at.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 /// The batches of completions, one per optimizer step.
 struct Steps<'a, 'b> {
     run: &'a GrpoTrainer<'b>,
     order: Order,
-    /// (parameters) the initial values: the reference model.
-    began: Vec<Tensor>,
+    reference: ReferenceModel,
     held: Rc<RefCell<RolloutBuffer>>,
 }
 
 impl Steps<'_, '_> {
     /// Computes the reference model's log-probabilities of the completions.
     fn compute_reference(&self, rows: &[Row]) -> Result<(), TrainError> {
-        let params = self.run.model.params();
-        let now: Vec<Tensor> =
-            params.iter().map(|param| param.var.as_tensor().copy()).collect::<Result<_, _>>()?;
-        let set = |values: &[Tensor]| {
-            params.iter().zip(values).try_for_each(|(param, value)| param.var.set(value))
-        };
-        set(&self.began)?;
-        let read = || -> Result<(), TrainError> {
+        self.reference.with(self.run.model, || {
             for row in rows {
                 let outputs = self.run.model.outputs(&row.batch, row.wanted)?;
                 let mut held = self.held.borrow_mut();
@@ -372,24 +181,14 @@ impl Steps<'_, '_> {
                 }
             }
             Ok(())
-        };
-        let found = read();
-        set(&now)?;
-        found
+        })
     }
 
     /// The buffered completions, packed into rows of tokens.
     fn rows(&self) -> Vec<Row> {
         let (held, settings) = (self.held.borrow(), self.run.settings);
-        let encoded: Vec<Encoded> = held
-            .answers
-            .iter()
-            .map(|answer| {
-                let mut trained = vec![false; answer.prompt.len()];
-                trained.resize(answer.prompt.len() + answer.tokens.len(), true);
-                Encoded { tokens: [&answer.prompt[..], &answer.tokens].concat(), trained }
-            })
-            .collect();
+        let encoded: Vec<Encoded> =
+            held.answers.iter().map(|answer| encoded(&answer.prompt, &answer.tokens)).collect();
         let lengths: Vec<usize> = encoded.iter().map(|answer| answer.tokens.len()).collect();
         let packed = pack(&lengths, settings.max_length);
         let temperature = self.run.block.temperature;
@@ -417,7 +216,7 @@ impl BatchSource for Steps<'_, '_> {
 
     fn extent(&self) -> StepCount {
         let block = self.run.block;
-        StepCount::new(self.run.train.len(), self.run.settings)
+        StepCount::new(self.run.examples, self.run.settings)
             .with_updates(block.num_iterations as u64)
     }
 
@@ -452,7 +251,7 @@ impl BatchSource for Steps<'_, '_> {
     }
 
     fn examine(&self) -> Result<Option<Metrics>, TrainError> {
-        self.run.examine()
+        self.run.sampler.examine()
     }
 
     fn save(&self) -> Result<Vec<u8>, TrainError> {

@@ -6,13 +6,14 @@
 //! | `sft.rs` | supervised fine-tuning |
 //! | `pretrain.rs` | pretraining; `sample.rs`: the texts that it samples |
 //! | `dpo.rs`, `reward.rs` | objectives of preference pairs; `preference.rs`: what they share |
-//! | `grpo.rs` | GRPO |
+//! | `grpo.rs`, `ppo.rs` | policies; `sampler.rs`: how their completions are sampled and graded |
 //! | `run.rs` | the training loop shared by all recipes |
 
 mod dpo;
 #[cfg(test)]
 pub mod dummy;
 mod grpo;
+mod ppo;
 mod preference;
 #[cfg(test)]
 mod preference_tests;
@@ -22,6 +23,7 @@ mod pretrain_tests;
 mod reward;
 mod run;
 mod sample;
+mod sampler;
 mod sft;
 #[cfg(test)]
 mod tests;
@@ -65,9 +67,9 @@ pub trait Recipe {
         Err(TrainError::Spec("model: a job of this kind needs one".into()))
     }
 
-    /// Whether the model has a head that scores texts.
-    fn has_score_head(&self) -> bool {
-        false
+    /// Name of the parameter of the head that maps a row to a value, for recipes that train one.
+    fn head(&self) -> Option<&'static str> {
+        None
     }
 
     /// Trains from the newest checkpoint to the last step, or until `stop` is set.

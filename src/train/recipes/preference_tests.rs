@@ -11,7 +11,7 @@ use crate::template::{CHATML, ChatTemplate};
 use crate::tokenizer::{Tokenizer, Vocab};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Encoder, PreparedPairs, prepare_pairs};
-use crate::train::model::{Model, Training};
+use crate::train::model::{Model, SCORE, Training};
 use candle_core::Device;
 use std::path::Path;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ fn model(folder: &Path, scored: bool) -> Model {
     }
     let width = model.shape().width;
     let head = (0..width).map(|i| 0.1 * (i as f32).sin()).collect();
-    model.with_score(head).unwrap()
+    model.with_head(SCORE, head).unwrap()
 }
 
 /// The completion with an `a` is the chosen one.

@@ -6,15 +6,15 @@ use super::run::LossSums;
 use super::{Event, Job, Outcome, Recipe, TrainError};
 use crate::job::spec::Reward;
 use crate::train::data::{Encoded, PreparedPairs};
-use crate::train::model::{Batch, OutputGrads, Outputs, Wanted};
+use crate::train::model::{Batch, OutputGrads, Outputs, SCORE, Wanted};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 impl Recipe for Reward {
     type Data = PreparedPairs;
 
-    fn has_score_head(&self) -> bool {
-        true
+    fn head(&self) -> Option<&'static str> {
+        Some(SCORE)
     }
 
     fn run(

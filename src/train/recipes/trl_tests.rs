@@ -10,7 +10,7 @@ use crate::tokenizer::{Tokenizer, Vocab};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Encoder, PreparedPairs, prepare_pairs};
 use crate::train::model::torch_tests::{start, values, write};
-use crate::train::model::{Model, Training};
+use crate::train::model::{Model, SCORE, Training};
 use crate::train::torch_tests::{Numbers, hashed, reference, weight};
 use candle_core::Device;
 use serde::Deserialize;
@@ -108,7 +108,7 @@ fn pairs_are_trained_as_in_trl() {
             ("dpo", Some(loss)) => Box::new(Dpo { loss, ..Dpo::default() }),
             ("reward", None) => {
                 let width = model.shape().width;
-                model = model.with_score(weight("score.weight", width, Some(width))).unwrap();
+                model = model.with_head(SCORE, weight("score.weight", width, Some(width))).unwrap();
                 let centering = case.centering.unwrap();
                 Box::new(Reward { centering, ..Reward::default() })
             }

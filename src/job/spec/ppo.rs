@@ -1,0 +1,187 @@
+//! The block `ppo` of a specification.
+
+use super::{PpoLoss, Resolved, TaskSettings, Weights, within};
+use crate::dataset::DatasetKind;
+use crate::grade::Grader;
+use serde::{Deserialize, Serialize};
+
+/// Proximal policy optimization with a value head (Schulman et al. 2017, arXiv:1707.06347; Ziegler
+/// et al. 2019, arXiv:1909.08593): settings of sampling, grading and the loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ppo {
+    /// Gives the score of a completion; a grader of type `score_model` asks a reward model.
+    pub grader: Grader,
+    /// Completions sampled for each prompt.
+    #[serde(default = "num_generations")]
+    pub num_generations: usize,
+    /// Maximum number of tokens of a completion.
+    #[serde(default = "max_tokens")]
+    pub max_tokens: usize,
+    #[serde(default = "one")]
+    pub temperature: f64,
+    /// Optimizer steps on each batch of completions.
+    #[serde(default = "num_iterations")]
+    pub num_iterations: usize,
+    /// Discount factor of rewards, per token.
+    #[serde(default = "gamma")]
+    pub gamma: f64,
+    /// λ of generalized advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
+    #[serde(default = "lambda")]
+    pub lambda: f64,
+    /// Clip range of the policy ratio around 1.
+    #[serde(default = "epsilon")]
+    pub epsilon: f64,
+    /// Clip range of a value around the old value.
+    #[serde(default = "value_clip")]
+    pub value_clip: f64,
+    /// Weight of the value loss.
+    #[serde(default = "value_weight")]
+    pub value_weight: f64,
+    /// Reward penalty per nat of divergence from the initial model.
+    #[serde(default = "beta")]
+    pub beta: f64,
+    /// Subtracted from the score of a completion that was truncated at `max_tokens`.
+    #[serde(default)]
+    pub missing_eos_penalty: f64,
+    /// Whether the advantages of a batch are normalized to mean 0 and variance 1.
+    #[serde(default = "yes")]
+    pub whiten: bool,
+    /// Completions sampled for each validation prompt.
+    #[serde(default = "eval_samples")]
+    pub eval_samples: usize,
+}
+
+fn num_generations() -> usize {
+    8
+}
+fn max_tokens() -> usize {
+    128
+}
+fn one() -> f64 {
+    1.0
+}
+fn num_iterations() -> usize {
+    4
+}
+fn gamma() -> f64 {
+    PpoLoss::default().gamma
+}
+fn lambda() -> f64 {
+    PpoLoss::default().lambda
+}
+fn epsilon() -> f64 {
+    PpoLoss::default().epsilon
+}
+fn value_clip() -> f64 {
+    PpoLoss::default().value_clip
+}
+fn value_weight() -> f64 {
+    PpoLoss::default().value_weight
+}
+fn beta() -> f64 {
+    PpoLoss::default().beta
+}
+fn yes() -> bool {
+    true
+}
+fn eval_samples() -> usize {
+    1
+}
+
+impl Ppo {
+    /// Settings of the loss.
+    pub fn objective(&self) -> PpoLoss {
+        PpoLoss {
+            gamma: self.gamma,
+            lambda: self.lambda,
+            epsilon: self.epsilon,
+            value_clip: self.value_clip,
+            value_weight: self.value_weight,
+            beta: self.beta,
+            whiten: self.whiten,
+        }
+    }
+}
+
+impl TaskSettings for Ppo {
+    fn dataset(&self) -> Option<DatasetKind> {
+        Some(DatasetKind::PromptOnly)
+    }
+
+    fn learning_rates(&self) -> [f64; 2] {
+        [2e-4, 1e-6]
+    }
+
+    fn weights(&self) -> Weights {
+        Weights::Adapter(
+            "answers are sampled from the served model with an adapter that is swapped at every \
+             step, and all weights cannot be swapped",
+        )
+    }
+
+    fn grader(&self) -> Option<&Grader> {
+        Some(&self.grader)
+    }
+
+    fn check(&self, settings: &Resolved) -> Result<(), String> {
+        let most = settings.max_length as f64 - 1.0;
+        within("ppo.num_generations", self.num_generations as f64, 1.0, 256.0)?;
+        within("ppo.max_tokens", self.max_tokens as f64, 1.0, most)?;
+        within("ppo.temperature", self.temperature, 0.01, 10.0)?;
+        within("ppo.num_iterations", self.num_iterations as f64, 1.0, 64.0)?;
+        within("ppo.gamma", self.gamma, 0.0, 1.0)?;
+        within("ppo.lambda", self.lambda, 0.0, 1.0)?;
+        within("ppo.epsilon", self.epsilon, f64::MIN_POSITIVE, 100.0)?;
+        within("ppo.value_clip", self.value_clip, f64::MIN_POSITIVE, 1e6)?;
+        within("ppo.value_weight", self.value_weight, 0.0, 100.0)?;
+        within("ppo.beta", self.beta, 0.0, 100.0)?;
+        within("ppo.missing_eos_penalty", self.missing_eos_penalty, 0.0, 1e6)?;
+        within("ppo.eval_samples", self.eval_samples as f64, 1.0, 256.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Spec;
+
+    fn spec(ppo: &str) -> Result<Spec, String> {
+        let text = format!(
+            r#"{{"kind": "ppo", "model": "m", "data": {{"train": "f"}}, "ppo": {{{ppo}}}}}"#
+        );
+        let spec: Spec = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        spec.resolve()?;
+        Ok(spec)
+    }
+
+    const GRADER: &str = r#""grader": {"type": "string_check", "name": "g", "operation": "eq",
+        "input": "{{sample.output_text}}", "reference": "yes"}"#;
+
+    #[test]
+    fn a_grader_is_enough() {
+        let spec = spec(GRADER).unwrap();
+        assert!(spec.task.settings().grader().is_some());
+        let text = serde_json::to_string(&spec).unwrap();
+        assert_eq!(serde_json::from_str::<Spec>(&text).unwrap(), spec);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (more, why) in [
+            (r#""lambda": 1.5"#, "ppo.lambda"),
+            (r#""gamma": -0.1"#, "ppo.gamma"),
+            (r#""num_generations": 0"#, "ppo.num_generations"),
+            (r#""num_iterations": 0"#, "ppo.num_iterations"),
+            (r#""max_tokens": 1024"#, "ppo.max_tokens"),
+            (r#""epsilon": 0"#, "ppo.epsilon"),
+            (r#""value_clip": 0"#, "ppo.value_clip"),
+            (r#""missing_eos_penalty": -1"#, "ppo.missing_eos_penalty"),
+            (r#""kl": 0.1"#, "unknown field `kl`"),
+        ] {
+            let error = spec(&format!("{GRADER}, {more}")).unwrap_err();
+            assert!(error.contains(why), "{more}: {error}");
+        }
+        let error = spec(r#""beta": 0.1"#).unwrap_err();
+        assert!(error.contains("missing field `grader`"), "{error}");
+    }
+}

@@ -1,0 +1,281 @@
+//! Sampling of completions from the served model, and their rewards: what recipes of policies share.
+
+use super::{Job, Policy, TrainError};
+use crate::grade::{Context, Grader};
+use crate::job::Metrics;
+use crate::job::rollout::{CallError, Rollout, RolloutRequest};
+use crate::train::data::{Cursor, Encoded, EncodedPrompt, PreparedPrompts};
+use crate::train::model::Model;
+use crate::train::rollout::RolloutClient;
+use candle_core::Tensor;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Number of attempts while the engine fails, and the longest wait between two attempts.
+const TRIES: u32 = 30;
+const MAX_BACK_OFF: Duration = Duration::from_secs(10);
+
+/// How completions are sampled and graded.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sampling<'a> {
+    pub grader: &'a Grader,
+    /// Completions sampled for each prompt.
+    pub num_generations: usize,
+    /// Maximum number of tokens of a completion.
+    pub max_tokens: usize,
+    pub temperature: f64,
+    /// Completions sampled for each validation prompt.
+    pub eval_samples: usize,
+}
+
+/// Samples and grades completions of the prompts of a job.
+pub(super) struct Sampler<'a> {
+    policy: Policy<'a>,
+    sampling: Sampling<'a>,
+    train: &'a PreparedPrompts,
+    /// Prompts whose completions are graded, but not trained on.
+    validation: Option<&'a PreparedPrompts>,
+    batch_size: usize,
+    seed: u64,
+}
+
+/// (sum, count) of each metric, by name.
+pub(super) type Measured = BTreeMap<String, (f64, f64)>;
+
+pub(super) fn measure(measured: &mut Measured, name: &str, value: f64) {
+    let found = measured.entry(name.to_owned()).or_default();
+    *found = (found.0 + value, found.1 + 1.0);
+}
+
+/// The completions of one prompt.
+pub(super) struct Group {
+    pub prompt: Vec<u32>,
+    pub answers: Vec<Rollout>,
+    /// (completions) NaN for completions without a reward.
+    pub rewards: Vec<f64>,
+}
+
+impl<'a> Sampler<'a> {
+    /// # Errors
+    /// If the job has no served model, or the grader does not fit the data.
+    pub(super) fn new(
+        job: &Job<'a, PreparedPrompts>,
+        sampling: Sampling<'a>,
+    ) -> Result<Self, TrainError> {
+        let Some(policy) = job.policy else {
+            return Err(TrainError::Spec("there is no served model to sample from".into()));
+        };
+        check_items(sampling.grader, "data.train", job.train)?;
+        if let Some(validation) = job.validation {
+            check_items(sampling.grader, "data.validation", validation)?;
+        }
+        let (train, validation) = (job.train, job.validation);
+        let (batch_size, seed) = (job.settings.batch_size, job.seed);
+        Ok(Self { policy, sampling, train, validation, batch_size, seed })
+    }
+
+    /// Samples completions to train on, with the current weights. `cursor` is the position of the
+    /// run before these prompts.
+    pub(super) fn sample(
+        &self,
+        prompts: &[usize],
+        cursor: &Cursor,
+        measured: &mut Measured,
+    ) -> Result<Vec<Group>, TrainError> {
+        let first = (cursor.epoch << 32) + cursor.taken;
+        let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
+        (self.policy.export)(self.policy.adapter)?;
+        self.groups(self.train, prompts, seeds, self.sampling.num_generations, measured)
+    }
+
+    /// Mean rewards of completions of the validation prompts. The same random seeds are used each
+    /// time.
+    pub(super) fn examine(&self) -> Result<Option<Metrics>, TrainError> {
+        let Some(held_out) = self.validation else { return Ok(None) };
+        let mut measured = Measured::new();
+        (self.policy.export)(self.policy.adapter)?;
+        let all: Vec<usize> = (0..held_out.len()).collect();
+        for prompts in all.chunks(self.batch_size) {
+            let seeds = prompts.iter().map(|&number| mixed(!self.seed, number as u64)).collect();
+            self.groups(held_out, prompts, seeds, self.sampling.eval_samples, &mut measured)?;
+        }
+        let mean = |(name, (sum, count)): (String, (f64, f64))| (name, sum / count);
+        Ok(Some(measured.into_iter().map(mean).collect()))
+    }
+
+    /// Samples completions of some prompts with the adapter that was exported last, and grades
+    /// them.
+    fn groups(
+        &self,
+        from: &PreparedPrompts,
+        prompts: &[usize],
+        seeds: Vec<u64>,
+        answers: usize,
+        measured: &mut Measured,
+    ) -> Result<Vec<Group>, TrainError> {
+        let sampling = self.sampling;
+        let prompts: Vec<_> =
+            prompts.iter().map(|&number| from.get(number)).collect::<Result<_, _>>()?;
+        let asked = RolloutRequest {
+            prompts: prompts.iter().map(|prompt| prompt.tokens.clone()).collect(),
+            seeds,
+            answers: answers as u32,
+            max_tokens: sampling.max_tokens as u32,
+            temperature: sampling.temperature as f32,
+        };
+        let started = Instant::now();
+        // An engine that was restarted has lost the adapter.
+        let sampled = self.patiently(|client| {
+            client.load_policy(self.policy.adapter)?;
+            client.generate(&asked)
+        })?;
+        measure(measured, "rollout_seconds", started.elapsed().as_secs_f64());
+        let samples: Vec<(&serde_json::Value, &Rollout)> = prompts
+            .iter()
+            .zip(&sampled)
+            .flat_map(|(prompt, group)| group.iter().map(|answer| (&prompt.item, answer)))
+            .collect();
+        for (_, answer) in &samples {
+            measure(measured, "completion_length", answer.tokens.len() as f64);
+            measure(measured, "terminated_ratio", f64::from(u8::from(answer.ended)));
+        }
+        let started = Instant::now();
+        let rewards = self.grade(sampling.grader, &samples, measured)?;
+        measure(measured, "grade_seconds", started.elapsed().as_secs_f64());
+        let mut left = rewards.into_iter();
+        let group = |(prompt, answers): (&EncodedPrompt, Vec<Rollout>)| {
+            let rewards = left.by_ref().take(answers.len()).collect();
+            Group { prompt: prompt.tokens.clone(), answers, rewards }
+        };
+        Ok(prompts.iter().zip(sampled).map(group).collect())
+    }
+
+    /// (completions) rewards; NaN for a completion that could not be graded.
+    fn grade(
+        &self,
+        grader: &Grader,
+        samples: &[(&serde_json::Value, &Rollout)],
+        measured: &mut Measured,
+    ) -> Result<Vec<f64>, TrainError> {
+        let contexts: Vec<Context> =
+            samples.iter().map(|(item, answer)| Context::new(item, &answer.text)).collect();
+        let questions: Vec<_> = contexts.iter().map(|context| grader.questions(context)).collect();
+        let all: Vec<_> = questions.iter().flatten().cloned().collect();
+        let answers = self.patiently(|client| client.query_graders(&all))?;
+        let mut left = &answers[..];
+        let mut rewards = Vec::with_capacity(samples.len());
+        for (context, questions) in contexts.iter().zip(&questions) {
+            let (own, others) = left.split_at(questions.len().min(left.len()));
+            left = others;
+            let graded = grader.grade(context, own);
+            measure(measured, "grader_errors", f64::from(u8::from(graded.errors.any())));
+            // A failure of the grader model says nothing about the completion.
+            let errors = &graded.errors;
+            let lost = errors.model_grader_server_error
+                || errors.model_grader_refusal_error
+                || errors.model_grader_parse_error;
+            if lost {
+                rewards.push(f64::NAN);
+                continue;
+            }
+            measure(measured, "reward_mean", graded.reward);
+            for (name, reward) in &graded.sub_rewards {
+                measure(measured, &format!("reward_{name}"), *reward);
+            }
+            rewards.push(graded.reward);
+        }
+        Ok(rewards)
+    }
+
+    /// Repeats a request that fails temporarily, [`TRIES`] times at most: a dead engine is
+    /// restarted.
+    fn patiently<T>(
+        &self,
+        mut ask: impl FnMut(&mut dyn RolloutClient) -> Result<T, CallError>,
+    ) -> Result<T, TrainError> {
+        let mut pause = Duration::from_millis(200);
+        for _ in 1..TRIES {
+            match ask(&mut *self.policy.client.borrow_mut()) {
+                Ok(answer) => return Ok(answer),
+                Err(error) if error.passing => {
+                    tracing::warn!("the engine is asked again: {error}");
+                    std::thread::sleep(pause);
+                    pause = MAX_BACK_OFF.min(2 * pause);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(ask(&mut *self.policy.client.borrow_mut())?)
+    }
+}
+
+/// The weights with which a process began, before a checkpoint is restored: the initial model, which
+/// the policy is compared with.
+pub(super) struct ReferenceModel {
+    /// (parameters)
+    weights: Vec<Tensor>,
+}
+
+impl ReferenceModel {
+    /// # Errors
+    /// If memory cannot be allocated.
+    pub(super) fn of(model: &Model) -> candle_core::Result<Self> {
+        let params = model.params().iter();
+        let weights = params.map(|param| param.var.as_tensor().copy()).collect::<Result<_, _>>()?;
+        Ok(Self { weights })
+    }
+
+    /// Runs `compute` while `model` has the initial weights.
+    ///
+    /// # Errors
+    /// Those of `compute`.
+    pub(super) fn with<T>(
+        &self,
+        model: &Model,
+        compute: impl FnOnce() -> Result<T, TrainError>,
+    ) -> Result<T, TrainError> {
+        let set = |weights: &[Tensor]| {
+            model.params().iter().zip(weights).try_for_each(|(param, value)| param.var.set(value))
+        };
+        let now = Self::of(model)?;
+        set(&self.weights)?;
+        let found = compute();
+        set(&now.weights)?;
+        found
+    }
+}
+
+/// A prompt and its completion as a training example.
+pub(super) fn encoded(prompt: &[u32], tokens: &[u32]) -> Encoded {
+    let mut trained = vec![false; prompt.len()];
+    trained.resize(prompt.len() + tokens.len(), true);
+    Encoded { tokens: [prompt, tokens].concat(), trained }
+}
+
+/// Checks that every template of a grader can be filled from every item. A missing key would set
+/// all rewards of an item to 0 without an error.
+fn check_items(
+    grader: &Grader,
+    param: &'static str,
+    prompts: &PreparedPrompts,
+) -> Result<(), TrainError> {
+    for number in 0..prompts.len() {
+        if let Some(why) = grader.missing_key(&prompts.get(number)?.item) {
+            let message = format!(
+                "{param}: prompt {}: {why}, which the grader's template names; add the key to the line, \
+                 or change the grader",
+                number + 1
+            );
+            return Err(TrainError::Grader { param, message });
+        }
+    }
+    Ok(())
+}
+
+/// A separate random number for every prompt of a run (Steele et al. 2014, SplitMix64).
+fn mixed(seed: u64, at: u64) -> u64 {
+    let mut z = seed.wrapping_add(at.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
