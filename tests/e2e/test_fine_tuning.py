@@ -396,7 +396,7 @@ def test_a_policy_is_trained():
             }}},
     }
 
-    def run():
+    def run(spec):
         job = json.loads(server.admin("/admin/jobs", spec))
         done = until(
             lambda: (found := server.job(job["id"]))["status"] in ("succeeded", "failed") and found or None,
@@ -406,7 +406,7 @@ def test_a_policy_is_trained():
         entries = json.loads(server.admin(f"/admin/jobs/{job['id']}/events?stream=false"))["data"]
         return done, [entry for entry in entries if entry["type"] == "step"]
 
-    done, steps = run()
+    done, steps = run(spec)
     assert len(steps) == 3, steps
     for step in steps:
         assert 0 < step["reward_mean"] <= 1.1 and step["reward_short"] > 0, step
@@ -415,8 +415,18 @@ def test_a_policy_is_trained():
         assert step["kl"] >= 0 and step["grader_errors"] == 0 and 1 <= step["completion_length"] <= 12, step
     # The first two steps are on the same answers, the first of them at a ratio of exactly 1.
     assert steps[0]["reward_mean"] == steps[1]["reward_mean"] and steps[0]["kl"] < 1e-9, steps
-    name = next(artifact["name"] for artifact in done["artifacts"] if artifact["type"] == "adapter")
-    assert ask(name).choices[0].message.content
+    adapter = lambda done: next(made["name"] for made in done["artifacts"] if made["type"] == "adapter")
+    assert ask(adapter(done)).choices[0].message.content
+    # The same with a value head, which is no part of the adapter.
+    block = {key: spec["grpo"][key] for key in ("num_generations", "max_tokens", "num_iterations", "grader")}
+    ppo = {key: value for key, value in spec.items() if key != "grpo"} | {"kind": "ppo", "ppo": block}
+    done, steps = run(ppo)
+    assert len(steps) == 3, steps
+    for step in steps:
+        assert 0 < step["reward_mean"] <= 1.1 and step["value_loss"] > 0 and step["entropy"] > 0, step
+        assert 0 < step["sampling_logp_difference"] < 0.3 and step["grader_errors"] == 0, step
+    assert abs(steps[0]["kl"]) < 1e-9 and steps[0]["value_mean"] == 0 and steps[2]["value_mean"] != 0, steps
+    assert ask(adapter(done)).choices[0].message.content
     message = raises_admin({**spec, "adapter": None})
     assert "swapped at every step" in message, message
     grader = {"type": "reward_model", "name": "r", "model": server.model}

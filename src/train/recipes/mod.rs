@@ -13,6 +13,8 @@ mod dpo;
 #[cfg(test)]
 pub mod dummy;
 mod grpo;
+#[cfg(test)]
+mod policy_tests;
 mod ppo;
 mod preference;
 #[cfg(test)]

@@ -111,8 +111,9 @@ impl RolloutBuffer {
             let (found, returns) = loss.estimate(&rewards, &completion.old_values);
             completion.returns = returns;
             advantages.push(found);
-            let logs = || completion.old.iter().zip(&completion.reference);
-            measure(&mut self.measured, "kl", logs().map(|(old, reference)| old - reference).sum());
+            for (old, reference) in completion.old.iter().zip(&completion.reference) {
+                measure(&mut self.measured, "kl", old - reference);
+            }
             for (old, sampled) in completion.old.iter().zip(&completion.sampled) {
                 if !sampled.is_nan() {
                     let gap = (old - sampled).abs();

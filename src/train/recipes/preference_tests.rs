@@ -70,7 +70,7 @@ impl Tokenizer for Letters {
     }
 }
 
-fn encoder() -> Encoder {
+pub(super) fn encoder() -> Encoder {
     let mut vocab = Vocab::new((0..60u8).map(|byte| (vec![byte], false, false)));
     vocab.eos = Some(59);
     let template = ChatTemplate::compile(CHATML, None, "", "<|im_end|>").unwrap();

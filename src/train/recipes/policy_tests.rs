@@ -1,0 +1,211 @@
+//! Tests of policies: a reward that is sampled, learned, and resumed. The completions come from the
+//! model in training itself, in place of an engine.
+
+use super::preference_tests::encoder;
+use super::{Event, Job, Outcome, Policy, Recipe};
+use crate::gguf::Gguf;
+use crate::gguf::fixture::TinyDecoder;
+use crate::grade::{Answer, Failed, Question};
+use crate::job::rollout::{CallError, Rollout, RolloutRequest};
+use crate::job::spec::{Grpo, Lora, Ppo, Resolved, Spec, Task};
+use crate::job::{StepMetrics, Validation};
+use crate::train::checkpoint::Checkpoints;
+use crate::train::data::{PreparedPrompts, prepare_prompts};
+use crate::train::model::{Model, Training};
+use crate::train::rollout::RolloutClient;
+use candle_core::Device;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::cell::RefCell;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Samples from the model in training. A token's text is one of four letters.
+struct InProcess(Rc<Model>);
+
+impl InProcess {
+    fn sample(&self, prompt: &[u32], key: (u64, u32), what: &RolloutRequest) -> Rollout {
+        let mut rng = StdRng::seed_from_u64(key.0 ^ (u64::from(key.1) << 48));
+        let mut completion = Rollout { ended: true, ..Rollout::default() };
+        for _ in 0..what.max_tokens {
+            let logits = self.0.logits(&[prompt, &completion.tokens].concat()).unwrap();
+            let scaled = logits.iter().map(|x| f64::from(*x) / f64::from(what.temperature));
+            let weights: Vec<f64> = scaled.map(f64::exp).collect();
+            let sum: f64 = weights.iter().sum();
+            let mut left = rng.random::<f64>() * sum;
+            let token = weights.iter().position(|weight| {
+                left -= weight;
+                left < 0.0
+            });
+            let token = token.unwrap_or(weights.len() - 1);
+            completion.tokens.push(token as u32);
+            completion.log_probs.push((weights[token] / sum).ln() as f32);
+            completion.text.push(['a', 'b', 'c', 'd'][token % 4]);
+        }
+        completion
+    }
+}
+
+impl RolloutClient for InProcess {
+    fn load_policy(&mut self, _: &Path) -> Result<(), CallError> {
+        Ok(())
+    }
+
+    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
+        let group = |(prompt, seed): (&Vec<u32>, &u64)| {
+            (0..what.answers).map(|choice| self.sample(prompt, (*seed, choice), what)).collect()
+        };
+        Ok(what.prompts.iter().zip(&what.seeds).map(group).collect())
+    }
+
+    fn query_graders(&mut self, _: &[Question]) -> Result<Vec<Result<Answer, Failed>>, CallError> {
+        Ok(Vec::new())
+    }
+}
+
+fn spec(kind: &str, block: &str, train: &str) -> Spec {
+    let text = format!(
+        r#"{{"kind": "{kind}", "model": "m", "data": {{"train": "f"}},
+            "{kind}": {{"max_tokens": 2, "num_generations": 8, {block}
+                "grader": {{"type": "regex", "name": "g", "pattern": "^a"}}}},
+            "train": {{"batch_size": 4, "max_length": 64, "eval_every": 1000,
+                "checkpoint_every": 1000, "learning_rate": 1e-2{train}}}}}"#
+    );
+    serde_json::from_str(&text).unwrap()
+}
+
+fn prompts(folder: &Path, name: &str, count: usize) -> PreparedPrompts {
+    let line = |i: usize| format!(r#"{{"messages": [{{"role": "user", "content": "{i}"}}]}}"#);
+    let lines: Vec<_> = (0..count).map(line).collect();
+    let source = folder.join(name);
+    std::fs::write(&source, lines.join("\n")).unwrap();
+    prepare_prompts(&source, &encoder(), 60, &folder.join(format!("{name}.cache"))).unwrap().0
+}
+
+struct Ran {
+    steps: Vec<StepMetrics>,
+    validation: Option<Validation>,
+    params: Vec<Vec<f32>>,
+}
+
+/// Runs training, interrupted after each of the steps in `stops`.
+fn run(folder: &Path, spec: &Spec, stops: &[u64]) -> Ran {
+    match &spec.task {
+        Task::Grpo(block) => run_recipe::<Grpo>(folder, block, &spec.resolve().unwrap(), stops),
+        Task::Ppo(block) => run_recipe::<Ppo>(folder, block, &spec.resolve().unwrap(), stops),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
+    folder: &Path,
+    recipe: &R,
+    settings: &Resolved,
+    stops: &[u64],
+) -> Ran {
+    let path = folder.join("model.gguf");
+    TinyDecoder::new("llama").write(&path).unwrap();
+    let adapter = r#"{"kind": "sft", "model": "m", "data": {"train": "f"}}"#;
+    let adapter = serde_json::from_str::<Spec>(adapter).unwrap().adapter.unwrap();
+    let lora = Lora { rank: 4, ..adapter.lora(5).unwrap() };
+    let (train, held_out) = (prompts(folder, "train", 12), prompts(folder, "held", 4));
+    let runs = tempfile::tempdir().unwrap();
+    let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
+    let tokenizer = encoder().tokenizer;
+    let (mut steps, mut validation) = (Vec::new(), None);
+    for stop_at in stops.iter().copied().chain([u64::MAX]) {
+        let file = Arc::new(Gguf::open(&path).unwrap());
+        let training = Training::Lora(lora.clone());
+        let mut model = Model::load(file, &training, 64, &Device::Cpu).unwrap();
+        if let Some(name) = recipe.head() {
+            let width = model.shape().width;
+            model = model.with_head(name, vec![0.0; width]).unwrap();
+        }
+        let model = Rc::new(model);
+        let client = RefCell::new(InProcess(model.clone()));
+        let policy =
+            Policy { client: &client, export: &|_| Ok(()), adapter: Path::new("in memory") };
+        let job = Job {
+            model: &model,
+            settings,
+            train: &train,
+            validation: Some(&held_out),
+            checkpoints: &checkpoints,
+            tokenizer: tokenizer.as_ref(),
+            seed: 3,
+            shuffle: Some(3),
+            reference: &runs.path().join("reference"),
+            policy: Some(policy),
+        };
+        let stop = AtomicBool::new(false);
+        let outcome = recipe.run(&job, &stop, &mut |event| match event {
+            Event::Step(step) => {
+                stop.store(step.step == stop_at, Ordering::Relaxed);
+                steps.push(step);
+            }
+            Event::Evaluated(found) => validation = Some(found),
+            _ => {}
+        });
+        if let Outcome::Done { .. } = outcome.unwrap() {
+            let values = |param: &crate::train::optim::Param| {
+                param.var.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            let params = model.params().iter().map(values).collect();
+            return Ran { steps, validation, params };
+        }
+    }
+    panic!("the run did not end");
+}
+
+#[test]
+fn rewards_are_learned() {
+    let folder = tempfile::tempdir().unwrap();
+    for (kind, block, steps) in [("grpo", "", 12), ("ppo", r#""num_iterations": 2,"#, 24)] {
+        let spec = spec(kind, block, &format!(r#", "max_steps": {steps}"#));
+        let ran = run(folder.path(), &spec, &[]);
+        assert_eq!(ran.steps.len(), steps);
+        let reward = |step: &StepMetrics| step.reward().unwrap();
+        assert!(reward(&ran.steps[0]) < 0.5, "{kind}: {:?}", ran.steps[0]);
+        assert!(reward(&ran.steps[steps - 1]) > 0.8, "{kind}: {:?}", ran.steps[steps - 1]);
+        assert!(ran.validation.unwrap().reward().unwrap() > 0.7, "{kind}");
+    }
+}
+
+#[test]
+fn ppo_measures_what_it_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let ran = run(folder.path(), &spec("ppo", "", r#", "max_steps": 8"#), &[]);
+    let metric = |step: usize, name: &str| ran.steps[step].metrics[name];
+    // Before the first update the policy is the reference, and the value head predicts 0.
+    for name in ["kl", "value_mean", "clip_ratio", "value_clip_ratio"] {
+        assert!(metric(0, name).abs() < 1e-6, "{name}: {}", metric(0, name));
+    }
+    // Whitened advantages have the mean 0, and all ratios are 1: the policy's loss is 0. The value
+    // loss is ½ (R − 0)², and R is the reward at both of the tokens (γ = 1) up to λ.
+    assert!(metric(0, "policy_loss").abs() < 1e-5, "{}", metric(0, "policy_loss"));
+    let reward = ran.steps[0].reward().unwrap();
+    let value_loss = 0.5 * reward * (1.0 + 0.95f64.powi(2)) / 2.0;
+    assert!((metric(0, "value_loss") - value_loss).abs() < 1e-5, "{}", metric(0, "value_loss"));
+    // The updates on one batch have the same samples; then the policy has moved.
+    assert_eq!(metric(0, "reward_mean"), metric(3, "reward_mean"));
+    assert!(metric(4, "kl") > 0.0 && metric(4, "value_mean") > 0.0);
+    assert!(metric(0, "sampling_logp_difference") < 1e-3);
+    assert!((ran.steps[0].loss - 0.1 * value_loss).abs() < 1e-5, "{}", ran.steps[0].loss);
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    for kind in ["grpo", "ppo"] {
+        let spec = spec(kind, r#""num_iterations": 3, "beta": 0.1,"#, r#", "max_steps": 9"#);
+        let whole = run(folder.path(), &spec, &[]);
+        let broken = run(folder.path(), &spec, &[1, 4, 6]);
+        assert!(whole.params == broken.params, "{kind}");
+        for (a, b) in whole.steps.iter().zip(&broken.steps) {
+            assert_eq!((a.step, a.loss), (b.step, b.loss), "{kind}");
+            assert_eq!(a.metrics["reward_mean"], b.metrics["reward_mean"], "{kind}");
+        }
+    }
+}
