@@ -28,6 +28,11 @@ impl Folder {
         self.0.join("log.txt")
     }
 
+    /// The completions that a policy was trained on ([`super::rollout_table`]).
+    pub fn rollouts(&self) -> PathBuf {
+        self.0.join("rollouts.jsonl")
+    }
+
     pub fn checkpoints(&self) -> PathBuf {
         self.0.join("checkpoints")
     }

@@ -8,6 +8,7 @@
 //! order.json      the resolved specification; written once, before anything else
 //! events.jsonl    the event log, one event per line
 //! log.txt         standard error of the process
+//! rollouts.jsonl  the completions that a policy was trained on
 //! cache/          tokenized data
 //! checkpoints/    step-N/, written atomically
 //! artifacts/      the files that the job produces
@@ -29,6 +30,7 @@
 //! | `outcome.rs` | [`Outcome`]: how the job ended, and its files |
 //! | `estimate.rs` | [`ResourceEstimate`]: memory and disk space that a job needs |
 //! | `rollout.rs` | messages between a job that trains a policy and the gateway |
+//! | `rollout_table.rs` | the completions that a policy was trained on |
 //! | `process.rs` | starting the job process, and its exit codes |
 //! | `plot.rs` | plots of a job as SVG |
 
@@ -41,6 +43,7 @@ mod plot;
 mod process;
 mod resolve;
 pub mod rollout;
+pub mod rollout_table;
 pub mod spec;
 
 pub use estimate::ResourceEstimate;

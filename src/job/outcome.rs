@@ -49,6 +49,8 @@ pub enum ArtifactKind {
     HuggingFace,
     /// Losses by step, as CSV.
     Results,
+    /// The completions that a policy was trained on, as JSON lines.
+    Rollouts,
     /// The origin of the artifacts: base model, data and settings.
     Provenance,
 }
@@ -62,6 +64,7 @@ impl ArtifactKind {
             Self::Model => "model",
             Self::HuggingFace => "hugging_face",
             Self::Results => "results",
+            Self::Rollouts => "rollouts",
             Self::Provenance => "provenance",
         }
     }

@@ -415,6 +415,19 @@ def test_a_policy_is_trained():
         assert step["kl"] >= 0 and step["grader_errors"] == 0 and 1 <= step["completion_length"] <= 12, step
     # The first two steps are on the same answers, the first of them at a ratio of exactly 1.
     assert steps[0]["reward_mean"] == steps[1]["reward_mean"] and steps[0]["kl"] < 1e-9, steps
+    rollouts = lambda query="": json.loads(server.admin(f"/admin/jobs/{done['id']}/rollouts{query}"))
+    table = rollouts("?step=1")["data"]
+    assert len(table) == 8 and rollouts()["data"][0]["step"] == 3 and not rollouts("?step=2")["data"], table
+    for row in table:
+        assert row["item"]["wanted"] == "e" and isinstance(row["completion"], str) and 1 <= row["tokens"] <= 12, row
+        assert set(row["sub_rewards"]) == {"short", "has"} and row["advantage"] is not None, row
+        assert 0 < row["sampling_logp_difference"] < 1, row
+    mean = sum(row["reward"] for row in table) / len(table)
+    assert abs(mean - steps[0]["reward_mean"]) < 1e-9 and abs(sum(row["advantage"] for row in table)) < 1e-6, table
+    artifact = next(made for made in done["artifacts"] if made["type"] == "rollouts")
+    lines = server.admin(f"/admin/jobs/{done['id']}/artifacts/{artifact['id']}").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1] * 8 + [3] * 8, lines
+    assert len(rollouts("?limit=3")["data"]) == 3 and rollouts("?limit=3")["has_more"]
     adapter = lambda done: next(made["name"] for made in done["artifacts"] if made["type"] == "adapter")
     assert ask(adapter(done)).choices[0].message.content
     # The same with a value head, which is no part of the adapter.

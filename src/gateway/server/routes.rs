@@ -70,6 +70,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/admin/jobs/{id}/pause", post(admin::jobs::pause))
         .route("/admin/jobs/{id}/resume", post(admin::jobs::resume))
         .route("/admin/jobs/{id}/events", get(admin::jobs::events))
+        .route("/admin/jobs/{id}/rollouts", get(admin::jobs::rollouts))
         .route("/admin/jobs/{id}/plot.svg", get(admin::jobs::curves))
         .route("/admin/jobs/{id}/artifacts", get(admin::jobs::artifacts))
         .route("/admin/jobs/{id}/artifacts/{artifact}", get(admin::jobs::artifact))

@@ -91,6 +91,10 @@ pub(super) fn artifacts(
     let entries = Follower::new(folder.events(), 0).read()?;
     fs::write(to.join("results.csv"), results(&entries))?;
     made.push((ArtifactKind::Results, "results.csv".into()));
+    if folder.rollouts().exists() {
+        fs::copy(folder.rollouts(), to.join("rollouts.jsonl"))?;
+        made.push((ArtifactKind::Rollouts, "rollouts.jsonl".into()));
+    }
     fs::write(to.join("provenance.json"), provenance(order, &entries)?)?;
     made.push((ArtifactKind::Provenance, "provenance.json".into()));
     let artifact = |(kind, name): (ArtifactKind, String)| -> Result<Artifact, JobFailure> {

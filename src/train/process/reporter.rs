@@ -2,7 +2,7 @@
 
 use super::artifacts::facts;
 use super::run::JobFailure;
-use crate::job::{EventLog, Folder, JobEvent, Level, Order, StepMetrics};
+use crate::job::{EventLog, Folder, JobEvent, Level, Order, StepMetrics, rollout_table};
 use crate::train::export;
 use crate::train::model::{Model, Training};
 use crate::train::recipes::Event;
@@ -69,6 +69,7 @@ impl<'a> Reporter<'a> {
                 self.log.say(Level::Info, format!("Going on after step {step}."))?;
             }
             Event::Step(step) => self.step(step)?,
+            Event::Rollouts(rows) => rollout_table::append(&self.folder.rollouts(), &rows)?,
             Event::Note { text } => self.log.say(Level::Info, text)?,
             Event::Evaluated(found) => {
                 let bits = found.bits_per_byte;
@@ -101,6 +102,7 @@ impl<'a> Reporter<'a> {
         if self.pace.is_none() {
             // Removes the entries of an earlier process about steps that are now repeated.
             *self.log = EventLog::cut(&self.folder.events(), step.step - 1)?;
+            rollout_table::cut(&self.folder.rollouts(), step.step)?;
         }
         let pace = match self.pace {
             Some((last, pace)) => pace + RECENT * ((now - last).as_secs_f64() - pace),

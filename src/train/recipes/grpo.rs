@@ -3,9 +3,13 @@
 //! probability.
 
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
-use super::sampler::{Group, Measured, ReferenceModel, Sampler, Sampling, encoded, measure};
+use super::sampler::{
+    GradedCompletion, Group, Measured, ReferenceModel, Sampler, Sampling, encoded, mean_gap,
+    measure,
+};
 use super::{Job, Recipe};
 use crate::job::Metrics;
+use crate::job::rollout_table::RolloutRow;
 use crate::job::spec::{Grpo, GrpoLoss, PolicyLoss, Resolved};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
@@ -78,6 +82,8 @@ struct ScoredCompletion {
     /// (tokens) log-probabilities by the reference model, the model at the start of the job; `None`
     /// if not needed.
     reference: Option<Vec<f64>>,
+    /// Index in [`RolloutBuffer::rows`], while they are there.
+    row: usize,
 }
 
 /// The completions sampled for a batch of prompts, and the state of their updates. The buffer is
@@ -92,6 +98,9 @@ struct RolloutBuffer {
     /// Remaining optimizer steps on this buffer.
     updates: u64,
     measured: Measured,
+    /// What is said of the completions, until it is reported after the first update.
+    #[serde(skip)]
+    rows: Vec<RolloutRow>,
 }
 
 impl GrpoTrainer<'_> {
@@ -122,12 +131,15 @@ impl GrpoTrainer<'_> {
 impl RolloutBuffer {
     /// Adds the completions of one prompt. Completions whose gradient is zero are only counted.
     fn take_group(&mut self, group: Group, block: &Grpo) {
-        let Group { prompt, answers, rewards } = group;
+        let Group { prompt, completions } = group;
+        let rewards: Vec<f64> = completions.iter().map(GradedCompletion::reward).collect();
         let advantages = advantages(&rewards);
         let silent = advantages.iter().all(|advantage| *advantage == 0.0) && block.beta == 0.0;
         measure(&mut self.measured, "reward_std", deviation(&rewards));
         measure(&mut self.measured, "frac_reward_zero_std", f64::from(u8::from(silent)));
-        for (answer, advantage) in answers.into_iter().zip(advantages) {
+        for (completion, advantage) in completions.into_iter().zip(advantages) {
+            let GradedCompletion { rollout: answer, row } = completion;
+            self.rows.push(row);
             let overlong = block.mask_overlong && !answer.ended;
             if block.mask_overlong {
                 measure(&mut self.measured, "masked_ratio", f64::from(u8::from(overlong)));
@@ -135,6 +147,8 @@ impl RolloutBuffer {
             if answer.tokens.is_empty() || overlong {
                 continue;
             }
+            let row = self.rows.len() - 1;
+            self.rows[row].advantage = Some(advantage);
             if silent {
                 self.silent_tokens += answer.tokens.len() as f64;
                 self.silent_answers += 1.0;
@@ -147,6 +161,7 @@ impl RolloutBuffer {
                 advantage,
                 old: None,
                 reference: None,
+                row,
             });
         }
     }
@@ -250,6 +265,10 @@ impl BatchSource for Steps<'_, '_> {
         sums
     }
 
+    fn rollouts(&mut self) -> Vec<RolloutRow> {
+        std::mem::take(&mut self.held.borrow_mut().rows)
+    }
+
     fn examine(&self) -> Result<Option<Metrics>, TrainError> {
         self.run.sampler.examine()
     }
@@ -345,7 +364,12 @@ impl MicroBatch for Row {
         let mut held = self.held.borrow_mut();
         for (answer, range) in &self.loss.answers {
             // The ratio of later updates is taken to the policy before the first update.
-            held.answers[*answer].old.get_or_insert_with(|| log_probs[range.clone()].into());
+            let RolloutBuffer { answers, rows, .. } = &mut *held;
+            let answer = &mut answers[*answer];
+            let old = answer.old.get_or_insert_with(|| log_probs[range.clone()].into());
+            if let Some(row) = rows.get_mut(answer.row) {
+                row.sampling_logp_difference = mean_gap(old, &answer.sampled);
+            }
         }
         Ok(sums)
     }

@@ -6,10 +6,12 @@
 //! completion is added at the last token.
 
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
-use super::sampler::{Measured, ReferenceModel, Sampler, Sampling, encoded, measure};
+use super::sampler::{
+    GradedCompletion, Measured, ReferenceModel, Sampler, Sampling, encoded, mean_gap, measure,
+};
 use super::{Job, Recipe};
 use crate::job::Metrics;
-use crate::job::rollout::Rollout;
+use crate::job::rollout_table::RolloutRow;
 use crate::job::spec::{Ppo, PpoLoss, Resolved};
 use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
 use crate::train::loss::PpoCompletion;
@@ -75,6 +77,8 @@ struct ScoredCompletion {
     reference: Vec<f64>,
     advantages: Vec<f64>,
     returns: Vec<f64>,
+    /// Index in [`RolloutBuffer::rows`], while they are there.
+    row: usize,
 }
 
 /// The completions sampled for a batch of prompts, and the state of their updates. The buffer is
@@ -85,11 +89,17 @@ struct RolloutBuffer {
     /// Remaining optimizer steps on this buffer.
     updates: u64,
     measured: Measured,
+    /// What is said of the completions, until it is reported.
+    #[serde(skip)]
+    rows: Vec<RolloutRow>,
 }
 
 impl RolloutBuffer {
     /// Adds a completion. One that is empty, or could not be graded, is left out.
-    fn take(&mut self, prompt: &[u32], completion: Rollout, reward: f64, penalty: f64) {
+    fn take(&mut self, prompt: &[u32], completion: GradedCompletion, penalty: f64) {
+        let reward = completion.reward();
+        let GradedCompletion { rollout: completion, row } = completion;
+        self.rows.push(row);
         if completion.tokens.is_empty() || reward.is_nan() {
             return;
         }
@@ -99,6 +109,7 @@ impl RolloutBuffer {
             tokens: completion.tokens,
             sampled: completion.log_probs.into_iter().map(f64::from).collect(),
             score: reward - penalty,
+            row: self.rows.len() - 1,
             ..ScoredCompletion::default()
         });
     }
@@ -126,6 +137,9 @@ impl RolloutBuffer {
         }
         loss.whiten(&mut advantages);
         for (completion, found) in self.completions.iter_mut().zip(advantages) {
+            let row = &mut self.rows[completion.row];
+            row.advantage = Some(found.iter().sum::<f64>() / found.len() as f64);
+            row.sampling_logp_difference = mean_gap(&completion.old, &completion.sampled);
             completion.advantages = found;
         }
     }
@@ -151,8 +165,8 @@ impl Steps<'_> {
         let mut buffer = RolloutBuffer { updates, ..RolloutBuffer::default() };
         let penalty = self.block.missing_eos_penalty;
         for group in self.sampler.sample(prompts, cursor, &mut buffer.measured)? {
-            for (completion, reward) in group.answers.into_iter().zip(group.rewards) {
-                buffer.take(&group.prompt, completion, reward, penalty);
+            for completion in group.completions {
+                buffer.take(&group.prompt, completion, penalty);
             }
         }
         *self.buffer.borrow_mut() = buffer;
@@ -238,6 +252,10 @@ impl BatchSource for Steps<'_> {
             sums.measure_all(name.clone(), *sum, *count);
         }
         sums
+    }
+
+    fn rollouts(&mut self) -> Vec<RolloutRow> {
+        std::mem::take(&mut self.buffer.borrow_mut().rows)
     }
 
     fn examine(&self) -> Result<Option<Metrics>, TrainError> {

@@ -4,7 +4,8 @@ use super::{Job, Policy, TrainError};
 use crate::grade::{Context, Grader};
 use crate::job::Metrics;
 use crate::job::rollout::{CallError, Rollout, RolloutRequest};
-use crate::train::data::{Cursor, Encoded, EncodedPrompt, PreparedPrompts};
+use crate::job::rollout_table::RolloutRow;
+use crate::train::data::{Cursor, Encoded, PreparedPrompts};
 use crate::train::model::Model;
 use crate::train::rollout::RolloutClient;
 use candle_core::Tensor;
@@ -50,9 +51,29 @@ pub(super) fn measure(measured: &mut Measured, name: &str, value: f64) {
 /// The completions of one prompt.
 pub(super) struct Group {
     pub prompt: Vec<u32>,
-    pub answers: Vec<Rollout>,
-    /// (completions) NaN for completions without a reward.
-    pub rewards: Vec<f64>,
+    pub completions: Vec<GradedCompletion>,
+}
+
+/// A completion with its reward.
+pub(super) struct GradedCompletion {
+    pub rollout: Rollout,
+    /// What the table of rollouts says of it.
+    pub row: RolloutRow,
+}
+
+impl GradedCompletion {
+    /// NaN for a completion without a reward.
+    pub(super) fn reward(&self) -> f64 {
+        self.row.reward.unwrap_or(f64::NAN)
+    }
+}
+
+/// The mean absolute difference of two log-probabilities of each token of a completion, without
+/// those that the engine does not know.
+pub(super) fn mean_gap(trainer: &[f64], engine: &[f64]) -> Option<f64> {
+    let known = trainer.iter().zip(engine).filter(|(_, engine)| !engine.is_nan());
+    let gaps: Vec<f64> = known.map(|(trainer, engine)| (trainer - engine).abs()).collect();
+    (!gaps.is_empty()).then(|| gaps.iter().sum::<f64>() / gaps.len() as f64)
 }
 
 impl<'a> Sampler<'a> {
@@ -113,9 +134,9 @@ impl<'a> Sampler<'a> {
         answers: usize,
         measured: &mut Measured,
     ) -> Result<Vec<Group>, TrainError> {
-        let sampling = self.sampling;
+        let (sampling, numbers) = (self.sampling, prompts);
         let prompts: Vec<_> =
-            prompts.iter().map(|&number| from.get(number)).collect::<Result<_, _>>()?;
+            numbers.iter().map(|&number| from.get(number)).collect::<Result<_, _>>()?;
         let asked = RolloutRequest {
             prompts: prompts.iter().map(|prompt| prompt.tokens.clone()).collect(),
             seeds,
@@ -140,31 +161,38 @@ impl<'a> Sampler<'a> {
             measure(measured, "terminated_ratio", f64::from(u8::from(answer.ended)));
         }
         let started = Instant::now();
-        let rewards = self.grade(sampling.grader, &samples, measured)?;
+        let rows = self.grade(sampling.grader, &samples, measured)?;
         measure(measured, "grade_seconds", started.elapsed().as_secs_f64());
-        let mut left = rewards.into_iter();
-        let group = |(prompt, answers): (&EncodedPrompt, Vec<Rollout>)| {
-            let rewards = left.by_ref().take(answers.len()).collect();
-            Group { prompt: prompt.tokens.clone(), answers, rewards }
-        };
-        Ok(prompts.iter().zip(sampled).map(group).collect())
+        let mut rows = rows.into_iter();
+        let mut groups = Vec::with_capacity(prompts.len());
+        for ((number, prompt), rollouts) in numbers.iter().zip(&prompts).zip(sampled) {
+            let graded = rollouts.into_iter().zip(rows.by_ref());
+            let completions = graded
+                .map(|(rollout, row)| {
+                    let row = RolloutRow { prompt: *number, item: prompt.item.clone(), ..row };
+                    GradedCompletion { rollout, row }
+                })
+                .collect();
+            groups.push(Group { prompt: prompt.tokens.clone(), completions });
+        }
+        Ok(groups)
     }
 
-    /// (completions) rewards; NaN for a completion that could not be graded.
+    /// (completions) rows with rewards, but without the prompt.
     fn grade(
         &self,
         grader: &Grader,
         samples: &[(&serde_json::Value, &Rollout)],
         measured: &mut Measured,
-    ) -> Result<Vec<f64>, TrainError> {
+    ) -> Result<Vec<RolloutRow>, TrainError> {
         let contexts: Vec<Context> =
             samples.iter().map(|(item, answer)| Context::new(item, &answer.text)).collect();
         let questions: Vec<_> = contexts.iter().map(|context| grader.questions(context)).collect();
         let all: Vec<_> = questions.iter().flatten().cloned().collect();
         let answers = self.patiently(|client| client.query_graders(&all))?;
         let mut left = &answers[..];
-        let mut rewards = Vec::with_capacity(samples.len());
-        for (context, questions) in contexts.iter().zip(&questions) {
+        let mut rows = Vec::with_capacity(samples.len());
+        for ((context, questions), (_, answer)) in contexts.iter().zip(&questions).zip(samples) {
             let (own, others) = left.split_at(questions.len().min(left.len()));
             left = others;
             let graded = grader.grade(context, own);
@@ -174,17 +202,23 @@ impl<'a> Sampler<'a> {
             let lost = errors.model_grader_server_error
                 || errors.model_grader_refusal_error
                 || errors.model_grader_parse_error;
-            if lost {
-                rewards.push(f64::NAN);
-                continue;
+            if !lost {
+                measure(measured, "reward_mean", graded.reward);
+                for (name, reward) in &graded.sub_rewards {
+                    measure(measured, &format!("reward_{name}"), *reward);
+                }
             }
-            measure(measured, "reward_mean", graded.reward);
-            for (name, reward) in &graded.sub_rewards {
-                measure(measured, &format!("reward_{name}"), *reward);
-            }
-            rewards.push(graded.reward);
+            rows.push(RolloutRow {
+                completion: answer.text.clone(),
+                tokens: answer.tokens.len(),
+                ended: answer.ended,
+                reward: (!lost).then_some(graded.reward),
+                sub_rewards: graded.sub_rewards,
+                reasons: graded.reasons,
+                ..RolloutRow::default()
+            });
         }
-        Ok(rewards)
+        Ok(rows)
     }
 
     /// Repeats a request that fails temporarily, [`TRIES`] times at most: a dead engine is

@@ -10,7 +10,7 @@ use crate::gateway::jobs::{Jobs, NewJob};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::gateway::stream::json_line;
 use crate::job::spec::Spec;
-use crate::job::{Entry, Follower, plot};
+use crate::job::{Entry, Follower, plot, rollout_table};
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// After this much silence a comment is sent, so that proxies keep the connection open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Maximum number of rollouts in one answer.
+const MAX_ROLLOUTS: usize = 1_000;
 /// Maximum number of jobs on a page.
 const MAX_PAGE: usize = 1_000;
 
@@ -177,6 +179,36 @@ impl Following {
             }
         }
     }
+}
+
+#[derive(Debug, Deserialize)]
+pub struct WhichRollouts {
+    step: Option<u64>,
+    limit: Option<usize>,
+}
+
+/// `GET /admin/jobs/{id}/rollouts`: the completions that a policy was trained on at `?step=N`, by
+/// default at the last step that sampled.
+///
+/// # Errors
+/// 404, 400 for an invalid parameter.
+pub async fn rollouts(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+    query: Result<Query<WhichRollouts>, QueryRejection>,
+) -> Answer {
+    let WhichRollouts { step, limit } = query::read(query)?;
+    let limit = limit.unwrap_or(MAX_ROLLOUTS);
+    if !(1..=MAX_ROLLOUTS).contains(&limit) {
+        let message = format!("limit must be between 1 and {MAX_ROLLOUTS}.");
+        return Err(ApiError::invalid("limit", message));
+    }
+    app.jobs.get(&id, None)?;
+    let path = app.jobs.folder(&id).rollouts();
+    let read = move || rollout_table::read(&path, step, limit);
+    let read = tokio::task::spawn_blocking(read).await.map_err(ApiError::internal)?;
+    let (rows, more) = read.map_err(ApiError::internal)?;
+    Ok(Json(json!({"object": "list", "data": rows, "has_more": more})))
 }
 
 /// `GET /admin/jobs/{id}/plot.svg`.

@@ -35,7 +35,7 @@ fn refused(rejection: &QueryRejection) -> ApiError {
 }
 
 /// All parameters of all routes.
-const KNOWN: [&str; 6] = ["after", "limit", "order", "purpose", "metadata", "stream"];
+const KNOWN: [&str; 7] = ["after", "limit", "order", "purpose", "metadata", "stream", "step"];
 
 /// Parameter that Azure's clients add to every request.
 const ALWAYS: &str = "api-version";
@@ -52,6 +52,7 @@ fn known(method: &Method, path: &str) -> &'static [&'static str] {
             | "/admin/jobs",
         ) => &["after", "limit"],
         (&Method::GET, "/admin/jobs/{id}/events") => &["stream"],
+        (&Method::GET, "/admin/jobs/{id}/rollouts") => &["step", "limit"],
         _ => &[],
     }
 }
