@@ -36,6 +36,9 @@ pub struct Grpo {
     pub importance_sampling_correction: Correction,
     #[serde(default = "cap", alias = "cap")]
     pub importance_sampling_cap: f64,
+    /// Training ends when the mean reward has reached this value in three batches in a row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_reward: Option<f64>,
     /// Completions sampled for each validation prompt.
     #[serde(default = "eval_samples")]
     pub eval_samples: usize,
@@ -85,6 +88,7 @@ impl Grpo {
             loss: loss(),
             importance_sampling_correction: correction(),
             importance_sampling_cap: cap(),
+            target_reward: None,
             eval_samples: eval_samples(),
         }
     }
@@ -129,6 +133,7 @@ impl TaskSettings for Grpo {
         within("grpo.max_tokens", self.max_tokens as f64, 1.0, most)?;
         within("grpo.temperature", self.temperature, 0.01, 10.0)?;
         within("grpo.num_iterations", self.num_iterations as f64, 1.0, 64.0)?;
+        within("grpo.target_reward", self.target_reward.unwrap_or(0.0), -1e9, 1e9)?;
         within("grpo.eval_samples", self.eval_samples as f64, 1.0, 256.0)?;
         within("grpo.beta", self.beta, 0.0, 100.0)?;
         within("grpo.epsilon", self.epsilon, f64::MIN_POSITIVE, 100.0)?;

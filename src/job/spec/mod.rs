@@ -147,6 +147,9 @@ pub struct Train {
     /// Fraction of the steps in which the learning rate rises.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup: Option<f64>,
+    /// The same as a number of steps, in place of `warmup`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup_steps: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_every: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -182,6 +185,8 @@ pub struct Resolved {
     pub learning_rate: f64,
     pub schedule: Schedule,
     pub warmup: f64,
+    /// Takes precedence over `warmup`.
+    pub warmup_steps: Option<u64>,
     pub eval_every: u64,
     pub checkpoint_every: u64,
     pub keep_checkpoints: usize,
@@ -203,7 +208,8 @@ impl Spec {
             max_length: Some(settings.max_length),
             learning_rate: Some(settings.learning_rate),
             schedule: Some(settings.schedule),
-            warmup: Some(settings.warmup),
+            warmup: settings.warmup_steps.is_none().then_some(settings.warmup),
+            warmup_steps: settings.warmup_steps,
             eval_every: Some(settings.eval_every),
             checkpoint_every: Some(settings.checkpoint_every),
             keep_checkpoints: Some(settings.keep_checkpoints),
@@ -242,6 +248,9 @@ impl Spec {
             within("adapter.dropout", adapter.dropout, 0.0, 0.95)?;
             adapter.lora(self.seed)?;
         }
+        if self.train.warmup.is_some() && self.train.warmup_steps.is_some() {
+            return Err("train.warmup_steps: `train.warmup` is given already".into());
+        }
         let task = self.task.settings();
         let resolved = task.resolve(self)?;
         resolved.check()?;
@@ -261,6 +270,7 @@ impl Resolved {
         within("train.max_length", self.max_length as f64, 2.0, f64::from(1 << 20))?;
         within("train.learning_rate", self.learning_rate, f64::MIN_POSITIVE, 10.0)?;
         within("train.warmup", self.warmup, 0.0, 1.0)?;
+        within("train.warmup_steps", self.warmup_steps.unwrap_or(0) as f64, 0.0, 1e9)?;
         within("train.eval_every", self.eval_every as f64, 1.0, 1e9)?;
         within("train.checkpoint_every", self.checkpoint_every as f64, 1.0, 1e9)?;
         within("train.keep_checkpoints", self.keep_checkpoints as f64, 1.0, 1000.0)?;
@@ -332,6 +342,13 @@ mod tests {
         let (read, resolved) = spec(text).unwrap();
         assert_eq!((resolved.max_steps, resolved.threads), (Some(200), 2));
         assert_eq!(read.filled(&resolved).resolve().unwrap(), resolved);
+        let (read, resolved) = spec(
+            r#"{"kind": "sft", "model": "m", "data": {"train": "f"}, "train": {"warmup_steps": 7}}"#,
+        )
+        .unwrap();
+        assert_eq!(resolved.warmup_steps, Some(7));
+        assert_eq!(read.filled(&resolved).resolve().unwrap(), resolved);
+        let (read, _) = spec(text).unwrap();
         let again: Spec = serde_json::from_str(&serde_json::to_string(&read).unwrap()).unwrap();
         assert_eq!(read, again);
         let toml: Spec = toml::from_str(
@@ -371,6 +388,9 @@ mod tests {
             (r#""train": {"learning_rate": 0}"#, "train.learning_rate"),
             (r#""train": {"batch_size": 0}"#, "train.batch_size"),
             (r#""train": {"warmup": 2}"#, "train.warmup"),
+            (r#""train": {"warmup": 0.1, "warmup_steps": 3}"#, "train.warmup_steps"),
+            (r#""train": {"warmup_steps": 2000000000}"#, "train.warmup_steps"),
+            (r#""train": {"warmup_steps": -1}"#, "u64"),
             (r#""train": {"schedule": "up"}"#, "up"),
             (r#""train": {"optimizer": {"name": "sgd"}}"#, "sgd"),
             (r#""name": "x""#, "name"),

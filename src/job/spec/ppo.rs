@@ -47,6 +47,9 @@ pub struct Ppo {
     /// Whether the advantages of a batch are normalized to mean 0 and variance 1.
     #[serde(default = "yes")]
     pub whiten: bool,
+    /// Training ends when the mean reward has reached this value in three batches in a row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_reward: Option<f64>,
     /// Completions sampled for each validation prompt.
     #[serde(default = "eval_samples")]
     pub eval_samples: usize,
@@ -137,6 +140,7 @@ impl TaskSettings for Ppo {
         within("ppo.value_weight", self.value_weight, 0.0, 100.0)?;
         within("ppo.beta", self.beta, 0.0, 100.0)?;
         within("ppo.missing_eos_penalty", self.missing_eos_penalty, 0.0, 1e6)?;
+        within("ppo.target_reward", self.target_reward.unwrap_or(0.0), -1e9, 1e9)?;
         within("ppo.eval_samples", self.eval_samples as f64, 1.0, 256.0)
     }
 }

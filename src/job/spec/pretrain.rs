@@ -245,6 +245,7 @@ impl TaskSettings for Pretrain {
             learning_rate: train.learning_rate.unwrap_or(rate),
             schedule: train.schedule.unwrap_or(Schedule::WarmupStableDecay),
             warmup: train.warmup.unwrap_or(0.01),
+            warmup_steps: train.warmup_steps,
             eval_every: train.eval_every.unwrap_or(250),
             checkpoint_every: train.checkpoint_every.unwrap_or(250),
             keep_checkpoints: train.keep_checkpoints.unwrap_or(3),

@@ -82,6 +82,7 @@ fn resolve_tuning([of_adapter, of_all]: [f64; 2], spec: &Spec) -> Result<Resolve
         learning_rate: train.learning_rate.unwrap_or(rate),
         schedule: train.schedule.unwrap_or(Schedule::Cosine),
         warmup: train.warmup.unwrap_or(0.03),
+        warmup_steps: train.warmup_steps,
         eval_every: train.eval_every.unwrap_or(50),
         checkpoint_every: train.checkpoint_every.unwrap_or(100),
         keep_checkpoints: train.keep_checkpoints.unwrap_or(3),

@@ -265,6 +265,10 @@ impl BatchSource for Steps<'_, '_> {
         sums
     }
 
+    fn target_reward(&self) -> Option<f64> {
+        self.run.block.target_reward
+    }
+
     fn rollouts(&mut self) -> Vec<RolloutRow> {
         std::mem::take(&mut self.held.borrow_mut().rows)
     }

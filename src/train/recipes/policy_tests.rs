@@ -174,6 +174,27 @@ fn rewards_are_learned() {
 }
 
 #[test]
+fn training_ends_at_the_target() {
+    let folder = tempfile::tempdir().unwrap();
+    for kind in ["grpo", "ppo"] {
+        let of = |target: f64| {
+            let block = format!(r#""num_iterations": 2, "target_reward": {target},"#);
+            let spec = spec(kind, &block, r#", "max_steps": 12"#);
+            run(folder.path(), &spec, &[]).steps
+        };
+        // Every batch is at this target; each has two steps, and the first step of the third ends.
+        let steps = of(0.0);
+        assert_eq!(steps.len(), 5, "{kind}");
+        assert!(steps[4].last && !steps[3].last, "{kind}");
+        assert_eq!(of(1.5).len(), 12, "{kind}");
+        // An interrupted run counts the batches of before, and one that has ended stays so.
+        let spec =
+            spec(kind, r#""num_iterations": 2, "target_reward": 0,"#, r#", "max_steps": 12"#);
+        assert_eq!(run(folder.path(), &spec, &[3]).steps.len(), 5, "{kind}");
+    }
+}
+
+#[test]
 fn ppo_measures_what_it_does() {
     let folder = tempfile::tempdir().unwrap();
     let ran = run(folder.path(), &spec("ppo", "", r#", "max_steps": 8"#), &[]);

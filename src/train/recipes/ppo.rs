@@ -254,6 +254,10 @@ impl BatchSource for Steps<'_> {
         sums
     }
 
+    fn target_reward(&self) -> Option<f64> {
+        self.block.target_reward
+    }
+
     fn rollouts(&mut self) -> Vec<RolloutRow> {
         std::mem::take(&mut self.buffer.borrow_mut().rows)
     }

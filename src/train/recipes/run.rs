@@ -5,7 +5,7 @@ use crate::gguf::GgufError;
 use crate::job::rollout::CallError;
 use crate::job::rollout_table::RolloutRow;
 use crate::job::spec::Resolved;
-use crate::job::{Metrics, StepMetrics, Validation};
+use crate::job::{Metrics, REWARD, StepMetrics, Validation};
 use crate::train::checkpoint::{CheckpointError, Checkpoints};
 use crate::train::data::Cursor;
 use crate::train::model::{Batch, Gradients, Model, Pass};
@@ -17,6 +17,10 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+
+/// Number of successive batches at the target reward after which training ends: the mean of one
+/// batch may be high by chance.
+const ON_TARGET: u64 = 3;
 
 /// Why training ended early.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +96,9 @@ struct State {
     /// Training time, including the time before the run was resumed.
     #[serde(default)]
     seconds: f64,
+    /// Number of successive batches whose mean reward was at the target.
+    #[serde(default)]
+    on_target: u64,
     /// The state of the batch source, from [`BatchSource::save`].
     #[serde(default, with = "serde_bytes", skip_serializing_if = "Vec::is_empty")]
     source: Vec<u8>,
@@ -173,6 +180,11 @@ pub(super) trait BatchSource {
         Ok(None)
     }
 
+    /// The mean reward at which training ends.
+    fn target_reward(&self) -> Option<f64> {
+        None
+    }
+
     /// The completions sampled for this step that were not reported before. Called after an update.
     fn rollouts(&mut self) -> Vec<RolloutRow> {
         Vec::new()
@@ -218,8 +230,9 @@ impl Run<'_> {
         let extent = source.extent();
         let total = extent.steps;
         let warmup = (total as f64 * settings.warmup).ceil() as u64;
+        let warmup = settings.warmup_steps.unwrap_or(warmup);
         let limit = settings.max_minutes.map_or(f64::INFINITY, |minutes| minutes * 60.0);
-        while step < total && state.seconds < limit {
+        while step < total && state.seconds < limit && state.on_target < ON_TARGET {
             if stop.load(Ordering::Relaxed) {
                 state.source = source.save()?;
                 self.save(step, &optimization, &state, event)?;
@@ -237,8 +250,14 @@ impl Run<'_> {
                 .map_err(|source| TrainError::Update { step, source })?;
             let tokens: usize = parts.iter().map(MicroBatch::tokens).sum();
             state.tokens += tokens as u64;
+            let (mut rows, metrics) = (source.rollouts(), sums.metrics());
+            if !rows.is_empty()
+                && let (Some(target), Some(reward)) = (source.target_reward(), metrics.get(REWARD))
+            {
+                state.on_target = if *reward >= target { state.on_target + 1 } else { 0 };
+            }
             let due = state.seconds + started.elapsed().as_secs_f64() >= limit;
-            let last = step == total || due;
+            let last = step == total || due || state.on_target == ON_TARGET;
             event(Event::Step(StepMetrics {
                 step,
                 total_steps: total,
@@ -252,12 +271,18 @@ impl Run<'_> {
                 eta_seconds: 0.0,
                 memory_bytes: 0,
                 last,
-                metrics: sums.metrics(),
+                metrics,
             }));
-            let mut rows = source.rollouts();
             if !rows.is_empty() {
                 rows.iter_mut().for_each(|row| row.step = step);
                 event(Event::Rollouts(rows));
+            }
+            if state.on_target == ON_TARGET {
+                let text = format!(
+                    "The mean reward has reached the target in {ON_TARGET} batches in a row: \
+                     training ends."
+                );
+                event(Event::Note { text });
             }
             if last || step.is_multiple_of(settings.eval_every) {
                 self.report(source, step, event)?;
