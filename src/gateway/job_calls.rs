@@ -5,6 +5,7 @@
 //! Only the job's process holds the other end of the socket, so a call needs no key.
 
 use super::api::openai::graders::answer;
+use super::api::wire::format::response_format;
 use super::app::App;
 use super::auth::Identity;
 use super::error::ApiError;
@@ -12,7 +13,7 @@ use super::generate;
 use super::jobs::JobConnection;
 use super::registry::{AdapterSpec, AdapterVersion, Served};
 use crate::grade::{self, Question};
-use crate::ipc::{self, FrameError, Generate, Prompt, SamplingParams, StopParams};
+use crate::ipc::{self, FrameError, Generate, GrammarSpec, Prompt, SamplingParams, StopParams};
 use crate::job::rollout::{Call, CallError, Reply, Rollout, RolloutRequest};
 use futures_util::stream::{self, StreamExt};
 use http::StatusCode;
@@ -113,7 +114,12 @@ impl Calls {
         request: RolloutRequest,
         write: &mut OwnedWriteHalf,
     ) -> Result<(), ApiError> {
-        let RolloutRequest { prompts, seeds, answers, max_tokens, temperature } = request;
+        let RolloutRequest { prompts, seeds, answers, max_tokens, temperature, .. } = request;
+        let grammar = match &request.response_format {
+            Some(format) => response_format("response_format", format)?,
+            None => None,
+        };
+        let grammar = grammar.map(|grammar| GrammarSpec { grammar, trigger: None });
         let served = self.app.registry.find(&self.base).await?;
         let served = Served { adapter: self.policy.clone(), ..served };
         let adapter = served.adapter.as_ref().map(|adapter| adapter.id);
@@ -122,6 +128,7 @@ impl Calls {
             sampling: SamplingParams { temperature, seed, ..SamplingParams::default() },
             stop: StopParams { max_tokens: Some(max_tokens), ..StopParams::default() },
             logprobs: Some(0),
+            grammar: grammar.clone(),
             adapter,
             tenant: OF_JOBS.tenant,
             fair_key: OF_JOBS.key,
@@ -177,6 +184,8 @@ fn failure(error: &ApiError) -> CallError {
             | StatusCode::TOO_MANY_REQUESTS
             | StatusCode::INTERNAL_SERVER_ERROR
             | StatusCode::GATEWAY_TIMEOUT
+            // The model may be loaded again.
+            | StatusCode::NOT_FOUND
     );
     CallError { passing, message: format!("{}: {}", error.status, error.message) }
 }

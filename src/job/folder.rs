@@ -1,7 +1,7 @@
 //! The folder of a job.
 
 use super::order::{Order, VERSION};
-use super::outcome::Outcome;
+use super::outcome::{Failure, Outcome};
 use serde::{Serialize, de::DeserializeOwned};
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -85,6 +85,23 @@ impl Folder {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Writes what the job waits for outside of it, before its process exits with
+    /// [`WAITS`](super::WAITS).
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn wait_for(&self, what: &Failure) -> io::Result<()> {
+        write_json(&self.0.join("waits.json"), what)
+    }
+
+    /// What the job's last process waited for.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn waits_for(&self) -> io::Result<Failure> {
+        read_json(&self.0.join("waits.json"))
     }
 
     /// Writes the outcome of the job. This is the last file that a job writes.

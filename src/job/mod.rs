@@ -12,6 +12,7 @@
 //! cache/          tokenized data
 //! checkpoints/    step-N/, written atomically
 //! artifacts/      the files that the job produces
+//! waits.json      what a job that exited before its end waits for
 //! outcome.json    how the job ended; written last and atomically
 //! ```
 //!
@@ -55,5 +56,5 @@ pub use folder::{Folder, write_whole};
 pub use order::{Order, name_of};
 pub use outcome::{Artifact, ArtifactKind, Failure, Outcome};
 pub use plot::plot;
-pub use process::{DISK_FULL, DONE, Process, STOPPED, spawn};
+pub use process::{DISK_FULL, DONE, Process, STOPPED, WAITS, spawn};
 pub use resolve::{BaseModel, InitAdapter, ResolveError, ResolvedJob, Sources};

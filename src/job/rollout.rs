@@ -5,6 +5,7 @@
 
 use crate::grade::{Answer, Failed, Question};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::path::PathBuf;
 
 /// A call of a job.
@@ -56,6 +57,8 @@ pub struct RolloutRequest {
     /// Maximum number of tokens of a completion.
     pub max_tokens: u32,
     pub temperature: f32,
+    /// The form of the completions, as in requests to the server.
+    pub response_format: Option<Value>,
 }
 
 /// One sampled completion.

@@ -432,8 +432,14 @@ def test_a_policy_is_trained():
     assert ask(adapter(done)).choices[0].message.content
     # The same with a value head, which is no part of the adapter.
     block = {key: spec["grpo"][key] for key in ("num_generations", "max_tokens", "num_iterations", "grader")}
+    colour = {"type": "object", "properties": {"c": {"enum": ["red", "blue"]}}, "required": ["c"]}
+    block["response_format"] = {"type": "json_schema", "json_schema": {"name": "colour", "schema": colour}}
     ppo = {key: value for key, value in spec.items() if key != "grpo"} | {"kind": "ppo", "ppo": block}
     done, steps = run(ppo)
+    answers = [row["completion"] for row in rollouts()["data"] if row["ended"]]
+    assert answers and all(json.loads(answer)["c"] in ("red", "blue") for answer in answers), answers
+    wrong = {**block, "response_format": {"type": "json_schema"}}
+    assert "ppo.response_format.json_schema" in raises_admin({**ppo, "ppo": wrong})
     assert len(steps) == 3, steps
     for step in steps:
         assert 0 < step["reward_mean"] <= 1.1 and step["value_loss"] > 0 and step["entropy"] > 0, step

@@ -4,7 +4,7 @@ use super::throttle::Throttle;
 use super::{JobConnection, Jobs, LEAVE_PATIENCE, Live, lock};
 use crate::config::ByteSize;
 use crate::gateway::memory::available;
-use crate::job::{self, Entry, Folder, Follower, JobEvent};
+use crate::job::{self, Entry, Failure, Folder, Follower, JobEvent};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
@@ -37,6 +37,8 @@ pub(super) enum End {
     /// It exited because it was asked to.
     Left,
     DiskFull,
+    /// It waits for something outside of it.
+    Waits(Failure),
     /// Memory was low, so it was asked to exit.
     Short(String),
     Died(String),
@@ -153,6 +155,10 @@ fn end_of(status: ExitStatus, folder: &Folder) -> End {
         Some(job::DONE) => End::Done,
         Some(job::STOPPED) => End::Left,
         Some(job::DISK_FULL) => End::DiskFull,
+        Some(job::WAITS) => match folder.waits_for() {
+            Ok(what) => End::Waits(what),
+            Err(error) => End::Died(format!("what it waits for cannot be read: {error}")),
+        },
         _ => End::Died(format!("{status}{}", last_words(folder))),
     }
 }

@@ -146,6 +146,7 @@ impl Jobs {
                                    the job; it goes on from its last checkpoint.";
                     return self.pause_for(id, "disk_full", message);
                 }
+                End::Waits(what) => return self.pause_for(id, &what.code, &what.message),
                 End::Short(why) => return self.pause_for(id, "insufficient_memory", &why),
                 End::Died(why) => {
                     deaths += 1;

@@ -4,6 +4,7 @@ use super::{Correction, GrpoLoss, PolicyLoss, Resolved, TaskSettings, Weights, w
 use crate::dataset::DatasetKind;
 use crate::grade::Grader;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Group relative policy optimization: settings of sampling, grading and the loss.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,6 +37,10 @@ pub struct Grpo {
     pub importance_sampling_correction: Correction,
     #[serde(default = "cap", alias = "cap")]
     pub importance_sampling_cap: f64,
+    /// The form of the completions, as in requests to the server. Tokens that the form does not allow
+    /// are not sampled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_format: Option<Value>,
     /// Training ends when the mean reward has reached this value in three batches in a row.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_reward: Option<f64>,
@@ -88,6 +93,7 @@ impl Grpo {
             loss: loss(),
             importance_sampling_correction: correction(),
             importance_sampling_cap: cap(),
+            response_format: None,
             target_reward: None,
             eval_samples: eval_samples(),
         }
@@ -125,6 +131,10 @@ impl TaskSettings for Grpo {
 
     fn grader(&self) -> Option<&Grader> {
         Some(&self.grader)
+    }
+
+    fn response_format(&self) -> Option<&Value> {
+        self.response_format.as_ref()
     }
 
     fn check(&self, settings: &Resolved) -> Result<(), String> {

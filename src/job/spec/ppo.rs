@@ -4,6 +4,7 @@ use super::{PpoLoss, Resolved, TaskSettings, Weights, within};
 use crate::dataset::DatasetKind;
 use crate::grade::Grader;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Proximal policy optimization with a value head (Schulman et al. 2017, arXiv:1707.06347; Ziegler
 /// et al. 2019, arXiv:1909.08593): settings of sampling, grading and the loss.
@@ -47,6 +48,10 @@ pub struct Ppo {
     /// Whether the advantages of a batch are normalized to mean 0 and variance 1.
     #[serde(default = "yes")]
     pub whiten: bool,
+    /// The form of the completions, as in requests to the server. Tokens that the form does not allow
+    /// are not sampled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_format: Option<Value>,
     /// Training ends when the mean reward has reached this value in three batches in a row.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_reward: Option<f64>,
@@ -125,6 +130,10 @@ impl TaskSettings for Ppo {
 
     fn grader(&self) -> Option<&Grader> {
         Some(&self.grader)
+    }
+
+    fn response_format(&self) -> Option<&Value> {
+        self.response_format.as_ref()
     }
 
     fn check(&self, settings: &Resolved) -> Result<(), String> {

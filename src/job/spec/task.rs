@@ -9,6 +9,7 @@ use crate::grade::Grader;
 use serde::de::value::{Error, MapDeserializer};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
 
 /// Which weights a kind of job trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +52,11 @@ pub trait TaskSettings {
 
     /// The grader of a kind that samples completions from the served model.
     fn grader(&self) -> Option<&Grader> {
+        None
+    }
+
+    /// The form of the completions of such a kind.
+    fn response_format(&self) -> Option<&Value> {
         None
     }
 

@@ -20,7 +20,7 @@ mod tests;
 
 pub use run::{JobError, run};
 
-use crate::job::{DISK_FULL, DONE, Folder, STOPPED};
+use crate::job::{DISK_FULL, DONE, Folder, STOPPED, WAITS};
 use rustix::process::{getpid, setpriority_process};
 use std::io::{self, Read};
 use std::path::Path;
@@ -49,13 +49,13 @@ pub fn main(folder: &Path) -> ExitCode {
     match run(&folder, &stop) {
         Ok(true) => ExitCode::from(DONE),
         Ok(false) => ExitCode::from(STOPPED),
-        Err(error @ JobError::DiskFull(_)) => {
-            tracing::error!("{error}");
-            ExitCode::from(DISK_FULL)
-        }
         Err(error) => {
             tracing::error!("{error}");
-            ExitCode::FAILURE
+            match error {
+                JobError::DiskFull(_) => ExitCode::from(DISK_FULL),
+                JobError::Waits(_) => ExitCode::from(WAITS),
+                JobError::Busy | JobError::Folder(_) => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -29,15 +29,19 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub enum JobError {
     #[error("the disk is full: {0}")]
     DiskFull(String),
+    /// The job waits for something outside of it, which the folder names.
+    #[error("{0}")]
+    Waits(String),
     #[error("another process works on this job")]
     Busy,
     #[error("the job's folder: {0}")]
     Folder(#[from] io::Error),
 }
 
-/// Why the job failed, or that the disk was full.
+/// Why the job failed or waits, or that the disk was full.
 pub(super) enum JobFailure {
     Failed(Failure),
+    Waits(Failure),
     DiskFull(String),
 }
 
@@ -84,7 +88,14 @@ impl From<TrainError> for JobFailure {
         match error {
             TrainError::Spec(why) => failed("invalid_spec", None, why),
             TrainError::Grader { param, message } => failed("invalid_grader", Some(param), message),
-            error => classify("training_failed", None, &error),
+            error => match error.waits_for() {
+                Some(code) => JobFailure::Waits(Failure {
+                    code: code.into(),
+                    message: format!("{error}. The job goes on from here when it is resumed."),
+                    param: None,
+                }),
+                None => classify("training_failed", None, &error),
+            },
         }
     }
 }
@@ -115,11 +126,15 @@ pub fn run(folder: &Folder, stop: &AtomicBool) -> Result<bool, JobError> {
         Ok(None) => return Ok(false),
         Ok(Some((trained_tokens, artifacts))) => Outcome::Succeeded { trained_tokens, artifacts },
         Err(JobFailure::DiskFull(message)) => return Err(JobError::DiskFull(message)),
+        Err(JobFailure::Waits(what)) => {
+            folder.wait_for(&what)?;
+            return Err(JobError::Waits(what.message));
+        }
         Err(JobFailure::Failed(failure)) => Outcome::Failed(failure),
     };
     folder.end(&outcome).map_err(|error| match classify("", None, &error) {
         JobFailure::DiskFull(message) => JobError::DiskFull(message),
-        JobFailure::Failed(_) => JobError::Folder(error),
+        JobFailure::Failed(_) | JobFailure::Waits(_) => JobError::Folder(error),
     })?;
     tidy(folder);
     Ok(true)

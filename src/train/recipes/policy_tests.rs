@@ -2,7 +2,7 @@
 //! model in training itself, in place of an engine.
 
 use super::preference_tests::encoder;
-use super::{Event, Job, Outcome, Policy, Recipe};
+use super::{Event, Job, Outcome, Policy, Recipe, TrainError};
 use crate::gguf::Gguf;
 use crate::gguf::fixture::TinyDecoder;
 use crate::grade::{Answer, Failed, Question};
@@ -16,14 +16,25 @@ use crate::train::rollout::RolloutClient;
 use candle_core::Device;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Samples from the model in training. A token's text is one of four letters.
-struct InProcess(Rc<Model>);
+struct InProcess(Rc<Model>, Rc<Cell<Judge>>);
+
+/// What the grader's model does.
+#[derive(Clone, Copy, PartialEq)]
+enum Judge {
+    /// It scores every answer.
+    Works,
+    /// It is not available.
+    Down,
+    /// It fails for every third answer.
+    Sometimes,
+}
 
 impl InProcess {
     fn sample(&self, prompt: &[u32], key: (u64, u32), what: &RolloutRequest) -> Rollout {
@@ -60,8 +71,17 @@ impl RolloutClient for InProcess {
         Ok(what.prompts.iter().zip(&what.seeds).map(group).collect())
     }
 
-    fn query_graders(&mut self, _: &[Question]) -> Result<Vec<Result<Answer, Failed>>, CallError> {
-        Ok(Vec::new())
+    fn query_graders(
+        &mut self,
+        questions: &[Question],
+    ) -> Result<Vec<Result<Answer, Failed>>, CallError> {
+        let down = Failed { refused: false, message: "the judge is not loaded".into() };
+        let answer = |(number, _)| match self.1.get() {
+            Judge::Down => Err(down.clone()),
+            Judge::Sometimes if number % 3 == 0 => Err(down.clone()),
+            _ => Ok(Answer { number: Some(1.0), prompt_tokens: 1, completion_tokens: 1 }),
+        };
+        Ok(questions.iter().enumerate().map(answer).collect())
     }
 }
 
@@ -92,9 +112,21 @@ struct Ran {
 
 /// Runs training, interrupted after each of the steps in `stops`.
 fn run(folder: &Path, spec: &Spec, stops: &[u64]) -> Ran {
+    try_run(folder, spec, stops, &Rc::new(Cell::new(Judge::Works)), folder).unwrap()
+}
+
+/// As [`run`], with checkpoints in `runs`.
+fn try_run(
+    folder: &Path,
+    spec: &Spec,
+    stops: &[u64],
+    judge: &Rc<Cell<Judge>>,
+    runs: &Path,
+) -> Result<Ran, TrainError> {
+    let settings = spec.resolve().unwrap();
     match &spec.task {
-        Task::Grpo(block) => run_recipe::<Grpo>(folder, block, &spec.resolve().unwrap(), stops),
-        Task::Ppo(block) => run_recipe::<Ppo>(folder, block, &spec.resolve().unwrap(), stops),
+        Task::Grpo(block) => run_recipe::<Grpo>(folder, block, &settings, stops, judge, runs),
+        Task::Ppo(block) => run_recipe::<Ppo>(folder, block, &settings, stops, judge, runs),
         other => panic!("{other:?}"),
     }
 }
@@ -104,15 +136,19 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
     recipe: &R,
     settings: &Resolved,
     stops: &[u64],
-) -> Ran {
+    judge: &Rc<Cell<Judge>>,
+    runs: &Path,
+) -> Result<Ran, TrainError> {
     let path = folder.join("model.gguf");
     TinyDecoder::new("llama").write(&path).unwrap();
     let adapter = r#"{"kind": "sft", "model": "m", "data": {"train": "f"}}"#;
     let adapter = serde_json::from_str::<Spec>(adapter).unwrap().adapter.unwrap();
     let lora = Lora { rank: 4, ..adapter.lora(5).unwrap() };
     let (train, held_out) = (prompts(folder, "train", 12), prompts(folder, "held", 4));
-    let runs = tempfile::tempdir().unwrap();
-    let checkpoints = Checkpoints::new(runs.path(), 2).unwrap();
+    // Runs in the folder itself begin anew.
+    let fresh = tempfile::tempdir().unwrap();
+    let runs = if runs == folder { fresh.path() } else { runs };
+    let checkpoints = Checkpoints::new(runs, 2).unwrap();
     let tokenizer = encoder().tokenizer;
     let (mut steps, mut validation) = (Vec::new(), None);
     for stop_at in stops.iter().copied().chain([u64::MAX]) {
@@ -124,7 +160,7 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
             model = model.with_head(name, vec![0.0; width]).unwrap();
         }
         let model = Rc::new(model);
-        let client = RefCell::new(InProcess(model.clone()));
+        let client = RefCell::new(InProcess(model.clone(), judge.clone()));
         let policy =
             Policy { client: &client, export: &|_| Ok(()), adapter: Path::new("in memory") };
         let job = Job {
@@ -136,7 +172,7 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
             tokenizer: tokenizer.as_ref(),
             seed: 3,
             shuffle: Some(3),
-            reference: &runs.path().join("reference"),
+            reference: &runs.join("reference"),
             policy: Some(policy),
         };
         let stop = AtomicBool::new(false);
@@ -148,12 +184,12 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
             Event::Evaluated(found) => validation = Some(found),
             _ => {}
         });
-        if let Outcome::Done { .. } = outcome.unwrap() {
+        if let Outcome::Done { .. } = outcome? {
             let values = |param: &crate::train::optim::Param| {
                 param.var.flatten_all().unwrap().to_vec1::<f32>().unwrap()
             };
             let params = model.params().iter().map(values).collect();
-            return Ran { steps, validation, params };
+            return Ok(Ran { steps, validation, params });
         }
     }
     panic!("the run did not end");
@@ -191,6 +227,36 @@ fn training_ends_at_the_target() {
         let spec =
             spec(kind, r#""num_iterations": 2, "target_reward": 0,"#, r#", "max_steps": 12"#);
         assert_eq!(run(folder.path(), &spec, &[3]).steps.len(), 5, "{kind}");
+    }
+}
+
+#[test]
+fn a_job_waits_for_its_grader_and_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    for kind in ["grpo", "ppo"] {
+        let grader = r#"{"type": "score_model", "name": "j", "model": "judge", "range": [0, 1],
+            "input": [{"role": "user", "content": "{{sample.output_text}}"}]}"#;
+        let text = format!(
+            r#"{{"kind": "{kind}", "model": "m", "data": {{"train": "f"}},
+                "{kind}": {{"max_tokens": 2, "num_generations": 3, "grader": {grader}}},
+                "train": {{"batch_size": 4, "max_length": 64, "max_steps": 3}}}}"#
+        );
+        let spec: Spec = serde_json::from_str(&text).unwrap();
+        let runs = tempfile::tempdir().unwrap();
+        let judge = Rc::new(Cell::new(Judge::Down));
+        let attempt = || try_run(folder.path(), &spec, &[], &judge, runs.path());
+        let Err(error) = attempt() else { panic!("{kind}: nobody graded") };
+        assert_eq!(error.waits_for(), Some("grader_unavailable"), "{error}");
+        assert!(error.to_string().contains("12 of 12 answers: "), "{error}");
+        assert!(error.to_string().contains("the judge is not loaded"), "{error}");
+        // A few failures are counted, and the answers left out.
+        judge.set(Judge::Sometimes);
+        let ran = attempt().unwrap_or_else(|error| panic!("{kind}: {error}"));
+        assert_eq!(ran.steps.len(), 3);
+        for step in &ran.steps {
+            assert!((step.metrics["grader_errors"] - 1.0 / 3.0).abs() < 1e-9, "{step:?}");
+            assert_eq!(step.metrics["reward_mean"], 1.0, "{kind}");
+        }
     }
 }
 

@@ -45,6 +45,7 @@ impl Recipe for Ppo {
             num_generations: self.num_generations,
             max_tokens: self.max_tokens,
             temperature: self.temperature,
+            response_format: self.response_format.as_ref(),
             eval_samples: self.eval_samples,
         };
         let mut steps = Steps {

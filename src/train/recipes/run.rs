@@ -47,9 +47,24 @@ pub enum TrainError {
     /// The grader cannot be used with the data of this key.
     #[error("{message}")]
     Grader { param: &'static str, message: String },
+    /// The grader's models did not grade enough of the completions.
+    #[error("the grader could not grade {lost} of {all} answers: {reason}")]
+    Ungraded { lost: usize, all: usize, reason: String },
     /// The gradients are not finite, so the optimizer rejected them.
     #[error("step {step}: {source}: lower the learning rate, or look at the data")]
     Update { step: u64, source: candle_core::Error },
+}
+
+impl TrainError {
+    /// What the job waits for, if it can go on once something outside of it has changed: a code for
+    /// the job's error.
+    pub fn waits_for(&self) -> Option<&'static str> {
+        match self {
+            Self::Rollout(error) if error.passing => Some("model_unavailable"),
+            Self::Ungraded { .. } => Some("grader_unavailable"),
+            _ => None,
+        }
+    }
 }
 
 /// Events that a recipe reports while it runs. The reporter fills in `eta_seconds` and
@@ -240,7 +255,16 @@ impl Run<'_> {
             }
             let started = Instant::now();
             let due = extent.due(&state.cursor);
-            let parts = source.next(&mut state.cursor, due)?;
+            let before = state.cursor;
+            let parts = match source.next(&mut state.cursor, due) {
+                Err(error) if error.waits_for().is_some() => {
+                    state.cursor = before;
+                    state.source = source.save()?;
+                    self.save(step, &optimization, &state, event)?;
+                    return Err(error);
+                }
+                parts => parts?,
+            };
             let factor = settings.schedule.factor(step, total, warmup);
             step += 1;
             let (sums, gradients) = self.gradients(&parts, source.extra_losses(), step)?;

@@ -9,12 +9,15 @@ use crate::train::data::{Cursor, Encoded, PreparedPrompts};
 use crate::train::model::Model;
 use crate::train::rollout::RolloutClient;
 use candle_core::Tensor;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// Number of attempts while the engine fails, and the longest wait between two attempts.
 const TRIES: u32 = 30;
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
+/// Number of attempts while a grader's models do not grade half of the completions.
+const GRADE_TRIES: u32 = 4;
 
 /// How completions are sampled and graded.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +28,8 @@ pub(super) struct Sampling<'a> {
     /// Maximum number of tokens of a completion.
     pub max_tokens: usize,
     pub temperature: f64,
+    /// The form of the completions.
+    pub response_format: Option<&'a Value>,
     /// Completions sampled for each validation prompt.
     pub eval_samples: usize,
 }
@@ -143,6 +148,7 @@ impl<'a> Sampler<'a> {
             answers: answers as u32,
             max_tokens: sampling.max_tokens as u32,
             temperature: sampling.temperature as f32,
+            response_format: sampling.response_format.cloned(),
         };
         let started = Instant::now();
         // An engine that was restarted has lost the adapter.
@@ -151,7 +157,7 @@ impl<'a> Sampler<'a> {
             client.generate(&asked)
         })?;
         measure(measured, "rollout_seconds", started.elapsed().as_secs_f64());
-        let samples: Vec<(&serde_json::Value, &Rollout)> = prompts
+        let samples: Vec<(&Value, &Rollout)> = prompts
             .iter()
             .zip(&sampled)
             .flat_map(|(prompt, group)| group.iter().map(|answer| (&prompt.item, answer)))
@@ -161,7 +167,15 @@ impl<'a> Sampler<'a> {
             measure(measured, "terminated_ratio", f64::from(u8::from(answer.ended)));
         }
         let started = Instant::now();
-        let rows = self.grade(sampling.grader, &samples, measured)?;
+        let rows = self.grade(sampling.grader, &samples)?;
+        for row in &rows {
+            measure(measured, "grader_errors", f64::from(u8::from(!row.reasons.is_empty())));
+            let Some(reward) = row.reward else { continue };
+            measure(measured, "reward_mean", reward);
+            for (name, reward) in &row.sub_rewards {
+                measure(measured, &format!("reward_{name}"), *reward);
+            }
+        }
         measure(measured, "grade_seconds", started.elapsed().as_secs_f64());
         let mut rows = rows.into_iter();
         let mut groups = Vec::with_capacity(prompts.len());
@@ -178,12 +192,35 @@ impl<'a> Sampler<'a> {
         Ok(groups)
     }
 
-    /// (completions) rows with rewards, but without the prompt.
+    /// (completions) rows with rewards, but without the prompt. If the grader's models fail for half
+    /// of the completions or more, they are asked again, [`GRADE_TRIES`] times at most.
     fn grade(
         &self,
         grader: &Grader,
-        samples: &[(&serde_json::Value, &Rollout)],
-        measured: &mut Measured,
+        samples: &[(&Value, &Rollout)],
+    ) -> Result<Vec<RolloutRow>, TrainError> {
+        let (mut pause, mut attempt) = (Duration::from_millis(200), 1);
+        loop {
+            let rows = self.grade_once(grader, samples)?;
+            let lost = rows.iter().filter(|row| row.reward.is_none()).count();
+            if lost == 0 || 2 * lost < rows.len() {
+                return Ok(rows);
+            }
+            let reason = rows.iter().find(|row| row.reward.is_none());
+            let reason = reason.and_then(|row| row.reasons.first()).cloned().unwrap_or_default();
+            if attempt == GRADE_TRIES {
+                return Err(TrainError::Ungraded { lost, all: rows.len(), reason });
+            }
+            tracing::warn!("{lost} of {} answers are graded again: {reason}", rows.len());
+            std::thread::sleep(pause);
+            (pause, attempt) = (MAX_BACK_OFF.min(4 * pause), attempt + 1);
+        }
+    }
+
+    fn grade_once(
+        &self,
+        grader: &Grader,
+        samples: &[(&Value, &Rollout)],
     ) -> Result<Vec<RolloutRow>, TrainError> {
         let contexts: Vec<Context> =
             samples.iter().map(|(item, answer)| Context::new(item, &answer.text)).collect();
@@ -196,18 +233,11 @@ impl<'a> Sampler<'a> {
             let (own, others) = left.split_at(questions.len().min(left.len()));
             left = others;
             let graded = grader.grade(context, own);
-            measure(measured, "grader_errors", f64::from(u8::from(graded.errors.any())));
             // A failure of the grader model says nothing about the completion.
             let errors = &graded.errors;
             let lost = errors.model_grader_server_error
                 || errors.model_grader_refusal_error
                 || errors.model_grader_parse_error;
-            if !lost {
-                measure(measured, "reward_mean", graded.reward);
-                for (name, reward) in &graded.sub_rewards {
-                    measure(measured, &format!("reward_{name}"), *reward);
-                }
-            }
             rows.push(RolloutRow {
                 completion: answer.text.clone(),
                 tokens: answer.tokens.len(),

@@ -6,6 +6,7 @@
 use crate::gateway::api::admin::jobs::parsed;
 use crate::gateway::api::openai::files::{Page, listed, seen_by};
 use crate::gateway::api::wire::fields::{Fields, JsonBody};
+use crate::gateway::api::wire::format::response_format as wire_format;
 use crate::gateway::api::wire::query::{self, MetadataFilter, Pairs};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
@@ -40,6 +41,7 @@ struct Method {
     hyperparameters: Hyperparameters,
     /// Only for reinforcement, which needs one.
     grader: Option<Grader>,
+    response_format: Option<Value>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -182,7 +184,7 @@ pub async fn create(
         let message = "integrations are not supported: follow the job's events, or /metrics.";
         return Err(ApiError::invalid("integrations", message));
     }
-    let Method { kind, hyperparameters, grader } = take_method(&mut fields)?;
+    let Method { kind, hyperparameters, grader, response_format } = take_method(&mut fields)?;
     fields.finish()?;
 
     let owner = app.auth.owner(identity);
@@ -207,7 +209,7 @@ pub async fn create(
         let more = hyperparameters.compute_multiplier.unwrap_or(1.0);
         let num_generations = (usual.num_generations as f64 * more).round() as usize;
         let eval_samples = hyperparameters.eval_samples.map_or(1, |samples| samples as usize);
-        Grpo { num_generations, eval_samples, ..usual }
+        Grpo { num_generations, eval_samples, response_format, ..usual }
     };
     let task = match (kind, grader) {
         (MethodKind::Supervised, _) => Task::Sft(Sft {}),
@@ -315,7 +317,7 @@ fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
         let kind = MethodKind::Supervised;
         let hyperparameters = Hyperparameters::take(&mut old, kind)?;
         old.finish()?;
-        return Ok(Method { kind, hyperparameters, grader: None });
+        return Ok(Method { kind, hyperparameters, grader: None, response_format: None });
     };
     let kind = match method.string("type", 64)?.as_deref() {
         Some("supervised") => MethodKind::Supervised,
@@ -330,6 +332,7 @@ fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
         None => return Err(method.missing("type")),
     };
     let (mut hyperparameters, mut grader) = (Hyperparameters::default(), None);
+    let mut response_format = None;
     let block = method.object(kind.name())?;
     if block.is_none() && kind == MethodKind::Reinforcement {
         return Err(method.missing(kind.name()));
@@ -342,11 +345,11 @@ fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
                 Grader::parse_at(&path, value)
                     .map_err(crate::gateway::api::openai::graders::refused)?,
             );
-            if block.take("response_format").is_some_and(|format| format["type"] != "text") {
-                let message = "Sampled answers are held to no format here; leave it out, and let \
-                               a `json_schema` grader reward it.";
-                return Err(ApiError::invalid(block.name("response_format"), message)
-                    .with_code("not_implemented"));
+            if let Some(format) = block.take("response_format") {
+                // Read here so that a mistake is named before the job is created.
+                if wire_format(&block.name("response_format"), &format)?.is_some() {
+                    response_format = Some(format);
+                }
             }
         }
         if let Some(mut inner) = block.object("hyperparameters")? {
@@ -357,7 +360,7 @@ fn take_method(fields: &mut Fields) -> Result<Method, ApiError> {
     }
     method.finish()?;
     match old {
-        None => Ok(Method { kind, hyperparameters, grader }),
+        None => Ok(Method { kind, hyperparameters, grader, response_format }),
         Some(_) => Err(ApiError::invalid(
             "hyperparameters",
             "Give hyperparameters inside method, or beside it, not both.",
@@ -625,6 +628,9 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
     let mut of_method = json!({"hyperparameters": hyperparameters});
     if method == MethodKind::Reinforcement {
         of_method["grader"] = spec["grpo"]["grader"].clone();
+        if !spec["grpo"]["response_format"].is_null() {
+            of_method["response_format"] = spec["grpo"]["response_format"].clone();
+        }
     }
     let result_files: Vec<String> =
         succeeded.then(|| app.jobs.result_file(&job.id)).into_iter().collect();
@@ -736,7 +742,7 @@ mod tests {
                 r#"{"method": {"type": "reinforcement", "reinforcement": {"grader":
                     {"type": "length", "name": "l", "unit": "characters", "max": 9},
                     "response_format": {"type": "json_schema"}}}}"#,
-                "method.reinforcement.response_format",
+                "method.reinforcement.response_format.json_schema",
             ),
             (
                 r#"{"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}"#,

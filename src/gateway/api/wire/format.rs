@@ -4,7 +4,7 @@ use super::fields::{Fields, wrong};
 use crate::gateway::error::ApiError;
 use crate::ipc::Grammar;
 use crate::template::close_objects;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Maximum size of a schema or Lark grammar, in bytes of text.
 const MAX_GRAMMAR: usize = 256 << 10;
@@ -51,6 +51,25 @@ pub(in crate::gateway::api) fn take_response_format(
     };
     format.finish()?;
     Ok(grammar)
+}
+
+/// Reads a response format that is no part of a request; `name` is its name in errors.
+///
+/// # Errors
+/// 400 if it is none.
+pub fn response_format(name: &str, format: &Value) -> Result<Option<Grammar>, ApiError> {
+    let read =
+        take_response_format(&mut Fields::of(String::new(), json!({"response_format": format}))?);
+    read.map_err(|error| {
+        match error.param.as_deref().map(|param| param.strip_prefix("response_format")) {
+            Some(Some(rest)) => {
+                let param = format!("{name}{rest}");
+                ApiError { message: error.message.replace("response_format", name), ..error }
+                    .with_param(&param)
+            }
+            _ => error.with_param(name),
+        }
+    })
 }
 
 /// Takes `{"name", "description", "strict", "schema"}`. The schema is enforced whether or not

@@ -10,7 +10,7 @@
 
 pub mod fields;
 pub(super) mod form;
-pub(super) mod format;
+pub mod format;
 pub(super) mod logprobs;
 pub(super) mod messages;
 pub(super) mod params;
