@@ -33,7 +33,7 @@
 //! | `rollout.rs` | messages between a job that trains a policy and the gateway |
 //! | `rollout_table.rs` | the completions that a policy was trained on |
 //! | `process.rs` | starting the job process, and its exit codes |
-//! | `plot.rs` | plots of a job as SVG |
+//! | `plot.rs`, `report.rs` | plots of a job as SVG; its report as HTML |
 
 mod estimate;
 mod events;
@@ -42,6 +42,7 @@ mod order;
 mod outcome;
 mod plot;
 mod process;
+mod report;
 mod resolve;
 pub mod rollout;
 pub mod rollout_table;
@@ -57,4 +58,5 @@ pub use order::{Order, name_of};
 pub use outcome::{Artifact, ArtifactKind, Failure, Outcome};
 pub use plot::plot;
 pub use process::{DISK_FULL, DONE, Process, STOPPED, WAITS, spawn};
+pub use report::report;
 pub use resolve::{BaseModel, InitAdapter, ResolveError, ResolvedJob, Sources};

@@ -15,8 +15,16 @@ const RATE: u32 = 180;
 const POINTS: usize = 1_000;
 const FONT: &str = "sans-serif";
 /// Metrics that have their own panel, with their names in the legend.
-const MEASURED: [(&str, &str); 3] =
-    [("accuracy", "accuracy"), ("reward_margin", "reward margin"), ("kl", "KL to the reference")];
+const MEASURED: [(&str, &str); 8] = [
+    ("accuracy", "accuracy"),
+    ("reward_margin", "reward margin"),
+    ("reward_std", "spread of rewards"),
+    ("kl", "KL to the reference"),
+    ("entropy", "entropy (nats)"),
+    ("completion_length", "answer tokens"),
+    ("clip_ratio", "clipped share"),
+    ("value_loss", "value loss"),
+];
 
 /// (step, value) points of a curve.
 type Curve = Vec<(f64, f64)>;
@@ -68,7 +76,9 @@ fn panels(entries: &[Entry]) -> Vec<Panel> {
     let mut panels = vec![Panel { height: MAIN, what, curves, smoothed: true }];
     // Only preference and policy jobs have further metrics.
     if steps.iter().any(|step| !step.metrics.is_empty()) {
-        for ((name, what), color) in MEASURED.into_iter().zip([MAGENTA, CYAN, BLACK]) {
+        for ((name, what), color) in
+            MEASURED.into_iter().zip([MAGENTA, CYAN, BLACK].into_iter().cycle())
+        {
             let curve = of_steps(&|step| match name {
                 "accuracy" => step.accuracy,
                 _ => step.metrics.get(name).copied(),

@@ -512,6 +512,8 @@ def test_the_operators_side():
     step = next(event for event in events if event["type"] == "step")
     for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"):
         assert step[key] > 0, (key, step)
+    page = server.admin(f"/admin/jobs/{job['id']}/report").decode()
+    assert page.startswith("<!doctype html>") and "<svg" in page and "tokens_per_second" in page, page[:2000]
     svg = server.admin(f"/admin/jobs/{job['id']}/plot.svg").decode()
     assert svg.startswith("<svg") and "learning rate" in svg
     found = server.job(job["id"])

@@ -72,6 +72,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/admin/jobs/{id}/events", get(admin::jobs::events))
         .route("/admin/jobs/{id}/rollouts", get(admin::jobs::rollouts))
         .route("/admin/jobs/{id}/plot.svg", get(admin::jobs::curves))
+        .route("/admin/jobs/{id}/report", get(admin::jobs::html_report))
         .route("/admin/jobs/{id}/artifacts", get(admin::jobs::artifacts))
         .route("/admin/jobs/{id}/artifacts/{artifact}", get(admin::jobs::artifact))
         .merge(admin_json)

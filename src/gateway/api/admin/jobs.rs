@@ -11,7 +11,7 @@ use crate::gateway::jobs::{Jobs, NewJob};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::gateway::stream::json_line;
 use crate::job::spec::Spec;
-use crate::job::{Entry, Follower, plot, rollout_table};
+use crate::job::{Entry, Follower, plot, report, rollout_table};
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
@@ -228,6 +228,30 @@ pub async fn curves(
     let draw = move || plot(&entries, &job.name).map_err(ApiError::internal);
     let svg = tokio::task::spawn_blocking(draw).await.map_err(ApiError::internal)??;
     Ok(([(header::CONTENT_TYPE, "image/svg+xml")], svg).into_response())
+}
+
+/// `GET /admin/jobs/{id}/report`: everything about a job on one HTML page.
+///
+/// # Errors
+/// 404.
+pub async fn html_report(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let job = app.jobs.get(&id, None)?;
+    let (folder, entries) = (app.jobs.folder(&id), app.jobs.events(&id)?);
+    let write = move || -> Result<String, ApiError> {
+        let order = folder.order().map_err(ApiError::internal)?;
+        let rows = |step| rollout_table::read(&folder.rollouts(), step, MAX_ROLLOUTS);
+        let rollouts: Vec<_> = match (rows(Some(1)), rows(None)) {
+            (Ok((first, _)), Ok((last, _))) if first == last => vec![last],
+            (Ok((first, _)), Ok((last, _))) => vec![last, first],
+            (Err(error), _) | (_, Err(error)) => return Err(ApiError::internal(error)),
+        };
+        report(&order, job.status.name(), &entries, &rollouts).map_err(ApiError::internal)
+    };
+    let page = tokio::task::spawn_blocking(write).await.map_err(ApiError::internal)??;
+    Ok(([(header::CONTENT_TYPE, "text/html; charset=utf-8")], page).into_response())
 }
 
 /// `GET /admin/jobs/{id}/artifacts`.
