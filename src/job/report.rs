@@ -2,7 +2,8 @@
 
 use super::rollout_table::RolloutRow;
 use super::{DataReport, Entry, JobEvent, Level, Order, StepMetrics, plot};
-use minijinja::{Environment, context};
+use minijinja::Environment;
+use minijinja::value::Serde;
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -80,20 +81,21 @@ pub fn report(
         .map(|entry| (format!("{:.1} s", entry.at - first), entry.message.as_str()))
         .collect();
     let spec = serde_json::to_string_pretty(&order.spec).map_err(|error| error.to_string())?;
-    page.render(context! {
-        name => order.name,
-        facts => facts(order, status, entries),
-        errors => of_level(Level::Error),
-        warnings => of_level(Level::Warn),
-        measures => measures(entries),
-        plot => plot(entries, &order.name)?,
-        data => data(entries),
-        rollouts => rollouts.iter().filter_map(|rows| answers(rows)).collect::<Vec<_>>(),
-        samples,
-        spec,
-        events,
-    })
-    .map_err(|error| error.to_string())
+    let rollouts: Vec<_> = rollouts.iter().filter_map(|rows| answers(rows)).collect();
+    let values = serde_json::json!({
+        "name": order.name,
+        "facts": facts(order, status, entries),
+        "errors": of_level(Level::Error),
+        "warnings": of_level(Level::Warn),
+        "measures": measures(entries),
+        "plot": plot(entries, &order.name)?,
+        "data": data(entries),
+        "rollouts": rollouts,
+        "samples": samples,
+        "spec": spec,
+        "events": events,
+    });
+    page.render(Serde(&values)).map_err(|error| error.to_string())
 }
 
 fn facts(order: &Order, status: &str, entries: &[Entry]) -> Vec<(&'static str, String)> {
