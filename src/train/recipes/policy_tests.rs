@@ -198,7 +198,7 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
 #[test]
 fn rewards_are_learned() {
     let folder = tempfile::tempdir().unwrap();
-    for (kind, block, steps) in [("grpo", "", 12), ("ppo", r#""num_iterations": 2,"#, 48)] {
+    for (kind, block, steps) in [("grpo", "", 12), ("ppo", r#""num_iterations": 2, "beta": 0.01,"#, 48)] {
         let spec = spec(kind, block, &format!(r#", "max_steps": {steps}"#));
         let ran = run(folder.path(), &spec, &[]);
         assert_eq!(ran.steps.len(), steps);
