@@ -698,7 +698,7 @@ REFUSED = [
         {"grader": {**MULTI, "graders": {"max": CHECKED}}},
     ),
     ("no sample", "/v1/fine_tuning/alpha/graders/run", {"grader": CHECKED}),
-    ("kind", "/admin/jobs", {"kind": "ppo", "data": {"train": "f"}}),
+    ("kind", "/admin/jobs", {"kind": "dance", "data": {"train": "f"}}),
     ("a spec's key", "/admin/jobs", {"kind": "sft", "data": {"train": "f"}, "x": None}),
     (
         "null seed",
