@@ -14,7 +14,7 @@ use super::jobs::JobConnection;
 use super::registry::{AdapterSpec, AdapterVersion, Served};
 use crate::grade::{self, Question};
 use crate::ipc::{self, FrameError, Generate, GrammarSpec, Prompt, SamplingParams, StopParams};
-use crate::job::rollout::{Call, CallError, Reply, Rollout, RolloutRequest};
+use crate::job::rollout::{Call, CallCause, CallError, Reply, Rollout, RolloutRequest};
 use futures_util::stream::{self, StreamExt};
 use http::StatusCode;
 use std::io::ErrorKind;
@@ -187,5 +187,6 @@ fn failure(error: &ApiError) -> CallError {
             // The model may be loaded again.
             | StatusCode::NOT_FOUND
     );
-    CallError { passing, message: format!("{}: {}", error.status, error.message) }
+    let cause = if passing { CallCause::Passing } else { CallCause::Refused };
+    CallError { cause, message: format!("{}: {}", error.status, error.message) }
 }

@@ -39,9 +39,19 @@ pub enum Reply {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct CallError {
-    /// The failure is temporary: a retry may succeed.
-    pub passing: bool,
+    pub cause: CallCause,
     pub message: String,
+}
+
+/// The cause of a failed call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CallCause {
+    /// Temporary: a retry may succeed.
+    Passing,
+    /// The server refused the call, and will refuse it again.
+    Refused,
+    /// The server has ended.
+    Disconnected,
 }
 
 /// A request to sample completions from the policy. Sampling filters and penalties are disabled, so
@@ -66,7 +76,7 @@ pub struct RolloutRequest {
 pub struct Rollout {
     /// The tokens in the order of sampling, including the end-of-turn token.
     pub tokens: Vec<u32>,
-    /// (tokens) the sampler's log-probabilities at the request's temperature.
+    /// (tokens) the engine's log-probabilities at the request's temperature, without the form.
     pub log_probs: Vec<f32>,
     pub text: String,
     /// Whether the completion ended with an end-of-turn token, not at `max_tokens`.

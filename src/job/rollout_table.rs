@@ -48,6 +48,18 @@ pub fn append(path: &Path, rows: &[RolloutRow]) -> io::Result<()> {
     OpenOptions::new().append(true).create(true).open(path)?.write_all(&text)
 }
 
+/// Flushes appended rows to disk. A job without rollouts has no file.
+///
+/// # Errors
+/// If flushing fails.
+pub fn sync(path: &Path) -> io::Result<()> {
+    match File::open(path) {
+        Ok(file) => file.sync_data(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Removes the rows of `step` and later ones: a job that resumes repeats these steps.
 ///
 /// # Errors

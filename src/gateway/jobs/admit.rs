@@ -40,20 +40,22 @@ pub struct NewJob {
 struct Params {
     train: &'static str,
     validation: &'static str,
-    grader: &'static str,
 }
 
-const OPENAI: Params = Params {
-    train: "training_file",
-    validation: "validation_file",
-    grader: "method.reinforcement.grader",
-};
-const ADMIN: Params =
-    Params { train: "data.train", validation: "data.validation", grader: "grpo.grader" };
+const OPENAI: Params = Params { train: "training_file", validation: "validation_file" };
+const ADMIN: Params = Params { train: "data.train", validation: "data.validation" };
 
 impl NewJob {
     fn params(&self) -> &'static Params {
         if self.request.is_some() { &OPENAI } else { &ADMIN }
+    }
+
+    /// Name of the grader in errors.
+    fn grader_param(&self) -> String {
+        match self.request {
+            Some(_) => "method.reinforcement.grader".into(),
+            None => format!("{}.grader", self.spec.task.name()),
+        }
     }
 }
 
@@ -100,7 +102,7 @@ impl Jobs {
     /// Checks that the models that a policy's job queries are loaded now.
     async fn check_policy(&self, new: &NewJob) -> Result<(), ApiError> {
         let Some(grader) = new.spec.task.settings().grader() else { return Ok(()) };
-        let param = new.params().grader;
+        let param = &new.grader_param();
         if let Some(model) = &new.spec.model {
             // The base model generates the completions, so it must be loaded too.
             self.registry.find(model).await?;

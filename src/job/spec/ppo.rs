@@ -1,6 +1,7 @@
 //! The block `ppo` of a specification.
 
-use super::{PpoLoss, Resolved, TaskSettings, Weights, within};
+use super::task::resolve_tuning;
+use super::{PpoLoss, Resolved, Spec, TaskSettings, Weights, within};
 use crate::dataset::DatasetKind;
 use crate::grade::Grader;
 use serde::{Deserialize, Serialize};
@@ -128,6 +129,15 @@ impl TaskSettings for Ppo {
         )
     }
 
+    /// The loss compares log-probabilities and values of several passes, so no pass may drop
+    /// anything.
+    fn resolve(&self, spec: &Spec) -> Result<Resolved, String> {
+        if spec.adapter.as_ref().is_some_and(|adapter| adapter.dropout > 0.0) {
+            return Err("adapter.dropout: it must be 0 for a job of kind `ppo`".into());
+        }
+        resolve_tuning(self.learning_rates(), spec)
+    }
+
     fn grader(&self) -> Option<&Grader> {
         Some(&self.grader)
     }
@@ -194,6 +204,12 @@ mod tests {
             let error = spec(&format!("{GRADER}, {more}")).unwrap_err();
             assert!(error.contains(why), "{more}: {error}");
         }
+        let dropout = format!(
+            r#"{{"kind": "ppo", "model": "m", "data": {{"train": "f"}}, "ppo": {{{GRADER}}},
+                "adapter": {{"dropout": 0.1}}}}"#
+        );
+        let error = serde_json::from_str::<Spec>(&dropout).unwrap().resolve().unwrap_err();
+        assert!(error.contains("adapter.dropout"), "{error}");
         let error = spec(r#""beta": 0.1"#).unwrap_err();
         assert!(error.contains("missing field `grader`"), "{error}");
     }

@@ -68,7 +68,10 @@ pub trait TaskSettings {
 }
 
 /// Defaults of kinds that train an existing model.
-fn resolve_tuning([of_adapter, of_all]: [f64; 2], spec: &Spec) -> Result<Resolved, String> {
+pub(super) fn resolve_tuning(
+    [of_adapter, of_all]: [f64; 2],
+    spec: &Spec,
+) -> Result<Resolved, String> {
     if spec.model.is_none() {
         return Err(format!("model: a job of kind `{}` needs one", spec.task.name()));
     }

@@ -92,7 +92,8 @@ pub(super) fn artifacts(
     fs::write(to.join("results.csv"), results(&entries))?;
     made.push((ArtifactKind::Results, "results.csv".into()));
     if folder.rollouts().exists() {
-        fs::copy(folder.rollouts(), to.join("rollouts.jsonl"))?;
+        let (from, to) = (folder.rollouts(), to.join("rollouts.jsonl"));
+        fs::hard_link(&from, &to).or_else(|_| fs::copy(&from, &to).map(drop))?;
         made.push((ArtifactKind::Rollouts, "rollouts.jsonl".into()));
     }
     fs::write(to.join("provenance.json"), provenance(order, &entries)?)?;

@@ -4,7 +4,7 @@
 
 use crate::grade::{Answer, Failed, Question};
 use crate::ipc::{FrameError, read_frame, write_frame};
-use crate::job::rollout::{Call, CallError, Reply, Rollout, RolloutRequest};
+use crate::job::rollout::{Call, CallCause, CallError, Reply, Rollout, RolloutRequest};
 use crate::train::rollout::RolloutClient;
 use std::io::{self, BufReader};
 use std::os::fd::AsFd;
@@ -44,11 +44,18 @@ impl GatewayClient {
 }
 
 fn lost(error: &FrameError) -> CallError {
-    CallError { passing: false, message: format!("the connection to the server was lost: {error}") }
+    let cause = match error {
+        FrameError::Closed | FrameError::Io(_) => CallCause::Disconnected,
+        FrameError::TooLarge(_) | FrameError::Encode(_) | FrameError::Decode(_) => {
+            CallCause::Refused
+        }
+    };
+    CallError { cause, message: format!("the connection to the server was lost: {error}") }
 }
 
-fn unexpected(reply: &Reply) -> CallError {
-    CallError { passing: false, message: format!("the server replied {reply:?}") }
+fn unexpected() -> CallError {
+    let message = "the server sent a reply that does not belong to the call".into();
+    CallError { cause: CallCause::Refused, message }
 }
 
 impl RolloutClient for GatewayClient {
@@ -56,7 +63,7 @@ impl RolloutClient for GatewayClient {
         self.send(&Call::LoadPolicy(adapter.to_owned()))?;
         match self.reply()? {
             Reply::Done => Ok(()),
-            other => Err(unexpected(&other)),
+            _ => Err(unexpected()),
         }
     }
 
@@ -69,7 +76,7 @@ impl RolloutClient for GatewayClient {
                     found[prompt] = completions;
                 }
                 Reply::Done => return Ok(found),
-                other => return Err(unexpected(&other)),
+                _ => return Err(unexpected()),
             }
         }
     }
@@ -84,7 +91,7 @@ impl RolloutClient for GatewayClient {
         self.send(&Call::QueryGraders(questions.to_vec()))?;
         match self.reply()? {
             Reply::Answers(answers) => Ok(answers),
-            other => Err(unexpected(&other)),
+            _ => Err(unexpected()),
         }
     }
 }

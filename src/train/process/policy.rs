@@ -49,10 +49,17 @@ pub(super) fn exporter<'a>(
 pub(super) struct AdapterFile(PathBuf);
 
 impl AdapterFile {
+    /// Also deletes the files that killed processes of the job left.
     pub(super) fn new(job: &str, cache: &Path) -> Self {
-        let name = format!("ingot-{job}-{}.gguf", std::process::id());
         let memory = Path::new("/dev/shm");
-        Self(if memory.is_dir() { memory } else { cache }.join(name))
+        let folder = if memory.is_dir() { memory } else { cache };
+        let start = format!("ingot-{job}-");
+        for file in fs::read_dir(folder).into_iter().flatten().flatten() {
+            if file.file_name().to_str().is_some_and(|name| name.starts_with(&start)) {
+                let _ = fs::remove_file(file.path());
+            }
+        }
+        Self(folder.join(format!("{start}{}.gguf", std::process::id())))
     }
 
     pub(super) fn path(&self) -> &Path {

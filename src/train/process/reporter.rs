@@ -89,6 +89,7 @@ impl<'a> Reporter<'a> {
             }
             Event::Checkpoint { step } => {
                 self.checkpoint_adapter(step)?;
+                rollout_table::sync(&self.folder.rollouts())?;
                 let message = format!("Checkpoint created at step {step}.");
                 self.log.add(JobEvent::Checkpoint { step }, message)?;
                 self.log.sync()?;
@@ -143,18 +144,20 @@ impl<'a> Reporter<'a> {
         let Some(silent) = step.metrics.get(SILENT) else { return Ok(()) };
         self.silent = if *silent >= 1.0 { self.silent + 1 } else { 0 };
         let whole_run = self.silent >= step.step;
+        let kind = self.order.spec.task.name();
         let message = match () {
-            () if step.last && whole_run => format!(
+            // A run that ends before its last step has reached its target.
+            () if step.step == step.total_steps && whole_run => format!(
                 "Nothing was learned: in all {} steps the answers to each prompt had equal rewards. Check \
                  the grader on some answers (POST /v1/fine_tuning/alpha/graders/run), make the task \
-                 easier, or raise grpo.num_generations or grpo.temperature.",
+                 easier, or raise {kind}.num_generations or {kind}.temperature.",
                 step.step
             ),
             () if self.silent == SILENT_STEPS => format!(
                 "For {SILENT_STEPS} steps the answers to each prompt have had equal rewards (now {:.3} in \
                  the mean): there is nothing to learn from. If that is the highest reward, the task is \
                  learned, and the job can be stopped. If not, check the grader on some answers, make \
-                 the task easier, or raise grpo.num_generations or grpo.temperature.",
+                 the task easier, or raise {kind}.num_generations or {kind}.temperature.",
                 step.reward().unwrap_or(f64::NAN)
             ),
             () => return Ok(()),

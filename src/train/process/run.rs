@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 const FRESH: &str = "fresh.gguf";
 /// How long to wait for an earlier process of the same job to exit.
 const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Why a job process ended without an outcome.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
@@ -127,17 +128,21 @@ pub fn run(folder: &Folder, stop: &AtomicBool) -> Result<bool, JobError> {
         Ok(Some((trained_tokens, artifacts))) => Outcome::Succeeded { trained_tokens, artifacts },
         Err(JobFailure::DiskFull(message)) => return Err(JobError::DiskFull(message)),
         Err(JobFailure::Waits(what)) => {
-            folder.wait_for(&what)?;
+            folder.wait_for(&what).map_err(folder_error)?;
             return Err(JobError::Waits(what.message));
         }
         Err(JobFailure::Failed(failure)) => Outcome::Failed(failure),
     };
-    folder.end(&outcome).map_err(|error| match classify("", None, &error) {
-        JobFailure::DiskFull(message) => JobError::DiskFull(message),
-        JobFailure::Failed(_) | JobFailure::Waits(_) => JobError::Folder(error),
-    })?;
+    folder.end(&outcome).map_err(folder_error)?;
     tidy(folder);
     Ok(true)
+}
+
+fn folder_error(error: io::Error) -> JobError {
+    match classify("", None, &error) {
+        JobFailure::DiskFull(message) => JobError::DiskFull(message),
+        JobFailure::Failed(_) | JobFailure::Waits(_) => JobError::Folder(error),
+    }
 }
 
 /// Deletes files that a job does not need after its end. The adapters of its checkpoints are kept.

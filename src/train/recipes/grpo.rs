@@ -50,7 +50,7 @@ impl Recipe for Grpo {
             examples: job.train.len(),
             checkpoints: job.checkpoints,
             shuffle: job.shuffle,
-            sampler: Sampler::new(job, sampling)?,
+            sampler: Sampler::new(job, sampling, stop)?,
         };
         trainer.run(stop, event)
     }
@@ -83,7 +83,8 @@ struct ScoredCompletion {
     /// (tokens) log-probabilities by the reference model, the model at the start of the job; `None`
     /// if not needed.
     reference: Option<Vec<f64>>,
-    /// Index in [`RolloutBuffer::rows`], while they are there.
+    /// Index in [`RolloutBuffer::rows`], until they are reported.
+    #[serde(skip)]
     row: usize,
 }
 
@@ -99,7 +100,7 @@ struct RolloutBuffer {
     /// Remaining optimizer steps on this buffer.
     updates: u64,
     measured: Measured,
-    /// What is said of the completions, until it is reported after the first update.
+    /// Rows of the rollout table that are not reported yet.
     #[serde(skip)]
     rows: Vec<RolloutRow>,
 }
@@ -139,13 +140,14 @@ impl RolloutBuffer {
         measure(&mut self.measured, "reward_std", deviation(&rewards));
         measure(&mut self.measured, "frac_reward_zero_std", f64::from(u8::from(silent)));
         for (completion, advantage) in completions.into_iter().zip(advantages) {
-            let GradedCompletion { rollout: answer, row } = completion;
+            let GradedCompletion { rollout: answer, row, .. } = completion;
+            let graded = row.reward.is_some();
             self.rows.push(row);
             let overlong = block.mask_overlong && !answer.ended;
             if block.mask_overlong {
                 measure(&mut self.measured, "masked_ratio", f64::from(u8::from(overlong)));
             }
-            if answer.tokens.is_empty() || overlong {
+            if answer.tokens.is_empty() || overlong || !graded {
                 continue;
             }
             let row = self.rows.len() - 1;

@@ -6,7 +6,7 @@ use super::{Event, Job, Outcome, Policy, Recipe, TrainError};
 use crate::gguf::Gguf;
 use crate::gguf::fixture::TinyDecoder;
 use crate::grade::{Answer, Failed, Question};
-use crate::job::rollout::{CallError, Rollout, RolloutRequest};
+use crate::job::rollout::{CallCause, CallError, Rollout, RolloutRequest};
 use crate::job::spec::{Grpo, Lora, Ppo, Resolved, Spec, Task};
 use crate::job::{StepMetrics, Validation};
 use crate::train::checkpoint::Checkpoints;
@@ -34,6 +34,11 @@ enum Judge {
     Down,
     /// It fails for every fifth answer.
     Sometimes,
+    /// The server has ended, and the judge with it.
+    Gone,
+    /// It works up to this step, and is then not available, or gone.
+    DownAfter(u64),
+    GoneAfter(u64),
 }
 
 impl InProcess {
@@ -65,6 +70,10 @@ impl RolloutClient for InProcess {
     }
 
     fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
+        if self.1.get() == Judge::Gone {
+            let message = "the connection was lost".into();
+            return Err(CallError { cause: CallCause::Disconnected, message });
+        }
         let group = |(prompt, seed): (&Vec<u32>, &u64)| {
             (0..what.answers).map(|choice| self.sample(prompt, (*seed, choice), what)).collect()
         };
@@ -152,6 +161,9 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
     let tokenizer = encoder().tokenizer;
     let (mut steps, mut validation) = (Vec::new(), None);
     for stop_at in stops.iter().copied().chain([u64::MAX]) {
+        if judge.get() == Judge::Gone {
+            judge.set(Judge::Works);
+        }
         let file = Arc::new(Gguf::open(&path).unwrap());
         let training = Training::Lora(lora.clone());
         let mut model = Model::load(file, &training, 64, &Device::Cpu).unwrap();
@@ -179,6 +191,11 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
         let outcome = recipe.run(&job, &stop, &mut |event| match event {
             Event::Step(step) => {
                 stop.store(step.step == stop_at, Ordering::Relaxed);
+                match judge.get() {
+                    Judge::DownAfter(last) if last == step.step => judge.set(Judge::Down),
+                    Judge::GoneAfter(last) if last == step.step => judge.set(Judge::Gone),
+                    _ => {}
+                }
                 steps.push(step);
             }
             Event::Evaluated(found) => validation = Some(found),
@@ -198,7 +215,9 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
 #[test]
 fn rewards_are_learned() {
     let folder = tempfile::tempdir().unwrap();
-    for (kind, block, steps) in [("grpo", "", 12), ("ppo", r#""num_iterations": 2, "beta": 0.01,"#, 48)] {
+    for (kind, block, steps) in
+        [("grpo", "", 12), ("ppo", r#""num_iterations": 2, "beta": 0.01,"#, 48)]
+    {
         let spec = spec(kind, block, &format!(r#", "max_steps": {steps}"#));
         let ran = run(folder.path(), &spec, &[]);
         assert_eq!(ran.steps.len(), steps);
@@ -256,6 +275,41 @@ fn a_job_waits_for_its_grader_and_goes_on() {
         for step in &ran.steps {
             assert!((step.metrics["grader_errors"] - 1.0 / 6.0).abs() < 1e-9, "{step:?}");
             assert_eq!(step.metrics["reward_mean"], 1.0, "{kind}");
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_evaluation_is_made_up_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let grader = r#"{"type": "score_model", "name": "j", "model": "judge", "range": [0, 1],
+        "input": [{"role": "user", "content": "{{sample.output_text}}"}]}"#;
+    for kind in ["grpo", "ppo"] {
+        let text = format!(
+            r#"{{"kind": "{kind}", "model": "m", "data": {{"train": "f"}},
+                "{kind}": {{"max_tokens": 2, "num_generations": 3, "grader": {grader}}},
+                "train": {{"batch_size": 4, "max_length": 64, "max_steps": 6, "eval_every": 2,
+                    "checkpoint_every": 100}}}}"#
+        );
+        let spec: Spec = serde_json::from_str(&text).unwrap();
+        let whole = run(folder.path(), &spec, &[]);
+        for judge in [Judge::DownAfter(2), Judge::GoneAfter(3), Judge::GoneAfter(4)] {
+            let runs = tempfile::tempdir().unwrap();
+            let waits = judge == Judge::DownAfter(2);
+            let judge = Rc::new(Cell::new(judge));
+            let attempt = || try_run(folder.path(), &spec, &[u64::MAX], &judge, runs.path());
+            if waits {
+                let Err(error) = attempt() else { panic!("{kind}: nobody graded") };
+                assert!(error.to_string().contains("4 of 4 answers"), "{error}");
+                judge.set(Judge::Works);
+            }
+            let broken = attempt().unwrap_or_else(|error| panic!("{kind}: {error}"));
+            assert!(whole.params == broken.params, "{kind}");
+            assert_eq!(broken.validation.unwrap().step, 6);
+            // No step is repeated.
+            let steps: Vec<u64> = broken.steps.iter().map(|step| step.step).collect();
+            let expected: Vec<u64> = if waits { (3..=6).collect() } else { (1..=6).collect() };
+            assert_eq!(steps, expected, "{kind}");
         }
     }
 }

@@ -52,7 +52,7 @@ impl Recipe for Ppo {
             model: job.model,
             settings: job.settings,
             block: self,
-            sampler: Sampler::new(job, sampling)?,
+            sampler: Sampler::new(job, sampling, stop)?,
             examples: job.train.len(),
             order: Order::new(job.train.len(), job.shuffle),
             reference: ReferenceModel::of(job.model)?,
@@ -78,7 +78,8 @@ struct ScoredCompletion {
     reference: Vec<f64>,
     advantages: Vec<f64>,
     returns: Vec<f64>,
-    /// Index in [`RolloutBuffer::rows`], while they are there.
+    /// Index in [`RolloutBuffer::rows`], until they are reported.
+    #[serde(skip)]
     row: usize,
 }
 
@@ -90,7 +91,7 @@ struct RolloutBuffer {
     /// Remaining optimizer steps on this buffer.
     updates: u64,
     measured: Measured,
-    /// What is said of the completions, until it is reported.
+    /// Rows of the rollout table that are not reported yet.
     #[serde(skip)]
     rows: Vec<RolloutRow>,
 }
@@ -99,7 +100,7 @@ impl RolloutBuffer {
     /// Adds a completion. One that is empty, or could not be graded, is left out.
     fn take(&mut self, prompt: &[u32], completion: GradedCompletion, penalty: f64) {
         let reward = completion.reward();
-        let GradedCompletion { rollout: completion, row } = completion;
+        let GradedCompletion { rollout: completion, row, .. } = completion;
         self.rows.push(row);
         if completion.tokens.is_empty() || reward.is_nan() {
             return;

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 /// Interval of progress messages while reference log-probabilities are computed.
 const TOLD: Duration = Duration::from_secs(10);
 
-/// What the chosen completion of a pair is made to exceed the rejected one in.
+/// The quantity in which the chosen completion of a pair should exceed the rejected one.
 pub(super) trait Objective: Debug + Sync {
     /// The outputs of the model that the loss depends on.
     fn outputs(&self) -> Wanted;

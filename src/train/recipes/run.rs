@@ -2,7 +2,7 @@
 
 use crate::dataset::DataError;
 use crate::gguf::GgufError;
-use crate::job::rollout::CallError;
+use crate::job::rollout::{CallCause, CallError};
 use crate::job::rollout_table::RolloutRow;
 use crate::job::spec::Resolved;
 use crate::job::{Metrics, REWARD, StepMetrics, Validation};
@@ -35,8 +35,11 @@ pub enum TrainError {
     Tensor(#[from] candle_core::Error),
     #[error("step {step}: the loss is {loss}: lower the learning rate, or look at the data")]
     NotFinite { step: u64, loss: f64 },
-    #[error("the served model does not answer: {0}")]
+    #[error("the server: {0}")]
     Rollout(#[from] CallError),
+    /// `stop` was set while the job waited.
+    #[error("the job was asked to stop")]
+    Stopped,
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
     #[error(transparent)]
@@ -55,12 +58,30 @@ pub enum TrainError {
     Update { step: u64, source: candle_core::Error },
 }
 
+/// How a run can go on after an error that is not its own.
+enum Interruption {
+    /// In a new process, at once.
+    Stopped,
+    /// Once something outside of the job has changed.
+    Waits,
+}
+
 impl TrainError {
+    fn interruption(&self) -> Option<Interruption> {
+        match self {
+            Self::Stopped => Some(Interruption::Stopped),
+            Self::Rollout(error) if error.cause == CallCause::Disconnected => {
+                Some(Interruption::Stopped)
+            }
+            error => error.waits_for().map(|_| Interruption::Waits),
+        }
+    }
+
     /// What the job waits for, if it can go on once something outside of it has changed: a code for
     /// the job's error.
     pub fn waits_for(&self) -> Option<&'static str> {
         match self {
-            Self::Rollout(error) if error.passing => Some("model_unavailable"),
+            Self::Rollout(error) if error.cause == CallCause::Passing => Some("model_unavailable"),
             Self::Ungraded { .. } => Some("grader_unavailable"),
             _ => None,
         }
@@ -111,7 +132,10 @@ struct State {
     /// Training time, including the time before the run was resumed.
     #[serde(default)]
     seconds: f64,
-    /// Number of successive batches whose mean reward was at the target.
+    /// The evaluation of the last step was interrupted.
+    #[serde(default)]
+    unreported: bool,
+    /// Number of successive batches whose mean reward was at the target or above.
     #[serde(default)]
     on_target: u64,
     /// The state of the batch source, from [`BatchSource::save`].
@@ -242,6 +266,12 @@ impl Run<'_> {
             source.restore(&state.source)?;
             event(Event::Resumed { step });
         }
+        if state.unreported {
+            if let Err(error) = self.report(source, step, event) {
+                return self.interrupt(error, step, source, &optimization, state, event);
+            }
+            state.unreported = false;
+        }
         let extent = source.extent();
         let total = extent.steps;
         let warmup = (total as f64 * settings.warmup).ceil() as u64;
@@ -257,13 +287,11 @@ impl Run<'_> {
             let due = extent.due(&state.cursor);
             let before = state.cursor;
             let parts = match source.next(&mut state.cursor, due) {
-                Err(error) if error.waits_for().is_some() => {
+                Ok(parts) => parts,
+                Err(error) => {
                     state.cursor = before;
-                    state.source = source.save()?;
-                    self.save(step, &optimization, &state, event)?;
-                    return Err(error);
+                    return self.interrupt(error, step, source, &optimization, state, event);
                 }
-                parts => parts?,
             };
             let factor = settings.schedule.factor(step, total, warmup);
             step += 1;
@@ -308,8 +336,11 @@ impl Run<'_> {
                 );
                 event(Event::Note { text });
             }
-            if last || step.is_multiple_of(settings.eval_every) {
-                self.report(source, step, event)?;
+            if (last || step.is_multiple_of(settings.eval_every))
+                && let Err(error) = self.report(source, step, event)
+            {
+                state.unreported = true;
+                return self.interrupt(error, step, source, &optimization, state, event);
             }
             state.seconds += started.elapsed().as_secs_f64();
             if last || step.is_multiple_of(settings.checkpoint_every) {
@@ -318,6 +349,25 @@ impl Run<'_> {
             }
         }
         Ok(Outcome::Done { tokens: state.tokens })
+    }
+
+    /// After an error that is not the run's own, writes a checkpoint from which the run goes on.
+    fn interrupt(
+        &self,
+        error: TrainError,
+        step: u64,
+        source: &impl BatchSource,
+        optimization: &Optimization,
+        mut state: State,
+        event: &mut impl FnMut(Event),
+    ) -> Result<Outcome, TrainError> {
+        let Some(interruption) = error.interruption() else { return Err(error) };
+        state.source = source.save()?;
+        self.save(step, optimization, &state, event)?;
+        match interruption {
+            Interruption::Stopped => Ok(Outcome::Stopped),
+            Interruption::Waits => Err(error),
+        }
     }
 
     fn save(

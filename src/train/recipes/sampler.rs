@@ -3,7 +3,7 @@
 use super::{Job, Policy, TrainError};
 use crate::grade::{Context, Grader};
 use crate::job::Metrics;
-use crate::job::rollout::{CallError, Rollout, RolloutRequest};
+use crate::job::rollout::{CallCause, CallError, Rollout, RolloutRequest};
 use crate::job::rollout_table::RolloutRow;
 use crate::train::data::{Cursor, Encoded, PreparedPrompts};
 use crate::train::model::Model;
@@ -11,13 +11,18 @@ use crate::train::rollout::RolloutClient;
 use candle_core::Tensor;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Number of attempts while the engine fails, and the longest wait between two attempts.
 const TRIES: u32 = 30;
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
-/// Number of attempts while a grader's models do not grade half of the completions.
+/// Number of attempts while a grader's models are not available for [`TRAIN_SHARE`] of the
+/// completions of a batch.
 const GRADE_TRIES: u32 = 4;
+const TRAIN_SHARE: f64 = 0.5;
+/// Interval at which a waiting job looks whether it has to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// How completions are sampled and graded.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +48,8 @@ pub(super) struct Sampler<'a> {
     validation: Option<&'a PreparedPrompts>,
     batch_size: usize,
     seed: u64,
+    /// Ends waiting.
+    stop: &'a AtomicBool,
 }
 
 /// (sum, count) of each metric, by name.
@@ -62,8 +69,30 @@ pub(super) struct Group {
 /// A completion with its reward.
 pub(super) struct GradedCompletion {
     pub rollout: Rollout,
-    /// What the table of rollouts says of it.
+    /// Its row in the rollout table.
     pub row: RolloutRow,
+    /// A model of the grader could not be asked about it.
+    unavailable: bool,
+}
+
+/// A row of the rollout table, and whether a model of the grader could not be asked.
+struct GradedRow {
+    row: RolloutRow,
+    unavailable: bool,
+}
+
+/// Checks that the grader's models could be asked about more than `1 - share` of the completions.
+fn check_graded(groups: &[Group], share: f64) -> Result<(), TrainError> {
+    let completions = || groups.iter().flat_map(|group| &group.completions);
+    let lost = completions().filter(|completion| completion.unavailable);
+    let (all, lost): (usize, Vec<_>) = (completions().count(), lost.collect());
+    match lost.first() {
+        Some(first) if lost.len() as f64 >= share * all as f64 => {
+            let reason = first.row.reasons.first().cloned().unwrap_or_default();
+            Err(TrainError::Ungraded { lost: lost.len(), all, reason })
+        }
+        _ => Ok(()),
+    }
 }
 
 impl GradedCompletion {
@@ -87,6 +116,7 @@ impl<'a> Sampler<'a> {
     pub(super) fn new(
         job: &Job<'a, PreparedPrompts>,
         sampling: Sampling<'a>,
+        stop: &'a AtomicBool,
     ) -> Result<Self, TrainError> {
         let Some(policy) = job.policy else {
             return Err(TrainError::Spec("there is no served model to sample from".into()));
@@ -97,7 +127,7 @@ impl<'a> Sampler<'a> {
         }
         let (train, validation) = (job.train, job.validation);
         let (batch_size, seed) = (job.settings.batch_size, job.seed);
-        Ok(Self { policy, sampling, train, validation, batch_size, seed })
+        Ok(Self { policy, sampling, train, validation, batch_size, seed, stop })
     }
 
     /// Samples completions to train on, with the current weights. `cursor` is the position of the
@@ -111,7 +141,10 @@ impl<'a> Sampler<'a> {
         let first = (cursor.epoch << 32) + cursor.taken;
         let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
         (self.policy.export)(self.policy.adapter)?;
-        self.groups(self.train, prompts, seeds, self.sampling.num_generations, measured)
+        let answers = self.sampling.num_generations;
+        let groups = self.groups(self.train, prompts, seeds, answers, TRAIN_SHARE, measured)?;
+        check_graded(&groups, TRAIN_SHARE)?;
+        Ok(groups)
     }
 
     /// Mean rewards of completions of the validation prompts. The same random seeds are used each
@@ -120,11 +153,15 @@ impl<'a> Sampler<'a> {
         let Some(held_out) = self.validation else { return Ok(None) };
         let mut measured = Measured::new();
         (self.policy.export)(self.policy.adapter)?;
-        let all: Vec<usize> = (0..held_out.len()).collect();
+        let (all, mut groups): (Vec<usize>, _) = ((0..held_out.len()).collect(), Vec::new());
         for prompts in all.chunks(self.batch_size) {
             let seeds = prompts.iter().map(|&number| mixed(!self.seed, number as u64)).collect();
-            self.groups(held_out, prompts, seeds, self.sampling.eval_samples, &mut measured)?;
+            let answers = self.sampling.eval_samples;
+            groups.extend(self.groups(held_out, prompts, seeds, answers, 1.0, &mut measured)?);
         }
+        // An answer that no judge can be asked about, because it is too long, must not end every
+        // evaluation.
+        check_graded(&groups, 1.0)?;
         let mean = |(name, (sum, count)): (String, (f64, f64))| (name, sum / count);
         Ok(Some(measured.into_iter().map(mean).collect()))
     }
@@ -137,6 +174,7 @@ impl<'a> Sampler<'a> {
         prompts: &[usize],
         seeds: Vec<u64>,
         answers: usize,
+        share: f64,
         measured: &mut Measured,
     ) -> Result<Vec<Group>, TrainError> {
         let (sampling, numbers) = (self.sampling, prompts);
@@ -167,8 +205,8 @@ impl<'a> Sampler<'a> {
             measure(measured, "terminated_ratio", f64::from(u8::from(answer.ended)));
         }
         let started = Instant::now();
-        let rows = self.grade(sampling.grader, &samples)?;
-        for row in &rows {
+        let rows = self.grade(sampling.grader, &samples, share)?;
+        for GradedRow { row, .. } in &rows {
             measure(measured, "grader_errors", f64::from(u8::from(!row.reasons.is_empty())));
             let Some(reward) = row.reward else { continue };
             measure(measured, "reward_mean", reward);
@@ -182,9 +220,10 @@ impl<'a> Sampler<'a> {
         for ((number, prompt), rollouts) in numbers.iter().zip(&prompts).zip(sampled) {
             let graded = rollouts.into_iter().zip(rows.by_ref());
             let completions = graded
-                .map(|(rollout, row)| {
+                .map(|(rollout, graded)| {
+                    let GradedRow { row, unavailable } = graded;
                     let row = RolloutRow { prompt: *number, item: prompt.item.clone(), ..row };
-                    GradedCompletion { rollout, row }
+                    GradedCompletion { rollout, row, unavailable }
                 })
                 .collect();
             groups.push(Group { prompt: prompt.tokens.clone(), completions });
@@ -192,27 +231,24 @@ impl<'a> Sampler<'a> {
         Ok(groups)
     }
 
-    /// (completions) rows with rewards, but without the prompt. If the grader's models fail for half
-    /// of the completions or more, they are asked again, [`GRADE_TRIES`] times at most.
+    /// (completions) rows with rewards, but without the prompt. While the grader's models cannot be
+    /// asked about `share` of the completions or more, they are asked again, [`GRADE_TRIES`] times
+    /// at most.
     fn grade(
         &self,
         grader: &Grader,
         samples: &[(&Value, &Rollout)],
-    ) -> Result<Vec<RolloutRow>, TrainError> {
+        share: f64,
+    ) -> Result<Vec<GradedRow>, TrainError> {
         let (mut pause, mut attempt) = (Duration::from_millis(200), 1);
         loop {
             let rows = self.grade_once(grader, samples)?;
-            let lost = rows.iter().filter(|row| row.reward.is_none()).count();
-            if lost == 0 || 2 * lost < rows.len() {
+            let down = rows.iter().filter(|row| row.unavailable).count();
+            if attempt == GRADE_TRIES || down == 0 || (down as f64) < share * rows.len() as f64 {
                 return Ok(rows);
             }
-            let reason = rows.iter().find(|row| row.reward.is_none());
-            let reason = reason.and_then(|row| row.reasons.first()).cloned().unwrap_or_default();
-            if attempt == GRADE_TRIES {
-                return Err(TrainError::Ungraded { lost, all: rows.len(), reason });
-            }
-            tracing::warn!("{lost} of {} answers are graded again: {reason}", rows.len());
-            std::thread::sleep(pause);
+            tracing::warn!("{down} of {} answers are graded again", rows.len());
+            self.wait(pause)?;
             (pause, attempt) = (MAX_BACK_OFF.min(4 * pause), attempt + 1);
         }
     }
@@ -221,7 +257,7 @@ impl<'a> Sampler<'a> {
         &self,
         grader: &Grader,
         samples: &[(&Value, &Rollout)],
-    ) -> Result<Vec<RolloutRow>, TrainError> {
+    ) -> Result<Vec<GradedRow>, TrainError> {
         let contexts: Vec<Context> =
             samples.iter().map(|(item, answer)| Context::new(item, &answer.text)).collect();
         let questions: Vec<_> = contexts.iter().map(|context| grader.questions(context)).collect();
@@ -238,7 +274,8 @@ impl<'a> Sampler<'a> {
             let lost = errors.model_grader_server_error
                 || errors.model_grader_refusal_error
                 || errors.model_grader_parse_error;
-            rows.push(RolloutRow {
+            let unavailable = errors.model_grader_server_error;
+            let row = RolloutRow {
                 completion: answer.text.clone(),
                 tokens: answer.tokens.len(),
                 ended: answer.ended,
@@ -246,9 +283,23 @@ impl<'a> Sampler<'a> {
                 sub_rewards: graded.sub_rewards,
                 reasons: graded.reasons,
                 ..RolloutRow::default()
-            });
+            };
+            rows.push(GradedRow { row, unavailable });
         }
         Ok(rows)
+    }
+
+    /// # Errors
+    /// [`TrainError::Stopped`] as soon as `stop` is set.
+    fn wait(&self, time: Duration) -> Result<(), TrainError> {
+        let start = Instant::now();
+        while start.elapsed() < time {
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(TrainError::Stopped);
+            }
+            std::thread::sleep(LOOK_EVERY.min(time));
+        }
+        Ok(())
     }
 
     /// Repeats a request that fails temporarily, [`TRIES`] times at most: a dead engine is
@@ -261,9 +312,9 @@ impl<'a> Sampler<'a> {
         for _ in 1..TRIES {
             match ask(&mut *self.policy.client.borrow_mut()) {
                 Ok(answer) => return Ok(answer),
-                Err(error) if error.passing => {
+                Err(error) if error.cause == CallCause::Passing => {
                     tracing::warn!("the engine is asked again: {error}");
-                    std::thread::sleep(pause);
+                    self.wait(pause)?;
                     pause = MAX_BACK_OFF.min(2 * pause);
                 }
                 Err(error) => return Err(error.into()),

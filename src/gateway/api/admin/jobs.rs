@@ -1,8 +1,8 @@
 //! `/admin/jobs`: every kind of job, for the operator.
 
+use crate::gateway::api::openai::check_format;
 use crate::gateway::api::openai::files::{self, Page};
 use crate::gateway::api::wire::fields::{Fields, without_mark};
-use crate::gateway::api::wire::format::response_format;
 use crate::gateway::api::wire::query;
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
@@ -50,9 +50,7 @@ pub async fn create(
     let spec: Spec = serde_json::from_slice(without_mark(&body)).map_err(|error| {
         ApiError::bad_request(format!("The job's specification is not valid: {error}."))
     })?;
-    if let Some(format) = spec.task.settings().response_format() {
-        response_format(&format!("{}.response_format", spec.task.name()), format)?;
-    }
+    check_format(&app, &spec, &format!("{}.response_format", spec.task.name())).await?;
     let owner = app.auth.owner(identity);
     let job = app.jobs.create(NewJob { spec, owner, admin: true, request: None }).await?;
     Ok((StatusCode::CREATED, Json(show(&app.jobs, &job)?)).into_response())

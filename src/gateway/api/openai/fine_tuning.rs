@@ -4,6 +4,7 @@
 //! its own jobs; the admin key sees all.
 
 use crate::gateway::api::admin::jobs::parsed;
+use crate::gateway::api::openai::check_format;
 use crate::gateway::api::openai::files::{Page, listed, seen_by};
 use crate::gateway::api::wire::fields::{Fields, JsonBody};
 use crate::gateway::api::wire::format::response_format as wire_format;
@@ -258,6 +259,7 @@ pub async fn create(
         },
         task,
     };
+    check_format(&app, &spec, "method.reinforcement.response_format").await?;
     let new = NewJob { spec, owner, admin: identity.admin, request: Some(request.to_string()) };
     let job = app.jobs.create(new).await?;
     show(&app, &job).map(Json)
@@ -615,12 +617,14 @@ fn show(app: &App, job: &StoredJob) -> Result<Value, ApiError> {
     };
     let hyperparameters = match &request["hyperparameters"] {
         Value::Null => {
-            let task = Spec::deserialize(&spec).map_err(ApiError::internal)?.task;
+            // `None` if an older version cannot read the specification of a newer one.
+            let task = Spec::deserialize(&spec).ok().map(|spec| spec.task);
             json!({
                 "n_epochs": spec["train"]["epochs"].as_f64().unwrap_or(1.0).ceil() as u64,
                 "batch_size": spec["train"]["batch_size"],
                 "learning_rate_multiplier":
-                    spec["train"]["learning_rate"].as_f64().map(|rate| rate / learning_rate(&task)),
+                    spec["train"]["learning_rate"].as_f64().zip(task.as_ref())
+                        .map(|(rate, task)| rate / learning_rate(task)),
             })
         }
         found => found.clone(),

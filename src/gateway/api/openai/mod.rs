@@ -10,9 +10,12 @@ pub mod models;
 pub mod score;
 pub mod tokenize;
 
+use crate::gateway::api::wire::format::response_format;
+use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::{Model, Served};
 use crate::ipc::{Call, FinishReason, Grammar};
+use crate::job::spec::Spec;
 use crate::template::{ChatTemplate, RenderInput, RenderedPrompt, TemplateError};
 use chat::constraint::Part;
 use serde::Serialize;
@@ -82,6 +85,24 @@ pub(in crate::gateway::api) async fn name_grammar_part(
     // Each part is valid alone; only their combination is refused.
     let param = parts.last().map_or("response_format", |part| &part.param);
     refused.with_param(param)
+}
+
+/// Checks that the model of a job can enforce the form of its completions; `param` is the name of
+/// the form in errors.
+///
+/// # Errors
+/// 400 for an invalid form, 404 if the model is not loaded.
+pub(in crate::gateway::api) async fn check_format(
+    app: &App,
+    spec: &Spec,
+    param: &str,
+) -> Result<(), ApiError> {
+    let Some(format) = spec.task.settings().response_format() else { return Ok(()) };
+    let grammar = response_format(param, format)?;
+    let (Some(grammar), Some(model)) = (grammar, &spec.model) else { return Ok(()) };
+    let engine = app.registry.find(model).await?.model.engine.clone();
+    let checked = engine.call(Call::CheckGrammar { grammar }).await;
+    checked.map(drop).map_err(|error| ApiError::from(error).with_param(param))
 }
 
 /// The model's chat template, or the reason why the model cannot chat.
