@@ -12,8 +12,8 @@ pub const DONE: u8 = 0;
 /// Exit code: the process was asked to stop. When started again, it resumes from the last
 /// checkpoint.
 pub const STOPPED: u8 = 75;
-/// Exit code: the job waits for something outside of it; the folder says for what. It can be resumed
-/// as after [`STOPPED`].
+/// Exit code: the job needs something that is not available now, such as its grader's model;
+/// `waits.json` in its folder names it. It can be resumed as after [`STOPPED`].
 pub const WAITS: u8 = 73;
 /// Exit code: the disk is full. Once there is space, the job can be resumed as after [`STOPPED`].
 pub const DISK_FULL: u8 = 74;

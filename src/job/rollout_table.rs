@@ -7,7 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 
-/// A line of the table: one completion, its reward, and what was made of it.
+/// A line of the table: one completion, with its reward and its advantage in training.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct RolloutRow {
     pub step: u64,

@@ -49,13 +49,13 @@ pub struct Grpo {
     pub eval_samples: usize,
 }
 
-fn group() -> usize {
+pub(super) fn group() -> usize {
     8
 }
-fn max_tokens() -> usize {
+pub(super) fn max_tokens() -> usize {
     128
 }
-fn one() -> f64 {
+pub(super) fn one() -> f64 {
     1.0
 }
 fn updates() -> usize {
@@ -73,7 +73,7 @@ fn correction() -> Correction {
 fn cap() -> f64 {
     GrpoLoss::default().cap
 }
-fn eval_samples() -> usize {
+pub(super) fn eval_samples() -> usize {
     1
 }
 

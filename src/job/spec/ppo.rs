@@ -15,12 +15,12 @@ pub struct Ppo {
     /// Gives the score of a completion; a grader of type `score_model` asks a reward model.
     pub grader: Grader,
     /// Completions sampled for each prompt.
-    #[serde(default = "num_generations")]
+    #[serde(default = "super::grpo::group")]
     pub num_generations: usize,
     /// Maximum number of tokens of a completion.
-    #[serde(default = "max_tokens")]
+    #[serde(default = "super::grpo::max_tokens")]
     pub max_tokens: usize,
-    #[serde(default = "one")]
+    #[serde(default = "super::grpo::one")]
     pub temperature: f64,
     /// Optimizer steps on each batch of completions.
     #[serde(default = "num_iterations")]
@@ -57,19 +57,10 @@ pub struct Ppo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_reward: Option<f64>,
     /// Completions sampled for each validation prompt.
-    #[serde(default = "eval_samples")]
+    #[serde(default = "super::grpo::eval_samples")]
     pub eval_samples: usize,
 }
 
-fn num_generations() -> usize {
-    8
-}
-fn max_tokens() -> usize {
-    128
-}
-fn one() -> f64 {
-    1.0
-}
 fn num_iterations() -> usize {
     4
 }
@@ -93,9 +84,6 @@ fn beta() -> f64 {
 }
 fn yes() -> bool {
     true
-}
-fn eval_samples() -> usize {
-    1
 }
 
 impl Ppo {

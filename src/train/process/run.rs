@@ -172,7 +172,8 @@ fn lock(folder: &Path) -> Result<File, JobError> {
     }
 }
 
-/// Trains and writes the artifacts: tokens trained, and what was made. `None` if `stop` was set.
+/// Trains and writes the artifacts. Returns the number of trained tokens, and the artifacts; `None`
+/// if `stop` was set.
 fn train<R: Recipe>(
     recipe: &R,
     folder: &Folder,
