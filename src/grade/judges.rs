@@ -33,6 +33,9 @@ pub enum Ask {
     Number { messages: Vec<Message>, range: (f64, f64), sampling: Sampling },
     /// A reward model must score a conversation; the raw score is returned.
     Score { messages: Vec<Message> },
+    /// A language model must answer with one of two words; the probability of the first one is
+    /// returned, relative to both.
+    Choice { messages: Vec<Message>, labels: [String; 2] },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

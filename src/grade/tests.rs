@@ -317,6 +317,7 @@ fn flags_are_those_of_openai() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 fn errors_name_the_key_and_what_it_may_be() {
     let ours = |kind: &str, more: Value| with(json!({"type": kind}), more);
     let message = |more: Value| {

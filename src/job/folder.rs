@@ -33,6 +33,11 @@ impl Folder {
         self.0.join("rollouts.jsonl")
     }
 
+    /// Files of examples that the job made, and reports about them.
+    pub fn made(&self) -> PathBuf {
+        self.0.join("made")
+    }
+
     pub fn checkpoints(&self) -> PathBuf {
         self.0.join("checkpoints")
     }

@@ -29,6 +29,9 @@ pub struct Order {
     pub train: PathBuf,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<PathBuf>,
+    /// Preference pairs labelled by people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub human: Option<PathBuf>,
     /// The adapter to continue training from: a PEFT folder or a GGUF file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
@@ -54,6 +57,7 @@ impl Order {
             parent: None,
             train,
             validation: None,
+            human: None,
             init: None,
             tokenizer: None,
             created_at: now() as i64,

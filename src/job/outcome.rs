@@ -51,6 +51,10 @@ pub enum ArtifactKind {
     Results,
     /// The completions that a policy was trained on, as JSON lines.
     Rollouts,
+    /// Examples that the job made, as JSON lines.
+    Examples,
+    /// A report about them, as JSON or HTML.
+    Report,
     /// The origin of the artifacts: base model, data and settings.
     Provenance,
 }
@@ -65,6 +69,8 @@ impl ArtifactKind {
             Self::HuggingFace => "hugging_face",
             Self::Results => "results",
             Self::Rollouts => "rollouts",
+            Self::Examples => "examples",
+            Self::Report => "report",
             Self::Provenance => "provenance",
         }
     }

@@ -82,46 +82,56 @@ const SHORT_ID: &str = "probe0000";
 const LONG_ID: &str = "call_probe0000000000000000000";
 
 pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
-    let user = json!({"role": "user", "content": USER});
-    let part = |text: &str| json!({"type": "text", "text": text});
-    let typed = json!({"role": "user", "content": [part(USER), part(RESULT)]});
-    let render =
-        |messages: Vec<Value>, tools: Option<Vec<Value>>| -> Result<String, TemplateError> {
-            let mut input = RenderInput {
-                messages,
-                tools,
-                add_generation_prompt: true,
-                now: Some(0),
-                ..RenderInput::default()
-            };
-            template.add_variables(&mut input);
-            template.render_raw(&input)
-        };
-    let shows = |result: Result<String, TemplateError>, words: &[&str]| {
-        result.is_ok_and(|prompt| words.iter().all(|word| prompt.contains(word)))
-    };
+    let content_parts = Probe { template, typed: true }.shows_parts_as_text();
+    let plain = Probe { template, typed: false };
+    let typed_content = content_parts && !shows(&plain.render(vec![plain.user()], None), &[USER]);
+    let probe = Probe { template, typed: typed_content };
 
-    // A template that prints the list itself also prints the keys of its parts.
-    let content_parts = render(vec![typed.clone()], None).is_ok_and(|prompt| {
-        [USER, RESULT].iter().all(|word| prompt.contains(word))
-            && !prompt.contains(&format!("'{USER}'"))
-            && !prompt.contains(&format!("\"{USER}\""))
-    });
-    let typed_content = content_parts && !shows(render(vec![user.clone()], None), &[USER]);
-    let user = if typed_content { typed } else { user };
-    let content = |text: &str| match typed_content {
-        true => json!([{"type": "text", "text": text}]),
-        false => json!(text),
-    };
-
-    let system = json!({"role": "system", "content": content(SYSTEM)});
-    let with_system = render(vec![system, user.clone()], None);
+    let system = probe.message("system", SYSTEM);
+    let system = shows(&probe.render(vec![system, probe.user()], None), &[SYSTEM, USER]);
     // A template that prints any role also prints this one, although its model does not know it.
     let developer = source.contains("developer") && {
-        let message = json!({"role": "developer", "content": content(SYSTEM)});
-        shows(render(vec![message, user.clone()], None), &[SYSTEM, USER])
+        let message = probe.message("developer", SYSTEM);
+        shows(&probe.render(vec![message, probe.user()], None), &[SYSTEM, USER])
     };
-    let tool = json!({"type": "function", "function": {
+    let tools = shows(&probe.render(vec![probe.user()], Some(vec![tool()])), &[TOOL]);
+
+    let arguments = json!({ARGUMENT: VALUE});
+    let text = Value::String(arguments.to_string());
+    let with_object = probe.tool_call(SHORT_ID, probe.content(""), &arguments);
+    let with_string = match with_object {
+        Some(_) => None,
+        None => probe.tool_call(SHORT_ID, probe.content(""), &text),
+    };
+    let string_arguments = with_string.is_some();
+    let arguments = if string_arguments { text } else { arguments };
+    let with_long_id = probe.tool_call(LONG_ID, probe.content(""), &arguments);
+    let with_null = probe.tool_call(SHORT_ID, Value::Null, &arguments);
+    let tool_calls = with_object.or(with_string);
+    let nones = |prompt: &Option<String>| prompt.as_ref().map(|p| p.matches("None").count());
+    Caps {
+        tools,
+        tool_calls: tools && tool_calls.is_some(),
+        string_arguments,
+        short_ids: tool_calls.is_some() && with_long_id.is_none(),
+        system,
+        developer,
+        typed_content,
+        content_parts,
+        null_content: with_null.is_some() && nones(&with_null) <= nones(&tool_calls),
+        thinking: reasoning_markers(source).is_some() || source.contains("reasoning_content"),
+        ends_turns: probe.ends_turns(),
+        opens_reasoning: probe.opens_reasoning(),
+    }
+}
+
+/// The words of a rendered prompt; a template that refuses shows nothing.
+fn shows(prompt: &Result<String, TemplateError>, words: &[&str]) -> bool {
+    prompt.as_ref().is_ok_and(|prompt| words.iter().all(|word| prompt.contains(word)))
+}
+
+fn tool() -> Value {
+    json!({"type": "function", "function": {
         "name": TOOL,
         "description": "probe",
         "parameters": {
@@ -129,70 +139,96 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
             "properties": {ARGUMENT: {"type": "string", "description": "probe"}},
             "required": [ARGUMENT],
         },
-    }});
-    let tools = shows(render(vec![user.clone()], Some(vec![tool.clone()])), &[TOOL]);
-    let history = |id: &str, content_beside: Value, arguments: Value| {
+    }})
+}
+
+/// Renders conversations with a template.
+struct Probe<'a> {
+    template: &'a ChatTemplate,
+    /// Content is written as a list of parts.
+    typed: bool,
+}
+
+impl Probe<'_> {
+    fn content(&self, text: &str) -> Value {
+        match self.typed {
+            true => json!([{"type": "text", "text": text}]),
+            false => json!(text),
+        }
+    }
+
+    fn message(&self, role: &str, text: &str) -> Value {
+        json!({"role": role, "content": self.content(text)})
+    }
+
+    fn user(&self) -> Value {
+        self.message("user", USER)
+    }
+
+    fn render(
+        &self,
+        messages: Vec<Value>,
+        tools: Option<Vec<Value>>,
+    ) -> Result<String, TemplateError> {
+        let mut input = RenderInput {
+            messages,
+            tools,
+            add_generation_prompt: true,
+            now: Some(0),
+            ..RenderInput::default()
+        };
+        self.template.add_variables(&mut input);
+        self.template.render_raw(&input)
+    }
+
+    /// Whether the text of content in several parts is shown, and not the list itself with the keys
+    /// of its parts.
+    fn shows_parts_as_text(&self) -> bool {
+        let part = |text: &str| json!({"type": "text", "text": text});
+        let message = json!({"role": "user", "content": [part(USER), part(RESULT)]});
+        let prompt = self.render(vec![message], None);
+        shows(&prompt, &[USER, RESULT])
+            && !shows(&prompt, &[&format!("'{USER}'")])
+            && !shows(&prompt, &[&format!("\"{USER}\"")])
+    }
+
+    /// The prompt of a conversation with a tool call and its result, if it shows both.
+    fn tool_call(&self, id: &str, content_beside: Value, arguments: &Value) -> Option<String> {
         let call = json!({
             "id": id,
             "type": "function",
             "function": {"name": TOOL, "arguments": arguments},
         });
         let messages = vec![
-            user.clone(),
+            self.user(),
             json!({"role": "assistant", "content": content_beside, "tool_calls": [call]}),
             json!({
                 "role": "tool",
                 "tool_call_id": id,
                 "name": TOOL,
-                "content": content(RESULT),
+                "content": self.content(RESULT),
             }),
         ];
-        let prompt = render(messages, Some(vec![tool.clone()])).ok()?;
-        [TOOL, RESULT, VALUE].iter().all(|word| prompt.contains(word)).then_some(prompt)
-    };
-    let arguments = json!({ARGUMENT: VALUE});
-    let with_object = history(SHORT_ID, content(""), arguments.clone());
-    let text = Value::String(arguments.to_string());
-    let with_string = match with_object {
-        Some(_) => None,
-        None => history(SHORT_ID, content(""), text.clone()),
-    };
-    let string_arguments = with_string.is_some();
-    let arguments = if string_arguments { text } else { arguments };
-    let with_long_id = history(LONG_ID, content(""), arguments.clone());
-    let with_null = history(SHORT_ID, Value::Null, arguments);
-    let tool_calls = with_object.or(with_string);
-    let nones = |prompt: &Option<String>| prompt.as_ref().map(|p| p.matches("None").count());
-    let null_content = with_null.is_some() && nones(&with_null) <= nones(&tool_calls);
-    let thinking = reasoning_markers(source).is_some() || source.contains("reasoning_content");
-    let answer = json!({"role": "assistant", "content": content(RESULT)});
-    let ends_turns = {
+        let prompt = self.render(messages, Some(vec![tool()]));
+        shows(&prompt, &[TOOL, RESULT, VALUE]).then_some(prompt.ok()).flatten()
+    }
+
+    fn ends_turns(&self) -> bool {
         let mut input = RenderInput {
-            messages: vec![user.clone(), answer],
+            messages: vec![self.user(), self.message("assistant", RESULT)],
             now: Some(0),
             ..RenderInput::default()
         };
-        template.add_variables(&mut input);
-        let prompt = template.render_raw(&input);
+        self.template.add_variables(&mut input);
         // If the template refuses the conversation, nothing is known about this feature.
-        prompt.map_or(true, |prompt| {
+        self.template.render_raw(&input).map_or(true, |prompt| {
             prompt.rsplit_once(RESULT).is_none_or(|(_, behind)| !behind.trim().is_empty())
         })
-    };
-    let opens_reasoning = render(vec![user], None)
-        .is_ok_and(|prompt| template.reasoning(&prompt).is_some_and(|format| format.starts_open));
-    Caps {
-        tools,
-        tool_calls: tools && tool_calls.is_some(),
-        string_arguments,
-        short_ids: tool_calls.is_some() && with_long_id.is_none(),
-        system: shows(with_system, &[SYSTEM, USER]),
-        developer,
-        typed_content,
-        content_parts,
-        null_content,
-        thinking,
-        ends_turns,
-        opens_reasoning,
+    }
+
+    fn opens_reasoning(&self) -> bool {
+        self.render(vec![self.user()], None).is_ok_and(|prompt| {
+            self.template.reasoning(&prompt).is_some_and(|format| format.starts_open)
+        })
     }
 }

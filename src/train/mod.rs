@@ -13,7 +13,7 @@
 //! | `data/` | tokens, packing, order; the formats of files are [`crate::dataset`] |
 //! | `model/` | the decoders of `gguf::ModelConfig`, trainable; LoRA |
 //! | `loss/` | losses of preferences and policies, as numbers and their gradients |
-//! | `ops/` | candle operations with hand-written backward passes |
+//! | `ops/` | operations with their backward passes, for the CPU and for other devices |
 //! | `optim.rs` | AdamW and Muon |
 //! | `checkpoint.rs` | checkpoint folders, written atomically |
 //! | `export/` | PEFT folders, LoRA GGUF, models as GGUF and as Hugging Face folders |

@@ -2,6 +2,7 @@
 
 use crate::job::spec::Optimizer;
 use crate::kernels::gemm::{Mat, product};
+use crate::train::ops::on_slices;
 use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor, Var, bail};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -168,12 +169,13 @@ impl Optimization {
                 let found = state.get(&name).filter(|found| found.shape() == param.var.shape());
                 found.ok_or_else(|| candle_core::Error::msg(format!("`{name}` is missing")))
             };
-            let moments = match param.var.device() {
-                Device::Cpu => Moments::Host(
+            let device = param.var.device();
+            let moments = match on_slices(&param.var) {
+                true => Moments::Host(
                     find("first")?.flatten_all()?.to_vec1()?,
                     find("second")?.flatten_all()?.to_vec1()?,
                 ),
-                device => Moments::Device(
+                false => Moments::Device(
                     find("first")?.to_device(device)?,
                     find("second").ok().map(|second| second.to_device(device)).transpose()?,
                 ),
@@ -186,19 +188,19 @@ impl Optimization {
 
 impl Moments {
     fn zeros(var: &Var) -> Result<Self> {
-        match var.device() {
-            Device::Cpu => {
+        match on_slices(var) {
+            true => {
                 let zeros = vec![0.0; var.elem_count()];
                 Ok(Self::Host(zeros.clone(), zeros))
             }
-            _ => Ok(Self::Device(var.zeros_like()?, Some(var.zeros_like()?))),
+            false => Ok(Self::Device(var.zeros_like()?, Some(var.zeros_like()?))),
         }
     }
 }
 
 /// Sums in chunks of a fixed size, in f64.
 fn sum_of_squares(grad: &Tensor) -> Result<f64> {
-    if !matches!(grad.device(), Device::Cpu) {
+    if !on_slices(grad) {
         return grad.sqr()?.sum_all()?.to_dtype(candle_core::DType::F64)?.to_scalar();
     }
     let (storage, layout) = grad.storage_and_layout();
@@ -434,6 +436,31 @@ mod tests {
         }
         for (got, right) in values(&param).iter().zip(w) {
             assert!((f64::from(*got) - right).abs() < 1e-5, "{got}, not {right}");
+        }
+    }
+
+    /// The updates of other devices are those of the CPU.
+    #[test]
+    fn updates_composed_of_operations_are_the_same() {
+        for settings in [Optimizer::default(), serde_json::from_str(r#"{"name": "muon"}"#).unwrap()]
+        {
+            let run = || {
+                let param = param(&[1.0, -2.0, 0.5, 3.0, 0.1, 0.2], 2, true);
+                let list = std::slice::from_ref(&param);
+                let mut ours = Optimization::new(settings.clone());
+                for step in 0..8 {
+                    if step == 4 {
+                        let state = ours.state(list).unwrap().into_iter().collect();
+                        ours = Optimization::new(settings.clone());
+                        ours.restore(list, 4, &state).unwrap();
+                    }
+                    ours.step(list, &grads(&param, 1.0), 2.0, 0.01, 1.0).unwrap();
+                }
+                values(&param)
+            };
+            for (ours, other) in run().iter().zip(crate::train::ops::composed(run)) {
+                assert!((ours - other).abs() < 1e-5, "{ours}, composed {other}");
+            }
         }
     }
 

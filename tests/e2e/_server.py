@@ -62,11 +62,12 @@ def first_model(url, key, process):
     raise SystemExit("the server is not ready")
 
 
-def run(names, finish=lambda: None):
-    """Runs the functions `test_*` of a module's `globals()`, or those that the command line names, calls
-    `finish`, and exits: 1 if a test failed or none was chosen."""
+def run(names, finish=lambda: None, default=None):
+    """Runs the functions `test_*` of a module's `globals()`: those that the command line names, else those
+    of the list `default`, else all. Calls `finish`, and exits: 1 if a test failed or none was chosen."""
     tests = {name: test for name, test in names.items() if name.startswith("test_")}
-    chosen = [name for name in tests if not sys.argv[1:] or name in sys.argv[1:]]
+    wanted = sys.argv[1:] or default or list(tests)
+    chosen = [name for name in tests if name in wanted]
     failed = 0
     for name in chosen:
         started = time.monotonic()

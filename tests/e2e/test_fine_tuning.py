@@ -26,6 +26,13 @@ from _server import first_model, run, start, stop
 KEY, OTHER, ADMIN = "sk-end-to-end", "sk-somebody-else", "sk-operator"
 DATA = tempfile.mkdtemp(prefix="ingot-tuning-")
 SECONDS = 300
+# The tests in which a model answers. The others look at jobs only, and run with the native runner.
+ON_BOTH_RUNNERS = [
+    "test_upload_train_chat_delete",
+    "test_preferences",
+    "test_a_reward_model_is_trained",
+    "test_a_policy_is_trained",
+]
 
 
 class Server:
@@ -576,4 +583,4 @@ def finish():
 
 
 if __name__ == "__main__":
-    run(globals(), finish)
+    run(globals(), finish, ON_BOTH_RUNNERS if os.environ.get("INGOT_RUNNER") == "llama-cpp" else None)

@@ -69,7 +69,7 @@ pub(super) async fn run(
 fn order(store: &Store, spec: Spec, beside: &Path) -> Result<Order, CliError> {
     spec.resolve().map_err(CliError::Message)?;
     let task = spec.task.settings();
-    if task.grader().is_some() {
+    if task.samples() {
         return Err(CliError::message(format!(
             "A job of kind `{}` samples from a served model: start `ingot serve MODEL \
              --admin-key KEY`, and give its address with --url.",

@@ -12,6 +12,7 @@ use crate::config::{DataDirOption, Secret};
 use crate::job::spec::Spec;
 use crate::job::{Entry, JobEvent};
 use indicatif::ProgressBar;
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -56,15 +57,39 @@ fn read(path: &Path) -> Result<Spec, CliError> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| CliError::message(format!("{shown} cannot be read: {error}.")))?;
     let text = text.trim_start_matches('\u{feff}');
-    let spec = match path.extension().and_then(|extension| extension.to_str()) {
-        Some("json") => serde_json::from_str(text).map_err(|error| error.to_string()),
-        Some("toml") => toml::from_str(text).map_err(|error| error.to_string()),
-        _ => Err("its name must end in .toml or .json".to_owned()),
-    };
     let invalid = |why: String| CliError::message(format!("{shown}: {}.", why.trim_end()));
-    let spec: Spec = spec.map_err(invalid)?;
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let spec: Spec = match parse::<Value>(text, extension).map(|spec| constitution_file(&spec)) {
+        Ok(Some(file)) => {
+            let mut spec: Value = parse(text, extension).map_err(invalid)?;
+            let file = located(folder, &file)?;
+            let shown = file.display();
+            let text = std::fs::read_to_string(&file)
+                .map_err(|error| CliError::message(format!("{shown} cannot be read: {error}.")))?;
+            spec["constitutional"]["constitution"] = parse(&text, "toml")
+                .map_err(|why| CliError::message(format!("{shown}: {}.", why.trim_end())))?;
+            serde_json::from_value(spec).map_err(|error| invalid(error.to_string()))?
+        }
+        // Parsed from the text, an error names the line.
+        _ => parse(text, extension).map_err(invalid)?,
+    };
     spec.resolve().map_err(invalid)?;
     Ok(spec)
+}
+
+fn parse<T: serde::de::DeserializeOwned>(text: &str, extension: &str) -> Result<T, String> {
+    match extension {
+        "json" => serde_json::from_str(text).map_err(|error| error.to_string()),
+        "toml" => toml::from_str(text).map_err(|error| error.to_string()),
+        _ => Err("its name must end in .toml or .json".to_owned()),
+    }
+}
+
+/// The file of a constitution that a specification names.
+fn constitution_file(spec: &Value) -> Option<String> {
+    let named = spec["constitutional"]["constitution"].as_str()?;
+    named.ends_with(".toml").then(|| named.to_owned())
 }
 
 /// A path of a specification, from the folder that it is in.

@@ -26,6 +26,9 @@ pub(super) async fn run(
     if let Some(path) = &spec.data.validation {
         spec.data.validation = Some(upload(&server, beside, path).await?);
     }
+    if let Some(path) = &spec.data.human {
+        spec.data.human = Some(upload(&server, beside, path).await?);
+    }
     let body = serde_json::to_vec(&spec).map_err(|error| CliError::message(error.to_string()))?;
     let job = server.json(Method::POST, "/admin/jobs", Some(body.into())).await.map_err(say)?;
     let id = job["id"].as_str().unwrap_or_default().to_owned();

@@ -3,7 +3,7 @@
 
 use super::{Jobs, now};
 use crate::config::ByteSize;
-use crate::dataset::{DataError, check};
+use crate::dataset::{DataError, DatasetKind, check};
 use crate::gateway::error::ApiError;
 use crate::gateway::memory::available;
 use crate::gateway::registry::Trainable;
@@ -43,6 +43,8 @@ struct Params {
 }
 
 const OPENAI: Params = Params { train: "training_file", validation: "validation_file" };
+/// Name of the parameter for pairs labelled by people.
+const HUMAN: &str = "data.human";
 const ADMIN: Params = Params { train: "data.train", validation: "data.validation" };
 
 impl NewJob {
@@ -50,11 +52,13 @@ impl NewJob {
         if self.request.is_some() { &OPENAI } else { &ADMIN }
     }
 
-    /// Name of the grader in errors.
-    fn grader_param(&self) -> String {
-        match self.request {
-            Some(_) => "method.reinforcement.grader".into(),
-            None => format!("{}.grader", self.spec.task.name()),
+    /// Name of what asks other models, in errors.
+    fn judge_param(&self) -> String {
+        let task = &self.spec.task;
+        match (&self.request, task.settings().grader()) {
+            (Some(_), _) => "method.reinforcement.grader".into(),
+            (None, Some(_)) => format!("{}.grader", task.name()),
+            (None, None) => format!("{}.judge", task.name()),
         }
     }
 }
@@ -101,18 +105,25 @@ impl Jobs {
 
     /// Checks that the models that a policy's job queries are loaded now.
     async fn check_policy(&self, new: &NewJob) -> Result<(), ApiError> {
-        let Some(grader) = new.spec.task.settings().grader() else { return Ok(()) };
-        let param = &new.grader_param();
+        let models: Vec<(String, bool)> = {
+            let settings = new.spec.task.settings();
+            if !settings.samples() {
+                return Ok(());
+            }
+            let models = settings.models().into_iter();
+            models.map(|(name, scores)| (name.to_owned(), scores)).collect()
+        };
+        let param = &new.judge_param();
         if let Some(model) = &new.spec.model {
             // The base model generates the completions, so it must be loaded too.
             self.registry.find(model).await?;
         }
-        for (model, scores) in grader.models() {
+        for (model, scores) in &models {
             let found = self.registry.find(model).await;
             let found = found.map_err(|error| error.with_param(param))?;
             let is = found.adapter.is_some_and(|adapter| adapter.is_reward_model());
-            if is != scores {
-                let what = if scores { "is no reward model" } else { "is a reward model" };
+            if is != *scores {
+                let what = if *scores { "is no reward model" } else { "is a reward model" };
                 let message = format!("{param}: `{model}` {what}.");
                 return Err(ApiError::invalid(param, message));
             }
@@ -133,6 +144,7 @@ impl Jobs {
         let train = file(&spec.data.train, params.train)?;
         let validation =
             spec.data.validation.as_ref().map(|id| file(id, params.validation)).transpose()?;
+        let human = spec.data.human.as_ref().map(|id| file(id, HUMAN)).transpose()?;
         let job = ResolvedJob::new(spec, sources).map_err(|error| refused(&error))?;
         if let Some(name) = &job.spec.name
             && self.registry.card(name).is_ok()
@@ -143,7 +155,7 @@ impl Jobs {
         self.check_room(&job.estimate)?;
         let id = new_id("ftjob-");
         let mut order = job.order(id.clone(), PathBuf::new(), None);
-        self.lay_out(&mut order, &train, validation.as_ref())?;
+        self.lay_out(&mut order, &train, validation.as_ref(), human.as_ref())?;
         let job = StoredJob {
             id: id.clone(),
             kind: order.spec.task.name().to_owned(),
@@ -203,6 +215,7 @@ impl Jobs {
         order: &mut Order,
         train: &StoredFile,
         validation: Option<&StoredFile>,
+        human: Option<&StoredFile>,
     ) -> Result<(), ApiError> {
         let folder = self.folder(&order.id);
         std::fs::create_dir_all(folder.path()).map_err(ApiError::disk)?;
@@ -215,6 +228,7 @@ impl Jobs {
         order.train = keep(files.join(&train.id), TRAIN)?;
         order.validation =
             validation.map(|file| keep(files.join(&file.id), VALIDATION)).transpose()?;
+        order.human = human.map(|file| keep(files.join(&file.id), "human.jsonl")).transpose()?;
         order.init = match order.init.take() {
             Some(path) if path.is_dir() => {
                 let folder = folder.path().join("init");
@@ -266,6 +280,10 @@ impl Jobs {
             check(path, dataset, least).map(drop).map_err(|error: DataError| failure(param, &error))
         };
         look(&order.train, OPENAI.train, least)?;
+        if let Some(path) = &order.human {
+            let checked = check(path, DatasetKind::Preference, 1).map(drop);
+            checked.map_err(|error: DataError| failure(HUMAN, &error))?;
+        }
         order.validation.map_or(Ok(()), |path| look(&path, OPENAI.validation, 1))
     }
 }

@@ -2,6 +2,8 @@
 //! ([`Resolved`]).
 
 mod adapter;
+mod constitutional;
+mod device;
 mod dpo;
 mod grpo;
 mod optimizer;
@@ -14,6 +16,10 @@ mod sft;
 mod task;
 
 pub use adapter::{Adapter, Lora, Targets};
+pub use constitutional::{
+    Constitution, Constitutional, PairSource, Principle, RevisionExample, Stage,
+};
+pub use device::TrainDevice;
 pub use dpo::{Dpo, DpoLoss};
 pub use grpo::Grpo;
 pub use optimizer::Optimizer;
@@ -112,6 +118,9 @@ pub struct Data {
     pub train: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<String>,
+    /// Preference pairs labelled by people, on which the judge of a constitutional job is measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub human: Option<String>,
     #[serde(default = "yes")]
     pub shuffle: bool,
     /// Parses control tokens that are spelled out in the text of user and tool messages as control
@@ -159,6 +168,8 @@ pub struct Train {
     pub keep_checkpoints: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<TrainDevice>,
     /// Recomputes the inner activations of each layer in the backward pass instead of storing them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub activation_checkpointing: Option<bool>,
@@ -191,6 +202,7 @@ pub struct Resolved {
     pub checkpoint_every: u64,
     pub keep_checkpoints: usize,
     pub threads: usize,
+    pub device: TrainDevice,
     pub activation_checkpointing: bool,
     pub optimizer: Optimizer,
 }
@@ -214,6 +226,7 @@ impl Spec {
             checkpoint_every: Some(settings.checkpoint_every),
             keep_checkpoints: Some(settings.keep_checkpoints),
             threads: Some(settings.threads),
+            device: Some(settings.device),
             activation_checkpointing: Some(settings.activation_checkpointing),
             optimizer: Some(settings.optimizer),
         };
@@ -252,6 +265,9 @@ impl Spec {
             return Err("train.warmup_steps: `train.warmup` is given already".into());
         }
         let task = self.task.settings();
+        if self.data.human.is_some() && !task.takes_human_pairs() {
+            return Err("data.human: it is for jobs of kind `constitutional`".into());
+        }
         let resolved = task.resolve(self)?;
         resolved.check()?;
         task.check(&resolved)?;
@@ -275,6 +291,7 @@ impl Resolved {
         within("train.checkpoint_every", self.checkpoint_every as f64, 1.0, 1e9)?;
         within("train.keep_checkpoints", self.keep_checkpoints as f64, 1.0, 1000.0)?;
         within("train.threads", self.threads as f64, 1.0, 1024.0)?;
+        self.device.check()?;
         let key = |name: &str| format!("train.optimizer.{name}");
         let (betas, eps, weight_decay, clip) = match &self.optimizer {
             Optimizer::AdamW { betas, eps, weight_decay, clip } => (betas, eps, weight_decay, clip),

@@ -250,6 +250,7 @@ impl TaskSettings for Pretrain {
             checkpoint_every: train.checkpoint_every.unwrap_or(250),
             keep_checkpoints: train.keep_checkpoints.unwrap_or(3),
             threads: train.threads.unwrap_or(cores),
+            device: train.device.unwrap_or_default(),
             activation_checkpointing: train.activation_checkpointing.unwrap_or(false),
             optimizer: train.optimizer.clone().unwrap_or(adamw),
         })

@@ -55,6 +55,21 @@ pub trait TaskSettings {
         None
     }
 
+    /// Whether the job samples completions from the served model.
+    fn samples(&self) -> bool {
+        self.grader().is_some()
+    }
+
+    /// Names of the other served models that the job asks, and whether each must be a reward model.
+    fn models(&self) -> Vec<(&str, bool)> {
+        self.grader().map(|grader| grader.models().into_iter().collect()).unwrap_or_default()
+    }
+
+    /// Whether the job measures a judge on pairs labelled by people (`data.human`).
+    fn takes_human_pairs(&self) -> bool {
+        false
+    }
+
     /// The form of the completions of such a kind.
     fn response_format(&self) -> Option<&Value> {
         None
@@ -96,6 +111,7 @@ pub(super) fn resolve_tuning(
         checkpoint_every: train.checkpoint_every.unwrap_or(100),
         keep_checkpoints: train.keep_checkpoints.unwrap_or(3),
         threads: train.threads.unwrap_or(cores),
+        device: train.device.unwrap_or_default(),
         activation_checkpointing: train.activation_checkpointing.unwrap_or(false),
         optimizer: train.optimizer.clone().unwrap_or_default(),
     })
@@ -207,6 +223,7 @@ tasks! {
     reward: Reward(super::Reward),
     grpo: Grpo(super::Grpo),
     ppo: Ppo(super::Ppo),
+    constitutional: Constitutional(super::Constitutional),
     #[cfg(test)]
     dummy: Dummy(crate::train::recipes::dummy::Dummy),
 }

@@ -2,7 +2,7 @@
 
 use super::{Batch, Model};
 use crate::train::ops::{self, Head};
-use candle_core::{Result, bail};
+use candle_core::{Result, Tensor, bail};
 use std::sync::Arc;
 
 impl Model {
@@ -19,22 +19,22 @@ impl Model {
             targets: Arc::new(vec![0; tokens.len()]),
             weights: Arc::new(vec![0.0; tokens.len()]),
         };
-        let context = self.context(&batch, None);
-        let mut x = self.embed(&batch)?;
-        for block in &self.blocks {
-            x = block.forward(&x, &context)?.detach();
-        }
-        let x = x.narrow(0, last, 1)?.contiguous()?;
+        let logits = ops::without_gradients(|| self.last_logits(&batch, last))?;
+        logits.flatten_all()?.to_vec1()
+    }
+
+    /// (1, vocabulary) logits of a row.
+    fn last_logits(&self, batch: &Batch, row: usize) -> Result<Tensor> {
+        let x = self.forward(batch, None)?.narrow(0, row, 1)?;
         let normed = ops::rms_norm(&x, &self.output_norm, f64::from(self.shape.epsilon))?;
         let logits = match &self.head {
             Head::Frozen(head) => ops::frozen_linear(&normed, head)?,
             Head::Trained(head) => ops::linear(&normed, head)?,
         };
-        let logits = match self.shape.logit_cap.map(f64::from) {
-            Some(cap) => ((logits / cap)?.tanh()? * cap)?,
-            None => logits,
-        };
-        logits.flatten_all()?.to_vec1()
+        match self.shape.logit_cap.map(f64::from) {
+            Some(cap) => (logits / cap)?.tanh()? * cap,
+            None => Ok(logits),
+        }
     }
 }
 

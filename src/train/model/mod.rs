@@ -283,12 +283,11 @@ impl Model {
     }
 }
 
-/// A tensor at which a backward pass ends. On other devices candle runs the backward pass and needs
-/// a variable there.
+/// A tensor at which a backward pass ends. Where candle runs the backward pass, it needs a variable.
 fn start(x: &Tensor) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => Ok(x.clone()),
-        _ => Ok(Var::from_tensor(x)?.into_inner()),
+    match ops::on_slices(x) {
+        true => Ok(x.clone()),
+        false => Ok(Var::from_tensor(x)?.into_inner()),
     }
 }
 

@@ -115,6 +115,34 @@ fn gradients_are_slopes_of_the_loss() {
     }
 }
 
+/// The operations that other devices use give the same losses and gradients.
+#[test]
+fn both_implementations_of_the_operations_agree() {
+    for architecture in ["llama", "qwen2", "qwen3", "gemma3", "phi3"] {
+        let (_folder, file) = tiny(architecture);
+        for training in [Training::Full, lora()] {
+            let model = load(&file, &training);
+            let batch = batch(&[20, 9], 3);
+            let run = |checkpoint| gradients(&model, std::slice::from_ref(&batch), checkpoint);
+            let (loss, grads) = run(false);
+            for checkpoint in [false, true] {
+                let (other, others) = ops::composed(|| run(checkpoint));
+                assert!((loss - other).abs() < 1e-5 * loss, "{architecture}: {loss}, {other}");
+                for ((ours, other), param) in grads.iter().zip(&others).zip(model.params()) {
+                    let off = norm(&(ours - other).unwrap()) / norm(ours);
+                    assert!(off < 1e-4, "{architecture}, {}: {off}", param.name);
+                }
+            }
+            let looked = |wanted| model.outputs(&batch, wanted).unwrap();
+            let (ours, other) =
+                (looked(Wanted::LOG_PROBS), ops::composed(|| looked(Wanted::LOG_PROBS)));
+            for (ours, other) in ours.log_probs.iter().zip(&other.log_probs) {
+                assert!((ours - other).abs() < 1e-4, "{architecture}: {ours}, {other}");
+            }
+        }
+    }
+}
+
 #[test]
 fn checkpointing_and_packing_change_nothing() {
     let (_folder, file) = tiny("llama");

@@ -1,51 +1,245 @@
-//! Operations of a trainable model with hand-written backward passes. They run in parallel with a
-//! fixed partition of the work, so that results are bit-identical for any number of threads.
+//! Operations of a trainable model, with their backward passes.
 //!
-//! candle's own norms, rotations and softmax silently cut the gradient; these operations do not.
-//! Each one is compared with finite differences in f64 (`tests.rs`) and with PyTorch
-//! (`torch_tests.rs`). On devices other than the CPU the same functions are composed of candle's
-//! basic operations, which no test has run there.
+//! Each operation has two implementations. `cpu/` computes on slices in parallel with a fixed
+//! partition of the work, so that results are bit-identical for any number of threads; its backward
+//! passes are written by hand and recorded on a tape ([`record`]). `candle.rs` composes the same
+//! operation of candle's differentiable operations, for other devices; candle runs the backward
+//! pass. (candle's fused norms, rotations and softmax silently cut the gradient, so they are not
+//! used.) The tests run both implementations on the CPU and compare values and gradients with each
+//! other, with finite differences in f64 (`tests.rs`) and with PyTorch (`torch_tests.rs`). No test
+//! has run on a GPU.
 //!
 //! | file | content |
 //! |---|---|
-//! | `fused.rs` | wraps operations on slices as candle operations |
+//! | `arguments.rs` | arguments and results other than tensors |
+//! | `frozen.rs` | weights that are not trained, in the file's type |
+//! | `draw.rs` | random numbers of dropout |
 //! | `tape.rs` | the backward pass |
-//! | `add.rs` | sums |
-//! | `lanes.rs` | reductions of a row |
-//! | `norm.rs` | RMSNorm |
-//! | `rope.rs` | rotary position embedding |
-//! | `gated.rs` | SwiGLU and GeGLU |
-//! | `attention.rs` | causal attention over packed documents |
-//! | `dropout.rs` | dropout with a counter-based random generator |
-//! | `embedding.rs` | rows of a table |
-//! | `linear.rs` | frozen weights in the file's type, trainable weights, LoRA |
-//! | `cross_entropy.rs` | losses and log-probabilities, without holding all logits at once |
+//! | `cpu/` | on slices |
+//! | `candle.rs` | composed of candle's operations |
 
-mod add;
-mod attention;
-mod cross_entropy;
-mod dropout;
-mod embedding;
-mod fused;
-mod gated;
-mod lanes;
-mod linear;
-mod norm;
-mod rope;
+mod arguments;
+mod candle;
+mod cpu;
+mod draw;
+mod frozen;
 mod tape;
-
-pub use add::{add, add_bias, reshape, scale, weighed};
-pub use attention::{Scope, attention};
-pub use cross_entropy::{Head, LogProbs, Losses, Targets, linear_cross_entropy, log_probs};
-pub use dropout::{Draw, dropout, mixed};
-pub use embedding::embedding;
-pub use gated::gated;
-pub use linear::{Frozen, frozen_linear, linear, lora_linear};
-pub use norm::rms_norm;
-pub use rope::{Rotation, rotate};
-pub use tape::{Grads, Tape, record, without_gradients};
-
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod torch_tests;
+
+pub use arguments::{Head, LogProbs, Losses, Rotation, Scope, Targets};
+pub use draw::{Draw, mixed};
+pub use frozen::Frozen;
+pub use tape::{Grads, Tape, record, without_gradients};
+#[cfg(test)]
+pub(in crate::train) use tests::composed;
+
+use crate::gguf::Gating;
+use crate::kernels::real::Real;
+use candle_core::{DType, Device, Result, Shape, Tensor, WithDType, bail};
+use std::sync::Arc;
+
+/// The number types that operations support.
+pub trait Number: Real + WithDType {}
+impl Number for f32 {}
+impl Number for f64 {}
+
+/// Whether `cpu/` computes on this tensor; otherwise `candle.rs` does.
+pub(in crate::train) fn on_slices(x: &Tensor) -> bool {
+    #[cfg(test)]
+    if tests::is_composed() {
+        return false;
+    }
+    matches!(x.device(), Device::Cpu) && matches!(x.dtype(), DType::F32 | DType::F64)
+}
+
+/// Runs one of the implementations. Outside of a recording the result of `candle.rs` is detached, so
+/// that its arguments are not kept for a backward pass.
+fn either(
+    x: &Tensor,
+    cpu: impl FnOnce() -> Result<Tensor>,
+    candle: impl FnOnce() -> Result<Tensor>,
+) -> Result<Tensor> {
+    match (on_slices(x), tape::recording()) {
+        (true, _) => cpu(),
+        (false, true) => candle(),
+        (false, false) => Ok(candle()?.detach()),
+    }
+}
+
+/// `x + y`, for tensors of the same shape.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if x.dims() != y.dims() {
+        bail!("{:?} and {:?} cannot be added", x.dims(), y.dims());
+    }
+    either(x, || cpu::add(x, y), || x + y)
+}
+
+/// The tensor with another shape.
+///
+/// # Errors
+/// If the number of elements differs.
+pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
+    let shape = shape.into();
+    either(x, || cpu::reshape(x, shape.clone()), || x.reshape(shape.clone()))
+}
+
+/// The scalar `Σ weights x`.
+///
+/// # Errors
+/// If the numbers of elements differ.
+pub fn weighed(x: &Tensor, weights: &Arc<Vec<f64>>) -> Result<Tensor> {
+    if x.elem_count() != weights.len() {
+        bail!("{} numbers and {} weights", x.elem_count(), weights.len());
+    }
+    either(x, || cpu::weighed(x, weights), || candle::weighed(x, weights))
+}
+
+/// Adds `bias` (columns) to every row of `x` (rows, columns).
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    either(x, || cpu::add_bias(x, bias), || x.broadcast_add(bias))
+}
+
+/// `x` times a number.
+///
+/// # Errors
+/// If memory cannot be allocated.
+pub fn scale(x: &Tensor, by: f64) -> Result<Tensor> {
+    either(x, || cpu::scale(x, by), || x * by)
+}
+
+/// `x / rms(x) * weight`, row by row; `x` (…, columns), `weight` (columns) (Zhang and Sennrich 2019,
+/// arXiv:1910.07467).
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
+    either(x, || cpu::rms_norm(x, weight, epsilon), || candle::rms_norm(x, weight, epsilon))
+}
+
+/// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): rotates the first `2 * pairs`
+/// dimensions of every head of `x` (rows, heads, head_dim).
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn rotate(x: &Tensor, rotation: &Rotation) -> Result<Tensor> {
+    either(x, || cpu::rotate(x, rotation), || candle::rotate(x, rotation))
+}
+
+/// `act(gate) * up`, element by element: SwiGLU and GeGLU (Shazeer 2020, arXiv:2002.05202).
+///
+/// # Errors
+/// If the shapes differ.
+pub fn gated(gate: &Tensor, up: &Tensor, act: Gating) -> Result<Tensor> {
+    either(gate, || cpu::gated(gate, up, act), || candle::gated(gate, up, act))
+}
+
+/// `x` with some of its numbers dropped and the others scaled up (Srivastava et al. 2014, JMLR 15).
+///
+/// # Errors
+/// If memory cannot be allocated.
+pub fn dropout(x: &Tensor, draw: Draw) -> Result<Tensor> {
+    either(x, || cpu::dropout(x, draw), || candle::dropout(x, draw))
+}
+
+/// (tokens, width) rows of `table` (vocabulary, width).
+///
+/// # Errors
+/// If a token is not in the table.
+pub fn embedding(table: &Tensor, tokens: &Arc<Vec<u32>>) -> Result<Tensor> {
+    let vocab = table.dim(0)?;
+    if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab) {
+        bail!("token {token} is not below {vocab}");
+    }
+    either(table, || cpu::embedding(table, tokens), || candle::embedding(table, tokens))
+}
+
+/// (rows, heads, head_dim) causal attention over packed documents of `q` (rows, heads, head_dim),
+/// `k` and `v` (rows, kv_heads, head_dim).
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
+    let ((rows, heads, dim), (key_rows, kv_heads, key_dim)) = (q.dims3()?, k.dims3()?);
+    if key_rows != rows || key_dim != dim || k.dims() != v.dims() || !heads.is_multiple_of(kv_heads)
+    {
+        bail!("queries {:?}, keys {:?}, values {:?}", q.dims(), k.dims(), v.dims());
+    }
+    if scope.documents.first() != Some(&0) {
+        bail!("the first document does not begin with the first row");
+    }
+    either(q, || cpu::attention(q, k, v, scope), || candle::attention(q, k, v, scope))
+}
+
+/// (rows, outputs) product of `x` (rows, inputs) and frozen weights.
+///
+/// # Errors
+/// If the shapes do not fit, or the file cannot be read.
+pub fn frozen_linear(x: &Tensor, weights: &Arc<Frozen>) -> Result<Tensor> {
+    either(x, || cpu::frozen_linear(x, weights), || candle::frozen_linear(x, weights))
+}
+
+/// (rows, outputs) product of `x` (rows, inputs) and the trained `weight` (outputs, inputs).
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    either(x, || cpu::linear(x, weight), || candle::linear(x, weight))
+}
+
+/// `x W + scale (x A) B`: (rows, outputs) of `x` (rows, inputs), `a` (rank, inputs), `b` (outputs,
+/// rank) (Hu et al. 2021, arXiv:2106.09685).
+///
+/// # Errors
+/// As of [`frozen_linear`].
+pub fn lora_linear(
+    x: &Tensor,
+    weights: &Arc<Frozen>,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
+    either(
+        x,
+        || cpu::lora_linear(x, weights, a, b, scale),
+        || candle::lora_linear(x, weights, a, b, scale),
+    )
+}
+
+/// The losses of `hidden` (rows, width). `cpu/` computes the gradient in the forward pass, while the
+/// logits are in memory. Weights may be negative: a weighted sum of log-probabilities is a weighted
+/// sum of losses, which gives the losses of `train/loss` their backward pass.
+///
+/// # Errors
+/// If the shapes do not fit, a target is not in the vocabulary, or the head cannot be read.
+pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
+    targets.check(hidden.dim(0)?, head.vocab()?)?;
+    match on_slices(hidden) {
+        true => cpu::linear_cross_entropy(hidden, head, targets),
+        false => candle::linear_cross_entropy(hidden, head, targets),
+    }
+}
+
+/// The log-probabilities of the targets of `hidden` (rows, width), whatever their weights, without
+/// a backward pass.
+///
+/// # Errors
+/// As [`linear_cross_entropy`].
+pub fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<LogProbs> {
+    targets.check(hidden.dim(0)?, head.vocab()?)?;
+    let found = match on_slices(hidden) {
+        true => cpu::log_probs(hidden, head, targets)?,
+        false => candle::log_probs(hidden, head, targets)?,
+    };
+    let found = found.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let of_targets = found.iter().step_by(2).copied().collect();
+    Ok(LogProbs { of_targets, entropies: found.iter().skip(1).step_by(2).copied().collect() })
+}

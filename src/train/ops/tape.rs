@@ -5,8 +5,7 @@
 //! of an operation as soon as its gradients are computed. On devices other than the CPU the
 //! backward pass is candle's.
 
-use super::fused::{Fused, Node, has_cpu_kernel};
-use candle_core::{Result, Tensor, TensorId, bail};
+use candle_core::{Result, Tensor, TensorId};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
@@ -71,13 +70,13 @@ fn with<R>(tape: Tape, f: impl FnOnce() -> R) -> (R, Tape) {
 pub(super) fn tracked(tensor: &Tensor) -> bool {
     TAPES.with_borrow(|tapes| match tapes.last() {
         Some(tape) => !tape.off && (tensor.is_variable() || tape.tracked.contains(&tensor.id())),
-        None => tensor.track_op(),
+        None => false,
     })
 }
 
 /// Whether operations are recorded on this thread.
 pub(super) fn recording() -> bool {
-    TAPES.with_borrow(|tapes| !tapes.is_empty())
+    TAPES.with_borrow(|tapes| tapes.last().is_some_and(|tape| !tape.off))
 }
 
 /// Records an operation if any of its arguments needs a gradient.
@@ -105,8 +104,8 @@ impl Tape {
             Some(grad) => grad.clone(),
             None => out.ones_like()?,
         };
-        if !has_cpu_kernel(out) {
-            return Self::candles(out, &grad);
+        if !super::on_slices(out) {
+            return super::candle::backward(out, &grad);
         }
         let mut grads = Grads::from([(out.id(), grad)]);
         for Entry { op, args, wanted, result } in self.entries.into_iter().rev() {
@@ -115,7 +114,7 @@ impl Tape {
             let found = op.back(&refs, &result, &grad, &wanted)?;
             for (arg, grad) in args.iter().zip(found).zip(&wanted).filter_map(given) {
                 let sum = match grads.remove(&arg.id()) {
-                    Some(sum) => super::add::sum(&sum, &grad)?,
+                    Some(sum) => super::cpu::sum(&sum, &grad)?,
                     None => grad,
                 };
                 grads.insert(arg.id(), sum);
@@ -123,32 +122,10 @@ impl Tape {
         }
         Ok(grads)
     }
-
-    /// The backward pass by candle, on devices where operations are composed of candle's.
-    fn candles(out: &Tensor, grad: &Tensor) -> Result<Grads> {
-        let store = (out * grad)?.sum_all()?.backward()?;
-        let each = store.get_ids().map(|&id| match store.get_id(id) {
-            Some(grad) => Ok((id, grad.clone())),
-            None => bail!("a gradient is missing"),
-        });
-        each.collect()
-    }
 }
 
 fn given<'a>(
     ((arg, grad), wanted): ((&'a Tensor, Option<Tensor>), &bool),
 ) -> Option<(&'a Tensor, Tensor)> {
     grad.filter(|_| *wanted).map(|grad| (arg, grad))
-}
-
-impl<F: Fused> Backward for Node<F> {
-    fn back(
-        &self,
-        args: &[&Tensor],
-        result: &Tensor,
-        grad: &Tensor,
-        wanted: &[bool],
-    ) -> Result<Vec<Option<Tensor>>> {
-        self.backward(args, result, grad, wanted)
-    }
 }

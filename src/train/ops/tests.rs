@@ -5,6 +5,7 @@ use crate::gguf::{Gating, Gguf, GgufWriter, TensorType};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::cell::Cell;
 use std::sync::Arc;
 
 const CPU: Device = Device::Cpu;
@@ -16,20 +17,52 @@ fn random(dims: &[usize], seed: u64) -> Tensor {
     Tensor::from_vec(values, dims, &CPU).unwrap()
 }
 
-/// Compares the gradients of `f` with finite differences in a few random directions for each
-/// argument. Random weights reduce the result to a scalar.
-fn check_gradients(name: &str, args: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+thread_local! {
+    static COMPOSED: Cell<bool> = const { Cell::new(false) };
+}
+
+pub(super) fn is_composed() -> bool {
+    COMPOSED.get()
+}
+
+/// Runs `f` with the operations of `candle.rs`, on a thread that no other test uses.
+pub(in crate::train) fn composed<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| {
+        COMPOSED.set(true);
+        f()
+    })
+}
+
+/// The result of `f`, and the gradients of its arguments from the gradient of the result, which
+/// `grad_of` makes.
+pub(super) fn values_and_gradients(
+    args: &[Tensor],
+    f: &impl Fn(&[Tensor]) -> Result<Tensor>,
+    grad_of: impl Fn(&Tensor) -> Tensor,
+) -> (Tensor, Vec<Tensor>) {
     let vars: Vec<Var> = args.iter().map(|arg| Var::from_tensor(arg).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
-    let out = f(&tensors).unwrap();
-    let weights = random(out.dims(), 99);
+    let (out, tape) = record(&[], || f(&tensors)).unwrap();
+    let mut grads = tape.backward(&out, Some(&grad_of(&out))).unwrap();
+    let grads = tensors.iter().map(|x| grads.remove(&x.id()).expect("it has a gradient"));
+    (out.detach(), grads.collect())
+}
+
+/// Compares the gradients of `f` with finite differences in a few random directions for each
+/// argument, and both with those of `candle.rs`. Random weights reduce the result to a scalar.
+fn check_gradients(name: &str, args: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor> + Sync) {
+    let weights_of = |out: &Tensor| random(out.dims(), 99);
+    let (out, grads) = values_and_gradients(args, &f, weights_of);
+    let weights = weights_of(&out);
+    let (other, others) = composed(|| values_and_gradients(args, &f, weights_of));
+    assert!(distance(&out, &other) < 1e-12, "{name}: the implementations differ");
     let number = |args: &[Tensor]| {
         (f(args).unwrap() * &weights).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
     };
-    let grads = (out * &weights).unwrap().sum_all().unwrap().backward().unwrap();
-    for (i, var) in vars.iter().enumerate() {
-        let grad =
-            grads.get(var.as_tensor()).unwrap_or_else(|| panic!("{name}: {i} has no gradient"));
+    for (i, (grad, other)) in grads.iter().zip(&others).enumerate() {
+        let off = distance(grad, other);
+        assert!(off < 1e-12, "{name}, argument {i}: the implementations' gradients differ: {off}");
         for seed in 0..4 {
             let direction = random(args[i].dims(), 1000 + seed);
             let slope = (grad * &direction).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
@@ -56,12 +89,6 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 fn norms() {
     let args = [random(&[70, 48], 1), random(&[48], 2)];
     check_gradients("rms_norm", &args, |a| rms_norm(&a[0], &a[1], 1e-5));
-    let candle_fallback = {
-        let mean = (args[0].sqr().unwrap().mean_keepdim(1).unwrap() + 1e-5).unwrap();
-        let normed = args[0].broadcast_div(&mean.sqrt().unwrap()).unwrap();
-        normed.broadcast_mul(&args[1]).unwrap()
-    };
-    assert!(distance(&rms_norm(&args[0], &args[1], 1e-5).unwrap(), &candle_fallback) < 1e-12);
 }
 
 #[test]
@@ -179,6 +206,35 @@ fn linears() {
 }
 
 #[test]
+fn sums() {
+    let args = [random(&[40, 3, 10], 21), random(&[40, 3, 10], 22)];
+    check_gradients("add", &args, |a| add(&a[0], &a[1]));
+    check_gradients("scale", &args[..1], |a| scale(&a[0], -0.7));
+    check_gradients("reshape", &args[..1], |a| reshape(&a[0], (120, 10)));
+    let args = [random(&[70, 12], 23), random(&[12], 24)];
+    check_gradients("add_bias", &args, |a| add_bias(&a[0], &a[1]));
+    assert!(add(&args[0], &args[1]).is_err());
+    // A tensor that is used twice has the sum of both gradients.
+    check_gradients("twice", &args[..1], |a| add(&scale(&a[0], 2.0)?, &a[0]));
+}
+
+#[test]
+fn dropped_numbers() {
+    let draw = Draw { key: 5, rate: 0.3 };
+    check_gradients("dropout", &[random(&[33, 50], 25)], |a| dropout(&a[0], draw));
+}
+
+#[test]
+fn nothing_is_kept_outside_of_a_recording() {
+    let x = Var::from_tensor(&random(&[4, 8], 26)).unwrap();
+    let of = || rms_norm(&x, &random(&[8], 27), 1e-5).unwrap();
+    let composed = composed(|| of().track_op());
+    assert!(!composed && !of().track_op());
+    let (tracked, _) = record(&[], || Ok(without_gradients(|| tape::tracked(&of())))).unwrap();
+    assert!(!tracked);
+}
+
+#[test]
 fn weighed_sums() {
     let weights = Arc::new((0..70).map(|i| f64::from(i) - 20.0).collect::<Vec<_>>());
     check_gradients("weighed", &[random(&[70, 1], 21)], |a| weighed(&a[0], &weights));
@@ -196,6 +252,11 @@ fn log_probs_follow_cap_and_temperature() {
         temperature: 0.6,
     };
     let said = log_probs(&hidden, &head, &of(vec![0.0; 33])).unwrap();
+    let other = composed(|| log_probs(&hidden, &head, &of(vec![0.0; 33])).unwrap());
+    let pairs = |a: &LogProbs| [a.of_targets.clone(), a.entropies.clone()].concat();
+    for (ours, other) in pairs(&said).iter().zip(pairs(&other)) {
+        assert!((ours - other).abs() < 1e-12, "{ours}, composed {other}");
+    }
     for row in [0, 20, 32] {
         let mut weights = vec![0.0; 33];
         weights[row] = 1.0;
@@ -245,4 +306,6 @@ fn losses() {
     }
     assert!((found.sum.to_scalar::<f64>().unwrap() - sum).abs() < 1e-9);
     assert_eq!(found.correct, correct);
+    let other = composed(|| linear_cross_entropy(&hidden, &trained, &targets).unwrap().correct);
+    assert_eq!(other, correct);
 }

@@ -1,9 +1,10 @@
 //! Each operation compared with PyTorch's result and gradients on the same numbers.
 
+use super::tests::values_and_gradients;
 use super::*;
 use crate::gguf::{Gating, Gguf, GgufWriter, TensorType};
 use crate::train::torch_tests::{Operation, reference, uniform, weight};
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor};
 use std::sync::Arc;
 
 fn tensor(name: &str, dims: &[usize], scale: f64) -> Tensor {
@@ -25,16 +26,14 @@ fn close(name: &str, found: &Tensor, right: &[f64], bound: f64) {
 /// Compares in f64, to the digits that the file has, and in f32.
 fn check(name: &str, right: &Operation, args: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     for (ty, bound) in [(DType::F64, 1e-8), (DType::F32, 2e-6)] {
-        let vars = args.iter().map(|arg| Var::from_tensor(&arg.to_dtype(ty).unwrap()).unwrap());
-        let vars: Vec<Var> = vars.collect();
-        let args: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
-        let out = f(&args).unwrap();
+        let args: Vec<Tensor> = args.iter().map(|arg| arg.to_dtype(ty).unwrap()).collect();
+        let grad_of =
+            |out: &Tensor| tensor(&format!("{name}.grad"), out.dims(), 1.0).to_dtype(ty).unwrap();
+        let (out, grads) = values_and_gradients(&args, &f, grad_of);
         close(name, &out, &right.out, bound);
-        let grad = tensor(&format!("{name}.grad"), out.dims(), 1.0).to_dtype(ty).unwrap();
-        let grads = (out * grad).unwrap().sum_all().unwrap().backward().unwrap();
-        assert_eq!(vars.len(), right.grads.len(), "{name}");
-        for (at, (var, right)) in vars.iter().zip(&right.grads).enumerate() {
-            close(&format!("{name}, argument {at}"), grads.get(var).unwrap(), right, bound);
+        assert_eq!(grads.len(), right.grads.len(), "{name}");
+        for (at, (grad, right)) in grads.iter().zip(&right.grads).enumerate() {
+            close(&format!("{name}, argument {at}"), grad, right, bound);
         }
     }
 }

@@ -96,6 +96,16 @@ pub(super) fn artifacts(
         fs::hard_link(&from, &to).or_else(|_| fs::copy(&from, &to).map(drop))?;
         made.push((ArtifactKind::Rollouts, "rollouts.jsonl".into()));
     }
+    if folder.made().is_dir() {
+        for (_, name) in files(folder.path(), "made", ArtifactKind::Examples)? {
+            let file = Path::new(&name).file_name().unwrap_or_default();
+            let (from, to) = (folder.path().join(&name), to.join(file));
+            fs::hard_link(&from, &to).or_else(|_| fs::copy(&from, &to).map(drop))?;
+            let examples = to.extension().is_some_and(|extension| extension == "jsonl");
+            let kind = if examples { ArtifactKind::Examples } else { ArtifactKind::Report };
+            made.push((kind, file.to_string_lossy().into_owned()));
+        }
+    }
     fs::write(to.join("provenance.json"), provenance(order, &entries)?)?;
     made.push((ArtifactKind::Provenance, "provenance.json".into()));
     let artifact = |(kind, name): (ArtifactKind, String)| -> Result<Artifact, JobFailure> {

@@ -14,6 +14,13 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+/// The data of a recipe, and what tokenizes further files.
+pub(super) struct DataOf<R: Recipe> {
+    pub train: R::Data,
+    pub validation: Option<R::Data>,
+    pub encoder: <R::Data as Dataset>::Encoder,
+}
+
 /// Reads the order's files, training and validation data, in the recipe's form and with the model's
 /// own tokenizer, and reports their statistics.
 pub(super) fn read<R: Recipe>(
@@ -24,7 +31,7 @@ pub(super) fn read<R: Recipe>(
     tokenizer: Arc<dyn Tokenizer>,
     settings: &Resolved,
     log: &mut EventLog,
-) -> Result<(R::Data, Option<R::Data>), JobFailure> {
+) -> Result<DataOf<R>, JobFailure> {
     fs::create_dir_all(folder.cache())?;
     if let Some(Value::Array(Array::String(lacking))) = model.get(LACKING) {
         for what in lacking {
@@ -91,7 +98,7 @@ pub(super) fn read<R: Recipe>(
             log.say(Level::Warn, format!("{what}: {note}"))?;
         }
     }
-    Ok((data, held_out))
+    Ok(DataOf { train: data, validation: held_out, encoder })
 }
 
 fn describe(what: &str, report: &DataReport, dataset: Option<DatasetKind>) -> String {

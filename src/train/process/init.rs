@@ -4,7 +4,7 @@ use super::run::{JobFailure, failed};
 use crate::gguf::{
     Gguf, LoraInfo, ModelFacts, Projection, check_lora_gguf, peft_to_gguf, score_head,
 };
-use crate::job::spec::Lora;
+use crate::job::spec::{Lora, TrainDevice};
 use crate::job::{Folder, Order};
 use crate::train::model::{Model, SCORE, Training, VALUE};
 use crate::train::random_init::normal;
@@ -78,7 +78,8 @@ pub(super) fn model(
     training: &Training,
     max_length: usize,
 ) -> Result<Model, JobFailure> {
-    let mut model = Model::load(base.clone(), training, max_length, &Device::Cpu)?;
+    let wanted = order.spec.train.device.unwrap_or_default();
+    let mut model = Model::load(base.clone(), training, max_length, &device(wanted)?)?;
     if let Some(name) = recipe.head() {
         let width = model.shape().width;
         // A value head predicts nothing at first; a score head has to tell texts apart.
@@ -92,6 +93,19 @@ pub(super) fn model(
         begin_with(&model, &adapter)?;
     }
     Ok(model)
+}
+
+/// The device of the trained weights and of the arithmetic.
+fn device(wanted: TrainDevice) -> Result<Device, JobFailure> {
+    let found = candle_core::utils::cuda_is_available();
+    match wanted {
+        TrainDevice::Cpu => Ok(Device::Cpu),
+        TrainDevice::Auto if !found => Ok(Device::Cpu),
+        TrainDevice::Auto | TrainDevice::Cuda => Device::new_cuda(0).map_err(|why| {
+            let why = format!("train.device: the CUDA device cannot be used: {why}");
+            failed("device_unavailable", Some("train.device"), why)
+        }),
+    }
 }
 
 /// Initial weights of a reward model's score head: those of the initial adapter, or small random

@@ -3,13 +3,13 @@
 use super::policy::AdapterFile;
 use super::reporter::Reporter;
 use super::{artifacts, data, init, policy};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, ModelFacts};
 use crate::job::spec::for_task;
 use crate::job::{Artifact, EventLog, Failure, Folder, Level, Order, Outcome};
 use crate::tokenizer::native::NativeTokenizer;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::export::ExportError;
-use crate::train::recipes::{self, Job, Policy, Recipe, TrainError};
+use crate::train::recipes::{self, Job, Making, Policy, Recipe, TrainError};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use std::error::Error;
@@ -186,8 +186,8 @@ fn train<R: Recipe>(
     let base = base(recipe, folder, order, log)?;
     let tokenizer = NativeTokenizer::from_gguf(&base);
     let tokenizer = Arc::new(tokenizer.map_err(|why| failed("invalid_model", None, why))?);
-    let (train, validation) =
-        data::read(recipe, folder, order, &base, tokenizer.clone(), &settings, log)?;
+    let data = data::read(recipe, folder, order, &base, tokenizer.clone(), &settings, log)?;
+    let context = ModelFacts::read(&base)?.n_ctx_train as usize;
     let training = init::training(folder, order, &base)?;
     let model = init::model(recipe, folder, order, &base, &training, settings.max_length)?;
     let client = policy::connect(spec)?;
@@ -198,14 +198,22 @@ fn train<R: Recipe>(
     let job = Job {
         model: &model,
         settings: &settings,
-        train: &train,
-        validation: validation.as_ref(),
+        train: &data.train,
+        validation: data.validation.as_ref(),
         checkpoints: &Checkpoints::new(&folder.checkpoints(), settings.keep_checkpoints)?,
         tokenizer: tokenizer.as_ref(),
         seed: spec.seed,
         shuffle: spec.data.shuffle.then_some(spec.seed),
         reference: &folder.reference(),
         policy,
+        making: Making {
+            encoder: &data.encoder,
+            model_name: spec.model.as_deref().unwrap_or_default(),
+            context,
+            folder: &folder.made(),
+            cache: &folder.cache(),
+            human: order.human.as_deref(),
+        },
     };
     let mut reporter = Reporter::new(folder, order, &model, &training, log);
     let ended = recipe.run(&job, stop, &mut |event| reporter.tell(event, stop));

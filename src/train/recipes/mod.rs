@@ -7,8 +7,12 @@
 //! | `pretrain.rs` | pretraining; `sample.rs`: the texts that it samples |
 //! | `dpo.rs`, `reward.rs` | objectives of preference pairs; `preference.rs`: what they share |
 //! | `grpo.rs`, `ppo.rs` | policies; `sampler.rs`: how their completions are sampled and graded |
+//! | `constitutional/` | critiques and revisions, and preferences of a judge |
+//! | `calls.rs` | calls to the served model |
 //! | `run.rs` | the training loop shared by all recipes |
 
+mod calls;
+mod constitutional;
 mod dpo;
 #[cfg(test)]
 pub mod dummy;
@@ -87,7 +91,7 @@ pub trait Recipe {
 }
 
 /// What a recipe runs on.
-pub struct Job<'a, D> {
+pub struct Job<'a, D: Dataset> {
     /// The model with its initial weights.
     pub model: &'a Model,
     pub settings: &'a Resolved,
@@ -101,8 +105,25 @@ pub struct Job<'a, D> {
     pub shuffle: Option<u64>,
     /// File of the reference log-probabilities, those of the initial model.
     pub reference: &'a Path,
-    /// For kinds with a grader: the served model that is trained.
+    /// For kinds that sample: the served model that is trained.
     pub policy: Option<Policy<'a>>,
+    /// For recipes that make examples.
+    pub making: Making<'a, D>,
+}
+
+/// What recipes need that make examples.
+pub struct Making<'a, D: Dataset> {
+    pub encoder: &'a D::Encoder,
+    /// The name under which the base model is served.
+    pub model_name: &'a str,
+    /// The model's context length in tokens.
+    pub context: usize,
+    /// Folder of the files that the recipe makes, which become artifacts.
+    pub folder: &'a Path,
+    /// Folder of tokenized data.
+    pub cache: &'a Path,
+    /// Preference pairs labelled by people.
+    pub human: Option<&'a Path>,
 }
 
 /// The served model whose completions are sampled while it is trained.

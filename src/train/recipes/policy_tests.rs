@@ -2,7 +2,7 @@
 //! model in training itself, in place of an engine.
 
 use super::preference_tests::encoder;
-use super::{Event, Job, Outcome, Policy, Recipe, TrainError};
+use super::{Event, Job, Making, Outcome, Policy, Recipe, TrainError};
 use crate::gguf::Gguf;
 use crate::gguf::fixture::TinyDecoder;
 use crate::grade::{Answer, Failed, Question};
@@ -186,6 +186,14 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
             shuffle: Some(3),
             reference: &runs.join("reference"),
             policy: Some(policy),
+            making: Making {
+                encoder: &encoder(),
+                model_name: "m",
+                context: 64,
+                folder: runs,
+                cache: runs,
+                human: None,
+            },
         };
         let stop = AtomicBool::new(false);
         let outcome = recipe.run(&job, &stop, &mut |event| match event {

@@ -67,6 +67,11 @@ enum Interruption {
 }
 
 impl TrainError {
+    /// Whether the run goes on at once in a new process.
+    pub(super) fn stops(&self) -> bool {
+        matches!(self.interruption(), Some(Interruption::Stopped))
+    }
+
     fn interruption(&self) -> Option<Interruption> {
         match self {
             Self::Stopped => Some(Interruption::Stopped),

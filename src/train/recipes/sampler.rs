@@ -1,28 +1,23 @@
 //! Sampling of completions from the served model, and their rewards: what recipes of policies share.
 
-use super::{Job, Policy, TrainError};
+use super::calls::{Calls, MAX_BACK_OFF};
+use super::{Job, TrainError};
 use crate::grade::{Context, Grader};
 use crate::job::Metrics;
-use crate::job::rollout::{CallCause, CallError, Rollout, RolloutRequest};
+use crate::job::rollout::{Rollout, RolloutRequest};
 use crate::job::rollout_table::RolloutRow;
 use crate::train::data::{Cursor, Encoded, PreparedPrompts};
 use crate::train::model::Model;
-use crate::train::rollout::RolloutClient;
 use candle_core::Tensor;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-/// Number of attempts while the engine fails, and the longest wait between two attempts.
-const TRIES: u32 = 30;
-const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 /// Number of attempts while a grader's models are not available for [`TRAIN_SHARE`] of the
 /// completions of a batch.
 const GRADE_TRIES: u32 = 4;
 const TRAIN_SHARE: f64 = 0.5;
-/// Interval at which a waiting job looks whether it has to stop.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// How completions are sampled and graded.
 #[derive(Debug, Clone, Copy)]
@@ -41,15 +36,13 @@ pub(super) struct Sampling<'a> {
 
 /// Samples and grades completions of the prompts of a job.
 pub(super) struct Sampler<'a> {
-    policy: Policy<'a>,
+    calls: Calls<'a>,
     sampling: Sampling<'a>,
     train: &'a PreparedPrompts,
     /// Prompts whose completions are graded, but not trained on.
     validation: Option<&'a PreparedPrompts>,
     batch_size: usize,
     seed: u64,
-    /// Ends waiting.
-    stop: &'a AtomicBool,
 }
 
 /// (sum, count) of each metric, by name.
@@ -118,16 +111,14 @@ impl<'a> Sampler<'a> {
         sampling: Sampling<'a>,
         stop: &'a AtomicBool,
     ) -> Result<Self, TrainError> {
-        let Some(policy) = job.policy else {
-            return Err(TrainError::Spec("there is no served model to sample from".into()));
-        };
+        let calls = Calls::new(job.policy, stop)?;
         check_items(sampling.grader, "data.train", job.train)?;
         if let Some(validation) = job.validation {
             check_items(sampling.grader, "data.validation", validation)?;
         }
         let (train, validation) = (job.train, job.validation);
         let (batch_size, seed) = (job.settings.batch_size, job.seed);
-        Ok(Self { policy, sampling, train, validation, batch_size, seed, stop })
+        Ok(Self { calls, sampling, train, validation, batch_size, seed })
     }
 
     /// Samples completions to train on, with the current weights. `cursor` is the position of the
@@ -140,7 +131,7 @@ impl<'a> Sampler<'a> {
     ) -> Result<Vec<Group>, TrainError> {
         let first = (cursor.epoch << 32) + cursor.taken;
         let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
-        (self.policy.export)(self.policy.adapter)?;
+        self.calls.export()?;
         let answers = self.sampling.num_generations;
         let groups = self.groups(self.train, prompts, seeds, answers, TRAIN_SHARE, measured)?;
         check_graded(&groups, TRAIN_SHARE)?;
@@ -152,7 +143,7 @@ impl<'a> Sampler<'a> {
     pub(super) fn examine(&self) -> Result<Option<Metrics>, TrainError> {
         let Some(held_out) = self.validation else { return Ok(None) };
         let mut measured = Measured::new();
-        (self.policy.export)(self.policy.adapter)?;
+        self.calls.export()?;
         let (all, mut groups): (Vec<usize>, _) = ((0..held_out.len()).collect(), Vec::new());
         for prompts in all.chunks(self.batch_size) {
             let seeds = prompts.iter().map(|&number| mixed(!self.seed, number as u64)).collect();
@@ -189,11 +180,7 @@ impl<'a> Sampler<'a> {
             response_format: sampling.response_format.cloned(),
         };
         let started = Instant::now();
-        // An engine that was restarted has lost the adapter.
-        let sampled = self.patiently(|client| {
-            client.load_policy(self.policy.adapter)?;
-            client.generate(&asked)
-        })?;
+        let sampled = self.calls.generate(&asked)?;
         measure(measured, "rollout_seconds", started.elapsed().as_secs_f64());
         let samples: Vec<(&Value, &Rollout)> = prompts
             .iter()
@@ -248,7 +235,7 @@ impl<'a> Sampler<'a> {
                 return Ok(rows);
             }
             tracing::warn!("{down} of {} answers are graded again", rows.len());
-            self.wait(pause)?;
+            self.calls.wait(pause)?;
             (pause, attempt) = (MAX_BACK_OFF.min(4 * pause), attempt + 1);
         }
     }
@@ -262,7 +249,7 @@ impl<'a> Sampler<'a> {
             samples.iter().map(|(item, answer)| Context::new(item, &answer.text)).collect();
         let questions: Vec<_> = contexts.iter().map(|context| grader.questions(context)).collect();
         let all: Vec<_> = questions.iter().flatten().cloned().collect();
-        let answers = self.patiently(|client| client.query_graders(&all))?;
+        let answers = self.calls.query(&all)?;
         let mut left = &answers[..];
         let mut rows = Vec::with_capacity(samples.len());
         for ((context, questions), (_, answer)) in contexts.iter().zip(&questions).zip(samples) {
@@ -287,40 +274,6 @@ impl<'a> Sampler<'a> {
             rows.push(GradedRow { row, unavailable });
         }
         Ok(rows)
-    }
-
-    /// # Errors
-    /// [`TrainError::Stopped`] as soon as `stop` is set.
-    fn wait(&self, time: Duration) -> Result<(), TrainError> {
-        let start = Instant::now();
-        while start.elapsed() < time {
-            if self.stop.load(Ordering::Relaxed) {
-                return Err(TrainError::Stopped);
-            }
-            std::thread::sleep(LOOK_EVERY.min(time));
-        }
-        Ok(())
-    }
-
-    /// Repeats a request that fails temporarily, [`TRIES`] times at most: a dead engine is
-    /// restarted.
-    fn patiently<T>(
-        &self,
-        mut ask: impl FnMut(&mut dyn RolloutClient) -> Result<T, CallError>,
-    ) -> Result<T, TrainError> {
-        let mut pause = Duration::from_millis(200);
-        for _ in 1..TRIES {
-            match ask(&mut *self.policy.client.borrow_mut()) {
-                Ok(answer) => return Ok(answer),
-                Err(error) if error.cause == CallCause::Passing => {
-                    tracing::warn!("the engine is asked again: {error}");
-                    self.wait(pause)?;
-                    pause = MAX_BACK_OFF.min(2 * pause);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(ask(&mut *self.policy.client.borrow_mut())?)
     }
 }
 
@@ -388,7 +341,7 @@ fn check_items(
 }
 
 /// A separate random number for every prompt of a run (Steele et al. 2014, SplitMix64).
-fn mixed(seed: u64, at: u64) -> u64 {
+pub(super) fn mixed(seed: u64, at: u64) -> u64 {
     let mut z = seed.wrapping_add(at.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

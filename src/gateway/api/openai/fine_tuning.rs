@@ -242,6 +242,7 @@ pub async fn create(
         suffix,
         seed,
         data: Data {
+            human: None,
             train: training_file,
             validation: validation_file,
             shuffle: true,

@@ -12,12 +12,15 @@ use crate::gateway::error::ApiError;
 use crate::grade::{
     Answer, Ask, Context, Failed, Grader, GraderError, Message, Question, Sampling,
 };
+use crate::ipc::{Event, TokenLogprob};
 use axum::Json;
 use axum::extract::{Extension, State};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Instant;
 
+/// Number of the likeliest tokens among which the words of a choice are looked for.
+const TOP_TOKENS: u32 = 20;
 /// Default maximum of tokens that a model may generate for a score.
 const NUMBER_TOKENS: u32 = 64;
 
@@ -103,6 +106,9 @@ pub async fn answer(
         Ask::Number { messages, range, sampling } => {
             number(app, identity, &question.model, messages, *range, sampling).await.map_err(failed)
         }
+        Ask::Choice { messages, labels } => {
+            choice(app, identity, &question.model, messages, labels).await.map_err(failed)
+        }
         Ask::Score { messages } => {
             let served = app.registry.find(&question.model).await.map_err(failed)?;
             let input = Input::Messages(messages.iter().map(plain).collect());
@@ -158,4 +164,78 @@ async fn number(
         prompt_tokens: usage.prompt_tokens.into(),
         completion_tokens: usage.completion_tokens.into(),
     })
+}
+
+/// The probability that the answer's first token is the first of two words, relative to both.
+async fn choice(
+    app: &Arc<App>,
+    identity: Identity,
+    model: &str,
+    messages: &[Message],
+    labels: &[String; 2],
+) -> Result<Answer, ApiError> {
+    let mut request = ChatRequest::plain(model, messages.iter().map(plain).collect());
+    request.logprobs = Some(TOP_TOKENS);
+    request.common.stop.max_tokens = Some(1);
+    request.common.sampling.temperature = 0.0;
+    let (mut running, _) = chat::start(app, identity, request).await?;
+    let mut first = None;
+    while let Some(event) = running.next().await {
+        if let (_, Event::Delta { logprobs, .. }) = event? {
+            first = first.or_else(|| logprobs.into_iter().next());
+        }
+    }
+    let usage = running.usage();
+    Ok(Answer {
+        number: first.and_then(|token| preference(&token, labels)),
+        prompt_tokens: usage.prompt_tokens.into(),
+        completion_tokens: usage.completion_tokens.into(),
+    })
+}
+
+/// The share of the first label in the probability of both, as the beginning of an answer: with or
+/// without a space or a parenthesis. A label that is not among the likeliest tokens has the
+/// probability of the least likely of these. `None` if neither label is among them.
+fn preference(token: &TokenLogprob, labels: &[String; 2]) -> Option<f64> {
+    let least = token.top.iter().map(|(_, _, logprob)| f64::from(*logprob)).reduce(f64::min)?;
+    let of = |label: &String| {
+        let is = |bytes: &[u8]| {
+            std::str::from_utf8(bytes)
+                .is_ok_and(|text| text.trim_matches([' ', '\n', '(', ')', '*', '"']) == label)
+        };
+        let found = token.top.iter().filter(|(_, bytes, _)| is(bytes));
+        found.map(|(_, _, logprob)| f64::from(*logprob).exp()).reduce(|sum, x| sum + x)
+    };
+    let [first, second] = [of(&labels[0]), of(&labels[1])];
+    first.or(second)?;
+    let [first, second] = [first, second].map(|p| p.unwrap_or(least.exp()));
+    Some(first / (first + second))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_bytes::ByteBuf;
+
+    #[test]
+    fn a_preference_is_the_share_of_the_first_label() {
+        let token = |top: &[(&str, f32)]| TokenLogprob {
+            token: 0,
+            bytes: ByteBuf::from("A"),
+            logprob: None,
+            top: top.iter().map(|(text, p)| (0, ByteBuf::from(*text), p.ln())).collect(),
+        };
+        let labels = ["A".to_owned(), "B".to_owned()];
+        let of = |top: &[(&str, f32)]| preference(&token(top), &labels);
+        let close = |found: Option<f64>, right: f64| {
+            assert!((found.unwrap() - right).abs() < 1e-6, "{found:?}, not {right}");
+        };
+        close(of(&[("A", 0.6), ("B", 0.2), ("I", 0.1)]), 0.75);
+        // All spellings count.
+        close(of(&[("A", 0.3), (" A", 0.2), ("(A", 0.1), ("B", 0.2), ("Answer", 0.1)]), 0.75);
+        // A label that is not listed is at most as likely as the last one.
+        close(of(&[("B", 0.9), ("I", 0.1)]), 0.1);
+        assert_eq!(of(&[("I", 0.9), ("a", 0.1)]), None);
+        assert_eq!(of(&[]), None);
+    }
 }

@@ -1,7 +1,8 @@
 //! Sums, reshaping and scaling.
 
-use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
-use super::tape::{self, Backward};
+use super::fused::{Fused, View, apply};
+use crate::train::ops::Number;
+use crate::train::ops::tape::{self, Backward};
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -10,54 +11,25 @@ const CHUNK: usize = 1 << 14;
 /// Rows whose share of a bias's gradient one thread sums.
 const ROWS: usize = 32;
 
-/// `x + y`, for tensors of the same shape.
-///
-/// # Errors
-/// If the shapes differ.
-pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    if !has_cpu_kernel(x) || !tape::recording() {
-        return x + y;
-    }
+pub(in crate::train::ops) fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let out = sum(x, y)?;
     tape::record_op(Box::new(Same), &[x, y], &out);
     Ok(out)
 }
 
 /// `x + y` without a backward pass.
-pub(super) fn sum(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    if x.dims() != y.dims() {
-        bail!("{:?} and {:?} cannot be added", x.dims(), y.dims());
-    }
-    if has_cpu_kernel(x) { super::fused::plain(Add, &[x, y]) } else { x + y }
+pub(in crate::train::ops) fn sum(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    super::fused::plain(Add, &[x, y])
 }
 
-/// The tensor with another shape.
-///
-/// # Errors
-/// If the number of elements differs.
-pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
-    let shape = shape.into();
-    if !has_cpu_kernel(x) || !tape::recording() {
-        return x.reshape(shape);
-    }
+pub(in crate::train::ops) fn reshape(x: &Tensor, shape: Shape) -> Result<Tensor> {
     let out = x.detach().reshape(shape)?;
     tape::record_op(Box::new(Same), &[x], &out);
     Ok(out)
 }
 
-/// The scalar `Σ weights x`.
-///
-/// # Errors
-/// If the numbers of elements differ.
-pub fn weighed(x: &Tensor, weights: &Arc<Vec<f64>>) -> Result<Tensor> {
-    if x.elem_count() != weights.len() {
-        bail!("{} numbers and {} weights", x.elem_count(), weights.len());
-    }
-    if has_cpu_kernel(x) {
-        return apply(Weighed(weights.clone()), &[x]);
-    }
-    let weights = Tensor::new(&weights[..], x.device())?.to_dtype(x.dtype())?;
-    (x.flatten_all()? * weights)?.sum_all()
+pub(in crate::train::ops) fn weighed(x: &Tensor, weights: &Arc<Vec<f64>>) -> Result<Tensor> {
+    apply(Weighed(weights.clone()), &[x])
 }
 
 struct Weighed(Arc<Vec<f64>>);
@@ -82,20 +54,12 @@ impl Fused for Weighed {
     }
 }
 
-/// Adds `bias` (columns) to every row of `x` (rows, columns).
-///
-/// # Errors
-/// If the shapes do not fit.
-pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    if has_cpu_kernel(x) { apply(Bias, &[x, bias]) } else { x.broadcast_add(bias) }
+pub(in crate::train::ops) fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    apply(Bias, &[x, bias])
 }
 
-/// `x` times a number.
-///
-/// # Errors
-/// If memory cannot be allocated.
-pub fn scale(x: &Tensor, by: f64) -> Result<Tensor> {
-    if has_cpu_kernel(x) { apply(Scale(by), &[x]) } else { x * by }
+pub(in crate::train::ops) fn scale(x: &Tensor, by: f64) -> Result<Tensor> {
+    apply(Scale(by), &[x])
 }
 
 /// An operation whose gradients are passed on unchanged.

@@ -1,10 +1,9 @@
-//! Dropout (Srivastava et al. 2014, JMLR 15): some numbers are set to zero, the others are scaled
-//! up.
+//! Random numbers of dropout, determined by a key and the position.
 
-use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
-use candle_core::{Result, Shape, Tensor};
+use super::Number;
 use rayon::prelude::*;
 
+/// Numbers that a thread processes at a time.
 const CHUNK: usize = 1 << 14;
 /// Numbers that one random draw decides about.
 const LANES: usize = 4;
@@ -41,7 +40,7 @@ impl Draw {
         }
     }
 
-    fn applied<T: Number>(self, x: &[T]) -> Vec<T> {
+    pub(super) fn applied<T: Number>(self, x: &[T]) -> Vec<T> {
         let mut out = vec![T::ZERO; x.len()];
         let chunks = out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).enumerate();
         chunks.for_each(|(chunk, (out, x))| self.apply(chunk * CHUNK, x, out));
@@ -56,38 +55,6 @@ pub fn mixed(key: u64, at: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
-}
-
-/// `x` with some of its numbers dropped.
-///
-/// # Errors
-/// If memory cannot be allocated.
-pub fn dropout(x: &Tensor, draw: Draw) -> Result<Tensor> {
-    if has_cpu_kernel(x) {
-        return apply(Dropout(draw), &[x]);
-    }
-    let mask = draw.applied(&vec![1f32; x.elem_count()]);
-    x.mul(&Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?)
-}
-
-struct Dropout(Draw);
-
-impl Fused for Dropout {
-    const NAME: &'static str = "dropout";
-
-    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
-        Ok((self.0.applied(args[0].data), Shape::from(args[0].dims)))
-    }
-
-    fn backward<T: Number>(
-        &self,
-        _: &[View<T>],
-        _: View<T>,
-        grad: View<T>,
-        _: &[bool],
-    ) -> Result<Vec<Option<Vec<T>>>> {
-        Ok(vec![Some(self.0.applied(grad.data))])
-    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Reductions of a row in sixteen lanes, which vectorize and whose order of summation is fixed.
 
-use super::fused::Number;
 use crate::kernels::real::Real;
+use crate::train::ops::Number;
 
 /// The dot product.
 pub(super) fn dot<T: Number>(x: &[T], y: &[T]) -> T {

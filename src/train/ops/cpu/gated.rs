@@ -1,27 +1,16 @@
 //! SwiGLU and GeGLU (Shazeer 2020, arXiv:2002.05202).
 
-use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
+use super::fused::{Fused, View, apply};
 use crate::gguf::Gating;
+use crate::train::ops::Number;
+use crate::train::ops::arguments::{GELU_CUBIC, GELU_ROOT};
 use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 const CHUNK: usize = 1 << 14;
-/// √(2/π), of the tanh approximation of GELU.
-const ROOT: f64 = 0.797_884_560_802_865_4;
-const CUBIC: f64 = 0.044_715;
 
-/// `act(gate) * up`, element by element.
-///
-/// # Errors
-/// If the shapes differ.
-pub fn gated(gate: &Tensor, up: &Tensor, act: Gating) -> Result<Tensor> {
-    if has_cpu_kernel(gate) {
-        return apply(Gated(act), &[gate, up]);
-    }
-    match act {
-        Gating::Silu => gate.silu()?.mul(up),
-        Gating::Gelu => gate.gelu()?.mul(up),
-    }
+pub(in crate::train::ops) fn gated(gate: &Tensor, up: &Tensor, act: Gating) -> Result<Tensor> {
+    apply(Gated(act), &[gate, up])
 }
 
 struct Gated(Gating);
@@ -33,7 +22,7 @@ fn at<T: Number>(act: Gating, x: T) -> (T, T) {
     let (u, slope) = match act {
         Gating::Silu => (x, T::ONE),
         Gating::Gelu => {
-            let (twice, cubic) = (T::of(2.0 * ROOT), T::of(CUBIC));
+            let (twice, cubic) = (T::of(2.0 * GELU_ROOT), T::of(GELU_CUBIC));
             (
                 twice * x * (cubic * x).mul_add(x, T::ONE),
                 twice * (T::of(3.0) * cubic * x).mul_add(x, T::ONE),

@@ -1,26 +1,16 @@
 //! Embedding: rows of a table.
 
-use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
-use candle_core::{Result, Shape, Tensor, bail};
+use super::fused::{Fused, View, apply};
+use crate::train::ops::Number;
+use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Columns of the table's gradient that one thread sums.
 const COLS: usize = 64;
 
-/// (tokens, width) rows of `table` (vocabulary, width).
-///
-/// # Errors
-/// If a token is not in the table.
-pub fn embedding(table: &Tensor, tokens: &Arc<Vec<u32>>) -> Result<Tensor> {
-    let vocab = table.dim(0)?;
-    if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab) {
-        bail!("token {token} is not below {vocab}");
-    }
-    if has_cpu_kernel(table) {
-        return apply(Embedding(tokens.clone()), &[table]);
-    }
-    table.index_select(&Tensor::new(&tokens[..], table.device())?, 0)
+pub(in crate::train::ops) fn embedding(table: &Tensor, tokens: &Arc<Vec<u32>>) -> Result<Tensor> {
+    apply(Embedding(tokens.clone()), &[table])
 }
 
 struct Embedding(Arc<Vec<u32>>);

@@ -1,11 +1,11 @@
 //! Cross-entropy of a model's output, without holding the logits of all rows at once.
 
-use super::fused::{Fused, Number, View, apply, has_cpu_kernel, plain};
+use super::fused::{Fused, View, apply, plain};
 use super::lanes;
-use super::linear::Frozen;
-use super::tape::tracked;
 use crate::kernels::gemm::{Mat, product};
-use candle_core::{DType, Result, Shape, Tensor, bail};
+use crate::train::ops::tape::tracked;
+use crate::train::ops::{Frozen, Head, Losses, Number, Targets};
+use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::any::Any;
 use std::ops::Range;
@@ -14,154 +14,38 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 /// Logits that are held at a time: 64 MB of f32.
 const LOGITS: usize = 1 << 24;
 
-/// The output matrix: (vocabulary, width).
-#[derive(Clone)]
-pub enum Head {
-    Frozen(Arc<Frozen>),
-    Trained(Tensor),
-}
-
-/// The targets that rows should predict.
-#[derive(Debug, Clone)]
-pub struct Targets {
-    /// (rows) target tokens.
-    pub tokens: Arc<Vec<u32>>,
-    /// (rows) loss weight of each row.
-    pub weights: Arc<Vec<f32>>,
-    /// Soft cap: logits are `cap tanh(logit / cap)`.
-    pub cap: Option<f64>,
-    /// Divisor of the logits, applied after the cap.
-    pub temperature: f64,
-}
-
-/// Log-probabilities of some rows' targets, and entropies.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct LogProbs {
-    /// (rows) ln p(target).
-    pub of_targets: Vec<f64>,
-    /// (rows) -Σ p ln p, in nats.
-    pub entropies: Vec<f64>,
-}
-
-/// The losses of some rows.
-pub struct Losses {
-    /// A scalar: the sum of the rows' losses in nats, times their weights.
-    pub sum: Tensor,
-    /// Weighted number of rows whose target is the most likely token.
-    pub correct: f64,
-}
-
-impl Head {
-    fn vocab(&self) -> Result<usize> {
-        match self {
-            Self::Frozen(frozen) => Ok(frozen.outputs()),
-            Self::Trained(tensor) => tensor.dim(0),
-        }
-    }
-
-    /// Applies an operation to the rows, and to the head if it is a tensor.
-    fn apply<F: Fused>(
-        &self,
-        op: F,
-        hidden: &Tensor,
-        by: impl Fn(F, &[&Tensor]) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        match self {
-            Self::Frozen(_) => by(op, &[hidden]),
-            Self::Trained(head) => by(op, &[hidden, head]),
-        }
-    }
-}
-
-impl Targets {
-    fn check(&self, rows: usize, vocab: usize) -> Result<()> {
-        if self.tokens.len() != rows || self.weights.len() != rows {
-            bail!("{rows} rows, {} targets, {} weights", self.tokens.len(), self.weights.len());
-        }
-        match self.tokens.iter().find(|token| **token as usize >= vocab) {
-            Some(token) => bail!("target {token} is not below {vocab}"),
-            None => Ok(()),
-        }
-    }
-}
-
-/// The losses of `hidden` (rows, width). The gradient is computed in the forward pass, while the
-/// logits are in memory. Weights may be negative: a weighted sum of log-probabilities is a weighted
-/// sum of losses, which gives the losses of `train/loss` their backward pass.
-///
-/// # Errors
-/// If the shapes do not fit, a target is not in the vocabulary, or the head cannot be read.
-pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
-    let vocab = head.vocab()?;
-    targets.check(hidden.dim(0)?, vocab)?;
-    if !has_cpu_kernel(hidden) {
-        return candle_fallback(hidden, head, targets);
-    }
+pub(in crate::train::ops) fn linear_cross_entropy(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &Targets,
+) -> Result<Losses> {
     let correct = Arc::new(OnceLock::new());
     let trained = matches!(head, Head::Trained(head) if tracked(head));
     let op = CrossEntropy {
-        logits: Logits::new(head, vocab),
+        logits: Logits::new(head)?,
         targets: targets.clone(),
         wanted: [tracked(hidden), trained],
         correct: correct.clone(),
         grads: Mutex::new(None),
     };
-    let sum = head.apply(op, hidden, apply)?;
+    let sum = match head {
+        Head::Frozen(_) => apply(op, &[hidden]),
+        Head::Trained(head) => apply(op, &[hidden, head]),
+    }?;
     Ok(Losses { sum, correct: correct.get().copied().unwrap_or_default() })
 }
 
-/// The log-probabilities of the targets of `hidden` (rows, width), whatever their weights, without
-/// a backward pass.
-///
-/// # Errors
-/// As [`linear_cross_entropy`].
-pub fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<LogProbs> {
-    let vocab = head.vocab()?;
-    targets.check(hidden.dim(0)?, vocab)?;
-    let found = match has_cpu_kernel(hidden) {
-        true => {
-            let op = Said { logits: Logits::new(head, vocab), targets: targets.clone() };
-            head.apply(op, hidden, plain)?
-        }
-        false => {
-            let logits = composed_logits(&hidden.detach(), head, targets)?;
-            let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
-            let all = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(1)?.log()?)?;
-            let tokens = Tensor::new(&targets.tokens[..], hidden.device())?.unsqueeze(1)?;
-            let entropies = (all.exp()? * &all)?.sum_keepdim(1)?.neg()?;
-            Tensor::cat(&[all.gather(&tokens, 1)?, entropies], 1)?
-        }
-    };
-    let found = found.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-    let of_targets = found.iter().step_by(2).copied().collect();
-    Ok(LogProbs { of_targets, entropies: found.iter().skip(1).step_by(2).copied().collect() })
-}
-
-fn composed_logits(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Tensor> {
-    let logits = match head {
-        Head::Frozen(frozen) => super::linear::frozen_linear(hidden, frozen)?,
-        Head::Trained(head) => hidden.matmul(&head.t()?)?,
-    };
-    let logits = match targets.cap {
-        Some(cap) => ((logits / cap)?.tanh()? * cap)?,
-        None => logits,
-    };
-    logits / targets.temperature
-}
-
-fn candle_fallback(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
-    let logits = composed_logits(hidden, head, targets)?;
-    let device = hidden.device();
-    let most = logits.max_keepdim(1)?.detach();
-    let shifted = logits.broadcast_sub(&most)?;
-    let normal = shifted.exp()?.sum_keepdim(1)?.log()?;
-    let tokens = Tensor::new(&targets.tokens[..], device)?;
-    let right = shifted.gather(&tokens.unsqueeze(1)?, 1)?;
-    let weights = Tensor::new(&targets.weights[..], device)?.to_dtype(hidden.dtype())?;
-    let sum = (normal - right)?.squeeze(1)?.mul(&weights)?.sum_all()?;
-    let hits = logits.argmax(1)?.eq(&tokens)?.to_dtype(hidden.dtype())?.mul(&weights)?.sum_all()?;
-    let correct = hits.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-    Ok(Losses { sum, correct })
+/// (rows, 2) log-probability of the target, and entropy.
+pub(in crate::train::ops) fn log_probs(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &Targets,
+) -> Result<Tensor> {
+    let op = Said { logits: Logits::new(head)?, targets: targets.clone() };
+    match head {
+        Head::Frozen(_) => plain(op, &[hidden]),
+        Head::Trained(head) => plain(op, &[hidden, head]),
+    }
 }
 
 /// Computes logits, a block of rows at a time.
@@ -172,9 +56,9 @@ struct Logits {
 }
 
 impl Logits {
-    fn new(head: &Head, vocab: usize) -> Self {
+    fn new(head: &Head) -> Result<Self> {
         let frozen = if let Head::Frozen(frozen) = head { Some(frozen.clone()) } else { None };
-        Self { frozen, vocab }
+        Ok(Self { frozen, vocab: head.vocab()? })
     }
 
     /// Passes a buffer for the logits of each block of rows to `each`, until all rows are done.

@@ -1,93 +1,27 @@
 //! Causal attention over packed documents. Only log-sum-exp is stored for the backward pass
 //! (FlashAttention-2: Dao 2023, arXiv:2307.08691).
 
-use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
+use super::fused::{Fused, View, apply};
 use super::lanes;
 use crate::kernels::gemm::{Mat, product_here};
 use crate::kernels::real::Real;
+use crate::train::ops::{Number, Scope};
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::any::Any;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 /// Query or key rows that a thread processes at a time.
 const ROWS: usize = 64;
 
-/// The attention mask and the transformation of scores.
-#[derive(Debug, Clone)]
-pub struct Scope {
-    /// Start rows of the documents in ascending order; the first is 0. Documents do not attend to
-    /// each other.
-    pub documents: Arc<Vec<usize>>,
-    /// Factor of the query-key products.
-    pub scale: f64,
-    /// Sliding window: each row attends to at most this many rows, the last of which is the row
-    /// itself.
-    pub window: Option<usize>,
-    /// Soft cap: scores are `cap tanh(score / cap)`.
-    pub cap: Option<f64>,
-}
-
-impl Scope {
-    /// The rows that a row attends to.
-    fn seen(&self, row: usize) -> Range<usize> {
-        let document = self.documents.partition_point(|&start| start <= row);
-        let start = self.documents[document.saturating_sub(1)];
-        start.max((row + 1).saturating_sub(self.window.unwrap_or(usize::MAX)))..row + 1
-    }
-
-    /// The end of the rows that attend to any of the rows `keys`.
-    fn audience(&self, keys: &Range<usize>, rows: usize) -> usize {
-        let next = self.documents.partition_point(|&start| start < keys.end);
-        let end = self.documents.get(next).copied().unwrap_or(rows);
-        end.min((keys.end - 1).saturating_add(self.window.unwrap_or(rows))).max(keys.end)
-    }
-}
-
-/// (rows, heads, head_dim) attention of `q` (rows, heads, head_dim), `k` and `v` (rows, kv_heads,
-/// head_dim).
-///
-/// # Errors
-/// If the shapes do not fit.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
-    let ((rows, heads, dim), (key_rows, kv_heads, key_dim)) = (q.dims3()?, k.dims3()?);
-    if key_rows != rows || key_dim != dim || k.dims() != v.dims() || !heads.is_multiple_of(kv_heads)
-    {
-        bail!("queries {:?}, keys {:?}, values {:?}", q.dims(), k.dims(), v.dims());
-    }
-    if scope.documents.first() != Some(&0) {
-        bail!("the first document does not begin with the first row");
-    }
-    if has_cpu_kernel(q) {
-        let op = Attention { scope: scope.clone(), kept: Mutex::new(None) };
-        return apply(op, &[q, k, v]);
-    }
-    candle_fallback(q, k, v, scope)
-}
-
-fn candle_fallback(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
-    let ((rows, heads, dim), kv_heads) = (q.dims3()?, k.dim(1)?);
-    let group = heads / kv_heads;
-    let spread = |x: &Tensor| -> Result<Tensor> {
-        let x = x.unsqueeze(2)?.broadcast_as((rows, kv_heads, group, dim))?;
-        x.reshape((rows, heads, dim))?.transpose(0, 1)?.contiguous()
-    };
-    let q = q.transpose(0, 1)?.contiguous()?;
-    let mut scores = (q.matmul(&spread(k)?.transpose(1, 2)?.contiguous()?)? * scope.scale)?;
-    if let Some(cap) = scope.cap {
-        scores = ((scores / cap)?.tanh()? * cap)?;
-    }
-    let mut mask = vec![f32::NEG_INFINITY; rows * rows];
-    for row in 0..rows {
-        mask[row * rows..][scope.seen(row)].fill(0.0);
-    }
-    let mask = Tensor::from_vec(mask, (1, rows, rows), q.device())?.to_dtype(q.dtype())?;
-    let scores = scores.broadcast_add(&mask)?;
-    let most = scores.max_keepdim(2)?.detach();
-    let weights = scores.broadcast_sub(&most)?.exp()?;
-    let weights = weights.broadcast_div(&weights.sum_keepdim(2)?)?;
-    weights.matmul(&spread(v)?)?.transpose(0, 1)?.contiguous()
+pub(in crate::train::ops) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scope: &Scope,
+) -> Result<Tensor> {
+    apply(Attention { scope: scope.clone(), kept: Mutex::new(None) }, &[q, k, v])
 }
 
 struct Attention {

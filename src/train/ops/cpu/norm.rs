@@ -1,23 +1,16 @@
 //! RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-use super::fused::{Fused, Number, View, apply, has_cpu_kernel};
+use super::fused::{Fused, View, apply};
 use super::lanes::dot;
-use candle_core::{D, Result, Shape, Tensor};
+use crate::train::ops::Number;
+use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 /// Rows whose share of a weight's gradient one thread sums.
 const ROWS: usize = 32;
 
-/// `x / rms(x) * weight`, row by row; `x` (…, columns), `weight` (columns).
-///
-/// # Errors
-/// If the shapes do not fit.
-pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
-    if has_cpu_kernel(x) {
-        return apply(RmsNorm { epsilon }, &[x, weight]);
-    }
-    let mean = (x.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?;
-    x.broadcast_div(&mean.sqrt()?)?.broadcast_mul(weight)
+pub(in crate::train::ops) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
+    apply(RmsNorm { epsilon }, &[x, weight])
 }
 
 struct RmsNorm {
