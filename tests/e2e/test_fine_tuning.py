@@ -459,15 +459,62 @@ def test_a_policy_is_trained():
     assert "no reward model" in raises_admin({**spec, "grpo": {"grader": grader}})
 
 
+def test_a_constitution_is_learned():
+    prompt = lambda text, **more: {"messages": [{"role": "user", "content": text}], **more}
+    questions = ["Name a colour.", "Say hello.", "What is 2+2?", "Name an animal."]
+    prompts = [prompt(question) for question in questions]
+    prompts += [prompt(f"Name a number above {i}.", helpful=True, answer=f"{i + 1}") for i in range(3)]
+    human = [
+        {"prompt": "Say hello.", "chosen": "Hello! How are you?", "rejected": f"No {i}."} for i in range(6)
+    ]
+    principle = {"name": "question", "critique": "Does the answer end with a question?",
+                 "revision": "Rewrite the answer so that it ends with a question.",
+                 "comparison": "Which answer ends with a question?"}
+    grader = {"type": "regex", "name": "g", "pattern": r"\?$"}
+    spec = {
+        "kind": "constitutional", "model": server.model, "suffix": "asks", "seed": 1,
+        "data": {"train": upload(prompts).id, "human": upload(human, "human.jsonl").id},
+        "constitutional": {"constitution": {"principles": [principle]}, "max_tokens": 48,
+                           "min_on_topic": 0, "keep_inconsistent": True, "graders": {"question": grader}},
+        "train": {"batch_size": 4, "max_length": 256},
+    }
+    job = json.loads(server.admin("/admin/jobs", spec))
+    done = until(
+        lambda: (found := server.job(job["id"]))["status"] in ("succeeded", "failed") and found or None,
+        "the end of the constitutional job",
+    )
+    assert done["status"] == "succeeded", done
+    files = {made["name"]: made for made in done["artifacts"]}
+    read = lambda name: server.admin(f"/admin/jobs/{job['id']}/artifacts/{files[name]['id']}")
+    lines = lambda name: [json.loads(line) for line in read(name).splitlines()]
+    assert [row["prompt"] for row in lines("revisions.jsonl")] == list(range(7)), files
+    assert len(lines("sft.jsonl")) >= 3 and len(lines("evaluation.jsonl")) == 7, files
+    assert len(lines("comparisons.jsonl")) == 4 and len(lines("judge.jsonl")) == 6, files
+    report = json.loads(read("constitutional.json"))
+    assert report["human"]["accuracy"]["count"] == 6 and report["groups"]["helpful"]["win_rate"]["count"] == 3
+    assert 0 <= report["groups"]["all"]["rewards"]["question"]["after"] <= 1, report
+    assert "<h1>Constitutional training</h1>" in str(read("constitutional.html"))
+    entries = json.loads(server.admin(f"/admin/jobs/{job['id']}/events?stream=false"))["data"]
+    assert [entry["metrics"] for entry in entries if entry["type"] == "validation"][0]["kl_all"] is not None
+    adapter = next(made["name"] for made in done["artifacts"] if made["type"] == "adapter")
+    assert ask(adapter).choices[0].message.content
+    assert "`nobody`" in raises_status(404, {**spec, "constitutional": {**spec["constitutional"], "judge": "nobody"}})
+    assert "data.human" in raises_admin({**spec, "data": {**spec["data"], "human": "file-none"}})
+
+
 def score(model, inputs):
     return client.post("/score", body={"model": model, "input": inputs}, cast_to=object)
 
 
 def raises_admin(spec):
+    return raises_status(400, spec)
+
+
+def raises_status(status, spec):
     try:
         server.admin("/admin/jobs", spec)
     except urllib.error.HTTPError as error:
-        assert error.code == 400, error
+        assert error.code == status, error
         return json.loads(error.read())["error"]["message"]
     raise AssertionError("it was taken")
 

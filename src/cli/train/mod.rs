@@ -37,7 +37,7 @@ pub struct TrainOptions {
 
 /// Runs the job, or has it run, to its end.
 pub fn main(options: TrainOptions) -> Result<ExitCode, CliError> {
-    let spec = read(&options.spec)?;
+    let spec = read_spec(&options.spec)?;
     let folder = options.spec.parent().unwrap_or(Path::new("")).to_owned();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -52,7 +52,11 @@ pub fn main(options: TrainOptions) -> Result<ExitCode, CliError> {
     }
 }
 
-fn read(path: &Path) -> Result<Spec, CliError> {
+/// Reads a specification. A constitution that it names by its file is read too.
+///
+/// # Errors
+/// If a file cannot be read, or the key that is wrong.
+pub fn read_spec(path: &Path) -> Result<Spec, CliError> {
     let shown = path.display();
     let text = std::fs::read_to_string(path)
         .map_err(|error| CliError::message(format!("{shown} cannot be read: {error}.")))?;

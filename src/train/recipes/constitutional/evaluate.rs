@@ -60,12 +60,11 @@ pub(super) struct Evaluated {
 
 impl Evaluated {
     /// 1 if the answer after training is better, 0 if it is worse. 0.5: the judge names another
-    /// answer in the other order, gives no answer, or both answers are equal.
+    /// answer in the other order, prefers none, gives no answer, or both answers are equal.
     pub(super) fn score(&self) -> f64 {
         match &self.judgement {
-            Some(judgement) if judgement.consistent() => {
-                f64::from(u8::from(judgement.probability() > 0.5))
-            }
+            Some(found) if found.consistent() && found.probability() > 0.5 => 1.0,
+            Some(found) if found.consistent() && found.probability() < 0.5 => 0.0,
             _ => 0.5,
         }
     }

@@ -264,10 +264,6 @@ fn a_principle_is_learned() {
         let of = |name: &str| ran.metrics[name];
         assert!(of("low_before_principled") < 0.4, "{stages}: {:?}", ran.metrics);
         assert!(of("low_after_principled") > 0.7, "{stages}, {pairs}: {:?}", ran.metrics);
-        println!(
-            "{}",
-            std::fs::read_to_string(folder.path().join("made/evaluation.jsonl")).unwrap()
-        );
         assert!(of("win_rate_principled") > 0.6, "{stages}, {pairs}: {:?}", ran.metrics);
         assert!((of("judge_accuracy") - 2.0 / 3.0).abs() < 1e-9);
         assert!(of("kl_all") > 0.0, "{:?}", ran.metrics);
