@@ -109,7 +109,7 @@ const TRAIN: Table = &[
     ("tokenizer_training", &["data"]),
     ("data", &["model"]),
     ("model", &["ops", "optim"]),
-    ("optim", &[]),
+    ("optim", &["ops"]),
     ("loss", &[]),
     ("rollout", &[]),
     ("ops", &[]),

@@ -39,11 +39,12 @@ pub struct Constitutional {
     pub max_tokens: usize,
     #[serde(default = "super::grpo::one")]
     pub temperature: f64,
-    /// Smallest probability, by the judge, that a revision responds to the request. 0: not asked.
+    /// A revision is kept if the probability, by the judge, that it responds to the request is above
+    /// this. 0: not asked.
     #[serde(default = "half")]
     pub min_on_topic: f64,
-    /// Smallest probability, by the judge, that a revision is better than the answer before it. 0:
-    /// not asked.
+    /// A revision is kept if the probability, by the judge, that it is better than the first answer
+    /// is above this. 0: not asked.
     #[serde(default = "half")]
     pub min_preferred: f64,
     #[serde(default)]

@@ -282,7 +282,7 @@ fn check(pipeline: &Pipeline, drafts: &mut [Draft]) -> Result<(), TrainError> {
 fn below(found: Option<f64>, least: f64, what: &str) -> Option<String> {
     match found {
         None => Some("the judge gave no answer".to_owned()),
-        Some(p) if p < least => Some(format!("{what}, by the judge")),
+        Some(p) if p <= least => Some(format!("{what}, by the judge")),
         Some(_) => None,
     }
 }

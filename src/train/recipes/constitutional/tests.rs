@@ -252,19 +252,20 @@ fn run(folder: &Path, spec: &Spec, judge: Judge, calls: u64) -> Result<Ran, Trai
 
 #[test]
 fn a_principle_is_learned() {
-    for (stages, pairs) in [
-        (r#"["revise", "compare"]"#, "sampled"),
-        (r#"["revise", "compare"]"#, "revised"),
-        (r#"["revise"]"#, "sampled"),
-        (r#"["compare"]"#, "sampled"),
+    // The share of answers with the property is 0.22 at first.
+    for (stages, pairs, least) in [
+        (r#"["revise", "compare"]"#, "sampled", 0.55),
+        (r#"["revise", "compare"]"#, "revised", 0.4),
+        (r#"["revise"]"#, "sampled", 0.3),
+        (r#"["compare"]"#, "sampled", 0.4),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let spec = spec(&format!(r#", "stages": {stages}, "pairs": "{pairs}""#));
         let ran = run(folder.path(), &spec, Judge::Works, u64::MAX).unwrap();
         let of = |name: &str| ran.metrics[name];
-        assert!(of("low_before_principled") < 0.4, "{stages}: {:?}", ran.metrics);
-        assert!(of("low_after_principled") > 0.7, "{stages}, {pairs}: {:?}", ran.metrics);
-        assert!(of("win_rate_principled") > 0.6, "{stages}, {pairs}: {:?}", ran.metrics);
+        assert!(of("low_before_principled") < 0.25, "{stages}: {:?}", ran.metrics);
+        assert!(of("low_after_principled") > least, "{stages}, {pairs}: {:?}", ran.metrics);
+        assert!(of("win_rate_principled") > 0.55, "{stages}, {pairs}: {:?}", ran.metrics);
         assert!((of("judge_accuracy") - 2.0 / 3.0).abs() < 1e-9);
         assert!(of("kl_all") > 0.0, "{:?}", ran.metrics);
         // Steps are counted through both stages.
