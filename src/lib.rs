@@ -46,7 +46,7 @@
 //! - A job's status changes in one statement; the files that it made are listed in the same transaction.
 //! - What a client sends is an id or a name, never a path.
 //! - Everything is bounded: queues, bodies, grammars, templates, time. Overflow is an answer.
-//! - `unsafe` stands in `kernels/`, `engine/runner/llama_cpp/` and `gguf/` (mmap) only.
+//! - `unsafe` stands in `kernels/`, `engine/runner/llama_cpp/`, `compress/` and `gguf/` (mmap) only.
 //! - With the native runner a request gives the same bits alone and in any batch, cached or not, with
 //!   drafts or without ([`engine`], `speculate`).
 //!
@@ -65,11 +65,13 @@
 //! | [`job`] | what a job is: specification, order, folder, events, outcome; no tensors |
 //! | [`dataset`] | formats of training files |
 //! | [`train`] | the process of a job: data, trainable models, optimizers, checkpoints, exports |
+//! | [`compress`] | quantization |
 //! | [`grade`] | graders, which score completions |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters; conversion of Hugging Face folders |
 
 pub mod build_info;
 pub mod cli;
+pub mod compress;
 pub mod config;
 pub mod dataset;
 pub mod engine;

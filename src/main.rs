@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Command::Models(options) => cli::models::main(options),
         Command::Train(options) => cli::train::main(options),
         Command::Jobs(options) => cli::jobs::main(options),
+        Command::Quantize(options) => cli::quantize::main(*options, ingot::compress::quantize),
         Command::Verify(options) => cli::verify::main(options),
         Command::Bench(BenchCommand::Serve(options)) => cli::bench_serve::main(*options),
     };

@@ -18,6 +18,7 @@ pub mod jobs;
 pub mod models;
 mod progress;
 pub mod pull;
+pub mod quantize;
 pub mod run;
 pub mod train;
 pub mod verify;
@@ -53,6 +54,8 @@ pub enum Command {
     Train(train::TrainOptions),
     /// List, follow and steer the jobs of a server
     Jobs(jobs::JobsOptions),
+    /// Write a model in a smaller type
+    Quantize(Box<quantize::QuantizeOptions>),
     /// Measure how far rounding moves a model's predictions, on a text
     Verify(verify::VerifyOptions),
     /// Measure

@@ -53,6 +53,13 @@ pub(super) fn request_bar(total: u64) -> ProgressBar {
     bar
 }
 
+/// A bar of tensors.
+pub(super) fn tensor_bar() -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(5));
+    bar.set_style(style("{bar:30}  {pos}/{len} tensors  {msg}"));
+    bar
+}
+
 /// A bar of tokens.
 pub(super) fn token_bar(total: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(2));

@@ -42,6 +42,7 @@ mod order;
 mod outcome;
 mod plot;
 mod process;
+mod quantize;
 mod report;
 mod resolve;
 pub mod rollout;
@@ -58,5 +59,9 @@ pub use order::{Order, name_of};
 pub use outcome::{Artifact, ArtifactKind, Failure, Outcome};
 pub use plot::plot;
 pub use process::{DISK_FULL, DONE, Process, STOPPED, WAITS, spawn};
+pub use quantize::{
+    ModelType, QuantizeError, QuantizePlan, QuantizeReport, QuantizedTensor, TensorOverride,
+    tensor_type,
+};
 pub use report::report;
 pub use resolve::{BaseModel, InitAdapter, ResolveError, ResolvedJob, Sources};

@@ -259,6 +259,7 @@ def settle(body):
     if isinstance(body.get("enable_thinking"), bool):
         body.pop("chat_template_kwargs", None)
     body.pop("best_of", None)
+    body.pop("reward_model", None)
     form = body.get("response_format")
     if isinstance(form, dict):
         plain = {"type": "object", "properties": {"a": {"type": "boolean"}}}

@@ -342,6 +342,23 @@ def test_a_reward_model_is_trained():
     one = score(name, talks[0])["data"]
     assert abs(one[0]["score"] - answer["data"][0]["score"]) < 1e-5, (one, answer)
     assert score(name, ["Ahoy!", "Good day."])["usage"]["prompt_tokens"] > 4
+
+    # The best of several answers is the one that scores highest.
+    asked = [{"role": "user", "content": "Greet me."}]
+    more = {"model": server.model, "messages": asked, "seed": 5, "temperature": 1.2, "max_tokens": 12}
+    all_of_them = client.chat.completions.create(**more, n=6).choices
+    texts = [choice.message.content for choice in all_of_them]
+    scores = [item["score"] for item in score(name, [[*asked, {"role": "assistant", "content": text}] for text in texts])["data"]]
+    best = client.chat.completions.create(**more, n=2, extra_body={"best_of": 6, "reward_model": name})
+    order = sorted(range(6), key=lambda at: -scores[at])
+    assert [choice.index for choice in best.choices] == [0, 1], best
+    for choice, at in zip(best.choices, order):
+        assert choice.message.content == texts[at] and abs(choice.reward - scores[at]) < 1e-4, (best, scores, texts)
+    try:
+        client.chat.completions.create(**more, extra_body={"best_of": 2, "reward_model": server.model})
+        raise AssertionError("a model that is no reward model was taken")
+    except openai.BadRequestError as error:
+        assert error.param == "reward_model", error
     bad_request = openai.BadRequestError
     raises(bad_request, lambda: ask(name), param="model")
     raises(bad_request, lambda: score(server.model, "Ahoy!"), param="model")

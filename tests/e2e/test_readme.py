@@ -1,4 +1,5 @@
-"""Runs what README shows: its Python code and its request with curl, against a server of its own.
+"""Runs what README shows: its Python code, its request with curl, and the script of the lifecycle example,
+against a server of its own.
 
     INGOT_BIN=target/release/ingot python tests/e2e/test_readme.py [NAME…]
 
@@ -26,6 +27,7 @@ README = (ROOT / "README.md").read_text()
 # README calls the model by its alias.
 os.environ.pop("INGOT_TEST_MODEL", None)
 os.chdir(ROOT)
+ADMIN = "sk-readme-admin"
 
 
 def start():
@@ -39,7 +41,7 @@ def start():
         dirs_exist_ok=True,
     )
     key = "sk-readme"
-    url, process = _server.start(key, data, "--log-level", "warn")
+    url, process = _server.start(key, data, "--admin-key", ADMIN, "--log-level", "warn")
     assert _server.first_model(url, key, process) == "smollm2:135m"
     return url, key
 
@@ -86,6 +88,17 @@ def test_curl():
     (choice,) = body["choices"]
     assert body["model"] == "smollm2:135m" and choice["message"]["content"], body
     assert choice["finish_reason"] in ("stop", "length") and body["usage"]["completion_tokens"] > 0, body
+
+
+def test_lifecycle():
+    script = ROOT / "configs/examples/lifecycle/run.sh"
+    names = {"INGOT": str(pathlib.Path(os.environ["INGOT_BIN"]).resolve()), "INGOT_URL": URL}
+    env = {**os.environ, **names, "INGOT_ADMIN_KEY": ADMIN, "STEPS": "2"}
+    run = subprocess.run([script], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    before, tuned, best = re.split(r"^After .*$", run.stdout, flags=re.MULTILINE)
+    assert before.startswith("Before:\n") and all(part.strip() for part in (before, tuned, best)), run.stdout
+    assert not list(script.parent.glob(".filled*")), "a file is left"
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ type Table = &'static [(&'static str, &'static [&'static str])];
 
 /// Modules of the crate. Gateway and engine share only `ipc`.
 const ROOMS: Table = &[
-    ("main", &["cli", "train", "engine", "gateway", "config"]),
+    ("main", &["cli", "train", "compress", "engine", "gateway", "config"]),
     // `ingot verify` runs models in its own process.
     ("cli", &["engine", "gateway", "config", "job", "dataset", "gguf", "ipc", "build_info"]),
     ("gateway", &["config", "job", "dataset", "template", "grade", "gguf", "ipc", "build_info"]),
     ("train", &["job", "dataset", "tokenizer", "template", "grade", "kernels", "gguf", "ipc"]),
+    ("compress", &["job", "gguf"]),
     ("engine", &["tokenizer", "ipc", "kernels", "gguf"]),
     ("job", &["dataset", "grade", "gguf"]),
     ("dataset", &["template"]),
@@ -120,7 +121,7 @@ const UPWARDS: &[(&str, &str, &str)] =
     &[("gateway/app", "auth", "holds the keys, which its middleware in the same file looks up")];
 
 /// Folders and files in which `unsafe` is allowed.
-const UNSAFE: &[&str] = &["engine/runner/llama_cpp/", "gguf/", "kernels/"];
+const UNSAFE: &[&str] = &["compress/", "engine/runner/llama_cpp/", "gguf/", "kernels/"];
 const LONGEST_FILE: usize = 800;
 
 /// Every source file with its path relative to `src`, and its text.

@@ -42,14 +42,7 @@ pub async fn handle(
 ) -> Result<Json<Value>, ApiError> {
     let ScoreRequest { model, inputs } = ScoreRequest::read(fields)?;
     let served = app.registry.find(&model).await?;
-    let scoring = score(served, inputs, app.config.limits.parse_control_tokens);
-    let limit = app.config.limits.request_timeout;
-    let (scores, prompt_tokens) = tokio::time::timeout(limit, scoring).await.map_err(|_| {
-        ApiError::timeout(format!(
-            "The request took longer than the {} seconds that this server allows.",
-            limit.as_secs()
-        ))
-    })??;
+    let (scores, prompt_tokens) = score_in_time(&app, served, inputs).await?;
     let item = |(index, score)| json!({"object": "score", "index": index, "score": score});
     let data: Vec<Value> = scores.into_iter().enumerate().map(item).collect();
     Ok(Json(json!({
@@ -58,6 +51,22 @@ pub async fn handle(
         "data": data,
         "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
     })))
+}
+
+/// As [`score`], within the server's time limit.
+pub(super) async fn score_in_time(
+    app: &App,
+    served: Served,
+    inputs: Vec<Input>,
+) -> Result<(Vec<f32>, u32), ApiError> {
+    let scoring = score(served, inputs, app.config.limits.parse_control_tokens);
+    let limit = app.config.limits.request_timeout;
+    tokio::time::timeout(limit, scoring).await.map_err(|_| {
+        ApiError::timeout(format!(
+            "The request took longer than the {} seconds that this server allows.",
+            limit.as_secs()
+        ))
+    })?
 }
 
 /// Returns the scores, and the number of prompt tokens.
@@ -92,7 +101,7 @@ pub(in crate::gateway::api) async fn score(
     }
 }
 
-fn reward_model(served: &Served) -> Result<&AdapterVersion, ApiError> {
+pub(super) fn reward_model(served: &Served) -> Result<&AdapterVersion, ApiError> {
     let adapter = served.adapter.as_deref().filter(|adapter| adapter.is_reward_model());
     adapter.ok_or_else(|| {
         let message = format!(

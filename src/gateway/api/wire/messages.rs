@@ -9,7 +9,7 @@ const MAX_PARTS: usize = 1024;
 const MAX_CALLS: usize = 128;
 /// The body limit bounds text; this value only has to be larger.
 const ANY_LENGTH: usize = usize::MAX;
-const MAX_NAME: usize = 512;
+pub(in crate::gateway::api) const MAX_NAME: usize = 512;
 /// Fields that agents and other servers add to messages, their parts and calls: data about caching,
 /// signatures and earlier responses, which do not change the prompt. They are ignored.
 pub(in crate::gateway::api) const NOTES: [&str; 10] = [

@@ -258,6 +258,9 @@ struct BodyChoice {
     message: Message,
     logprobs: Option<ChatLogprobs>,
     finish_reason: Option<&'static str>,
+    /// The score of the reward model, in best-of-n sampling.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reward: Option<f32>,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -309,11 +312,48 @@ impl Message {
 /// The response to a request without streaming.
 pub(in crate::gateway::api) async fn whole(
     running: GenerationStream,
-    mut writer: Writer,
+    writer: Writer,
 ) -> Result<Response, ApiError> {
-    let (choices, usage) = collect(running, &mut writer).await?;
-    let usage = usage.body();
-    Ok(Json(Body { answer: &writer.answer, choices, usage }).into_response())
+    Ok(Answers::collect(running, writer).await?.respond())
+}
+
+/// All choices of a request that has ended.
+pub(super) struct Answers {
+    answer: Answer,
+    choices: Vec<BodyChoice>,
+    usage: UsageBody,
+}
+
+impl Answers {
+    pub(super) async fn collect(
+        running: GenerationStream,
+        mut writer: Writer,
+    ) -> Result<Self, ApiError> {
+        let (choices, usage) = collect(running, &mut writer).await?;
+        Ok(Self { answer: writer.answer, choices, usage: usage.body() })
+    }
+
+    /// The text of each choice.
+    pub(super) fn texts(&self) -> Vec<String> {
+        let texts = self.choices.iter().map(|choice| choice.message.content.clone());
+        texts.map(Option::unwrap_or_default).collect()
+    }
+
+    /// Keeps the choices with the highest scores, in descending order.
+    pub(super) fn keep_best(&mut self, scores: &[f32], keep: usize) {
+        for (choice, score) in self.choices.iter_mut().zip(scores) {
+            choice.reward = Some(*score);
+        }
+        self.choices
+            .sort_by(|a, b| b.reward.unwrap_or_default().total_cmp(&a.reward.unwrap_or_default()));
+        self.choices.truncate(keep);
+        (0..).zip(&mut self.choices).for_each(|(index, choice)| choice.index = index);
+    }
+
+    pub(super) fn respond(self) -> Response {
+        let Self { answer, choices, usage } = self;
+        Json(Body { answer: &answer, choices, usage }).into_response()
+    }
 }
 
 /// The text of the only message of a request, and its token counts.
@@ -335,6 +375,7 @@ async fn collect(
         message: Message { role: "assistant", ..Message::default() },
         logprobs: writer.logprobs.then(ChatLogprobs::default),
         finish_reason: None,
+        reward: None,
     };
     let mut choices: Vec<BodyChoice> = (0..writer.choices.len()).map(empty).collect();
     while let Some(event) = running.next().await {

@@ -13,6 +13,7 @@ mod request;
 pub(super) use answer::text;
 pub(super) use request::ChatRequest;
 
+use super::score::{Input, reward_model, score_in_time};
 use super::{name_grammar_part, render, template};
 use crate::gateway::api::wire::fields::JsonBody;
 use crate::gateway::app::App;
@@ -20,10 +21,12 @@ use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
 use crate::gateway::generate;
 use crate::gateway::stream::{self, GenerationStream};
-use answer::{Writer, whole};
+use answer::{Answers, Writer, whole};
 use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
+use request::BestOf;
+use serde_json::json;
 use std::sync::Arc;
 
 /// `POST /v1/chat/completions`.
@@ -36,12 +39,39 @@ pub async fn handle(
     JsonBody(fields): JsonBody,
 ) -> Result<Response, ApiError> {
     let request = ChatRequest::read(fields)?;
+    if let Some(best) = request.best.clone() {
+        return best_of(&app, identity, request, best).await;
+    }
     let stream = request.common.stream;
     let (running, writer) = start(&app, identity, request).await?;
     match stream {
         Some(_) => Ok(stream::respond(running, writer, app.config.listen.slow_client_timeout)),
         None => whole(running, writer).await,
     }
+}
+
+/// Generates several answers, and returns those that the reward model scores highest.
+async fn best_of(
+    app: &App,
+    identity: Identity,
+    request: ChatRequest,
+    best: BestOf,
+) -> Result<Response, ApiError> {
+    let scorer = app.registry.find(&best.reward_model).await;
+    let scorer = scorer.map_err(|error| error.with_param("reward_model"))?;
+    reward_model(&scorer).map_err(|error| error.with_param("reward_model"))?;
+    let messages = request.messages.clone();
+    let (running, writer) = start(app, identity, request).await?;
+    let mut answers = Answers::collect(running, writer).await?;
+    let conversation = |text: String| {
+        let answer = json!({"role": "assistant", "content": text});
+        Input::Messages(messages.iter().cloned().chain([answer]).collect())
+    };
+    let inputs = answers.texts().into_iter().map(conversation).collect();
+    let scored = score_in_time(app, scorer, inputs).await;
+    let (scores, _) = scored.map_err(|error| error.with_param("reward_model"))?;
+    answers.keep_best(&scores, best.keep);
+    Ok(answers.respond())
 }
 
 /// Renders a conversation and starts its request.

@@ -4,8 +4,8 @@ use super::constraint::Constraint;
 use crate::gateway::api::openai::template;
 use crate::gateway::api::wire::fields::{Fields, wrong};
 use crate::gateway::api::wire::format::take_response_format;
-use crate::gateway::api::wire::messages::take_messages;
-use crate::gateway::api::wire::params::{Common, MAX_TOP_LOGPROBS, take_max_tokens};
+use crate::gateway::api::wire::messages::{MAX_NAME, take_messages};
+use crate::gateway::api::wire::params::{Common, MAX_CHOICES, MAX_TOP_LOGPROBS, take_max_tokens};
 use crate::gateway::api::wire::tools::{Tools, take_tools};
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
@@ -27,6 +27,16 @@ pub(in crate::gateway::api) struct ChatRequest {
     reasoning_effort: Option<String>,
     add_generation_prompt: bool,
     continue_final_message: bool,
+    /// The best of the generated choices are returned.
+    pub(super) best: Option<BestOf>,
+}
+
+/// Best-of-n sampling with a reward model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct BestOf {
+    pub(super) reward_model: String,
+    /// Number of choices to return.
+    pub(super) keep: usize,
 }
 
 impl ChatRequest {
@@ -42,15 +52,22 @@ impl ChatRequest {
             reasoning_effort: None,
             add_generation_prompt: true,
             continue_final_message: false,
+            best: None,
         }
     }
 
     pub(in crate::gateway::api) fn read(mut fields: Fields) -> Result<Self, ApiError> {
         refuse_media(&mut fields)?;
+        let best = take_best_of(&mut fields)?;
         let mut common = Common::take(&mut fields)?;
+        let best = best.map(|best| best.apply(&mut common)).transpose()?;
         common.stop.max_tokens = take_max_tokens(&mut fields, 1)?;
         let messages = take_messages(&mut fields)?;
         let tools = take_tools(&mut fields)?;
+        if best.is_some() && tools.is_some() {
+            let message = "reward_model cannot be combined with tools: it scores texts.";
+            return Err(ApiError::invalid("reward_model", message));
+        }
         let format = take_response_format(&mut fields)?;
         let logprobs = take_logprobs(&mut fields)?;
         let mut template_kwargs =
@@ -87,6 +104,7 @@ impl ChatRequest {
             reasoning_effort,
             add_generation_prompt,
             continue_final_message,
+            best,
         })
     }
 
@@ -169,6 +187,44 @@ impl ChatRequest {
             fair_key: identity.key,
             rollout: false,
         }
+    }
+}
+
+/// `reward_model` and `best_of` as they are written.
+struct WrittenBestOf {
+    reward_model: String,
+    best_of: u32,
+}
+
+/// Takes `best_of` if there is a `reward_model`. Otherwise `best_of` has no meaning in a chat.
+fn take_best_of(fields: &mut Fields) -> Result<Option<WrittenBestOf>, ApiError> {
+    let Some(reward_model) = fields.string("reward_model", MAX_NAME)? else {
+        return Ok(None);
+    };
+    let best_of = fields.count("best_of", 2, MAX_CHOICES)?.ok_or_else(|| {
+        ApiError::invalid(
+            "best_of",
+            "best_of is needed with reward_model: how many answers it scores.",
+        )
+    })?;
+    Ok(Some(WrittenBestOf { reward_model, best_of }))
+}
+
+impl WrittenBestOf {
+    /// Generates `best_of` choices in place of `n`.
+    fn apply(self, common: &mut Common) -> Result<BestOf, ApiError> {
+        let keep = common.choices as usize;
+        if common.choices > self.best_of {
+            let message = format!("best_of is {}, less than n ({keep}).", self.best_of);
+            return Err(ApiError::invalid("best_of", message));
+        }
+        if common.stream.is_some() {
+            let message =
+                "best_of cannot be streamed: all answers are needed before the best is known.";
+            return Err(ApiError::invalid("stream", message));
+        }
+        common.choices = self.best_of;
+        Ok(BestOf { reward_model: self.reward_model, keep })
     }
 }
 

@@ -89,12 +89,33 @@ fn bad_requests_are_named() {
         (json!({"functions": [{"name": "f"}]}), "functions"),
         (json!({"prompt": "x"}), "prompt"),
         (json!({"echo": true}), "echo"),
+        (json!({"best_of": 2}), "best_of"),
+        (json!({"reward_model": "r"}), "best_of"),
+        (json!({"reward_model": "r", "best_of": 1}), "best_of"),
+        (json!({"reward_model": "r", "best_of": 17}), "best_of"),
+        (json!({"reward_model": "r", "best_of": 2, "n": 3}), "best_of"),
+        (json!({"reward_model": 3, "best_of": 2}), "reward_model"),
+        (json!({"reward_model": "r", "best_of": 2, "stream": true}), "stream"),
+        (
+            json!({"reward_model": "r", "best_of": 2,
+                "tools": [{"type": "function", "function": {"name": "f"}}]}),
+            "reward_model",
+        ),
     ];
     for (body, param) in cases {
         let error = read(body.clone()).unwrap_err();
         assert_eq!(error.param.as_deref(), Some(param), "{body}: {error}");
         assert_eq!(error.status, 400);
     }
+}
+
+#[test]
+fn best_of_generates_more_than_it_returns() {
+    let request = read(json!({"reward_model": "r", "best_of": 4, "n": 2})).unwrap();
+    assert_eq!(request.common.choices, 4);
+    let best = request.best.unwrap();
+    assert_eq!((best.reward_model.as_str(), best.keep), ("r", 2));
+    assert!(read(json!({"n": 2, "best_of": 2})).unwrap().best.is_none());
 }
 
 #[test]

@@ -1,0 +1,225 @@
+//! Quantized tiny models: types, bytes, and errors that leave nothing behind.
+
+use super::quantize;
+use crate::gguf::fixture::{TinyLlama, tiny_llama};
+use crate::gguf::{Gguf, GgufWriter, TensorType};
+use crate::job::{QuantizeError, QuantizePlan, QuantizeReport};
+use llama_cpp_sys_2 as sys;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// A model whose matrices have rows of 256.
+fn model(folder: &Path, ty: TensorType) -> PathBuf {
+    let path = folder.join("model.gguf");
+    let options =
+        TinyLlama { n_embd: 256, n_head: 4, n_head_kv: 2, n_ff: 512, ty, ..TinyLlama::default() };
+    tiny_llama(&path, &options).unwrap();
+    path
+}
+
+fn plan(folder: &Path, ty: &str) -> QuantizePlan {
+    QuantizePlan {
+        input: folder.join("model.gguf"),
+        output: folder.join("out.gguf"),
+        ty: ty.parse().unwrap(),
+        imatrix: None,
+        overrides: Vec::new(),
+        output_type: None,
+        embedding_type: None,
+        pure: false,
+        requantize: false,
+        leave_output: false,
+        keep_split: false,
+        threads: 2,
+        force: true,
+    }
+}
+
+fn run(plan: &QuantizePlan) -> Result<(QuantizeReport, Gguf), QuantizeError> {
+    let mut seen = Vec::new();
+    let report = quantize(plan, &mut |tensor| seen.push(tensor))?;
+    let made = Gguf::open(&plan.output).unwrap();
+    assert_eq!(seen.len(), made.tensors().len());
+    assert!(seen.iter().enumerate().all(|(at, tensor)| tensor.number == at + 1), "{seen:?}");
+    assert_eq!(report.after, std::fs::metadata(&plan.output).unwrap().len());
+    Ok((report, made))
+}
+
+/// An importance matrix for some tensors of the model.
+fn imatrix(path: &Path, tensors: &[(&str, usize)]) {
+    let mut writer = GgufWriter::new();
+    writer.set("general.type", "imatrix");
+    for (name, columns) in tensors {
+        let sums: Vec<f32> = (0..*columns).map(|i| 4.0 + ((i * 37) % 101) as f32).collect();
+        writer
+            .tensor_f32(&format!("{name}.in_sum2"), &[*columns as u64, 1], TensorType::F32, sums)
+            .unwrap();
+        writer.tensor_f32(&format!("{name}.counts"), &[1, 1], TensorType::F32, vec![2.0]).unwrap();
+    }
+    writer.write(path).unwrap();
+}
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// The bytes that ggml makes of a tensor's numbers.
+fn by_ggml(values: &[f32], columns: usize, ty: TensorType, importance: Option<&[f32]>) -> Vec<u8> {
+    let rows = values.len() / columns;
+    let mut bytes = vec![0u8; ty.bytes_for(values.len() as u64).unwrap() as usize];
+    let importance = importance.map_or(std::ptr::null(), <[f32]>::as_ptr);
+    // SAFETY: `bytes` has the size of the quantized rows, and `importance` a number per column.
+    let written = unsafe {
+        sys::ggml_quantize_chunk(
+            ty as sys::ggml_type,
+            values.as_ptr(),
+            bytes.as_mut_ptr().cast(),
+            0,
+            rows as i64,
+            columns as i64,
+            importance,
+        )
+    };
+    assert_eq!(written, bytes.len());
+    bytes
+}
+
+#[test]
+fn tensors_are_ggmls_byte_for_byte() {
+    for (source, name) in [(TensorType::F32, "F32"), (TensorType::F16, "F16")] {
+        let folder = folder();
+        let original = Gguf::open(model(folder.path(), source)).unwrap();
+        for ty in [TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_K, TensorType::Q6_K] {
+            let plan = QuantizePlan { pure: true, ..plan(folder.path(), ty.name()) };
+            let (_, made) = run(&plan).unwrap();
+            let mut quantized = 0;
+            for tensor in original.tensors() {
+                let found = made.tensor(tensor.name()).unwrap();
+                let bytes = made.data(tensor.name()).unwrap();
+                if tensor.dims().len() < 2 {
+                    assert_eq!(bytes, original.data(tensor.name()).unwrap(), "{}", tensor.name());
+                    continue;
+                }
+                assert_eq!(found.ty(), ty, "{name}: {}", tensor.name());
+                let values = original.to_f32(tensor.name()).unwrap();
+                let right = by_ggml(&values, tensor.dims()[0] as usize, ty, None);
+                assert_eq!(bytes, right, "{name} to {ty}: {}", tensor.name());
+                quantized += 1;
+            }
+            assert!(quantized > 7);
+        }
+    }
+}
+
+#[test]
+fn mixes_and_overrides_choose_types() {
+    let folder = folder();
+    model(folder.path(), TensorType::F32);
+    let ty = |made: &Gguf, name: &str| made.tensor(name).unwrap().ty();
+    let (report, made) = run(&plan(folder.path(), "Q4_K_M")).unwrap();
+    assert_eq!(ty(&made, "blk.0.attn_q.weight"), TensorType::Q4_K);
+    assert_eq!(ty(&made, "blk.0.ffn_down.weight"), TensorType::Q6_K);
+    assert_eq!(ty(&made, "output_norm.weight"), TensorType::F32);
+    assert!(report.before > report.after && report.weights > 0, "{report:?}");
+    let mut changed = plan(folder.path(), "Q4_K_M");
+    changed.overrides =
+        vec!["attn_q=Q5_1".parse().unwrap(), "blk\\.1\\..*up=Q8_0".parse().unwrap()];
+    changed.embedding_type = Some(TensorType::F16);
+    let (_, made) = run(&changed).unwrap();
+    assert_eq!(ty(&made, "blk.0.attn_q.weight"), TensorType::Q5_1);
+    assert_eq!(ty(&made, "blk.1.ffn_up.weight"), TensorType::Q8_0);
+    assert_eq!(ty(&made, "blk.0.ffn_up.weight"), TensorType::Q4_K);
+    assert_eq!(ty(&made, "token_embd.weight"), TensorType::F16);
+    // A copy has the same tensors.
+    let (_, copy) = run(&plan(folder.path(), "COPY")).unwrap();
+    let original = Gguf::open(folder.path().join("model.gguf")).unwrap();
+    for tensor in original.tensors() {
+        assert_eq!(copy.data(tensor.name()).unwrap(), original.data(tensor.name()).unwrap());
+    }
+}
+
+#[test]
+fn rows_of_another_length_fall_back() {
+    let folder = folder();
+    tiny_llama(&folder.path().join("model.gguf"), &TinyLlama::default()).unwrap();
+    let (report, made) = run(&plan(folder.path(), "Q4_K_M")).unwrap();
+    assert!(report.notes.iter().any(|note| note.contains("fallback")), "{:?}", report.notes);
+    assert!(made.tensors().iter().all(|tensor| tensor.ty() != TensorType::Q4_K));
+}
+
+#[test]
+fn an_importance_matrix_weighs_the_columns() {
+    let folder = folder();
+    let original = Gguf::open(model(folder.path(), TensorType::F32)).unwrap();
+    let name = "blk.0.attn_q.weight";
+    let file = folder.path().join("model.imatrix");
+    imatrix(&file, &[(name, 256)]);
+    let plan = QuantizePlan { imatrix: Some(file.clone()), ..plan(folder.path(), "Q4_K_S") };
+    let (_, made) = run(&plan).unwrap();
+    let importance: Vec<f32> = (0..256).map(|i| (4.0 + ((i * 37) % 101) as f32) / 2.0).collect();
+    let values = original.to_f32(name).unwrap();
+    let right = by_ggml(&values, 256, TensorType::Q4_K, Some(&importance));
+    assert_eq!(made.data(name).unwrap(), right);
+    assert_ne!(right, by_ggml(&values, 256, TensorType::Q4_K, None));
+    for (entries, why) in [
+        (vec![(name, 128)], "another model"),
+        (vec![("blk.7.other.weight", 256)], "no entry"),
+        (vec![], "no entries"),
+    ] {
+        imatrix(&file, &entries);
+        let error = run(&plan).unwrap_err().to_string();
+        assert!(error.contains(why) && error.contains("model.imatrix"), "{error}");
+    }
+}
+
+#[test]
+fn errors_say_what_to_change_and_leave_nothing() {
+    let folder = folder();
+    let path = model(folder.path(), TensorType::F32);
+    let good = plan(folder.path(), "Q4_0");
+    let refuse = |plan: &QuantizePlan, why: &str| {
+        let error = run(plan).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error.contains(why), "{why}: {error}");
+        let left: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|file| file.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.starts_with('.'))
+            .collect();
+        assert!(left.is_empty(), "{why}: {left:?} is left");
+    };
+    refuse(&plan(folder.path(), "IQ2_XXS"), "--imatrix");
+    let no_folder = folder.path().join("none/out.gguf");
+    refuse(&QuantizePlan { output: no_folder, ..good.clone() }, "no such folder");
+    refuse(&QuantizePlan { output: path.clone(), ..good.clone() }, "it is the input");
+    let missing = folder.path().join("missing.gguf");
+    refuse(&QuantizePlan { input: missing, ..good.clone() }, "missing.gguf");
+    let bad = QuantizePlan { overrides: vec!["attn_(q=Q8_0".parse().unwrap()], ..good.clone() };
+    refuse(&bad, "model.gguf");
+
+    let (_, made) = run(&good).unwrap();
+    drop(made);
+    let before = std::fs::read(&good.output).unwrap();
+    refuse(&QuantizePlan { force: false, ..good.clone() }, "--force");
+    let again = folder.path().join("again.gguf");
+    let twice = QuantizePlan { input: good.output.clone(), output: again, ..good.clone() };
+    refuse(&twice, "--requantize");
+    run(&QuantizePlan { requantize: true, ..twice }).unwrap();
+
+    // A truncated file, and a weight that is no number.
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() - 1000]).unwrap();
+    refuse(&good, "model.gguf");
+    let file = Gguf::open_header(folder.path().join("again.gguf")).unwrap();
+    drop(file);
+    let mut poisoned = bytes.clone();
+    let end = poisoned.len();
+    poisoned[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&path, &poisoned).unwrap();
+    refuse(&good, "invalid data");
+    assert_eq!(std::fs::read(&good.output).unwrap(), before, "an earlier output stays");
+    // What a killed process left is removed.
+    std::fs::write(&path, &bytes).unwrap();
+    std::fs::write(folder.path().join(".out.gguf.part"), "half").unwrap();
+    run(&good).unwrap();
+    assert!(!folder.path().join(".out.gguf.part").exists());
+}

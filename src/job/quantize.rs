@@ -1,0 +1,198 @@
+//! What a quantization is: [`QuantizePlan`], and what is said about its progress.
+
+use crate::gguf::TensorType;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Model types by the names of llama-quantize, with the numbers of `llama_ftype`. A type is a mix:
+/// it says for each tensor in which type it is stored.
+const MODEL_TYPES: [(&str, u32); 39] = [
+    ("F32", 0),
+    ("F16", 1),
+    ("BF16", 32),
+    ("Q8_0", 7),
+    ("Q6_K", 18),
+    ("Q5_K_M", 17),
+    ("Q5_K", 17),
+    ("Q5_K_S", 16),
+    ("Q5_1", 9),
+    ("Q5_0", 8),
+    ("Q4_K_M", 15),
+    ("Q4_K", 15),
+    ("Q4_K_S", 14),
+    ("Q4_1", 3),
+    ("Q4_0", 2),
+    ("IQ4_NL", 25),
+    ("IQ4_XS", 30),
+    ("MXFP4_MOE", 38),
+    ("Q3_K_L", 13),
+    ("Q3_K_M", 12),
+    ("Q3_K", 12),
+    ("Q3_K_S", 11),
+    ("IQ3_M", 27),
+    ("IQ3_S", 26),
+    ("IQ3_XS", 22),
+    ("IQ3_XXS", 23),
+    ("Q2_K", 10),
+    ("Q2_K_S", 21),
+    ("Q2_0", 41),
+    ("IQ2_M", 29),
+    ("IQ2_S", 28),
+    ("IQ2_XS", 20),
+    ("IQ2_XXS", 19),
+    ("TQ2_0", 37),
+    ("TQ1_0", 36),
+    ("IQ1_M", 31),
+    ("IQ1_S", 24),
+    ("Q1_0", 40),
+    ("COPY", 0),
+];
+
+/// The type of a quantized model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelType {
+    name: &'static str,
+    number: u32,
+}
+
+impl ModelType {
+    /// The name in llama-quantize.
+    pub fn name(self) -> &'static str {
+        self.name
+    }
+
+    /// The number of `llama_ftype`.
+    pub fn number(self) -> u32 {
+        self.number
+    }
+
+    /// Whether tensors are copied as they are.
+    pub fn copies(self) -> bool {
+        self.name == "COPY"
+    }
+}
+
+impl FromStr for ModelType {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = MODEL_TYPES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
+        found.map(|&(name, number)| Self { name, number }).ok_or_else(|| {
+            let names: Vec<_> = MODEL_TYPES.iter().map(|(name, _)| *name).collect();
+            format!("there is no type `{name}`; there are {}", names.join(", "))
+        })
+    }
+}
+
+/// A tensor type for the tensors whose names match a pattern: `PATTERN=TYPE`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorOverride {
+    /// A regular expression that is searched in the tensor's name.
+    pub pattern: String,
+    pub ty: TensorType,
+}
+
+impl FromStr for TensorOverride {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.rsplit_once('=') {
+            Some((pattern, ty)) if !pattern.is_empty() => {
+                // As llama-quantize does.
+                Ok(Self { pattern: pattern.to_lowercase(), ty: tensor_type(ty)? })
+            }
+            _ => Err("it has the form PATTERN=TYPE, such as ffn_down=Q6_K".to_owned()),
+        }
+    }
+}
+
+/// A tensor type by its name in any case.
+///
+/// # Errors
+/// The names there are.
+pub fn tensor_type(name: &str) -> Result<TensorType, String> {
+    TensorType::all().find(|ty| ty.name().eq_ignore_ascii_case(name)).ok_or_else(|| {
+        let names: Vec<_> = TensorType::all().map(TensorType::name).collect();
+        format!("there is no tensor type `{name}`; there are {}", names.join(", "))
+    })
+}
+
+/// A quantization.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizePlan {
+    /// A GGUF file (of a split model the first), or a Hugging Face folder.
+    pub input: PathBuf,
+    pub output: PathBuf,
+    pub ty: ModelType,
+    /// An importance matrix in llama.cpp's GGUF format.
+    pub imatrix: Option<PathBuf>,
+    pub overrides: Vec<TensorOverride>,
+    /// Type of `output.weight`.
+    pub output_type: Option<TensorType>,
+    /// Type of `token_embd.weight`.
+    pub embedding_type: Option<TensorType>,
+    /// Stores all matrices in the same type, without a mix.
+    pub pure: bool,
+    /// Allows to quantize a model that is quantized already.
+    pub requantize: bool,
+    /// Keeps `output.weight` as it is.
+    pub leave_output: bool,
+    /// Writes as many files as the input has.
+    pub keep_split: bool,
+    pub threads: usize,
+    /// Replaces an existing output.
+    pub force: bool,
+}
+
+/// A tensor that is now written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizedTensor {
+    pub number: usize,
+    pub total: usize,
+    pub name: String,
+    /// Size in MiB before and after.
+    pub before: f64,
+    pub after: f64,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizeReport {
+    /// Bytes of the input and the output.
+    pub before: u64,
+    pub after: u64,
+    /// Number of weights.
+    pub weights: u64,
+    /// What the user should know: tensors whose type was replaced, settings of a folder that were
+    /// left out.
+    pub notes: Vec<String>,
+}
+
+/// Why nothing was written.
+#[derive(Debug, thiserror::Error)]
+pub enum QuantizeError {
+    /// The message names the file or tensor, and what to change.
+    #[error("{0}")]
+    Refused(String),
+    #[error("{path} cannot be written: {source}")]
+    Write { path: PathBuf, source: std::io::Error },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_llama_quantizes() {
+        let of = |name: &str| name.parse::<ModelType>();
+        assert_eq!(of("q4_k_m").unwrap().number(), 15);
+        assert_eq!(of("Q4_K").unwrap().number(), 15);
+        assert!(of("COPY").unwrap().copies() && !of("F32").unwrap().copies());
+        assert!(of("Q9").unwrap_err().contains("Q8_0"));
+        let found: TensorOverride = "Ffn_Down=q6_k".parse().unwrap();
+        assert_eq!((found.pattern.as_str(), found.ty), ("ffn_down", TensorType::Q6_K));
+        for bad in ["=Q6_K", "ffn_down", "ffn_down=Q99"] {
+            assert!(bad.parse::<TensorOverride>().is_err(), "{bad}");
+        }
+    }
+}
