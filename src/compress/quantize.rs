@@ -156,33 +156,43 @@ fn follow(
     progress: &mut dyn FnMut(QuantizedTensor),
 ) -> (Vec<String>, Vec<String>) {
     let (mut notes, mut errors) = (Vec::new(), Vec::new());
+    let mut begun = None;
     for (is_error, line) in heard {
-        match tensor_of(&line) {
-            Some(tensor) => progress(tensor),
-            None if is_error => errors.push(line),
-            None if line.contains("required fallback") => {
-                let text = line.rsplit("WARNING: ").next().unwrap_or(&line);
-                notes.push(format!("{text}: rows that are no multiple of a block of the type"));
-            }
-            None => tracing::debug!("{line}"),
+        begun = tensor_begun(&line).or(begun);
+        if let (Some(tensor), Some((before, after))) = (&begun, sizes(&line)) {
+            progress(QuantizedTensor { before, after, ..tensor.clone() });
+            begun = None;
+        } else if is_error {
+            errors.push(line);
+        } else if line.contains("required fallback") {
+            let text = line.rsplit("WARNING: ").next().unwrap_or(&line);
+            notes.push(format!("{text}: rows that are no multiple of a block of the type"));
+        } else {
+            tracing::debug!("{line}");
         }
     }
     (notes, errors)
 }
 
-/// Reads `[ 12/ 272] NAME - [SHAPE], type = f32, converting to q4_K .. size = 1.00 MiB -> 0.14 MiB`.
-fn tensor_of(line: &str) -> Option<QuantizedTensor> {
+/// Reads the beginning of `[ 12/ 272] NAME - [SHAPE], type = f32, converting to q4_K .. size =
+/// 1.00 MiB -> 0.14 MiB`. Messages about the tensor may stand in lines between this and the sizes.
+fn tensor_begun(line: &str) -> Option<QuantizedTensor> {
     let (numbers, rest) = line.strip_prefix('[')?.split_once(']')?;
     let (number, total) = numbers.split_once('/')?;
-    let name = rest.split_whitespace().next()?.to_owned();
-    let (_, sizes) = rest.rsplit_once("size = ")?;
-    let mebibytes = |text: &str| text.trim().trim_end_matches("MiB").trim().parse::<f64>().ok();
-    let (before, after) = match sizes.split_once("->") {
-        Some((before, after)) => (mebibytes(before)?, mebibytes(after)?),
-        None => (mebibytes(sizes)?, mebibytes(sizes)?),
-    };
     let count = |text: &str| text.trim().parse::<usize>().ok();
-    Some(QuantizedTensor { number: count(number)?, total: count(total)?, name, before, after })
+    let (number, total) = (count(number)?, count(total)?);
+    let name = rest.split_whitespace().next()?.to_owned();
+    Some(QuantizedTensor { number, total, name, before: 0.0, after: 0.0 })
+}
+
+/// Reads the sizes at the end of such a line, in MiB before and after.
+fn sizes(line: &str) -> Option<(f64, f64)> {
+    let (_, sizes) = line.rsplit_once("size = ")?;
+    let mebibytes = |text: &str| text.trim().strip_suffix("MiB")?.trim().parse::<f64>().ok();
+    match sizes.split_once("->") {
+        Some((before, after)) => Some((mebibytes(before)?, mebibytes(after)?)),
+        None => mebibytes(sizes).map(|size| (size, size)),
+    }
 }
 
 /// What to change, from llama.cpp's errors.
@@ -395,19 +405,36 @@ mod log_tests {
 
     #[test]
     fn lines_of_the_log_are_read() {
-        let line = "[  12/ 272] blk.0.ffn_down.weight    - [ 1536,   576,     1,     1], type =    f32, \
-                    converting to q6_K .. size =     3.38 MiB ->     0.69 MiB";
-        let found = tensor_of(line).unwrap();
-        assert_eq!((found.number, found.total), (12, 272));
-        assert_eq!(found.name, "blk.0.ffn_down.weight");
-        assert_eq!((found.before, found.after), (3.38, 0.69));
-        let copied = "[   1/ 272] output_norm.weight - [ 576,     1,     1,     1], type =    f32, size =    0.002 MiB";
-        let found = tensor_of(copied).unwrap();
-        assert_eq!((found.before, found.after), (0.002, 0.002));
-        for other in
-            ["", "[a/b] x", "llama_model_quantize_impl: model size  =   256.63 MiB (16.00 BPW)"]
-        {
-            assert_eq!(tensor_of(other), None, "{other}");
+        let (lines, heard) = channel();
+        for line in [
+            "[   1/ 272] output_norm.weight - [ 576,     1,     1,     1], type =    f32, size =    0.002 MiB",
+            "[  12/ 272] blk.0.ffn_down.weight    - [ 1536,   576,     1,     1], type =    f32, converting to \
+             q6_K .. size =     3.38 MiB ->     0.69 MiB",
+            "[  13/ 272] blk.0.ffn_up.weight - [ 576, 1536, 1, 1], type = f32,",
+            "====== llama_model_quantize_impl: did not find weights for blk.0.ffn_up.weight",
+            "converting to q4_K .. size =     3.38 MiB ->     0.47 MiB",
+            "llama_model_quantize_impl: model size  =   256.63 MiB (16.00 BPW)",
+            "[a/b] x",
+        ] {
+            lines.send((false, line.to_owned())).unwrap();
         }
+        lines.send((true, "bad".into())).unwrap();
+        drop(lines);
+        let mut seen = Vec::new();
+        let (notes, errors) = follow(&heard, &mut |tensor| seen.push(tensor));
+        assert_eq!((notes.len(), errors), (0, vec!["bad".to_owned()]));
+        let of = |number, name: &str, before, after| QuantizedTensor {
+            number,
+            total: 272,
+            name: name.into(),
+            before,
+            after,
+        };
+        let right = [
+            of(1, "output_norm.weight", 0.002, 0.002),
+            of(12, "blk.0.ffn_down.weight", 3.38, 0.69),
+            of(13, "blk.0.ffn_up.weight", 3.38, 0.47),
+        ];
+        assert_eq!(seen, right);
     }
 }

@@ -118,7 +118,7 @@ fn mixes_and_overrides_choose_types() {
     let ty = |made: &Gguf, name: &str| made.tensor(name).unwrap().ty();
     let (report, made) = run(&plan(folder.path(), "Q4_K_M")).unwrap();
     assert_eq!(ty(&made, "blk.0.attn_q.weight"), TensorType::Q4_K);
-    assert_eq!(ty(&made, "blk.0.ffn_down.weight"), TensorType::Q6_K);
+    assert_eq!(ty(&made, "blk.1.ffn_down.weight"), TensorType::Q6_K);
     assert_eq!(ty(&made, "output_norm.weight"), TensorType::F32);
     assert!(report.before > report.after && report.weights > 0, "{report:?}");
     let mut changed = plan(folder.path(), "Q4_K_M");
