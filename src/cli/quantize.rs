@@ -53,8 +53,8 @@ pub struct QuantizeOptions {
     #[arg(long)]
     pub force: bool,
     /// Threads [default: all usable cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
     #[command(flatten)]
     pub data: DataDirOption,
 }
@@ -78,9 +78,10 @@ pub fn main(
     for note in &report.notes {
         eprintln!("{note}");
     }
+    let files: Vec<_> = report.files.iter().map(|file| file.display().to_string()).collect();
     println!(
         "{}: {}, {:.2} bits per weight (before: {}, {:.2})",
-        plan.output.display(),
+        files.join(", "),
         ByteSize(report.after),
         bits(report.after, report.weights),
         ByteSize(report.before),
@@ -112,7 +113,7 @@ fn plan(options: QuantizeOptions) -> Result<QuantizePlan, CliError> {
         requantize: options.requantize,
         leave_output: options.leave_output,
         keep_split: options.keep_split,
-        threads: options.threads.unwrap_or_else(cores).max(1),
+        threads: options.threads.map_or_else(cores, usize::from),
         force: options.force,
     })
 }

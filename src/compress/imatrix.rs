@@ -68,10 +68,11 @@ impl Imatrix {
     ///
     /// # Errors
     /// The tensor that does not fit.
-    pub(super) fn check(&self, model: &Gguf) -> Result<(), ImatrixError> {
+    pub(super) fn check(&self, models: &[Gguf]) -> Result<(), ImatrixError> {
         let mut fits = 0;
         for (name, means) in &self.means {
-            let Some(tensor) = model.tensor(name) else { continue };
+            let found = models.iter().find_map(|model| model.tensor(name));
+            let Some(tensor) = found else { continue };
             let [columns, _, rest @ ..] = tensor.dims() else { continue };
             let wanted = columns * rest.iter().product::<u64>();
             if means.len() as u64 != wanted {

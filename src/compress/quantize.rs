@@ -10,6 +10,7 @@ use super::log::{Listening, LogLine};
 use crate::gguf::{Gguf, TensorType, convert, is_hugging_face};
 use crate::job::{QuantizeError, QuantizePlan, QuantizeReport, QuantizedTensor};
 use llama_cpp_sys_2 as sys;
+use rustix::fs::{FlockOperation, flock};
 use std::ffi::CString;
 use std::fs;
 use std::io;
@@ -33,10 +34,9 @@ pub fn quantize(
 ) -> Result<QuantizeReport, QuantizeError> {
     let _one = ONE.lock();
     let folder = check_output(plan)?;
-    let part = Parts::new(&plan.output, folder);
+    let part = Parts::new(&plan.output, folder)?;
     let mut notes = Vec::new();
-    let converted = folder.join(format!(".{}.f32.part", name_of(&plan.output)));
-    let converted = Temporary(converted);
+    let converted = Temporary(folder.join(format!(".{}.f32.part", name_of(&plan.output))));
     let input = match is_hugging_face(&plan.input) {
         true => {
             let lacking = convert(&plan.input, &converted.0, &[]);
@@ -46,21 +46,81 @@ pub fn quantize(
         }
         false => plan.input.clone(),
     };
-    let model = Gguf::open(&input).map_err(|error| refused(&plan.input, &error))?;
-    check_types(plan, &model)?;
-    let imatrix = read_imatrix(plan, &model)?;
+    let shards = shards(&input)?;
+    let outputs = outputs(plan, &shards)?;
+    let mut models = Vec::with_capacity(shards.len());
+    for shard in &shards {
+        models.push(Gguf::open(shard).map_err(|error| refused(&plan.input, &error))?);
+    }
+    check_types(plan, &models)?;
+    let imatrix = read_imatrix(plan, &models)?;
     let (said, errors) = run(plan, &input, &part.stem, imatrix.as_ref(), progress)?;
     if let Some(errors) = errors {
         return Err(explain(plan, folder, &errors));
     }
     notes.extend(said);
-    let after = part.publish(&plan.output)?;
+    let after = part.publish(&outputs)?;
+    let tensors = models.iter().flat_map(|model| model.tensors());
     Ok(QuantizeReport {
-        before: model.file_size(),
+        files: outputs,
+        before: models.iter().map(Gguf::file_size).sum(),
         after,
-        weights: model.tensors().iter().map(|tensor| tensor.elements()).sum(),
+        weights: tensors.map(|tensor| tensor.elements()).sum(),
         notes,
     })
+}
+
+/// The files of a model: one, or all parts of a split one whose first part is given.
+fn shards(input: &Path) -> Result<Vec<PathBuf>, QuantizeError> {
+    let name = name_of(input);
+    let Some(stem) = name.strip_suffix(".gguf") else { return Ok(vec![input.to_owned()]) };
+    let split = stem.rsplit_once("-of-").and_then(|(before, count)| {
+        let (prefix, number) = before.rsplit_once('-')?;
+        let plain = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+        let count = count.parse::<usize>().ok().filter(|_| plain(count) && plain(number))?;
+        Some((prefix, number.parse::<usize>().ok()?, count))
+    });
+    match split {
+        None => Ok(vec![input.to_owned()]),
+        Some((prefix, 1, count)) => Ok((1..=count)
+            .map(|number| input.with_file_name(shard(prefix, number, count)))
+            .collect()),
+        Some((prefix, _, count)) => {
+            let first = shard(prefix, 1, count);
+            Err(refused(
+                input,
+                &format!("it is a part of a split model; name the first one, {first}"),
+            ))
+        }
+    }
+}
+
+/// llama.cpp's name of a part of a split model.
+fn shard(prefix: &str, number: usize, count: usize) -> String {
+    format!("{prefix}-{number:05}-of-{count:05}.gguf")
+}
+
+/// The files to write.
+fn outputs(plan: &QuantizePlan, shards: &[PathBuf]) -> Result<Vec<PathBuf>, QuantizeError> {
+    let name = name_of(&plan.output);
+    let prefix = name.strip_suffix(".gguf").unwrap_or(&name);
+    let outputs: Vec<PathBuf> = match plan.keep_split && shards.len() > 1 {
+        false => vec![plan.output.clone()],
+        true => (1..=shards.len())
+            .map(|number| plan.output.with_file_name(shard(prefix, number, shards.len())))
+            .collect(),
+    };
+    let same =
+        |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
+    for output in &outputs {
+        if shards.iter().any(|shard| same(output, shard)) {
+            return Err(refused(output, &"it is the input; name another file"));
+        }
+        if output.exists() && !plan.force {
+            return Err(refused(output, &"it exists; --force replaces it"));
+        }
+    }
+    Ok(outputs)
 }
 
 fn name_of(path: &Path) -> String {
@@ -85,39 +145,60 @@ fn check_output(plan: &QuantizePlan) -> Result<&Path, QuantizeError> {
     if output.is_dir() {
         return Err(refused(output, &"it is a folder; name a file"));
     }
-    if output.exists() && !plan.force {
-        return Err(refused(output, &"it exists; --force replaces it"));
-    }
-    let same =
-        |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
-    if same(output, &plan.input) {
-        return Err(refused(output, &"it is the input; name another file"));
-    }
     Ok(folder)
 }
 
-/// Checks that no tensor is quantized twice without being asked for.
-fn check_types(plan: &QuantizePlan, model: &Gguf) -> Result<(), QuantizeError> {
-    let quantized = model.tensors().iter().find(|tensor| tensor.ty().is_quantized());
-    match quantized {
-        Some(tensor) if !plan.requantize && !plan.ty.copies() => Err(refused(
+/// Checks that no tensor is quantized twice without being asked for, and that the types that are
+/// given for some tensors can be had.
+fn check_types(plan: &QuantizePlan, models: &[Gguf]) -> Result<(), QuantizeError> {
+    let tensors = || models.iter().flat_map(|model| model.tensors());
+    if let Some(tensor) = tensors().find(|tensor| tensor.ty().is_quantized())
+        && !plan.requantize
+        && !plan.ty.copies()
+    {
+        return Err(refused(
             &plan.input,
             &format!(
                 "tensor `{}` is quantized already ({}), and a second quantization loses more than one \
-                 from the original weights. Use the F32, F16 or BF16 file, or --requantize.",
+                 from the original weights. Use the F32, F16 or BF16 file, or --requantize",
                 tensor.name(),
                 tensor.ty().name()
             ),
-        )),
-        _ => Ok(()),
+        ));
     }
+    let plain = ["F32", "F16", "BF16", "COPY"].contains(&plan.ty.name());
+    if plain && !plan.overrides.is_empty() {
+        let why = format!("--tensor-type has no effect with the type {}", plan.ty.name());
+        return Err(QuantizeError::Refused(why));
+    }
+    // llama.cpp falls back to another type for all tensors but these.
+    let given = [
+        (plan.output_type, "output.weight", "--output-type"),
+        (plan.embedding_type, "token_embd.weight", "--embedding-type"),
+        (plan.embedding_type, "per_layer_token_embd.weight", "--embedding-type"),
+    ];
+    for (ty, name, option) in given {
+        let (Some(ty), Some(tensor)) = (ty, tensors().find(|tensor| tensor.name() == name)) else {
+            continue;
+        };
+        let columns = tensor.dims().first().copied().unwrap_or_default();
+        if !columns.is_multiple_of(ty.block_size()) {
+            return Err(QuantizeError::Refused(format!(
+                "{option} {}: the rows of `{name}` have {columns} numbers, no multiple of {}; choose \
+                 another type",
+                ty.name(),
+                ty.block_size()
+            )));
+        }
+    }
+    Ok(())
 }
 
-fn read_imatrix(plan: &QuantizePlan, model: &Gguf) -> Result<Option<Imatrix>, QuantizeError> {
+fn read_imatrix(plan: &QuantizePlan, models: &[Gguf]) -> Result<Option<Imatrix>, QuantizeError> {
     let Some(path) = &plan.imatrix else { return Ok(None) };
     let refused = |error| refused(path, &error);
     let imatrix = Imatrix::read(path).map_err(refused)?;
-    imatrix.check(model).map_err(refused)?;
+    imatrix.check(models).map_err(refused)?;
     Ok(Some(imatrix))
 }
 
@@ -335,60 +416,70 @@ struct Parts {
     /// The path that is passed to llama.cpp.
     stem: PathBuf,
     name: String,
+    /// Locked: no other process writes the same output.
+    _lock: fs::File,
+    lock: Temporary,
 }
 
 impl Parts {
     /// Also deletes what a killed process left.
-    fn new(output: &Path, folder: &Path) -> Self {
+    fn new(output: &Path, folder: &Path) -> Result<Self, QuantizeError> {
         let name = format!(".{}.part", name_of(output));
-        let found = Self { folder: folder.to_owned(), stem: folder.join(&name), name };
+        let lock = Temporary(folder.join(format!(".{}.lock", name_of(output))));
+        let file = fs::File::create(&lock.0)
+            .map_err(|source| QuantizeError::Write { path: lock.0.clone(), source })?;
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            // The file is the other process's.
+            std::mem::forget(lock);
+            return Err(refused(output, &"another process is writing it"));
+        }
+        let stem = folder.join(&name);
+        let found = Self { folder: folder.to_owned(), stem, name, _lock: file, lock };
         found.remove();
-        found
+        Ok(found)
     }
 
-    /// The files, and what follows the stem in their names.
-    fn files(&self) -> Vec<(PathBuf, String)> {
-        let mut found = Vec::new();
-        for file in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            let name = file.file_name().to_string_lossy().into_owned();
-            if let Some(rest) = name.strip_prefix(&self.name) {
-                found.push((file.path(), rest.to_owned()));
-            }
-        }
+    /// The files in order.
+    fn files(&self) -> Vec<PathBuf> {
+        let files = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let named = files.filter(|file| {
+            let name = file.file_name();
+            let rest = name.to_str().and_then(|name| name.strip_prefix(&self.name));
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+        });
+        let mut found: Vec<_> = named.map(|file| file.path()).collect();
         found.sort();
         found
     }
 
     fn remove(&self) {
-        for (file, _) in self.files() {
+        for file in self.files() {
             let _ = fs::remove_file(file);
         }
     }
 
     /// Syncs the files and moves them to their place. Returns their size.
-    fn publish(&self, output: &Path) -> Result<u64, QuantizeError> {
+    fn publish(&self, outputs: &[PathBuf]) -> Result<u64, QuantizeError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| QuantizeError::Write { path, source }
         };
-        let mut bytes = 0;
-        for (file, rest) in self.files() {
-            let to = match rest.is_empty() {
-                true => output.to_owned(),
-                // llama.cpp has put `-00001-of-00003.gguf` behind the stem.
-                false => {
-                    let stem = output.with_extension("");
-                    PathBuf::from(format!("{}{rest}", stem.display()))
-                }
-            };
-            let handle = fs::File::open(&file).map_err(failed(&file))?;
-            handle.sync_all().map_err(failed(&file))?;
-            bytes += handle.metadata().map_err(failed(&file))?.len();
-            fs::rename(&file, &to).map_err(failed(&to))?;
+        let files = self.files();
+        if files.len() != outputs.len() {
+            let why = format!("llama.cpp wrote {} files, not {}", files.len(), outputs.len());
+            return Err(QuantizeError::Refused(why));
         }
-        fs::File::open(&self.folder)
-            .and_then(|folder| folder.sync_all())
-            .map_err(failed(output))?;
+        let mut bytes = 0;
+        for file in &files {
+            let handle = fs::File::open(file).map_err(failed(file))?;
+            handle.sync_all().map_err(failed(file))?;
+            bytes += handle.metadata().map_err(failed(file))?.len();
+        }
+        for (file, output) in files.iter().zip(outputs) {
+            fs::rename(file, output).map_err(failed(output))?;
+        }
+        let folder = &self.folder;
+        fs::File::open(folder).and_then(|opened| opened.sync_all()).map_err(failed(folder))?;
         Ok(bytes)
     }
 }
@@ -396,6 +487,7 @@ impl Parts {
 impl Drop for Parts {
     fn drop(&mut self) {
         self.remove();
+        let _ = fs::remove_file(&self.lock.0);
     }
 }
 

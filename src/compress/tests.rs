@@ -193,6 +193,12 @@ fn errors_say_what_to_change_and_leave_nothing() {
     refuse(&QuantizePlan { output: path.clone(), ..good.clone() }, "it is the input");
     let missing = folder.path().join("missing.gguf");
     refuse(&QuantizePlan { input: missing, ..good.clone() }, "missing.gguf");
+    let embedding = QuantizePlan { embedding_type: Some(TensorType::Q4_K), ..good.clone() };
+    let odd = folder.path().join("odd.gguf");
+    tiny_llama(&odd, &TinyLlama::default()).unwrap();
+    refuse(&QuantizePlan { input: odd, ..embedding }, "no multiple of 256");
+    let overrides = vec!["attn_q=Q8_0".parse().unwrap()];
+    refuse(&QuantizePlan { overrides, ..plan(folder.path(), "F16") }, "no effect");
     let bad = QuantizePlan { overrides: vec!["attn_(q=Q8_0".parse().unwrap()], ..good.clone() };
     refuse(&bad, "model.gguf");
 
@@ -222,4 +228,30 @@ fn errors_say_what_to_change_and_leave_nothing() {
     std::fs::write(folder.path().join(".out.gguf.part"), "half").unwrap();
     run(&good).unwrap();
     assert!(!folder.path().join(".out.gguf.part").exists());
+}
+
+#[test]
+fn one_process_writes_an_output_at_a_time() {
+    let folder = folder();
+    model(folder.path(), TensorType::F32);
+    let plan = plan(folder.path(), "Q8_0");
+    let lock = std::fs::File::create(folder.path().join(".out.gguf.lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let error = quantize(&plan, &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("another process"), "{error}");
+    drop(lock);
+    let report = run(&plan).unwrap().0;
+    assert_eq!(report.files, std::slice::from_ref(&plan.output));
+    assert!(!folder.path().join(".out.gguf.lock").exists());
+}
+
+#[test]
+fn a_part_of_a_split_model_is_refused_if_it_is_not_the_first() {
+    let folder = folder();
+    let path = model(folder.path(), TensorType::F32);
+    let second = folder.path().join("m-00002-of-00003.gguf");
+    std::fs::rename(&path, &second).unwrap();
+    let plan = QuantizePlan { input: second, ..plan(folder.path(), "Q8_0") };
+    let error = quantize(&plan, &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("m-00001-of-00003.gguf"), "{error}");
 }

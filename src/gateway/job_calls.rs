@@ -29,6 +29,8 @@ const PRIORITY: i32 = -1;
 /// Maximum number of a job's requests that wait in the engine at once, to leave room in the queue
 /// for clients.
 const AT_ONCE: usize = 16;
+/// Code of the error about a prompt that is longer than the context.
+const TOO_LONG: &str = "context_length_exceeded";
 /// Identity of jobs. No key of the configuration has these numbers, so jobs share prefix-cache
 /// entries with no client.
 const OF_JOBS: Identity = Identity { key: u64::MAX, tenant: u64::MAX, admin: true };
@@ -115,6 +117,7 @@ impl Calls {
         write: &mut OwnedWriteHalf,
     ) -> Result<(), ApiError> {
         let RolloutRequest { prompts, seeds, answers, max_tokens, temperature, .. } = request;
+        let skip = request.skip_too_long;
         let grammar = match &request.response_format {
             Some(format) => response_format("response_format", format)?,
             None => None,
@@ -140,7 +143,11 @@ impl Calls {
             let (request, served) = (generate(prompt, seed), served.clone());
             async move {
                 let _counted = self.app.registry.count_of_job(1);
-                let found = generate::completions(&self.app, served, request).await?;
+                let found = generate::completions(&self.app, served, request).await;
+                let found = match found {
+                    Err(error) if skip && error.code.as_deref() == Some(TOO_LONG) => Vec::new(),
+                    found => found?,
+                };
                 Ok::<(usize, Vec<Rollout>), ApiError>((number, found))
             }
         });

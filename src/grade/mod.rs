@@ -79,6 +79,9 @@ pub struct Answer {
 pub struct Failed {
     /// Whether the model declined to answer; otherwise it could not be asked.
     pub refused: bool,
+    /// Whether the same question will fail again, such as one that is longer than the context.
+    #[serde(default)]
+    pub permanent: bool,
     pub message: String,
 }
 

@@ -170,7 +170,8 @@ fn a_model_is_asked_for_a_number() {
         assert!(graded.errors.model_grader_parse_error && graded.reasons.len() == 1);
         assert_eq!(graded.usage.len(), 1, "failed gradings count too");
     }
-    let failed = |refused| Err(Failed { refused, message: "engine died".to_owned() });
+    let failed =
+        |refused| Err(Failed { refused, permanent: false, message: "engine died".to_owned() });
     let graded = grader.grade(&context, &[failed(true)]);
     assert!(graded.errors.model_grader_refusal_error && !graded.errors.model_grader_server_error);
     let graded = grader.grade(&context, &[failed(false)]);

@@ -105,14 +105,17 @@ impl Dimensions {
             false => (self.layers + 1) * layer,
         };
         // Both completions of a pair are in one row.
-        let answers =
-            if spec.task.settings().dataset() == Some(DatasetKind::Preference) { 2 } else { 1 };
+        let task = spec.task.settings();
+        let pairs = task.dataset() == Some(DatasetKind::Preference) || task.trains_on_pairs();
+        let answers = if pairs { 2 } else { 1 };
         let tokens = answers * settings.micro_batch as u64 * settings.max_length as u64;
         let logits = LOGIT_ROWS * self.vocab;
         let memory = PROCESS + file + trained * TRAINED_BYTES + 4 * (tokens * kept + logits);
         let whole = if spec.adapter.is_none() || spec.export.merged { 4 * all } else { 0 };
         let folder = if spec.writes_hugging_face() { 4 * all } else { 0 };
-        let disk = 2 * trained * CHECKPOINT_BYTES + trained * 8 + whole + folder;
+        // A second stage has its own checkpoints.
+        let stages = if task.trains_on_pairs() { 2 } else { 1 };
+        let disk = stages * 2 * trained * CHECKPOINT_BYTES + trained * 8 + whole + folder;
         ResourceEstimate { memory, disk, trained }
     }
 }

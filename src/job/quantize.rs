@@ -89,6 +89,7 @@ impl FromStr for ModelType {
 pub struct TensorOverride {
     /// A regular expression that is searched in the tensor's name.
     pub pattern: String,
+    /// The type of these tensors.
     pub ty: TensorType,
 }
 
@@ -106,13 +107,21 @@ impl FromStr for TensorOverride {
     }
 }
 
+/// Whether a tensor can be converted to this type.
+fn is_target(ty: TensorType) -> bool {
+    use TensorType::*;
+    !matches!(ty, Q8_1 | Q8_K | I8 | I16 | I32 | I64 | F64)
+}
+
 /// A tensor type by its name in any case.
 ///
 /// # Errors
 /// The names there are.
 pub fn tensor_type(name: &str) -> Result<TensorType, String> {
-    TensorType::all().find(|ty| ty.name().eq_ignore_ascii_case(name)).ok_or_else(|| {
-        let names: Vec<_> = TensorType::all().map(TensorType::name).collect();
+    let mut all = TensorType::all().filter(|ty| is_target(*ty));
+    all.find(|ty| ty.name().eq_ignore_ascii_case(name)).ok_or_else(|| {
+        let all = TensorType::all().filter(|ty| is_target(*ty));
+        let names: Vec<_> = all.map(TensorType::name).collect();
         format!("there is no tensor type `{name}`; there are {}", names.join(", "))
     })
 }
@@ -122,10 +131,12 @@ pub fn tensor_type(name: &str) -> Result<TensorType, String> {
 pub struct QuantizePlan {
     /// A GGUF file (of a split model the first), or a Hugging Face folder.
     pub input: PathBuf,
+    /// The file to write. With `keep_split`, `-0000I-of-0000N` is put before its extension.
     pub output: PathBuf,
     pub ty: ModelType,
     /// An importance matrix in llama.cpp's GGUF format.
     pub imatrix: Option<PathBuf>,
+    /// The first one whose pattern matches counts.
     pub overrides: Vec<TensorOverride>,
     /// Type of `output.weight`.
     pub output_type: Option<TensorType>,
@@ -139,6 +150,7 @@ pub struct QuantizePlan {
     pub leave_output: bool,
     /// Writes as many files as the input has.
     pub keep_split: bool,
+    /// Threads, 1 to 1024.
     pub threads: usize,
     /// Replaces an existing output.
     pub force: bool,
@@ -147,8 +159,11 @@ pub struct QuantizePlan {
 /// A tensor that is now written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizedTensor {
+    /// From 1 to `total`.
     pub number: usize,
+    /// Number of tensors of the model.
     pub total: usize,
+    /// The tensor's name in the file.
     pub name: String,
     /// Size in MiB before and after.
     pub before: f64,
@@ -158,7 +173,9 @@ pub struct QuantizedTensor {
 /// What was written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizeReport {
-    /// Bytes of the input and the output.
+    /// The files that were written.
+    pub files: Vec<PathBuf>,
+    /// Bytes of the input (of a folder as GGUF) and of the output.
     pub before: u64,
     pub after: u64,
     /// Number of weights.
@@ -191,7 +208,7 @@ mod tests {
         assert!(of("Q9").unwrap_err().contains("Q8_0"));
         let found: TensorOverride = "Ffn_Down=q6_k".parse().unwrap();
         assert_eq!((found.pattern.as_str(), found.ty), ("ffn_down", TensorType::Q6_K));
-        for bad in ["=Q6_K", "ffn_down", "ffn_down=Q99"] {
+        for bad in ["=Q6_K", "ffn_down", "ffn_down=Q99", "ffn_down=Q8_K", "ffn_down=I32"] {
             assert!(bad.parse::<TensorOverride>().is_err(), "{bad}");
         }
     }

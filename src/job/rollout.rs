@@ -69,6 +69,10 @@ pub struct RolloutRequest {
     pub temperature: f32,
     /// The form of the completions, as in requests to the server.
     pub response_format: Option<Value>,
+    /// A prompt that is longer than the server's context has no completions; otherwise it is an
+    /// error.
+    #[serde(default)]
+    pub skip_too_long: bool,
 }
 
 /// One sampled completion.

@@ -125,7 +125,7 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Caps {
     }
 }
 
-/// The words of a rendered prompt; a template that refuses shows nothing.
+/// Whether a prompt contains all of the words; a template that refuses shows nothing.
 fn shows(prompt: &Result<String, TemplateError>, words: &[&str]) -> bool {
     prompt.as_ref().is_ok_and(|prompt| words.iter().all(|word| prompt.contains(word)))
 }

@@ -94,10 +94,11 @@ def test_lifecycle():
     script = ROOT / "configs/examples/lifecycle/run.sh"
     names = {"INGOT": str(pathlib.Path(os.environ["INGOT_BIN"]).resolve()), "INGOT_URL": URL}
     env = {**os.environ, **names, "INGOT_ADMIN_KEY": ADMIN, "STEPS": "2"}
-    run = subprocess.run([script], env=env, capture_output=True, text=True)
+    run = subprocess.run([script], env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
-    before, tuned, best = re.split(r"^After .*$", run.stdout, flags=re.MULTILINE)
-    assert before.startswith("Before:\n") and all(part.strip() for part in (before, tuned, best)), run.stdout
+    # What the sampled answers say cannot be asserted.
+    for heading in (r"^Before:$", r"^After supervised fine-tuning \(ft:.*voice.*\):$", r"^After GRPO \(ft:.*policy.*taste.*:$"):
+        assert re.search(heading, run.stdout, re.MULTILINE), run.stdout
     assert not list(script.parent.glob(".filled*")), "a file is left"
 
 

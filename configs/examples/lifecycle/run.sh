@@ -8,8 +8,9 @@
 # INGOT: the binary (ingot). INGOT_URL: the server (http://127.0.0.1:8000). STEPS: steps of each job, for a
 # short try.
 set -euo pipefail
+ingot=$(realpath "$(command -v "${INGOT:-ingot}")")
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
-ingot=${INGOT:-ingot}
+trap 'rm -f .filled-$$-*' EXIT
 url=${INGOT_URL:-http://127.0.0.1:8000}
 : "${INGOT_ADMIN_KEY:?set it to the --admin-key of the server}"
 export INGOT_ADMIN_KEY
@@ -21,10 +22,7 @@ train() {
     # In this folder, because paths in a specification are relative to it.
     local filled=.filled-$$-$spec
     sed "$@" ${STEPS:+-e "s/^max_steps = .*/max_steps = $STEPS/"} -e '' "$spec" >"$filled"
-    local status=0
-    "$ingot" train "$filled" --url "$url" || status=$?
-    rm -f "$filled"
-    return "$status"
+    "$ingot" train "$filled" --url "$url"
 }
 
 # Asks a model of the server; the second argument is further JSON.
@@ -41,7 +39,7 @@ voice=$(train supervised.toml -e '')
 echo "2. A reward model" >&2
 taste=$(train reward.toml -e '')
 echo "3. GRPO with the reward model" >&2
-policy=$(train policy.toml -e "s/VOICE/$voice/" -e "s/TASTE/$taste/")
+policy=$(train policy.toml -e "s|VOICE|$voice|" -e "s|TASTE|$taste|")
 
 echo "Before:"
 ask smollm2:135m

@@ -51,16 +51,6 @@ impl NewJob {
     fn params(&self) -> &'static Params {
         if self.request.is_some() { &OPENAI } else { &ADMIN }
     }
-
-    /// Name of what asks other models, in errors.
-    fn judge_param(&self) -> String {
-        let task = &self.spec.task;
-        match (&self.request, task.settings().grader()) {
-            (Some(_), _) => "method.reinforcement.grader".into(),
-            (None, Some(_)) => format!("{}.grader", task.name()),
-            (None, None) => format!("{}.judge", task.name()),
-        }
-    }
 }
 
 impl Jobs {
@@ -105,20 +95,23 @@ impl Jobs {
 
     /// Checks that the models that a policy's job queries are loaded now.
     async fn check_policy(&self, new: &NewJob) -> Result<(), ApiError> {
-        let models: Vec<(String, bool)> = {
-            let settings = new.spec.task.settings();
-            if !settings.samples() {
+        let models: Vec<(String, String, bool)> = {
+            let task = &new.spec.task;
+            if !task.settings().samples() {
                 return Ok(());
             }
-            let models = settings.models().into_iter();
-            models.map(|(name, scores)| (name.to_owned(), scores)).collect()
+            let param = |key: &str| match &new.request {
+                Some(_) => "method.reinforcement.grader".to_owned(),
+                None => format!("{}.{key}", task.name()),
+            };
+            let models = task.settings().models().into_iter();
+            models.map(|(key, name, scores)| (param(&key), name.to_owned(), scores)).collect()
         };
-        let param = &new.judge_param();
         if let Some(model) = &new.spec.model {
             // The base model generates the completions, so it must be loaded too.
             self.registry.find(model).await?;
         }
-        for (model, scores) in &models {
+        for (param, model, scores) in &models {
             let found = self.registry.find(model).await;
             let found = found.map_err(|error| error.with_param(param))?;
             let is = found.adapter.is_some_and(|adapter| adapter.is_reward_model());

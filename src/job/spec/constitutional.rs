@@ -247,9 +247,17 @@ impl TaskSettings for Constitutional {
         true
     }
 
-    fn models(&self) -> Vec<(&str, bool)> {
-        let judge = self.judge.iter().map(|judge| (judge.as_str(), false));
-        judge.chain(self.graders.values().flat_map(Grader::models)).collect()
+    fn models(&self) -> Vec<(String, &str, bool)> {
+        let judge = self.judge.iter().map(|judge| ("judge".to_owned(), judge.as_str(), false));
+        let graders = self.graders.iter().flat_map(|(key, grader)| {
+            let models = grader.models().into_iter();
+            models.map(move |(name, scores)| (format!("graders.{key}"), name, scores))
+        });
+        judge.chain(graders).collect()
+    }
+
+    fn trains_on_pairs(&self) -> bool {
+        self.runs(Stage::Compare)
     }
 
     fn takes_human_pairs(&self) -> bool {
@@ -270,8 +278,9 @@ impl TaskSettings for Constitutional {
         within("constitutional.rounds", self.rounds as f64, 1.0, 16.0)?;
         within("constitutional.max_tokens", self.max_tokens as f64, 1.0, most)?;
         within("constitutional.temperature", self.temperature, 0.01, 10.0)?;
-        within("constitutional.min_on_topic", self.min_on_topic, 0.0, 1.0)?;
-        within("constitutional.min_preferred", self.min_preferred, 0.0, 1.0)?;
+        // At 1 nothing would be kept.
+        within("constitutional.min_on_topic", self.min_on_topic, 0.0, 0.999)?;
+        within("constitutional.min_preferred", self.min_preferred, 0.0, 0.999)?;
         let per_pair = self.principles_per_pair as f64;
         within("constitutional.principles_per_pair", per_pair, 1.0, principles)?;
         within("constitutional.beta", self.beta, f64::MIN_POSITIVE, 100.0)?;

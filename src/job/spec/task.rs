@@ -60,13 +60,20 @@ pub trait TaskSettings {
         self.grader().is_some()
     }
 
-    /// Names of the other served models that the job asks, and whether each must be a reward model.
-    fn models(&self) -> Vec<(&str, bool)> {
-        self.grader().map(|grader| grader.models().into_iter().collect()).unwrap_or_default()
+    /// The other served models that the job asks: the key of the block that names each, its name,
+    /// and whether it must be a reward model.
+    fn models(&self) -> Vec<(String, &str, bool)> {
+        let models = self.grader().map(Grader::models).unwrap_or_default();
+        models.into_iter().map(|(name, scores)| ("grader".into(), name, scores)).collect()
     }
 
     /// Whether the job measures a judge on pairs labelled by people (`data.human`).
     fn takes_human_pairs(&self) -> bool {
+        false
+    }
+
+    /// Whether the job also trains on pairs of completions that it samples.
+    fn trains_on_pairs(&self) -> bool {
         false
     }
 

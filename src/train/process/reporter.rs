@@ -78,7 +78,12 @@ impl<'a> Reporter<'a> {
                 let what = match (found.loss, found.reward()) {
                     (Some(loss), _) => format!("loss={loss:.4}"),
                     (None, Some(reward)) => format!("reward={reward:.4}"),
-                    (None, None) => "without a reward".into(),
+                    (None, None) => {
+                        let metrics = found.metrics.iter();
+                        let each: Vec<_> =
+                            metrics.map(|(name, value)| format!("{name}={value:.3}")).collect();
+                        each.join(", ")
+                    }
                 };
                 let message = format!("Step {}: validation {what}{bits}", found.step);
                 self.log.add(JobEvent::Validation(found), message)?;

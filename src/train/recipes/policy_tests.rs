@@ -84,7 +84,8 @@ impl RolloutClient for InProcess {
         &mut self,
         questions: &[Question],
     ) -> Result<Vec<Result<Answer, Failed>>, CallError> {
-        let down = Failed { refused: false, message: "the judge is not loaded".into() };
+        let down =
+            Failed { refused: false, permanent: false, message: "the judge is not loaded".into() };
         let answer = |(number, _)| match self.1.get() {
             Judge::Down => Err(down.clone()),
             Judge::Sometimes if number % 5 == 4 => Err(down.clone()),

@@ -178,6 +178,7 @@ impl<'a> Sampler<'a> {
             max_tokens: sampling.max_tokens as u32,
             temperature: sampling.temperature as f32,
             response_format: sampling.response_format.cloned(),
+            skip_too_long: false,
         };
         let started = Instant::now();
         let sampled = self.calls.generate(&asked)?;
@@ -322,7 +323,7 @@ pub(super) fn encoded(prompt: &[u32], tokens: &[u32]) -> Encoded {
 
 /// Checks that every template of a grader can be filled from every item. A missing key would set
 /// all rewards of an item to 0 without an error.
-fn check_items(
+pub(super) fn check_items(
     grader: &Grader,
     param: &'static str,
     prompts: &PreparedPrompts,

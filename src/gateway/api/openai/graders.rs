@@ -15,6 +15,7 @@ use crate::grade::{
 use crate::ipc::{Event, TokenLogprob};
 use axum::Json;
 use axum::extract::{Extension, State};
+use http::StatusCode;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Instant;
@@ -101,7 +102,12 @@ pub async fn answer(
     identity: Identity,
     question: &Question,
 ) -> Result<Answer, Failed> {
-    let failed = |error: ApiError| Failed { refused: false, message: error.message };
+    let failed = |error: ApiError| {
+        // Other states of a model or a queue may pass.
+        let passing = [StatusCode::NOT_FOUND, StatusCode::TOO_MANY_REQUESTS];
+        let permanent = error.status.is_client_error() && !passing.contains(&error.status);
+        Failed { refused: false, permanent, message: error.message }
+    };
     match &question.ask {
         Ask::Number { messages, range, sampling } => {
             number(app, identity, &question.model, messages, *range, sampling).await.map_err(failed)
@@ -175,6 +181,7 @@ async fn choice(
     labels: &[String; 2],
 ) -> Result<Answer, ApiError> {
     let mut request = ChatRequest::plain(model, messages.iter().map(plain).collect());
+    request.without_reasoning();
     request.logprobs = Some(TOP_TOKENS);
     request.common.stop.max_tokens = Some(1);
     request.common.sampling.temperature = 0.0;

@@ -17,6 +17,8 @@ pub(super) struct Compared {
     pub prompt: usize,
     pub messages: Value,
     pub answers: Vec<String>,
+    /// Whether each answer ended before `max_tokens`.
+    pub ended: Vec<bool>,
     /// One for each principle.
     pub judgements: Vec<Judgement>,
     /// The probability that the first answer is better: the mean over principles and orders.
@@ -80,6 +82,7 @@ fn preferred(row: &Revised) -> Compared {
         prompt: row.prompt,
         messages: row.messages.clone(),
         answers: vec![row.last().to_owned(), row.answer.clone()],
+        ended: vec![true, true],
         judgements: Vec::new(),
         probability: Some(1.0),
         dropped: row.dropped.clone(),
@@ -96,10 +99,11 @@ fn compared(pipeline: &Pipeline, prompts: &[usize]) -> Result<Vec<Compared>, Tra
     let mut rows: Vec<Compared> = Vec::with_capacity(prompts.len());
     for ((&prompt, conversation), answers) in prompts.iter().zip(conversations).zip(sampled) {
         let answers = answers.unwrap_or_default();
-        let ended = answers.len() == 2 && answers.iter().all(|answer| answer.ended);
+        let ended: Vec<bool> = answers.iter().map(|answer| answer.ended).collect();
         let texts: Vec<_> = answers.iter().map(|answer| answer.text.trim().to_owned()).collect();
         let dropped = match &texts[..] {
-            _ if !ended => Some("cut off at max_tokens, or longer than the context"),
+            [] => Some("longer than the context"),
+            _ if !ended.contains(&true) => Some("both answers were cut off at max_tokens"),
             [first, second] if first.is_empty() || second.is_empty() => Some("an empty answer"),
             [first, second] if first == second => Some("both answers are the same"),
             _ => None,
@@ -108,6 +112,7 @@ fn compared(pipeline: &Pipeline, prompts: &[usize]) -> Result<Vec<Compared>, Tra
             prompt,
             messages: json!(conversation),
             answers: texts,
+            ended,
             judgements: Vec::new(),
             probability: None,
             dropped: dropped.map(str::to_owned),
@@ -147,6 +152,9 @@ fn judge(pipeline: &Pipeline, rows: &mut [Compared]) -> Result<(), TrainError> {
             Some(_) if !consistent && !pipeline.block.keep_inconsistent => {
                 Some("the better answer depends on the order".into())
             }
+            Some(p) if !row.ended[usize::from(p < 0.5)] => {
+                Some("the better answer was cut off at max_tokens".into())
+            }
             Some(_) => None,
         };
     }
@@ -183,6 +191,7 @@ mod tests {
             prompt: 0,
             messages: json!([{"role": "user", "content": "q"}]),
             answers: vec!["a".into(), "b".into()],
+            ended: vec![true, true],
             judgements: Vec::new(),
             probability,
             dropped: dropped.map(str::to_owned),

@@ -20,6 +20,22 @@ const HUMAN: Purpose = Purpose(0x6875_6d61);
 /// The question about answers to prompts that are marked as helpful.
 const HELPFULNESS: (&str, &str) = ("helpfulness", "Which answer helps the person more?");
 
+/// When the evaluation prompts are answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    Before,
+    After,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Before => "before",
+            Self::After => "after",
+        }
+    }
+}
+
 /// A row of `judge.jsonl`: a pair labelled by people, and the judge's opinion of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct HumanRow {
@@ -79,7 +95,21 @@ pub(super) fn measure_judge(
     event: &mut dyn FnMut(Event),
 ) -> Result<Option<Calibration>, TrainError> {
     let Some(path) = pipeline.job.making.human else { return Ok(None) };
-    let pairs = human_pairs(path, pipeline.block.human_pairs)?;
+    let (pairs, skipped) = human_pairs(path, pipeline.block.human_pairs)?;
+    if pairs.is_empty() {
+        return Err(TrainError::Spec(
+            "data.human: no pair can be compared: the two conversations of a pair must differ in \
+             their last message only, a text"
+                .into(),
+        ));
+    }
+    if skipped > 0 {
+        let text = format!(
+            "{skipped} pairs of data.human were left out: they differ before their last message, or \
+             it is no text."
+        );
+        event(Event::Note { text });
+    }
     let mut table = Table::open(&pipeline.file("judge.jsonl"))?;
     let done = table.rows.len();
     pipeline.batches("Human labels compared", done, pairs.len(), event, |batch| {
@@ -118,9 +148,10 @@ pub(super) fn measure_judge(
     Ok(found)
 }
 
-fn human_pairs(path: &std::path::Path, most: usize) -> Result<Vec<HumanRow>, TrainError> {
+/// The pairs, and how many were left out.
+fn human_pairs(path: &std::path::Path, most: usize) -> Result<(Vec<HumanRow>, usize), TrainError> {
     let mut lines = Lines::open(path)?;
-    let mut pairs = Vec::new();
+    let (mut pairs, mut skipped) = (Vec::new(), 0);
     loop {
         let chunk = lines.next_chunk()?;
         if chunk.is_empty() || pairs.len() >= most {
@@ -130,10 +161,10 @@ fn human_pairs(path: &std::path::Path, most: usize) -> Result<Vec<HumanRow>, Tra
             let parsed = line.as_ref().map_err(Clone::clone);
             let parsed = parsed.and_then(|line| parse(line, DatasetKind::Preference));
             match parsed {
-                Ok((_, Line::Pair(pair))) => {
-                    let Some(row) = row_of(&pair.chosen, &pair.rejected) else { continue };
-                    pairs.push(row);
-                }
+                Ok((_, Line::Pair(pair))) => match row_of(&pair.chosen, &pair.rejected) {
+                    Some(row) => pairs.push(row),
+                    None => skipped += 1,
+                },
                 Ok(_) => {}
                 Err(why) => {
                     return Err(TrainError::Spec(format!("data.human: line {number}: {why}")));
@@ -142,7 +173,7 @@ fn human_pairs(path: &std::path::Path, most: usize) -> Result<Vec<HumanRow>, Tra
         }
     }
     pairs.truncate(most);
-    Ok(pairs)
+    Ok((pairs, skipped))
 }
 
 /// A pair of conversations that differ in their last message only.
@@ -174,14 +205,15 @@ fn evaluation_data<'a>(pipeline: &Pipeline<'a>) -> &'a PreparedPrompts {
 /// If the model is not available, or a file cannot be written.
 pub(super) fn answers(
     pipeline: &Pipeline,
-    name: &str,
+    phase: Phase,
     event: &mut dyn FnMut(Event),
 ) -> Result<Vec<Answered>, TrainError> {
     let data = evaluation_data(pipeline);
-    let mut table = Table::open(&pipeline.file(name))?;
+    let name = phase.name();
+    let mut table = Table::open(&pipeline.file(&format!("{name}.jsonl")))?;
     let total = data.len().min(pipeline.block.eval_prompts);
     pipeline.calls.export()?;
-    let what = format!("Evaluation answers ({})", name.trim_end_matches(".jsonl"));
+    let what = format!("Evaluation answers ({name} training)");
     pipeline.batches(&what, table.rows.len(), total, event, |batch| {
         let items: Vec<_> = batch.iter().map(|&at| data.get(at)).collect::<Result<_, _>>()?;
         let conversations: Vec<_> = items.iter().map(|prompt| messages(&prompt.item)).collect();
@@ -197,7 +229,10 @@ pub(super) fn answers(
                 messages: json!(conversation),
                 helpful: is_helpful(&item.item),
                 rewards: rewards(pipeline, &item.item, &answer.text)?,
-                log_prob_gap: gap(pipeline, &item.tokens, &answer.tokens)?,
+                log_prob_gap: match phase {
+                    Phase::Before => 0.0,
+                    Phase::After => gap(pipeline, &item.tokens, &answer.tokens)?,
+                },
                 tokens: answer.tokens.len(),
                 ended: answer.ended,
                 answer: answer.text.trim().to_owned(),

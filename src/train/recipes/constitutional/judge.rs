@@ -11,6 +11,8 @@ use std::time::Duration;
 /// Number of attempts while the judge is not available for half of the questions of a batch.
 const TRIES: u32 = 4;
 const LOST_SHARE: f64 = 0.5;
+/// Questions after which a judge that answered none with a label is refused.
+const BATCH: usize = 4;
 
 /// A served model that compares answers.
 pub(super) struct Judge<'a> {
@@ -92,7 +94,7 @@ impl Judge<'_> {
         let text = |(messages, answer): &(&Value, &str)| {
             format!(
                 "Here is a conversation, and an answer to its last message.\n\n{}\n\nAnswer: \
-                 {}\n\nDoes the answer respond to the last message? Reply with yes or no only.",
+                 {}\n\nDoes the answer respond to the last message? Reply with Yes or No only.",
                 transcript(messages),
                 answer.trim()
             )
@@ -117,12 +119,15 @@ impl Judge<'_> {
         let (mut pause, mut attempt) = (Duration::from_millis(200), 1);
         loop {
             let answers = self.calls.query(&questions)?;
-            let lost: Vec<_> = answers.iter().filter_map(|answer| answer.as_ref().err()).collect();
-            let Some(first) =
-                lost.first().filter(|_| lost.len() as f64 >= LOST_SHARE * answers.len() as f64)
-            else {
-                let number = |answer: Result<crate::grade::Answer, _>| answer.ok()?.number;
-                return Ok(answers.into_iter().map(number).collect());
+            let lost: Vec<_> = answers
+                .iter()
+                .filter_map(|answer| answer.as_ref().err())
+                .filter(|failed| !failed.permanent)
+                .collect();
+            let too_many = lost.len() as f64 >= LOST_SHARE * answers.len() as f64;
+            let Some(first) = lost.first().filter(|_| too_many) else {
+                let numbers = answers.into_iter().map(|answer| answer.ok()?.number);
+                return self.check_labels(numbers.collect(), labels);
             };
             if attempt == TRIES {
                 let reason = first.message.clone();
@@ -131,6 +136,22 @@ impl Judge<'_> {
             self.calls.wait(pause)?;
             (pause, attempt) = (MAX_BACK_OFF.min(4 * pause), attempt + 1);
         }
+    }
+
+    /// Refuses a judge that answers a whole batch with other words than the labels.
+    fn check_labels(
+        &self,
+        found: Vec<Option<f64>>,
+        [first, second]: [&str; 2],
+    ) -> Result<Vec<Option<f64>>, TrainError> {
+        if found.len() >= BATCH && found.iter().all(Option::is_none) {
+            return Err(TrainError::Spec(format!(
+                "constitutional.judge: the answers of `{}` begin neither with {first} nor with \
+                 {second}; name a judge that answers without reasoning",
+                self.model
+            )));
+        }
+        Ok(found)
     }
 }
 

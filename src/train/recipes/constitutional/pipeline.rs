@@ -2,11 +2,12 @@
 
 use super::super::calls::Calls;
 use super::super::preference::PreferenceTrainer;
-use super::super::sampler::{ReferenceModel, mixed};
+use super::super::sampler::{ReferenceModel, check_items, mixed};
 use super::super::sft::SftTrainer;
 use super::super::{Event, Job, Outcome, TrainError};
+use super::evaluate::Phase;
 use super::judge::Judge;
-use super::report::Report;
+use super::report::{Report, reasons};
 use super::table::lines;
 use super::{compare, evaluate, revise};
 use crate::dataset::Chat;
@@ -47,6 +48,10 @@ impl<'a> Pipeline<'a> {
     ) -> Result<Self, TrainError> {
         let model = block.judge.as_deref().unwrap_or(job.making.model_name);
         let judge = Judge { calls, model };
+        check_prompts(block, "data.train", job.train)?;
+        if let Some(validation) = job.validation {
+            check_prompts(block, "data.validation", validation)?;
+        }
         std::fs::create_dir_all(job.making.folder)?;
         let reference = ReferenceModel::of(job.model)?;
         Ok(Self { block, job, calls, judge, reference, stop })
@@ -57,7 +62,7 @@ impl<'a> Pipeline<'a> {
     pub(super) fn run(&self, event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
         let mut report = Report::new(self.judge.model, self.block.judge.is_none());
         report.human = evaluate::measure_judge(self, event)?;
-        let before = evaluate::answers(self, "before.jsonl", event)?;
+        let before = evaluate::answers(self, Phase::Before, event)?;
         let mut trained = (0, 0);
         if self.block.runs(Stage::Revise) {
             let rows = revise::revise(self, event)?;
@@ -75,7 +80,7 @@ impl<'a> Pipeline<'a> {
             };
             trained = (trained.0 + more.0, trained.1 + more.1);
         }
-        let after = evaluate::answers(self, "after.jsonl", event)?;
+        let after = evaluate::answers(self, Phase::After, event)?;
         report.evaluated(evaluate::evaluate(self, &before, &after, event)?);
         let write = |name: &str, bytes: &[u8]| write_whole(&self.file(name), bytes);
         write(
@@ -107,14 +112,14 @@ impl<'a> Pipeline<'a> {
     ) -> Result<Trained, TrainError> {
         let examples: Vec<Value> = rows.iter().filter_map(revise::Revised::example).collect();
         if examples.is_empty() {
-            return Err(TrainError::Spec(
-                "constitutional: no revision was kept; made/revisions.jsonl says why for each. Try \
-                 another constitution or examples, a larger model, or lower \
-                 constitutional.min_preferred and min_on_topic"
-                    .into(),
-            ));
+            return Err(TrainError::Spec(format!(
+                "constitutional: no revision was kept ({}). Try another constitution or examples, a \
+                 larger model, or lower constitutional.min_preferred and min_on_topic",
+                reasons(rows.iter().filter_map(|row| row.dropped.as_deref()))
+            )));
         }
-        let data: Prepared = self.prepare("sft", &examples, self.job.settings.max_length)?;
+        let most = self.job.settings.max_length;
+        let data: Prepared = self.prepare("sft", &examples, most, event)?;
         let trainer = SftTrainer {
             model: self.job.model,
             settings: self.job.settings,
@@ -147,13 +152,16 @@ impl<'a> Pipeline<'a> {
     ) -> Result<Trained, TrainError> {
         let pairs: Vec<Value> = rows.iter().filter_map(compare::Compared::example).collect();
         if pairs.is_empty() {
-            let text = "No pair was kept, so there is no training on preferences; \
-                        made/comparisons.jsonl says why for each.";
-            event(Event::Note { text: text.into() });
+            let text = format!(
+                "No pair was kept, so there is no training on preferences ({}).",
+                reasons(rows.iter().filter_map(|row| row.dropped.as_deref()))
+            );
+            event(Event::Note { text });
             return Ok(Some((0, 0)));
         }
         let settings = self.block.preference_settings(self.job.settings);
-        let data: PreparedPairs = self.prepare("preferences", &pairs, settings.max_length)?;
+        let data: PreparedPairs =
+            self.prepare("preferences", &pairs, settings.max_length, event)?;
         let (loss, keep) = (self.block.preference_loss(), settings.keep_checkpoints);
         let checkpoints = Checkpoints::new(&self.job.making.cache.join("preference"), keep)?;
         let trainer = PreferenceTrainer {
@@ -196,11 +204,20 @@ impl<'a> Pipeline<'a> {
         name: &str,
         examples: &[impl Serialize],
         max_length: usize,
+        event: &mut dyn FnMut(Event),
     ) -> Result<D, TrainError> {
         let file = self.file(&format!("{name}.jsonl"));
         write_whole(&file, &lines(examples)?)?;
         let cache = self.job.making.cache.join(format!("{name}.tokens"));
-        Ok(D::prepare(&file, self.job.making.encoder, max_length, &cache)?.0)
+        let (data, report) = D::prepare(&file, self.job.making.encoder, max_length, &cache)?;
+        if report.truncated + report.dropped > 0 {
+            let text = format!(
+                "Of {} examples {} were cut at max_length, and {} left out because of it.",
+                report.examples, report.truncated, report.dropped
+            );
+            event(Event::Note { text });
+        }
+        Ok(data)
     }
 
     /// Samples `answers` completions of each conversation. `None` for one that leaves no room for
@@ -218,6 +235,7 @@ impl<'a> Pipeline<'a> {
             max_tokens: self.block.max_tokens as u32,
             temperature: self.block.temperature as f32,
             response_format: None,
+            skip_too_long: true,
         };
         let mut fits = Vec::with_capacity(conversations.len());
         for (messages, seed) in conversations.iter().zip(seeds) {
@@ -234,7 +252,9 @@ impl<'a> Pipeline<'a> {
             true => Vec::new().into_iter(),
             false => self.calls.generate(&request)?.into_iter(),
         };
-        Ok(fits.into_iter().map(|fits| if fits { sampled.next() } else { None }).collect())
+        // A prompt that the server finds too long has no completions.
+        let mut next = || sampled.next().filter(|found| !found.is_empty());
+        Ok(fits.into_iter().map(|fits| if fits { next() } else { None }).collect())
     }
 
     /// A random number of a purpose and a prompt.
@@ -278,6 +298,28 @@ impl<'a> Pipeline<'a> {
         }
         Ok(())
     }
+}
+
+/// Checks the keys of the prompts that this kind reads, and those that its graders read.
+fn check_prompts(
+    block: &Constitutional,
+    param: &'static str,
+    prompts: &PreparedPrompts,
+) -> Result<(), TrainError> {
+    for number in 0..prompts.len() {
+        let item = prompts.get(number)?.item;
+        let wrong =
+            |why: &str| Err(TrainError::Spec(format!("{param}: prompt {}: {why}", number + 1)));
+        match (&item["helpful"], &item["answer"]) {
+            _ if !item["tools"].is_null() => return wrong("tools are not supported by this kind"),
+            (Value::Null | Value::Bool(false), _) => {}
+            (Value::Bool(true), Value::Null) => {}
+            (Value::Bool(true), Value::String(answer)) if !answer.trim().is_empty() => {}
+            (Value::Bool(true), _) => return wrong("`answer` is no text, or empty"),
+            _ => return wrong("`helpful` is neither true nor false"),
+        }
+    }
+    block.graders.values().try_for_each(|grader| check_items(grader, param, prompts))
 }
 
 /// What a random number is for.

@@ -119,7 +119,7 @@ impl Report {
             helpful: rows.len() - revised.len(),
             kept: revised.iter().filter(|row| row.dropped.is_none()).count(),
             principles,
-            dropped: reasons(revised.iter().filter_map(|row| row.dropped.as_deref())),
+            dropped: counts(revised.iter().filter_map(|row| row.dropped.as_deref())),
         });
     }
 
@@ -130,7 +130,7 @@ impl Report {
             pairs: rows.len(),
             kept: rows.iter().filter(|row| row.dropped.is_none()).count(),
             flips: Rate::of(flipped as f64, judgements.len()),
-            dropped: reasons(rows.iter().filter_map(|row| row.dropped.as_deref())),
+            dropped: counts(rows.iter().filter_map(|row| row.dropped.as_deref())),
         });
     }
 
@@ -256,7 +256,14 @@ fn opening(answer: &str) -> String {
     words.join(" ")
 }
 
-fn reasons<'a>(dropped: impl Iterator<Item = &'a str>) -> BTreeMap<String, usize> {
+/// Reasons for which examples were dropped, with their numbers, as text.
+pub(super) fn reasons<'a>(dropped: impl Iterator<Item = &'a str>) -> String {
+    let counts = counts(dropped);
+    let each: Vec<_> = counts.iter().map(|(why, count)| format!("{count}: {why}")).collect();
+    each.join("; ")
+}
+
+fn counts<'a>(dropped: impl Iterator<Item = &'a str>) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
     dropped.for_each(|why| *counts.entry(why.to_owned()).or_default() += 1);
     counts

@@ -4,7 +4,9 @@ use super::super::{Event, TrainError};
 use super::judge::{Comparison, Judgement};
 use super::pipeline::{Pipeline, Purpose, is_helpful, message, messages};
 use super::table::Table;
+use crate::job::rollout::Rollout;
 use crate::job::spec::Principle;
+use crate::train::data::EncodedPrompt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -25,9 +27,18 @@ const STOCK_REFUSALS: [&str; 10] = [
     "i cannot fulfill",
     "i can't fulfill",
 ];
+/// Why a text is not trained on.
+const CUT: &str = "cut off at max_tokens";
 /// Words with which a model talks about the task instead of answering, in lower case.
-const ABOUT_THE_TASK: [&str; 6] =
-    ["the answer", "my answer", "revised", "rewritten", "critique", "rewrite"];
+const ABOUT_THE_TASK: [&str; 7] = [
+    "the answer does",
+    "the answer ends",
+    "my answer",
+    "revised",
+    "rewritten",
+    "critique",
+    "rewrite",
+];
 /// Number of words at the beginning in which these are looked for.
 const OPENING: usize = 8;
 
@@ -128,7 +139,10 @@ fn revised(pipeline: &Pipeline, prompts: &[usize]) -> Result<Vec<Revised>, Train
             .zip(&critiques)
             .zip(&principles)
             .map(|((mut messages, critique), principle)| {
-                messages.push(message("assistant", critique.as_deref().unwrap_or_default()));
+                messages.push(message(
+                    "assistant",
+                    critique.as_ref().map_or("", |critique| &critique.text),
+                ));
                 messages.push(message("user", &revision_text(principle)));
                 messages
             })
@@ -140,10 +154,11 @@ fn revised(pipeline: &Pipeline, prompts: &[usize]) -> Result<Vec<Revised>, Train
             let draft = &mut drafts[at];
             draft.principle = Some(principle);
             let (Some(critique), Some(revision)) = (critique, revision) else {
-                draft.row.dropped =
-                    Some("cut off at max_tokens, or longer than the context".into());
+                draft.row.dropped = Some("an empty text, or longer than the context".into());
                 continue;
             };
+            draft.row.dropped = (!revision.ended).then(|| CUT.to_owned());
+            let (critique, revision) = (critique.text, revision.text);
             let principle = principle.name.clone();
             draft.row.rounds.push(Round { principle, critique, revision });
         }
@@ -163,13 +178,20 @@ fn first_answers<'a>(
     let answers = texts(pipeline, &conversations, &seeds)?;
     let drafts = prompts.iter().zip(items).zip(conversations).zip(answers);
     let draft = |(((&prompt, item), conversation), answer): (((&usize, _), Vec<Value>), _)| {
-        let item: crate::train::data::EncodedPrompt = item;
-        let answer: Option<String> = answer;
-        // An answer that comes with the prompt is taken as it is.
-        let given = item.item["answer"].as_str().map(str::to_owned);
+        let item: EncodedPrompt = item;
+        let answer: Option<Text> = answer;
         let helpful = is_helpful(&item.item);
-        let answer = given.filter(|_| helpful).or(answer);
-        let dropped = answer.is_none().then(|| "the answer was cut off at max_tokens".to_owned());
+        // An answer that comes with the prompt is taken as it is.
+        let given = item.item["answer"].as_str().filter(|_| helpful);
+        // An answer that was cut off can be revised, but not trained on.
+        let dropped = match (&given, &answer) {
+            (Some(_), _) => None,
+            (None, None) => Some("an empty answer, or longer than the context"),
+            (None, Some(answer)) if helpful && !answer.ended => Some(CUT),
+            _ => None,
+        };
+        let dropped = dropped.map(str::to_owned);
+        let answer = given.map(str::to_owned).or(answer.map(|answer| answer.text));
         let row = Revised {
             prompt,
             messages: json!(conversation),
@@ -185,17 +207,24 @@ fn first_answers<'a>(
     Ok(drafts.map(draft).collect())
 }
 
-/// One completion of each conversation; `None` if it did not end.
+/// A completion of a conversation.
+struct Text {
+    text: String,
+    /// It ended before `max_tokens`.
+    ended: bool,
+}
+
+/// One completion of each conversation; `None` if there is no room for one, or it is empty.
 fn texts(
     pipeline: &Pipeline,
     conversations: &[Vec<Value>],
     seeds: &[u64],
-) -> Result<Vec<Option<String>>, TrainError> {
+) -> Result<Vec<Option<Text>>, TrainError> {
     let sampled = pipeline.sample(conversations, seeds, 1)?;
-    let text = |found: Option<Vec<crate::job::rollout::Rollout>>| {
-        let answer = found?.into_iter().next()?;
-        let text = answer.text.trim().to_owned();
-        (answer.ended && !text.is_empty()).then_some(text)
+    let text = |found: Option<Vec<Rollout>>| {
+        let Rollout { text, ended, .. } = found?.into_iter().next()?;
+        let text = text.trim().to_owned();
+        (!text.is_empty()).then_some(Text { text, ended })
     };
     Ok(sampled.into_iter().map(text).collect())
 }
@@ -240,7 +269,7 @@ fn check(pipeline: &Pipeline, drafts: &mut [Draft]) -> Result<(), TrainError> {
     for draft in drafts.iter_mut() {
         let row = &mut draft.row;
         if !row.helpful && row.dropped.is_none() {
-            row.dropped = unfit(&row.answer, row.last()).map(str::to_owned);
+            row.dropped = unfit(row).map(str::to_owned);
         }
     }
     let open = |drafts: &[Draft]| -> Vec<usize> {
@@ -288,14 +317,18 @@ fn below(found: Option<f64>, least: f64, what: &str) -> Option<String> {
 }
 
 /// Why a revision cannot be trained on, as far as it can be seen without a judge.
-fn unfit(answer: &str, revision: &str) -> Option<&'static str> {
+fn unfit(row: &Revised) -> Option<&'static str> {
     let words =
         |text: &str| -> Vec<String> { text.split_whitespace().map(str::to_lowercase).collect() };
-    let (before, after) = (words(answer), words(revision));
-    let opening = after[..after.len().min(OPENING)].join(" ");
+    let revision = words(row.last());
+    let opening = revision[..revision.len().min(OPENING)].join(" ");
+    let critique = row.rounds.last().map(|round| words(&round.critique));
     match () {
-        () if before == after => Some("not changed"),
-        () if is_refusal(revision) && !is_refusal(answer) => Some("a stock refusal"),
+        () if words(&row.answer) == revision => Some("not changed"),
+        () if critique.is_some_and(|critique| critique == revision) => {
+            Some("the same as the critique")
+        }
+        () if is_refusal(row.last()) && !is_refusal(&row.answer) => Some("a stock refusal"),
         () if ABOUT_THE_TASK.iter().any(|words| opening.contains(words)) => {
             Some("about the task instead of the prompt")
         }
@@ -313,34 +346,41 @@ pub(super) fn is_refusal(answer: &str) -> bool {
 mod tests {
     use super::*;
 
-    #[test]
-    fn unfit_revisions_are_found() {
-        let answer = "Take the blue one.";
-        assert_eq!(unfit(answer, "take the  Blue one."), Some("not changed"));
-        assert_eq!(unfit(answer, "I’m sorry, but I can't do that."), Some("a stock refusal"));
-        assert_eq!(unfit("I can't help with that.", "I cannot fulfill this."), None);
-        let about = Some("about the task instead of the prompt");
-        assert_eq!(unfit(answer, "Here is the revised answer: take it."), about);
-        assert_eq!(unfit(answer, "Take the blue one, if you like it. Would you?"), None);
-    }
-
-    #[test]
-    fn only_the_last_answer_of_an_example_is_trained() {
-        let row = Revised {
+    fn row(answer: &str, revision: &str) -> Revised {
+        Revised {
             prompt: 0,
             messages: json!([{"role": "user", "content": "a"},
                 {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]),
             helpful: false,
-            answer: "first".into(),
+            answer: answer.into(),
             rounds: vec![Round {
                 principle: "p".into(),
-                critique: "c".into(),
-                revision: "second".into(),
+                critique: "It is rude.".into(),
+                revision: revision.into(),
             }],
             on_topic: None,
             judgement: None,
             dropped: None,
-        };
+        }
+    }
+
+    #[test]
+    fn unfit_revisions_are_found() {
+        let of = |answer, revision| unfit(&row(answer, revision));
+        let answer = "Take the blue one.";
+        assert_eq!(of(answer, "take the  Blue one."), Some("not changed"));
+        assert_eq!(of(answer, "It is  rude."), Some("the same as the critique"));
+        assert_eq!(of(answer, "I’m sorry, but I can't do that."), Some("a stock refusal"));
+        assert_eq!(of("I can't help with that.", "I cannot fulfill this."), None);
+        let about = Some("about the task instead of the prompt");
+        assert_eq!(of(answer, "Here is the revised answer: take it."), about);
+        assert_eq!(of(answer, "Take the blue one, if you like it. Would you?"), None);
+        assert_eq!(of(answer, "The answer is blue."), None);
+    }
+
+    #[test]
+    fn only_the_last_answer_of_an_example_is_trained() {
+        let row = row("first", "second");
         let example = row.example().unwrap();
         assert_eq!(example["messages"][1]["weight"], 0);
         assert_eq!(example["messages"][3], json!({"role": "assistant", "content": "second"}));

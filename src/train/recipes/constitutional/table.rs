@@ -33,11 +33,15 @@ impl<R: Serialize + DeserializeOwned> Table<R> {
     /// Appends rows, and flushes them to the disk.
     ///
     /// # Errors
-    /// If the file cannot be written.
+    /// If the file cannot be written, or a number is not finite.
     pub(super) fn append(&mut self, rows: Vec<R>) -> io::Result<()> {
-        self.file.write_all(&lines(&rows)?)?;
+        let text = lines(&rows)?;
+        // The rows as a later process would read them: a number may differ in its last digit.
+        let read = serde_json::Deserializer::from_slice(&text).into_iter();
+        let read = read.collect::<Result<Vec<R>, _>>()?;
+        self.file.write_all(&text)?;
         self.file.sync_data()?;
-        self.rows.extend(rows);
+        self.rows.extend(read);
         Ok(())
     }
 }

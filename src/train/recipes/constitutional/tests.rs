@@ -86,7 +86,7 @@ impl InProcess {
     }
 
     fn judged(&self, text: &str) -> f64 {
-        if text.contains("Reply with yes or no only") {
+        if text.contains("Reply with Yes or No only") {
             return 0.9;
         }
         let (_, rest) = text.split_once("Answer A: ").unwrap();
@@ -121,7 +121,11 @@ impl RolloutClient for InProcess {
         let answer = |question: &Question| {
             let Ask::Choice { messages, .. } = &question.ask else { panic!("{question:?}") };
             if self.judge == Judge::Down {
-                return Err(Failed { refused: false, message: "it is not loaded".into() });
+                return Err(Failed {
+                    refused: false,
+                    permanent: false,
+                    message: "it is not loaded".into(),
+                });
             }
             let number = Some(self.judged(&messages[0].content));
             Ok(Answer { number, prompt_tokens: 1, completion_tokens: 1 })

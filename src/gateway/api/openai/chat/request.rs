@@ -56,6 +56,11 @@ impl ChatRequest {
         }
     }
 
+    /// Asks models whose reasoning can be switched off to answer at once.
+    pub(in crate::gateway::api) fn without_reasoning(&mut self) {
+        self.template_kwargs.insert("enable_thinking".into(), json!(false));
+    }
+
     pub(in crate::gateway::api) fn read(mut fields: Fields) -> Result<Self, ApiError> {
         refuse_media(&mut fields)?;
         let best = take_best_of(&mut fields)?;
@@ -94,6 +99,11 @@ impl ChatRequest {
         }
         let reasoning_effort = take_effort(&mut fields)?;
         fields.finish()?;
+        if best.is_some() && !add_generation_prompt {
+            let message = "reward_model cannot be combined with continue_final_message or with \
+                           add_generation_prompt: false: it scores whole answers.";
+            return Err(ApiError::invalid("reward_model", message));
+        }
         Ok(Self {
             common,
             messages,

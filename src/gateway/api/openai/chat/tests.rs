@@ -95,6 +95,10 @@ fn bad_requests_are_named() {
         (json!({"reward_model": "r", "best_of": 17}), "best_of"),
         (json!({"reward_model": "r", "best_of": 2, "n": 3}), "best_of"),
         (json!({"reward_model": 3, "best_of": 2}), "reward_model"),
+        (
+            json!({"reward_model": "r", "best_of": 2, "continue_final_message": true}),
+            "reward_model",
+        ),
         (json!({"reward_model": "r", "best_of": 2, "stream": true}), "stream"),
         (
             json!({"reward_model": "r", "best_of": 2,
