@@ -402,7 +402,8 @@ fn drafts_that_stand_save_steps() {
     }
     assert_eq!(texts[0], texts[1]);
     assert_eq!(texts[0], texts[2]);
-    assert!(steps[1] * 4 < steps[0] * 3 && steps[2] < steps[0], "{steps:?}");
+    // `Auto` drafts while measured times say that it pays, which other load may hide.
+    assert!(steps[1] * 4 < steps[0] * 3 && steps[2] <= steps[0], "{steps:?}");
 }
 
 /// A draft model that equals the model predicts every token: greedy, sampled, penalized, for
