@@ -522,7 +522,7 @@ def test_a_constitution_is_learned():
     adapter = next(made["name"] for made in done["artifacts"] if made["type"] == "adapter")
     assert ask(adapter).choices[0].finish_reason
     assert "`nobody`" in raises_status(404, {**spec, "constitutional": {**spec["constitutional"], "judge": "nobody"}})
-    assert "data.human" in raises_admin({**spec, "data": {**spec["data"], "human": "file-none"}})
+    assert "`file-none`" in raises_admin({**spec, "data": {**spec["data"], "human": "file-none"}})
 
 
 def score(model, inputs):
