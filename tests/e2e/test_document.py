@@ -254,6 +254,10 @@ def settle(body):
         body.pop("max_completion_tokens", None)
     elif body.get("max_completion_tokens") == 0:
         body["max_completion_tokens"] = 1
+    last = (body.get("messages") or [None])[-1]
+    if isinstance(last, dict) and last.get("tool_calls"):
+        # Tool calls end a turn: there is nothing to continue.
+        body.pop("continue_final_message", None)
     if body.get("continue_final_message"):
         body.pop("add_generation_prompt", None)
     if isinstance(body.get("enable_thinking"), bool):
