@@ -9,24 +9,24 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(super) type LogLine = (bool, String);
 
 /// Where the lines go, and the beginning of a line: llama.cpp writes some in pieces.
-static LISTENER: Mutex<Option<Listener>> = Mutex::new(None);
+static RECEIVER: Mutex<Option<LineReceiver>> = Mutex::new(None);
 
-struct Listener {
+struct LineReceiver {
     lines: Sender<LogLine>,
     level: sys::ggml_log_level,
     line: String,
 }
 
-fn listener() -> MutexGuard<'static, Option<Listener>> {
-    LISTENER.lock().unwrap_or_else(PoisonError::into_inner)
+fn receiver() -> MutexGuard<'static, Option<LineReceiver>> {
+    RECEIVER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Sends llama.cpp's log to a channel until it is dropped. One at a time: the log is global.
-pub(super) struct Listening;
+pub(super) struct LogCapture;
 
-impl Listening {
+impl LogCapture {
     pub(super) fn start(lines: Sender<LogLine>) -> Self {
-        *listener() = Some(Listener { lines, level: 0, line: String::new() });
+        *receiver() = Some(LineReceiver { lines, level: 0, line: String::new() });
         // SAFETY: the callback is a plain function that lives as long as the program and uses no
         // user data.
         unsafe { sys::llama_log_set(Some(on_text), std::ptr::null_mut()) };
@@ -34,9 +34,9 @@ impl Listening {
     }
 }
 
-impl Drop for Listening {
+impl Drop for LogCapture {
     fn drop(&mut self) {
-        *listener() = None;
+        *receiver() = None;
     }
 }
 
@@ -46,17 +46,17 @@ unsafe extern "C" fn on_text(level: sys::ggml_log_level, text: *const c_char, _:
     }
     // SAFETY: llama.cpp passes a NUL-terminated string that outlives the call.
     let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
-    let mut guard = listener();
-    let Some(listener) = guard.as_mut() else { return };
+    let mut guard = receiver();
+    let Some(receiver) = guard.as_mut() else { return };
     if level != sys::GGML_LOG_LEVEL_CONT {
-        listener.level = level;
+        receiver.level = level;
     }
-    listener.line.push_str(&text);
-    if !listener.line.ends_with('\n') && listener.line.len() < 1 << 16 {
+    receiver.line.push_str(&text);
+    if !receiver.line.ends_with('\n') && receiver.line.len() < 1 << 16 {
         return;
     }
-    let is_error = listener.level == sys::GGML_LOG_LEVEL_ERROR;
-    for line in std::mem::take(&mut listener.line).lines().filter(|line| !line.trim().is_empty()) {
-        let _ = listener.lines.send((is_error, line.trim().to_owned()));
+    let is_error = receiver.level == sys::GGML_LOG_LEVEL_ERROR;
+    for line in std::mem::take(&mut receiver.line).lines().filter(|line| !line.trim().is_empty()) {
+        let _ = receiver.lines.send((is_error, line.trim().to_owned()));
     }
 }

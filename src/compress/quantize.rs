@@ -6,7 +6,7 @@
 //! importance matrices, progress, and an output that is there as a whole or not at all.
 
 use super::imatrix::Imatrix;
-use super::log::{Listening, LogLine};
+use super::log::{LogCapture, LogLine};
 use crate::gguf::{Gguf, TensorType, convert, is_hugging_face};
 use crate::job::{QuantizeError, QuantizePlan, QuantizeReport, QuantizedTensor};
 use llama_cpp_sys_2 as sys;
@@ -54,11 +54,11 @@ pub fn quantize(
     }
     check_types(plan, &models)?;
     let imatrix = read_imatrix(plan, &models)?;
-    let (said, errors) = run(plan, &input, &part.stem, imatrix.as_ref(), progress)?;
+    let (more, errors) = run(plan, &input, &part.stem, imatrix.as_ref(), progress)?;
     if let Some(errors) = errors {
         return Err(explain(plan, folder, &errors));
     }
-    notes.extend(said);
+    notes.extend(more);
     let after = part.publish(&outputs)?;
     let tensors = models.iter().flat_map(|model| model.tensors());
     Ok(QuantizeReport {
@@ -203,7 +203,7 @@ fn read_imatrix(plan: &QuantizePlan, models: &[Gguf]) -> Result<Option<Imatrix>,
 }
 
 /// Notes, and the errors if it failed.
-type Said = (Vec<String>, Option<Vec<String>>);
+type RunLog = (Vec<String>, Option<Vec<String>>);
 
 /// Runs llama.cpp on a thread, and follows its log here.
 fn run(
@@ -212,17 +212,17 @@ fn run(
     output: &Path,
     imatrix: Option<&Imatrix>,
     progress: &mut dyn FnMut(QuantizedTensor),
-) -> Result<Said, QuantizeError> {
+) -> Result<RunLog, QuantizeError> {
     let call = Call::new(plan, input, output, imatrix)?;
-    let (lines, heard) = channel();
+    let (lines, log) = channel();
     std::thread::scope(|scope| {
-        let listening = Listening::start(lines);
+        let capture = LogCapture::start(lines);
         let worker = scope.spawn(move || {
             let status = call.run();
-            drop(listening);
+            drop(capture);
             status
         });
-        let (notes, errors) = follow(&heard, progress);
+        let (notes, errors) = follow(&log, progress);
         match worker.join() {
             Ok(0) => Ok((notes, None)),
             Ok(_) => Ok((notes, Some(errors))),
@@ -233,12 +233,12 @@ fn run(
 
 /// Reads the log to its end: notes and errors.
 fn follow(
-    heard: &Receiver<LogLine>,
+    log: &Receiver<LogLine>,
     progress: &mut dyn FnMut(QuantizedTensor),
 ) -> (Vec<String>, Vec<String>) {
     let (mut notes, mut errors) = (Vec::new(), Vec::new());
     let mut begun = None;
-    for (is_error, line) in heard {
+    for (is_error, line) in log {
         begun = tensor_begun(&line).or(begun);
         if let (Some(tensor), Some((before, after))) = (&begun, sizes(&line)) {
             progress(QuantizedTensor { before, after, ..tensor.clone() });
@@ -497,7 +497,7 @@ mod log_tests {
 
     #[test]
     fn lines_of_the_log_are_read() {
-        let (lines, heard) = channel();
+        let (lines, log) = channel();
         for line in [
             "[   1/ 272] output_norm.weight - [ 576,     1,     1,     1], type =    f32, size =    0.002 MiB",
             "[  12/ 272] blk.0.ffn_down.weight    - [ 1536,   576,     1,     1], type =    f32, converting to \
@@ -513,7 +513,7 @@ mod log_tests {
         lines.send((true, "bad".into())).unwrap();
         drop(lines);
         let mut seen = Vec::new();
-        let (notes, errors) = follow(&heard, &mut |tensor| seen.push(tensor));
+        let (notes, errors) = follow(&log, &mut |tensor| seen.push(tensor));
         assert_eq!((notes.len(), errors), (0, vec!["bad".to_owned()]));
         let of = |number, name: &str, before, after| QuantizedTensor {
             number,

@@ -211,7 +211,7 @@ fn errors_say_what_to_change_and_leave_nothing() {
     refuse(&twice, "--requantize");
     run(&QuantizePlan { requantize: true, ..twice }).unwrap();
 
-    // A truncated file, and a weight that is no number.
+    // A truncated file, and a weight that is NaN.
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() - 1000]).unwrap();
     refuse(&good, "model.gguf");

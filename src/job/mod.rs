@@ -9,6 +9,7 @@
 //! events.jsonl    the event log, one event per line
 //! log.txt         standard error of the process
 //! rollouts.jsonl  the completions that a policy was trained on
+//! made/           examples that the job made, and reports about them
 //! cache/          tokenized data
 //! checkpoints/    step-N/, written atomically
 //! artifacts/      the files that the job produces
@@ -32,6 +33,7 @@
 //! | `estimate.rs` | [`ResourceEstimate`]: memory and disk space that a job needs |
 //! | `rollout.rs` | messages between a job that trains a policy and the gateway |
 //! | `rollout_table.rs` | the completions that a policy was trained on |
+//! | `quantize.rs` | what a quantization is; it runs in the process of `ingot quantize` |
 //! | `process.rs` | starting the job process, and its exit codes |
 //! | `plot.rs`, `report.rs` | plots of a job as SVG; its report as HTML |
 

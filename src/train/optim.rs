@@ -2,7 +2,7 @@
 
 use crate::job::spec::Optimizer;
 use crate::kernels::gemm::{Mat, product};
-use crate::train::ops::on_slices;
+use crate::train::ops::uses_cpu_ops;
 use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor, Var, bail};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -170,7 +170,7 @@ impl Optimization {
                 found.ok_or_else(|| candle_core::Error::msg(format!("`{name}` is missing")))
             };
             let device = param.var.device();
-            let moments = match on_slices(&param.var) {
+            let moments = match uses_cpu_ops(&param.var) {
                 true => Moments::Host(
                     find("first")?.flatten_all()?.to_vec1()?,
                     find("second")?.flatten_all()?.to_vec1()?,
@@ -188,7 +188,7 @@ impl Optimization {
 
 impl Moments {
     fn zeros(var: &Var) -> Result<Self> {
-        match on_slices(var) {
+        match uses_cpu_ops(var) {
             true => {
                 let zeros = vec![0.0; var.elem_count()];
                 Ok(Self::Host(zeros.clone(), zeros))
@@ -200,7 +200,7 @@ impl Moments {
 
 /// Sums in chunks of a fixed size, in f64.
 fn sum_of_squares(grad: &Tensor) -> Result<f64> {
-    if !on_slices(grad) {
+    if !uses_cpu_ops(grad) {
         return grad.sqr()?.sum_all()?.to_dtype(candle_core::DType::F64)?.to_scalar();
     }
     let (storage, layout) = grad.storage_and_layout();

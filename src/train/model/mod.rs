@@ -285,7 +285,7 @@ impl Model {
 
 /// A tensor at which a backward pass ends. Where candle runs the backward pass, it needs a variable.
 fn start(x: &Tensor) -> Result<Tensor> {
-    match ops::on_slices(x) {
+    match ops::uses_cpu_ops(x) {
         true => Ok(x.clone()),
         false => Ok(Var::from_tensor(x)?.into_inner()),
     }

@@ -113,7 +113,7 @@ impl<'a> Builder<'a> {
     /// A whole matrix that is trained.
     pub(super) fn trained(&mut self, name: &str, hidden: bool) -> Result<Tensor> {
         let Some(tensor) = self.file.tensor(name) else { bail!("the file has no tensor `{name}`") };
-        let &[cols, rows] = tensor.dims() else { bail!("`{name}` is no matrix") };
+        let &[cols, rows] = tensor.dims() else { bail!("`{name}` is not a matrix") };
         let values = self.file.to_f32(name).map_err(candle_core::Error::wrap)?;
         let weight = Tensor::from_vec(values, (rows as usize, cols as usize), self.device)?;
         self.param(name.to_owned(), &weight, true, hidden)

@@ -32,7 +32,7 @@ impl Frozen {
     /// dequantized.
     pub fn new(file: Arc<Gguf>, name: &str, rows: Range<usize>) -> Result<Self> {
         let Some(tensor) = file.tensor(name) else { bail!("the file has no tensor `{name}`") };
-        let &[cols, total] = tensor.dims() else { bail!("`{name}` is no matrix") };
+        let &[cols, total] = tensor.dims() else { bail!("`{name}` is not a matrix") };
         let (ty, cols, name) = (tensor.ty(), cols as usize, name.to_owned());
         if rows.start > rows.end || rows.end as u64 > total {
             bail!("`{name}` has {total} rows, not {rows:?}");

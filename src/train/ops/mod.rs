@@ -47,7 +47,7 @@ impl Number for f32 {}
 impl Number for f64 {}
 
 /// Whether `cpu/` computes on this tensor; otherwise `candle.rs` does.
-pub(in crate::train) fn on_slices(x: &Tensor) -> bool {
+pub(in crate::train) fn uses_cpu_ops(x: &Tensor) -> bool {
     #[cfg(test)]
     if tests::is_composed() {
         return false;
@@ -57,12 +57,12 @@ pub(in crate::train) fn on_slices(x: &Tensor) -> bool {
 
 /// Runs one of the implementations. Outside of a recording the result of `candle.rs` is detached, so
 /// that its arguments are not kept for a backward pass.
-fn either(
+fn dispatch(
     x: &Tensor,
     cpu: impl FnOnce() -> Result<Tensor>,
     candle: impl FnOnce() -> Result<Tensor>,
 ) -> Result<Tensor> {
-    match (on_slices(x), tape::recording()) {
+    match (uses_cpu_ops(x), tape::recording()) {
         (true, _) => cpu(),
         (false, true) => candle(),
         (false, false) => Ok(candle()?.detach()),
@@ -77,7 +77,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.dims() != y.dims() {
         bail!("{:?} and {:?} cannot be added", x.dims(), y.dims());
     }
-    either(x, || cpu::add(x, y), || x + y)
+    dispatch(x, || cpu::add(x, y), || x + y)
 }
 
 /// The tensor with another shape.
@@ -86,7 +86,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 /// If the number of elements differs.
 pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
-    either(x, || cpu::reshape(x, shape.clone()), || x.reshape(shape.clone()))
+    dispatch(x, || cpu::reshape(x, shape.clone()), || x.reshape(shape.clone()))
 }
 
 /// The scalar `Σ weights x`.
@@ -97,7 +97,7 @@ pub fn weighed(x: &Tensor, weights: &Arc<Vec<f64>>) -> Result<Tensor> {
     if x.elem_count() != weights.len() {
         bail!("{} numbers and {} weights", x.elem_count(), weights.len());
     }
-    either(x, || cpu::weighed(x, weights), || candle::weighed(x, weights))
+    dispatch(x, || cpu::weighed(x, weights), || candle::weighed(x, weights))
 }
 
 /// Adds `bias` (columns) to every row of `x` (rows, columns).
@@ -105,7 +105,7 @@ pub fn weighed(x: &Tensor, weights: &Arc<Vec<f64>>) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit.
 pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    either(x, || cpu::add_bias(x, bias), || x.broadcast_add(bias))
+    dispatch(x, || cpu::add_bias(x, bias), || x.broadcast_add(bias))
 }
 
 /// `x` times a number.
@@ -113,7 +113,7 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If memory cannot be allocated.
 pub fn scale(x: &Tensor, by: f64) -> Result<Tensor> {
-    either(x, || cpu::scale(x, by), || x * by)
+    dispatch(x, || cpu::scale(x, by), || x * by)
 }
 
 /// `x / rms(x) * weight`, row by row; `x` (…, columns), `weight` (columns) (Zhang and Sennrich 2019,
@@ -122,7 +122,7 @@ pub fn scale(x: &Tensor, by: f64) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
-    either(x, || cpu::rms_norm(x, weight, epsilon), || candle::rms_norm(x, weight, epsilon))
+    dispatch(x, || cpu::rms_norm(x, weight, epsilon), || candle::rms_norm(x, weight, epsilon))
 }
 
 /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): rotates the first `2 * pairs`
@@ -131,7 +131,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit.
 pub fn rotate(x: &Tensor, rotation: &Rotation) -> Result<Tensor> {
-    either(x, || cpu::rotate(x, rotation), || candle::rotate(x, rotation))
+    dispatch(x, || cpu::rotate(x, rotation), || candle::rotate(x, rotation))
 }
 
 /// `act(gate) * up`, element by element: SwiGLU and GeGLU (Shazeer 2020, arXiv:2002.05202).
@@ -139,7 +139,7 @@ pub fn rotate(x: &Tensor, rotation: &Rotation) -> Result<Tensor> {
 /// # Errors
 /// If the shapes differ.
 pub fn gated(gate: &Tensor, up: &Tensor, act: Gating) -> Result<Tensor> {
-    either(gate, || cpu::gated(gate, up, act), || candle::gated(gate, up, act))
+    dispatch(gate, || cpu::gated(gate, up, act), || candle::gated(gate, up, act))
 }
 
 /// `x` with some of its numbers dropped and the others scaled up (Srivastava et al. 2014, JMLR 15).
@@ -147,7 +147,7 @@ pub fn gated(gate: &Tensor, up: &Tensor, act: Gating) -> Result<Tensor> {
 /// # Errors
 /// If memory cannot be allocated.
 pub fn dropout(x: &Tensor, draw: Draw) -> Result<Tensor> {
-    either(x, || cpu::dropout(x, draw), || candle::dropout(x, draw))
+    dispatch(x, || cpu::dropout(x, draw), || candle::dropout(x, draw))
 }
 
 /// (tokens, width) rows of `table` (vocabulary, width).
@@ -159,7 +159,7 @@ pub fn embedding(table: &Tensor, tokens: &Arc<Vec<u32>>) -> Result<Tensor> {
     if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab) {
         bail!("token {token} is not below {vocab}");
     }
-    either(table, || cpu::embedding(table, tokens), || candle::embedding(table, tokens))
+    dispatch(table, || cpu::embedding(table, tokens), || candle::embedding(table, tokens))
 }
 
 /// (rows, heads, head_dim) causal attention over packed documents of `q` (rows, heads, head_dim),
@@ -176,7 +176,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Te
     if scope.documents.first() != Some(&0) {
         bail!("the first document does not begin with the first row");
     }
-    either(q, || cpu::attention(q, k, v, scope), || candle::attention(q, k, v, scope))
+    dispatch(q, || cpu::attention(q, k, v, scope), || candle::attention(q, k, v, scope))
 }
 
 /// (rows, outputs) product of `x` (rows, inputs) and frozen weights.
@@ -184,7 +184,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Te
 /// # Errors
 /// If the shapes do not fit, or the file cannot be read.
 pub fn frozen_linear(x: &Tensor, weights: &Arc<Frozen>) -> Result<Tensor> {
-    either(x, || cpu::frozen_linear(x, weights), || candle::frozen_linear(x, weights))
+    dispatch(x, || cpu::frozen_linear(x, weights), || candle::frozen_linear(x, weights))
 }
 
 /// (rows, outputs) product of `x` (rows, inputs) and the trained `weight` (outputs, inputs).
@@ -192,7 +192,7 @@ pub fn frozen_linear(x: &Tensor, weights: &Arc<Frozen>) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    either(x, || cpu::linear(x, weight), || candle::linear(x, weight))
+    dispatch(x, || cpu::linear(x, weight), || candle::linear(x, weight))
 }
 
 /// `x W + scale (x A) B`: (rows, outputs) of `x` (rows, inputs), `a` (rank, inputs), `b` (outputs,
@@ -207,7 +207,7 @@ pub fn lora_linear(
     b: &Tensor,
     scale: f64,
 ) -> Result<Tensor> {
-    either(
+    dispatch(
         x,
         || cpu::lora_linear(x, weights, a, b, scale),
         || candle::lora_linear(x, weights, a, b, scale),
@@ -222,7 +222,7 @@ pub fn lora_linear(
 /// If the shapes do not fit, a target is not in the vocabulary, or the head cannot be read.
 pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Losses> {
     targets.check(hidden.dim(0)?, head.vocab()?)?;
-    match on_slices(hidden) {
+    match uses_cpu_ops(hidden) {
         true => cpu::linear_cross_entropy(hidden, head, targets),
         false => candle::linear_cross_entropy(hidden, head, targets),
     }
@@ -235,7 +235,7 @@ pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> 
 /// As [`linear_cross_entropy`].
 pub fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<LogProbs> {
     targets.check(hidden.dim(0)?, head.vocab()?)?;
-    let found = match on_slices(hidden) {
+    let found = match uses_cpu_ops(hidden) {
         true => cpu::log_probs(hidden, head, targets)?,
         false => candle::log_probs(hidden, head, targets)?,
     };

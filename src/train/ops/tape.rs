@@ -104,7 +104,7 @@ impl Tape {
             Some(grad) => grad.clone(),
             None => out.ones_like()?,
         };
-        if !super::on_slices(out) {
+        if !super::uses_cpu_ops(out) {
             return super::candle::backward(out, &grad);
         }
         let mut grads = Grads::from([(out.id(), grad)]);

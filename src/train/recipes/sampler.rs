@@ -8,6 +8,7 @@ use crate::job::rollout::{Rollout, RolloutRequest};
 use crate::job::rollout_table::RolloutRow;
 use crate::train::data::{Cursor, Encoded, PreparedPrompts};
 use crate::train::model::Model;
+use crate::train::ops::mixed;
 use candle_core::Tensor;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -339,12 +340,4 @@ pub(super) fn check_items(
         }
     }
     Ok(())
-}
-
-/// A separate random number for every prompt of a run (Steele et al. 2014, SplitMix64).
-pub(super) fn mixed(seed: u64, at: u64) -> u64 {
-    let mut z = seed.wrapping_add(at.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }

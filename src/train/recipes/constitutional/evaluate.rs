@@ -106,7 +106,7 @@ pub(super) fn measure_judge(
     if skipped > 0 {
         let text = format!(
             "{skipped} pairs of data.human were left out: they differ before their last message, or \
-             it is no text."
+             it is not a string."
         );
         event(Event::Note { text });
     }

@@ -76,9 +76,9 @@ impl Judge<'_> {
         });
         let found = self.ask(questions.collect(), ["A", "B"])?;
         let judgement = |(pair, found): (&Comparison, &[Option<f64>])| {
-            let (shown_first, in_place_of_it) = (found[0]?, found[1]?);
+            let (shown_first, other_first) = (found[0]?, found[1]?);
             let principle = pair.principle.to_owned();
-            Some(Judgement { principle, shown_first, shown_second: 1.0 - in_place_of_it })
+            Some(Judgement { principle, shown_first, shown_second: 1.0 - other_first })
         };
         Ok(pairs.iter().zip(found.chunks(2)).map(judgement).collect())
     }

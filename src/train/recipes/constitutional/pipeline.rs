@@ -2,7 +2,7 @@
 
 use super::super::calls::Calls;
 use super::super::preference::PreferenceTrainer;
-use super::super::sampler::{ReferenceModel, check_items, mixed};
+use super::super::sampler::{ReferenceModel, check_items};
 use super::super::sft::SftTrainer;
 use super::super::{Event, Job, Outcome, TrainError};
 use super::evaluate::Phase;
@@ -16,6 +16,7 @@ use crate::job::spec::{Constitutional, Principle, Stage};
 use crate::job::{StepMetrics, Validation, write_whole};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Dataset, Prepared, PreparedPairs, PreparedPrompts};
+use crate::train::ops::mixed;
 use serde::Serialize;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -315,7 +316,7 @@ fn check_prompts(
             (Value::Null | Value::Bool(false), _) => {}
             (Value::Bool(true), Value::Null) => {}
             (Value::Bool(true), Value::String(answer)) if !answer.trim().is_empty() => {}
-            (Value::Bool(true), _) => return wrong("`answer` is no text, or empty"),
+            (Value::Bool(true), _) => return wrong("`answer` is empty or not a string"),
             _ => return wrong("`helpful` is neither true nor false"),
         }
     }

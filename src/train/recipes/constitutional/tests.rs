@@ -40,7 +40,7 @@ fn is_good(answer: &str) -> bool {
 struct InProcess {
     model: Rc<Model>,
     judge: Judge,
-    /// Number of calls after which the job is told to stop.
+    /// Number of calls after which `stop` is set.
     calls_left: Rc<Cell<u64>>,
     stop: Rc<AtomicBool>,
 }
