@@ -58,7 +58,7 @@
 //! | [`config`] | raw options → resolved → immutable |
 //! | [`gateway`] | the HTTP side |
 //! | [`ipc`] | frames between processes |
-//! | [`engine`] | the model side; [`engine::verify`] measures rounding against F32 arithmetic |
+//! | [`engine`] | the model side |
 //! | [`kernels`] | SIMD arithmetic of the native runner and of training, the thread pool |
 //! | [`tokenizer`] | text to tokens and back |
 //! | [`template`] | chat templates, and parsers of tool calls and reasoning |
@@ -66,6 +66,7 @@
 //! | [`dataset`] | formats of training files |
 //! | [`train`] | the process of a job: data, trainable models, optimizers, checkpoints, exports |
 //! | [`compress`] | quantization |
+//! | [`evaluate`] | measurements of models: rounding against F32 arithmetic |
 //! | [`grade`] | graders, which score completions |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters; conversion of Hugging Face folders |
 
@@ -75,6 +76,7 @@ pub mod compress;
 pub mod config;
 pub mod dataset;
 pub mod engine;
+pub mod evaluate;
 pub mod gateway;
 pub mod gguf;
 pub mod grade;

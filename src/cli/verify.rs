@@ -1,15 +1,14 @@
 //! `ingot verify MODEL`: how far the runners' rounding moves a model's predictions.
 //!
-//! What is measured, and against what: [`crate::engine::verify`]. It runs in this process, so a
-//! hostile file that makes llama.cpp abort ends the command.
+//! It runs in this process, so a hostile file that makes llama.cpp abort ends the command.
 
 use super::progress::{spinner, token_bar};
 use super::{CliError, PullBar};
 use crate::config::{ByteSize, DataDirOption, HubAccess};
-use crate::engine::verify::{self, Plan, Progress, Report, VerifyError, WINDOW};
 use crate::gateway::memory;
 use crate::gateway::store::{DEFAULT_MODEL, ModelRef, Store, ensure};
 use crate::gguf::{Gguf, dequantized_bytes};
+use crate::job::{VERIFY_WINDOW, VerifyError, VerifyPlan, VerifyProgress, VerifyReport};
 use indicatif::ProgressBar;
 use std::fmt::Write;
 use std::num::NonZeroUsize;
@@ -35,27 +34,33 @@ pub struct VerifyOptions {
     pub data: DataDirOption,
 }
 
-/// Measures, prints the table, writes the JSON. Exit code 1 if a bound is missed.
-pub fn main(options: VerifyOptions) -> Result<ExitCode, CliError> {
+/// Measures with `verify`, prints the table, writes the JSON. Exit code 1 if a bound is missed.
+pub fn main(
+    options: VerifyOptions,
+    verify: impl FnOnce(
+        &VerifyPlan,
+        &mut dyn FnMut(VerifyProgress),
+    ) -> Result<VerifyReport, VerifyError>,
+) -> Result<ExitCode, CliError> {
     let store = Store::open(&options.data.clone().resolve()?)?;
     let model = fetch(&store, &options.model)?;
     check_memory(&model)?;
     let text = match &options.text {
-        Some(path) => std::fs::read_to_string(path).map_err(|error| {
+        Some(path) => Some(std::fs::read_to_string(path).map_err(|error| {
             CliError::message(format!("{} cannot be read as text: {error}.", path.display()))
-        })?,
-        None => verify::SAMPLE.to_owned(),
+        })?),
+        None => None,
     };
-    let plan = Plan {
+    let plan = VerifyPlan {
         model,
         text,
         tokens: options.tokens.get(),
-        window: WINDOW,
+        window: VERIFY_WINDOW,
         threads: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
         folder: store.folder().to_owned(),
     };
     let mut bar = Bar::default();
-    let result = verify::verify(&plan, &mut |progress| bar.show(progress));
+    let result = verify(&plan, &mut |progress| bar.show(progress));
     bar.0.finish_and_clear();
     let report = result.map_err(|error| CliError::message(say(&error)))?;
     print!("{}", table(&report));
@@ -121,11 +126,13 @@ impl Default for Bar {
 }
 
 impl Bar {
-    fn show(&mut self, progress: Progress) {
+    fn show(&mut self, progress: VerifyProgress) {
         let text = match progress {
-            Progress::Writing(bytes) => format!("writing the weights in F32 ({})", ByteSize(bytes)),
-            Progress::Loading(name) => format!("loading: {name}"),
-            Progress::Reading { done, total } => {
+            VerifyProgress::Writing(bytes) => {
+                format!("writing the weights in F32 ({})", ByteSize(bytes))
+            }
+            VerifyProgress::Loading(name) => format!("loading: {name}"),
+            VerifyProgress::Reading { done, total } => {
                 if self.0.length() != Some(total as u64) {
                     self.0.finish_and_clear();
                     self.0 = token_bar(total as u64);
@@ -140,10 +147,10 @@ impl Bar {
     }
 }
 
-fn table(report: &Report) -> String {
+fn table(report: &VerifyReport) -> String {
     let mut text = String::new();
     let parameters = report.parameters as f64 / 1e6;
-    let Report { architecture, quantization, rows, window, .. } = report;
+    let VerifyReport { architecture, quantization, rows, window, .. } = report;
     let _ = writeln!(
         text,
         "{architecture} {parameters:.0}M {quantization}, {rows} tokens in windows of {window}, \
@@ -194,18 +201,18 @@ fn number(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::verify::{Check, Summary};
+    use crate::job::{RunnerSummary, VerifyCheck};
 
     #[test]
     fn the_table_is_aligned_and_ends_with_verdicts() {
-        let report = Report {
+        let report = VerifyReport {
             architecture: "llama".into(),
             quantization: "Q4_1".into(),
             parameters: 134_515_008,
             rows: 20_000,
             window: 512,
             reference_perplexity: 31.25,
-            runners: vec![Summary {
+            runners: vec![RunnerSummary {
                 runner: "native",
                 mean_kl: 0.003_12,
                 p99_kl: 0.021,
@@ -216,8 +223,8 @@ mod tests {
             }],
             native_missing: None,
             checks: vec![
-                Check { what: "small".into(), value: 2e-7, bound: 1e-5, passed: true },
-                Check { what: "large".into(), value: 0.6, bound: 0.5, passed: false },
+                VerifyCheck { what: "small".into(), value: 2e-7, bound: 1e-5, passed: true },
+                VerifyCheck { what: "large".into(), value: 0.6, bound: 0.5, passed: false },
             ],
         };
         let expected = "\

@@ -27,7 +27,6 @@ mod step;
 #[cfg(test)]
 mod tests;
 mod text;
-pub mod verify;
 
 use crate::gguf::{Gguf, score_head};
 use crate::ipc::{self, Call, EngineError, FrameError, FromEngine, LoadSpec, RequestId, ToEngine};

@@ -34,6 +34,7 @@
 //! | `rollout.rs` | messages between a job that trains a policy and the gateway |
 //! | `rollout_table.rs` | the completions that a policy was trained on |
 //! | `quantize.rs` | what a quantization is; it runs in the process of `ingot quantize` |
+//! | `verify.rs` | what a verification is; it runs in the process of `ingot verify` |
 //! | `process.rs` | starting the job process, and its exit codes |
 //! | `plot.rs`, `report.rs` | plots of a job as SVG; its report as HTML |
 
@@ -50,6 +51,7 @@ mod resolve;
 pub mod rollout;
 pub mod rollout_table;
 pub mod spec;
+mod verify;
 
 pub use estimate::ResourceEstimate;
 pub use events::{
@@ -67,3 +69,7 @@ pub use quantize::{
 };
 pub use report::report;
 pub use resolve::{BaseModel, InitAdapter, ResolveError, ResolvedJob, Sources};
+pub use verify::{
+    RunnerSummary, VERIFY_WINDOW, VerifyCheck, VerifyError, VerifyPlan, VerifyProgress,
+    VerifyReport,
+};

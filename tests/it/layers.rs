@@ -13,12 +13,12 @@ type Table = &'static [(&'static str, &'static [&'static str])];
 
 /// Modules of the crate. Gateway and engine share only `ipc`.
 const ROOMS: Table = &[
-    ("main", &["cli", "train", "compress", "engine", "gateway", "config"]),
-    // `ingot verify` runs models in its own process.
-    ("cli", &["engine", "gateway", "config", "job", "dataset", "gguf", "ipc", "build_info"]),
+    ("main", &["cli", "train", "compress", "evaluate", "engine", "gateway", "config"]),
+    ("cli", &["gateway", "config", "job", "dataset", "gguf", "ipc", "build_info"]),
     ("gateway", &["config", "job", "dataset", "template", "grade", "gguf", "ipc", "build_info"]),
     ("train", &["job", "dataset", "tokenizer", "template", "grade", "kernels", "gguf", "ipc"]),
     ("compress", &["job", "gguf"]),
+    ("evaluate", &["engine", "tokenizer", "job", "gguf", "ipc"]),
     ("engine", &["tokenizer", "ipc", "kernels", "gguf"]),
     ("job", &["dataset", "grade", "gguf"]),
     ("dataset", &["template"]),
@@ -53,10 +53,9 @@ const GATEWAY: Table = &[
     ("error", &[]),
 ];
 
-/// Modules of the engine. `verify` is not part of the step loop: it measures runners. `step`,
-/// `handle_commands` and `postprocess` are one type in three files, the loop.
+/// Modules of the engine. `step`, `handle_commands` and `postprocess` are one type in three files,
+/// the loop.
 const ENGINE: Table = &[
-    ("verify", &["runner"]),
     ("mod", &["input_processor", "step", "commands", "runner"]),
     (
         "step",

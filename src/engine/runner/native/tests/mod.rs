@@ -5,7 +5,7 @@ mod layers;
 
 use super::*;
 use crate::engine::runner::MAX_PROMPT_LOGITS;
-use crate::engine::verify::SAMPLE;
+use crate::evaluate::verify::SAMPLE;
 use crate::gguf::{KvType, ModelFacts};
 use crate::ipc::{KvCacheType, KvLayout, RunnerKind};
 use crate::tokenizer::native::NativeError;

@@ -5,12 +5,12 @@ use super::*;
 use crate::gguf::fixture::{TinyLlama, tiny_bert, tiny_llama};
 use std::path::PathBuf;
 
-fn plan(model: PathBuf, folder: &Path, tokens: usize) -> Plan {
-    let (text, folder) = (SAMPLE.to_owned(), folder.to_owned());
-    Plan { model, text, tokens, window: 128, threads: 2, folder }
+fn plan(model: PathBuf, folder: &Path, tokens: usize) -> VerifyPlan {
+    let (text, folder) = (Some(SAMPLE.to_owned()), folder.to_owned());
+    VerifyPlan { model, text, tokens, window: 128, threads: 2, folder }
 }
 
-fn run(plan: &Plan) -> Result<Report, VerifyError> {
+fn run(plan: &VerifyPlan) -> Result<VerifyReport, VerifyError> {
     verify(plan, &mut |_| ())
 }
 
@@ -34,8 +34,8 @@ fn an_f32_model_is_its_own_reference() {
     let report = verify(&plan, &mut |progress| seen.push(progress)).unwrap();
     assert!(report.passed(), "{report:#?}");
     assert_eq!((report.rows, report.window, report.runners.len()), (300, 128, 2));
-    assert!(!seen.iter().any(|progress| matches!(progress, Progress::Writing(_))));
-    assert!(seen.contains(&Progress::Reading { done: 128, total: 300 }));
+    assert!(!seen.iter().any(|progress| matches!(progress, VerifyProgress::Writing(_))));
+    assert!(seen.contains(&VerifyProgress::Reading { done: 128, total: 300 }));
     assert_only(folder.path(), 1);
 }
 
@@ -66,7 +66,7 @@ fn what_cannot_be_measured_says_why() {
     let folder = tempfile::tempdir().unwrap();
     let model = tiny(folder.path(), TensorType::F32);
     let mut short = plan(model.clone(), folder.path(), 300);
-    short.text = "a".into();
+    short.text = Some("a".into());
     assert!(matches!(run(&short), Err(VerifyError::TooShort(1))));
     let mut nowhere = plan(tiny(folder.path(), TensorType::F16), folder.path(), 300);
     nowhere.folder = folder.path().join("none");

@@ -18,79 +18,33 @@ mod report;
 #[cfg(test)]
 mod tests;
 
-pub use report::{Check, Report, Summary};
-
 use crate::engine::runner::llama_cpp::LlamaCpp;
 use crate::engine::runner::native::Native;
 use crate::engine::runner::{
     Batch, BatchSequence, MAX_PROMPT_LOGITS, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot, Wants,
 };
-use crate::gguf::{Gguf, GgufError, ModelFacts, TensorType, dequantized_bytes, write_dequantized};
+use crate::gguf::{Gguf, ModelFacts, TensorType, dequantized_bytes, write_dequantized};
 use crate::ipc::{KvLayout, LoadSpec, RunnerKind, Token};
+use crate::job::{VerifyError, VerifyPlan, VerifyProgress, VerifyReport};
 use divergence::{Divergence, Reference};
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
-
-/// Tokens of a window.
-pub const WINDOW: usize = 512;
 
 /// English prose, dialogue, code, numbers and some text in other languages, written for this
 /// purpose.
 pub const SAMPLE: &str = include_str!("sample.txt");
-
-/// The parameters of a verification.
-#[derive(Debug, Clone)]
-pub struct Plan {
-    pub model: PathBuf,
-    pub text: String,
-    /// Number of tokens to evaluate, from the beginning of the text.
-    pub tokens: usize,
-    /// Most tokens of a window, which is evaluated from an empty cache.
-    pub window: usize,
-    pub threads: u32,
-    /// Folder for the temporary F32 copy.
-    pub folder: PathBuf,
-}
-
-/// The progress of a verification.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
-    /// Writing the F32 copy: bytes to write.
-    Writing(u64),
-    Loading(&'static str),
-    /// Tokens that all runners have read, out of `total`.
-    Reading {
-        done: usize,
-        total: usize,
-    },
-}
-
-/// The reason why nothing could be measured.
-#[derive(Debug, thiserror::Error)]
-pub enum VerifyError {
-    #[error("the model cannot be verified: {0}")]
-    Gguf(#[from] GgufError),
-    #[error("{0}")]
-    Runner(#[from] RunnerError),
-    #[error(
-        "the copy of the model in F32 needs {needed} bytes in {folder}, where {free} are free: make \
-         room, or choose another data folder"
-    )]
-    Disk { needed: u64, free: u64, folder: String },
-    #[error("{folder} cannot be looked at: {source}")]
-    Folder { folder: String, source: io::Error },
-    #[error("the text has {0} tokens, too few to measure anything")]
-    TooShort(usize),
-    #[error("{0} gave a logit that is no number")]
-    NotFinite(&'static str),
-}
 
 /// The names of the runners in the report.
 const REFERENCE: &str = "F32, llama.cpp";
 const NATIVE: &str = "native";
 const LLAMA_CPP: &str = "llama.cpp";
 const PROOF: &str = "F32, native";
+
+impl From<RunnerError> for VerifyError {
+    fn from(error: RunnerError) -> Self {
+        Self::Runner(error.to_string())
+    }
+}
 
 /// A runner that is compared with the reference.
 struct Side {
@@ -102,8 +56,11 @@ struct Side {
 /// Evaluates the text with all runners.
 ///
 /// # Errors
-/// [`VerifyError`]. An exceeded bound is not an error but a failed [`Check`] in the report.
-pub fn verify(plan: &Plan, progress: &mut dyn FnMut(Progress)) -> Result<Report, VerifyError> {
+/// [`VerifyError`]. An exceeded bound is not an error but a failed [`VerifyCheck`](crate::job::VerifyCheck) in the report.
+pub fn verify(
+    plan: &VerifyPlan,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport, VerifyError> {
     let file = Gguf::open(&plan.model)?;
     let facts = ModelFacts::read(&file)?;
     let exact = is_f32(&file);
@@ -120,13 +77,13 @@ pub fn verify(plan: &Plan, progress: &mut dyn FnMut(Progress)) -> Result<Report,
     };
     let window = plan.window.min(trained).max(1);
     let spec = |model: &Path| spec(model, window, plan.threads);
-    progress(Progress::Loading(REFERENCE));
+    progress(VerifyProgress::Loading(REFERENCE));
     let mut reference = LlamaCpp::load_exact(&spec(reference_file))?;
     let mut sides = Vec::new();
     let mut add = |name, runner: Box<dyn ModelRunner>| {
         sides.push(Side { name, runner, divergence: Divergence::default() });
     };
-    progress(Progress::Loading(NATIVE));
+    progress(VerifyProgress::Loading(NATIVE));
     let uncovered = match Native::load(&spec(&plan.model)) {
         Ok(native) => {
             add(NATIVE, Box::new(native));
@@ -134,10 +91,10 @@ pub fn verify(plan: &Plan, progress: &mut dyn FnMut(Progress)) -> Result<Report,
         }
         Err(reason) => Some(reason.to_string()),
     };
-    progress(Progress::Loading(LLAMA_CPP));
+    progress(VerifyProgress::Loading(LLAMA_CPP));
     add(LLAMA_CPP, Box::new(LlamaCpp::load(&spec(&plan.model))?));
     if !exact && uncovered.is_none() {
-        progress(Progress::Loading(PROOF));
+        progress(VerifyProgress::Loading(PROOF));
         let native = Native::load(&spec(reference_file));
         let native = native.map_err(|reason| RunnerError(format!("the F32 copy: {reason}")))?;
         add(PROOF, Box::new(native));
@@ -146,15 +103,15 @@ pub fn verify(plan: &Plan, progress: &mut dyn FnMut(Progress)) -> Result<Report,
     // process dies.
     drop(copy);
 
-    let text = Text::new(&reference, &plan.text, plan.tokens)?;
+    let text = Text::new(&reference, plan.text.as_deref().unwrap_or(SAMPLE), plan.tokens)?;
     let windows = text.windows(window);
     let mut judge = Reference::default();
     for (number, window) in windows.iter().enumerate() {
         let done = windows[..number].iter().map(|window| window.inputs.len()).sum();
-        progress(Progress::Reading { done, total: text.tokens.len() });
+        progress(VerifyProgress::Reading { done, total: text.tokens.len() });
         read(window, &mut reference, &mut judge, &mut sides)?;
     }
-    Ok(Report::new(&facts, exact, uncovered, window, &judge, &sides))
+    Ok(report::report(&facts, exact, uncovered, window, &judge, &sides))
 }
 
 /// Whether the file has only vectors and F32 matrices: then it is its own reference.
@@ -267,7 +224,7 @@ impl Copy {
     fn write(
         file: &Gguf,
         folder: &Path,
-        progress: &mut dyn FnMut(Progress),
+        progress: &mut dyn FnMut(VerifyProgress),
     ) -> Result<Self, VerifyError> {
         let needed = dequantized_bytes(file).saturating_add(file.data_offset());
         let space = rustix::fs::statvfs(folder).map_err(|error| VerifyError::Folder {
@@ -279,7 +236,7 @@ impl Copy {
             let folder = folder.display().to_string();
             return Err(VerifyError::Disk { needed, free, folder });
         }
-        progress(Progress::Writing(needed));
+        progress(VerifyProgress::Writing(needed));
         let copy = Self(folder.join(format!(".verify-{}.gguf", std::process::id())));
         write_dequantized(file, &copy.0)?;
         Ok(copy)
