@@ -36,6 +36,8 @@ pub enum JobsCommand {
     Pause { id: String },
     /// Queue a paused job again
     Resume { id: String },
+    /// End training after the current step and serve what was learned
+    Finish { id: String },
 }
 
 /// Asks the server.
@@ -62,6 +64,7 @@ pub fn main(options: JobsOptions) -> Result<ExitCode, CliError> {
             JobsCommand::Cancel { id } => tell(&ask(Method::POST, path(&id, "cancel")).await?),
             JobsCommand::Pause { id } => tell(&ask(Method::POST, path(&id, "pause")).await?),
             JobsCommand::Resume { id } => tell(&ask(Method::POST, path(&id, "resume")).await?),
+            JobsCommand::Finish { id } => tell(&ask(Method::POST, path(&id, "finish")).await?),
         }
         Ok(ExitCode::SUCCESS)
     })

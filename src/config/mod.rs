@@ -10,7 +10,10 @@ mod tests;
 mod values;
 
 pub use options::{DataDirOption, ServeOptions};
-pub use values::{AdapterArg, AllowedHosts, ByteSize, LogFormat, Secret, ShareScope, Span};
+pub use values::{
+    AdapterArg, AllowedHosts, ByteSize, LogFormat, RemoteKeyArg, RemoteModelArg, Secret,
+    ShareScope, Span,
+};
 
 use crate::ipc::{KvCacheType, KvLayout, RunnerKind, Speculate};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -126,6 +129,20 @@ pub struct JobConfig {
     pub max_running: u32,
     /// With fewer bytes of memory available a job is paused.
     pub memory_reserve: u64,
+    /// Models of other servers that the operator's jobs may ask as judges and graders.
+    pub remote_models: Vec<RemoteModel>,
+}
+
+/// A model of another server with OpenAI's API.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RemoteModel {
+    /// The name that specifications of jobs use.
+    pub name: String,
+    /// Address up to and including `/v1`.
+    pub url: String,
+    /// The model's name on that server.
+    pub model: String,
+    pub key: Option<Secret>,
 }
 
 /// What is logged, and how.
@@ -243,6 +260,7 @@ impl ServeOptions {
         let jobs = JobConfig {
             max_running: self.max_running_jobs.map_or(1, NonZeroU32::get),
             memory_reserve: self.job_memory_reserve.map_or(JOB_MEMORY_RESERVE, |size| size.0),
+            remote_models: self.resolve_remote_models()?,
         };
         let log = LogConfig {
             format: self.log_format.unwrap_or(LogFormat::Text),
@@ -309,6 +327,26 @@ impl ServeOptions {
             max_concurrent_per_key: self.max_concurrent_per_key.and_then(NonZeroU32::new),
             share_prefixes: self.share_prefixes.unwrap_or(ShareScope::Key),
         })
+    }
+
+    fn resolve_remote_models(&mut self) -> Result<Vec<RemoteModel>, ConfigError> {
+        let mut models: Vec<RemoteModel> = Vec::new();
+        for RemoteModelArg { name, url, model } in std::mem::take(&mut self.remote_model) {
+            if models.iter().any(|other| other.name == name) {
+                return Err(option("remote-model", format!("names `{name}` twice")));
+            }
+            models.push(RemoteModel { name, url, model, key: None });
+        }
+        for RemoteKeyArg { name, key } in std::mem::take(&mut self.remote_key) {
+            match models.iter_mut().find(|model| model.name == name) {
+                Some(model) => model.key = Some(key),
+                None => {
+                    let reason = format!("names `{name}`, which no --remote-model names");
+                    return Err(option("remote-key", reason));
+                }
+            }
+        }
+        Ok(models)
     }
 
     fn resolve_listen(&self) -> Result<ListenConfig, ConfigError> {

@@ -1,6 +1,8 @@
 //! The raw options of `ingot serve`: flags, `INGOT_*` variables and the keys of the file.
 
-use super::values::{AdapterArg, ByteSize, LogFormat, Secret, ShareScope, Span};
+use super::values::{
+    AdapterArg, ByteSize, LogFormat, RemoteKeyArg, RemoteModelArg, Secret, ShareScope, Span,
+};
 use super::{ConfigError, default_data_dir};
 use crate::ipc::{KvCacheType, KvLayout, RunnerKind, Speculate};
 use clap::builder::BoolishValueParser;
@@ -243,6 +245,27 @@ pub struct ServeOptions {
     #[arg(long, value_name = "SIZE", env = "INGOT_JOB_MEMORY_RESERVE", help_heading = "Jobs")]
     pub job_memory_reserve: Option<ByteSize>,
 
+    /// Model of another server that judges and graders of jobs may ask; repeatable
+    #[arg(
+        long,
+        value_name = "NAME=URL#MODEL",
+        env = "INGOT_REMOTE_MODEL",
+        value_delimiter = ',',
+        help_heading = "Jobs"
+    )]
+    pub remote_model: Vec<RemoteModelArg>,
+
+    /// Key for a remote model's server; repeatable
+    #[arg(
+        long,
+        value_name = "NAME=KEY",
+        env = "INGOT_REMOTE_KEY",
+        hide_env_values = true,
+        value_delimiter = ',',
+        help_heading = "Jobs"
+    )]
+    pub remote_key: Vec<RemoteKeyArg>,
+
     /// Time that a step of the mock runner takes, in microseconds
     #[arg(long, env = "INGOT_MOCK_STEP_US", hide = true)]
     pub mock_step_us: Option<u64>,
@@ -287,7 +310,7 @@ impl ServeOptions {
                 parse_control_tokens, queue_limit, context_length, kv_tokens, kv_type, kv_layout, max_sequences, batch_tokens,
                 threads, gpu_layers, runner, flash_attention, mmap, target_step_ms, speculate,
                 draft_model, watchdog, max_loaded_models, memory_budget, max_running_jobs, job_memory_reserve, mock_step_us, log_format, log_level, log_prompts;
-            lists: models, allowed_host, api_key, adapter,
+            lists: models, allowed_host, api_key, adapter, remote_model, remote_key,
         )
     }
 }

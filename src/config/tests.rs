@@ -41,6 +41,29 @@ fn defaults_are_the_documented_ones() {
 }
 
 #[test]
+fn remote_models_have_an_address_and_a_key() {
+    let text = "remote_model = ['judge=https://h/v1#big', 'small=http://127.0.0.1:9/v1']\n\
+                remote_key = ['judge=sesame']";
+    let models = resolve_with(text, &[]).unwrap().jobs.remote_models;
+    let model = |name: &str, url: &str, model: &str, key: Option<&str>| RemoteModel {
+        name: name.into(),
+        url: url.into(),
+        model: model.into(),
+        key: key.map(|key| key.parse().unwrap()),
+    };
+    let judge = model("judge", "https://h/v1", "big", Some("sesame"));
+    assert_eq!(models, [judge, model("small", "http://127.0.0.1:9/v1", "small", None)]);
+    for bad in ["judge", "judge=", "=https://h/v1", "judge=ftp://h/v1", "judge=https://h/v1#"] {
+        assert!(bad.parse::<RemoteModelArg>().unwrap_err().contains("NAME=https://"), "{bad}");
+    }
+    assert!(!"sesame".parse::<RemoteKeyArg>().unwrap_err().contains("sesame"));
+    let twice = "remote_model = ['a=http://h/v1', 'a=http://i/v1']";
+    assert!(resolve_with(twice, &[]).unwrap_err().to_string().contains("twice"));
+    let unknown = resolve_with("remote_key = ['a=b']", &[]).unwrap_err().to_string();
+    assert!(unknown.contains("`a`") && !unknown.contains("`b`"), "{unknown}");
+}
+
+#[test]
 fn flag_beats_file_beats_default() {
     let text = "port = 7001\nmax_sequences = 8\nwatchdog = '2500ms'\nbody_timeout = 7\n\
                 memory_budget = '4GiB'\nkv_type = 'q8_0'\njob_memory_reserve = '1GiB'\nrunner = 'mock'";

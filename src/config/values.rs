@@ -141,6 +141,53 @@ impl FromStr for AdapterArg {
     }
 }
 
+/// A model of another server: the name that jobs use, the server's address up to `/v1`, and the
+/// model's name there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemoteModelArg {
+    pub name: String,
+    pub url: String,
+    pub model: String,
+}
+
+impl FromStr for RemoteModelArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('=').and_then(|(name, rest)| {
+            let (url, model) = rest.split_once('#').unwrap_or((rest, name));
+            let is_url = url.starts_with("http://") || url.starts_with("https://");
+            let parts = [name.trim(), url.trim(), model.trim()];
+            (is_url && parts.iter().all(|part| !part.is_empty())).then_some(parts)
+        });
+        let [name, url, model] = parts.map(|parts| parts.map(str::to_owned)).ok_or_else(|| {
+            format!("`{text}` is not a remote model; write it as NAME=https://HOST/v1#MODEL")
+        })?;
+        Ok(Self { name, url, model })
+    }
+}
+
+/// The key of a [`RemoteModelArg`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemoteKeyArg {
+    pub name: String,
+    pub key: Secret,
+}
+
+impl FromStr for RemoteKeyArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((name, key)) if !name.trim().is_empty() => {
+                Ok(Self { name: name.trim().to_owned(), key: key.parse()? })
+            }
+            // The text may be a key: it is not repeated.
+            _ => Err("it is not the key of a remote model; write it as NAME=KEY".to_owned()),
+        }
+    }
+}
+
 /// Which requests may reuse each other's cached prompt prefixes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -235,4 +282,4 @@ macro_rules! deserialize_from_str {
     )*};
 }
 
-deserialize_from_str!(ByteSize, Span, Secret, AdapterArg);
+deserialize_from_str!(ByteSize, Span, Secret, AdapterArg, RemoteModelArg, RemoteKeyArg);

@@ -6,6 +6,7 @@ use crate::gateway::jobs::{JobConnection, Jobs};
 use crate::gateway::lifecycle::Lifecycle;
 use crate::gateway::metrics::Metrics;
 use crate::gateway::registry::Registry;
+use crate::gateway::remote::RemoteModels;
 use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -18,6 +19,8 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     pub auth: Auth,
     pub life: Lifecycle,
+    /// Models of other servers.
+    pub remote_models: RemoteModels,
 }
 
 impl App {
@@ -33,6 +36,10 @@ impl App {
             auth: Auth::new(&config.keys),
             metrics: Arc::new(Metrics::new()),
             life: Lifecycle::default(),
+            remote_models: RemoteModels::new(
+                &config.jobs.remote_models,
+                config.limits.request_timeout,
+            ),
             jobs: Jobs::new(config.clone(), registry.clone(), connections),
             registry,
             config,

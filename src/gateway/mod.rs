@@ -8,6 +8,7 @@
 //! | `app.rs` | state shared by all handlers |
 //! | `auth.rs`, `limits.rs` | authentication and limits per key |
 //! | `registry.rs`, `registry/` | loaded models and adapters by name |
+//! | `remote.rs` | models of other servers, which graders and judges ask |
 //! | `jobs/` | training jobs: queue, processes, results |
 //! | `lifecycle.rs` | starting, running, draining |
 //! | `header.rs` | model properties read from the file header before loading |
@@ -33,6 +34,7 @@ pub mod limits;
 pub mod memory;
 pub mod metrics;
 pub mod registry;
+pub mod remote;
 pub mod server;
 pub mod store;
 pub mod stream;

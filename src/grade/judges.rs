@@ -35,7 +35,16 @@ pub enum Ask {
     Score { messages: Vec<Message> },
     /// A language model must answer with one of two words; the probability of the first one is
     /// returned, relative to both.
-    Choice { messages: Vec<Message>, labels: [String; 2] },
+    Choice { messages: Vec<Message>, labels: [String; 2], reasoning: Option<Reasoning> },
+}
+
+/// Has a model reason before it chooses (chain of thought, Wei et al. 2022, arXiv:2201.11903).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reasoning {
+    /// Maximum number of tokens of the reasoning.
+    pub max_tokens: u32,
+    /// The message after the reasoning, which asks for the answer.
+    pub then: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -40,7 +40,7 @@ use fields::Fields;
 use formula::Formula;
 use leaf::{Leaf, MULTI};
 
-pub use judges::{Ask, Message, Question, Sampling};
+pub use judges::{Ask, Message, Question, Reasoning, Sampling};
 pub use template::Context;
 
 /// Maximum number of graders in one `multi`.
@@ -72,6 +72,8 @@ pub struct Answer {
     pub number: Option<f64>,
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
+    /// What the model wrote before it answered, if it was asked to reason.
+    pub reasoning: Option<String>,
 }
 
 /// Reason why a [`Question`] has no answer.

@@ -16,7 +16,7 @@ fn reward(grader: Value, output: &str) -> f64 {
 }
 
 fn answer(number: impl Into<Option<f64>>) -> Result<Answer, Failed> {
-    Ok(Answer { number: number.into(), prompt_tokens: 10, completion_tokens: 3 })
+    Ok(Answer { number: number.into(), prompt_tokens: 10, completion_tokens: 3, reasoning: None })
 }
 
 /// `value` with the keys of `more` replaced; null removes a key.

@@ -46,6 +46,19 @@ impl Folder {
         self.0.join("artifacts")
     }
 
+    /// The file that asks the job to finish ([`Folder::ask_to_finish`]).
+    pub(super) fn finish(&self) -> PathBuf {
+        self.0.join("finish")
+    }
+
+    /// Asks the job to end training after the current step and to keep what it has learned.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn ask_to_finish(&self) -> io::Result<()> {
+        write_whole(&self.finish(), b"")
+    }
+
     /// The adapter as it was at a checkpoint.
     pub fn checkpoint_adapter(&self, step: u64) -> PathBuf {
         self.0.join("checkpoints").join(format!("adapter-{step}.gguf"))

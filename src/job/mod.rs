@@ -10,6 +10,7 @@
 //! log.txt         standard error of the process
 //! rollouts.jsonl  the completions that a policy was trained on
 //! made/           examples that the job made, and reports about them
+//! finish          asks the job to end training early and to keep what it has learned
 //! cache/          tokenized data
 //! checkpoints/    step-N/, written atomically
 //! artifacts/      the files that the job produces
@@ -35,9 +36,11 @@
 //! | `rollout_table.rs` | the completions that a policy was trained on |
 //! | `quantize.rs` | what a quantization is; it runs in the process of `ingot quantize` |
 //! | `verify.rs` | what a verification is; it runs in the process of `ingot verify` |
+//! | `control.rs` | [`Control`]: what is asked of a job while it runs |
 //! | `process.rs` | starting the job process, and its exit codes |
 //! | `plot.rs`, `report.rs` | plots of a job as SVG; its report as HTML |
 
+mod control;
 mod estimate;
 mod events;
 mod folder;
@@ -53,6 +56,7 @@ pub mod rollout_table;
 pub mod spec;
 mod verify;
 
+pub use control::Control;
 pub use estimate::ResourceEstimate;
 pub use events::{
     DataReport, Entry, EventLog, Follower, JobEvent, Level, Metrics, REWARD, StepMetrics,

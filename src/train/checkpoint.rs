@@ -49,6 +49,13 @@ pub struct Checkpoints {
     keep: usize,
 }
 
+/// Weights that are kept beside the checkpoints, since their validation was the best.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BestWeights {
+    pub step: u64,
+    sha256: String,
+}
+
 /// A checkpoint that was read and verified.
 pub struct Restored<S> {
     pub step: u64,
@@ -115,6 +122,57 @@ impl Checkpoints {
         Ok(whole)
     }
 
+    fn best_path(&self, step: u64) -> PathBuf {
+        self.folder.join(format!("best-{step}"))
+    }
+
+    /// Writes the weights alone, beside the checkpoints.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]; what was written before is unchanged.
+    pub fn write_best(&self, step: u64, params: &[Param]) -> Result<BestWeights, CheckpointError> {
+        let (part, whole) = (self.folder.join(".best.part"), self.best_path(step));
+        let _ = fs::remove_dir_all(&part);
+        fs::create_dir_all(&part).map_err(at(&part))?;
+        let weights = packed(tensors(params), &part)?;
+        put(&part.join(WEIGHTS), &weights)?;
+        let _ = fs::remove_dir_all(&whole);
+        fs::rename(&part, &whole).map_err(at(&whole))?;
+        sync(&self.folder)?;
+        Ok(BestWeights { step, sha256: digest(&weights) })
+    }
+
+    /// Sets the parameters to weights that were kept.
+    ///
+    /// # Errors
+    /// If they cannot be read, or do not belong to these parameters; nothing is changed in this
+    /// case.
+    pub fn load_best(&self, best: &BestWeights, params: &[Param]) -> Result<(), CheckpointError> {
+        let path = self.best_path(best.step).join(WEIGHTS);
+        let bytes = get(&path)?;
+        if digest(&bytes) != best.sha256 {
+            return Err(broken(&path, "it is not what was written"));
+        }
+        let weights = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
+        set(params, &matching(params, &weights)?)
+    }
+
+    /// Deletes all kept weights except these.
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub fn delete_worse(&self, best: &BestWeights) -> Result<(), CheckpointError> {
+        let kept = self.best_path(best.step);
+        for entry in fs::read_dir(&self.folder).map_err(at(&self.folder))?.flatten() {
+            let path = entry.path();
+            let name = entry.file_name();
+            if path != kept && name.to_str().is_some_and(|name| name.starts_with("best-")) {
+                fs::remove_dir_all(&path).map_err(at(&path))?;
+            }
+        }
+        Ok(())
+    }
+
     fn fill(
         &self,
         folder: &Path,
@@ -128,9 +186,7 @@ impl Checkpoints {
             manifest.insert(name.to_owned(), entry);
             put(&folder.join(name), bytes)
         };
-        let weights =
-            params.iter().map(|param| (param.name.clone(), param.var.as_tensor().clone()));
-        add(WEIGHTS, &packed(weights.collect(), folder)?)?;
+        add(WEIGHTS, &packed(tensors(params), folder)?)?;
         add(OPTIMIZER, &packed(optimization.state(params)?, folder)?)?;
         add(STATE, &json(state, folder)?)?;
         put(&folder.join(MANIFEST), &json(&manifest, folder)?)?;
@@ -189,22 +245,36 @@ impl<S> Restored<S> {
         params: &[Param],
         optimization: &mut Optimization,
     ) -> Result<(), CheckpointError> {
-        let mut found = Vec::with_capacity(params.len());
-        for param in params {
-            match self.weights.get(&param.name) {
-                Some(tensor) if tensor.shape() == param.var.shape() => found.push(tensor),
-                _ => {
-                    let why = format!("the checkpoint has no `{}` of its shape", param.name);
-                    return Err(candle_core::Error::msg(why).into());
-                }
-            }
-        }
+        let found = matching(params, &self.weights)?;
         optimization.restore(params, self.step, &self.optimizer)?;
-        for (param, tensor) in params.iter().zip(found) {
-            param.var.set(&tensor.to_device(param.var.device())?)?;
-        }
-        Ok(())
+        set(params, &found)
     }
+}
+
+/// (parameters) the tensor of each parameter.
+fn matching<'a>(
+    params: &[Param],
+    weights: &'a HashMap<String, Tensor>,
+) -> Result<Vec<&'a Tensor>, CheckpointError> {
+    let find = |param: &Param| match weights.get(&param.name) {
+        Some(tensor) if tensor.shape() == param.var.shape() => Ok(tensor),
+        _ => {
+            let why = format!("the checkpoint has no `{}` of its shape", param.name);
+            Err(candle_core::Error::msg(why).into())
+        }
+    };
+    params.iter().map(find).collect()
+}
+
+fn set(params: &[Param], values: &[&Tensor]) -> Result<(), CheckpointError> {
+    for (param, tensor) in params.iter().zip(values) {
+        param.var.set(&tensor.to_device(param.var.device())?)?;
+    }
+    Ok(())
+}
+
+fn tensors(params: &[Param]) -> Vec<(String, Tensor)> {
+    params.iter().map(|param| (param.name.clone(), param.var.as_tensor().clone())).collect()
 }
 
 fn packed(tensors: Vec<(String, Tensor)>, folder: &Path) -> Result<Vec<u8>, CheckpointError> {

@@ -112,6 +112,16 @@ impl Jobs {
             self.registry.find(model).await?;
         }
         for (param, model, scores) in &models {
+            if self.config.jobs.remote_models.iter().any(|remote| remote.name == *model) {
+                let why = match (new.admin, scores) {
+                    (false, _) => {
+                        "is a model of another server, which only the operator's jobs ask"
+                    }
+                    (true, true) => "is a model of another server, and no reward model",
+                    (true, false) => continue,
+                };
+                return Err(ApiError::invalid(param, format!("{param}: `{model}` {why}.")));
+            }
             let found = self.registry.find(model).await;
             let found = found.map_err(|error| error.with_param(param))?;
             let is = found.adapter.is_some_and(|adapter| adapter.is_reward_model());

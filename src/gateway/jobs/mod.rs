@@ -238,6 +238,35 @@ impl Jobs {
         self.get(id, owner)
     }
 
+    /// Has a job end training after its current step and publish what it has learned. A paused job
+    /// is queued again for this.
+    ///
+    /// # Errors
+    /// 404, or 400 if it has ended, or has not completed a step.
+    pub fn finish(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
+        use JobStatus::{Paused, Queued, Running};
+        let job = self.get(id, owner)?;
+        let refuse = |why: String| Err(ApiError::bad_request(why).with_code("invalid_job_status"));
+        if !matches!(job.status, Queued | Running | Paused) {
+            return refuse(format!(
+                "The job `{id}` is {}; it cannot be finished.",
+                job.status.name()
+            ));
+        }
+        if self.progress(id)?.step.is_none() {
+            return refuse(format!(
+                "The job `{id}` has not completed a step, so there is nothing to keep: wait for its \
+                 first step, or cancel it."
+            ));
+        }
+        self.folder(id).ask_to_finish().map_err(ApiError::internal)?;
+        if job.status == Paused {
+            self.change(id, owner, &[Paused], Queued, "finished")?;
+            self.look.notify_one();
+        }
+        self.get(id, owner)
+    }
+
     fn change(
         &self,
         id: &str,

@@ -69,6 +69,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/admin/jobs/{id}/cancel", post(admin::jobs::cancel))
         .route("/admin/jobs/{id}/pause", post(admin::jobs::pause))
         .route("/admin/jobs/{id}/resume", post(admin::jobs::resume))
+        .route("/admin/jobs/{id}/finish", post(admin::jobs::finish))
         .route("/admin/jobs/{id}/events", get(admin::jobs::events))
         .route("/admin/jobs/{id}/rollouts", get(admin::jobs::rollouts))
         .route("/admin/jobs/{id}/plot.svg", get(admin::jobs::curves))

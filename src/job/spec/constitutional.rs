@@ -1,6 +1,6 @@
 //! The block `constitutional` of a specification, and constitutions.
 
-use super::{Dpo, Resolved, Sft, TaskSettings, Weights, within};
+use super::{Dpo, Resolved, Sft, Spec, TaskSettings, Weights, within};
 use crate::dataset::DatasetKind;
 use crate::grade::Grader;
 use serde::de::Error;
@@ -16,6 +16,9 @@ const BUILT_IN: [(&str, &str); 2] = [
     ),
     ("brand_tone", include_str!("../../../configs/constitutions/brand_tone.toml")),
 ];
+
+/// The highest probability of a label that follows a chain of thought.
+const CHAIN_OF_THOUGHT_LABEL: f64 = 0.6;
 
 /// Constitutional AI (Bai et al. 2022, arXiv:2212.08073): a model criticizes and revises its own
 /// answers under written principles and learns the revisions; then a judge compares pairs of answers
@@ -52,6 +55,16 @@ pub struct Constitutional {
     /// Principles under which the judge compares a pair; the label is their mean.
     #[serde(default = "one")]
     pub principles_per_pair: usize,
+    /// Has the judge reason before it compares two answers.
+    #[serde(default)]
+    pub chain_of_thought: bool,
+    /// Maximum number of tokens of this reasoning.
+    #[serde(default = "super::grpo::max_tokens")]
+    pub chain_of_thought_tokens: usize,
+    /// The highest probability that a label has; the lowest is 1 less this. With chain of thought
+    /// 0.6 by default, since its labels are overconfident (Bai et al. 2022, section 4.1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_label: Option<f64>,
     /// Trains on pairs whose better answer depends on the order in which the judge read them.
     #[serde(default)]
     pub keep_inconsistent: bool,
@@ -210,6 +223,13 @@ impl Constitutional {
         self.stages.contains(&stage)
     }
 
+    /// The probability of a judge as a label.
+    pub fn label(&self, probability: f64) -> f64 {
+        let usual = if self.chain_of_thought { CHAIN_OF_THOUGHT_LABEL } else { 1.0 };
+        let most = self.max_label.unwrap_or(usual);
+        probability.clamp(1.0 - most, most)
+    }
+
     /// The loss on preferences.
     pub fn preference_loss(&self) -> Dpo {
         Dpo { beta: self.beta, ..Dpo::default() }
@@ -264,6 +284,11 @@ impl TaskSettings for Constitutional {
         true
     }
 
+    /// Answers to the validation prompts are compared before and after training only.
+    fn is_evaluated(&self, _: &Spec) -> bool {
+        false
+    }
+
     fn check(&self, settings: &Resolved) -> Result<(), String> {
         let most = settings.max_length as f64 - 1.0;
         self.constitution.check()?;
@@ -283,6 +308,10 @@ impl TaskSettings for Constitutional {
         within("constitutional.min_preferred", self.min_preferred, 0.0, 0.999)?;
         let per_pair = self.principles_per_pair as f64;
         within("constitutional.principles_per_pair", per_pair, 1.0, principles)?;
+        let tokens = self.chain_of_thought_tokens as f64;
+        within("constitutional.chain_of_thought_tokens", tokens, 1.0, most)?;
+        // A label of one half prefers neither answer.
+        within("constitutional.max_label", self.max_label.unwrap_or(1.0), 0.501, 1.0)?;
         within("constitutional.beta", self.beta, f64::MIN_POSITIVE, 100.0)?;
         within("constitutional.preference_learning_rate", rate, f64::MIN_POSITIVE, 10.0)?;
         let epochs = self.preference_epochs;
@@ -321,6 +350,20 @@ mod tests {
     }
 
     #[test]
+    fn labels_that_follow_a_chain_of_thought_are_clamped() {
+        let labels = |more: &str| {
+            let spec = spec(&format!(r#""constitution": "brand_tone"{more}"#)).unwrap();
+            let Task::Constitutional(block) = spec.task else { panic!("{spec:?}") };
+            [0.0, 0.45, 0.55, 1.0].map(|probability| block.label(probability))
+        };
+        assert_eq!(labels(""), [0.0, 0.45, 0.55, 1.0]);
+        assert_eq!(labels(r#", "chain_of_thought": true"#), [0.4, 0.45, 0.55, 0.6]);
+        assert_eq!(labels(r#", "max_label": 0.75"#), [0.25, 0.45, 0.55, 0.75]);
+        let both = r#", "chain_of_thought": true, "max_label": 1.0"#;
+        assert_eq!(labels(both), [0.0, 0.45, 0.55, 1.0]);
+    }
+
+    #[test]
     fn errors_name_the_key() {
         let principle = |more: &str| {
             format!(r#"{{"name": "n", "critique": "c", "revision": "r", "comparison": "q"{more}}}"#)
@@ -344,6 +387,9 @@ mod tests {
             (written(&good, r#", "stages": ["compare"], "pairs": "revised""#), "pairs"),
             (written(&good, r#", "principles_per_pair": 2"#), "principles_per_pair"),
             (written(&good, r#", "rounds": 0"#), "rounds"),
+            (written(&good, r#", "max_label": 0.5"#), "max_label"),
+            (written(&good, r#", "max_label": 1.1"#), "max_label"),
+            (written(&good, r#", "chain_of_thought_tokens": 0"#), "chain_of_thought_tokens"),
         ] {
             let error = spec(&block).unwrap_err();
             assert!(error.contains(why), "{block}: {error}");

@@ -166,6 +166,10 @@ pub struct Train {
     /// Number of checkpoints to keep.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_checkpoints: Option<usize>,
+    /// Keeps the weights whose validation was the best, in place of the last ones. By default
+    /// policies with validation data do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_best_model_at_end: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -201,6 +205,7 @@ pub struct Resolved {
     pub eval_every: u64,
     pub checkpoint_every: u64,
     pub keep_checkpoints: usize,
+    pub load_best_model_at_end: bool,
     pub threads: usize,
     pub device: TrainDevice,
     pub activation_checkpointing: bool,
@@ -225,6 +230,7 @@ impl Spec {
             eval_every: Some(settings.eval_every),
             checkpoint_every: Some(settings.checkpoint_every),
             keep_checkpoints: Some(settings.keep_checkpoints),
+            load_best_model_at_end: Some(settings.load_best_model_at_end),
             threads: Some(settings.threads),
             device: Some(settings.device),
             activation_checkpointing: Some(settings.activation_checkpointing),
@@ -268,7 +274,18 @@ impl Spec {
         if self.data.human.is_some() && !task.takes_human_pairs() {
             return Err("data.human: it is for jobs of kind `constitutional`".into());
         }
-        let resolved = task.resolve(self)?;
+        let mut resolved = task.resolve(self)?;
+        if self.train.load_best_model_at_end.is_none() {
+            // The reward of a policy often falls again after its highest value.
+            resolved.load_best_model_at_end = task.grader().is_some() && task.is_evaluated(self);
+        }
+        if resolved.load_best_model_at_end && !task.is_evaluated(self) {
+            return Err(
+                "train.load_best_model_at_end: it needs validation data, and a kind of job \
+                        that evaluates them while it trains"
+                    .into(),
+            );
+        }
         resolved.check()?;
         task.check(&resolved)?;
         Ok(resolved)

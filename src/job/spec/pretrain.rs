@@ -193,6 +193,10 @@ impl TaskSettings for Pretrain {
         within("pretrain.held_out", self.held_out(), 0.0, 0.5)
     }
 
+    fn is_evaluated(&self, spec: &Spec) -> bool {
+        spec.data.validation.is_some() || self.held_out() > 0.0
+    }
+
     fn resolve(&self, spec: &Spec) -> Result<Resolved, String> {
         match (&spec.model, &spec.name) {
             (None, None) => {
@@ -249,6 +253,7 @@ impl TaskSettings for Pretrain {
             eval_every: train.eval_every.unwrap_or(250),
             checkpoint_every: train.checkpoint_every.unwrap_or(250),
             keep_checkpoints: train.keep_checkpoints.unwrap_or(3),
+            load_best_model_at_end: train.load_best_model_at_end.unwrap_or(false),
             threads: train.threads.unwrap_or(cores),
             device: train.device.unwrap_or_default(),
             activation_checkpointing: train.activation_checkpointing.unwrap_or(false),

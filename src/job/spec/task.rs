@@ -67,6 +67,11 @@ pub trait TaskSettings {
         models.into_iter().map(|(name, scores)| ("grader".into(), name, scores)).collect()
     }
 
+    /// Whether the job evaluates validation data while it trains.
+    fn is_evaluated(&self, spec: &Spec) -> bool {
+        spec.data.validation.is_some()
+    }
+
     /// Whether the job measures a judge on pairs labelled by people (`data.human`).
     fn takes_human_pairs(&self) -> bool {
         false
@@ -117,6 +122,7 @@ pub(super) fn resolve_tuning(
         eval_every: train.eval_every.unwrap_or(50),
         checkpoint_every: train.checkpoint_every.unwrap_or(100),
         keep_checkpoints: train.keep_checkpoints.unwrap_or(3),
+        load_best_model_at_end: train.load_best_model_at_end.unwrap_or(false),
         threads: train.threads.unwrap_or(cores),
         device: train.device.unwrap_or_default(),
         activation_checkpointing: train.activation_checkpointing.unwrap_or(false),

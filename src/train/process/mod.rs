@@ -20,13 +20,12 @@ mod tests;
 
 pub use run::{JobError, run};
 
-use crate::job::{DISK_FULL, DONE, Folder, STOPPED, WAITS};
+use crate::job::{Control, DISK_FULL, DONE, Folder, STOPPED, WAITS};
 use rustix::process::{getpid, setpriority_process};
 use std::io::{self, Read};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Lowest CPU priority, so that serving comes first.
@@ -40,13 +39,13 @@ pub fn main(folder: &Path) -> ExitCode {
     // Both calls are optional: a container may forbid them.
     let _ = setpriority_process(Some(getpid()), NICE);
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
-    let stop = Arc::new(AtomicBool::new(false));
-    if let Err(error) = listen(&stop) {
+    let folder = Folder::new(folder);
+    let control = Arc::new(Control::new(&folder));
+    if let Err(error) = listen(&control) {
         tracing::error!("signals cannot be received: {error}");
         return ExitCode::FAILURE;
     }
-    let folder = Folder::new(folder);
-    match run(&folder, &stop) {
+    match run(&folder, &control) {
         Ok(true) => ExitCode::from(DONE),
         Ok(false) => ExitCode::from(STOPPED),
         Err(error) => {
@@ -60,23 +59,23 @@ pub fn main(folder: &Path) -> ExitCode {
     }
 }
 
-/// Sets `stop` at SIGTERM, and when standard input is closed.
-fn listen(stop: &Arc<AtomicBool>) -> io::Result<()> {
+/// Stops the job at SIGTERM, and when standard input is closed.
+fn listen(control: &Arc<Control>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let mut terminate = {
         let _inside = runtime.enter();
         signal(SignalKind::terminate())?
     };
-    let told = stop.clone();
+    let told = control.clone();
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         runtime.block_on(terminate.recv());
-        told.store(true, Ordering::Relaxed);
+        told.stop();
     })?;
-    let alone = stop.clone();
+    let alone = control.clone();
     std::thread::Builder::new().name("starter".into()).spawn(move || {
         let mut input = io::stdin().lock();
         while matches!(input.read(&mut [0; 64]), Ok(1..)) {}
-        alone.store(true, Ordering::Relaxed);
+        alone.stop();
     })?;
     Ok(())
 }

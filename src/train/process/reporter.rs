@@ -2,12 +2,11 @@
 
 use super::artifacts::facts;
 use super::run::JobFailure;
-use crate::job::{EventLog, Folder, JobEvent, Level, Order, StepMetrics, rollout_table};
+use crate::job::{Control, EventLog, Folder, JobEvent, Level, Order, StepMetrics, rollout_table};
 use crate::train::export;
 use crate::train::model::{Model, Training};
 use crate::train::recipes::Event;
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Number of steps up to which each step is logged. Longer runs log every n-th step.
@@ -48,9 +47,9 @@ impl<'a> Reporter<'a> {
     }
 
     /// Writes an event. An error ends the training loop through `stop`, its only way to end early.
-    pub(super) fn tell(&mut self, event: Event, stop: &AtomicBool) {
+    pub(super) fn tell(&mut self, event: Event, control: &Control) {
         if let Err(error) = self.write(event) {
-            stop.store(true, Ordering::Relaxed);
+            control.stop();
             self.failure.get_or_insert(error);
         }
     }

@@ -5,7 +5,7 @@ use super::reporter::Reporter;
 use super::{artifacts, data, init, policy};
 use crate::gguf::{Gguf, ModelFacts};
 use crate::job::spec::for_task;
-use crate::job::{Artifact, EventLog, Failure, Folder, Level, Order, Outcome};
+use crate::job::{Artifact, Control, EventLog, Failure, Folder, Level, Order, Outcome};
 use crate::tokenizer::native::NativeTokenizer;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::export::ExportError;
@@ -17,7 +17,6 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// File of a new model with its initial, random weights.
@@ -110,11 +109,11 @@ classified! {
 }
 
 /// Carries out the order, from the last checkpoint if there is one. `true`: the job has ended and
-/// its folder holds the outcome. `false`: `stop` was set.
+/// its folder holds the outcome. `false`: `control` stopped it.
 ///
 /// # Errors
 /// [`JobError`]; when started again, the job resumes from its last checkpoint.
-pub fn run(folder: &Folder, stop: &AtomicBool) -> Result<bool, JobError> {
+pub fn run(folder: &Folder, control: &Control) -> Result<bool, JobError> {
     let _lock = lock(folder.path())?;
     if folder.outcome()?.is_some() {
         tidy(folder);
@@ -122,7 +121,7 @@ pub fn run(folder: &Folder, stop: &AtomicBool) -> Result<bool, JobError> {
     }
     let order = folder.order()?;
     let mut log = EventLog::open(&folder.events())?;
-    let outcome = match for_task!(&order.spec.task, recipe => train(recipe, folder, &order, &mut log, stop))
+    let outcome = match for_task!(&order.spec.task, recipe => train(recipe, folder, &order, &mut log, control))
     {
         Ok(None) => return Ok(false),
         Ok(Some((trained_tokens, artifacts))) => Outcome::Succeeded { trained_tokens, artifacts },
@@ -173,13 +172,13 @@ fn lock(folder: &Path) -> Result<File, JobError> {
 }
 
 /// Trains and writes the artifacts. Returns the number of trained tokens, and the artifacts; `None`
-/// if `stop` was set.
+/// if it was stopped.
 fn train<R: Recipe>(
     recipe: &R,
     folder: &Folder,
     order: &Order,
     log: &mut EventLog,
-    stop: &AtomicBool,
+    control: &Control,
 ) -> Result<Option<(u64, Vec<Artifact>)>, JobFailure> {
     let spec = &order.spec;
     let settings = spec.resolve().map_err(|why| failed("invalid_spec", None, why))?;
@@ -216,7 +215,7 @@ fn train<R: Recipe>(
         },
     };
     let mut reporter = Reporter::new(folder, order, &model, &training, log);
-    let ended = recipe.run(&job, stop, &mut |event| reporter.tell(event, stop));
+    let ended = recipe.run(&job, control, &mut |event| reporter.tell(event, control));
     reporter.finish()?;
     let recipes::Outcome::Done { tokens } = ended? else { return Ok(None) };
     log.say(Level::Info, "Training is over; writing what was made.")?;

@@ -2,11 +2,10 @@ use super::*;
 use crate::gguf::fixture::TinyDecoder;
 use crate::job::spec::Spec;
 use crate::job::{
-    Artifact, ArtifactKind, Entry, EventLog, Folder, Follower, JobEvent, Level, Order, Outcome,
-    StepMetrics, plot,
+    Artifact, ArtifactKind, Control, Entry, EventLog, Folder, Follower, JobEvent, Level, Order,
+    Outcome, StepMetrics, plot,
 };
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A job in its own folder: a tiny model, with prompts and completions made of its bytes.
 fn job(folder: &Path, more: &str) -> Folder {
@@ -36,7 +35,7 @@ fn job(folder: &Path, more: &str) -> Folder {
 }
 
 fn go(job: &Folder) -> bool {
-    run(job, &AtomicBool::new(false)).unwrap()
+    run(job, &Control::default()).unwrap()
 }
 
 fn succeeded(job: &Folder) -> (u64, Vec<Artifact>) {
@@ -96,16 +95,16 @@ fn a_job_that_was_stopped_goes_on_with_the_same_bits() {
     });
     assert!(go(&whole));
     for _ in 0..4 {
-        let stop = AtomicBool::new(false);
+        let control = Control::default();
         let ended = std::thread::scope(|scope| {
-            let running = scope.spawn(|| run(&cut, &stop).unwrap());
+            let running = scope.spawn(|| run(&cut, &control).unwrap());
             let before = Follower::new(cut.events(), 0).read().unwrap().len();
             while !running.is_finished()
                 && Follower::new(cut.events(), 0).read().unwrap().len() < before + 3
             {
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }
-            stop.store(true, Ordering::Relaxed);
+            control.stop();
             running.join().unwrap()
         });
         if ended {
@@ -124,6 +123,57 @@ fn a_job_that_was_stopped_goes_on_with_the_same_bits() {
     };
     assert_eq!(steps(&whole), steps(&cut));
     assert_eq!(succeeded(&whole).0, succeeded(&cut).0);
+}
+
+#[test]
+fn a_job_that_was_asked_to_finish_keeps_what_it_has_learned() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = job(folder.path(), "");
+    let steps = || {
+        let entries = Follower::new(job.events(), 0).read().unwrap();
+        let step = |entry: &Entry| match &entry.event {
+            JobEvent::Step(step) => Some((step.step, step.last)),
+            _ => None,
+        };
+        entries.iter().filter_map(step).collect::<Vec<_>>()
+    };
+    let ended = std::thread::scope(|scope| {
+        let running = scope.spawn(|| run(&job, &Control::new(&job)).unwrap());
+        while steps().len() < 2 && !running.is_finished() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        job.ask_to_finish().unwrap();
+        running.join().unwrap()
+    });
+    assert!(ended);
+    let (_, artifacts) = succeeded(&job);
+    assert!(artifacts.iter().any(|artifact| artifact.kind == ArtifactKind::Adapter));
+    let steps = steps();
+    let (last, others) = steps.split_last().unwrap();
+    assert!(last.1 && others.iter().all(|(_, last)| !last), "{steps:?}");
+    let entries = Follower::new(job.events(), 0).read().unwrap();
+    let validated = entries
+        .iter()
+        .any(|entry| matches!(&entry.event, JobEvent::Validation(found) if found.step == last.0));
+    assert!(validated, "the last weights are evaluated: {entries:?}");
+}
+
+#[test]
+fn a_paused_job_that_is_asked_to_finish_ends_at_its_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = job(folder.path(), "");
+    let control = Control::new(&job);
+    std::thread::scope(|scope| {
+        let running = scope.spawn(|| run(&job, &control).unwrap());
+        while Follower::new(job.events(), 0).read().unwrap().len() < 4 && !running.is_finished() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        control.stop();
+        running.join().unwrap()
+    });
+    job.ask_to_finish().unwrap();
+    assert!(run(&job, &Control::new(&job)).unwrap());
+    succeeded(&job);
 }
 
 #[test]

@@ -2,9 +2,9 @@
 
 use super::{Policy, TrainError};
 use crate::grade::{Answer, Failed, Question};
+use crate::job::Control;
 use crate::job::rollout::{CallCause, CallError, Rollout, RolloutRequest};
 use crate::train::rollout::RolloutClient;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Number of attempts while the engine fails, and the longest wait between two attempts.
@@ -17,7 +17,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 #[derive(Clone, Copy)]
 pub(super) struct Calls<'a> {
     policy: Policy<'a>,
-    stop: &'a AtomicBool,
+    control: &'a Control,
 }
 
 impl<'a> Calls<'a> {
@@ -25,10 +25,10 @@ impl<'a> Calls<'a> {
     /// If the job has no served model.
     pub(super) fn new(
         policy: Option<Policy<'a>>,
-        stop: &'a AtomicBool,
+        control: &'a Control,
     ) -> Result<Self, TrainError> {
         match policy {
-            Some(policy) => Ok(Self { policy, stop }),
+            Some(policy) => Ok(Self { policy, control }),
             None => Err(TrainError::Spec("there is no served model to sample from".into())),
         }
     }
@@ -65,7 +65,7 @@ impl<'a> Calls<'a> {
     /// # Errors
     /// [`TrainError::Stopped`] if `stop` is set.
     pub(super) fn check_stop(&self) -> Result<(), TrainError> {
-        match self.stop.load(Ordering::Relaxed) {
+        match self.control.stops() {
             true => Err(TrainError::Stopped),
             false => Ok(()),
         }

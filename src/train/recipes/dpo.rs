@@ -4,10 +4,10 @@
 use super::preference::{Objective, Placed, PreferenceTrainer, sum};
 use super::run::LossSums;
 use super::{Event, Job, Outcome, Recipe, TrainError};
+use crate::job::Control;
 use crate::job::spec::Dpo;
 use crate::train::data::{Encoded, PreparedPairs};
 use crate::train::model::{Batch, OutputGrads, Outputs, Wanted};
-use std::sync::atomic::AtomicBool;
 
 impl Recipe for Dpo {
     type Data = PreparedPairs;
@@ -15,10 +15,10 @@ impl Recipe for Dpo {
     fn run(
         &self,
         job: &Job<'_, PreparedPairs>,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
-        PreferenceTrainer::new(self, job).run(stop, event)
+        PreferenceTrainer::new(self, job).run(control, event)
     }
 }
 

@@ -3,10 +3,10 @@
 
 use super::{Event, Job, Outcome, Recipe, TrainError};
 use crate::dataset::DatasetKind;
+use crate::job::Control;
 use crate::job::spec::{Resolved, TaskSettings};
 use crate::train::data::PreparedPairs;
 use serde::{Deserialize, Serialize};
-use std::sync::atomic::AtomicBool;
 
 /// The block `dummy`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,7 +39,7 @@ impl Recipe for Dummy {
     fn run(
         &self,
         job: &Job<'_, PreparedPairs>,
-        _: &AtomicBool,
+        _: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
         event(Event::Note { text: self.greeting.clone() });
@@ -51,10 +51,9 @@ impl Recipe for Dummy {
 mod tests {
     use crate::gguf::fixture::TinyDecoder;
     use crate::job::spec::Spec;
-    use crate::job::{ArtifactKind, Folder, Follower, Order, Outcome};
+    use crate::job::{ArtifactKind, Control, Folder, Follower, Order, Outcome};
     use crate::train::process;
     use std::fs;
-    use std::sync::atomic::AtomicBool;
 
     fn spec(more: &str) -> Result<Spec, String> {
         let text =
@@ -79,7 +78,7 @@ mod tests {
         order.model = Some(path("base.gguf"));
         let job = Folder::new(path("job"));
         job.create(&order).unwrap();
-        assert!(process::run(&job, &AtomicBool::new(false)).unwrap());
+        assert!(process::run(&job, &Control::default()).unwrap());
         let Some(Outcome::Succeeded { trained_tokens, artifacts }) = job.outcome().unwrap() else {
             panic!("{:?}", job.outcome())
         };

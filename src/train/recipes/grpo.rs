@@ -8,9 +8,9 @@ use super::sampler::{
     measure,
 };
 use super::{Job, Recipe};
-use crate::job::Metrics;
 use crate::job::rollout_table::RolloutRow;
 use crate::job::spec::{Grpo, GrpoLoss, PolicyLoss, Resolved};
+use crate::job::{Control, Metrics};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
 use crate::train::loss::{Completion, advantages};
@@ -19,7 +19,6 @@ use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::atomic::AtomicBool;
 
 impl Recipe for Grpo {
     type Data = PreparedPrompts;
@@ -32,7 +31,7 @@ impl Recipe for Grpo {
     fn run(
         &self,
         job: &Job<'_, PreparedPrompts>,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
         let sampling = Sampling {
@@ -50,9 +49,9 @@ impl Recipe for Grpo {
             examples: job.train.len(),
             checkpoints: job.checkpoints,
             shuffle: job.shuffle,
-            sampler: Sampler::new(job, sampling, stop)?,
+            sampler: Sampler::new(job, sampling, control)?,
         };
-        trainer.run(stop, event)
+        trainer.run(control, event)
     }
 }
 
@@ -106,17 +105,17 @@ struct RolloutBuffer {
 }
 
 impl GrpoTrainer<'_> {
-    /// Trains from the newest checkpoint to the last step, or until `stop` is set. `model` holds
+    /// Trains from the newest checkpoint to the last step, or until `control` stops it. `model` holds
     /// the initial weights.
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
-    fn run(&self, stop: &AtomicBool, mut event: impl FnMut(Event)) -> Result<Outcome, TrainError> {
+    fn run(&self, control: &Control, mut event: impl FnMut(Event)) -> Result<Outcome, TrainError> {
         let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
         let reference = ReferenceModel::of(self.model)?;
         let order = Order::new(self.examples, self.shuffle);
         let held = Rc::default();
-        run.run(&mut Steps { run: self, order, reference, held }, stop, &mut event)
+        run.run(&mut Steps { run: self, order, reference, held }, control, &mut event)
     }
 
     /// Samples completions to train on.

@@ -38,8 +38,8 @@ mod trl_tests;
 
 pub use run::{Event, Outcome, TrainError};
 
-use crate::job::Order;
 use crate::job::spec::Resolved;
+use crate::job::{Control, Order};
 use crate::tokenizer::Tokenizer;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::Dataset;
@@ -47,7 +47,6 @@ use crate::train::model::Model;
 use crate::train::rollout::RolloutClient;
 use std::cell::RefCell;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 /// How a kind of job trains.
 pub trait Recipe {
@@ -78,14 +77,14 @@ pub trait Recipe {
         None
     }
 
-    /// Trains from the newest checkpoint to the last step, or until `stop` is set.
+    /// Trains from the newest checkpoint to the last step, or until `control` stops it.
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
     fn run(
         &self,
         job: &Job<'_, Self::Data>,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError>;
 }

@@ -8,7 +8,7 @@ use crate::gguf::fixture::TinyDecoder;
 use crate::grade::{Answer, Failed, Question};
 use crate::job::rollout::{CallCause, CallError, Rollout, RolloutRequest};
 use crate::job::spec::{Grpo, Lora, Ppo, Resolved, Spec, Task};
-use crate::job::{StepMetrics, Validation};
+use crate::job::{Control, StepMetrics, Validation};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{PreparedPrompts, prepare_prompts};
 use crate::train::model::{Model, Training};
@@ -20,7 +20,6 @@ use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Samples from the model in training. A token's text is one of four letters.
 struct InProcess(Rc<Model>, Rc<Cell<Judge>>);
@@ -89,7 +88,12 @@ impl RolloutClient for InProcess {
         let answer = |(number, _)| match self.1.get() {
             Judge::Down => Err(down.clone()),
             Judge::Sometimes if number % 5 == 4 => Err(down.clone()),
-            _ => Ok(Answer { number: Some(1.0), prompt_tokens: 1, completion_tokens: 1 }),
+            _ => Ok(Answer {
+                number: Some(1.0),
+                prompt_tokens: 1,
+                completion_tokens: 1,
+                reasoning: None,
+            }),
         };
         Ok(questions.iter().enumerate().map(answer).collect())
     }
@@ -196,10 +200,12 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
                 human: None,
             },
         };
-        let stop = AtomicBool::new(false);
-        let outcome = recipe.run(&job, &stop, &mut |event| match event {
+        let control = Control::default();
+        let outcome = recipe.run(&job, &control, &mut |event| match event {
             Event::Step(step) => {
-                stop.store(step.step == stop_at, Ordering::Relaxed);
+                if step.step == stop_at {
+                    control.stop();
+                }
                 match judge.get() {
                     Judge::DownAfter(last) if last == step.step => judge.set(Judge::Down),
                     Judge::GoneAfter(last) if last == step.step => judge.set(Judge::Gone),

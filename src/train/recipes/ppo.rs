@@ -10,9 +10,9 @@ use super::sampler::{
     GradedCompletion, Measured, ReferenceModel, Sampler, Sampling, encoded, mean_gap, measure,
 };
 use super::{Job, Recipe};
-use crate::job::Metrics;
 use crate::job::rollout_table::RolloutRow;
 use crate::job::spec::{Ppo, PpoLoss, Resolved};
+use crate::job::{Control, Metrics};
 use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
 use crate::train::loss::PpoCompletion;
 use crate::train::model::{Batch, Gradients, Model, OutputGrads, Outputs, Pass, VALUE, Wanted};
@@ -20,7 +20,6 @@ use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::atomic::AtomicBool;
 
 impl Recipe for Ppo {
     type Data = PreparedPrompts;
@@ -37,7 +36,7 @@ impl Recipe for Ppo {
     fn run(
         &self,
         job: &Job<'_, PreparedPrompts>,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
         let sampling = Sampling {
@@ -52,14 +51,14 @@ impl Recipe for Ppo {
             model: job.model,
             settings: job.settings,
             block: self,
-            sampler: Sampler::new(job, sampling, stop)?,
+            sampler: Sampler::new(job, sampling, control)?,
             examples: job.train.len(),
             order: Order::new(job.train.len(), job.shuffle),
             reference: ReferenceModel::of(job.model)?,
             buffer: Rc::default(),
         };
         let run = Run { model: job.model, settings: job.settings, checkpoints: job.checkpoints };
-        run.run(&mut steps, stop, &mut |found| event(found))
+        run.run(&mut steps, control, &mut |found| event(found))
     }
 }
 

@@ -5,6 +5,7 @@ use super::run::{
     BatchSource, Each, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError,
 };
 use crate::dataset::PairFacts;
+use crate::job::Control;
 use crate::job::spec::Resolved;
 use crate::job::write_whole;
 use crate::train::checkpoint::Checkpoints;
@@ -16,7 +17,6 @@ use std::fs;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Interval of progress messages while reference log-probabilities are computed.
@@ -78,30 +78,30 @@ impl<'a> PreferenceTrainer<'a> {
         }
     }
 
-    /// Trains from the newest checkpoint to the last step, or until `stop` is set. `model` holds
+    /// Trains from the newest checkpoint to the last step, or until `control` stops it. `model` holds
     /// the initial weights.
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
     pub(super) fn run(
         &self,
-        stop: &AtomicBool,
+        control: &Control,
         mut event: impl FnMut(Event),
     ) -> Result<Outcome, TrainError> {
-        let Some(references) = self.references(stop, &mut event)? else {
+        let Some(references) = self.references(control, &mut event)? else {
             return Ok(Outcome::Stopped);
         };
         let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
         let order = Order::new(self.train.len(), self.shuffle);
-        run.run(&mut Examples { run: self, order, references }, stop, &mut event)
+        run.run(&mut Examples { run: self, order, references }, control, &mut event)
     }
 
     /// The reference log-probabilities of the training pairs that the run will see and of the
     /// validation pairs. They are read from the file if an earlier process wrote it. `None` if
-    /// `stop` was set.
+    /// `control` stopped it.
     fn references(
         &self,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut impl FnMut(Event),
     ) -> Result<Option<[Reference; 2]>, TrainError> {
         if !self.objective.needs_reference() {
@@ -124,7 +124,7 @@ impl<'a> PreferenceTrainer<'a> {
         for (reference, (data, pairs)) in found.iter_mut().zip(sides) {
             let (Some(data), pairs) = (data, Vec::from_iter(pairs)) else { continue };
             for some in pairs.chunks(self.settings.batch_size) {
-                if stop.load(Ordering::Relaxed) {
+                if control.stops() {
                     return Ok(None);
                 }
                 for row in self.rows(data, some, None)? {

@@ -5,8 +5,8 @@ use super::preference::{Objective, PreferenceTrainer};
 use super::{Event, Outcome};
 use crate::gguf::Gguf;
 use crate::gguf::fixture::TinyDecoder;
-use crate::job::StepMetrics;
 use crate::job::spec::{Dpo, DpoLoss, Lora, Resolved, Reward, Spec};
+use crate::job::{Control, StepMetrics};
 use crate::template::{CHATML, ChatTemplate};
 use crate::tokenizer::{Tokenizer, Vocab};
 use crate::train::checkpoint::Checkpoints;
@@ -15,7 +15,6 @@ use crate::train::model::{Model, SCORE, Training};
 use candle_core::Device;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 fn settings(kind: &str, more: &str) -> Resolved {
     let text = format!(
@@ -103,10 +102,12 @@ fn run(folder: &Path, objective: &dyn Objective, settings: &Resolved, stops: &[u
             shuffle: Some(1),
             reference: &reference,
         };
-        let stop = AtomicBool::new(false);
-        let outcome = pairs.run(&stop, |event| match event {
+        let control = Control::default();
+        let outcome = pairs.run(&control, |event| match event {
             Event::Step(progress) => {
-                stop.store(progress.step == stop_at, Ordering::Relaxed);
+                if progress.step == stop_at {
+                    control.stop();
+                }
                 steps.push(progress);
             }
             Event::Evaluated(found) => accuracy = found.accuracy,

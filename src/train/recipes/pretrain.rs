@@ -5,8 +5,8 @@ use super::run::{BatchSource, Each, Event, Outcome, Run, StepCount, TrainError};
 use super::sample::sample;
 use super::{Job, Recipe};
 use crate::gguf::Gguf;
-use crate::job::Order;
 use crate::job::spec::{Pretrain, Resolved, TokenizerPlan};
+use crate::job::{Control, Order};
 use crate::tokenizer::Tokenizer;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Stream, Windows};
@@ -14,7 +14,6 @@ use crate::train::model::{Batch, Model};
 use crate::train::random_init;
 use crate::train::tokenizer_training::Vocabulary;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 /// Number of tokens of the default prompt of samples.
 const PROMPT: usize = 8;
@@ -34,7 +33,7 @@ impl Recipe for Pretrain {
     fn run(
         &self,
         job: &Job<'_, Stream>,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
         let trainer = PretrainTrainer {
@@ -48,7 +47,7 @@ impl Recipe for Pretrain {
             shuffle: job.shuffle,
             prompt: self.prompt.as_deref(),
         };
-        trainer.run(stop, event)
+        trainer.run(control, event)
     }
 }
 
@@ -99,16 +98,16 @@ pub(super) fn init_pretrain(
 }
 
 impl PretrainTrainer<'_> {
-    /// Trains from the newest checkpoint to the last step, or until `stop` is set.
+    /// Trains from the newest checkpoint to the last step, or until `control` stops it.
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
     pub(super) fn run(
         &self,
-        stop: &AtomicBool,
+        control: &Control,
         mut event: impl FnMut(Event),
     ) -> Result<Outcome, TrainError> {
-        self.loops().run(&mut self.source(), stop, &mut event)
+        self.loops().run(&mut self.source(), control, &mut event)
     }
 
     pub(super) fn loops(&self) -> Run<'_> {

@@ -1,6 +1,7 @@
 use super::pretrain::{PretrainTrainer, init_pretrain};
 use super::*;
 use crate::gguf::{Gguf, TensorType};
+use crate::job::Control;
 use crate::job::spec::{Resolved, Spec};
 use crate::tokenizer::native::NativeTokenizer;
 use crate::train::checkpoint::Checkpoints;
@@ -10,7 +11,6 @@ use crate::train::model::{Model, Training};
 use candle_core::Device;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use tempfile::TempDir;
 
 /// Lines of five letters out of eight, each written twice.
@@ -108,7 +108,7 @@ fn what_was_said_before_is_learned() {
     let model = job.model();
     let (mut evaluated, mut samples) = (Vec::new(), Vec::new());
     let outcome = job.with(&model, "runs", |pretrain| {
-        pretrain.run(&AtomicBool::new(false), |event| match event {
+        pretrain.run(&Control::default(), |event| match event {
             Event::Evaluated(found) => evaluated.push(found),
             Event::Sample { text, .. } => samples.push(text),
             _ => {}
@@ -140,7 +140,7 @@ fn what_was_said_before_is_learned() {
     assert!((begun.loss.unwrap() - evaluated[1].loss.unwrap()).abs() < 1e-6, "{begun:?}");
     let mut losses = Vec::new();
     let outcome = again.with(&model, "runs", |pretrain| {
-        pretrain.run(&AtomicBool::new(false), |event| {
+        pretrain.run(&Control::default(), |event| {
             if let Event::Step(progress) = event {
                 losses.push(progress.loss);
             }
@@ -168,12 +168,14 @@ fn an_interrupted_pretraining_ends_with_the_same_bits() {
             loop {
                 // Loads everything again, as a new process does.
                 let (model, at) = (job.model(), stops.next());
-                let stop = AtomicBool::new(false);
+                let control = Control::default();
                 let outcome = job.with(&model, folder, |pretrain| {
-                    pretrain.run(&stop, |event| {
+                    pretrain.run(&control, |event| {
                         let Event::Step(progress) = event else { return };
                         losses.push(progress.loss);
-                        stop.store(Some(progress.step) == at, Ordering::Relaxed);
+                        if Some(progress.step) == at {
+                            control.stop();
+                        }
                     })
                 });
                 if let Outcome::Done { .. } = outcome.unwrap() {

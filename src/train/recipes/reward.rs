@@ -4,11 +4,11 @@
 use super::preference::{Objective, Placed, PreferenceTrainer};
 use super::run::LossSums;
 use super::{Event, Job, Outcome, Recipe, TrainError};
+use crate::job::Control;
 use crate::job::spec::Reward;
 use crate::train::data::{Encoded, PreparedPairs};
 use crate::train::model::{Batch, OutputGrads, Outputs, SCORE, Wanted};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 impl Recipe for Reward {
     type Data = PreparedPairs;
@@ -20,10 +20,10 @@ impl Recipe for Reward {
     fn run(
         &self,
         job: &Job<'_, PreparedPairs>,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
-        PreferenceTrainer::new(self, job).run(stop, event)
+        PreferenceTrainer::new(self, job).run(control, event)
     }
 }
 

@@ -5,8 +5,8 @@ use crate::gguf::GgufError;
 use crate::job::rollout::{CallCause, CallError};
 use crate::job::rollout_table::RolloutRow;
 use crate::job::spec::Resolved;
-use crate::job::{Metrics, REWARD, StepMetrics, Validation};
-use crate::train::checkpoint::{CheckpointError, Checkpoints};
+use crate::job::{Control, Metrics, REWARD, StepMetrics, Validation};
+use crate::train::checkpoint::{BestWeights, CheckpointError, Checkpoints};
 use crate::train::data::Cursor;
 use crate::train::model::{Batch, Gradients, Model, Pass};
 use crate::train::ops::Losses;
@@ -15,7 +15,6 @@ use crate::train::tokenizer_training::VocabularyError;
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Number of successive batches at the target reward after which training ends: the mean of one
@@ -37,7 +36,7 @@ pub enum TrainError {
     NotFinite { step: u64, loss: f64 },
     #[error("the server: {0}")]
     Rollout(#[from] CallError),
-    /// `stop` was set while the job waited.
+    /// `control` stopped it while the job waited.
     #[error("the job was asked to stop")]
     Stopped,
     #[error(transparent)]
@@ -125,7 +124,7 @@ pub enum Outcome {
         /// Tokens of all steps, trained and context.
         tokens: u64,
     },
-    /// `stop` was set; a checkpoint was written.
+    /// `control` stopped it; a checkpoint was written.
     Stopped,
 }
 
@@ -146,6 +145,17 @@ struct State {
     /// The state of the batch source, from [`BatchSource::save`].
     #[serde(default, with = "serde_bytes", skip_serializing_if = "Vec::is_empty")]
     source: Vec<u8>,
+    /// The best evaluation, if the weights of the best one are to be kept.
+    #[serde(default)]
+    best: Option<Best>,
+}
+
+/// An evaluation whose weights are kept.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Best {
+    weights: BestWeights,
+    /// The higher the better: the mean reward, or the negative loss.
+    score: f64,
 }
 
 /// The part of a batch that is computed in one forward and backward pass.
@@ -255,24 +265,18 @@ pub(super) struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Trains from the newest checkpoint to the last step, or until `stop` is set.
+    /// Trains from the newest checkpoint to the last step, or until `control` stops it.
     pub(super) fn run(
         &self,
         source: &mut impl BatchSource,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut impl FnMut(Event),
     ) -> Result<Outcome, TrainError> {
         let (settings, params) = (self.settings, self.model.params());
         let mut optimization = Optimization::new(settings.optimizer.clone());
-        let (mut step, mut state) = (0, State::default());
-        if let Some(restored) = self.checkpoints.newest::<State>()? {
-            restored.apply(params, &mut optimization)?;
-            (step, state) = (restored.step, restored.state);
-            source.restore(&state.source)?;
-            event(Event::Resumed { step });
-        }
+        let (mut step, mut state) = self.resume(source, &mut optimization, event)?;
         if state.unreported {
-            if let Err(error) = self.report(source, step, event) {
+            if let Err(error) = self.report(source, step, &mut state, event) {
                 return self.interrupt(error, step, source, &optimization, state, event);
             }
             state.unreported = false;
@@ -282,8 +286,9 @@ impl Run<'_> {
         let warmup = (total as f64 * settings.warmup).ceil() as u64;
         let warmup = settings.warmup_steps.unwrap_or(warmup);
         let limit = settings.max_minutes.map_or(f64::INFINITY, |minutes| minutes * 60.0);
-        while step < total && state.seconds < limit && state.on_target < ON_TARGET {
-            if stop.load(Ordering::Relaxed) {
+        let mut finishes = control.finishes();
+        while step < total && state.seconds < limit && state.on_target < ON_TARGET && !finishes {
+            if control.stops() {
                 state.source = source.save()?;
                 self.save(step, &optimization, &state, event)?;
                 return Ok(Outcome::Stopped);
@@ -314,7 +319,8 @@ impl Run<'_> {
                 state.on_target = if *reward >= target { state.on_target + 1 } else { 0 };
             }
             let due = state.seconds + started.elapsed().as_secs_f64() >= limit;
-            let last = step == total || due || state.on_target == ON_TARGET;
+            finishes = control.finishes();
+            let last = step == total || due || state.on_target == ON_TARGET || finishes;
             event(Event::Step(StepMetrics {
                 step,
                 total_steps: total,
@@ -341,8 +347,12 @@ impl Run<'_> {
                 );
                 event(Event::Note { text });
             }
+            if finishes {
+                let text = format!("The job was asked to finish: training ends after step {step}.");
+                event(Event::Note { text });
+            }
             if (last || step.is_multiple_of(settings.eval_every))
-                && let Err(error) = self.report(source, step, event)
+                && let Err(error) = self.report(source, step, &mut state, event)
             {
                 state.unreported = true;
                 return self.interrupt(error, step, source, &optimization, state, event);
@@ -353,7 +363,45 @@ impl Run<'_> {
                 self.save(step, &optimization, &state, event)?;
             }
         }
+        self.load_best(step, &state, event)?;
         Ok(Outcome::Done { tokens: state.tokens })
+    }
+
+    /// Restores the newest checkpoint, if there is one.
+    fn resume(
+        &self,
+        source: &mut impl BatchSource,
+        optimization: &mut Optimization,
+        event: &mut impl FnMut(Event),
+    ) -> Result<(u64, State), TrainError> {
+        let Some(restored) = self.checkpoints.newest::<State>()? else {
+            return Ok((0, State::default()));
+        };
+        restored.apply(self.model.params(), optimization)?;
+        source.restore(&restored.state.source)?;
+        event(Event::Resumed { step: restored.step });
+        Ok((restored.step, restored.state))
+    }
+
+    /// Sets the weights to those of the best evaluation, if they are to be kept.
+    fn load_best(
+        &self,
+        step: u64,
+        state: &State,
+        event: &mut impl FnMut(Event),
+    ) -> Result<(), TrainError> {
+        let Some(Best { weights, score }) = &state.best else { return Ok(()) };
+        if weights.step == step {
+            return Ok(());
+        }
+        self.checkpoints.load_best(weights, self.model.params())?;
+        let text = format!(
+            "The weights of step {} are kept: their validation was the best ({:.4}).",
+            weights.step,
+            score.abs()
+        );
+        event(Event::Note { text });
+        Ok(())
     }
 
     /// After an error that is not the run's own, writes a checkpoint from which the run goes on.
@@ -383,21 +431,47 @@ impl Run<'_> {
         event: &mut impl FnMut(Event),
     ) -> Result<(), TrainError> {
         self.checkpoints.write(step, self.model.params(), optimization, state)?;
+        if let Some(best) = &state.best {
+            // From here on the run resumes with this one.
+            self.checkpoints.delete_worse(&best.weights)?;
+        }
         event(Event::Checkpoint { step });
         Ok(())
     }
 
+    /// Reports an evaluation and a sample.
     fn report(
         &self,
         source: &impl BatchSource,
         step: u64,
+        state: &mut State,
         event: &mut impl FnMut(Event),
     ) -> Result<(), TrainError> {
         if let Some(evaluated) = self.evaluate(source, step)? {
+            self.keep_best(step, &evaluated, state)?;
             event(Event::Evaluated(evaluated));
         }
         if let Some(text) = source.sample(step)? {
             event(Event::Sample { step, text });
+        }
+        Ok(())
+    }
+
+    /// Keeps the weights if their evaluation is the best one.
+    fn keep_best(
+        &self,
+        step: u64,
+        evaluated: &Validation,
+        state: &mut State,
+    ) -> Result<(), TrainError> {
+        let score = evaluated.reward().or(evaluated.loss.map(|loss| -loss));
+        let score = score.filter(|score| self.settings.load_best_model_at_end && score.is_finite());
+        // Of equal ones the later was trained on more.
+        if let Some(score) = score
+            && state.best.as_ref().is_none_or(|best| score >= best.score)
+        {
+            let weights = self.checkpoints.write_best(step, self.model.params())?;
+            state.best = Some(Best { weights, score });
         }
         Ok(())
     }

@@ -3,16 +3,15 @@
 use super::calls::{Calls, MAX_BACK_OFF};
 use super::{Job, TrainError};
 use crate::grade::{Context, Grader};
-use crate::job::Metrics;
 use crate::job::rollout::{Rollout, RolloutRequest};
 use crate::job::rollout_table::RolloutRow;
+use crate::job::{Control, Metrics};
 use crate::train::data::{Cursor, Encoded, PreparedPrompts};
 use crate::train::model::Model;
 use crate::train::ops::mixed;
 use candle_core::Tensor;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// Number of attempts while a grader's models are not available for [`TRAIN_SHARE`] of the
@@ -110,9 +109,9 @@ impl<'a> Sampler<'a> {
     pub(super) fn new(
         job: &Job<'a, PreparedPrompts>,
         sampling: Sampling<'a>,
-        stop: &'a AtomicBool,
+        control: &'a Control,
     ) -> Result<Self, TrainError> {
-        let calls = Calls::new(job.policy, stop)?;
+        let calls = Calls::new(job.policy, control)?;
         check_items(sampling.grader, "data.train", job.train)?;
         if let Some(validation) = job.validation {
             check_items(sampling.grader, "data.validation", validation)?;

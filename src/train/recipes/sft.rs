@@ -2,11 +2,11 @@
 
 use super::run::{BatchSource, Each, Event, Outcome, Run, StepCount, TrainError};
 use super::{Job, Recipe};
+use crate::job::Control;
 use crate::job::spec::{Resolved, Sft};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, Order, Prepared, Row, pack};
 use crate::train::model::{Batch, Model};
-use std::sync::atomic::AtomicBool;
 
 impl Recipe for Sft {
     type Data = Prepared;
@@ -14,7 +14,7 @@ impl Recipe for Sft {
     fn run(
         &self,
         job: &Job<'_, Prepared>,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
         let trainer = SftTrainer {
@@ -25,7 +25,7 @@ impl Recipe for Sft {
             checkpoints: job.checkpoints,
             shuffle: job.shuffle,
         };
-        trainer.run(stop, event)
+        trainer.run(control, event)
     }
 }
 
@@ -41,16 +41,16 @@ pub(super) struct SftTrainer<'a> {
 }
 
 impl SftTrainer<'_> {
-    /// Trains from the newest checkpoint to the last step, or until `stop` is set.
+    /// Trains from the newest checkpoint to the last step, or until `control` stops it.
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
     pub(super) fn run(
         &self,
-        stop: &AtomicBool,
+        control: &Control,
         mut event: impl FnMut(Event),
     ) -> Result<Outcome, TrainError> {
-        self.loops().run(&mut self.source(), stop, &mut event)
+        self.loops().run(&mut self.source(), control, &mut event)
     }
 
     fn loops(&self) -> Run<'_> {

@@ -4,13 +4,13 @@ use super::*;
 use crate::gguf::fixture::TinyDecoder;
 use crate::gguf::{Gguf, Projection};
 use crate::job::spec::{Lora, Resolved, Spec};
+use crate::job::{Control, Metrics, REWARD};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Prepared, prepare_tokens};
 use crate::train::model::{Batch, Model, Training};
 use candle_core::Device;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 fn settings(more: &str) -> Resolved {
     let more = match more.contains("checkpoint_every") {
@@ -78,7 +78,7 @@ fn losses_fall_and_are_reported() {
         let extent = StepCount::new(sft.train.len(), &settings);
         assert_eq!((extent.examples, extent.steps), (120, 30));
         let (mut steps, mut evaluated, mut saved) = (Vec::new(), Vec::new(), Vec::new());
-        let outcome = sft.run(&AtomicBool::new(false), |event| match event {
+        let outcome = sft.run(&Control::default(), |event| match event {
             Event::Step(progress) => steps.push(progress),
             Event::Evaluated(found) => evaluated.push(found),
             Event::Checkpoint { step } => saved.push(step),
@@ -119,10 +119,10 @@ fn an_interrupted_run_ends_with_the_same_bits() {
                     checkpoints: &checkpoints,
                     shuffle: Some(1),
                 };
-                let (stop, at) = (AtomicBool::new(false), stops.next());
-                let outcome = sft.run(&stop, |event| {
+                let (control, at) = (Control::default(), stops.next());
+                let outcome = sft.run(&control, |event| {
                     if matches!(event, Event::Step(progress) if Some(progress.step) == at) {
-                        stop.store(true, Ordering::Relaxed);
+                        control.stop();
                     }
                 });
                 if let Outcome::Done { .. } = outcome.unwrap() {
@@ -153,7 +153,7 @@ fn a_loss_that_is_no_number_ends_the_run() {
     };
     let norm = &model.params()[1].var;
     norm.set(&(norm.as_tensor() * f64::NAN).unwrap()).unwrap();
-    let error = sft.run(&AtomicBool::new(false), |_| {}).unwrap_err().to_string();
+    let error = sft.run(&Control::default(), |_| {}).unwrap_err().to_string();
     assert!(error.contains("step 1") && error.contains("learning rate"), "{error}");
     assert!(checkpoints.steps().unwrap().is_empty());
 }
@@ -182,7 +182,7 @@ fn gradients_that_are_no_numbers_end_the_run() {
         let var = &model.params().iter().find(|param| param.name == name).unwrap().var;
         var.set(&(var.as_tensor() * by).unwrap()).unwrap();
     }
-    let error = sft.run(&AtomicBool::new(false), |_| {}).unwrap_err().to_string();
+    let error = sft.run(&Control::default(), |_| {}).unwrap_err().to_string();
     assert!(error.contains("step 1: the gradients are not finite"), "{error}");
     assert!(checkpoints.steps().unwrap().is_empty());
 }
@@ -208,10 +208,12 @@ fn time_ends_a_run_over_interruptions_too() {
             checkpoints: &checkpoints,
             shuffle: Some(1),
         };
-        let (stop, mut steps) = (AtomicBool::new(false), 0);
-        let outcome = sft.run(&stop, |event| {
+        let (control, mut steps) = (Control::default(), 0);
+        let outcome = sft.run(&control, |event| {
             steps += u64::from(matches!(event, Event::Step(_)));
-            stop.store(stops && steps == 2, Ordering::Relaxed);
+            if stops && steps == 2 {
+                control.stop();
+            }
             events.push(event);
         });
         outcome.unwrap()
@@ -232,7 +234,7 @@ fn time_ends_a_run_over_interruptions_too() {
         checkpoints: &checkpoints,
         shuffle: Some(1),
     };
-    let done = sft.run(&AtomicBool::new(false), |event| again.push(event)).unwrap();
+    let done = sft.run(&Control::default(), |event| again.push(event)).unwrap();
     assert!(matches!(done, Outcome::Done { tokens: 1.. }), "those of before count: {done:?}");
     assert_eq!(again.len(), 1, "the time is up: {again:?}");
 }
@@ -274,7 +276,7 @@ fn a_step_without_anything_to_compute_has_no_loss_and_goes_on() {
     let settings = settings(r#", "epochs": 2"#);
     let run = Run { model: &model, settings: &settings, checkpoints: &checkpoints };
     let mut steps = Vec::new();
-    let outcome = run.run(&mut gaps, &AtomicBool::new(false), &mut |event| {
+    let outcome = run.run(&mut gaps, &Control::default(), &mut |event| {
         if let Event::Step(step) = event {
             steps.push(step);
         }
@@ -284,4 +286,91 @@ fn a_step_without_anything_to_compute_has_no_loss_and_goes_on() {
     assert_eq!(losses, [false, true, false, true]);
     assert!(steps.iter().all(|step| step.grad_norm.is_finite()), "{steps:?}");
     assert!(steps.iter().all(|step| step.metrics["masked_ratio"] == 0.75), "{steps:?}");
+}
+
+/// A run whose validation reward at step `n` is `rewards[n - 1]`.
+struct Scripted {
+    batch: Batch,
+    rewards: Vec<f64>,
+    evaluated: std::cell::Cell<usize>,
+}
+
+impl BatchSource for Scripted {
+    type MicroBatch = Batch;
+
+    fn extent(&self) -> StepCount {
+        StepCount::new(8, &settings(r#", "epochs": 2"#))
+    }
+
+    fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Batch>, TrainError> {
+        cursor.taken += count as u64;
+        self.evaluated.set(cursor.taken as usize / count);
+        Ok(vec![self.batch.clone()])
+    }
+
+    fn examine(&self) -> Result<Option<Metrics>, TrainError> {
+        let reward = self.rewards[self.evaluated.get() - 1];
+        Ok(Some([(REWARD.to_owned(), reward)].into_iter().collect()))
+    }
+}
+
+#[test]
+fn the_weights_of_the_best_validation_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let encoded = data(folder.path(), "t", 1).get(0).unwrap();
+    let file = tiny(folder.path());
+    // The weights after a run that keeps the best ones or does not, and what it said.
+    let weights = |name: &str, rewards: &[f64], keep: bool, stop_at: u64| {
+        let checkpoints = Checkpoints::new(&folder.path().join(name), 1).unwrap();
+        let mut settings = settings(r#", "epochs": 2, "eval_every": 1, "checkpoint_every": 2"#);
+        settings.load_best_model_at_end = keep;
+        let mut notes = Vec::new();
+        for stop_at in [stop_at, u64::MAX] {
+            let model = Model::load(file.clone(), &lora(), 64, &Device::Cpu).unwrap();
+            let run = Run { model: &model, settings: &settings, checkpoints: &checkpoints };
+            let (batch, rewards) = (Batch::of([&encoded]), rewards.to_vec());
+            let mut source = Scripted { batch, rewards, evaluated: Default::default() };
+            let control = Control::default();
+            let outcome = run.run(&mut source, &control, &mut |event| match event {
+                Event::Step(step) if step.step == stop_at => control.stop(),
+                Event::Note { text } => notes.push(text),
+                _ => {}
+            });
+            if let Outcome::Done { .. } = outcome.unwrap() {
+                let values = |param: &crate::train::optim::Param| {
+                    param.var.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+                };
+                let params: Vec<_> = model.params().iter().map(values).collect();
+                let kept = std::fs::read_dir(folder.path().join(name)).unwrap().flatten();
+                let names = kept.map(|entry| entry.file_name().into_string().unwrap());
+                let best: Vec<_> = names.filter(|name| name.starts_with("best-")).collect();
+                return (params, notes, best);
+            }
+        }
+        unreachable!("the second run is not stopped")
+    };
+    let at = [1, 2, 3, 4].map(|best| {
+        let mut rewards = [0.1; 4];
+        rewards[best - 1] = 0.9;
+        let name = format!("at-{best}");
+        let found = weights(&name, &rewards, true, u64::MAX);
+        assert_eq!(found.2, [format!("best-{best}")]);
+        assert_eq!(found.1.len(), usize::from(best < 4), "{:?}", found.1);
+        if best < 4 {
+            assert!(found.1[0].contains(&format!("step {best} ")), "{:?}", found.1);
+            assert!(found.1[0].contains("0.9000"), "{:?}", found.1);
+        }
+        // A run that was stopped ends with the same weights.
+        for stop_at in [1, 2, 3] {
+            let stopped = weights(&format!("{name}-{stop_at}"), &rewards, true, stop_at);
+            assert_eq!(stopped.0, found.0, "best {best}, stopped at {stop_at}");
+        }
+        found.0
+    });
+    assert!((1..4).all(|n| at[n - 1] != at[n]));
+    let last = weights("last", &[0.9, 0.1, 0.1, 0.1], false, u64::MAX);
+    assert_eq!((last.0, last.2.len()), (at[3].clone(), 0));
+    // Of equal ones the latest; a reward that is no number is not the best.
+    assert_eq!(weights("equal", &[0.5, 0.5, f64::NAN, 0.5], true, u64::MAX).0, at[3]);
+    assert_eq!(weights("nan", &[0.5, 0.7, f64::NAN, f64::NAN], true, u64::MAX).0, at[1]);
 }

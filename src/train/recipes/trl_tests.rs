@@ -4,6 +4,7 @@
 use super::Event;
 use super::preference::{Objective, PreferenceTrainer};
 use crate::gguf::Gguf;
+use crate::job::Control;
 use crate::job::spec::{Dpo, DpoLoss, Lora, Reward, Spec};
 use crate::template::{CHATML, ChatTemplate};
 use crate::tokenizer::{Tokenizer, Vocab};
@@ -17,7 +18,6 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 #[derive(Deserialize)]
 struct Trl {
@@ -126,7 +126,7 @@ fn pairs_are_trained_as_in_trl() {
             reference: &runs.path().join("reference"),
         };
         let mut losses = Vec::new();
-        run.run(&AtomicBool::new(false), |event| {
+        run.run(&Control::default(), |event| {
             if let Event::Step(step) = event {
                 losses.push(step.loss);
             }

@@ -103,6 +103,14 @@ pub async fn resume(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answ
     show(&app.jobs, &app.jobs.resume(&id, None)?).map(Json)
 }
 
+/// `POST /admin/jobs/{id}/finish`.
+///
+/// # Errors
+/// As [`Jobs::finish`].
+pub async fn finish(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer {
+    show(&app.jobs, &app.jobs.finish(&id, None)?).map(Json)
+}
+
 #[derive(Debug, Deserialize)]
 pub struct HowEvents {
     stream: Option<bool>,

@@ -5,7 +5,7 @@ use super::judge::{Comparison, Judgement};
 use super::pipeline::{Pipeline, Purpose, is_helpful, message, messages};
 use super::revise::Revised;
 use super::table::Table;
-use crate::job::spec::{PairSource, Principle};
+use crate::job::spec::{Constitutional, PairSource, Principle};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -29,11 +29,12 @@ pub(super) struct Compared {
 
 impl Compared {
     /// The training pair, if the row is kept; its label is the probability of the better answer.
-    pub(super) fn example(&self) -> Option<Value> {
+    pub(super) fn example(&self, block: &Constitutional) -> Option<Value> {
         let (None, Some(p), [first, second]) = (&self.dropped, self.probability, &self.answers[..])
         else {
             return None;
         };
+        let p = block.label(p);
         let (chosen, rejected) = if p >= 0.5 { (first, second) } else { (second, first) };
         let answer = |text: &str| [message("assistant", text)];
         Some(json!({
@@ -187,6 +188,8 @@ mod tests {
 
     #[test]
     fn the_label_is_the_probability_of_the_chosen_answer() {
+        let block: Constitutional =
+            serde_json::from_str(r#"{"constitution": "brand_tone"}"#).unwrap();
         let row = |probability, dropped: Option<&str>| Compared {
             prompt: 0,
             messages: json!([{"role": "user", "content": "q"}]),
@@ -196,12 +199,15 @@ mod tests {
             probability,
             dropped: dropped.map(str::to_owned),
         };
-        let example = row(Some(0.2), None).example().unwrap();
+        let example = row(Some(0.2), None).example(&block).unwrap();
         assert_eq!(example["chosen"][0]["content"], "b");
         assert_eq!(example["rejected"][0]["content"], "a");
         assert_eq!(example["label"], 0.8);
-        assert_eq!(row(Some(0.9), None).example().unwrap()["chosen"][0]["content"], "a");
-        assert_eq!(row(Some(0.9), Some("why")).example(), None);
-        assert_eq!(row(None, None).example(), None);
+        assert_eq!(row(Some(0.9), None).example(&block).unwrap()["chosen"][0]["content"], "a");
+        assert_eq!(row(Some(0.9), Some("why")).example(&block), None);
+        assert_eq!(row(None, None).example(&block), None);
+        let clamped = Constitutional { max_label: Some(0.75), ..block };
+        assert_eq!(row(Some(0.1), None).example(&clamped).unwrap()["label"], 0.75);
+        assert_eq!(row(Some(0.1), None).example(&clamped).unwrap()["chosen"][0]["content"], "b");
     }
 }

@@ -3,7 +3,7 @@
 
 use super::super::TrainError;
 use super::super::calls::{Calls, MAX_BACK_OFF};
-use crate::grade::{Ask, Message, Question};
+use crate::grade::{Answer, Ask, Failed, Message, Question, Reasoning};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::time::Duration;
@@ -18,6 +18,8 @@ const BATCH: usize = 4;
 pub(super) struct Judge<'a> {
     pub calls: Calls<'a>,
     pub model: &'a str,
+    /// Tokens that it may write before it compares two answers, if it is to reason.
+    pub reasoning: Option<u32>,
 }
 
 /// A question about two answers.
@@ -37,6 +39,15 @@ pub(super) struct Judgement {
     pub shown_first: f64,
     /// If the judge reads it second.
     pub shown_second: f64,
+    /// What the judge wrote before it chose, in either order, if it was asked to reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<[String; 2]>,
+}
+
+/// The probability of the first label, and what the judge wrote before.
+struct Choice {
+    probability: f64,
+    reasoning: Option<String>,
 }
 
 impl Judgement {
@@ -60,10 +71,14 @@ impl Judge<'_> {
         &self,
         pairs: &[Comparison],
     ) -> Result<Vec<Option<Judgement>>, TrainError> {
+        const REPLY: &str = "Reply with A or B only.";
+        let reasoning =
+            self.reasoning.map(|max_tokens| Reasoning { max_tokens, then: REPLY.into() });
+        let end = if reasoning.is_some() { "Let's think step by step." } else { REPLY };
         let text = |pair: &Comparison, [a, b]: [&str; 2]| {
             format!(
                 "Here is a conversation, and two answers to its last message.\n\n{}\n\nAnswer A: \
-                 {}\n\nAnswer B: {}\n\n{} Reply with A or B only.",
+                 {}\n\nAnswer B: {}\n\n{} {end}",
                 transcript(pair.messages),
                 a.trim(),
                 b.trim(),
@@ -74,13 +89,19 @@ impl Judge<'_> {
             let [first, second] = pair.answers;
             [text(pair, [first, second]), text(pair, [second, first])]
         });
-        let found = self.ask(questions.collect(), ["A", "B"])?;
-        let judgement = |(pair, found): (&Comparison, &[Option<f64>])| {
-            let (shown_first, other_first) = (found[0]?, found[1]?);
-            let principle = pair.principle.to_owned();
-            Some(Judgement { principle, shown_first, shown_second: 1.0 - other_first })
+        let found = self.ask(questions.collect(), ["A", "B"], reasoning)?;
+        let mut found = found.into_iter();
+        let mut judgement = |pair: &Comparison| {
+            let (first, second) = (found.next().flatten(), found.next().flatten());
+            let (first, second) = (first?, second?);
+            Some(Judgement {
+                principle: pair.principle.to_owned(),
+                shown_first: first.probability,
+                shown_second: 1.0 - second.probability,
+                reasoning: first.reasoning.zip(second.reasoning).map(|(one, two)| [one, two]),
+            })
         };
-        Ok(pairs.iter().zip(found.chunks(2)).map(judgement).collect())
+        Ok(pairs.iter().map(&mut judgement).collect())
     }
 
     /// The probability that each answer responds to its conversation.
@@ -99,7 +120,8 @@ impl Judge<'_> {
                 answer.trim()
             )
         };
-        self.ask(answers.iter().map(text).collect(), ["Yes", "No"])
+        let found = self.ask(answers.iter().map(text).collect(), ["Yes", "No"], None)?;
+        Ok(found.into_iter().map(|found| found.map(|found| found.probability)).collect())
     }
 
     /// The probability of the first label for each question.
@@ -107,12 +129,14 @@ impl Judge<'_> {
         &self,
         questions: Vec<String>,
         labels: [&str; 2],
-    ) -> Result<Vec<Option<f64>>, TrainError> {
+        reasoning: Option<Reasoning>,
+    ) -> Result<Vec<Option<Choice>>, TrainError> {
         let question = |content: String| Question {
             model: self.model.to_owned(),
             ask: Ask::Choice {
                 messages: vec![Message { role: "user".into(), content }],
                 labels: labels.map(str::to_owned),
+                reasoning: reasoning.clone(),
             },
         };
         let questions: Vec<_> = questions.into_iter().map(question).collect();
@@ -126,8 +150,11 @@ impl Judge<'_> {
                 .collect();
             let too_many = lost.len() as f64 >= LOST_SHARE * answers.len() as f64;
             let Some(first) = lost.first().filter(|_| too_many) else {
-                let numbers = answers.into_iter().map(|answer| answer.ok()?.number);
-                return self.check_labels(numbers.collect(), labels);
+                let choice = |answer: Result<Answer, Failed>| {
+                    let Answer { number, reasoning, .. } = answer.ok()?;
+                    Some(Choice { probability: number?, reasoning })
+                };
+                return self.check_labels(answers.into_iter().map(choice).collect(), labels);
             };
             if attempt == TRIES {
                 let reason = first.message.clone();
@@ -141,9 +168,9 @@ impl Judge<'_> {
     /// Refuses a judge that answers a whole batch with other words than the labels.
     fn check_labels(
         &self,
-        found: Vec<Option<f64>>,
+        found: Vec<Option<Choice>>,
         [first, second]: [&str; 2],
-    ) -> Result<Vec<Option<f64>>, TrainError> {
+    ) -> Result<Vec<Option<Choice>>, TrainError> {
         if found.len() >= BATCH && found.iter().all(Option::is_none) {
             return Err(TrainError::Spec(format!(
                 "constitutional.judge: the answers of `{}` begin neither with {first} nor with \

@@ -25,10 +25,10 @@ mod tests;
 
 use super::calls::Calls;
 use super::{Event, Job, Outcome, Recipe, TrainError};
+use crate::job::Control;
 use crate::job::spec::{Constitutional, Resolved};
 use crate::train::data::PreparedPrompts;
 use pipeline::Pipeline;
-use std::sync::atomic::AtomicBool;
 
 impl Recipe for Constitutional {
     type Data = PreparedPrompts;
@@ -40,11 +40,11 @@ impl Recipe for Constitutional {
     fn run(
         &self,
         job: &Job<'_, PreparedPrompts>,
-        stop: &AtomicBool,
+        control: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
-        let calls = Calls::new(job.policy, stop)?;
-        match Pipeline::new(self, job, calls, stop)?.run(event) {
+        let calls = Calls::new(job.policy, control)?;
+        match Pipeline::new(self, job, calls, control)?.run(event) {
             Err(error) if error.stops() => Ok(Outcome::Stopped),
             ended => ended,
         }

@@ -13,14 +13,13 @@ use super::{compare, evaluate, revise};
 use crate::dataset::Chat;
 use crate::job::rollout::{Rollout, RolloutRequest};
 use crate::job::spec::{Constitutional, Principle, Stage};
-use crate::job::{StepMetrics, Validation, write_whole};
+use crate::job::{Control, StepMetrics, Validation, write_whole};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Dataset, Prepared, PreparedPairs, PreparedPrompts};
 use crate::train::ops::mixed;
 use serde::Serialize;
 use serde_json::Value;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// Interval of progress messages.
@@ -34,7 +33,7 @@ pub(super) struct Pipeline<'a> {
     pub judge: Judge<'a>,
     /// The weights before training.
     pub reference: ReferenceModel,
-    stop: &'a AtomicBool,
+    control: &'a Control,
 }
 
 /// The number of trained tokens and of steps of a stage, or `None` if it was stopped.
@@ -45,17 +44,18 @@ impl<'a> Pipeline<'a> {
         block: &'a Constitutional,
         job: &'a Job<'a, PreparedPrompts>,
         calls: Calls<'a>,
-        stop: &'a AtomicBool,
+        control: &'a Control,
     ) -> Result<Self, TrainError> {
         let model = block.judge.as_deref().unwrap_or(job.making.model_name);
-        let judge = Judge { calls, model };
+        let reasoning = block.chain_of_thought.then_some(block.chain_of_thought_tokens as u32);
+        let judge = Judge { calls, model, reasoning };
         check_prompts(block, "data.train", job.train)?;
         if let Some(validation) = job.validation {
             check_prompts(block, "data.validation", validation)?;
         }
         std::fs::create_dir_all(job.making.folder)?;
         let reference = ReferenceModel::of(job.model)?;
-        Ok(Self { block, job, calls, judge, reference, stop })
+        Ok(Self { block, job, calls, judge, reference, control })
     }
 
     /// Carries out the stages. Each goes on where an earlier process of the job ended: its examples
@@ -73,7 +73,8 @@ impl<'a> Pipeline<'a> {
             };
             trained = more;
         }
-        if self.block.runs(Stage::Compare) {
+        // A job that is asked to finish keeps what stage 1 has taught.
+        if self.block.runs(Stage::Compare) && !self.control.finishes() {
             let rows = compare::compare(self, event)?;
             report.compared(&rows);
             let Some(more) = self.learn_preferences(&rows, trained.1, event)? else {
@@ -132,7 +133,7 @@ impl<'a> Pipeline<'a> {
         let text = format!("Supervised fine-tuning on {} examples.", examples.len());
         event(Event::Note { text });
         let mut steps = 0;
-        let outcome = trainer.run(self.stop, |what| {
+        let outcome = trainer.run(self.control, |what| {
             if let Event::Step(StepMetrics { step, .. }) | Event::Resumed { step } = &what {
                 steps = *step;
             }
@@ -151,7 +152,7 @@ impl<'a> Pipeline<'a> {
         before: u64,
         event: &mut dyn FnMut(Event),
     ) -> Result<Trained, TrainError> {
-        let pairs: Vec<Value> = rows.iter().filter_map(compare::Compared::example).collect();
+        let pairs: Vec<Value> = rows.iter().filter_map(|row| row.example(self.block)).collect();
         if pairs.is_empty() {
             let text = format!(
                 "No pair was kept, so there is no training on preferences ({}).",
@@ -177,7 +178,7 @@ impl<'a> Pipeline<'a> {
         };
         event(Event::Note { text: format!("Training on {} preferences (DPO).", pairs.len()) });
         let mut steps = 0;
-        let outcome = trainer.run(self.stop, |what| {
+        let outcome = trainer.run(self.control, |what| {
             match what {
                 Event::Step(step) => {
                     steps = step.step;

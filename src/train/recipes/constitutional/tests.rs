@@ -9,7 +9,7 @@ use crate::gguf::fixture::TinyDecoder;
 use crate::grade::{Answer, Ask, Failed, Question};
 use crate::job::rollout::{CallError, Rollout, RolloutRequest};
 use crate::job::spec::{Constitutional, Lora, Spec, Task};
-use crate::job::{Metrics, StepMetrics};
+use crate::job::{Control, Metrics, StepMetrics};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{PreparedPrompts, prepare_prompts};
 use crate::train::model::{Model, Training};
@@ -21,7 +21,6 @@ use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Tokens of a prompt that the model reads: those of a short conversation.
 const READ: usize = 60;
@@ -42,7 +41,7 @@ struct InProcess {
     judge: Judge,
     /// Number of calls after which `stop` is set.
     calls_left: Rc<Cell<u64>>,
-    stop: Rc<AtomicBool>,
+    control: Rc<Control>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -59,7 +58,7 @@ impl InProcess {
     fn count_call(&self) {
         self.calls_left.set(self.calls_left.get().saturating_sub(1));
         if self.calls_left.get() == 0 {
-            self.stop.store(true, Ordering::Relaxed);
+            self.control.stop();
         }
     }
 
@@ -119,7 +118,11 @@ impl RolloutClient for InProcess {
     ) -> Result<Vec<Result<Answer, Failed>>, CallError> {
         self.count_call();
         let answer = |question: &Question| {
-            let Ask::Choice { messages, .. } = &question.ask else { panic!("{question:?}") };
+            let Ask::Choice { messages, reasoning, .. } = &question.ask else {
+                panic!("{question:?}")
+            };
+            let text = &messages[0].content;
+            assert_eq!(reasoning.is_none(), text.contains(" only."), "{text}");
             if self.judge == Judge::Down {
                 return Err(Failed {
                     refused: false,
@@ -127,8 +130,12 @@ impl RolloutClient for InProcess {
                     message: "it is not loaded".into(),
                 });
             }
-            let number = Some(self.judged(&messages[0].content));
-            Ok(Answer { number, prompt_tokens: 1, completion_tokens: 1 })
+            let number = Some(self.judged(text));
+            let reasoning = reasoning.as_ref().map(|asked| {
+                assert_eq!(asked.then, "Reply with A or B only.");
+                format!("at most {} tokens", asked.max_tokens)
+            });
+            Ok(Answer { number, prompt_tokens: 1, completion_tokens: 1, reasoning })
         };
         Ok(questions.iter().map(answer).collect())
     }
@@ -202,13 +209,13 @@ fn run(folder: &Path, spec: &Spec, judge: Judge, calls: u64) -> Result<Ran, Trai
         assert!(ran.processes < 100, "the run does not end");
         let file = Arc::new(Gguf::open(&path).unwrap());
         let model = Model::load(file, &Training::Lora(lora.clone()), 96, &Device::Cpu).unwrap();
-        let (model, stop) = (Rc::new(model), Rc::new(AtomicBool::new(false)));
+        let (model, control) = (Rc::new(model), Rc::new(Control::default()));
         let calls_left = Rc::new(Cell::new(calls));
         let client = RefCell::new(InProcess {
             model: model.clone(),
             judge,
             calls_left: calls_left.clone(),
-            stop: stop.clone(),
+            control: control.clone(),
         });
         let policy =
             Policy { client: &client, export: &|_| Ok(()), adapter: Path::new("in memory") };
@@ -233,11 +240,13 @@ fn run(folder: &Path, spec: &Spec, judge: Judge, calls: u64) -> Result<Ran, Trai
                 human: Some(&human),
             },
         };
-        let outcome = Constitutional::run(block, &job, &stop, &mut |event| match event {
+        let outcome = Constitutional::run(block, &job, &control, &mut |event| match event {
             Event::Step(step) => {
                 // Training is interrupted too.
                 calls_left.set(calls_left.get().saturating_sub(1));
-                stop.fetch_or(calls_left.get() == 0, Ordering::Relaxed);
+                if calls_left.get() == 0 {
+                    control.stop();
+                }
                 ran.steps.push(step);
             }
             Event::Note { text } => ran.notes.push(text),
@@ -283,6 +292,28 @@ fn a_principle_is_learned() {
         assert_eq!(group["win_rate"]["value"], of("win_rate_principled"));
         assert_eq!(report["groups"]["helpful"]["win_rate"]["count"], 12);
     }
+}
+
+#[test]
+fn a_judge_that_reasons_gives_careful_labels() {
+    let folder = tempfile::tempdir().unwrap();
+    let block =
+        r#", "stages": ["compare"], "chain_of_thought": true, "chain_of_thought_tokens": 9"#;
+    let ran = run(folder.path(), &spec(block), Judge::Works, u64::MAX).unwrap();
+    assert!(ran.metrics["low_after_principled"] > ran.metrics["low_before_principled"]);
+    let rows = |name: &str| {
+        let text = std::fs::read_to_string(folder.path().join("made").join(name)).unwrap();
+        let rows = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        rows.collect::<Vec<serde_json::Value>>()
+    };
+    // The probabilities are kept as the judge gave them, with its reasoning.
+    let judged = rows("comparisons.jsonl");
+    let judged: Vec<_> = judged.iter().filter_map(|row| row["judgements"].get(0)).collect();
+    assert!(judged.iter().any(|found| found["shown_first"] == 0.9), "{judged:?}");
+    let said = "at most 9 tokens";
+    assert!(judged.iter().all(|found| found["reasoning"] == serde_json::json!([said, said])));
+    let labels: Vec<_> = rows("preferences.jsonl").iter().map(|row| row["label"].clone()).collect();
+    assert!(!labels.is_empty() && labels.iter().all(|label| *label == 0.6), "{labels:?}");
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! `/v1/fine_tuning/alpha/graders`: validates and runs graders, and queries grader models.
 //!
-//! Source: OpenAI's API reference, "Graders", and the types of its Python client.
+//! Source: OpenAI's API reference, "Graders", and the types of its Python client. `remote.rs` asks
+//! models of other servers.
+
+mod remote;
 
 use crate::gateway::api::openai::chat::{self, ChatRequest};
 use crate::gateway::api::openai::score::{Input, score};
@@ -10,7 +13,7 @@ use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
 use crate::grade::{
-    Answer, Ask, Context, Failed, Grader, GraderError, Message, Question, Sampling,
+    Answer, Ask, Context, Failed, Grader, GraderError, Message, Question, Reasoning, Sampling,
 };
 use crate::ipc::{Event, TokenLogprob};
 use axum::Json;
@@ -108,12 +111,17 @@ pub async fn answer(
         let permanent = error.status.is_client_error() && !passing.contains(&error.status);
         Failed { refused: false, permanent, message: error.message }
     };
+    // Only the operator may have requests sent to other servers.
+    if let Some(model) = app.remote_models.find(&question.model).filter(|_| identity.admin) {
+        return remote::answer(&app.remote_models, model, &question.ask).await.map_err(failed);
+    }
     match &question.ask {
         Ask::Number { messages, range, sampling } => {
             number(app, identity, &question.model, messages, *range, sampling).await.map_err(failed)
         }
-        Ask::Choice { messages, labels } => {
-            choice(app, identity, &question.model, messages, labels).await.map_err(failed)
+        Ask::Choice { messages, labels, reasoning } => {
+            let (model, reasoning) = (&question.model, reasoning.as_ref());
+            choice(app, identity, model, messages, labels, reasoning).await.map_err(failed)
         }
         Ask::Score { messages } => {
             let served = app.registry.find(&question.model).await.map_err(failed)?;
@@ -125,9 +133,20 @@ pub async fn answer(
                 number: scores.first().map(|score| f64::from(*score)),
                 prompt_tokens: u64::from(tokens),
                 completion_tokens: 0,
+                reasoning: None,
             })
         }
     }
+}
+
+/// The form of a number that a model must write.
+fn number_schema((least, most): (f64, f64)) -> Value {
+    json!({
+        "type": "object",
+        "properties": {"result": {"type": "number", "minimum": least, "maximum": most}},
+        "required": ["result"],
+        "additionalProperties": false,
+    })
 }
 
 fn plain(message: &Message) -> Value {
@@ -140,15 +159,10 @@ async fn number(
     identity: Identity,
     model: &str,
     messages: &[Message],
-    (least, most): (f64, f64),
+    range: (f64, f64),
     sampling: &Sampling,
 ) -> Result<Answer, ApiError> {
-    let schema = json!({
-        "type": "object",
-        "properties": {"result": {"type": "number", "minimum": least, "maximum": most}},
-        "required": ["result"],
-        "additionalProperties": false,
-    });
+    let schema = number_schema(range);
     let mut request = ChatRequest::plain(model, messages.iter().map(plain).collect());
     request.format = Some(json_schema("grader", &schema)?);
     let common = &mut request.common;
@@ -169,6 +183,7 @@ async fn number(
         number: result["result"].as_f64(),
         prompt_tokens: usage.prompt_tokens.into(),
         completion_tokens: usage.completion_tokens.into(),
+        reasoning: None,
     })
 }
 
@@ -179,8 +194,23 @@ async fn choice(
     model: &str,
     messages: &[Message],
     labels: &[String; 2],
+    reasoning: Option<&Reasoning>,
 ) -> Result<Answer, ApiError> {
-    let mut request = ChatRequest::plain(model, messages.iter().map(plain).collect());
+    let mut messages: Vec<Value> = messages.iter().map(plain).collect();
+    let (mut prompt_tokens, mut completion_tokens, mut written) = (0, 0, None);
+    if let Some(Reasoning { max_tokens, then }) = reasoning {
+        let mut request = ChatRequest::plain(model, messages.clone());
+        request.without_reasoning();
+        request.common.stop.max_tokens = Some(*max_tokens);
+        request.common.sampling.temperature = 0.0;
+        let (running, writer) = chat::start(app, identity, request).await?;
+        let (text, usage) = chat::text(running, writer).await?;
+        messages.push(json!({"role": "assistant", "content": text}));
+        messages.push(json!({"role": "user", "content": then}));
+        (prompt_tokens, completion_tokens) = (usage.prompt_tokens, usage.completion_tokens);
+        written = Some(text);
+    }
+    let mut request = ChatRequest::plain(model, messages);
     request.without_reasoning();
     request.logprobs = Some(TOP_TOKENS);
     request.common.stop.max_tokens = Some(1);
@@ -194,24 +224,31 @@ async fn choice(
     }
     let usage = running.usage();
     Ok(Answer {
-        number: first.and_then(|token| preference(&token, labels)),
-        prompt_tokens: usage.prompt_tokens.into(),
-        completion_tokens: usage.completion_tokens.into(),
+        number: first.and_then(|TokenLogprob { top, .. }| {
+            let top = top.iter().map(|(_, bytes, logprob)| (&bytes[..], f64::from(*logprob)));
+            preference(top, labels)
+        }),
+        prompt_tokens: (prompt_tokens + usage.prompt_tokens).into(),
+        completion_tokens: (completion_tokens + usage.completion_tokens).into(),
+        reasoning: written,
     })
 }
 
 /// The share of the first label in the probability of both, as the beginning of an answer: with or
 /// without a space or a parenthesis. A label that is not among the likeliest tokens has the
 /// probability of the least likely of these. `None` if neither label is among them.
-fn preference(token: &TokenLogprob, labels: &[String; 2]) -> Option<f64> {
-    let least = token.top.iter().map(|(_, _, logprob)| f64::from(*logprob)).reduce(f64::min)?;
+fn preference<'a>(
+    top: impl Iterator<Item = (&'a [u8], f64)> + Clone,
+    labels: &[String; 2],
+) -> Option<f64> {
+    let least = top.clone().map(|(_, logprob)| logprob).reduce(f64::min)?;
     let of = |label: &String| {
         let is = |bytes: &[u8]| {
             std::str::from_utf8(bytes)
                 .is_ok_and(|text| text.trim_matches([' ', '\n', '(', ')', '*', '"']) == label)
         };
-        let found = token.top.iter().filter(|(_, bytes, _)| is(bytes));
-        found.map(|(_, _, logprob)| f64::from(*logprob).exp()).reduce(|sum, x| sum + x)
+        let found = top.clone().filter(|(bytes, _)| is(bytes));
+        found.map(|(_, logprob)| logprob.exp()).reduce(|sum, x| sum + x)
     };
     let [first, second] = [of(&labels[0]), of(&labels[1])];
     first.or(second)?;
@@ -222,18 +259,13 @@ fn preference(token: &TokenLogprob, labels: &[String; 2]) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_bytes::ByteBuf;
 
     #[test]
     fn a_preference_is_the_share_of_the_first_label() {
-        let token = |top: &[(&str, f32)]| TokenLogprob {
-            token: 0,
-            bytes: ByteBuf::from("A"),
-            logprob: None,
-            top: top.iter().map(|(text, p)| (0, ByteBuf::from(*text), p.ln())).collect(),
-        };
         let labels = ["A".to_owned(), "B".to_owned()];
-        let of = |top: &[(&str, f32)]| preference(&token(top), &labels);
+        let of = |top: &[(&str, f64)]| {
+            preference(top.iter().map(|(text, p)| (text.as_bytes(), p.ln())), &labels)
+        };
         let close = |found: Option<f64>, right: f64| {
             assert!((found.unwrap() - right).abs() < 1e-6, "{found:?}, not {right}");
         };
