@@ -47,6 +47,19 @@ need_packages() {
         python3 -m pip --version >/dev/null 2>&1 || want python3-pip "gets the default model"
         python3 -c 'import venv, ensurepip' 2>/dev/null || want python3-venv "runs the client tests"
     fi
+    install_missing
+}
+
+# The browser in which the tests look at reports.
+need_browser() {
+    has chromium || has chromium-browser || has google-chrome && return 0
+    local missing=(chromium)
+    say "missing: chromium (opens the reports in the tests)"
+    install_missing
+}
+
+# Installs the packages in `missing`.
+install_missing() {
     [ "${#missing[@]}" -eq 0 ] && return 0
     has apt-get || fail "please install these with your package manager: ${missing[*]}"
     say "installing: ${missing[*]}"

@@ -67,6 +67,7 @@ finish() {
 need_python
 need_node
 need_packages
+need_browser
 need_rust
 
 check "rustfmt" cargo fmt --check

@@ -15,11 +15,28 @@ pub trait RolloutClient {
     /// If it cannot be loaded.
     fn load_policy(&mut self, adapter: &Path) -> Result<(), CallError>;
 
-    /// Samples completions: for each prompt the requested number.
+    /// Begins to sample completions with the policy that was loaded last. The next call is
+    /// [`RolloutClient::collect`].
+    ///
+    /// # Errors
+    /// If the request cannot be sent.
+    fn start(&mut self, what: &RolloutRequest) -> Result<(), CallError>;
+
+    /// Waits for the completions of the request that was started: for each prompt the requested
+    /// number.
     ///
     /// # Errors
     /// If the engine fails.
-    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError>;
+    fn collect(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError>;
+
+    /// Samples completions.
+    ///
+    /// # Errors
+    /// As [`RolloutClient::start`] and [`RolloutClient::collect`].
+    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
+        self.start(what)?;
+        self.collect(what)
+    }
 
     /// Sends graders' questions to their models.
     ///

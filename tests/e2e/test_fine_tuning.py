@@ -20,6 +20,7 @@ import urllib.request
 import openai
 from openai import OpenAI
 
+from _browser import check_report
 from _openai_types import http_client
 from _server import first_model, run, start, stop
 
@@ -255,8 +256,24 @@ def test_a_killed_job_ends_with_the_same_weights():
     whole["digest"], whole["two"] = adapter_digest(jobs[0]), file
 
 
-def test_pause_resume_cancel():
-    job = create(upload(examples(24)), epochs=2)
+def finish(job):
+    return json.loads(server.admin(f"/admin/jobs/{job.id}/finish", {}))
+
+
+def refuses_to_finish(job):
+    try:
+        finish(job)
+        raise AssertionError("the job was asked to finish")
+    except urllib.error.HTTPError as error:
+        assert error.code == 400, error
+        found = json.loads(error.read())["error"]
+        assert found["code"] == "invalid_job_status", found
+        return found["message"]
+
+
+def test_pause_resume_finish_cancel():
+    file = upload(examples(24))
+    job = create(file, epochs=2)
     step_of(job, 2)
     assert client.fine_tuning.jobs.pause(job.id).status == "queued"
     until(lambda: None if processes(job) else True, "the process leaves")
@@ -265,6 +282,22 @@ def test_pause_resume_cancel():
     client.fine_tuning.jobs.resume(job.id)
     step_of(job, at + 1)
     assert any(f"after step {at}" in message for message in messages(job)), messages(job)
+    # A job that runs ends after its step, a paused one at its checkpoint; both are served.
+    assert finish(job)["status"] == "running"
+    done = ended(job)
+    progress = server.job(job.id)["progress"]
+    assert at < progress["step"] < progress["total_steps"], progress
+    assert ask(done.fine_tuned_model).choices[0].finish_reason
+    assert "succeeded" in refuses_to_finish(job)
+    job = create(file, epochs=2)
+    assert "first step" in refuses_to_finish(job)
+    step_of(job, 1)
+    client.fine_tuning.jobs.pause(job.id)
+    until(lambda: None if processes(job) else True, "the process leaves")
+    assert finish(job)["status"] == "queued"
+    assert ended(job).fine_tuned_model
+    job = create(file, epochs=2)
+    step_of(job, 1)
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     until(lambda: None if processes(job) else True, "the process leaves")
     raises(openai.BadRequestError, lambda: client.fine_tuning.jobs.resume(job.id))
@@ -516,7 +549,7 @@ def test_a_constitution_is_learned():
     report = json.loads(read("constitutional.json"))
     assert report["human"]["accuracy"]["count"] <= 6 and report["groups"]["helpful"]["win_rate"]["count"] == 3
     assert 0 <= report["groups"]["all"]["rewards"]["question"]["after"] <= 1, report
-    assert "<h1>Constitutional training</h1>" in str(read("constitutional.html"))
+    check_report(read("constitutional.html").decode(), "Constitutional training", "Which answer ends", "KL per token")
     entries = json.loads(server.admin(f"/admin/jobs/{job['id']}/events?stream=false"))["data"]
     assert [entry["metrics"] for entry in entries if entry["type"] == "validation"][0]["kl_all"] is not None
     adapter = next(made["name"] for made in done["artifacts"] if made["type"] == "adapter")
@@ -590,7 +623,7 @@ def test_the_operators_side():
     for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"):
         assert step[key] > 0, (key, step)
     page = server.admin(f"/admin/jobs/{job['id']}/report").decode()
-    assert page.startswith("<!doctype html>") and "<svg" in page and "tokens_per_second" in page, page[:2000]
+    check_report(page, job["name"], "tokens_per_second", "4 of 4")
     svg = server.admin(f"/admin/jobs/{job['id']}/plot.svg").decode()
     assert svg.startswith("<svg") and "learning rate" in svg
     found = server.job(job["id"])

@@ -309,7 +309,7 @@ impl TaskSettings for Constitutional {
         let per_pair = self.principles_per_pair as f64;
         within("constitutional.principles_per_pair", per_pair, 1.0, principles)?;
         let tokens = self.chain_of_thought_tokens as f64;
-        within("constitutional.chain_of_thought_tokens", tokens, 1.0, most)?;
+        within("constitutional.chain_of_thought_tokens", tokens, 1.0, 65_536.0)?;
         // A label of one half prefers neither answer.
         within("constitutional.max_label", self.max_label.unwrap_or(1.0), 0.501, 1.0)?;
         within("constitutional.beta", self.beta, f64::MIN_POSITIVE, 100.0)?;

@@ -47,6 +47,10 @@ pub struct Grpo {
     /// Completions sampled for each validation prompt.
     #[serde(default = "eval_samples")]
     pub eval_samples: usize,
+    /// Samples the next batch while the model is trained on this one, with the weights before this
+    /// update: one step off-policy, which the importance-sampling correction weights.
+    #[serde(default)]
+    pub async_rollouts: bool,
 }
 
 pub(super) fn group() -> usize {
@@ -96,6 +100,7 @@ impl Grpo {
             response_format: None,
             target_reward: None,
             eval_samples: eval_samples(),
+            async_rollouts: false,
         }
     }
 

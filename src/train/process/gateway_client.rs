@@ -67,8 +67,11 @@ impl RolloutClient for GatewayClient {
         }
     }
 
-    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
-        self.send(&Call::Generate(what.clone()))?;
+    fn start(&mut self, what: &RolloutRequest) -> Result<(), CallError> {
+        self.send(&Call::Generate(what.clone()))
+    }
+
+    fn collect(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
         let mut found = vec![Vec::new(); what.prompts.len()];
         loop {
             match self.reply()? {

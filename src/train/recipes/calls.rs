@@ -20,6 +20,13 @@ pub(super) struct Calls<'a> {
     control: &'a Control,
 }
 
+/// Completions that are being sampled.
+pub(super) struct StartedRollouts {
+    request: RolloutRequest,
+    /// The server has the request.
+    sent: bool,
+}
+
 impl<'a> Calls<'a> {
     /// # Errors
     /// If the job has no served model.
@@ -51,6 +58,56 @@ impl<'a> Calls<'a> {
             client.load_policy(self.policy.adapter)?;
             client.generate(what)
         })
+    }
+
+    /// Begins to sample completions with the adapter that was exported last, while the caller does
+    /// something else. The next call is [`Calls::collect`].
+    ///
+    /// # Errors
+    /// If the server refuses, or has ended.
+    pub(super) fn start(&self, request: RolloutRequest) -> Result<StartedRollouts, TrainError> {
+        let mut client = self.policy.client.borrow_mut();
+        let sent = client.load_policy(self.policy.adapter).and_then(|()| client.start(&request));
+        match sent {
+            Ok(()) => Ok(StartedRollouts { request, sent: true }),
+            // The request is sent when its completions are needed.
+            Err(error) if error.cause == CallCause::Passing => {
+                tracing::warn!("the engine is asked later: {error}");
+                Ok(StartedRollouts { request, sent: false })
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for completions. If the engine has failed, they are sampled again with the adapter
+    /// that was exported last.
+    ///
+    /// # Errors
+    /// As of [`Calls::generate`].
+    pub(super) fn collect(
+        &self,
+        started: &mut StartedRollouts,
+    ) -> Result<Vec<Vec<Rollout>>, TrainError> {
+        // What was sent can be collected once.
+        if std::mem::take(&mut started.sent) {
+            let collected = self.policy.client.borrow_mut().collect(&started.request);
+            match collected {
+                Err(error) if error.cause == CallCause::Passing => {
+                    tracing::warn!("the engine is asked again: {error}");
+                }
+                collected => return Ok(collected?),
+            }
+        }
+        self.generate(&started.request)
+    }
+
+    /// The completions, if the server has the request and carries it out.
+    pub(super) fn try_collect(&self, started: &mut StartedRollouts) -> Option<Vec<Vec<Rollout>>> {
+        let sent = std::mem::take(&mut started.sent);
+        let collect = || self.policy.client.borrow_mut().collect(&started.request);
+        sent.then(collect)?
+            .inspect_err(|error| tracing::warn!("completions are sampled again: {error}"))
+            .ok()
     }
 
     /// # Errors

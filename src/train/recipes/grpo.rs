@@ -4,8 +4,8 @@
 
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
 use super::sampler::{
-    GradedCompletion, Group, Measured, ReferenceModel, Sampler, Sampling, encoded, mean_gap,
-    measure,
+    GradedCompletion, Group, Measured, ReferenceModel, Sampled, Sampler, Sampling, SavedRollouts,
+    encoded, mean_gap, measure,
 };
 use super::{Job, Recipe};
 use crate::job::rollout_table::RolloutRow;
@@ -114,15 +114,15 @@ impl GrpoTrainer<'_> {
         let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
         let reference = ReferenceModel::of(self.model)?;
         let order = Order::new(self.examples, self.shuffle);
-        let held = Rc::default();
-        run.run(&mut Steps { run: self, order, reference, held }, control, &mut event)
+        let (held, ahead) = (Rc::default(), RefCell::default());
+        run.run(&mut Steps { run: self, order, reference, held, ahead }, control, &mut event)
     }
 
-    /// Samples completions to train on.
-    fn sample(&self, prompts: &[usize], cursor: &Cursor) -> Result<RolloutBuffer, TrainError> {
+    /// Grades completions to train on.
+    fn graded(&self, sampled: &mut Sampled) -> Result<RolloutBuffer, TrainError> {
         let mut held =
             RolloutBuffer { updates: self.block.num_iterations as u64, ..RolloutBuffer::default() };
-        for group in self.sampler.sample(prompts, cursor, &mut held.measured)? {
+        for group in self.sampler.graded(sampled, &mut held.measured)? {
             held.take_group(group, self.block);
         }
         Ok(held)
@@ -184,9 +184,51 @@ struct Steps<'a, 'b> {
     order: Order,
     reference: ReferenceModel,
     held: Rc<RefCell<RolloutBuffer>>,
+    /// The next batch, if it is sampled while the model is trained on this one.
+    ahead: RefCell<Option<Sampled>>,
+}
+
+/// What a checkpoint holds besides the position in the data.
+#[derive(Default, Serialize, Deserialize)]
+struct Saved {
+    /// If updates remain to be made on it.
+    held: Option<RolloutBuffer>,
+    /// The next batch, if it is sampled ahead.
+    ahead: Option<SavedRollouts>,
 }
 
 impl Steps<'_, '_> {
+    /// The completions of the next prompts, graded. If they were not sampled ahead, the current
+    /// weights sample them.
+    fn sample(&mut self, cursor: &mut Cursor, count: usize) -> Result<RolloutBuffer, TrainError> {
+        let before = *cursor;
+        let prompts = self.order.next(cursor, count);
+        let ahead = self.ahead.get_mut();
+        let mut now = None;
+        let sampled = match ahead {
+            Some(sampled) => sampled,
+            None => now.insert(self.run.sampler.start(prompts, &before)?),
+        };
+        let held = self.run.graded(sampled)?;
+        // If they could not be graded, they are kept.
+        *ahead = None;
+        Ok(held)
+    }
+
+    /// Begins to sample the batch after the next update, if there is one.
+    fn sample_ahead(&mut self, cursor: &Cursor) -> Result<(), TrainError> {
+        let (extent, updates) = (self.extent(), self.run.block.num_iterations as u64);
+        let taken = cursor.epoch * self.run.examples as u64 + cursor.taken;
+        let batches = taken.div_ceil(self.run.settings.batch_size as u64);
+        if !self.run.block.async_rollouts || batches >= extent.steps.div_ceil(updates) {
+            return Ok(());
+        }
+        let mut after = *cursor;
+        let prompts = self.order.next(&mut after, extent.due(cursor));
+        *self.ahead.get_mut() = Some(self.run.sampler.start(prompts, cursor)?);
+        Ok(())
+    }
+
     /// Computes the reference model's log-probabilities of the completions.
     fn compute_reference(&self, rows: &[Row]) -> Result<(), TrainError> {
         self.reference.with(self.run.model, || {
@@ -240,10 +282,12 @@ impl BatchSource for Steps<'_, '_> {
     fn next(&mut self, cursor: &mut Cursor, count: usize) -> Result<Vec<Row>, TrainError> {
         let fresh = self.held.borrow().updates == 0;
         if fresh {
-            let before = *cursor;
-            let prompts = self.order.next(cursor, count);
-            let held = self.run.sample(&prompts, &before)?;
+            let held = self.sample(cursor, count)?;
             *self.held.borrow_mut() = held;
+            if let Err(error) = self.sample_ahead(cursor) {
+                // This batch is complete; the same error ends the next one.
+                tracing::warn!("the next batch is not sampled ahead: {error}");
+            }
         }
         let rows = self.rows();
         if fresh && self.run.block.beta > 0.0 {
@@ -276,21 +320,29 @@ impl BatchSource for Steps<'_, '_> {
     }
 
     fn examine(&self) -> Result<Option<Metrics>, TrainError> {
+        // The engine answers one request of a job at a time.
+        if let Some(sampled) = &mut *self.ahead.borrow_mut() {
+            self.run.sampler.collect(sampled)?;
+        }
         self.run.sampler.examine()
     }
 
     fn save(&self) -> Result<Vec<u8>, TrainError> {
-        let held = self.held.borrow();
-        match held.updates {
-            0 => Ok(Vec::new()),
-            _ => rmp_serde::to_vec(&*held).map_err(|error| std::io::Error::other(error).into()),
+        let held = Some(self.held.borrow()).filter(|held| held.updates > 0);
+        let mut ahead = self.ahead.borrow_mut();
+        let ahead = ahead.as_mut().and_then(|sampled| self.run.sampler.save(sampled));
+        if held.is_none() && ahead.is_none() {
+            return Ok(Vec::new());
         }
+        let saved = Saved { held: held.map(|held| held.clone()), ahead };
+        rmp_serde::to_vec(&saved).map_err(|error| std::io::Error::other(error).into())
     }
 
     fn restore(&mut self, saved: &[u8]) -> Result<(), TrainError> {
         if !saved.is_empty() {
-            let held = rmp_serde::from_slice(saved).map_err(std::io::Error::other)?;
-            *self.held.borrow_mut() = held;
+            let saved: Saved = rmp_serde::from_slice(saved).map_err(std::io::Error::other)?;
+            *self.held.borrow_mut() = saved.held.unwrap_or_default();
+            *self.ahead.get_mut() = saved.ahead.map(Sampled::from);
         }
         Ok(())
     }

@@ -22,7 +22,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 /// Samples from the model in training. A token's text is one of four letters.
-struct InProcess(Rc<Model>, Rc<Cell<Judge>>);
+struct InProcess {
+    model: Rc<Model>,
+    judge: Rc<Cell<Judge>>,
+    /// Completions that were not collected yet.
+    started: Option<Vec<Vec<Rollout>>>,
+}
 
 /// What the grader's model does.
 #[derive(Clone, Copy, PartialEq)]
@@ -45,7 +50,7 @@ impl InProcess {
         let mut rng = StdRng::seed_from_u64(key.0 ^ (u64::from(key.1) << 48));
         let mut completion = Rollout { ended: true, ..Rollout::default() };
         for _ in 0..what.max_tokens {
-            let logits = self.0.logits(&[prompt, &completion.tokens].concat()).unwrap();
+            let logits = self.model.logits(&[prompt, &completion.tokens].concat()).unwrap();
             let scaled = logits.iter().map(|x| f64::from(*x) / f64::from(what.temperature));
             let weights: Vec<f64> = scaled.map(f64::exp).collect();
             let sum: f64 = weights.iter().sum();
@@ -68,24 +73,32 @@ impl RolloutClient for InProcess {
         Ok(())
     }
 
-    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
-        if self.1.get() == Judge::Gone {
+    /// Samples at once, with the current weights.
+    fn start(&mut self, what: &RolloutRequest) -> Result<(), CallError> {
+        assert!(self.started.is_none(), "the completions before were not collected");
+        if self.judge.get() == Judge::Gone {
             let message = "the connection was lost".into();
             return Err(CallError { cause: CallCause::Disconnected, message });
         }
         let group = |(prompt, seed): (&Vec<u32>, &u64)| {
             (0..what.answers).map(|choice| self.sample(prompt, (*seed, choice), what)).collect()
         };
-        Ok(what.prompts.iter().zip(&what.seeds).map(group).collect())
+        self.started = Some(what.prompts.iter().zip(&what.seeds).map(group).collect());
+        Ok(())
+    }
+
+    fn collect(&mut self, _: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
+        Ok(self.started.take().expect("completions were started"))
     }
 
     fn query_graders(
         &mut self,
         questions: &[Question],
     ) -> Result<Vec<Result<Answer, Failed>>, CallError> {
+        assert!(self.started.is_none(), "the completions before were not collected");
         let down =
             Failed { refused: false, permanent: false, message: "the judge is not loaded".into() };
-        let answer = |(number, _)| match self.1.get() {
+        let answer = |(number, _)| match self.judge.get() {
             Judge::Down => Err(down.clone()),
             Judge::Sometimes if number % 5 == 4 => Err(down.clone()),
             _ => Ok(Answer {
@@ -177,7 +190,8 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
             model = model.with_head(name, vec![0.0; width]).unwrap();
         }
         let model = Rc::new(model);
-        let client = RefCell::new(InProcess(model.clone(), judge.clone()));
+        let client =
+            RefCell::new(InProcess { model: model.clone(), judge: judge.clone(), started: None });
         let policy =
             Policy { client: &client, export: &|_| Ok(()), adapter: Path::new("in memory") };
         let job = Job {
@@ -354,8 +368,10 @@ fn ppo_measures_what_it_does() {
 #[test]
 fn an_interrupted_run_ends_with_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
-    for kind in ["grpo", "ppo"] {
-        let spec = spec(kind, r#""num_iterations": 3, "beta": 0.1,"#, r#", "max_steps": 9"#);
+    let ahead = r#""async_rollouts": true,"#;
+    for (kind, more) in [("grpo", ""), ("ppo", ""), ("grpo", ahead)] {
+        let block = format!(r#""num_iterations": 3, "beta": 0.1,{more}"#);
+        let spec = spec(kind, &block, r#", "max_steps": 9"#);
         let whole = run(folder.path(), &spec, &[]);
         let broken = run(folder.path(), &spec, &[1, 4, 6]);
         assert!(whole.params == broken.params, "{kind}");
@@ -364,4 +380,23 @@ fn an_interrupted_run_ends_with_the_same_bits() {
             assert_eq!(a.metrics["reward_mean"], b.metrics["reward_mean"], "{kind}");
         }
     }
+}
+
+#[test]
+fn a_batch_that_is_sampled_ahead_is_one_update_old() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |more: &str, steps: u64| {
+        let spec = spec("grpo", more, &format!(r#", "max_steps": {steps}"#));
+        run(folder.path(), &spec, &[])
+    };
+    let (now, ahead) = (of("", 2), of(r#""async_rollouts": true,"#, 2));
+    // The first two batches are sampled by the initial weights, but the second one is trained with
+    // the weights after the first update: the trainer's log-probabilities differ from the engine's.
+    let gap = |ran: &Ran, step: usize| ran.steps[step].metrics["sampling_logp_difference"];
+    assert_eq!(now.steps[0].loss, ahead.steps[0].loss);
+    assert!(gap(&now, 1) < 1e-3 && gap(&ahead, 1) > 1e-2, "{} {}", gap(&now, 1), gap(&ahead, 1));
+    let weight = ahead.steps[1].metrics["importance_sampling_ratio"];
+    assert!((weight - 1.0).abs() > 1e-4, "{weight}");
+    let learned = of(r#""async_rollouts": true,"#, 14).steps[13].reward().unwrap();
+    assert!(learned > 0.8, "{learned}");
 }

@@ -161,11 +161,12 @@ struct Steps<'a> {
 
 impl Steps<'_> {
     /// Samples completions, and computes what the updates on them need.
-    fn sample(&self, prompts: &[usize], cursor: &Cursor) -> Result<(), TrainError> {
+    fn sample(&self, prompts: Vec<usize>, cursor: &Cursor) -> Result<(), TrainError> {
         let updates = self.block.num_iterations as u64;
         let mut buffer = RolloutBuffer { updates, ..RolloutBuffer::default() };
         let penalty = self.block.missing_eos_penalty;
-        for group in self.sampler.sample(prompts, cursor, &mut buffer.measured)? {
+        let mut sampled = self.sampler.start(prompts, cursor)?;
+        for group in self.sampler.graded(&mut sampled, &mut buffer.measured)? {
             for completion in group.completions {
                 buffer.take(&group.prompt, completion, penalty);
             }
@@ -240,7 +241,7 @@ impl BatchSource for Steps<'_> {
         if self.buffer.borrow().updates == 0 {
             let before = *cursor;
             let prompts = self.order.next(cursor, count);
-            self.sample(&prompts, &before)?;
+            self.sample(prompts, &before)?;
         }
         self.buffer.borrow_mut().updates -= 1;
         Ok(self.rows())

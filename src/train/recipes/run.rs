@@ -569,7 +569,7 @@ impl StepCount {
     }
 
     /// Number of examples of the step at a cursor; the last step may have fewer.
-    fn due(&self, cursor: &Cursor) -> usize {
+    pub(super) fn due(&self, cursor: &Cursor) -> usize {
         let taken = cursor.epoch * self.count + cursor.taken;
         self.examples.saturating_sub(taken).min(self.batch_size) as usize
     }

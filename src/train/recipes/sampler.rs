@@ -1,15 +1,16 @@
 //! Sampling of completions from the served model, and their rewards: what recipes of policies share.
 
-use super::calls::{Calls, MAX_BACK_OFF};
+use super::calls::{Calls, MAX_BACK_OFF, StartedRollouts};
 use super::{Job, TrainError};
 use crate::grade::{Context, Grader};
 use crate::job::rollout::{Rollout, RolloutRequest};
 use crate::job::rollout_table::RolloutRow;
 use crate::job::{Control, Metrics};
-use crate::train::data::{Cursor, Encoded, PreparedPrompts};
+use crate::train::data::{Cursor, Encoded, EncodedPrompt, PreparedPrompts};
 use crate::train::model::Model;
 use crate::train::ops::mixed;
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -43,6 +44,42 @@ pub(super) struct Sampler<'a> {
     validation: Option<&'a PreparedPrompts>,
     batch_size: usize,
     seed: u64,
+}
+
+/// Completions of some prompts to train on.
+pub(super) struct Sampled {
+    prompts: Vec<usize>,
+    state: SampledState,
+    /// Seconds in which nothing was done but to wait for them.
+    seconds: f64,
+}
+
+enum SampledState {
+    Started(StartedRollouts),
+    /// (prompts, completions)
+    Done(Vec<Vec<Rollout>>),
+}
+
+/// Completions as a checkpoint holds them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct SavedRollouts {
+    prompts: Vec<usize>,
+    /// (prompts, completions)
+    rollouts: Vec<Vec<Rollout>>,
+}
+
+impl From<SavedRollouts> for Sampled {
+    fn from(saved: SavedRollouts) -> Self {
+        let SavedRollouts { prompts, rollouts } = saved;
+        Self { prompts, state: SampledState::Done(rollouts), seconds: 0.0 }
+    }
+}
+
+fn encoded_prompts(
+    from: &PreparedPrompts,
+    prompts: &[usize],
+) -> Result<Vec<EncodedPrompt>, TrainError> {
+    Ok(prompts.iter().map(|&number| from.get(number)).collect::<Result<_, _>>()?)
 }
 
 /// (sum, count) of each metric, by name.
@@ -121,19 +158,62 @@ impl<'a> Sampler<'a> {
         Ok(Self { calls, sampling, train, validation, batch_size, seed })
     }
 
-    /// Samples completions to train on, with the current weights. `cursor` is the position of the
-    /// run before these prompts.
-    pub(super) fn sample(
+    /// Begins to sample completions to train on, with the current weights. `cursor` is the position
+    /// of the run before these prompts. [`Sampler::collect`] is the next call.
+    pub(super) fn start(
         &self,
-        prompts: &[usize],
+        prompts: Vec<usize>,
         cursor: &Cursor,
-        measured: &mut Measured,
-    ) -> Result<Vec<Group>, TrainError> {
+    ) -> Result<Sampled, TrainError> {
         let first = (cursor.epoch << 32) + cursor.taken;
         let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
         self.calls.export()?;
-        let answers = self.sampling.num_generations;
-        let groups = self.groups(self.train, prompts, seeds, answers, TRAIN_SHARE, measured)?;
+        let encoded = encoded_prompts(self.train, &prompts)?;
+        let request = self.request(&encoded, seeds, self.sampling.num_generations);
+        let state = SampledState::Started(self.calls.start(request)?);
+        Ok(Sampled { prompts, state, seconds: 0.0 })
+    }
+
+    /// Waits until the completions are sampled.
+    pub(super) fn collect(&self, sampled: &mut Sampled) -> Result<(), TrainError> {
+        if let SampledState::Started(started) = &mut sampled.state {
+            let since = Instant::now();
+            let rollouts = self.calls.collect(started)?;
+            sampled.seconds = since.elapsed().as_secs_f64();
+            sampled.state = SampledState::Done(rollouts);
+        }
+        Ok(())
+    }
+
+    /// Completions for a checkpoint. `None` if the server cannot deliver them now: they are sampled
+    /// again.
+    pub(super) fn save(&self, sampled: &mut Sampled) -> Option<SavedRollouts> {
+        if let SampledState::Started(started) = &mut sampled.state {
+            sampled.state = SampledState::Done(self.calls.try_collect(started)?);
+        }
+        match &sampled.state {
+            SampledState::Done(rollouts) => {
+                Some(SavedRollouts { prompts: sampled.prompts.clone(), rollouts: rollouts.clone() })
+            }
+            SampledState::Started(_) => None,
+        }
+    }
+
+    /// Grades completions that are sampled, and waits for them before if necessary.
+    pub(super) fn graded(
+        &self,
+        sampled: &mut Sampled,
+        measured: &mut Measured,
+    ) -> Result<Vec<Group>, TrainError> {
+        self.collect(sampled)?;
+        let SampledState::Done(rollouts) = &sampled.state else {
+            unreachable!("the completions have been collected")
+        };
+        let prompts = encoded_prompts(self.train, &sampled.prompts)?;
+        // If grading fails, the completions are graded again later.
+        let rollouts = rollouts.clone();
+        measure(measured, "rollout_seconds", sampled.seconds);
+        let groups = self.groups(&sampled.prompts, prompts, rollouts, TRAIN_SHARE, measured)?;
         check_graded(&groups, TRAIN_SHARE)?;
         Ok(groups)
     }
@@ -147,8 +227,12 @@ impl<'a> Sampler<'a> {
         let (all, mut groups): (Vec<usize>, _) = ((0..held_out.len()).collect(), Vec::new());
         for prompts in all.chunks(self.batch_size) {
             let seeds = prompts.iter().map(|&number| mixed(!self.seed, number as u64)).collect();
-            let answers = self.sampling.eval_samples;
-            groups.extend(self.groups(held_out, prompts, seeds, answers, 1.0, &mut measured)?);
+            let encoded = encoded_prompts(held_out, prompts)?;
+            let request = self.request(&encoded, seeds, self.sampling.eval_samples);
+            let started = Instant::now();
+            let rollouts = self.calls.generate(&request)?;
+            measure(&mut measured, "rollout_seconds", started.elapsed().as_secs_f64());
+            groups.extend(self.groups(prompts, encoded, rollouts, 1.0, &mut measured)?);
         }
         // An answer that no judge can be asked about, because it is too long, must not end every
         // evaluation.
@@ -157,21 +241,14 @@ impl<'a> Sampler<'a> {
         Ok(Some(measured.into_iter().map(mean).collect()))
     }
 
-    /// Samples completions of some prompts with the adapter that was exported last, and grades
-    /// them.
-    fn groups(
+    fn request(
         &self,
-        from: &PreparedPrompts,
-        prompts: &[usize],
+        prompts: &[EncodedPrompt],
         seeds: Vec<u64>,
         answers: usize,
-        share: f64,
-        measured: &mut Measured,
-    ) -> Result<Vec<Group>, TrainError> {
-        let (sampling, numbers) = (self.sampling, prompts);
-        let prompts: Vec<_> =
-            numbers.iter().map(|&number| from.get(number)).collect::<Result<_, _>>()?;
-        let asked = RolloutRequest {
+    ) -> RolloutRequest {
+        let sampling = self.sampling;
+        RolloutRequest {
             prompts: prompts.iter().map(|prompt| prompt.tokens.clone()).collect(),
             seeds,
             answers: answers as u32,
@@ -179,10 +256,18 @@ impl<'a> Sampler<'a> {
             temperature: sampling.temperature as f32,
             response_format: sampling.response_format.cloned(),
             skip_too_long: false,
-        };
-        let started = Instant::now();
-        let sampled = self.calls.generate(&asked)?;
-        measure(measured, "rollout_seconds", started.elapsed().as_secs_f64());
+        }
+    }
+
+    /// Grades the completions of some prompts.
+    fn groups(
+        &self,
+        numbers: &[usize],
+        prompts: Vec<EncodedPrompt>,
+        sampled: Vec<Vec<Rollout>>,
+        share: f64,
+        measured: &mut Measured,
+    ) -> Result<Vec<Group>, TrainError> {
         let samples: Vec<(&Value, &Rollout)> = prompts
             .iter()
             .zip(&sampled)
@@ -193,7 +278,7 @@ impl<'a> Sampler<'a> {
             measure(measured, "terminated_ratio", f64::from(u8::from(answer.ended)));
         }
         let started = Instant::now();
-        let rows = self.grade(sampling.grader, &samples, share)?;
+        let rows = self.grade(self.sampling.grader, &samples, share)?;
         for GradedRow { row, .. } in &rows {
             measure(measured, "grader_errors", f64::from(u8::from(!row.reasons.is_empty())));
             let Some(reward) = row.reward else { continue };

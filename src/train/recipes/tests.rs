@@ -322,7 +322,8 @@ fn the_weights_of_the_best_validation_are_kept() {
     // The weights after a run that keeps the best ones or does not, and what it said.
     let weights = |name: &str, rewards: &[f64], keep: bool, stop_at: u64| {
         let checkpoints = Checkpoints::new(&folder.path().join(name), 1).unwrap();
-        let mut settings = settings(r#", "epochs": 2, "eval_every": 1, "checkpoint_every": 2"#);
+        let mut settings = settings(r#", "epochs": 2, "checkpoint_every": 2"#);
+        settings.eval_every = 1;
         settings.load_best_model_at_end = keep;
         let mut notes = Vec::new();
         for stop_at in [stop_at, u64::MAX] {

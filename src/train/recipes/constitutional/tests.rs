@@ -104,7 +104,11 @@ impl RolloutClient for InProcess {
         Ok(())
     }
 
-    fn generate(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
+    fn start(&mut self, _: &RolloutRequest) -> Result<(), CallError> {
+        Ok(())
+    }
+
+    fn collect(&mut self, what: &RolloutRequest) -> Result<Vec<Vec<Rollout>>, CallError> {
         self.count_call();
         let group = |(prompt, seed): (&Vec<u32>, &u64)| {
             (0..what.answers).map(|choice| self.sample(prompt, (*seed, choice), what)).collect()
