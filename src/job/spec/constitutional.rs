@@ -1,6 +1,6 @@
 //! The block `constitutional` of a specification, and constitutions.
 
-use super::{Dpo, Resolved, Sft, Spec, TaskSettings, Weights, within};
+use super::{Dpo, Grpo, Rank, Resolved, RewardSource, Sft, Spec, TaskSettings, Weights, within};
 use crate::dataset::DatasetKind;
 use crate::grade::Grader;
 use serde::de::Error;
@@ -51,6 +51,11 @@ pub struct Constitutional {
     #[serde(default = "half")]
     pub min_preferred: f64,
     #[serde(default)]
+    pub preference_method: PreferenceMethod,
+    /// Completions of each prompt that are compared with each other (`rank`).
+    #[serde(default = "super::grpo::group")]
+    pub num_generations: usize,
+    #[serde(default)]
     pub pairs: PairSource,
     /// Principles under which the judge compares a pair; the label is their mean.
     #[serde(default = "one")]
@@ -97,6 +102,18 @@ pub enum Stage {
     Revise,
     /// Pairs of answers, labels by the judge; DPO on the pairs.
     Compare,
+}
+
+/// How the stage `compare` trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PreferenceMethod {
+    /// On pairs that are labelled before (direct preference optimization).
+    #[default]
+    Dpo,
+    /// The judge itself is the reward (GRPO): it compares the completions of a prompt, which the
+    /// model samples while it is trained (Lee et al. 2023, section 4.1).
+    Rank,
 }
 
 /// Where the pairs of answers come from.
@@ -235,11 +252,26 @@ impl Constitutional {
         Dpo { beta: self.beta, ..Dpo::default() }
     }
 
+    /// The policy that is trained if the judge is the reward.
+    pub fn policy(&self, judge: &str) -> Grpo {
+        let rank = Rank { name: "judge".into(), model: judge.into(), question: String::new() };
+        Grpo {
+            num_generations: self.num_generations,
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            ..Grpo::with(RewardSource::Rank(rank))
+        }
+    }
+
     /// The settings of training on preferences.
     pub fn preference_settings(&self, settings: &Resolved) -> Resolved {
-        let [of_adapter, _] = Dpo::default().learning_rates();
+        let [of_dpo, _] = Dpo::default().learning_rates();
+        let usual = match self.preference_method {
+            PreferenceMethod::Dpo => 10.0 * of_dpo,
+            PreferenceMethod::Rank => self.policy("").learning_rates()[0],
+        };
         Resolved {
-            learning_rate: self.preference_learning_rate.unwrap_or(10.0 * of_adapter),
+            learning_rate: self.preference_learning_rate.unwrap_or(usual),
             epochs: Some(self.preference_epochs),
             max_steps: None,
             ..settings.clone()
@@ -277,7 +309,7 @@ impl TaskSettings for Constitutional {
     }
 
     fn trains_on_pairs(&self) -> bool {
-        self.runs(Stage::Compare)
+        self.runs(Stage::Compare) && self.preference_method == PreferenceMethod::Dpo
     }
 
     fn takes_human_pairs(&self) -> bool {
@@ -294,6 +326,9 @@ impl TaskSettings for Constitutional {
         self.constitution.check()?;
         if self.stages.is_empty() {
             return Err("constitutional.stages: name `revise`, `compare` or both".into());
+        }
+        if self.preference_method == PreferenceMethod::Rank && self.pairs == PairSource::Revised {
+            return Err("constitutional.pairs: `revised` is for `preference_method` `dpo`".into());
         }
         if self.pairs == PairSource::Revised && !self.runs(Stage::Revise) {
             return Err("constitutional.pairs: `revised` needs the stage `revise`".into());
@@ -312,6 +347,7 @@ impl TaskSettings for Constitutional {
         within("constitutional.chain_of_thought_tokens", tokens, 1.0, 65_536.0)?;
         // A label of one half prefers neither answer.
         within("constitutional.max_label", self.max_label.unwrap_or(1.0), 0.501, 1.0)?;
+        within("constitutional.num_generations", self.num_generations as f64, 2.0, 256.0)?;
         within("constitutional.beta", self.beta, f64::MIN_POSITIVE, 100.0)?;
         within("constitutional.preference_learning_rate", rate, f64::MIN_POSITIVE, 10.0)?;
         let epochs = self.preference_epochs;
@@ -388,6 +424,8 @@ mod tests {
             (written(&good, r#", "principles_per_pair": 2"#), "principles_per_pair"),
             (written(&good, r#", "rounds": 0"#), "rounds"),
             (written(&good, r#", "max_label": 0.5"#), "max_label"),
+            (written(&good, r#", "preference_method": "rank", "pairs": "revised""#), "pairs"),
+            (written(&good, r#", "num_generations": 1"#), "num_generations"),
             (written(&good, r#", "max_label": 1.1"#), "max_label"),
             (written(&good, r#", "chain_of_thought_tokens": 0"#), "chain_of_thought_tokens"),
         ] {

@@ -1,6 +1,9 @@
 //! The block `grpo` of a specification.
 
-use super::{Correction, GrpoLoss, PolicyLoss, Resolved, TaskSettings, Weights, within};
+use super::task::resolve_tuning;
+use super::{
+    Correction, GrpoLoss, PolicyLoss, Resolved, RewardSource, Spec, TaskSettings, Weights, within,
+};
 use crate::dataset::DatasetKind;
 use crate::grade::Grader;
 use serde::{Deserialize, Serialize};
@@ -10,7 +13,7 @@ use serde_json::Value;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grpo {
-    pub grader: Grader,
+    pub grader: RewardSource,
     /// Completions sampled for each prompt (the group size).
     #[serde(default = "group", alias = "group")]
     pub num_generations: usize,
@@ -83,9 +86,9 @@ pub(super) fn eval_samples() -> usize {
 
 impl Grpo {
     /// The default settings, with this grader.
-    pub fn with(grader: Grader) -> Self {
+    pub fn with(grader: impl Into<RewardSource>) -> Self {
         Self {
-            grader,
+            grader: grader.into(),
             num_generations: group(),
             max_tokens: max_tokens(),
             temperature: one(),
@@ -135,7 +138,30 @@ impl TaskSettings for Grpo {
     }
 
     fn grader(&self) -> Option<&Grader> {
-        Some(&self.grader)
+        self.grader.grader()
+    }
+
+    fn samples(&self) -> bool {
+        true
+    }
+
+    fn models(&self) -> Vec<(String, &str, bool)> {
+        let found = match &self.grader {
+            RewardSource::Grader(grader) => grader.models().into_iter().collect(),
+            RewardSource::Rank(rank) => vec![(rank.model.as_str(), false)],
+        };
+        found.into_iter().map(|(name, scores)| ("grader".into(), name, scores)).collect()
+    }
+
+    fn resolve(&self, spec: &Spec) -> Result<Resolved, String> {
+        if matches!(self.grader, RewardSource::Rank(_)) && spec.data.validation.is_some() {
+            return Err(
+                "data.validation: a `rank` grader compares answers to the same prompt with \
+                        each other; their mean reward is always one half, so leave it out"
+                    .into(),
+            );
+        }
+        resolve_tuning(self.learning_rates(), spec)
     }
 
     fn response_format(&self) -> Option<&Value> {
@@ -148,11 +174,59 @@ impl TaskSettings for Grpo {
         within("grpo.max_tokens", self.max_tokens as f64, 1.0, most)?;
         within("grpo.temperature", self.temperature, 0.01, 10.0)?;
         within("grpo.num_iterations", self.num_iterations as f64, 1.0, 64.0)?;
+        if matches!(self.grader, RewardSource::Rank(_)) && self.target_reward.is_some() {
+            return Err(
+                "grpo.target_reward: the mean reward of a `rank` grader is always one half".into(),
+            );
+        }
         within("grpo.target_reward", self.target_reward.unwrap_or(0.0), -1e9, 1e9)?;
         within("grpo.eval_samples", self.eval_samples as f64, 1.0, 256.0)?;
         within("grpo.beta", self.beta, 0.0, 100.0)?;
         within("grpo.epsilon", self.epsilon, f64::MIN_POSITIVE, 100.0)?;
         within("grpo.epsilon_high", self.epsilon_high.unwrap_or(1.0), f64::MIN_POSITIVE, 100.0)?;
         within("grpo.importance_sampling_cap", self.importance_sampling_cap, f64::MIN_POSITIVE, 1e6)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::spec::{Rank, Task};
+
+    fn spec(grader: &str, more: &str) -> Result<Spec, String> {
+        let text = format!(
+            r#"{{"kind": "grpo", "model": "m", "data": {{"train": "f"{more}}},
+                "grpo": {{"grader": {grader}}}}}"#
+        );
+        let spec: Spec = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        spec.resolve().map(|_| spec)
+    }
+
+    #[test]
+    fn a_rank_grader_compares_completions() {
+        let rank =
+            r#"{"type": "rank", "name": "r", "model": "j", "question": "Which is shorter?"}"#;
+        let found = spec(rank, "").unwrap();
+        let Task::Grpo(Grpo { grader: RewardSource::Rank(Rank { model, question, .. }), .. }) =
+            &found.task
+        else {
+            panic!("{found:?}")
+        };
+        assert_eq!((model.as_str(), question.as_str()), ("j", "Which is shorter?"));
+        let settings = found.task.settings();
+        assert!(settings.samples() && settings.grader().is_none());
+        assert_eq!(settings.models(), [("grader".to_owned(), "j", false)]);
+        let text = serde_json::to_string(&found).unwrap();
+        assert_eq!(serde_json::from_str::<Spec>(&text).unwrap(), found);
+        for (grader, more, why) in [
+            (rank, r#", "validation": "v""#, "data.validation"),
+            (&rank.replace("Which is shorter?", " "), "", "grader.question"),
+            (&rank.replace("question", "ask"), "", "ask"),
+            (r#"{"type": "rank", "name": "r", "model": "j"}"#, "", "question"),
+            (r#"{"type": "dance", "name": "r"}"#, "", "dance"),
+        ] {
+            let error = spec(grader, more).unwrap_err();
+            assert!(error.contains(why), "{grader}: {error}");
+        }
     }
 }

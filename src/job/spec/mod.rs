@@ -11,13 +11,14 @@ mod policy_loss;
 mod ppo;
 mod pretrain;
 mod reward;
+mod reward_source;
 mod schedule;
 mod sft;
 mod task;
 
 pub use adapter::{Adapter, Lora, Targets};
 pub use constitutional::{
-    Constitution, Constitutional, PairSource, Principle, RevisionExample, Stage,
+    Constitution, Constitutional, PairSource, PreferenceMethod, Principle, RevisionExample, Stage,
 };
 pub use device::TrainDevice;
 pub use dpo::{Dpo, DpoLoss};
@@ -27,6 +28,7 @@ pub use policy_loss::{Correction, GrpoLoss, PolicyLoss, PpoLoss};
 pub use ppo::Ppo;
 pub use pretrain::{BYTES, Pretrain, Shape, Tokenizer, TokenizerPlan};
 pub use reward::Reward;
+pub use reward_source::{Rank, RewardSource};
 pub use schedule::Schedule;
 pub use sft::Sft;
 pub(crate) use task::for_task;

@@ -4,12 +4,12 @@
 
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
 use super::sampler::{
-    GradedCompletion, Group, Measured, ReferenceModel, Sampled, Sampler, Sampling, SavedRollouts,
-    encoded, mean_gap, measure,
+    GradedCompletion, Group, Measured, Ranking, ReferenceModel, Reward, Sampled, Sampler, Sampling,
+    SavedRollouts, encoded, mean_gap, measure,
 };
 use super::{Job, Recipe};
 use crate::job::rollout_table::RolloutRow;
-use crate::job::spec::{Grpo, GrpoLoss, PolicyLoss, Resolved};
+use crate::job::spec::{Grpo, GrpoLoss, PolicyLoss, Resolved, RewardSource};
 use crate::job::{Control, Metrics};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
@@ -34,29 +34,21 @@ impl Recipe for Grpo {
         control: &Control,
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
-        let sampling = Sampling {
-            grader: &self.grader,
-            num_generations: self.num_generations,
-            max_tokens: self.max_tokens,
-            temperature: self.temperature,
-            response_format: self.response_format.as_ref(),
-            eval_samples: self.eval_samples,
-        };
-        let trainer = GrpoTrainer {
-            model: job.model,
-            settings: job.settings,
-            block: self,
-            examples: job.train.len(),
-            checkpoints: job.checkpoints,
-            shuffle: job.shuffle,
-            sampler: Sampler::new(job, sampling, control)?,
-        };
-        trainer.run(control, event)
+        match &self.grader {
+            RewardSource::Grader(grader) => {
+                GrpoTrainer::new(job, self, Reward::Grader(grader), control)?.run(control, event)
+            }
+            RewardSource::Rank(rank) => {
+                let question = |_| rank.question.as_str();
+                let ranking = Ranking { judge: &rank.model, reasoning: None, question: &question };
+                GrpoTrainer::new(job, self, Reward::Rank(ranking), control)?.run(control, event)
+            }
+        }
     }
 }
 
 /// A GRPO run.
-struct GrpoTrainer<'a> {
+pub(super) struct GrpoTrainer<'a> {
     pub model: &'a Model,
     pub settings: &'a Resolved,
     pub block: &'a Grpo,
@@ -104,13 +96,44 @@ struct RolloutBuffer {
     rows: Vec<RolloutRow>,
 }
 
-impl GrpoTrainer<'_> {
+impl<'a> GrpoTrainer<'a> {
+    /// # Errors
+    /// As [`Sampler::new`].
+    pub(super) fn new(
+        job: &Job<'a, PreparedPrompts>,
+        block: &'a Grpo,
+        reward: Reward<'a>,
+        control: &'a Control,
+    ) -> Result<Self, TrainError> {
+        let sampling = Sampling {
+            reward,
+            num_generations: block.num_generations,
+            max_tokens: block.max_tokens,
+            temperature: block.temperature,
+            response_format: block.response_format.as_ref(),
+            eval_samples: block.eval_samples,
+        };
+        Ok(Self {
+            model: job.model,
+            settings: job.settings,
+            block,
+            examples: job.train.len(),
+            checkpoints: job.checkpoints,
+            shuffle: job.shuffle,
+            sampler: Sampler::new(job, sampling, control)?,
+        })
+    }
+
     /// Trains from the newest checkpoint to the last step, or until `control` stops it. `model` holds
     /// the initial weights.
     ///
     /// # Errors
     /// [`TrainError`]; the last checkpoint is kept.
-    fn run(&self, control: &Control, mut event: impl FnMut(Event)) -> Result<Outcome, TrainError> {
+    pub(super) fn run(
+        &self,
+        control: &Control,
+        mut event: impl FnMut(Event),
+    ) -> Result<Outcome, TrainError> {
         let run = Run { model: self.model, settings: self.settings, checkpoints: self.checkpoints };
         let reference = ReferenceModel::of(self.model)?;
         let order = Order::new(self.examples, self.shuffle);

@@ -8,6 +8,7 @@
 //! | `dpo.rs`, `reward.rs` | objectives of preference pairs; `preference.rs`: what they share |
 //! | `grpo.rs`, `ppo.rs` | policies; `sampler.rs`: how their completions are sampled and graded |
 //! | `constitutional/` | critiques and revisions, and preferences of a judge |
+//! | `judge.rs` | a served model that compares answers |
 //! | `calls.rs` | calls to the served model |
 //! | `run.rs` | the training loop shared by all recipes |
 
@@ -17,6 +18,7 @@ mod dpo;
 #[cfg(test)]
 pub mod dummy;
 mod grpo;
+mod judge;
 #[cfg(test)]
 mod policy_tests;
 mod ppo;
@@ -124,6 +126,15 @@ pub struct Making<'a, D: Dataset> {
     /// Preference pairs labelled by people.
     pub human: Option<&'a Path>,
 }
+
+// Not derived: that would ask for data that can be copied.
+impl<D: Dataset> Clone for Making<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Dataset> Copy for Making<'_, D> {}
 
 /// The served model whose completions are sampled while it is trained.
 #[derive(Clone, Copy)]

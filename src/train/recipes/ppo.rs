@@ -7,7 +7,8 @@
 
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
 use super::sampler::{
-    GradedCompletion, Measured, ReferenceModel, Sampler, Sampling, encoded, mean_gap, measure,
+    GradedCompletion, Measured, ReferenceModel, Reward, Sampler, Sampling, encoded, mean_gap,
+    measure,
 };
 use super::{Job, Recipe};
 use crate::job::rollout_table::RolloutRow;
@@ -40,7 +41,7 @@ impl Recipe for Ppo {
         event: &mut dyn FnMut(Event),
     ) -> Result<Outcome, TrainError> {
         let sampling = Sampling {
-            grader: &self.grader,
+            reward: Reward::Grader(&self.grader),
             num_generations: self.num_generations,
             max_tokens: self.max_tokens,
             temperature: self.temperature,

@@ -1,6 +1,7 @@
 //! Sampling of completions from the served model, and their rewards: what recipes of policies share.
 
 use super::calls::{Calls, MAX_BACK_OFF, StartedRollouts};
+use super::judge::{Comparison, Judge};
 use super::{Job, TrainError};
 use crate::grade::{Context, Grader};
 use crate::job::rollout::{Rollout, RolloutRequest};
@@ -21,9 +22,9 @@ const GRADE_TRIES: u32 = 4;
 const TRAIN_SHARE: f64 = 0.5;
 
 /// How completions are sampled and graded.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(super) struct Sampling<'a> {
-    pub grader: &'a Grader,
+    pub reward: Reward<'a>,
     /// Completions sampled for each prompt.
     pub num_generations: usize,
     /// Maximum number of tokens of a completion.
@@ -33,6 +34,25 @@ pub(super) struct Sampling<'a> {
     pub response_format: Option<&'a Value>,
     /// Completions sampled for each validation prompt.
     pub eval_samples: usize,
+}
+
+/// Where rewards come from.
+#[derive(Clone, Copy)]
+pub(super) enum Reward<'a> {
+    /// A completion is graded on its own.
+    Grader(&'a Grader),
+    /// The completions of a prompt are compared with each other.
+    Rank(Ranking<'a>),
+}
+
+/// How completions are compared.
+#[derive(Clone, Copy)]
+pub(super) struct Ranking<'a> {
+    /// The model that compares, and the tokens it may write before ([`Judge`]).
+    pub judge: &'a str,
+    pub reasoning: Option<u32>,
+    /// The question about the completions of a prompt, by its number.
+    pub question: &'a dyn Fn(usize) -> &'a str,
 }
 
 /// Samples and grades completions of the prompts of a job.
@@ -149,9 +169,11 @@ impl<'a> Sampler<'a> {
         control: &'a Control,
     ) -> Result<Self, TrainError> {
         let calls = Calls::new(job.policy, control)?;
-        check_items(sampling.grader, "data.train", job.train)?;
-        if let Some(validation) = job.validation {
-            check_items(sampling.grader, "data.validation", validation)?;
+        if let Reward::Grader(grader) = sampling.reward {
+            check_items(grader, "data.train", job.train)?;
+            if let Some(validation) = job.validation {
+                check_items(grader, "data.validation", validation)?;
+            }
         }
         let (train, validation) = (job.train, job.validation);
         let (batch_size, seed) = (job.settings.batch_size, job.seed);
@@ -221,7 +243,10 @@ impl<'a> Sampler<'a> {
     /// Mean rewards of completions of the validation prompts. The same random seeds are used each
     /// time.
     pub(super) fn examine(&self) -> Result<Option<Metrics>, TrainError> {
-        let Some(held_out) = self.validation else { return Ok(None) };
+        // Compared with each other, the completions of a prompt have a mean reward of one half.
+        let (Some(held_out), Reward::Grader(_)) = (self.validation, self.sampling.reward) else {
+            return Ok(None);
+        };
         let mut measured = Measured::new();
         self.calls.export()?;
         let (all, mut groups): (Vec<usize>, _) = ((0..held_out.len()).collect(), Vec::new());
@@ -278,7 +303,10 @@ impl<'a> Sampler<'a> {
             measure(measured, "terminated_ratio", f64::from(u8::from(answer.ended)));
         }
         let started = Instant::now();
-        let rows = self.grade(self.sampling.grader, &samples, share)?;
+        let rows = match self.sampling.reward {
+            Reward::Grader(grader) => self.grade(grader, &samples, share)?,
+            Reward::Rank(ranking) => self.rank(ranking, numbers, &prompts, &sampled)?,
+        };
         for GradedRow { row, .. } in &rows {
             measure(measured, "grader_errors", f64::from(u8::from(!row.reasons.is_empty())));
             let Some(reward) = row.reward else { continue };
@@ -302,6 +330,61 @@ impl<'a> Sampler<'a> {
             groups.push(Group { prompt: prompt.tokens.clone(), completions });
         }
         Ok(groups)
+    }
+
+    /// (completions) rows with rewards, but without the prompt. Each completion is compared with the
+    /// next one of its prompt, and the last one with the first.
+    fn rank(
+        &self,
+        ranking: Ranking,
+        numbers: &[usize],
+        prompts: &[EncodedPrompt],
+        sampled: &[Vec<Rollout>],
+    ) -> Result<Vec<GradedRow>, TrainError> {
+        let Ranking { judge: model, reasoning, question } = ranking;
+        let judge = Judge { calls: self.calls, model, reasoning };
+        let rollouts: Vec<&Rollout> = sampled.iter().flatten().collect();
+        let (mut pairs, mut comparisons, mut first) = (Vec::new(), Vec::new(), 0);
+        for ((&number, prompt), group) in numbers.iter().zip(prompts).zip(sampled) {
+            // Two completions make one pair.
+            let count = if group.len() > 2 { group.len() } else { group.len().saturating_sub(1) };
+            for at in 0..count {
+                let pair = [first + at, first + (at + 1) % group.len()];
+                let answers = pair.map(|at| rollouts[at].text.as_str());
+                pairs.push(pair);
+                // Equal ones need no judge.
+                if answers[0] != answers[1] {
+                    let (messages, question) = (&prompt.item["messages"], question(number));
+                    comparisons.push(Comparison { messages, principle: "", question, answers });
+                }
+            }
+            first += group.len();
+        }
+        let mut found = judge.compare(&comparisons)?.into_iter();
+        // (completions) the sum and the number of its probabilities of being the better one.
+        let mut wins = vec![(0.0, 0.0); rollouts.len()];
+        for [one, other] in pairs {
+            let equal = rollouts[one].text == rollouts[other].text;
+            let judged =
+                if equal { Some(0.5) } else { found.next().flatten().map(|p| p.probability()) };
+            let Some(p) = judged else { continue };
+            for (at, p) in [(one, p), (other, 1.0 - p)] {
+                wins[at] = (wins[at].0 + p, wins[at].1 + 1.0);
+            }
+        }
+        let row = |(rollout, (sum, count)): (&&Rollout, (f64, f64))| {
+            let lost = (count == 0.0).then(|| "the judge gave no answer".to_owned());
+            let row = RolloutRow {
+                completion: rollout.text.clone(),
+                tokens: rollout.tokens.len(),
+                ended: rollout.ended,
+                reward: (count > 0.0).then(|| sum / count),
+                reasons: lost.into_iter().collect(),
+                ..RolloutRow::default()
+            };
+            GradedRow { row, unavailable: false }
+        };
+        Ok(rollouts.iter().zip(wins).map(row).collect())
     }
 
     /// (completions) rows with rewards, but without the prompt. While the grader's models cannot be

@@ -1,7 +1,7 @@
 //! Pairs of answers, labelled by the judge.
 
+use super::super::judge::{Comparison, Judgement};
 use super::super::{Event, TrainError};
-use super::judge::{Comparison, Judgement};
 use super::pipeline::{Pipeline, Purpose, is_helpful, message, messages};
 use super::revise::Revised;
 use super::table::Table;

@@ -1,8 +1,8 @@
 //! The judge against people, and answers before and after training.
 
+use super::super::judge::{Comparison, Judgement};
 use super::super::sampler::encoded;
 use super::super::{Event, TrainError};
-use super::judge::{Comparison, Judgement};
 use super::pipeline::{Pipeline, Purpose, is_helpful, message, messages};
 use super::stats::Calibration;
 use super::table::Table;
@@ -18,7 +18,7 @@ const EVALUATION: Purpose = Purpose(0x6576_616c);
 const HUMAN: Purpose = Purpose(0x6875_6d61);
 
 /// The question about answers to prompts that are marked as helpful.
-const HELPFULNESS: (&str, &str) = ("helpfulness", "Which answer helps the person more?");
+pub(super) const HELPFULNESS: (&str, &str) = ("helpfulness", "Which answer helps the person more?");
 
 /// When the evaluation prompts are answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

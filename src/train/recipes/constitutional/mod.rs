@@ -7,14 +7,12 @@
 //! | `revise.rs` | answers, critiques and revisions |
 //! | `compare.rs` | pairs of answers, labelled by the judge |
 //! | `evaluate.rs` | the judge against people; answers before and after training |
-//! | `judge.rs` | questions to the judge |
 //! | `table.rs` | files of examples, which a killed job goes on with |
 //! | `stats.rs` | intervals and calibration |
 //! | `report.rs` | the report, as JSON and HTML |
 
 mod compare;
 mod evaluate;
-mod judge;
 mod pipeline;
 mod report;
 mod revise;

@@ -1,18 +1,19 @@
 //! The stages of the pipeline, and what they share.
 
 use super::super::calls::Calls;
+use super::super::grpo::GrpoTrainer;
+use super::super::judge::Judge;
 use super::super::preference::PreferenceTrainer;
-use super::super::sampler::{ReferenceModel, check_items};
+use super::super::sampler::{Ranking, ReferenceModel, Reward, check_items};
 use super::super::sft::SftTrainer;
 use super::super::{Event, Job, Outcome, TrainError};
 use super::evaluate::Phase;
-use super::judge::Judge;
 use super::report::{Report, reasons};
 use super::table::lines;
 use super::{compare, evaluate, revise};
 use crate::dataset::Chat;
 use crate::job::rollout::{Rollout, RolloutRequest};
-use crate::job::spec::{Constitutional, Principle, Stage};
+use crate::job::spec::{Constitutional, PreferenceMethod, Principle, Stage};
 use crate::job::{Control, StepMetrics, Validation, write_whole};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{Dataset, Prepared, PreparedPairs, PreparedPrompts};
@@ -22,6 +23,7 @@ use serde_json::Value;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+const RANKED: Purpose = Purpose(0x7261_6e6b);
 /// Interval of progress messages.
 const TOLD: Duration = Duration::from_secs(10);
 
@@ -75,11 +77,15 @@ impl<'a> Pipeline<'a> {
         }
         // A job that is asked to finish keeps what stage 1 has taught.
         if self.block.runs(Stage::Compare) && !self.control.finishes() {
-            let rows = compare::compare(self, event)?;
-            report.compared(&rows);
-            let Some(more) = self.learn_preferences(&rows, trained.1, event)? else {
-                return Ok(Outcome::Stopped);
+            let more = match self.block.preference_method {
+                PreferenceMethod::Dpo => {
+                    let rows = compare::compare(self, event)?;
+                    report.compared(&rows);
+                    self.learn_preferences(&rows, trained.1, event)?
+                }
+                PreferenceMethod::Rank => self.learn_from_judge(trained.1, event)?,
             };
+            let Some(more) = more else { return Ok(Outcome::Stopped) };
             trained = (trained.0 + more.0, trained.1 + more.1);
         }
         let after = evaluate::answers(self, Phase::After, event)?;
@@ -177,27 +183,36 @@ impl<'a> Pipeline<'a> {
             reference: self.job.reference,
         };
         event(Event::Note { text: format!("Training on {} preferences (DPO).", pairs.len()) });
-        let mut steps = 0;
-        let outcome = trainer.run(self.control, |what| {
-            match what {
-                Event::Step(step) => {
-                    steps = step.step;
-                    let (number, total) = (before + step.step, before + step.total_steps);
-                    event(Event::Step(StepMetrics { step: number, total_steps: total, ..step }));
-                }
-                Event::Resumed { step } => {
-                    steps = step;
-                    event(Event::Resumed { step: before + step });
-                }
-                // Its adapter would replace those of the checkpoints of fine-tuning.
-                Event::Checkpoint { .. } => {}
-                other => event(other),
-            }
-        })?;
-        Ok(match outcome {
-            Outcome::Done { tokens } => Some((tokens, steps)),
-            Outcome::Stopped => None,
-        })
+        let mut steps = Continued { before, steps: 0 };
+        let outcome = trainer.run(self.control, |what| steps.tell(what, event))?;
+        Ok(steps.trained(outcome))
+    }
+
+    /// GRPO with the judge's comparisons of the model's own completions as reward.
+    fn learn_from_judge(
+        &self,
+        before: u64,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Trained, TrainError> {
+        let settings = self.block.preference_settings(self.job.settings);
+        let folder = self.job.making.cache.join("preference");
+        let checkpoints = Checkpoints::new(&folder, settings.keep_checkpoints)?;
+        let job = Job { settings: &settings, checkpoints: &checkpoints, ..*self.job };
+        let helpful: Vec<bool> = (0..job.train.len())
+            .map(|prompt| Ok(is_helpful(&job.train.get(prompt)?.item)))
+            .collect::<Result<_, TrainError>>()?;
+        let question = |prompt: usize| match helpful[prompt] {
+            true => evaluate::HELPFULNESS.1,
+            false => self.principle(self.seed(RANKED, prompt)).comparison.as_str(),
+        };
+        let (judge, reasoning) = (self.judge.model, self.judge.reasoning);
+        let ranking = Ranking { judge, reasoning, question: &question };
+        let policy = self.block.policy(judge);
+        let trainer = GrpoTrainer::new(&job, &policy, Reward::Rank(ranking), self.control)?;
+        event(Event::Note { text: "Training with the judge as reward (GRPO).".into() });
+        let mut steps = Continued { before, steps: 0 };
+        let outcome = trainer.run(self.control, |what| steps.tell(what, event))?;
+        Ok(steps.trained(outcome))
     }
 
     /// Writes examples to a file of the job, and tokenizes them.
@@ -299,6 +314,42 @@ impl<'a> Pipeline<'a> {
             event(Event::Note { text: format!("{what}: {total} of {total}.") });
         }
         Ok(())
+    }
+}
+
+/// Counts the steps of a stage after those of the stage before.
+struct Continued {
+    before: u64,
+    steps: u64,
+}
+
+impl Continued {
+    fn tell(&mut self, what: Event, event: &mut dyn FnMut(Event)) {
+        match what {
+            Event::Step(step) => {
+                self.steps = step.step;
+                let (number, total) = (self.before + step.step, self.before + step.total_steps);
+                event(Event::Step(StepMetrics { step: number, total_steps: total, ..step }));
+            }
+            Event::Resumed { step } => {
+                self.steps = step;
+                event(Event::Resumed { step: self.before + step });
+            }
+            Event::Rollouts(mut rows) => {
+                rows.iter_mut().for_each(|row| row.step += self.before);
+                event(Event::Rollouts(rows));
+            }
+            // Its adapter would replace those of the checkpoints of fine-tuning.
+            Event::Checkpoint { .. } => {}
+            other => event(other),
+        }
+    }
+
+    fn trained(&self, outcome: Outcome) -> Trained {
+        match outcome {
+            Outcome::Done { tokens } => Some((tokens, self.steps)),
+            Outcome::Stopped => None,
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Answers, critiques and revisions.
 
+use super::super::judge::{Comparison, Judgement};
 use super::super::{Event, TrainError};
-use super::judge::{Comparison, Judgement};
 use super::pipeline::{Pipeline, Purpose, is_helpful, message, messages};
 use super::table::Table;
 use crate::job::rollout::Rollout;

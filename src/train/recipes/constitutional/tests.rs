@@ -275,6 +275,8 @@ fn a_principle_is_learned() {
         (r#"["revise", "compare"]"#, "revised", 0.4),
         (r#"["revise"]"#, "sampled", 0.3),
         (r#"["compare"]"#, "sampled", 0.4),
+        (r#"["revise", "compare"], "preference_method": "rank""#, "sampled", 0.55),
+        (r#"["compare"], "preference_method": "rank""#, "sampled", 0.5),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let spec = spec(&format!(r#", "stages": {stages}, "pairs": "{pairs}""#));
@@ -322,7 +324,14 @@ fn a_judge_that_reasons_gives_careful_labels() {
 
 #[test]
 fn an_interrupted_run_ends_with_the_same_weights() {
-    let spec = spec("");
+    interrupted("", &["revisions", "sft", "comparisons", "preferences", "evaluation", "judge"]);
+    let rank = r#", "preference_method": "rank", "preference_epochs": 2, "num_generations": 3"#;
+    interrupted(rank, &["revisions", "sft", "evaluation", "judge"]);
+}
+
+/// Compares a run that is stopped again and again with a whole one, and the files that they make.
+fn interrupted(block: &str, files: &[&str]) {
+    let spec = spec(block);
     let whole = tempfile::tempdir().unwrap();
     let right = run(whole.path(), &spec, Judge::Works, u64::MAX).unwrap();
     for calls in [3, 7] {
@@ -331,7 +340,7 @@ fn an_interrupted_run_ends_with_the_same_weights() {
         assert!(ran.processes > 5, "{}", ran.processes);
         assert_eq!(ran.params, right.params, "stopped after {calls} calls");
         assert_eq!(ran.metrics, right.metrics);
-        for name in ["revisions", "sft", "comparisons", "preferences", "evaluation", "judge"] {
+        for name in files {
             let of = |folder: &Path| {
                 std::fs::read_to_string(folder.join(format!("made/{name}.jsonl"))).unwrap()
             };

@@ -1,8 +1,8 @@
 //! A judge: a served model that compares answers, by the probabilities of the labels with which its
 //! answer can begin (Lee et al. 2023, RLAIF, arXiv:2309.00267). A pair is read in both orders.
 
-use super::super::TrainError;
-use super::super::calls::{Calls, MAX_BACK_OFF};
+use super::TrainError;
+use super::calls::{Calls, MAX_BACK_OFF};
 use crate::grade::{Answer, Ask, Failed, Message, Question, Reasoning};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -15,6 +15,7 @@ const LOST_SHARE: f64 = 0.5;
 const BATCH: usize = 4;
 
 /// A served model that compares answers.
+#[derive(Clone, Copy)]
 pub(super) struct Judge<'a> {
     pub calls: Calls<'a>,
     pub model: &'a str,
@@ -173,8 +174,8 @@ impl Judge<'_> {
     ) -> Result<Vec<Option<Choice>>, TrainError> {
         if found.len() >= BATCH && found.iter().all(Option::is_none) {
             return Err(TrainError::Spec(format!(
-                "constitutional.judge: the answers of `{}` begin neither with {first} nor with \
-                 {second}; name a judge that answers without reasoning",
+                "the judge: the answers of `{}` begin neither with {first} nor with {second}; name \
+                 a model that answers without reasoning",
                 self.model
             )));
         }
