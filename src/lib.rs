@@ -66,7 +66,7 @@
 //! | [`dataset`] | formats of training files |
 //! | [`train`] | the process of a job: data, trainable models, optimizers, checkpoints, exports |
 //! | [`compress`] | quantization |
-//! | [`evaluate`] | measurements of models: rounding against F32 arithmetic |
+//! | [`evaluate`] | perplexity, KL divergence, accuracy of models; rounding against F32 arithmetic |
 //! | [`grade`] | graders, which score completions |
 //! | [`gguf`] | reading and writing GGUF, LoRA adapters; conversion of Hugging Face folders |
 

@@ -8,11 +8,13 @@
 //! | `bench_serve.rs`, `bench_serve/` | load generator for any OpenAI-compatible server |
 //! | `train.rs`, `train/` | a training job, here or on a server, with a progress bar |
 //! | `jobs.rs` | a server's jobs |
+//! | `eval.rs` | perplexity, KL divergence and accuracy of models |
 //! | `verify.rs` | the runners' rounding, measured on a text |
 //! | `version.rs` | what this binary was built from |
 //! | `http.rs`, `progress.rs` | what the verbs share: a small HTTP client, progress bars |
 
 pub mod bench_serve;
+pub mod eval;
 mod http;
 pub mod jobs;
 pub mod models;
@@ -56,6 +58,8 @@ pub enum Command {
     Jobs(jobs::JobsOptions),
     /// Write a model in a smaller type
     Quantize(Box<quantize::QuantizeOptions>),
+    /// Measure perplexity, KL divergence and accuracy of models, side by side
+    Eval(Box<eval::EvalOptions>),
     /// Measure how far rounding moves a model's predictions, on a text
     Verify(verify::VerifyOptions),
     /// Measure

@@ -74,6 +74,13 @@ pub(super) fn step_bar(total: u64) -> ProgressBar {
     bar
 }
 
+/// A bar of steps of something that its prefix names.
+pub(super) fn work_bar(total: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(5));
+    bar.set_style(style("{prefix}  {bar:30}  {pos}/{len}  {elapsed}, {eta} to go"));
+    bar
+}
+
 /// A spinner with a text that the caller sets.
 pub(super) fn spinner(text: String) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(5));

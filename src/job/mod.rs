@@ -35,6 +35,8 @@
 //! | `rollout.rs` | messages between a job that trains a policy and the gateway |
 //! | `rollout_table.rs` | the completions that a policy was trained on |
 //! | `quantize.rs` | what a quantization is; it runs in the process of `ingot quantize` |
+//! | `evaluation.rs`, `evaluation_report.rs` | what an evaluation is, and its report; it runs in the process of `ingot eval` |
+//! | `rate.rs` | shares with intervals |
 //! | `verify.rs` | what a verification is; it runs in the process of `ingot verify` |
 //! | `control.rs` | [`Control`]: what is asked of a job while it runs |
 //! | `process.rs` | starting the job process, and its exit codes |
@@ -42,6 +44,8 @@
 
 mod control;
 mod estimate;
+mod evaluation;
+mod evaluation_report;
 mod events;
 mod folder;
 mod order;
@@ -49,6 +53,7 @@ mod outcome;
 mod plot;
 mod process;
 mod quantize;
+mod rate;
 mod report;
 mod resolve;
 pub mod rollout;
@@ -58,6 +63,11 @@ mod verify;
 
 pub use control::Control;
 pub use estimate::ResourceEstimate;
+pub use evaluation::{
+    DivergenceReport, EVAL_CONTEXT, EvalError, EvalModel, EvalPlan, EvalProgress, EvalReference,
+    EvalReport, EvalTask, Gate, GateReport, Interval, ModelReport, MultipleChoice, TaskReport,
+    TextFacts,
+};
 pub use events::{
     DataReport, Entry, EventLog, Follower, JobEvent, Level, Metrics, REWARD, StepMetrics,
     Validation, now,
@@ -71,6 +81,7 @@ pub use quantize::{
     ModelType, QuantizeError, QuantizePlan, QuantizeReport, QuantizedTensor, TensorOverride,
     tensor_type,
 };
+pub use rate::Rate;
 pub use report::report;
 pub use resolve::{BaseModel, InitAdapter, ResolveError, ResolvedJob, Sources};
 pub use verify::{

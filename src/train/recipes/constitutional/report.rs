@@ -3,8 +3,9 @@
 use super::compare::Compared;
 use super::evaluate::Evaluated;
 use super::revise::{Revised, is_refusal};
-use super::stats::{Calibration, Rate};
+use super::stats::Calibration;
 use crate::job::Metrics;
+use crate::job::Rate;
 use crate::job::spec::Constitutional;
 use minijinja::Environment;
 use minijinja::value::Serde;

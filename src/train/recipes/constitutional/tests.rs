@@ -325,7 +325,7 @@ fn a_judge_that_reasons_gives_careful_labels() {
 #[test]
 fn an_interrupted_run_ends_with_the_same_weights() {
     interrupted("", &["revisions", "sft", "comparisons", "preferences", "evaluation", "judge"]);
-    let rank = r#", "preference_method": "rank", "preference_epochs": 2, "num_generations": 3"#;
+    let rank = r#", "preference_method": "rank", "num_generations": 3"#;
     interrupted(rank, &["revisions", "sft", "evaluation", "judge"]);
 }
 
