@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         Command::Train(options) => cli::train::main(options),
         Command::Jobs(options) => cli::jobs::main(options),
         Command::Quantize(options) => cli::quantize::main(*options, ingot::compress::quantize),
+        Command::Imatrix(options) => cli::imatrix::main(*options, ingot::compress::imatrix),
         Command::Eval(options) => cli::eval::main(*options, ingot::evaluate::evaluate),
         Command::Verify(options) => cli::verify::main(options, ingot::evaluate::verify::verify),
         Command::Bench(BenchCommand::Serve(options)) => cli::bench_serve::main(*options),

@@ -8,6 +8,7 @@
 //! | `bench_serve.rs`, `bench_serve/` | load generator for any OpenAI-compatible server |
 //! | `train.rs`, `train/` | a training job, here or on a server, with a progress bar |
 //! | `jobs.rs` | a server's jobs |
+//! | `quantize.rs`, `imatrix.rs` | models in smaller types |
 //! | `eval.rs` | perplexity, KL divergence and accuracy of models |
 //! | `verify.rs` | the runners' rounding, measured on a text |
 //! | `version.rs` | what this binary was built from |
@@ -16,6 +17,7 @@
 pub mod bench_serve;
 pub mod eval;
 mod http;
+pub mod imatrix;
 pub mod jobs;
 pub mod models;
 mod progress;
@@ -56,6 +58,8 @@ pub enum Command {
     Train(train::TrainOptions),
     /// List, follow and steer the jobs of a server
     Jobs(jobs::JobsOptions),
+    /// Compute an importance matrix, which makes quantized models better
+    Imatrix(Box<imatrix::ImatrixOptions>),
     /// Write a model in a smaller type
     Quantize(Box<quantize::QuantizeOptions>),
     /// Measure perplexity, KL divergence and accuracy of models, side by side

@@ -6,7 +6,7 @@ use crate::config::{ByteSize, DataDirOption, HubAccess};
 use crate::gateway::store::{ModelRef, Store, ensure};
 use crate::gguf::{TensorType, is_hugging_face};
 use crate::job::{
-    ModelType, QuantizeError, QuantizePlan, QuantizeReport, QuantizedTensor, TensorOverride,
+    CompressError, ModelType, QuantizePlan, QuantizeReport, QuantizedTensor, TensorOverride,
     tensor_type,
 };
 use indicatif::ProgressBar;
@@ -68,7 +68,7 @@ pub fn main(
     quantize: impl FnOnce(
         &QuantizePlan,
         &mut dyn FnMut(QuantizedTensor),
-    ) -> Result<QuantizeReport, QuantizeError>,
+    ) -> Result<QuantizeReport, CompressError>,
 ) -> Result<ExitCode, CliError> {
     let plan = plan(options)?;
     let mut bar = Bar::new();

@@ -5,8 +5,8 @@ use crate::gguf::{Gguf, GgufError, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-const SUMS: &str = ".in_sum2";
-const COUNTS: &str = ".counts";
+pub(super) const SUMS: &str = ".in_sum2";
+pub(super) const COUNTS: &str = ".counts";
 
 /// Mean squared inputs of tensors.
 #[derive(Debug, Clone, PartialEq)]

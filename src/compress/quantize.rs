@@ -8,7 +8,7 @@
 use super::imatrix::Imatrix;
 use super::log::{LogCapture, LogLine};
 use crate::gguf::{Gguf, TensorType, convert, is_hugging_face};
-use crate::job::{QuantizeError, QuantizePlan, QuantizeReport, QuantizedTensor};
+use crate::job::{CompressError, QuantizePlan, QuantizeReport, QuantizedTensor};
 use llama_cpp_sys_2 as sys;
 use rustix::fs::{FlockOperation, flock};
 use std::ffi::CString;
@@ -27,13 +27,13 @@ static ONE: Mutex<()> = Mutex::new(());
 /// Carries out a plan. `progress` is called with every tensor that was written.
 ///
 /// # Errors
-/// [`QuantizeError`]; no output is left, and an earlier output is as it was.
+/// [`CompressError`]; no output is left, and an earlier output is as it was.
 pub fn quantize(
     plan: &QuantizePlan,
     progress: &mut dyn FnMut(QuantizedTensor),
-) -> Result<QuantizeReport, QuantizeError> {
+) -> Result<QuantizeReport, CompressError> {
     let _one = ONE.lock();
-    let folder = check_output(plan)?;
+    let folder = check_output(&plan.output)?;
     let part = Parts::new(&plan.output, folder)?;
     let mut notes = Vec::new();
     let converted = Temporary(folder.join(format!(".{}.f32.part", name_of(&plan.output))));
@@ -71,7 +71,7 @@ pub fn quantize(
 }
 
 /// The files of a model: one, or all parts of a split one whose first part is given.
-fn shards(input: &Path) -> Result<Vec<PathBuf>, QuantizeError> {
+fn shards(input: &Path) -> Result<Vec<PathBuf>, CompressError> {
     let name = name_of(input);
     let Some(stem) = name.strip_suffix(".gguf") else { return Ok(vec![input.to_owned()]) };
     let split = stem.rsplit_once("-of-").and_then(|(before, count)| {
@@ -101,7 +101,7 @@ fn shard(prefix: &str, number: usize, count: usize) -> String {
 }
 
 /// The files to write.
-fn outputs(plan: &QuantizePlan, shards: &[PathBuf]) -> Result<Vec<PathBuf>, QuantizeError> {
+fn outputs(plan: &QuantizePlan, shards: &[PathBuf]) -> Result<Vec<PathBuf>, CompressError> {
     let name = name_of(&plan.output);
     let prefix = name.strip_suffix(".gguf").unwrap_or(&name);
     let outputs: Vec<PathBuf> = match plan.keep_split && shards.len() > 1 {
@@ -116,9 +116,7 @@ fn outputs(plan: &QuantizePlan, shards: &[PathBuf]) -> Result<Vec<PathBuf>, Quan
         if shards.iter().any(|shard| same(output, shard)) {
             return Err(refused(output, &"it is the input; name another file"));
         }
-        if output.exists() && !plan.force {
-            return Err(refused(output, &"it exists; --force replaces it"));
-        }
+        check_free(output, plan.force)?;
     }
     Ok(outputs)
 }
@@ -127,13 +125,25 @@ fn name_of(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-fn refused(path: &Path, why: &dyn std::fmt::Display) -> QuantizeError {
-    QuantizeError::Refused(format!("{}: {why}", path.display()))
+pub(super) fn refused(path: &Path, why: &dyn std::fmt::Display) -> CompressError {
+    CompressError::Refused(format!("{}: {why}", path.display()))
+}
+
+/// Checks that one file can be written.
+pub(super) fn check_new(output: &Path, force: bool) -> Result<(), CompressError> {
+    check_output(output)?;
+    check_free(output, force)
+}
+
+fn check_free(output: &Path, force: bool) -> Result<(), CompressError> {
+    match output.exists() && !force {
+        true => Err(refused(output, &"it exists; --force replaces it")),
+        false => Ok(()),
+    }
 }
 
 /// The folder of the output.
-fn check_output(plan: &QuantizePlan) -> Result<&Path, QuantizeError> {
-    let output = &plan.output;
+fn check_output(output: &Path) -> Result<&Path, CompressError> {
     let folder = match output.parent() {
         Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
         Some(folder) => folder,
@@ -150,7 +160,7 @@ fn check_output(plan: &QuantizePlan) -> Result<&Path, QuantizeError> {
 
 /// Checks that no tensor is quantized twice without being asked for, and that the types that are
 /// given for some tensors can be had.
-fn check_types(plan: &QuantizePlan, models: &[Gguf]) -> Result<(), QuantizeError> {
+fn check_types(plan: &QuantizePlan, models: &[Gguf]) -> Result<(), CompressError> {
     let tensors = || models.iter().flat_map(|model| model.tensors());
     if let Some(tensor) = tensors().find(|tensor| tensor.ty().is_quantized())
         && !plan.requantize
@@ -169,7 +179,7 @@ fn check_types(plan: &QuantizePlan, models: &[Gguf]) -> Result<(), QuantizeError
     let plain = ["F32", "F16", "BF16", "COPY"].contains(&plan.ty.name());
     if plain && !plan.overrides.is_empty() {
         let why = format!("--tensor-type has no effect with the type {}", plan.ty.name());
-        return Err(QuantizeError::Refused(why));
+        return Err(CompressError::Refused(why));
     }
     // llama.cpp falls back to another type for all tensors but these.
     let given = [
@@ -183,7 +193,7 @@ fn check_types(plan: &QuantizePlan, models: &[Gguf]) -> Result<(), QuantizeError
         };
         let columns = tensor.dims().first().copied().unwrap_or_default();
         if !columns.is_multiple_of(ty.block_size()) {
-            return Err(QuantizeError::Refused(format!(
+            return Err(CompressError::Refused(format!(
                 "{option} {}: the rows of `{name}` have {columns} numbers, no multiple of {}; choose \
                  another type",
                 ty.name(),
@@ -194,7 +204,7 @@ fn check_types(plan: &QuantizePlan, models: &[Gguf]) -> Result<(), QuantizeError
     Ok(())
 }
 
-fn read_imatrix(plan: &QuantizePlan, models: &[Gguf]) -> Result<Option<Imatrix>, QuantizeError> {
+fn read_imatrix(plan: &QuantizePlan, models: &[Gguf]) -> Result<Option<Imatrix>, CompressError> {
     let Some(path) = &plan.imatrix else { return Ok(None) };
     let refused = |error| refused(path, &error);
     let imatrix = Imatrix::read(path).map_err(refused)?;
@@ -212,7 +222,7 @@ fn run(
     output: &Path,
     imatrix: Option<&Imatrix>,
     progress: &mut dyn FnMut(QuantizedTensor),
-) -> Result<RunLog, QuantizeError> {
+) -> Result<RunLog, CompressError> {
     let call = Call::new(plan, input, output, imatrix)?;
     let (lines, log) = channel();
     std::thread::scope(|scope| {
@@ -226,7 +236,7 @@ fn run(
         match worker.join() {
             Ok(0) => Ok((notes, None)),
             Ok(_) => Ok((notes, Some(errors))),
-            Err(_) => Err(QuantizeError::Refused("llama.cpp panicked".into())),
+            Err(_) => Err(CompressError::Refused("llama.cpp panicked".into())),
         }
     })
 }
@@ -277,7 +287,7 @@ fn sizes(line: &str) -> Option<(f64, f64)> {
 }
 
 /// What to change, from llama.cpp's errors.
-fn explain(plan: &QuantizePlan, folder: &Path, errors: &[String]) -> QuantizeError {
+fn explain(plan: &QuantizePlan, folder: &Path, errors: &[String]) -> CompressError {
     let all = errors.join(" ");
     if all.contains("iostream error") || all.contains("basic_ios") {
         let free = rustix::fs::statvfs(folder).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
@@ -285,7 +295,7 @@ fn explain(plan: &QuantizePlan, folder: &Path, errors: &[String]) -> QuantizeErr
             true => io::Error::from(io::ErrorKind::StorageFull),
             false => io::Error::other("an error while writing"),
         };
-        return QuantizeError::Write { path: plan.output.clone(), source };
+        return CompressError::Write { path: plan.output.clone(), source };
     }
     let last = errors.last().map_or("llama.cpp gave no reason", |line| {
         line.rsplit("failed to quantize: ").next().unwrap_or(line)
@@ -322,14 +332,14 @@ impl Call {
         input: &Path,
         output: &Path,
         imatrix: Option<&Imatrix>,
-    ) -> Result<Self, QuantizeError> {
+    ) -> Result<Self, CompressError> {
         let text = |path: &Path| {
             CString::new(path.as_os_str().as_encoded_bytes())
                 .map_err(|_| refused(path, &"its name has a NUL byte"))
         };
         let pattern = |pattern: &str| {
             CString::new(pattern).map_err(|_| {
-                QuantizeError::Refused("a pattern of --tensor-type has a NUL byte".into())
+                CompressError::Refused("a pattern of --tensor-type has a NUL byte".into())
             })
         };
         let patterns = plan.overrides.iter().map(|found| Ok((pattern(&found.pattern)?, found.ty)));
@@ -339,8 +349,8 @@ impl Call {
             input: text(input)?,
             output: text(output)?,
             plan: plan.clone(),
-            patterns: patterns.collect::<Result<_, QuantizeError>>()?,
-            entries: entries.collect::<Result<_, QuantizeError>>()?,
+            patterns: patterns.collect::<Result<_, CompressError>>()?,
+            entries: entries.collect::<Result<_, CompressError>>()?,
         })
     }
 
@@ -423,11 +433,11 @@ struct Parts {
 
 impl Parts {
     /// Also deletes what a killed process left.
-    fn new(output: &Path, folder: &Path) -> Result<Self, QuantizeError> {
+    fn new(output: &Path, folder: &Path) -> Result<Self, CompressError> {
         let name = format!(".{}.part", name_of(output));
         let lock = Temporary(folder.join(format!(".{}.lock", name_of(output))));
         let file = fs::File::create(&lock.0)
-            .map_err(|source| QuantizeError::Write { path: lock.0.clone(), source })?;
+            .map_err(|source| CompressError::Write { path: lock.0.clone(), source })?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             // The file is the other process's.
             std::mem::forget(lock);
@@ -459,15 +469,15 @@ impl Parts {
     }
 
     /// Syncs the files and moves them to their place. Returns their size.
-    fn publish(&self, outputs: &[PathBuf]) -> Result<u64, QuantizeError> {
+    fn publish(&self, outputs: &[PathBuf]) -> Result<u64, CompressError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
-            move |source| QuantizeError::Write { path, source }
+            move |source| CompressError::Write { path, source }
         };
         let files = self.files();
         if files.len() != outputs.len() {
             let why = format!("llama.cpp wrote {} files, not {}", files.len(), outputs.len());
-            return Err(QuantizeError::Refused(why));
+            return Err(CompressError::Refused(why));
         }
         let mut bytes = 0;
         for file in &files {

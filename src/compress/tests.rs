@@ -3,7 +3,7 @@
 use super::quantize;
 use crate::gguf::fixture::{TinyLlama, tiny_llama};
 use crate::gguf::{Gguf, GgufWriter, TensorType};
-use crate::job::{QuantizeError, QuantizePlan, QuantizeReport};
+use crate::job::{CompressError, ImatrixPlan, QuantizePlan, QuantizeReport};
 use llama_cpp_sys_2 as sys;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -35,7 +35,7 @@ fn plan(folder: &Path, ty: &str) -> QuantizePlan {
     }
 }
 
-fn run(plan: &QuantizePlan) -> Result<(QuantizeReport, Gguf), QuantizeError> {
+fn run(plan: &QuantizePlan) -> Result<(QuantizeReport, Gguf), CompressError> {
     let mut seen = Vec::new();
     let report = quantize(plan, &mut |tensor| seen.push(tensor))?;
     let made = Gguf::open(&plan.output).unwrap();
@@ -254,4 +254,98 @@ fn a_part_of_a_split_model_is_refused_if_it_is_not_the_first() {
     let plan = QuantizePlan { input: second, ..plan(folder.path(), "Q8_0") };
     let error = quantize(&plan, &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("m-00001-of-00003.gguf"), "{error}");
+}
+
+fn imatrix_plan(folder: &Path) -> ImatrixPlan {
+    let model = folder.join("m.gguf");
+    tiny_llama(&model, &TinyLlama { ty: TensorType::F32, ..TinyLlama::default() }).unwrap();
+    ImatrixPlan {
+        model,
+        output: folder.join("imatrix.gguf"),
+        text: "The quick brown fox jumps over the lazy dog. ".repeat(20),
+        text_name: "fox.txt".into(),
+        context: 32,
+        chunks: Some(5),
+        output_tensor: false,
+        threads: 2,
+        force: false,
+    }
+}
+
+#[test]
+fn an_importance_matrix_holds_the_squares_of_the_inputs() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = imatrix_plan(folder.path());
+    let mut seen = Vec::new();
+    let report = super::imatrix(&plan, &mut |done, total| seen.push((done, total))).unwrap();
+    let file = Gguf::open(&plan.model).unwrap();
+    let matrices: Vec<_> = file
+        .tensors()
+        .iter()
+        .filter(|tensor| tensor.name().starts_with("blk.") && tensor.dims().len() == 2)
+        .map(|tensor| tensor.name().to_owned())
+        .collect();
+    assert_eq!((report.chunks, report.tokens, report.tensors), (5, 160, matrices.len()));
+    assert_eq!((seen[0], seen[5]), ((0, 5), (5, 5)));
+    assert!(report.unused_experts.is_empty());
+    let found = Gguf::open(&plan.output).unwrap();
+    let of = |name: &str| found.to_f32(name).unwrap();
+    for name in &matrices {
+        assert_eq!(of(&format!("{name}.counts")), [160.0], "{name}");
+    }
+    // The inputs of a layer are normalized: without the norm's weights their mean square is 1.
+    for (matrix, norm) in [("attn_q", "attn_norm"), ("ffn_up", "ffn_norm")] {
+        let sums = of(&format!("blk.0.{matrix}.weight.in_sum2"));
+        let weights = file.to_f32(&format!("blk.0.{norm}.weight")).unwrap();
+        let mean: f32 = sums.iter().zip(&weights).map(|(sum, w)| sum / (w * w)).sum::<f32>()
+            / (160.0 * sums.len() as f32);
+        assert!((mean - 1.0).abs() < 1e-3, "{matrix}: {mean}");
+    }
+    let same = |a: &str, b: &str| {
+        let of = |name: &str| of(&format!("blk.0.{name}.weight.in_sum2"));
+        assert_eq!(of(a), of(b));
+    };
+    same("attn_q", "attn_k");
+    same("attn_q", "attn_v");
+    same("ffn_gate", "ffn_up");
+    assert!(found.tensor("output.weight.in_sum2").is_none());
+    // Our reader takes it, and so does quantization.
+    let means = super::imatrix::Imatrix::read(&plan.output).unwrap().means;
+    assert_eq!(means.len(), matrices.len());
+    let all = ImatrixPlan { output_tensor: true, force: true, ..plan.clone() };
+    assert_eq!(super::imatrix(&all, &mut |_, _| ()).unwrap().tensors, matrices.len() + 1);
+}
+
+#[test]
+fn an_importance_matrix_that_cannot_be_computed_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = imatrix_plan(folder.path());
+    let refused = |plan: &ImatrixPlan| {
+        let error = super::imatrix(plan, &mut |_, _| ()).unwrap_err().to_string();
+        assert!(!plan.output.exists() || plan.output == plan.model, "{error}");
+        error
+    };
+    let short = ImatrixPlan { text: "a fox".into(), ..plan.clone() };
+    assert!(refused(&short).contains("two chunks of 32"));
+    let nowhere = ImatrixPlan { output: folder.path().join("none/x.gguf"), ..plan.clone() };
+    assert!(refused(&nowhere).contains("no such folder"));
+    let exists = ImatrixPlan { output: plan.model.clone(), ..plan.clone() };
+    assert!(refused(&exists).contains("it exists"));
+    let cut = ImatrixPlan { model: folder.path().join("cut.gguf"), ..plan.clone() };
+    let bytes = std::fs::read(&plan.model).unwrap();
+    std::fs::write(&cut.model, &bytes[..bytes.len() / 2]).unwrap();
+    assert!(refused(&cut).contains("cut.gguf"));
+    // A weight that is no number makes activations that are none.
+    let mut bytes = bytes;
+    let norm = Gguf::open(&plan.model).unwrap().to_f32("blk.0.attn_norm.weight").unwrap();
+    let norm: Vec<u8> = norm.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+    let at = bytes.windows(norm.len()).position(|window| window == norm).unwrap();
+    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let nan = ImatrixPlan { model: folder.path().join("nan.gguf"), ..plan.clone() };
+    std::fs::write(&nan.model, &bytes).unwrap();
+    let error = refused(&nan);
+    assert!(
+        error.contains("nan.gguf") && error.contains("blk.0.") && error.contains("NaN"),
+        "{error}"
+    );
 }

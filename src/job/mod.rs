@@ -34,7 +34,7 @@
 //! | `estimate.rs` | [`ResourceEstimate`]: memory and disk space that a job needs |
 //! | `rollout.rs` | messages between a job that trains a policy and the gateway |
 //! | `rollout_table.rs` | the completions that a policy was trained on |
-//! | `quantize.rs` | what a quantization is; it runs in the process of `ingot quantize` |
+//! | `quantize.rs`, `imatrix.rs` | what a quantization is, and the computation of an importance matrix; they run in the processes of `ingot quantize` and `ingot imatrix` |
 //! | `evaluation.rs`, `evaluation_report.rs` | what an evaluation is, and its report; it runs in the process of `ingot eval` |
 //! | `rate.rs` | shares with intervals |
 //! | `verify.rs` | what a verification is; it runs in the process of `ingot verify` |
@@ -48,6 +48,7 @@ mod evaluation;
 mod evaluation_report;
 mod events;
 mod folder;
+mod imatrix;
 mod order;
 mod outcome;
 mod plot;
@@ -73,12 +74,13 @@ pub use events::{
     Validation, now,
 };
 pub use folder::{Folder, write_whole};
+pub use imatrix::{IMATRIX_CONTEXT, ImatrixPlan, ImatrixReport};
 pub use order::{Order, name_of};
 pub use outcome::{Artifact, ArtifactKind, Failure, Outcome};
 pub use plot::plot;
 pub use process::{DISK_FULL, DONE, Process, STOPPED, WAITS, spawn};
 pub use quantize::{
-    ModelType, QuantizeError, QuantizePlan, QuantizeReport, QuantizedTensor, TensorOverride,
+    CompressError, ModelType, QuantizePlan, QuantizeReport, QuantizedTensor, TensorOverride,
     tensor_type,
 };
 pub use rate::Rate;

@@ -187,7 +187,7 @@ pub struct QuantizeReport {
 
 /// Why nothing was written.
 #[derive(Debug, thiserror::Error)]
-pub enum QuantizeError {
+pub enum CompressError {
     /// The message names the file or tensor, and what to change.
     #[error("{0}")]
     Refused(String),
