@@ -46,7 +46,8 @@
 //! - A job's status changes in one statement; the files that it made are listed in the same transaction.
 //! - What a client sends is an id or a name, never a path.
 //! - Everything is bounded: queues, bodies, grammars, templates, time. Overflow is an answer.
-//! - `unsafe` stands in `kernels/`, `engine/runner/llama_cpp/`, `compress/` and `gguf/` (mmap) only.
+//! - `unsafe` stands in `kernels/`, `engine/runner/llama_cpp/`, `compress/`, `llama_log.rs` and `gguf/` (mmap)
+//!   only.
 //! - With the native runner a request gives the same bits alone and in any batch, cached or not, with
 //!   drafts or without ([`engine`], `speculate`).
 //!
@@ -60,6 +61,7 @@
 //! | [`ipc`] | frames between processes |
 //! | [`engine`] | the model side |
 //! | [`kernels`] | SIMD arithmetic of the native runner and of training, the thread pool |
+//! | [`llama_log`] | llama.cpp's log |
 //! | [`tokenizer`] | text to tokens and back |
 //! | [`template`] | chat templates, and parsers of tool calls and reasoning |
 //! | [`job`] | what a job is: specification, order, folder, events, outcome; no tensors |
@@ -83,6 +85,7 @@ pub mod grade;
 pub mod ipc;
 pub mod job;
 pub mod kernels;
+pub mod llama_log;
 pub mod template;
 pub mod tokenizer;
 pub mod train;

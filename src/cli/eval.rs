@@ -6,11 +6,14 @@ use super::progress::{spinner, work_bar};
 use super::{CliError, PullBar};
 use crate::config::{DataDirOption, HubAccess};
 use crate::gateway::store::{ModelRef, Store, ensure};
+use crate::grade::Grader;
 use crate::job::{
     EVAL_CONTEXT, EvalError, EvalModel, EvalPlan, EvalProgress, EvalReference, EvalReport,
-    EvalTask, Gate, Interval, ModelReport, Rate, write_whole,
+    EvalTask, Gate, GenerationSettings, Interval, ModelReport, Rate, TaskReport, write_whole,
 };
 use indicatif::ProgressBar;
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -28,6 +31,15 @@ pub struct EvalOptions {
     /// Task with given answers: JSON lines with prompt, choices and answer; may be repeated
     #[arg(long = "task", value_name = "NAME=FILE", value_parser = task)]
     pub tasks: Vec<(String, PathBuf)>,
+    /// Grader (JSON or TOML) of a task whose answers the model writes; may be repeated
+    #[arg(long = "grader", value_name = "TASK=FILE", value_parser = task)]
+    pub graders: Vec<(String, PathBuf)>,
+    /// Longest answer that a model writes, in tokens
+    #[arg(long, default_value = "256", value_name = "N")]
+    pub max_tokens: NonZeroUsize,
+    /// Text before which an answer ends; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
     /// Lines at the beginning of a task's file that are shown as examples
     #[arg(long, default_value = "0", value_name = "N")]
     pub shots: usize,
@@ -120,8 +132,22 @@ fn plan(options: EvalOptions) -> Result<EvalPlan, CliError> {
             CliError::message(format!("{} cannot be read as text: {error}.", path.display()))
         })
     };
+    let mut graders = BTreeMap::new();
+    for (task, file) in &options.graders {
+        if options.tasks.iter().all(|(name, _)| name != task) {
+            return Err(CliError::message(format!(
+                "--grader names the task `{task}`, which no --task names."
+            )));
+        }
+        graders.insert(task, grader(file, &text(file)?)?);
+    }
     let tasks = options.tasks.iter().map(|(name, file)| {
-        let parsed = EvalTask::parse(name, &text(file)?, options.shots);
+        let settings = GenerationSettings {
+            grader: graders.remove(name),
+            max_tokens: options.max_tokens.get(),
+            stop: options.stop.clone(),
+        };
+        let parsed = EvalTask::parse(name, &text(file)?, options.shots, settings);
         parsed.map_err(|why| CliError::message(format!("{}: {why}.", file.display())))
     });
     let tasks = tasks.collect::<Result<Vec<_>, _>>()?;
@@ -150,6 +176,15 @@ fn plan(options: EvalOptions) -> Result<EvalPlan, CliError> {
         threads: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
         folder: store.folder().to_owned(),
     })
+}
+
+fn grader(file: &Path, text: &str) -> Result<Grader, CliError> {
+    let wrong = |why: String| CliError::message(format!("{}: {why}.", file.display()));
+    let value: Value = match file.extension().is_some_and(|end| end == "toml") {
+        true => toml::from_str(text).map_err(|error| wrong(error.to_string()))?,
+        false => serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?,
+    };
+    Grader::parse(value).map_err(|error| wrong(error.message))
 }
 
 /// An adapter of the data folder, or a model.
@@ -209,9 +244,6 @@ fn table(report: &EvalReport) -> String {
             facts.chunks, facts.context, facts.counted
         );
     }
-    let interval = |found: Interval, digits: usize| {
-        format!("{:.digits$} [{:.digits$}, {:.digits$}]", found.value, found.low, found.high)
-    };
     let rate = |found: Rate| {
         format!("{:.2}% [{:.2}, {:.2}]", 100.0 * found.value, 100.0 * found.low, 100.0 * found.high)
     };
@@ -280,14 +312,26 @@ fn table(report: &EvalReport) -> String {
     text
 }
 
+fn interval(found: Interval, digits: usize) -> String {
+    format!("{:.digits$} [{:.digits$}, {:.digits$}]", found.value, found.low, found.high)
+}
+
 fn task_table(models: &[ModelReport], rate: &dyn Fn(Rate) -> String) -> String {
-    let mut rows =
-        vec![["TASK", "MODEL", "QUESTIONS", "ACCURACY", "PER LETTER"].map(str::to_owned)];
+    let head =
+        ["TASK", "MODEL", "QUESTIONS", "ACCURACY OR REWARD", "PER LETTER", "ENDED", "TOKENS"];
+    let mut rows = vec![head.map(str::to_owned)];
     for model in models {
         rows.extend(model.tasks.iter().map(|(name, found)| {
-            let count = found.accuracy.count.to_string();
-            let (accuracy, normalized) = (rate(found.accuracy), rate(found.normalized_accuracy));
-            [name.clone(), model.name.clone(), count, accuracy, normalized]
+            let [score, per_letter, ended, tokens] = match found {
+                TaskReport::MultipleChoice { accuracy, normalized_accuracy } => {
+                    [rate(*accuracy), rate(*normalized_accuracy), "-".into(), "-".into()]
+                }
+                TaskReport::Generation { reward, ended, tokens, .. } => {
+                    [interval(*reward, 4), "-".into(), rate(*ended), format!("{tokens:.1}")]
+                }
+            };
+            let count = found.questions().to_string();
+            [name.clone(), model.name.clone(), count, score, per_letter, ended, tokens]
         }));
     }
     if rows.len() == 1 {

@@ -8,12 +8,14 @@ use super::imatrix::{COUNTS, SUMS};
 use super::quantize::{check_new, refused};
 use crate::gguf::{Gguf, GgufWriter, TensorType};
 use crate::job::{CompressError, ImatrixPlan, ImatrixReport};
+use crate::llama_log::{LogCapture, LogLine};
 use llama_cpp_sys_2 as sys;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::mpsc::{Receiver, channel};
 
 /// A matrix multiplication of fewer rows is not collected, as by llama-imatrix.
 const LEAST_ROWS: i64 = 16;
@@ -51,7 +53,9 @@ pub fn imatrix(
     check_new(&plan.output, plan.force)?;
     // llama.cpp aborts on some malformed files that the reader refuses.
     Gguf::open(&plan.model).map_err(|error| refused(&plan.model, &error))?;
-    let model = Model::load(&plan.model)?;
+    let (lines, log) = channel();
+    let _capture = LogCapture::start(lines);
+    let model = Model::load(&plan.model, &log)?;
     let mut tokens = model.tokenize(&plan.text)?;
     let there = tokens.len();
     if there < 2 * plan.context {
@@ -64,7 +68,7 @@ pub fn imatrix(
     let chunks = plan.chunks.unwrap_or(usize::MAX).min(there / plan.context);
     tokens.truncate(chunks * plan.context);
     let mut collector = Collector { output_tensor: plan.output_tensor, ..Collector::default() };
-    let mut context = Context::new(&model, plan, &mut collector)?;
+    let mut context = Context::new(&model, plan, &mut collector, &log)?;
     for (number, chunk) in tokens.chunks_exact_mut(plan.context).enumerate() {
         progress(number, chunks);
         if let Some(bos) = model.bos() {
@@ -75,7 +79,7 @@ pub fn imatrix(
             return Err(refused(&plan.model, &why));
         }
         if !decoded {
-            return Err(refused(&plan.model, &"llama.cpp could not run the model"));
+            return Err(llama_failed(&plan.model, "run", &log));
         }
     }
     progress(chunks, chunks);
@@ -117,6 +121,13 @@ fn write(
     }
     file.write(&plan.output).map_err(failed)?;
     Ok(())
+}
+
+/// llama.cpp could not do something with a model: its last error says why.
+fn llama_failed(model: &Path, verb: &str, log: &Receiver<LogLine>) -> CompressError {
+    let why = log.try_iter().filter(|(is_error, _)| *is_error).last();
+    let why = why.map_or_else(String::new, |(_, line)| format!(": {line}"));
+    refused(model, &format!("llama.cpp could not {verb} it{why}"))
 }
 
 /// A tensor's name without the additions of the scheduler: `NAME`, or `BACKEND#NAME#NUMBER`.
@@ -290,7 +301,7 @@ impl Drop for Model {
 }
 
 impl Model {
-    fn load(path: &Path) -> Result<Self, CompressError> {
+    fn load(path: &Path, log: &Receiver<LogLine>) -> Result<Self, CompressError> {
         let file = CString::new(path.as_os_str().as_bytes())
             .map_err(|_| refused(path, &"its name holds a NUL"))?;
         // SAFETY: the parameters are llama.cpp's defaults, changed in a plain value; the path is
@@ -301,7 +312,7 @@ impl Model {
             params.n_gpu_layers = 0;
             sys::llama_model_load_from_file(file.as_ptr(), params)
         };
-        let raw = NonNull::new(raw).ok_or_else(|| refused(path, &"llama.cpp could not load it"))?;
+        let raw = NonNull::new(raw).ok_or_else(|| llama_failed(path, "load", log))?;
         Ok(Self { raw })
     }
 
@@ -368,6 +379,7 @@ impl<'a> Context<'a> {
         model: &'a Model,
         plan: &ImatrixPlan,
         collector: &'a mut Collector,
+        log: &Receiver<LogLine>,
     ) -> Result<Self, CompressError> {
         let tokens = plan.context as u32;
         let threads = i32::try_from(plan.threads.max(1)).unwrap_or(1);
@@ -385,7 +397,7 @@ impl<'a> Context<'a> {
             sys::llama_init_from_model(model.raw.as_ptr(), params)
         };
         let raw = NonNull::new(raw)
-            .ok_or_else(|| refused(&plan.model, &"llama.cpp could not make a context for it"))?;
+            .ok_or_else(|| llama_failed(&plan.model, "make a context for", log))?;
         // SAFETY: plain numbers; freed in `drop`.
         let batch = unsafe { sys::llama_batch_init(tokens as i32, 0, 1) };
         Ok(Self { raw, batch, collector, _model: model })

@@ -5,13 +5,11 @@
 //! | `quantize.rs` | quantization by llama.cpp, byte for byte as llama-quantize writes |
 //! | `imatrix.rs` | files of importance matrices |
 //! | `activations.rs` | importance matrices from a model's activations |
-//! | `log.rs` | what llama.cpp says while it works |
 
 #![allow(unsafe_code)]
 
 mod activations;
 mod imatrix;
-mod log;
 mod quantize;
 #[cfg(test)]
 mod tests;

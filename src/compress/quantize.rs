@@ -6,9 +6,9 @@
 //! importance matrices, progress, and an output that is there as a whole or not at all.
 
 use super::imatrix::Imatrix;
-use super::log::{LogCapture, LogLine};
 use crate::gguf::{Gguf, TensorType, convert, is_hugging_face};
 use crate::job::{CompressError, QuantizePlan, QuantizeReport, QuantizedTensor};
+use crate::llama_log::{LogCapture, LogLine};
 use llama_cpp_sys_2 as sys;
 use rustix::fs::{FlockOperation, flock};
 use std::ffi::CString;
@@ -226,8 +226,8 @@ fn run(
     let call = Call::new(plan, input, output, imatrix)?;
     let (lines, log) = channel();
     std::thread::scope(|scope| {
-        let capture = LogCapture::start(lines);
         let worker = scope.spawn(move || {
+            let capture = LogCapture::start(lines);
             let status = call.run();
             drop(capture);
             status

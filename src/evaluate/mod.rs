@@ -4,12 +4,14 @@
 //! |---|---|
 //! | `perplexity.rs` | perplexity and KL divergence, as llama-perplexity measures them |
 //! | `multiple_choice.rs` | tasks with given answers, as lm-evaluation-harness scores them |
+//! | `generation.rs` | tasks whose answers the model writes |
 //! | `base_logits.rs` | files of log-probabilities of a reference |
 //! | `scorer.rs` | runs a model over tokens |
 //! | `stats.rs` | intervals and quantiles |
 //! | `verify/` | `ingot verify`: how far the runners' rounding moves a model's predictions |
 
 mod base_logits;
+mod generation;
 mod multiple_choice;
 mod perplexity;
 mod scorer;
@@ -20,7 +22,7 @@ pub mod verify;
 
 use crate::job::{
     EvalError, EvalModel, EvalPlan, EvalProgress, EvalReference, EvalReport, Gate, GateReport,
-    ModelReport, TextFacts,
+    ModelReport, Questions, TextFacts,
 };
 use base_logits::{Header, Reader};
 use scorer::Scorer;
@@ -213,7 +215,15 @@ fn evaluate_model(
     let mut tasks = BTreeMap::new();
     for task in &plan.tasks {
         let mut tell = working(format!("{}: {}", model.name, task.name), progress);
-        tasks.insert(task.name.clone(), multiple_choice::score(scorer, task, &mut tell)?);
+        let report = match &task.questions {
+            Questions::MultipleChoice(questions) => {
+                multiple_choice::score(scorer, task, questions, &mut tell)?
+            }
+            Questions::Generation(generation) => {
+                generation::score(scorer, task, generation, &mut tell)?
+            }
+        };
+        tasks.insert(task.name.clone(), report);
     }
     let report = ModelReport {
         name: model.name.clone(),
@@ -250,8 +260,8 @@ fn check(gate: &Gate, model: &ModelReport) -> Result<GateReport, EvalError> {
             let found = model.tasks.get(task);
             let found =
                 found.ok_or_else(|| lacks(&format!("--min-accuracy names the task `{task}`")))?;
-            let value = found.accuracy.value;
-            (format!("accuracy of {task}"), value, *least, value >= *least)
+            let value = found.score().value;
+            (format!("score of {task}"), value, *least, value >= *least)
         }
     };
     Ok(GateReport { model: model.name.clone(), what, value, bound, passed })

@@ -14,9 +14,10 @@ use rayon::prelude::*;
 pub(super) fn score(
     scorer: &mut Scorer,
     task: &EvalTask,
+    questions: &[MultipleChoice],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<TaskReport, EvalError> {
-    let (shots, questions) = task.questions.split_at(task.shots.min(task.questions.len()));
+    let (shots, questions) = questions.split_at(task.shots.min(questions.len()));
     let solved =
         |shot: &MultipleChoice| format!("{} {}\n\n", shot.prompt, shot.choices[shot.answer]);
     let shots: String = shots.iter().map(solved).collect();
@@ -45,7 +46,10 @@ pub(super) fn score(
     let rate = |count: usize| Rate::of(count as f64, questions.len());
     rate(right)
         .zip(rate(normalized))
-        .map(|(accuracy, normalized_accuracy)| TaskReport { accuracy, normalized_accuracy })
+        .map(|(accuracy, normalized_accuracy)| TaskReport::MultipleChoice {
+            accuracy,
+            normalized_accuracy,
+        })
         .ok_or_else(|| EvalError::Refused(format!("{}: no question is left", task.name)))
 }
 

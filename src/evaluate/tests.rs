@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::gguf::TensorType;
-use crate::gguf::fixture::{TinyDecoder, TinyLlama, tiny_bert, tiny_llama};
-use crate::job::{EVAL_CONTEXT, EvalTask};
+use crate::gguf::fixture::{TinyLlama, tiny_bert, tiny_llama};
+use crate::grade::Grader;
+use crate::job::{EVAL_CONTEXT, EvalTask, GenerationSettings, TaskReport};
 use std::fs;
 
 fn tiny(folder: &Path, name: &str, ty: TensorType, seed: u64) -> EvalModel {
@@ -26,6 +27,11 @@ fn plan(folder: &Path, models: Vec<EvalModel>) -> EvalPlan {
         threads: 2,
         folder: folder.to_owned(),
     }
+}
+
+fn settings(grader: Option<&str>) -> GenerationSettings {
+    let grader = grader.map(|text| Grader::parse(serde_json::from_str(text).unwrap()).unwrap());
+    GenerationSettings { grader, max_tokens: 6, stop: Vec::new() }
 }
 
 fn run(plan: &EvalPlan) -> EvalReport {
@@ -104,12 +110,12 @@ fn saved_log_probabilities_take_the_place_of_the_reference() {
     let peer = run(&EvalPlan { llama_cpp: true, ..later.clone() });
     let perplexity = |report: &EvalReport| report.models[0].perplexity.unwrap().value;
     assert!((perplexity(&peer) / perplexity(&second) - 1.0).abs() < 1e-2);
-    // A model of another vocabulary cannot be compared.
-    let file = folder.path().join("wide.gguf");
-    TinyDecoder::new("llama").write(&file).unwrap();
-    let wide = EvalModel { name: "wide".into(), file, adapter: None };
-    let error = refused(&EvalPlan { models: vec![wide], ..later });
-    assert!(error.contains("wide") && error.contains("vocabulary"), "{error}");
+    // A model that reads less than a chunk cannot be compared.
+    let file = folder.path().join("short.gguf");
+    tiny_llama(&file, &TinyLlama { n_ctx: 16, ..TinyLlama::default() }).unwrap();
+    let short = EvalModel { name: "short".into(), file, adapter: None };
+    let error = refused(&EvalPlan { models: vec![short], ..later });
+    assert!(error.contains("short") && error.contains("vocabulary"), "{error}");
 }
 
 #[test]
@@ -179,18 +185,77 @@ fn an_answer_has_the_probability_of_its_tokens() {
         let text: Vec<_> = lines.iter().map(|answer| line(*answer)).collect();
         let mut plan = plan(folder.path(), vec![model.clone()]);
         plan.text = None;
-        plan.tasks = vec![EvalTask::parse("t", &text.join("\n"), shots).unwrap()];
+        plan.tasks = vec![EvalTask::parse("t", &text.join("\n"), shots, settings(None)).unwrap()];
         plan.gates = vec![Gate::MinAccuracy { task: "t".into(), least: 0.5 }];
         let report = run(&plan);
-        (report.models[0].tasks["t"], report.passed())
+        (report.models[0].tasks["t"].clone(), report.passed())
     };
     // The model prefers one of three: it is right for one of the three possible answers.
     let (found, passed) = accuracy(&[0, 1, 2], 0);
-    assert_eq!((found.accuracy.count, passed), (3, false));
-    assert!((found.accuracy.value - 1.0 / 3.0).abs() < 1e-9);
-    assert!((found.normalized_accuracy.value - 1.0 / 3.0).abs() < 1e-9);
-    let (found, _) = accuracy(&[0, 1, 2], 2);
-    assert_eq!(found.accuracy.count, 1);
+    let TaskReport::MultipleChoice { accuracy: right, normalized_accuracy } = found else {
+        panic!("{found:?}")
+    };
+    assert_eq!((right.count, passed), (3, false));
+    assert!((right.value - 1.0 / 3.0).abs() < 1e-9);
+    assert!((normalized_accuracy.value - 1.0 / 3.0).abs() < 1e-9);
+    assert_eq!(accuracy(&[0, 1, 2], 2).0.questions(), 1);
+}
+
+#[test]
+fn written_answers_are_graded() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny(folder.path(), "m", TensorType::F32, 1);
+    // What the model writes, read one prediction after another.
+    let mut scorer = Scorer::load(&model, 64, false, 1).unwrap();
+    let tokenizer = scorer.tokenizer();
+    let mut tokens = tokenizer.encode_prompt("Say something:", true, false);
+    let asked = tokens.len();
+    while tokens.len() < asked + 6 {
+        let (last, mut best) = (tokens.len() - 1, 0);
+        let mut each = |_: usize, logits: &[f32]| {
+            let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+            best = logits.iter().position(|x| *x == largest).unwrap() as u32;
+            Ok(())
+        };
+        scorer.read(&tokens, last..last + 1, &mut each).unwrap();
+        if tokenizer.vocab().ends_generation(best) {
+            break;
+        }
+        tokens.push(best);
+    }
+    let bytes: Vec<u8> =
+        tokens[asked..].iter().flat_map(|token| tokenizer.vocab().piece(*token).to_vec()).collect();
+    let right = String::from_utf8_lossy(&bytes).into_owned();
+    let line = |answer: &str| {
+        serde_json::json!({"prompt": "Say something: ", "answer": answer}).to_string()
+    };
+    let grader = r#"{"type": "string_check", "name": "s", "operation": "eq",
+        "input": "{{sample.output_text}}", "reference": "{{item.answer}}"}"#;
+    let mut plan = plan(folder.path(), vec![model]);
+    plan.text = None;
+    let lines = [line(&right), line("other")].join("\n");
+    let mut task = EvalTask::parse("t", &lines, 0, settings(Some(grader))).unwrap();
+    plan.tasks = vec![task.clone()];
+    plan.gates = vec![Gate::MinAccuracy { task: "t".into(), least: 0.5 }];
+    let report = run(&plan);
+    let TaskReport::Generation { questions, reward, samples, .. } = &report.models[0].tasks["t"]
+    else {
+        panic!("{report:?}")
+    };
+    assert_eq!((*questions, reward.value, report.passed()), (2, 0.5, true));
+    assert_eq!((samples[0].answer.as_str(), samples[0].reward), (right.as_str(), 1.0));
+    assert!(report.html().unwrap().contains("Say something:"));
+    // An answer ends before a stop text.
+    let Questions::Generation(generation) = &mut task.questions else { panic!("{task:?}") };
+    let stop: String = right.chars().skip(1).take(2).collect();
+    generation.stop = vec![stop.clone()];
+    plan.tasks = vec![task];
+    let report = run(&plan);
+    let TaskReport::Generation { samples, ended, .. } = &report.models[0].tasks["t"] else {
+        panic!("{report:?}")
+    };
+    assert_eq!(samples[0].answer, right[..right.find(&stop).unwrap()]);
+    assert_eq!(ended.value, 1.0);
 }
 
 #[test]
@@ -214,7 +279,7 @@ fn what_cannot_be_measured_says_why() {
     assert!(refused(&plan(folder.path(), vec![cut])).starts_with("cut: "));
     let long =
         format!(r#"{{"prompt": "{}", "choices": ["a", "b"], "answer": 0}}"#, "word ".repeat(4000));
-    let tasks = vec![EvalTask::parse("t", &long, 0).unwrap()];
+    let tasks = vec![EvalTask::parse("t", &long, 0, settings(None)).unwrap()];
     let error = refused(&EvalPlan { tasks, ..good.clone() });
     assert!(error.contains("task t, question 1"), "{error}");
 }

@@ -1,6 +1,7 @@
 //! What an evaluation is: [`EvalPlan`], and [`EvalReport`], what it found.
 
 use super::Rate;
+use crate::grade::Grader;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -21,14 +22,58 @@ pub struct EvalModel {
     pub adapter: Option<PathBuf>,
 }
 
-/// Examples of a task with given answers.
+/// A task.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EvalTask {
     pub name: String,
-    pub questions: Vec<MultipleChoice>,
+    pub questions: Questions,
     /// Examples before each question, taken from the beginning of the file; these are not
     /// evaluated.
     pub shots: usize,
+}
+
+/// The questions of a task, all of one form.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Questions {
+    /// With given answers.
+    MultipleChoice(Vec<MultipleChoice>),
+    /// With answers that the model writes, and a grader rewards.
+    Generation(Generation),
+}
+
+impl Questions {
+    pub fn len(&self) -> usize {
+        match self {
+            Self::MultipleChoice(questions) => questions.len(),
+            Self::Generation(generation) => generation.items.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Questions that the model answers with the most probable token each time.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// Objects with `messages`, which the chat template renders, or `prompt` (or `question`), which
+    /// is continued as it is; and further keys for the grader.
+    pub items: Vec<Value>,
+    pub grader: Grader,
+    /// Maximum number of tokens of an answer.
+    pub max_tokens: usize,
+    /// Texts before which an answer ends.
+    pub stop: Vec<String>,
+}
+
+/// How answers of generation tasks are made and graded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerationSettings {
+    /// The grader of the task, if one is named.
+    pub grader: Option<Grader>,
+    pub max_tokens: usize,
+    pub stop: Vec<String>,
 }
 
 /// A question and possible continuations, of which one is right.
@@ -51,17 +96,59 @@ struct Line {
 }
 
 impl EvalTask {
-    /// Reads JSON lines with the keys `prompt` (or `question`), `choices` and `answer`: the index of
-    /// the right choice, its letter, or its text. Other keys are not read.
+    /// Reads JSON lines. With the keys `prompt` (or `question`), `choices` and `answer` (the index of
+    /// the right choice, its letter, or its text) the task has given answers; without `choices` the
+    /// model writes them, and a grader is needed.
     ///
     /// # Errors
     /// The line that is wrong, and why.
-    pub fn parse(name: &str, text: &str, shots: usize) -> Result<Self, String> {
+    pub fn parse(
+        name: &str,
+        text: &str,
+        shots: usize,
+        settings: GenerationSettings,
+    ) -> Result<Self, String> {
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
         let each = lines.map(|(number, line)| {
-            MultipleChoice::parse(line).map_err(|why| format!("{name}: line {}: {why}", number + 1))
+            let parsed = serde_json::from_str::<Value>(line).map_err(|error| error.to_string());
+            let item = parsed.and_then(|item| match item.is_object() {
+                true => Ok(item),
+                false => Err("it is no object".to_owned()),
+            });
+            Ok((number + 1, item.map_err(|why| format!("{name}: line {}: {why}", number + 1))?))
         });
-        let questions: Vec<_> = each.collect::<Result<_, _>>()?;
+        let items: Vec<(usize, Value)> = each.collect::<Result<_, String>>()?;
+        let at = |number: usize, why: String| format!("{name}: line {number}: {why}");
+        let questions = if items.iter().any(|(_, item)| item.get("choices").is_some()) {
+            if settings.grader.is_some() {
+                return Err(format!("{name}: its answers are given, so it needs no grader"));
+            }
+            let each = items
+                .into_iter()
+                .map(|(number, item)| MultipleChoice::parse(item).map_err(|why| at(number, why)));
+            Questions::MultipleChoice(each.collect::<Result<_, _>>()?)
+        } else {
+            let GenerationSettings { grader, max_tokens, stop } = settings;
+            let grader = grader.ok_or_else(|| {
+                format!(
+                    "{name}: its lines have no `choices`: name a grader with --grader {name}=FILE"
+                )
+            })?;
+            if let Some((model, _)) = grader.models().first_key_value() {
+                return Err(format!(
+                    "{name}: its grader asks the model `{model}`, and no server runs here; use a \
+                     grader that needs no model"
+                ));
+            }
+            for (number, item) in &items {
+                let why = generation_fault(item, shots).or_else(|| grader.missing_key(item));
+                if let Some(why) = why {
+                    return Err(at(*number, why));
+                }
+            }
+            let items = items.into_iter().map(|(_, item)| item).collect();
+            Questions::Generation(Generation { items, grader, max_tokens, stop })
+        };
         match questions.len() {
             0 => Err(format!("{name}: there is no question")),
             count if count <= shots => Err(format!(
@@ -72,10 +159,29 @@ impl EvalTask {
     }
 }
 
+/// The text of an item's question, if it is no conversation.
+pub fn question_text(item: &Value) -> Option<&str> {
+    item["prompt"].as_str().or(item["question"].as_str())
+}
+
+/// What a line of a generation task lacks.
+fn generation_fault(item: &Value, shots: usize) -> Option<String> {
+    let messages = item["messages"].as_array().is_some_and(|messages| !messages.is_empty());
+    match (messages, question_text(item)) {
+        (true, _) if shots > 0 => Some("--shots are for lines with `prompt`".into()),
+        (true, _) => None,
+        (false, None) => Some("it has neither `prompt`, `question` nor `messages`".into()),
+        (false, Some(_)) if shots > 0 && !item["answer"].is_string() => {
+            Some("`answer` is no string: with --shots the first lines are shown with theirs".into())
+        }
+        _ => None,
+    }
+}
+
 impl MultipleChoice {
-    fn parse(line: &str) -> Result<Self, String> {
+    fn parse(item: Value) -> Result<Self, String> {
         let Line { prompt, choices, answer } =
-            serde_json::from_str(line).map_err(|error| error.to_string())?;
+            serde_json::from_value(item).map_err(|error| error.to_string())?;
         if choices.len() < 2 || choices.iter().any(|choice| choice.trim().is_empty()) {
             return Err("`choices` has two or more texts, none of them empty".into());
         }
@@ -220,14 +326,56 @@ pub struct DivergenceReport {
     pub kl_quantiles: Vec<(f64, f64)>,
 }
 
-/// A task with given answers.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct TaskReport {
-    /// Share of questions whose right answer has the highest probability.
-    pub accuracy: Rate,
-    /// The same with log-probabilities divided by the bytes of the answer (`acc_norm` of
-    /// lm-evaluation-harness).
-    pub normalized_accuracy: Rate,
+/// The result of a task.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum TaskReport {
+    MultipleChoice {
+        /// Share of questions whose right answer has the highest probability.
+        accuracy: Rate,
+        /// The same with log-probabilities divided by the letters of the answer (`acc_norm` of
+        /// lm-evaluation-harness).
+        normalized_accuracy: Rate,
+    },
+    Generation {
+        questions: usize,
+        /// The mean of the grader's rewards, with its interval over resampled questions.
+        reward: Interval,
+        /// Share of answers that ended before the maximum of tokens.
+        ended: Rate,
+        /// Mean tokens of an answer.
+        tokens: f64,
+        /// The first answers.
+        samples: Vec<EvalSample>,
+    },
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct EvalSample {
+    pub question: String,
+    pub answer: String,
+    pub reward: f64,
+}
+
+impl TaskReport {
+    pub fn questions(&self) -> usize {
+        match self {
+            Self::MultipleChoice { accuracy, .. } => accuracy.count,
+            Self::Generation { questions, .. } => *questions,
+        }
+    }
+
+    /// The value that a gate bounds, with its interval: the accuracy, or the mean reward.
+    pub fn score(&self) -> Interval {
+        match self {
+            Self::MultipleChoice { accuracy, .. } => {
+                let Rate { value, low, high, .. } = *accuracy;
+                Interval { value, low, high }
+            }
+            Self::Generation { reward, .. } => *reward,
+        }
+    }
 }
 
 /// A bound that an evaluation has to keep.
@@ -236,7 +384,7 @@ pub enum Gate {
     /// Highest mean KL.
     MaxKl(f64),
     MaxPerplexity(f64),
-    /// Lowest accuracy of a task.
+    /// Lowest accuracy, or mean reward, of a task.
     MinAccuracy {
         task: String,
         least: f64,
@@ -283,9 +431,14 @@ mod tests {
         let line = |answer: &str| {
             format!(r#"{{"question": "q", "choices": ["x", "B"], "answer": {answer}}}"#)
         };
-        let task = |text: &str, shots| EvalTask::parse("t", text, shots);
+        let none = GenerationSettings { grader: None, max_tokens: 8, stop: Vec::new() };
+        let task = |text: &str, shots| EvalTask::parse("t", text, shots, none.clone());
+        let answer_of = |text: &str| match task(text, 0).unwrap().questions {
+            Questions::MultipleChoice(questions) => questions[0].answer,
+            other => panic!("{other:?}"),
+        };
         for (answer, right) in [("0", 0), ("1", 1), (r#""A""#, 0), (r#""B""#, 1), (r#""x""#, 0)] {
-            assert_eq!(task(&line(answer), 0).unwrap().questions[0].answer, right, "{answer}");
+            assert_eq!(answer_of(&line(answer)), right, "{answer}");
         }
         for answer in ["2", "-1", r#""C""#, r#""y""#, "null", "0.5", r#""""#] {
             let error = task(&format!("\n{}", line(answer)), 0).unwrap_err();
@@ -294,11 +447,48 @@ mod tests {
         for (text, shots, why) in [
             (String::new(), 0, "no question"),
             (line("0"), 1, "none is left"),
-            ("{}".into(), 0, "prompt"),
+            (r#"{"choices": []}"#.into(), 0, "prompt"),
+            ("[]".into(), 0, "line 1: it is no object"),
+            ("{".into(), 0, "line 1"),
+            (r#"{"prompt": "q"}"#.into(), 0, "--grader t=FILE"),
             (r#"{"prompt": "q", "choices": ["x"], "answer": 0}"#.into(), 0, "choices"),
             (r#"{"prompt": "q", "choices": ["x", " "], "answer": 0}"#.into(), 0, "choices"),
         ] {
             assert!(task(&text, shots).unwrap_err().contains(why), "{text}");
+        }
+    }
+
+    #[test]
+    fn written_answers_need_a_grader_without_a_model() {
+        let settings = |grader: &str| GenerationSettings {
+            grader: Some(Grader::parse(serde_json::from_str(grader).unwrap()).unwrap()),
+            max_tokens: 8,
+            stop: Vec::new(),
+        };
+        let task = |text: &str, shots, grader: &str| {
+            EvalTask::parse("t", text, shots, settings(grader)).map(|task| task.questions.len())
+        };
+        let number = r#"{"type": "number_match", "name": "n", "reference": "{{item.answer}}"}"#;
+        let lines = r#"{"question": "1+1=", "answer": "2"}
+            {"messages": [{"role": "user", "content": "2+2="}], "answer": "4"}"#;
+        assert_eq!(task(lines, 0, number), Ok(2));
+        let judge = r#"{"type": "score_model", "name": "j", "model": "m",
+            "input": [{"role": "user", "content": "x"}]}"#;
+        for (text, shots, grader, why) in [
+            (lines, 0, judge, "the model `m`"),
+            (lines, 1, number, "line 2: --shots"),
+            (r#"{"question": "q"}"#, 0, number, "answer"),
+            (r#"{"question": "q", "answer": 2}"#, 1, number, "`answer` is no string"),
+            (r#"{"answer": "2"}"#, 0, number, "neither"),
+            (r#"{"messages": [], "answer": "2"}"#, 0, number, "neither"),
+            (
+                r#"{"prompt": "q", "choices": ["a", "b"], "answer": 0}"#,
+                0,
+                number,
+                "needs no grader",
+            ),
+        ] {
+            assert!(task(text, shots, grader).unwrap_err().contains(why), "{text}, {why}");
         }
     }
 

@@ -66,8 +66,8 @@ pub use control::Control;
 pub use estimate::ResourceEstimate;
 pub use evaluation::{
     DivergenceReport, EVAL_CONTEXT, EvalError, EvalModel, EvalPlan, EvalProgress, EvalReference,
-    EvalReport, EvalTask, Gate, GateReport, Interval, ModelReport, MultipleChoice, TaskReport,
-    TextFacts,
+    EvalReport, EvalSample, EvalTask, Gate, GateReport, Generation, GenerationSettings, Interval,
+    ModelReport, MultipleChoice, Questions, TaskReport, TextFacts, question_text,
 };
 pub use events::{
     DataReport, Entry, EventLog, Follower, JobEvent, Level, Metrics, REWARD, StepMetrics,

@@ -1,5 +1,5 @@
-"""Runs what README shows: its Python code, its request with curl, and the script of the lifecycle example,
-against a server of its own.
+"""Runs what README shows: its Python code, its request with curl, and the scripts of the lifecycle and compression
+examples, against a server of its own.
 
     INGOT_BIN=target/release/ingot python tests/e2e/test_readme.py [NAME…]
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 
 import _server
+from _browser import check_report
 
 if "INGOT_RUNNER" in os.environ:
     print("tested with the native runner only")
@@ -100,6 +101,31 @@ def test_lifecycle():
     for heading in (r"^Before:$", r"^After supervised fine-tuning \(ft:.*voice.*\):$", r"^After GRPO \(ft:.*policy.*taste.*:$"):
         assert re.search(heading, run.stdout, re.MULTILINE), run.stdout
     assert not list(script.parent.glob(".filled*")), "a file is left"
+
+
+def test_compression():
+    script = ROOT / "configs/examples/compress/run.sh"
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "INGOT": str(pathlib.Path(os.environ["INGOT_BIN"]).resolve()), "CHUNKS": "2"}
+        if data := os.environ.get("INGOT_TEST_DATA"):
+            env["INGOT_DATA_DIR"] = data
+        run = subprocess.run([script, "smollm2:135m", folder], env=env, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stderr
+        report = json.loads(pathlib.Path(folder, "evaluation.json").read_text())
+        q8, iq4 = report["models"]
+        assert q8["quantization"] == "Q8_0" and iq4["quantization"] == "IQ4_NL", report
+        kl = [model["divergence"]["mean_kl"]["value"] for model in (q8, iq4)]
+        # The weights are those of a Q4_1 file: another four bits cost more than eight.
+        assert 0 < kl[0] < 0.01 < kl[1] < 0.5, kl
+        assert all(1 < model["perplexity"]["value"] < 1000 for model in (q8, iq4)), report
+        assert all(gate["passed"] for gate in report["gates"]) and len(report["gates"]) == 2, report
+        page = pathlib.Path(folder, "evaluation.html").read_text()
+        check_report(page, "Evaluation", "bits per byte", "same top token", "IQ4_NL.gguf")
+        # A gate that is missed is a failure.
+        command = [env["INGOT"], "eval", f"{folder}/IQ4_NL.gguf", "--reference", f"{folder}/reference.gguf"]
+        command += ["--data", str(ROOT / "README.md"), "--max-kl", "1e-6"]
+        failed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert failed.returncode == 1 and "FAIL" in failed.stdout, (failed.stdout, failed.stderr)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@
 
 mod adapter;
 mod context;
-mod log;
 mod model;
 #[cfg(test)]
 mod watch;
@@ -26,6 +25,7 @@ use super::{
     AdapterHandle, AdapterLoader, Batch, ModelRunner, PAGE_TOKENS, Ran, RunnerError, SeqSlot,
 };
 use crate::ipc::{AdapterId, KvLayout, LoadSpec, MAX_POOLED_TOKENS, ModelInfo, Token};
+use crate::llama_log;
 use crate::tokenizer::Tokenizer;
 use adapter::Loader;
 use context::{Context, ContextKind};
@@ -64,7 +64,7 @@ impl LlamaCpp {
 
     fn load_with(spec: &LoadSpec, exact: bool) -> Result<Self, RunnerError> {
         let started = Instant::now();
-        log::install();
+        llama_log::install();
         let model = Arc::new(Model::load(spec)?);
         if model.is_encoder_decoder() {
             return Err(RunnerError(format!(
@@ -139,7 +139,7 @@ fn no_generator() -> RunnerError {
 
 /// Loads the vocabulary of a model, without its weights.
 pub fn tokenizer(model: &Path) -> Result<Arc<dyn Tokenizer>, RunnerError> {
-    log::install();
+    llama_log::install();
     Ok(Arc::new(Model::load_vocabulary(model)?))
 }
 

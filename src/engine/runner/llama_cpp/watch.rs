@@ -20,7 +20,7 @@ type Outputs = Mutex<Vec<Vec<f32>>>;
 
 impl Watched {
     pub fn load(spec: &LoadSpec) -> Result<Self, RunnerError> {
-        super::log::install();
+        crate::llama_log::install();
         let model = Arc::new(Model::load(spec)?);
         let outputs = Box::<Outputs>::default();
         let argument = std::ptr::from_ref(&*outputs).cast_mut().cast();
