@@ -53,7 +53,8 @@ need_packages() {
 # The browser in which the tests look at reports.
 need_browser() {
     has chromium || has chromium-browser || has google-chrome && return 0
-    local missing=(chromium)
+    # Without a font a page has no text.
+    local missing=(chromium fonts-liberation)
     say "missing: chromium (opens the reports in the tests)"
     install_missing
 }
