@@ -2,13 +2,9 @@
 //! without a key is denied unless [`crate::gateway::server`] lists its route as open.
 
 use crate::config::{KeyConfig, ShareScope};
-use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
-use crate::gateway::limits::{GuardedBody, KeyLimits};
+use crate::gateway::limits::{KeyLimits, Permit};
 use crate::gateway::store::hex;
-use axum::extract::{Request, State};
-use axum::middleware::Next;
-use axum::response::Response;
 use http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
@@ -87,6 +83,14 @@ impl Auth {
         }
     }
 
+    /// Counts a request against the limits of its key until the permit is dropped.
+    ///
+    /// # Errors
+    /// 429 if the key has reached a limit.
+    pub fn admit(&self, identity: Identity) -> Result<Permit, ApiError> {
+        self.limits.admit(identity.key)
+    }
+
     /// Owner name of files and jobs. It survives a restart and a reordering of the keys.
     pub fn owner(&self, identity: Identity) -> String {
         let at = identity.key.checked_sub(FIRST_KEY).and_then(|at| usize::try_from(at).ok());
@@ -128,44 +132,6 @@ fn sent_key(headers: &HeaderMap) -> Option<&str> {
         None => headers.get("x-api-key")?.to_str().ok()?.trim(),
     };
     (!key.is_empty() && key.len() <= MAX_KEY).then_some(key)
-}
-
-/// Middleware of the API routes: it identifies the client, counts the request against the limits
-/// of the key until the response body has ended, and adds the [`Identity`] to the request. The
-/// operator (admin key) is not limited.
-pub async fn require_key(
-    State(app): State<Arc<App>>,
-    mut request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    let identity = app
-        .auth
-        .identify(request.headers())
-        .inspect_err(|_| app.metrics.rejected("unauthorized"))?;
-    request.extensions_mut().insert(identity);
-    if identity.admin {
-        return Ok(next.run(request).await);
-    }
-    let permit = app.auth.limits.admit(identity.key).inspect_err(|error| {
-        app.metrics.rejected(error.code.as_deref().unwrap_or("rate_limit_exceeded"));
-    })?;
-    let response = next.run(request).await;
-    Ok(response.map(|body| GuardedBody::wrap(body, permit)))
-}
-
-/// Middleware of the admin routes.
-pub async fn require_admin(
-    State(app): State<Arc<App>>,
-    mut request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    let identity = app.auth.identify_admin(request.headers()).inspect_err(|error| {
-        if error.status == http::StatusCode::UNAUTHORIZED {
-            app.metrics.rejected("unauthorized");
-        }
-    })?;
-    request.extensions_mut().insert(identity);
-    Ok(next.run(request).await)
 }
 
 #[cfg(test)]

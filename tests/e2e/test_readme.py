@@ -122,10 +122,11 @@ def test_compression():
         page = pathlib.Path(folder, "evaluation.html").read_text()
         check_report(page, "Evaluation", "bits per byte", "same top token", "IQ4_NL.gguf")
         # A gate that is missed is a failure.
-        command = [env["INGOT"], "eval", f"{folder}/IQ4_NL.gguf", "--reference", f"{folder}/reference.gguf"]
-        command += ["--data", str(ROOT / "README.md"), "--max-kl", "1e-6"]
-        failed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        command = [env["INGOT"], "eval", "IQ4_NL.gguf", "--reference", "reference.gguf"]
+        command += ["--data", str(ROOT / "README.md"), "--max-kl", "1e-6", "--json", "gate.json"]
+        failed = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
         assert failed.returncode == 1 and "FAIL" in failed.stdout, (failed.stdout, failed.stderr)
+        assert not json.loads(pathlib.Path(folder, "gate.json").read_text())["gates"][0]["passed"]
 
 
 if __name__ == "__main__":

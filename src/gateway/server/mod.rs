@@ -6,6 +6,7 @@
 //! | `accept.rs` | connections |
 //! | `socket.rs` | socket of one connection: write time-out, OpenAI-shaped protocol errors |
 //! | `guard.rs` | checks of every request: id, caught panics, host, drain |
+//! | `keys.rs` | keys of clients and of the operator |
 //! | `body.rs` | request bodies: JSON within limits, and draining of unread bytes |
 //! | `routes.rs` | table of routes, each with its access rule |
 //! | `log.rs` | log output |
@@ -13,6 +14,7 @@
 mod accept;
 mod body;
 mod guard;
+mod keys;
 mod log;
 mod routes;
 mod socket;

@@ -2,13 +2,13 @@
 
 use super::body::json_body;
 use super::guard::outer;
+use super::keys::{require_admin, require_key};
 use crate::gateway::api::openai::{
     chat, completions, embeddings, files, fine_tuning, graders, models, score, tokenize,
 };
 use crate::gateway::api::wire::query;
 use crate::gateway::api::{self, admin, health, openapi};
 use crate::gateway::app::App;
-use crate::gateway::auth::{require_admin, require_key};
 use crate::gateway::error::ApiError;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
