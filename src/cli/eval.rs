@@ -53,10 +53,15 @@ pub struct EvalOptions {
     #[arg(long, value_name = "FILE", requires = "reference")]
     pub save_logits: Option<PathBuf>,
     /// Tokens of a chunk of the text; the second half counts [default: 512]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(4..=1 << 20))]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(4..=1 << 20),
+        conflicts_with = "base_logits"
+    )]
     pub context: Option<u32>,
     /// Chunks to read, at most [default: all]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with = "base_logits")]
     pub chunks: Option<NonZeroUsize>,
     /// Fail if the mean KL of a model is above this
     #[arg(long, value_name = "NATS")]
@@ -156,6 +161,7 @@ fn plan(options: EvalOptions) -> Result<EvalPlan, CliError> {
             return Err(CliError::message(format!("--task names `{}` twice.", task.name)));
         }
     }
+    check_gates(&options)?;
     let store = Store::open(&options.data_dir.resolve()?)?;
     let reference = match (&options.reference, options.base_logits) {
         (Some(model), _) => Some(EvalReference::Model(find(&store, model)?)),
@@ -176,6 +182,28 @@ fn plan(options: EvalOptions) -> Result<EvalPlan, CliError> {
         threads: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
         folder: store.folder().to_owned(),
     })
+}
+
+/// Checks that what the gates bound is measured.
+fn check_gates(options: &EvalOptions) -> Result<(), CliError> {
+    let lacks = |what: &str| Err(CliError::message(what));
+    if options.max_kl.is_some() && options.reference.is_none() && options.base_logits.is_none() {
+        return lacks("--max-kl bounds the KL to a reference: add --reference or --base-logits.");
+    }
+    if options.max_perplexity.is_some() && options.data.is_none() && options.base_logits.is_none() {
+        return lacks("--max-perplexity bounds the perplexity of a text: add --data.");
+    }
+    if options.stop.iter().any(String::is_empty) {
+        return lacks("--stop is empty, so every answer would be: leave it out.");
+    }
+    for gate in &options.min_accuracy {
+        if let Gate::MinAccuracy { task, .. } = gate
+            && options.tasks.iter().all(|(name, _)| name != task)
+        {
+            return lacks(&format!("--min-accuracy names `{task}`, which no --task names."));
+        }
+    }
+    Ok(())
 }
 
 fn grader(file: &Path, text: &str) -> Result<Grader, CliError> {

@@ -5,7 +5,7 @@
 //! for.
 
 use super::imatrix::{COUNTS, SUMS};
-use super::quantize::{check_new, refused};
+use super::quantize::{check_new, is_same, refused};
 use crate::gguf::{Gguf, GgufWriter, TensorType};
 use crate::job::{CompressError, ImatrixPlan, ImatrixReport};
 use crate::llama_log::{LogCapture, LogLine};
@@ -51,6 +51,9 @@ pub fn imatrix(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<ImatrixReport, CompressError> {
     check_new(&plan.output, plan.force)?;
+    if is_same(&plan.output, &plan.model) {
+        return Err(refused(&plan.output, &"it is the model; name another file"));
+    }
     // llama.cpp aborts on some malformed files that the reader refuses.
     Gguf::open(&plan.model).map_err(|error| refused(&plan.model, &error))?;
     let (lines, log) = channel();

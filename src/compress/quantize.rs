@@ -110,10 +110,8 @@ fn outputs(plan: &QuantizePlan, shards: &[PathBuf]) -> Result<Vec<PathBuf>, Comp
             .map(|number| plan.output.with_file_name(shard(prefix, number, shards.len())))
             .collect(),
     };
-    let same =
-        |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
     for output in &outputs {
-        if shards.iter().any(|shard| same(output, shard)) {
+        if shards.iter().any(|shard| is_same(output, shard)) {
             return Err(refused(output, &"it is the input; name another file"));
         }
         check_free(output, plan.force)?;
@@ -127,6 +125,11 @@ fn name_of(path: &Path) -> String {
 
 pub(super) fn refused(path: &Path, why: &dyn std::fmt::Display) -> CompressError {
     CompressError::Refused(format!("{}: {why}", path.display()))
+}
+
+/// Whether both paths are of the same file.
+pub(super) fn is_same(a: &Path, b: &Path) -> bool {
+    a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
 /// Checks that one file can be written.

@@ -331,6 +331,8 @@ fn an_importance_matrix_that_cannot_be_computed_says_why() {
     assert!(refused(&nowhere).contains("no such folder"));
     let exists = ImatrixPlan { output: plan.model.clone(), ..plan.clone() };
     assert!(refused(&exists).contains("it exists"));
+    let forced = ImatrixPlan { force: true, ..exists };
+    assert!(refused(&forced).contains("it is the model"));
     let cut = ImatrixPlan { model: folder.path().join("cut.gguf"), ..plan.clone() };
     let bytes = std::fs::read(&plan.model).unwrap();
     std::fs::write(&cut.model, &bytes[..bytes.len() / 2]).unwrap();

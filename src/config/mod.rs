@@ -337,7 +337,8 @@ impl ServeOptions {
             }
             models.push(RemoteModel { name, url, model, key: None });
         }
-        for RemoteKeyArg { name, key } in std::mem::take(&mut self.remote_key) {
+        for given in &std::mem::take(&mut self.remote_key) {
+            let (name, key) = given.parts().map_err(|why| option("remote-key", why))?;
             match models.iter_mut().find(|model| model.name == name) {
                 Some(model) => model.key = Some(key),
                 None => {

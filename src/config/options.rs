@@ -261,7 +261,6 @@ pub struct ServeOptions {
         value_name = "NAME=KEY",
         env = "INGOT_REMOTE_KEY",
         hide_env_values = true,
-        value_delimiter = ',',
         help_heading = "Jobs"
     )]
     pub remote_key: Vec<RemoteKeyArg>,

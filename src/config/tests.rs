@@ -56,7 +56,9 @@ fn remote_models_have_an_address_and_a_key() {
     for bad in ["judge", "judge=", "=https://h/v1", "judge=ftp://h/v1", "judge=https://h/v1#"] {
         assert!(bad.parse::<RemoteModelArg>().unwrap_err().contains("NAME=https://"), "{bad}");
     }
-    assert!(!"sesame".parse::<RemoteKeyArg>().unwrap_err().contains("sesame"));
+    let nameless = resolve_with("remote_key = ['sesame']", &[]).unwrap_err().to_string();
+    assert!(nameless.contains("NAME=KEY") && !nameless.contains("sesame"), "{nameless}");
+    assert!(!format!("{:?}", "a=sesame".parse::<RemoteKeyArg>()).contains("sesame"));
     let twice = "remote_model = ['a=http://h/v1', 'a=http://i/v1']";
     assert!(resolve_with(twice, &[]).unwrap_err().to_string().contains("twice"));
     let unknown = resolve_with("remote_key = ['a=b']", &[]).unwrap_err().to_string();

@@ -167,24 +167,35 @@ impl FromStr for RemoteModelArg {
     }
 }
 
-/// The key of a [`RemoteModelArg`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RemoteKeyArg {
-    pub name: String,
-    pub key: Secret,
+/// The key of a [`RemoteModelArg`] as it was written, `NAME=KEY`. It is taken apart later: those who
+/// report an error of parsing repeat the text, which may be a key.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RemoteKeyArg(String);
+
+impl fmt::Debug for RemoteKeyArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RemoteKeyArg(…)")
+    }
+}
+
+impl RemoteKeyArg {
+    /// The name and the key.
+    ///
+    /// # Errors
+    /// What is wrong, without the text.
+    pub fn parts(&self) -> Result<(&str, Secret), String> {
+        match self.0.split_once('=') {
+            Some((name, key)) if !name.trim().is_empty() => Ok((name.trim(), key.parse()?)),
+            _ => Err("has a value without a name; write it as NAME=KEY".to_owned()),
+        }
+    }
 }
 
 impl FromStr for RemoteKeyArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once('=') {
-            Some((name, key)) if !name.trim().is_empty() => {
-                Ok(Self { name: name.trim().to_owned(), key: key.parse()? })
-            }
-            // The text may be a key: it is not repeated.
-            _ => Err("it is not the key of a remote model; write it as NAME=KEY".to_owned()),
-        }
+        Ok(Self(text.to_owned()))
     }
 }
 

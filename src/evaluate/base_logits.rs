@@ -233,7 +233,9 @@ impl Reader {
             bytes.chunks_exact(2).map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]])).collect();
         for row in codes.chunks_exact(length) {
             let Row { scale, least, .. } = Row::of(row, self.header.vocabulary);
-            if !(scale >= 0.0 && scale.is_finite() && least <= 0.0 && least.is_finite()) {
+            // No probability is above 1.
+            let most = 65535.0 * scale + least;
+            if !(scale >= 0.0 && least.is_finite() && most <= 0.01) {
                 let why = format!("{}: a row is damaged", self.path.display());
                 return Err(EvalError::Refused(why));
             }
@@ -352,8 +354,10 @@ mod tests {
             assert!(error.contains(why), "{at}, {number}: {error}");
         }
         // A scale that is no number, in the first row.
-        std::fs::write(&path, with(20 + 64, f32::NAN.to_bits())).unwrap();
-        let error = Reader::open(&path).unwrap().chunk().unwrap_err().to_string();
-        assert!(error.contains("a row is damaged"), "{error}");
+        for scale in [f32::NAN, f32::MAX, f32::INFINITY, -1.0, 1.0] {
+            std::fs::write(&path, with(20 + 64, scale.to_bits())).unwrap();
+            let error = Reader::open(&path).unwrap().chunk().unwrap_err().to_string();
+            assert!(error.contains("a row is damaged"), "{scale}: {error}");
+        }
     }
 }

@@ -105,7 +105,7 @@ fn answer(
         false => tokenizer.encode_prompt(prompt.trim_end_matches(' '), true, false),
     };
     let (asked, mut bytes) = (tokens.len(), Vec::new());
-    if asked == 0 || asked + generation.max_tokens > scorer.context {
+    if asked == 0 || asked.saturating_add(generation.max_tokens) > scorer.context {
         return Err(EvalError::Refused(format!(
             "{asked} tokens and an answer of up to {} are more than the {} that the model reads: use \
              fewer --shots or --max-tokens",

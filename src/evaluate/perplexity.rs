@@ -55,6 +55,12 @@ pub(super) fn cut(
 ) -> Result<Header, EvalError> {
     let mut tokens = scorer.tokenizer().encode_prompt(text, true, false);
     let (context, there) = (context.min(scorer.context), tokens.len());
+    if context < 4 {
+        return Err(EvalError::Refused(format!(
+            "the model reads {} tokens at once: too few to measure anything",
+            scorer.context
+        )));
+    }
     if there < 2 * context {
         return Err(EvalError::Refused(format!(
             "the text has {there} tokens, and two chunks of {context} are needed: take a longer \

@@ -40,7 +40,13 @@ pub async fn serve(app: Arc<App>, mut connections: UnboundedReceiver<JobConnecti
     while let Some(connection) = connections.recv().await {
         let JobConnection { job, base, socket } = connection;
         let (read, write) = socket.into_split();
-        let mut calls = Calls { app: app.clone(), job, base, policy: None };
+        // Only the operator's jobs may have requests sent to other servers, whatever the names were
+        // when the job was created.
+        let of_operator = match app.jobs.get(&job, None) {
+            Ok(stored) => stored.owner == app.auth.owner(OF_JOBS),
+            Err(_) => false,
+        };
+        let mut calls = Calls { app: app.clone(), job, base, of_operator, policy: None };
         tokio::spawn(async move {
             if let Err(error) = calls.serve(read, write).await {
                 tracing::debug!(job = calls.job, "a job's connection ended: {error}");
@@ -55,6 +61,8 @@ struct Calls {
     job: String,
     /// The model that the job trains.
     base: String,
+    /// The job was created with the admin key.
+    of_operator: bool,
     /// The job's newest adapter. Requests that have already started continue with theirs.
     policy: Option<Arc<AdapterVersion>>,
 }
@@ -162,7 +170,8 @@ impl Calls {
 
     async fn query_grader(&self, question: Question) -> Result<grade::Answer, grade::Failed> {
         let _counted = self.app.registry.count_of_job(1);
-        answer(&self.app, OF_JOBS, &question).await
+        let identity = Identity { admin: self.of_operator, ..OF_JOBS };
+        answer(&self.app, identity, &question).await
     }
 }
 

@@ -80,10 +80,18 @@ fn send(agent: &Agent, model: &RemoteModel, body: &Value) -> Result<Value, ApiEr
         return json.map_err(|error| lost(&format_args!("its answer is no JSON ({error})")));
     }
     let said = json.ok().and_then(|json| Some(json["error"]["message"].as_str()?.to_owned()));
-    let said: String = said.unwrap_or_default().chars().take(MOST_LETTERS).collect();
+    let mut said = said.unwrap_or_default();
+    if let Some(key) = key {
+        // A server may repeat the key that it refuses.
+        said = said.replace(key.expose(), "…");
+    }
+    let said: String = said.chars().take(MOST_LETTERS).collect();
     let message = format!("The server of the remote model `{name}` answered {status}: {said}");
     Err(match status {
         StatusCode::TOO_MANY_REQUESTS => ApiError::too_many(message, 1, "remote_model_busy"),
+        StatusCode::REQUEST_TIMEOUT | StatusCode::CONFLICT | StatusCode::TOO_EARLY => {
+            ApiError::unavailable(message)
+        }
         status if status.is_server_error() => ApiError::unavailable(message),
         _ => ApiError::bad_request(message),
     })

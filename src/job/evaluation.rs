@@ -118,6 +118,9 @@ impl EvalTask {
             Ok((number + 1, item.map_err(|why| format!("{name}: line {}: {why}", number + 1))?))
         });
         let items: Vec<(usize, Value)> = each.collect::<Result<_, String>>()?;
+        if items.is_empty() {
+            return Err(format!("{name}: there is no question"));
+        }
         let at = |number: usize, why: String| format!("{name}: line {number}: {why}");
         let questions = if items.iter().any(|(_, item)| item.get("choices").is_some()) {
             if settings.grader.is_some() {
@@ -150,7 +153,6 @@ impl EvalTask {
             Questions::Generation(Generation { items, grader, max_tokens, stop })
         };
         match questions.len() {
-            0 => Err(format!("{name}: there is no question")),
             count if count <= shots => Err(format!(
                 "{name}: {count} questions, of which {shots} are shown as examples: none is left"
             )),

@@ -75,7 +75,7 @@ fn quantiles(svg: &mut String, models: &[&ModelReport]) -> Result<(), Box<dyn Er
             found.kl_quantiles.iter().map(|&(x, kl)| (100.0 * x, kl.max(LEAST_KL))).collect()
         })
         .collect();
-    let most = curves.iter().flatten().map(|(_, kl)| *kl).fold(10.0 * LEAST_KL, f64::max);
+    let most = curves.iter().flatten().map(|(_, kl)| *kl).fold(10.0 * LEAST_KL, f64::max).min(1e6);
     let mut chart = ChartBuilder::on(&root)
         .margin(12)
         .x_label_area_size(36)

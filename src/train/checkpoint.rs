@@ -157,6 +157,12 @@ impl Checkpoints {
         set(params, &matching(params, &weights)?)
     }
 
+    /// Whether these weights are there and whole.
+    pub fn has_best(&self, best: &BestWeights) -> bool {
+        let bytes = get(&self.best_path(best.step).join(WEIGHTS));
+        bytes.is_ok_and(|bytes| digest(&bytes) == best.sha256)
+    }
+
     /// Deletes all kept weights except these.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use crate::grade::{Answer, Failed, Question};
 use crate::job::Control;
 use crate::job::rollout::{CallCause, CallError, Rollout, RolloutRequest};
 use crate::train::rollout::RolloutClient;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Number of attempts while the engine fails, and the longest wait between two attempts.
@@ -70,12 +71,12 @@ impl<'a> Calls<'a> {
         let sent = client.load_policy(self.policy.adapter).and_then(|()| client.start(&request));
         match sent {
             Ok(()) => Ok(StartedRollouts { request, sent: true }),
+            Err(error) if error.cause == CallCause::Refused => Err(error.into()),
             // The request is sent when its completions are needed.
-            Err(error) if error.cause == CallCause::Passing => {
+            Err(error) => {
                 tracing::warn!("the engine is asked later: {error}");
                 Ok(StartedRollouts { request, sent: false })
             }
-            Err(error) => Err(error.into()),
         }
     }
 
@@ -101,13 +102,23 @@ impl<'a> Calls<'a> {
         self.generate(&started.request)
     }
 
-    /// The completions, if the server has the request and carries it out.
-    pub(super) fn try_collect(&self, started: &mut StartedRollouts) -> Option<Vec<Vec<Rollout>>> {
-        let sent = std::mem::take(&mut started.sent);
-        let collect = || self.policy.client.borrow_mut().collect(&started.request);
-        sent.then(collect)?
-            .inspect_err(|error| tracing::warn!("completions are sampled again: {error}"))
-            .ok()
+    /// Copies the adapter that was exported last to a file that outlives the process.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub(super) fn keep_adapter(&self, file: &Path) -> std::io::Result<()> {
+        let part = file.with_extension("part");
+        std::fs::copy(self.policy.adapter, &part)?;
+        std::fs::rename(part, file)
+    }
+
+    /// Exports the adapter of a file that [`Calls::keep_adapter`] wrote, in place of the current
+    /// weights.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub(super) fn export_kept(&self, file: &Path) -> std::io::Result<()> {
+        std::fs::copy(file, self.policy.adapter).map(drop)
     }
 
     /// # Errors

@@ -352,8 +352,8 @@ impl BatchSource for Steps<'_, '_> {
 
     fn save(&self) -> Result<Vec<u8>, TrainError> {
         let held = Some(self.held.borrow()).filter(|held| held.updates > 0);
-        let mut ahead = self.ahead.borrow_mut();
-        let ahead = ahead.as_mut().and_then(|sampled| self.run.sampler.save(sampled));
+        let ahead = self.ahead.borrow();
+        let ahead = ahead.as_ref().map(|sampled| self.run.sampler.save(sampled)).transpose()?;
         if held.is_none() && ahead.is_none() {
             return Ok(Vec::new());
         }
@@ -363,9 +363,15 @@ impl BatchSource for Steps<'_, '_> {
 
     fn restore(&mut self, saved: &[u8]) -> Result<(), TrainError> {
         if !saved.is_empty() {
-            let saved: Saved = rmp_serde::from_slice(saved).map_err(std::io::Error::other)?;
+            let saved = rmp_serde::from_slice::<Saved>(saved)
+                // Earlier versions stored the completions alone.
+                .or_else(|_| {
+                    let held = rmp_serde::from_slice(saved)?;
+                    Ok::<_, rmp_serde::decode::Error>(Saved { held: Some(held), ahead: None })
+                })
+                .map_err(std::io::Error::other)?;
             *self.held.borrow_mut() = saved.held.unwrap_or_default();
-            *self.ahead.get_mut() = saved.ahead.map(Sampled::from);
+            *self.ahead.get_mut() = saved.ahead.map(|saved| self.run.sampler.restore(saved));
         }
         Ok(())
     }

@@ -144,6 +144,14 @@ impl Judge<'_> {
         let (mut pause, mut attempt) = (Duration::from_millis(200), 1);
         loop {
             let answers = self.calls.query(&questions)?;
+            let refused = |answer: &Result<Answer, Failed>| {
+                answer.as_ref().is_err_and(|failed| failed.permanent)
+            };
+            if let Some(Err(failed)) = answers.first()
+                && answers.iter().all(refused)
+            {
+                return Err(TrainError::Spec(format!("the judge: {}", failed.message)));
+            }
             let lost: Vec<_> = answers
                 .iter()
                 .filter_map(|answer| answer.as_ref().err())

@@ -286,7 +286,8 @@ impl Run<'_> {
         let warmup = (total as f64 * settings.warmup).ceil() as u64;
         let warmup = settings.warmup_steps.unwrap_or(warmup);
         let limit = settings.max_minutes.map_or(f64::INFINITY, |minutes| minutes * 60.0);
-        let mut finishes = control.finishes();
+        // Without a step there is nothing to keep: an earlier process may have lost its steps.
+        let mut finishes = step > 0 && control.finishes();
         while step < total && state.seconds < limit && state.on_target < ON_TARGET && !finishes {
             if control.stops() {
                 state.source = source.save()?;
@@ -379,8 +380,20 @@ impl Run<'_> {
         };
         restored.apply(self.model.params(), optimization)?;
         source.restore(&restored.state.source)?;
-        event(Event::Resumed { step: restored.step });
-        Ok((restored.step, restored.state))
+        let (step, mut state) = (restored.step, restored.state);
+        event(Event::Resumed { step });
+        // A checkpoint that is older than the newest one may name weights that were deleted.
+        if let Some(best) = &state.best
+            && !self.checkpoints.has_best(&best.weights)
+        {
+            let text = format!(
+                "The weights of step {}, whose validation was the best, are lost.",
+                best.weights.step
+            );
+            event(Event::Note { text });
+            state.best = None;
+        }
+        Ok((step, state))
     }
 
     /// Sets the weights to those of the best evaluation, if they are to be kept.

@@ -14,6 +14,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Number of attempts while a grader's models are not available for [`TRAIN_SHARE`] of the
@@ -64,11 +65,15 @@ pub(super) struct Sampler<'a> {
     validation: Option<&'a PreparedPrompts>,
     batch_size: usize,
     seed: u64,
+    /// Folder of files that the job needs until its end.
+    cache: &'a Path,
 }
 
 /// Completions of some prompts to train on.
 pub(super) struct Sampled {
     prompts: Vec<usize>,
+    /// Position of the run before these prompts.
+    cursor: Cursor,
     state: SampledState,
     /// Seconds in which nothing was done but to wait for them.
     seconds: f64,
@@ -76,6 +81,8 @@ pub(super) struct Sampled {
 
 enum SampledState {
     Started(StartedRollouts),
+    /// An earlier process began to sample them, with the adapter in this file.
+    Restored(PathBuf),
     /// (prompts, completions)
     Done(Vec<Vec<Rollout>>),
 }
@@ -84,15 +91,10 @@ enum SampledState {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct SavedRollouts {
     prompts: Vec<usize>,
-    /// (prompts, completions)
-    rollouts: Vec<Vec<Rollout>>,
-}
-
-impl From<SavedRollouts> for Sampled {
-    fn from(saved: SavedRollouts) -> Self {
-        let SavedRollouts { prompts, rollouts } = saved;
-        Self { prompts, state: SampledState::Done(rollouts), seconds: 0.0 }
-    }
+    cursor: Cursor,
+    /// (prompts, completions); `None` if they were not complete: the adapter that samples them is
+    /// in a file of the job's cache.
+    rollouts: Option<Vec<Vec<Rollout>>>,
 }
 
 fn encoded_prompts(
@@ -177,7 +179,8 @@ impl<'a> Sampler<'a> {
         }
         let (train, validation) = (job.train, job.validation);
         let (batch_size, seed) = (job.settings.batch_size, job.seed);
-        Ok(Self { calls, sampling, train, validation, batch_size, seed })
+        let cache = job.making.cache;
+        Ok(Self { calls, sampling, train, validation, batch_size, seed, cache })
     }
 
     /// Begins to sample completions to train on, with the current weights. `cursor` is the position
@@ -187,38 +190,71 @@ impl<'a> Sampler<'a> {
         prompts: Vec<usize>,
         cursor: &Cursor,
     ) -> Result<Sampled, TrainError> {
+        let request = self.training_request(&prompts, cursor)?;
+        self.calls.export()?;
+        let state = SampledState::Started(self.calls.start(request)?);
+        Ok(Sampled { prompts, cursor: *cursor, state, seconds: 0.0 })
+    }
+
+    fn training_request(
+        &self,
+        prompts: &[usize],
+        cursor: &Cursor,
+    ) -> Result<RolloutRequest, TrainError> {
         let first = (cursor.epoch << 32) + cursor.taken;
         let seeds = (0..prompts.len() as u64).map(|at| mixed(self.seed, first + at)).collect();
-        self.calls.export()?;
-        let encoded = encoded_prompts(self.train, &prompts)?;
-        let request = self.request(&encoded, seeds, self.sampling.num_generations);
-        let state = SampledState::Started(self.calls.start(request)?);
-        Ok(Sampled { prompts, state, seconds: 0.0 })
+        let encoded = encoded_prompts(self.train, prompts)?;
+        Ok(self.request(&encoded, seeds, self.sampling.num_generations))
     }
 
     /// Waits until the completions are sampled.
     pub(super) fn collect(&self, sampled: &mut Sampled) -> Result<(), TrainError> {
-        if let SampledState::Started(started) = &mut sampled.state {
-            let since = Instant::now();
-            let rollouts = self.calls.collect(started)?;
-            sampled.seconds = since.elapsed().as_secs_f64();
-            sampled.state = SampledState::Done(rollouts);
-        }
+        let since = Instant::now();
+        let rollouts = match &mut sampled.state {
+            SampledState::Done(_) => return Ok(()),
+            SampledState::Started(started) => self.calls.collect(started)?,
+            SampledState::Restored(adapter) => {
+                let request = self.training_request(&sampled.prompts, &sampled.cursor)?;
+                self.calls.export_kept(adapter)?;
+                self.calls.generate(&request)?
+            }
+        };
+        sampled.seconds = since.elapsed().as_secs_f64();
+        sampled.state = SampledState::Done(rollouts);
         Ok(())
     }
 
-    /// Completions for a checkpoint. `None` if the server cannot deliver them now: they are sampled
-    /// again.
-    pub(super) fn save(&self, sampled: &mut Sampled) -> Option<SavedRollouts> {
-        if let SampledState::Started(started) = &mut sampled.state {
-            sampled.state = SampledState::Done(self.calls.try_collect(started)?);
-        }
-        match &sampled.state {
-            SampledState::Done(rollouts) => {
-                Some(SavedRollouts { prompts: sampled.prompts.clone(), rollouts: rollouts.clone() })
+    /// The file that holds the adapter which samples the completions after a position.
+    fn adapter_file(&self, cursor: &Cursor) -> PathBuf {
+        self.cache.join(format!("policy-{}-{}.gguf", cursor.epoch, cursor.taken))
+    }
+
+    /// Completions for a checkpoint. It does not wait for them: what is being sampled is sampled
+    /// again by the process that resumes, with the same adapter.
+    ///
+    /// # Errors
+    /// If the adapter cannot be kept.
+    pub(super) fn save(&self, sampled: &Sampled) -> Result<SavedRollouts, TrainError> {
+        let Sampled { prompts, cursor, state, .. } = sampled;
+        let rollouts = match state {
+            SampledState::Done(rollouts) => Some(rollouts.clone()),
+            SampledState::Restored(_) => None,
+            SampledState::Started(_) => {
+                self.calls.keep_adapter(&self.adapter_file(cursor))?;
+                None
             }
-            SampledState::Started(_) => None,
-        }
+        };
+        Ok(SavedRollouts { prompts: prompts.clone(), cursor: *cursor, rollouts })
+    }
+
+    /// What [`Sampler::save`] returned.
+    pub(super) fn restore(&self, saved: SavedRollouts) -> Sampled {
+        let SavedRollouts { prompts, cursor, rollouts } = saved;
+        let state = match rollouts {
+            Some(rollouts) => SampledState::Done(rollouts),
+            None => SampledState::Restored(self.adapter_file(&cursor)),
+        };
+        Sampled { prompts, cursor, state, seconds: 0.0 }
     }
 
     /// Grades completions that are sampled, and waits for them before if necessary.

@@ -75,8 +75,10 @@ impl<'a> Pipeline<'a> {
             };
             trained = more;
         }
-        // A job that is asked to finish keeps what stage 1 has taught.
-        if self.block.runs(Stage::Compare) && !self.control.finishes() {
+        // A job that is asked to finish keeps what it has learned: it begins no stage, but goes on
+        // with one that an earlier process has begun.
+        let begun = !self.preference_checkpoints(1)?.steps()?.is_empty();
+        if self.block.runs(Stage::Compare) && (begun || !self.control.finishes()) {
             let more = match self.block.preference_method {
                 PreferenceMethod::Dpo => {
                     let rows = compare::compare(self, event)?;
@@ -105,6 +107,11 @@ impl<'a> Pipeline<'a> {
         }));
         event(Event::Note { text: report.summary() });
         Ok(Outcome::Done { tokens: trained.0 })
+    }
+
+    /// The checkpoints of training on preferences.
+    fn preference_checkpoints(&self, keep: usize) -> Result<Checkpoints, TrainError> {
+        Ok(Checkpoints::new(&self.job.making.cache.join("preference"), keep)?)
     }
 
     /// A file of the job's examples.
@@ -170,8 +177,8 @@ impl<'a> Pipeline<'a> {
         let settings = self.block.preference_settings(self.job.settings);
         let data: PreparedPairs =
             self.prepare("preferences", &pairs, settings.max_length, event)?;
-        let (loss, keep) = (self.block.preference_loss(), settings.keep_checkpoints);
-        let checkpoints = Checkpoints::new(&self.job.making.cache.join("preference"), keep)?;
+        let loss = self.block.preference_loss();
+        let checkpoints = self.preference_checkpoints(settings.keep_checkpoints)?;
         let trainer = PreferenceTrainer {
             model: self.job.model,
             settings: &settings,
@@ -195,8 +202,7 @@ impl<'a> Pipeline<'a> {
         event: &mut dyn FnMut(Event),
     ) -> Result<Trained, TrainError> {
         let settings = self.block.preference_settings(self.job.settings);
-        let folder = self.job.making.cache.join("preference");
-        let checkpoints = Checkpoints::new(&folder, settings.keep_checkpoints)?;
+        let checkpoints = self.preference_checkpoints(settings.keep_checkpoints)?;
         let job = Job { settings: &settings, checkpoints: &checkpoints, ..*self.job };
         let helpful: Vec<bool> = (0..job.train.len())
             .map(|prompt| Ok(is_helpful(&job.train.get(prompt)?.item)))

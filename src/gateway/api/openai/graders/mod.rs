@@ -253,7 +253,8 @@ fn preference<'a>(
     let [first, second] = [of(&labels[0]), of(&labels[1])];
     first.or(second)?;
     let [first, second] = [first, second].map(|p| p.unwrap_or(least.exp()));
-    Some(first / (first + second))
+    // Both may be too small for a number.
+    Some(first / (first + second)).filter(|share| share.is_finite())
 }
 
 #[cfg(test)]
@@ -276,5 +277,6 @@ mod tests {
         close(of(&[("B", 0.9), ("I", 0.1)]), 0.1);
         assert_eq!(of(&[("I", 0.9), ("a", 0.1)]), None);
         assert_eq!(of(&[]), None);
+        assert_eq!(of(&[("A", 0.0), ("B", 0.0)]), None);
     }
 }

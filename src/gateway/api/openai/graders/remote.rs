@@ -92,8 +92,10 @@ async fn choice(
     });
     let found = models.chat(model, body).await?;
     let top = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"].as_array();
-    let token =
-        |token: &Value| Some((token["token"].as_str()?.to_owned(), token["logprob"].as_f64()?));
+    let token = |token: &Value| {
+        let logprob = token["logprob"].as_f64().filter(|logprob| *logprob <= 0.0)?;
+        Some((token["token"].as_str()?.to_owned(), logprob))
+    };
     let top: Vec<(String, f64)> = top.into_iter().flatten().filter_map(token).collect();
     if top.is_empty() {
         return Err(ApiError::bad_request(format!(
@@ -232,8 +234,10 @@ mod tests {
 
     #[tokio::test]
     async fn errors_say_whether_the_question_may_be_asked_again() {
-        let refusal = json!({"error": {"message": "no such key"}});
-        for (status, right) in [(401, 400), (404, 400), (429, 429), (500, 503), (503, 503)] {
+        let refusal = json!({"error": {"message": "no such key: secret-key"}});
+        for (status, right) in
+            [(401, 400), (404, 400), (408, 503), (429, 429), (500, 503), (503, 503)]
+        {
             let (url, requests) = server(vec![(status, refusal.clone())]);
             let (models, model) = remote(&url);
             let error = answer(&models, &model, &choice_of(None)).await.unwrap_err();
