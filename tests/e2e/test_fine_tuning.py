@@ -256,13 +256,13 @@ def test_a_killed_job_ends_with_the_same_weights():
     whole["digest"], whole["two"] = adapter_digest(jobs[0]), file
 
 
-def finish(job):
+def ask_to_finish(job):
     return json.loads(server.admin(f"/admin/jobs/{job.id}/finish", {}))
 
 
 def refuses_to_finish(job):
     try:
-        finish(job)
+        ask_to_finish(job)
         raise AssertionError("the job was asked to finish")
     except urllib.error.HTTPError as error:
         assert error.code == 400, error
@@ -283,7 +283,7 @@ def test_pause_resume_finish_cancel():
     step_of(job, at + 1)
     assert any(f"after step {at}" in message for message in messages(job)), messages(job)
     # A job that runs ends after its step, a paused one at its checkpoint; both are served.
-    assert finish(job)["status"] == "running"
+    assert ask_to_finish(job)["status"] == "running"
     done = ended(job)
     progress = server.job(job.id)["progress"]
     assert at < progress["step"] < progress["total_steps"], progress
@@ -294,7 +294,7 @@ def test_pause_resume_finish_cancel():
     step_of(job, 1)
     client.fine_tuning.jobs.pause(job.id)
     until(lambda: None if processes(job) else True, "the process leaves")
-    assert finish(job)["status"] == "queued"
+    assert ask_to_finish(job)["status"] == "queued"
     assert ended(job).fine_tuned_model
     job = create(file, epochs=2)
     step_of(job, 1)

@@ -12,8 +12,9 @@ use crate::job::{Control, StepMetrics, Validation};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::data::{PreparedPrompts, prepare_prompts};
 use crate::train::model::{Model, Training};
+use crate::train::optim::Param;
 use crate::train::rollout::RolloutClient;
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::cell::{Cell, RefCell};
@@ -25,8 +26,24 @@ use std::sync::Arc;
 struct InProcess {
     model: Rc<Model>,
     judge: Rc<Cell<Judge>>,
+    /// The weights of the adapter that was loaded last.
+    loaded: Vec<Tensor>,
     /// Completions that were not collected yet.
     started: Option<Vec<Vec<Rollout>>>,
+}
+
+/// Writes the weights of a model to a file, which stands for its adapter.
+fn export(model: &Model, path: &Path) -> Result<(), TrainError> {
+    let values = |param: &Param| param.var.flatten_all()?.to_vec1::<f32>();
+    let weights: Vec<_> = model.params().iter().map(values).collect::<Result<_, _>>()?;
+    std::fs::write(path, rmp_serde::to_vec(&weights).unwrap())?;
+    Ok(())
+}
+
+fn set(model: &Model, weights: &[Tensor]) {
+    for (param, weights) in model.params().iter().zip(weights) {
+        param.var.set(weights).unwrap();
+    }
 }
 
 /// What the grader's model does.
@@ -69,11 +86,16 @@ impl InProcess {
 }
 
 impl RolloutClient for InProcess {
-    fn load_policy(&mut self, _: &Path) -> Result<(), CallError> {
+    fn load_policy(&mut self, adapter: &Path) -> Result<(), CallError> {
+        let saved: Vec<Vec<f32>> = rmp_serde::from_slice(&std::fs::read(adapter).unwrap()).unwrap();
+        let tensor = |(param, values): (&Param, Vec<f32>)| {
+            Tensor::from_vec(values, param.var.shape(), &Device::Cpu).unwrap()
+        };
+        self.loaded = self.model.params().iter().zip(saved).map(tensor).collect();
         Ok(())
     }
 
-    /// Samples at once, with the current weights.
+    /// Samples at once, with the weights that were loaded.
     fn start(&mut self, what: &RolloutRequest) -> Result<(), CallError> {
         assert!(self.started.is_none(), "the completions before were not collected");
         if self.judge.get() == Judge::Gone {
@@ -83,7 +105,12 @@ impl RolloutClient for InProcess {
         let group = |(prompt, seed): (&Vec<u32>, &u64)| {
             (0..what.answers).map(|choice| self.sample(prompt, (*seed, choice), what)).collect()
         };
-        self.started = Some(what.prompts.iter().zip(&what.seeds).map(group).collect());
+        let params = self.model.params().iter();
+        let now: Vec<Tensor> = params.map(|param| param.var.as_tensor().copy().unwrap()).collect();
+        set(&self.model, &self.loaded);
+        let sampled = what.prompts.iter().zip(&what.seeds).map(group).collect();
+        set(&self.model, &now);
+        self.started = Some(sampled);
         Ok(())
     }
 
@@ -190,10 +217,17 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
             model = model.with_head(name, vec![0.0; width]).unwrap();
         }
         let model = Rc::new(model);
-        let client =
-            RefCell::new(InProcess { model: model.clone(), judge: judge.clone(), started: None });
-        let policy =
-            Policy { client: &client, export: &|_| Ok(()), adapter: Path::new("in memory") };
+        let client = RefCell::new(InProcess {
+            model: model.clone(),
+            judge: judge.clone(),
+            loaded: Vec::new(),
+            started: None,
+        });
+        let policy = Policy {
+            client: &client,
+            export: &|path| export(&model, path),
+            adapter: &runs.join("policy"),
+        };
         let job = Job {
             model: &model,
             settings,
@@ -231,9 +265,7 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
             _ => {}
         });
         if let Outcome::Done { .. } = outcome? {
-            let values = |param: &crate::train::optim::Param| {
-                param.var.flatten_all().unwrap().to_vec1::<f32>().unwrap()
-            };
+            let values = |param: &Param| param.var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let params = model.params().iter().map(values).collect();
             return Ok(Ran { steps, validation, params });
         }
@@ -313,10 +345,11 @@ fn an_interrupted_evaluation_is_made_up_for() {
     let folder = tempfile::tempdir().unwrap();
     let grader = r#"{"type": "score_model", "name": "j", "model": "judge", "range": [0, 1],
         "input": [{"role": "user", "content": "{{sample.output_text}}"}]}"#;
-    for kind in ["grpo", "ppo"] {
+    let ahead = r#""async_rollouts": true,"#;
+    for (kind, more) in [("grpo", ""), ("ppo", ""), ("grpo", ahead)] {
         let text = format!(
             r#"{{"kind": "{kind}", "model": "m", "data": {{"train": "f"}},
-                "{kind}": {{"max_tokens": 2, "num_generations": 3, "grader": {grader}}},
+                "{kind}": {{{more} "max_tokens": 2, "num_generations": 3, "grader": {grader}}},
                 "train": {{"batch_size": 4, "max_length": 64, "max_steps": 6, "eval_every": 2,
                     "checkpoint_every": 100}}}}"#
         );
