@@ -549,7 +549,7 @@ def test_a_constitution_is_learned():
     report = json.loads(read("constitutional.json"))
     assert report["human"]["accuracy"]["count"] <= 6 and report["groups"]["helpful"]["win_rate"]["count"] == 3
     assert 0 <= report["groups"]["all"]["rewards"]["question"]["after"] <= 1, report
-    check_report(read("constitutional.html").decode(), "Constitutional training", "Which answer ends", "KL per token")
+    check_report(read("constitutional.html").decode(), "Constitutional training", "prefers what people prefer", "KL per token")
     entries = json.loads(server.admin(f"/admin/jobs/{job['id']}/events?stream=false"))["data"]
     assert [entry["metrics"] for entry in entries if entry["type"] == "validation"][0]["kl_all"] is not None
     adapter = next(made["name"] for made in done["artifacts"] if made["type"] == "adapter")
