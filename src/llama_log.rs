@@ -1,8 +1,8 @@
 //! llama.cpp's log: to `tracing`, or to a channel while a function of llama.cpp runs whose progress
 //! and errors are in it.
 //!
-//! llama.cpp has one log callback for the process. Lines are told apart by the thread that writes
-//! them, so that a capture gets no lines of models that other threads run.
+//! llama.cpp has one log callback for the process. This module keeps a log for each thread, so a
+//! capture gets no lines about models that other threads run.
 
 #![allow(unsafe_code)]
 

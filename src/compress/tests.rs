@@ -337,7 +337,7 @@ fn an_importance_matrix_that_cannot_be_computed_says_why() {
     let bytes = std::fs::read(&plan.model).unwrap();
     std::fs::write(&cut.model, &bytes[..bytes.len() / 2]).unwrap();
     assert!(refused(&cut).contains("cut.gguf"));
-    // A weight that is no number makes activations that are none.
+    // A NaN weight makes activations NaN.
     let mut bytes = bytes;
     let norm = Gguf::open(&plan.model).unwrap().to_f32("blk.0.attn_norm.weight").unwrap();
     let norm: Vec<u8> = norm.iter().flat_map(|weight| weight.to_le_bytes()).collect();

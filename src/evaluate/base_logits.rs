@@ -353,7 +353,7 @@ mod tests {
             let error = refused(&with(at, number));
             assert!(error.contains(why), "{at}, {number}: {error}");
         }
-        // A scale that is no number, in the first row.
+        // A scale that makes no distribution, in the first row.
         for scale in [f32::NAN, f32::MAX, f32::INFINITY, -1.0, 1.0] {
             std::fs::write(&path, with(20 + 64, scale.to_bits())).unwrap();
             let error = Reader::open(&path).unwrap().chunk().unwrap_err().to_string();

@@ -52,7 +52,7 @@ pub enum VerifyError {
     Folder { folder: String, source: io::Error },
     #[error("the text has {0} tokens, too few to measure anything")]
     TooShort(usize),
-    #[error("{0} gave a logit that is no number")]
+    #[error("{0} computed a logit that is NaN or infinite")]
     NotFinite(&'static str),
 }
 

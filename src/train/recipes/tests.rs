@@ -371,7 +371,7 @@ fn the_weights_of_the_best_validation_are_kept() {
     assert!((1..4).all(|n| at[n - 1] != at[n]));
     let last = weights("last", &[0.9, 0.1, 0.1, 0.1], false, u64::MAX);
     assert_eq!((last.0, last.2.len()), (at[3].clone(), 0));
-    // Of equal ones the latest; a reward that is no number is not the best.
+    // Of equal rewards the latest is the best; NaN never is.
     assert_eq!(weights("equal", &[0.5, 0.5, f64::NAN, 0.5], true, u64::MAX).0, at[3]);
     assert_eq!(weights("nan", &[0.5, 0.7, f64::NAN, f64::NAN], true, u64::MAX).0, at[1]);
 }
