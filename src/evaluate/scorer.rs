@@ -112,7 +112,9 @@ impl Scorer {
                         Ok(found) if found.iter().all(|x| x.is_finite()) => {
                             logits.extend_from_slice(found);
                         }
-                        Ok(_) => return Err(self.refuse(&"it computed a logit that is NaN or infinite")),
+                        Ok(_) => {
+                            return Err(self.refuse(&"it computed a logit that is NaN or infinite"));
+                        }
                         Err(error) => return Err(self.refuse(&error)),
                     }
                 }
