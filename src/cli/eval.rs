@@ -3,9 +3,9 @@
 //! It runs in this process, so a hostile file that makes llama.cpp abort ends the command.
 
 use super::progress::{spinner, work_bar};
-use super::{CliError, PullBar};
-use crate::config::{DataDirOption, HubAccess};
-use crate::gateway::store::{ModelRef, Store, ensure};
+use super::{CliError, fetch, read_text};
+use crate::config::DataDirOption;
+use crate::gateway::store::Store;
 use crate::grade::Grader;
 use crate::job::{
     EVAL_CONTEXT, EvalError, EvalModel, EvalPlan, EvalProgress, EvalReference, EvalReport,
@@ -132,11 +132,6 @@ fn plan(options: EvalOptions) -> Result<EvalPlan, CliError> {
              log-probabilities with --base-logits.",
         ));
     }
-    let text = |path: &PathBuf| {
-        std::fs::read_to_string(path).map_err(|error| {
-            CliError::message(format!("{} cannot be read as text: {error}.", path.display()))
-        })
-    };
     let mut graders = BTreeMap::new();
     for (task, file) in &options.graders {
         if options.tasks.iter().all(|(name, _)| name != task) {
@@ -144,7 +139,7 @@ fn plan(options: EvalOptions) -> Result<EvalPlan, CliError> {
                 "--grader names the task `{task}`, which no --task names."
             )));
         }
-        graders.insert(task, grader(file, &text(file)?)?);
+        graders.insert(task, grader(file, &read_text(file)?)?);
     }
     let tasks = options.tasks.iter().map(|(name, file)| {
         let settings = GenerationSettings {
@@ -152,7 +147,7 @@ fn plan(options: EvalOptions) -> Result<EvalPlan, CliError> {
             max_tokens: options.max_tokens.get(),
             stop: options.stop.clone(),
         };
-        let parsed = EvalTask::parse(name, &text(file)?, options.shots, settings);
+        let parsed = EvalTask::parse(name, &read_text(file)?, options.shots, settings);
         parsed.map_err(|why| CliError::message(format!("{}: {why}.", file.display())))
     });
     let tasks = tasks.collect::<Result<Vec<_>, _>>()?;
@@ -171,7 +166,7 @@ fn plan(options: EvalOptions) -> Result<EvalPlan, CliError> {
     let bounds = [options.max_kl.map(Gate::MaxKl), options.max_perplexity.map(Gate::MaxPerplexity)];
     Ok(EvalPlan {
         models: options.models.iter().map(|model| find(&store, model)).collect::<Result<_, _>>()?,
-        text: options.data.as_ref().map(text).transpose()?,
+        text: options.data.as_deref().map(read_text).transpose()?,
         context: options.context.map_or(EVAL_CONTEXT, |tokens| tokens as usize),
         chunks: options.chunks.map(NonZeroUsize::get),
         reference,
@@ -223,14 +218,6 @@ fn find(store: &Store, name: &str) -> Result<EvalModel, CliError> {
         return Ok(EvalModel { name: name.to_owned(), file, adapter });
     }
     Ok(EvalModel { name: name.to_owned(), file: fetch(store, name)?, adapter: None })
-}
-
-fn fetch(store: &Store, model: &str) -> Result<PathBuf, CliError> {
-    let reference = ModelRef::parse(model)?;
-    let mut bar = PullBar::new(reference.model_name());
-    let result = ensure(store, &reference, &HubAccess::from_env(), &mut |event| bar.show(event));
-    bar.finish();
-    Ok(result?.path)
 }
 
 /// A spinner while a model is loaded, then a bar of its work.

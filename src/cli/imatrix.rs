@@ -1,9 +1,9 @@
 //! `ingot imatrix MODEL`: computes an importance matrix for `ingot quantize` and llama-quantize.
 
 use super::progress::work_bar;
-use super::{CliError, PullBar};
-use crate::config::{DataDirOption, HubAccess};
-use crate::gateway::store::{ModelRef, Store, ensure};
+use super::{CliError, fetch, read_text};
+use crate::config::DataDirOption;
+use crate::gateway::store::Store;
 use crate::job::{CompressError, IMATRIX_CONTEXT, ImatrixPlan, ImatrixReport};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -52,16 +52,11 @@ pub fn main(
     ) -> Result<ImatrixReport, CompressError>,
 ) -> Result<ExitCode, CliError> {
     let store = Store::open(&options.data_dir.resolve()?)?;
-    let reference = ModelRef::parse(&options.model)?;
-    let mut bar = PullBar::new(reference.model_name());
-    let found = ensure(&store, &reference, &HubAccess::from_env(), &mut |event| bar.show(event));
-    bar.finish();
-    let text = std::fs::read_to_string(&options.data).map_err(|error| {
-        CliError::message(format!("{} cannot be read as text: {error}.", options.data.display()))
-    })?;
+    let model = fetch(&store, &options.model)?;
+    let text = read_text(&options.data)?;
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let plan = ImatrixPlan {
-        model: found?.path,
+        model,
         output: options.output,
         text,
         text_name: options.data.file_name().unwrap_or_default().to_string_lossy().into_owned(),

@@ -30,10 +30,11 @@ pub mod version;
 
 pub use progress::PullBar;
 
-use crate::config::{ConfigError, ServeOptions};
+use crate::config::{ConfigError, HubAccess, ServeOptions};
 use crate::gateway::ServeError;
-use crate::gateway::store::{BadRef, PullError, StoreError};
+use crate::gateway::store::{BadRef, ModelRef, PullError, Store, StoreError, ensure};
 use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
 
 /// One binary that serves, fine-tunes and pretrains models, through an OpenAI-compatible API.
 #[derive(Debug, Parser)]
@@ -104,6 +105,22 @@ pub enum CliError {
     Serve(#[from] ServeError),
     #[error("{0}")]
     Message(String),
+}
+
+/// The file of a model, which is pulled if it is not there.
+fn fetch(store: &Store, model: &str) -> Result<PathBuf, CliError> {
+    let reference = ModelRef::parse(model)?;
+    let mut bar = PullBar::new(reference.model_name());
+    let result = ensure(store, &reference, &HubAccess::from_env(), &mut |event| bar.show(event));
+    bar.finish();
+    Ok(result?.path)
+}
+
+/// A text file of the user.
+fn read_text(path: &Path) -> Result<String, CliError> {
+    std::fs::read_to_string(path).map_err(|error| {
+        CliError::message(format!("{} cannot be read as text: {error}.", path.display()))
+    })
 }
 
 impl CliError {

@@ -2,8 +2,8 @@
 
 use super::CliError;
 use super::progress::tensor_bar;
-use crate::config::{ByteSize, DataDirOption, HubAccess};
-use crate::gateway::store::{ModelRef, Store, ensure};
+use crate::config::{ByteSize, DataDirOption};
+use crate::gateway::store::Store;
 use crate::gguf::{TensorType, is_hugging_face};
 use crate::job::{
     CompressError, ModelType, QuantizePlan, QuantizeReport, QuantizedTensor, TensorOverride,
@@ -121,11 +121,7 @@ fn plan(options: QuantizeOptions) -> Result<QuantizePlan, CliError> {
 /// The file of a model in the data folder.
 fn named(options: &QuantizeOptions) -> Result<PathBuf, CliError> {
     let store = Store::open(&options.data.clone().resolve()?)?;
-    let reference = ModelRef::parse(&options.input)?;
-    let mut bar = super::PullBar::new(reference.model_name());
-    let found = ensure(&store, &reference, &HubAccess::from_env(), &mut |event| bar.show(event));
-    bar.finish();
-    Ok(found?.path)
+    super::fetch(&store, &options.input)
 }
 
 /// A bar of tensors, with the size of the file so far.

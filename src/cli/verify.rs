@@ -3,10 +3,10 @@
 //! It runs in this process, so a hostile file that makes llama.cpp abort ends the command.
 
 use super::progress::{spinner, token_bar};
-use super::{CliError, PullBar};
-use crate::config::{ByteSize, DataDirOption, HubAccess};
+use super::{CliError, fetch, read_text};
+use crate::config::{ByteSize, DataDirOption};
 use crate::gateway::memory;
-use crate::gateway::store::{DEFAULT_MODEL, ModelRef, Store, ensure};
+use crate::gateway::store::{DEFAULT_MODEL, Store};
 use crate::gguf::{Gguf, dequantized_bytes};
 use crate::job::{VERIFY_WINDOW, VerifyError, VerifyPlan, VerifyProgress, VerifyReport};
 use indicatif::ProgressBar;
@@ -45,12 +45,7 @@ pub fn main(
     let store = Store::open(&options.data.clone().resolve()?)?;
     let model = fetch(&store, &options.model)?;
     check_memory(&model)?;
-    let text = match &options.text {
-        Some(path) => Some(std::fs::read_to_string(path).map_err(|error| {
-            CliError::message(format!("{} cannot be read as text: {error}.", path.display()))
-        })?),
-        None => None,
-    };
+    let text = options.text.as_deref().map(read_text).transpose()?;
     let plan = VerifyPlan {
         model,
         text,
@@ -75,14 +70,6 @@ pub fn main(
         })?;
     }
     Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn fetch(store: &Store, model: &str) -> Result<PathBuf, CliError> {
-    let reference = ModelRef::parse(model)?;
-    let mut bar = PullBar::new(reference.model_name());
-    let result = ensure(store, &reference, &HubAccess::from_env(), &mut |event| bar.show(event));
-    bar.finish();
-    Ok(result?.path)
 }
 
 /// The F32 weights are there twice, in llama.cpp's mapping and packed for the native runner, and the
