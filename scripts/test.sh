@@ -20,11 +20,20 @@ failed=0
 failures=()
 seconds=()
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+trap 'rm -f "$log" "$log.downloads"' EXIT
+
+# The processor seconds of this shell's ended children: less than twice a suite's seconds on two
+# cores says that the suite waits.
+cpu() { awk -v hertz="$(getconf CLK_TCK)" '{ print int(($16 + $17) / hertz) }' /proc/$$/stat; }
+
+timed() {
+    seconds+=("$((SECONDS - $2)) $(($(cpu) - $3)) $1")
+}
 
 # Counts a command as one test.
 check() {
-    local name=$1 start=$SECONDS
+    local name=$1 start=$SECONDS before
+    before=$(cpu)
     shift
     say "$name"
     if "$@"; then
@@ -33,12 +42,13 @@ check() {
         failed=$((failed + 1))
         failures+=("$name")
     fi
-    seconds+=("$((SECONDS - start)) $name")
+    timed "$name" "$start" "$before"
 }
 
 # Runs a command whose output counts its tests as `N passed` and `N failed`, on one line or many.
 suite() {
-    local name=$1 status=0 start=$SECONDS good bad
+    local name=$1 status=0 start=$SECONDS before good bad
+    before=$(cpu)
     shift
     say "$name"
     "$@" 2>&1 | tee "$log" || status=$?
@@ -50,11 +60,11 @@ suite() {
     passed=$((passed + good))
     failed=$((failed + bad))
     [ "$bad" -eq 0 ] || failures+=("$name")
-    seconds+=("$((SECONDS - start)) $name")
+    timed "$name" "$start" "$before"
 }
 
 finish() {
-    say "seconds of each suite"
+    say "seconds and processor seconds of each suite"
     printf '%s\n' "${seconds[@]}" | sort -rn
     for name in "${failures[@]}"; do
         say "failed: $name"
@@ -69,6 +79,29 @@ need_node
 need_packages
 need_browser
 need_rust
+
+# What the tests need from package registries, in .cache.
+downloads() {
+    say "Python packages for the tests"
+    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        openai jinja2 prometheus_client 'schemathesis>=4,<5' jsonschema litellm
+    say "Node packages for the tests"
+    mkdir -p "$root/.cache/node"
+    npm install --silent --no-audit --no-fund --no-package-lock --prefix "$root/.cache/node" openai
+    # Modules resolve from the folder of the file that imports them, upwards.
+    ln -sfn .cache/node/node_modules "$root/node_modules"
+    say "chat templates and what jinja2 makes of them"
+    scripts/templates.sh
+    say "llama.cpp's test vocabularies"
+    scripts/vocabs.sh
+}
+
+venv=$root/.cache/venv
+export INGOT_TEST_PYTHON=$venv/bin/python
+# Downloads wait for the network, lints and the build for the CPU: they run side by side.
+(downloads) >"$log.downloads" 2>&1 &
+downloading=$!
 
 check "rustfmt" cargo fmt --check
 check "clippy" cargo clippy --release --all-targets --locked -- -D warnings
@@ -88,34 +121,16 @@ else
     failures+=("pull of the default model")
 fi
 
-say "Python packages for the tests, in .cache/venv"
-venv=$root/.cache/venv
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    openai jinja2 prometheus_client 'schemathesis>=4,<5' jsonschema litellm
-export INGOT_TEST_PYTHON=$venv/bin/python
-
-say "chat templates and what jinja2 makes of them, in .cache/templates"
-if INGOT_TEST_TEMPLATES=$(scripts/templates.sh); then
-    export INGOT_TEST_TEMPLATES
+say "waiting for the other downloads"
+if wait "$downloading"; then
+    passed=$((passed + 1))
 else
+    cat "$log.downloads" >&2
     failed=$((failed + 1))
-    failures+=("chat templates")
+    failures+=("downloads of what the tests need")
 fi
-
-say "llama.cpp's test vocabularies, in .cache/vocabs"
-if INGOT_TEST_VOCABS=$(scripts/vocabs.sh); then
-    export INGOT_TEST_VOCABS
-else
-    failed=$((failed + 1))
-    failures+=("test vocabularies")
-fi
-
-say "Node packages for the tests, in .cache/node"
-mkdir -p "$root/.cache/node"
-npm install --silent --no-audit --no-fund --no-package-lock --prefix "$root/.cache/node" openai
-# Modules resolve from the folder of the file that imports them, upwards.
-ln -sfn .cache/node/node_modules "$root/node_modules"
+export INGOT_TEST_TEMPLATES=$root/.cache/templates
+export INGOT_TEST_VOCABS=$root/.cache/vocabs
 
 suite "Rust tests" cargo test --release --locked --no-fail-fast
 
