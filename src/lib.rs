@@ -32,7 +32,7 @@
 //! # The path of a job
 //!
 //! [`gateway::api`] or [`cli`] → [`job::ResolvedJob`] → [`gateway::jobs`] (queued) →
-//! [`gateway::store`] → a process: [`train::process`] → [`train::recipes`] → [`train::data`] →
+//! [`gateway::store`] → a process: [`job::main`] → [`train::process`] → [`train::recipes`] → [`train::data`] →
 //! [`train::model`] ([`train::ops`]) → [`train::loss`] → [`train::optim`] → [`train::checkpoint`] →
 //! [`train::export`] → [`gateway::jobs`] (loaded on trial) → [`gateway::registry`] (served).
 //!

@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use ingot::cli::{self, BenchCommand, Cli, CliError, Command};
+use ingot::job::{JobFailure, JobOrder, JobWork, Outcome};
 use std::process::ExitCode;
 
 #[global_allocator]
@@ -10,7 +11,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Engine => return ingot::engine::main(),
-        Command::Job { folder } => return ingot::train::process::main(&folder),
+        Command::Job { folder } => return ingot::job::main(&folder, work),
         Command::Version => return cli::version::main(),
         Command::Serve(options) => serve(*options),
         Command::Run(options) => cli::run::main(options),
@@ -28,6 +29,15 @@ fn main() -> ExitCode {
         eprintln!("ingot: {error}");
         ExitCode::FAILURE
     })
+}
+
+/// The work of a job's kind.
+fn work(order: &JobOrder, work: JobWork<'_>) -> Result<Option<Outcome>, JobFailure> {
+    match order {
+        JobOrder::Train(order) => ingot::train::process::carry_out(order, work),
+        JobOrder::Quantize(order) => ingot::compress::job::carry_out(order, work),
+        JobOrder::Evaluate(order) => ingot::evaluate::job::carry_out(order, work),
+    }
 }
 
 fn serve(options: ingot::config::ServeOptions) -> Result<ExitCode, CliError> {

@@ -84,10 +84,12 @@ fn table(jobs: &[Value]) -> String {
     let row = |job: &Value| {
         let text = |key: &str| job[key].as_str().unwrap_or_default().to_owned();
         let progress = &job["progress"];
-        let step = match (progress["step"].as_u64(), progress["total_steps"].as_u64()) {
-            (Some(step), Some(total)) => format!("{step}/{total}"),
-            _ => "-".to_owned(),
+        let pair = |done: &str, total: &str| {
+            Some(format!("{}/{}", progress[done].as_u64()?, progress[total].as_u64()?))
         };
+        // Jobs that do not train count other work.
+        let step = pair("step", "total_steps").or_else(|| pair("done", "total"));
+        let step = step.unwrap_or_else(|| "-".to_owned());
         let loss =
             progress["loss"].as_f64().map_or_else(|| "-".to_owned(), |loss| format!("{loss:.4}"));
         [text("id"), text("kind"), text("status"), step, loss, text("name")]

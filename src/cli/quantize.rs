@@ -6,8 +6,8 @@ use crate::config::{ByteSize, DataDirOption};
 use crate::gateway::store::Store;
 use crate::gguf::{TensorType, is_hugging_face};
 use crate::job::{
-    CompressError, ModelType, QuantizePlan, QuantizeReport, QuantizedTensor, TensorOverride,
-    tensor_type,
+    CompressError, ModelType, QuantizePlan, QuantizeReport, QuantizeSettings, QuantizedTensor,
+    TensorOverride, tensor_type,
 };
 use indicatif::ProgressBar;
 use std::path::{Path, PathBuf};
@@ -104,14 +104,16 @@ fn plan(options: QuantizeOptions) -> Result<QuantizePlan, CliError> {
     Ok(QuantizePlan {
         input,
         output: options.output,
-        ty: options.ty,
-        imatrix: options.imatrix,
-        overrides: options.overrides,
-        output_type: options.output_type,
-        embedding_type: options.embedding_type,
-        pure: options.pure,
-        requantize: options.requantize,
-        leave_output: options.leave_output,
+        settings: QuantizeSettings {
+            ty: options.ty,
+            imatrix: options.imatrix,
+            overrides: options.overrides,
+            output_type: options.output_type,
+            embedding_type: options.embedding_type,
+            pure: options.pure,
+            requantize: options.requantize,
+            leave_output: options.leave_output,
+        },
         keep_split: options.keep_split,
         threads: options.threads.map_or_else(cores, usize::from),
         force: options.force,

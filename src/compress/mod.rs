@@ -3,6 +3,7 @@
 //! | file | content |
 //! |---|---|
 //! | `quantize.rs` | quantization by llama.cpp, byte for byte as llama-quantize writes |
+//! | `job.rs` | jobs that quantize |
 //! | `imatrix.rs` | files of importance matrices |
 //! | `activations.rs` | importance matrices from a model's activations |
 
@@ -10,6 +11,7 @@
 
 mod activations;
 mod imatrix;
+pub mod job;
 mod quantize;
 #[cfg(test)]
 mod tests;

@@ -166,29 +166,30 @@ fn check_output(output: &Path) -> Result<&Path, CompressError> {
 fn check_types(plan: &QuantizePlan, models: &[Gguf]) -> Result<(), CompressError> {
     let tensors = || models.iter().flat_map(|model| model.tensors());
     if let Some(tensor) = tensors().find(|tensor| tensor.ty().is_quantized())
-        && !plan.requantize
-        && !plan.ty.copies()
+        && !plan.settings.requantize
+        && !plan.settings.ty.copies()
     {
         return Err(refused(
             &plan.input,
             &format!(
                 "tensor `{}` is quantized already ({}), and a second quantization loses more than one \
-                 from the original weights. Use the F32, F16 or BF16 file, or --requantize",
+                 from the original weights. Use the F32, F16 or BF16 file, or set `requantize`",
                 tensor.name(),
                 tensor.ty().name()
             ),
         ));
     }
-    let plain = ["F32", "F16", "BF16", "COPY"].contains(&plan.ty.name());
-    if plain && !plan.overrides.is_empty() {
-        let why = format!("--tensor-type has no effect with the type {}", plan.ty.name());
+    let plain = ["F32", "F16", "BF16", "COPY"].contains(&plan.settings.ty.name());
+    if plain && !plan.settings.overrides.is_empty() {
+        let why =
+            format!("types of tensors have no effect with the type {}", plan.settings.ty.name());
         return Err(CompressError::Refused(why));
     }
     // llama.cpp falls back to another type for all tensors but these.
     let given = [
-        (plan.output_type, "output.weight", "--output-type"),
-        (plan.embedding_type, "token_embd.weight", "--embedding-type"),
-        (plan.embedding_type, "per_layer_token_embd.weight", "--embedding-type"),
+        (plan.settings.output_type, "output.weight", "output_type"),
+        (plan.settings.embedding_type, "token_embd.weight", "embedding_type"),
+        (plan.settings.embedding_type, "per_layer_token_embd.weight", "embedding_type"),
     ];
     for (ty, name, option) in given {
         let (Some(ty), Some(tensor)) = (ty, tensors().find(|tensor| tensor.name() == name)) else {
@@ -208,7 +209,7 @@ fn check_types(plan: &QuantizePlan, models: &[Gguf]) -> Result<(), CompressError
 }
 
 fn read_imatrix(plan: &QuantizePlan, models: &[Gguf]) -> Result<Option<Imatrix>, CompressError> {
-    let Some(path) = &plan.imatrix else { return Ok(None) };
+    let Some(path) = &plan.settings.imatrix else { return Ok(None) };
     let refused = |error| refused(path, &error);
     let imatrix = Imatrix::read(path).map_err(refused)?;
     imatrix.check(models).map_err(refused)?;
@@ -310,9 +311,9 @@ fn explain(plan: &QuantizePlan, folder: &Path, errors: &[String]) -> CompressErr
             || all.contains("Missing importance") =>
         {
             format!(
-                "type {} needs an importance matrix{tensor}: give one with --imatrix, or choose another \
+                "type {} needs an importance matrix{tensor}: give one (`imatrix`), or choose another \
                  type",
-                plan.ty.name()
+                plan.settings.ty.name()
             )
         }
         last => format!("{last}{tensor}"),
@@ -345,7 +346,8 @@ impl Call {
                 CompressError::Refused("a pattern of --tensor-type has a NUL byte".into())
             })
         };
-        let patterns = plan.overrides.iter().map(|found| Ok((pattern(&found.pattern)?, found.ty)));
+        let patterns =
+            plan.settings.overrides.iter().map(|found| Ok((pattern(&found.pattern)?, found.ty)));
         let entries = imatrix.into_iter().flat_map(|imatrix| &imatrix.means);
         let entries = entries.map(|(name, means)| Ok((pattern(name)?, means.clone())));
         Ok(Self {
@@ -388,13 +390,13 @@ impl Call {
         let mut params = unsafe { sys::llama_model_quantize_default_params() };
         let ty = |ty: Option<TensorType>, other| ty.map_or(other, |ty| ty as sys::ggml_type);
         params.nthread = i32::try_from(plan.threads).unwrap_or(i32::MAX);
-        params.ftype = plan.ty.number() as sys::llama_ftype;
-        params.output_tensor_type = ty(plan.output_type, params.output_tensor_type);
-        params.token_embedding_type = ty(plan.embedding_type, params.token_embedding_type);
-        params.allow_requantize = plan.requantize;
-        params.quantize_output_tensor = !plan.leave_output;
-        params.only_copy = plan.ty.copies();
-        params.pure_ = plan.pure;
+        params.ftype = plan.settings.ty.number() as sys::llama_ftype;
+        params.output_tensor_type = ty(plan.settings.output_type, params.output_tensor_type);
+        params.token_embedding_type = ty(plan.settings.embedding_type, params.token_embedding_type);
+        params.allow_requantize = plan.settings.requantize;
+        params.quantize_output_tensor = !plan.settings.leave_output;
+        params.only_copy = plan.settings.ty.copies();
+        params.pure_ = plan.settings.pure;
         params.keep_split = plan.keep_split;
         params.max_buf_size = BUFFER;
         if !self.entries.is_empty() {

@@ -3,7 +3,10 @@
 use super::quantize;
 use crate::gguf::fixture::{TinyLlama, tiny_llama};
 use crate::gguf::{Gguf, GgufWriter, TensorType};
-use crate::job::{CompressError, ImatrixPlan, QuantizePlan, QuantizeReport};
+use crate::job::{
+    ArtifactKind, CompressError, Control, Folder, Follower, ImatrixPlan, JobEvent, JobOrder,
+    Outcome, QuantizeOrder, QuantizePlan, QuantizeReport, QuantizeSettings, QuantizeSpec,
+};
 use llama_cpp_sys_2 as sys;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -21,18 +24,27 @@ fn plan(folder: &Path, ty: &str) -> QuantizePlan {
     QuantizePlan {
         input: folder.join("model.gguf"),
         output: folder.join("out.gguf"),
-        ty: ty.parse().unwrap(),
-        imatrix: None,
-        overrides: Vec::new(),
-        output_type: None,
-        embedding_type: None,
-        pure: false,
-        requantize: false,
-        leave_output: false,
+        settings: QuantizeSettings {
+            ty: ty.parse().unwrap(),
+            imatrix: None,
+            overrides: Vec::new(),
+            output_type: None,
+            embedding_type: None,
+            pure: false,
+            requantize: false,
+            leave_output: false,
+        },
         keep_split: false,
         threads: 2,
         force: true,
     }
+}
+
+/// The plan with other settings.
+fn with(plan: &QuantizePlan, change: impl FnOnce(&mut QuantizeSettings)) -> QuantizePlan {
+    let mut plan = plan.clone();
+    change(&mut plan.settings);
+    plan
 }
 
 fn run(plan: &QuantizePlan) -> Result<(QuantizeReport, Gguf), CompressError> {
@@ -90,7 +102,7 @@ fn tensors_are_ggmls_byte_for_byte() {
         let folder = folder();
         let original = Gguf::open(model(folder.path(), source)).unwrap();
         for ty in [TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_K, TensorType::Q6_K] {
-            let plan = QuantizePlan { pure: true, ..plan(folder.path(), ty.name()) };
+            let plan = with(&plan(folder.path(), ty.name()), |with| with.pure = true);
             let (_, made) = run(&plan).unwrap();
             let mut quantized = 0;
             for tensor in original.tensors() {
@@ -122,9 +134,9 @@ fn mixes_and_overrides_choose_types() {
     assert_eq!(ty(&made, "output_norm.weight"), TensorType::F32);
     assert!(report.before > report.after && report.weights > 0, "{report:?}");
     let mut changed = plan(folder.path(), "Q4_K_M");
-    changed.overrides =
+    changed.settings.overrides =
         vec!["attn_q=Q5_1".parse().unwrap(), "blk\\.1\\..*up=Q8_0".parse().unwrap()];
-    changed.embedding_type = Some(TensorType::F16);
+    changed.settings.embedding_type = Some(TensorType::F16);
     let (_, made) = run(&changed).unwrap();
     assert_eq!(ty(&made, "blk.0.attn_q.weight"), TensorType::Q5_1);
     assert_eq!(ty(&made, "blk.1.ffn_up.weight"), TensorType::Q8_0);
@@ -154,7 +166,7 @@ fn an_importance_matrix_weighs_the_columns() {
     let name = "blk.0.attn_q.weight";
     let file = folder.path().join("model.imatrix");
     imatrix(&file, &[(name, 256)]);
-    let plan = QuantizePlan { imatrix: Some(file.clone()), ..plan(folder.path(), "Q4_K_S") };
+    let plan = with(&plan(folder.path(), "Q4_K_S"), |with| with.imatrix = Some(file.clone()));
     let (_, made) = run(&plan).unwrap();
     let importance: Vec<f32> = (0..256).map(|i| (4.0 + ((i * 37) % 101) as f32) / 2.0).collect();
     let values = original.to_f32(name).unwrap();
@@ -187,19 +199,19 @@ fn errors_say_what_to_change_and_leave_nothing() {
             .collect();
         assert!(left.is_empty(), "{why}: {left:?} is left");
     };
-    refuse(&plan(folder.path(), "IQ2_XXS"), "--imatrix");
+    refuse(&plan(folder.path(), "IQ2_XXS"), "`imatrix`");
     let no_folder = folder.path().join("none/out.gguf");
     refuse(&QuantizePlan { output: no_folder, ..good.clone() }, "no such folder");
     refuse(&QuantizePlan { output: path.clone(), ..good.clone() }, "it is the input");
     let missing = folder.path().join("missing.gguf");
     refuse(&QuantizePlan { input: missing, ..good.clone() }, "missing.gguf");
-    let embedding = QuantizePlan { embedding_type: Some(TensorType::Q4_K), ..good.clone() };
+    let embedding = with(&good, |with| with.embedding_type = Some(TensorType::Q4_K));
     let odd = folder.path().join("odd.gguf");
     tiny_llama(&odd, &TinyLlama::default()).unwrap();
     refuse(&QuantizePlan { input: odd, ..embedding }, "no multiple of 256");
     let overrides = vec!["attn_q=Q8_0".parse().unwrap()];
-    refuse(&QuantizePlan { overrides, ..plan(folder.path(), "F16") }, "no effect");
-    let bad = QuantizePlan { overrides: vec!["attn_(q=Q8_0".parse().unwrap()], ..good.clone() };
+    refuse(&with(&plan(folder.path(), "F16"), |with| with.overrides = overrides), "no effect");
+    let bad = with(&good, |with| with.overrides = vec!["attn_(q=Q8_0".parse().unwrap()]);
     refuse(&bad, "model.gguf");
 
     let (_, made) = run(&good).unwrap();
@@ -208,8 +220,8 @@ fn errors_say_what_to_change_and_leave_nothing() {
     refuse(&QuantizePlan { force: false, ..good.clone() }, "--force");
     let again = folder.path().join("again.gguf");
     let twice = QuantizePlan { input: good.output.clone(), output: again, ..good.clone() };
-    refuse(&twice, "--requantize");
-    run(&QuantizePlan { requantize: true, ..twice }).unwrap();
+    refuse(&twice, "`requantize`");
+    run(&with(&twice, |with| with.requantize = true)).unwrap();
 
     // A truncated file, and a weight that is NaN.
     let bytes = std::fs::read(&path).unwrap();
@@ -350,4 +362,67 @@ fn an_importance_matrix_that_cannot_be_computed_says_why() {
         error.contains("nan.gguf") && error.contains("blk.0.") && error.contains("NaN"),
         "{error}"
     );
+}
+
+#[test]
+fn a_job_quantizes_and_says_what_it_did() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = model(folder.path(), TensorType::F32);
+    let spec = r#"{"kind": "quantize", "model": "m", "quantize": {"type": "Q4_K_M",
+        "tensor_types": ["attn_k=Q8_0"]}}"#;
+    let order = |name: &str, model: &Path, spec: &str| {
+        let job = Folder::new(folder.path().join(name));
+        let spec: QuantizeSpec = serde_json::from_str(spec).unwrap();
+        let order = QuantizeOrder {
+            version: 1,
+            id: name.into(),
+            name: spec.new_name(),
+            spec,
+            model: model.to_owned(),
+            model_sha256: None,
+            imatrix: None,
+        };
+        job.create(&JobOrder::Quantize(order)).unwrap();
+        job
+    };
+    let run_job = |job: &Folder| {
+        let done = crate::job::run(job, &Control::default(), |order, work| match order {
+            JobOrder::Quantize(order) => super::job::carry_out(order, work),
+            other => panic!("{other:?}"),
+        });
+        assert!(done.unwrap());
+        job.outcome().unwrap().unwrap()
+    };
+    let job = order("a", &source, spec);
+    // What an attempt that was killed leaves.
+    std::fs::create_dir_all(job.artifacts()).unwrap();
+    std::fs::write(job.artifacts().join(".model.gguf.part"), "half").unwrap();
+    let Outcome::Succeeded { trained_tokens: 0, artifacts } = run_job(&job) else {
+        panic!("{:?}", job.outcome())
+    };
+    let kinds: Vec<_> = artifacts.iter().map(|artifact| artifact.kind).collect();
+    assert_eq!(kinds, [ArtifactKind::Model, ArtifactKind::Provenance]);
+    assert_eq!(std::fs::read_dir(job.artifacts()).unwrap().count(), 2);
+    // The same bytes as without a job.
+    let mut alone = plan(folder.path(), "Q4_K_M");
+    alone.settings.overrides = vec!["attn_k=Q8_0".parse().unwrap()];
+    run(&alone).unwrap();
+    let written = job.path().join(&artifacts[0].file);
+    assert!(std::fs::read(written).unwrap() == std::fs::read(&alone.output).unwrap());
+    let events = Follower::new(job.events(), 0).read().unwrap();
+    let progress = events.iter().rev().find_map(|entry| match entry.event {
+        JobEvent::Progress { done, total } => Some((done, total)),
+        _ => None,
+    });
+    assert!(progress.is_some_and(|(done, total)| done == total && total > 7), "{events:?}");
+    assert!(events.last().unwrap().message.contains("bits per weight"), "{events:?}");
+    // A second run of an ended job does nothing.
+    run_job(&job);
+    assert_eq!(Follower::new(job.events(), 0).read().unwrap(), events);
+
+    let job = order("b", &alone.output, spec);
+    let Outcome::Failed { failure, artifacts } = run_job(&job) else {
+        panic!("{:?}", job.outcome())
+    };
+    assert!(artifacts.is_empty() && failure.message.contains("`requantize`"), "{failure:?}");
 }

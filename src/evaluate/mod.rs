@@ -6,12 +6,14 @@
 //! | `multiple_choice.rs` | tasks with given answers, as lm-evaluation-harness scores them |
 //! | `generation.rs` | tasks whose answers the model writes |
 //! | `base_logits.rs` | files of log-probabilities of a reference |
+//! | `job.rs` | jobs that evaluate |
 //! | `scorer.rs` | runs a model over tokens |
 //! | `stats.rs` | intervals and quantiles |
 //! | `verify/` | `ingot verify`: how far the runners' rounding moves a model's predictions |
 
 mod base_logits;
 mod generation;
+pub mod job;
 mod multiple_choice;
 mod perplexity;
 mod scorer;

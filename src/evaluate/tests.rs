@@ -4,7 +4,10 @@ use super::*;
 use crate::gguf::TensorType;
 use crate::gguf::fixture::{TinyLlama, tiny_bert, tiny_llama};
 use crate::grade::Grader;
-use crate::job::{EVAL_CONTEXT, EvalTask, GenerationSettings, TaskReport};
+use crate::job::{
+    Control, EVAL_CONTEXT, Entry, EvalTask, EvaluateOrder, EvaluateSpec, Folder, Follower,
+    GenerationSettings, JobEvent, JobOrder, Outcome, TaskReport,
+};
 use std::fs;
 
 fn tiny(folder: &Path, name: &str, ty: TensorType, seed: u64) -> EvalModel {
@@ -302,4 +305,70 @@ fn the_default_model_has_llama_cpps_perplexity() {
     assert!((2.0..100.0).contains(&ours), "{ours}");
     // Both round activations, each in its own way.
     assert!((ours / theirs - 1.0).abs() < 0.02, "{ours} and {theirs}");
+}
+
+#[test]
+fn a_job_evaluates_and_fails_if_a_bound_is_missed() {
+    let folder = tempfile::tempdir().unwrap();
+    let [exact, rounded] = [("exact", TensorType::F32), ("rounded", TensorType::BF16)]
+        .map(|(name, ty)| tiny(folder.path(), name, ty, 1));
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("text.txt"), verify::SAMPLE).unwrap();
+    fs::write(
+        path("task.jsonl"),
+        "{\"prompt\": \"a\", \"choices\": [\"b\", \"c\"], \"answer\": 0}\n",
+    )
+    .unwrap();
+    let run_job = |name: &str, more: &str| {
+        let spec = format!(
+            r#"{{"kind": "evaluate", "evaluate": {{"models": ["rounded"], "reference": "exact",
+                "text": "file-1", "context": 32, "chunks": 4,
+                "tasks": [{{"name": "t", "file": "file-2"}}]{more}}}}}"#
+        );
+        let spec: EvaluateSpec = serde_json::from_str(&spec).unwrap();
+        assert_eq!(spec.check(), Ok(()));
+        let order = EvaluateOrder {
+            version: 1,
+            id: name.into(),
+            name: spec.new_name(),
+            spec,
+            models: vec![rounded.clone()],
+            reference: Some(exact.clone()),
+            text: Some(path("text.txt")),
+            tasks: vec![path("task.jsonl")],
+        };
+        let job = Folder::new(path(name));
+        job.create(&JobOrder::Evaluate(order)).unwrap();
+        let done = crate::job::run(&job, &Control::default(), |order, work| match order {
+            JobOrder::Evaluate(order) => super::job::carry_out(order, work),
+            other => panic!("{other:?}"),
+        });
+        assert!(done.unwrap());
+        assert!(!job.cache().exists(), "the log-probabilities of the reference are deleted");
+        let report = fs::read_to_string(job.artifacts().join(EvaluateOrder::JSON)).ok();
+        let events = Follower::new(job.events(), 0).read().unwrap();
+        (job.outcome().unwrap().unwrap(), report, events)
+    };
+    let (outcome, report, events) = run_job("good", r#", "max_kl": 0.1"#);
+    let Outcome::Succeeded { artifacts, .. } = outcome else { panic!("{outcome:?}") };
+    assert_eq!(artifacts.len(), 2);
+    let report: serde_json::Value = serde_json::from_str(&report.unwrap()).unwrap();
+    let found = &report["report"]["models"][0];
+    assert!(found["divergence"]["mean_kl"]["value"].as_f64().unwrap() > 0.0, "{found}");
+    assert_eq!(found["tasks"]["t"]["accuracy"]["count"], 1);
+    let worked = |entry: &Entry| matches!(entry.event, JobEvent::Progress { .. });
+    assert!(events.iter().any(worked), "{events:?}");
+
+    // The report of a model that misses a bound is there all the same.
+    let (outcome, report, _) = run_job("missed", r#", "max_kl": 0"#);
+    let Outcome::Failed { failure, artifacts } = outcome else { panic!("{outcome:?}") };
+    assert_eq!((failure.code.as_str(), artifacts.len()), ("gate_missed", 2));
+    assert!(failure.message.contains("rounded: mean KL"), "{failure:?}");
+    assert!(report.is_some());
+
+    fs::write(path("task.jsonl"), "{}\n").unwrap();
+    let (outcome, report, _) = run_job("bad", "");
+    let Outcome::Failed { failure, .. } = outcome else { panic!("{outcome:?}") };
+    assert_eq!(failure.param.as_deref(), Some("evaluate.tasks[0]"), "{failure:?}");
+    assert!(report.is_none());
 }

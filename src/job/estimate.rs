@@ -1,8 +1,10 @@
 //! Estimates the memory and disk space of a job from the model's header and the settings.
 
 use super::spec::{Resolved, Shape, Spec, TokenizerPlan};
+use super::{EvalModel, JobOrder};
 use crate::dataset::DatasetKind;
 use crate::gguf::{Gguf, ModelConfig};
+use std::path::PathBuf;
 
 /// Bytes for the process itself: code, thread stacks, tokenizer and buffers.
 const PROCESS: u64 = 160 << 20;
@@ -22,7 +24,7 @@ pub struct ResourceEstimate {
     pub memory: u64,
     /// Two checkpoints and the artifacts.
     pub disk: u64,
-    /// Number of trained parameters.
+    /// Number of trained parameters; 0 if the job does not train.
     pub trained: u64,
 }
 
@@ -37,6 +39,49 @@ struct Dimensions {
 }
 
 impl ResourceEstimate {
+    /// The estimate of an order.
+    ///
+    /// # Errors
+    /// If its model cannot be read, or as [`ResourceEstimate::of`].
+    pub fn of_order(order: &JobOrder) -> Result<Self, String> {
+        let open = |path: &PathBuf| Gguf::open_header(path).map_err(|error| error.to_string());
+        match order {
+            JobOrder::Train(order) => {
+                let model = order.model.as_ref().map(open).transpose()?;
+                Self::of(model.as_ref(), &order.spec, &order.spec.resolve()?)
+            }
+            JobOrder::Quantize(order) => Ok(Self::of_quantization(&open(&order.model)?)),
+            JobOrder::Evaluate(order) => {
+                Self::of_evaluation(order.models.iter().chain(&order.reference))
+            }
+        }
+    }
+
+    /// A quantization holds three times the largest tensor; the input is mapped. Its output is at
+    /// most as large as the model in F16, or as its input.
+    pub fn of_quantization(model: &Gguf) -> Self {
+        let elements = || model.tensors().iter().map(|tensor| tensor.elements());
+        let largest = elements().max().unwrap_or_default();
+        let all: u64 = elements().sum();
+        let disk = model.file_size().max(2 * all);
+        Self { memory: PROCESS + 3 * 4 * largest, disk, trained: 0 }
+    }
+
+    /// An evaluation has one model at a time in memory: its file, which is mapped, and as much again
+    /// for weights in the layout of the kernels and the cache.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn of_evaluation<'a>(models: impl Iterator<Item = &'a EvalModel>) -> Result<Self, String> {
+        let mut largest = 0;
+        for model in models {
+            let file = std::fs::metadata(&model.file);
+            let file = file.map_err(|error| format!("{}: {error}", model.name))?;
+            largest = largest.max(file.len());
+        }
+        Ok(Self { memory: PROCESS + 2 * largest, disk: 0, trained: 0 })
+    }
+
     /// Estimates rather too much than too little. `model` is the base model.
     ///
     /// # Errors

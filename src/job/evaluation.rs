@@ -12,7 +12,7 @@ use std::str::FromStr;
 pub const EVAL_CONTEXT: usize = 512;
 
 /// A model to evaluate.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EvalModel {
     /// Its name in the report.
     pub name: String,

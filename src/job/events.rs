@@ -48,6 +48,11 @@ pub enum JobEvent {
     Checkpoint {
         step: u64,
     },
+    /// How much of its work a job has done that does not train.
+    Progress {
+        done: u64,
+        total: u64,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,7 +159,7 @@ impl JobEvent {
             Self::Step(step) => Some(step.step),
             Self::Validation(found) => Some(found.step),
             Self::Checkpoint { step } | Self::Sample { step, .. } => Some(*step),
-            Self::Message { .. } | Self::Data { .. } => None,
+            Self::Message { .. } | Self::Data { .. } | Self::Progress { .. } => None,
         }
     }
 }

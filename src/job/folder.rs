@@ -1,6 +1,7 @@
 //! The folder of a job.
 
-use super::order::{Order, VERSION};
+use super::JobOrder;
+use super::order::VERSION;
 use super::outcome::{Failure, Outcome};
 use serde::{Serialize, de::DeserializeOwned};
 use std::fs::{self, File};
@@ -69,6 +70,11 @@ impl Folder {
         self.cache().join("reference")
     }
 
+    /// A new model with its initial, random weights.
+    pub fn fresh(&self) -> PathBuf {
+        self.0.join("fresh.gguf")
+    }
+
     /// Folder with the tokenized data.
     pub fn cache(&self) -> PathBuf {
         self.0.join("cache")
@@ -76,9 +82,9 @@ impl Folder {
 
     /// # Errors
     /// If the order cannot be read, or has another version.
-    pub fn order(&self) -> io::Result<Order> {
-        let order: Order = read_json(&self.0.join("order.json"))?;
-        match order.version {
+    pub fn order(&self) -> io::Result<JobOrder> {
+        let order: JobOrder = read_json(&self.0.join("order.json"))?;
+        match order.version() {
             VERSION => Ok(order),
             other => Err(io::Error::other(format!("order.json is of version {other}"))),
         }
@@ -88,7 +94,7 @@ impl Folder {
     ///
     /// # Errors
     /// If the folder or the order cannot be written.
-    pub fn create(&self, order: &Order) -> io::Result<()> {
+    pub fn create(&self, order: &JobOrder) -> io::Result<()> {
         fs::create_dir_all(&self.0)?;
         write_json(&self.0.join("order.json"), order)
     }

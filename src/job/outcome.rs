@@ -8,11 +8,18 @@ use std::path::PathBuf;
 #[serde(tag = "status", rename_all = "snake_case")]
 pub enum Outcome {
     Succeeded {
-        /// Tokens processed in all steps, including context tokens.
+        /// Tokens processed in all steps, including context tokens; 0 if the job does not train.
         trained_tokens: u64,
         artifacts: Vec<Artifact>,
     },
-    Failed(Failure),
+    Failed {
+        #[serde(flatten)]
+        failure: Failure,
+        /// Files that it wrote all the same, such as the report of an evaluation whose bounds are
+        /// missed.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        artifacts: Vec<Artifact>,
+    },
 }
 
 /// Why a job failed, in the form of OpenAI's job objects.
@@ -20,7 +27,7 @@ pub enum Outcome {
 pub struct Failure {
     pub code: String,
     pub message: String,
-    /// `training_file` or `validation_file`.
+    /// `training_file` or `validation_file`, or a key of the specification.
     pub param: Option<String>,
 }
 

@@ -1,6 +1,11 @@
-//! What a quantization is: [`QuantizePlan`], and what is said about its progress.
+//! What a quantization is: [`QuantizePlan`], and what is said about its progress; and the jobs that
+//! quantize: [`QuantizeSpec`] and [`QuantizeOrder`].
 
+use super::Folder;
+use super::spec::VERSION;
 use crate::gguf::TensorType;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -72,6 +77,18 @@ impl ModelType {
     }
 }
 
+impl Serialize for ModelType {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        self.name.serialize(to)
+    }
+}
+
+impl<'de> Deserialize<'de> for ModelType {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
 impl FromStr for ModelType {
     type Err = String;
 
@@ -85,12 +102,27 @@ impl FromStr for ModelType {
 }
 
 /// A tensor type for the tensors whose names match a pattern: `PATTERN=TYPE`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct TensorOverride {
     /// A regular expression that is searched in the tensor's name.
     pub pattern: String,
     /// The type of these tensors.
     pub ty: TensorType,
+}
+
+impl TryFrom<String> for TensorOverride {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<TensorOverride> for String {
+    fn from(given: TensorOverride) -> Self {
+        format!("{}={}", given.pattern, given.ty.name())
+    }
 }
 
 impl FromStr for TensorOverride {
@@ -126,6 +158,55 @@ pub fn tensor_type(name: &str) -> Result<TensorType, String> {
     })
 }
 
+/// How a model is quantized.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantizeSettings {
+    #[serde(rename = "type")]
+    pub ty: ModelType,
+    /// An importance matrix in llama.cpp's GGUF format: a path, or in the specification of a job the
+    /// id of an uploaded file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imatrix: Option<PathBuf>,
+    /// The first one whose pattern matches counts.
+    #[serde(default, rename = "tensor_types", skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<TensorOverride>,
+    /// Type of `output.weight`.
+    #[serde(default, with = "named_type", skip_serializing_if = "Option::is_none")]
+    pub output_type: Option<TensorType>,
+    /// Type of `token_embd.weight`.
+    #[serde(default, with = "named_type", skip_serializing_if = "Option::is_none")]
+    pub embedding_type: Option<TensorType>,
+    /// Stores all matrices in the same type, without a mix.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pure: bool,
+    /// Allows to quantize a model that is quantized already.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub requantize: bool,
+    /// Keeps `output.weight` as it is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leave_output: bool,
+}
+
+/// A tensor type by its name.
+mod named_type {
+    use super::*;
+
+    pub(super) fn serialize<S: Serializer>(
+        ty: &Option<TensorType>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        ty.map(TensorType::name).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<TensorType>, D::Error> {
+        let name = Option::<String>::deserialize(from)?;
+        name.map(|name| tensor_type(&name)).transpose().map_err(D::Error::custom)
+    }
+}
+
 /// A quantization.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizePlan {
@@ -133,27 +214,84 @@ pub struct QuantizePlan {
     pub input: PathBuf,
     /// The file to write. With `keep_split`, `-0000I-of-0000N` is put before its extension.
     pub output: PathBuf,
-    pub ty: ModelType,
-    /// An importance matrix in llama.cpp's GGUF format.
-    pub imatrix: Option<PathBuf>,
-    /// The first one whose pattern matches counts.
-    pub overrides: Vec<TensorOverride>,
-    /// Type of `output.weight`.
-    pub output_type: Option<TensorType>,
-    /// Type of `token_embd.weight`.
-    pub embedding_type: Option<TensorType>,
-    /// Stores all matrices in the same type, without a mix.
-    pub pure: bool,
-    /// Allows to quantize a model that is quantized already.
-    pub requantize: bool,
-    /// Keeps `output.weight` as it is.
-    pub leave_output: bool,
+    pub settings: QuantizeSettings,
     /// Writes as many files as the input has.
     pub keep_split: bool,
     /// Threads, 1 to 1024.
     pub threads: usize,
     /// Replaces an existing output.
     pub force: bool,
+}
+
+/// The specification of a job that quantizes a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantizeSpec {
+    #[serde(default = "version")]
+    pub version: u32,
+    pub kind: QuantizeKind,
+    /// The model to quantize.
+    pub model: String,
+    /// Name of the new model; by default the old one's and the type, such as `smollm2-Q4_K_M`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub quantize: QuantizeSettings,
+}
+
+/// The `kind` of a [`QuantizeSpec`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QuantizeKind {
+    Quantize,
+}
+
+fn version() -> u32 {
+    VERSION
+}
+
+impl QuantizeSpec {
+    /// Name of the new model.
+    pub fn new_name(&self) -> String {
+        let usual = || format!("{}-{}", self.model, self.quantize.ty.name());
+        self.name.clone().unwrap_or_else(usual)
+    }
+}
+
+/// The order of a job that quantizes a model: every name is replaced by a file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct QuantizeOrder {
+    pub version: u32,
+    pub id: String,
+    pub spec: QuantizeSpec,
+    /// Name of the new model.
+    pub name: String,
+    /// A GGUF file.
+    pub model: PathBuf,
+    /// SHA-256 of `model`, if known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_sha256: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imatrix: Option<PathBuf>,
+}
+
+impl QuantizeOrder {
+    /// File of the new model among the artifacts.
+    pub const OUTPUT: &str = "model.gguf";
+
+    /// What to carry out in the job's folder.
+    pub fn plan(&self, folder: &Folder) -> QuantizePlan {
+        QuantizePlan {
+            input: self.model.clone(),
+            output: folder.artifacts().join(Self::OUTPUT),
+            settings: QuantizeSettings {
+                imatrix: self.imatrix.clone(),
+                ..self.spec.quantize.clone()
+            },
+            keep_split: false,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            force: true,
+        }
+    }
 }
 
 /// A tensor that is now written.

@@ -1,7 +1,7 @@
 //! The report of a job: one HTML page without references to other files.
 
 use super::rollout_table::RolloutRow;
-use super::{DataReport, Entry, JobEvent, Level, Order, StepMetrics, plot};
+use super::{DataReport, Entry, JobEvent, JobOrder, Level, StepMetrics, plot};
 use minijinja::Environment;
 use minijinja::value::Serde;
 use serde::Serialize;
@@ -49,7 +49,7 @@ struct AnswerRow {
 /// # Errors
 /// If the curves cannot be drawn.
 pub fn report(
-    order: &Order,
+    order: &JobOrder,
     status: &str,
     entries: &[Entry],
     rollouts: &[Vec<RolloutRow>],
@@ -80,15 +80,18 @@ pub fn report(
         .take(EVENTS)
         .map(|entry| (format!("{:.1} s", entry.at - first), entry.message.as_str()))
         .collect();
-    let spec = serde_json::to_string_pretty(&order.spec).map_err(|error| error.to_string())?;
+    let spec = order
+        .spec()
+        .and_then(|spec| serde_json::to_string_pretty(&spec))
+        .map_err(|error| error.to_string())?;
     let rollouts: Vec<_> = rollouts.iter().filter_map(|rows| answers(rows)).collect();
     let values = serde_json::json!({
-        "name": order.name,
+        "name": order.name(),
         "facts": facts(order, status, entries),
         "errors": of_level(Level::Error),
         "warnings": of_level(Level::Warn),
         "measures": measures(entries),
-        "plot": plot(entries, &order.name)?,
+        "plot": plot(entries, order.name())?,
         "data": data(entries),
         "rollouts": rollouts,
         "samples": samples,
@@ -98,13 +101,13 @@ pub fn report(
     page.render(Serde(&values)).map_err(|error| error.to_string())
 }
 
-fn facts(order: &Order, status: &str, entries: &[Entry]) -> Vec<(&'static str, String)> {
+fn facts(order: &JobOrder, status: &str, entries: &[Entry]) -> Vec<(&'static str, String)> {
     let mut facts = vec![
-        ("job", order.id.clone()),
-        ("kind", order.spec.task.name().to_owned()),
+        ("job", order.id().to_owned()),
+        ("kind", order.kind().to_owned()),
         ("status", status.to_owned()),
     ];
-    facts.extend(order.spec.model.clone().map(|model| ("trained from", model)));
+    facts.extend(order.base_model().map(|model| ("made from", model.to_owned())));
     facts.push(("Ingot", env!("CARGO_PKG_VERSION").to_owned()));
     if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
         facts.push(("from the first to the last event", format!("{:.0} s", last.at - first.at)));
@@ -220,12 +223,12 @@ fn short(value: f64) -> String {
 mod tests {
     use super::*;
     use crate::job::spec::Spec;
-    use crate::job::{EventLog, Follower, Validation};
+    use crate::job::{EventLog, Follower, Order, Validation};
 
-    fn order(kind: &str) -> Order {
+    fn order(kind: &str) -> JobOrder {
         let spec = format!(r#"{{"kind": "{kind}", "model": "m", "data": {{"train": "f"}}}}"#);
         let spec: Spec = serde_json::from_str(&spec).unwrap();
-        Order::new("ftjob-1".into(), spec, "a <b> model".into(), "train".into())
+        Order::new("ftjob-1".into(), spec, "a <b> model".into(), "train".into()).into()
     }
 
     #[test]

@@ -126,7 +126,7 @@ def lenient():
 
     schemas = document["components"]["schemas"]
     for name, schema in schemas.items():
-        if name != "JobSpec":
+        if name not in SPECS:
             null = "Grader" in name and "Request" not in name
             unknown = {"type": "null"} if null else {"$ref": "#/components/schemas/Nothing"}
             open_up(schema, unknown)
@@ -156,11 +156,20 @@ CHECKS = [
     "negative_data_rejection",
     "positive_data_acceptance",
 ]
+SPECS = [
+    "JobSpec",
+    "TrainingSpec",
+    "QuantizeSpec",
+    "QuantizeSettings",
+    "QuantizeRequest",
+    "EvaluateSpec",
+]
 # Requests that are right in form are refused here, for what they name is not there.
 NEVER_ACCEPTED = {
     "createScore": "the mock model is no reward model",
     "createFineTuningJob": "the mock model cannot be trained",
-    "adminCreateJob": "the mock model cannot be trained, and there are no files",
+    "adminCreateJob": "the mock model has no file, and there are no files",
+    "adminQuantizeModel": "the mock model has no file",
     "adminLoadAdapter": "an upload that is made up is no adapter",
 }
 
@@ -219,7 +228,7 @@ def narrowed():
         for form in schemas[name].get("anyOf", [schemas[name]]):
             form["properties"]["model"] = {"enum": [MODEL, None]}
     # Every kind of grader is tried where graders are validated; once is enough.
-    for name in ["RunGraderRequest", "FineTuningMethod", "JobSpec"]:
+    for name in ["RunGraderRequest", "FineTuningMethod", "TrainingSpec", "EvaluateSpec"]:
         text = json.dumps(schemas[name])
         one = text.replace('schemas/Grader"', 'schemas/StringCheckGrader"')
         assert one != text, f"{name} has no grader"
@@ -704,6 +713,15 @@ REFUSED = [
     ),
     ("no sample", "/v1/fine_tuning/alpha/graders/run", {"grader": CHECKED}),
     ("kind", "/admin/jobs", {"kind": "dance", "data": {"train": "f"}}),
+    ("no type", "/admin/models/{name}/quantize", {}),
+    ("a type", "/admin/models/{name}/quantize", {"type": "Q9"}),
+    ("null pure", "/admin/models/{name}/quantize", {"type": "Q8_0", "pure": None}),
+    ("no models", "/admin/jobs", {"kind": "evaluate", "evaluate": {"models": [], "text": "f"}}),
+    (
+        "a share",
+        "/admin/jobs",
+        {"kind": "evaluate", "evaluate": {"models": ["a"], "min_accuracy": {"t": 2}}},
+    ),
     ("a spec's key", "/admin/jobs", {"kind": "sft", "data": {"train": "f"}, "x": None}),
     (
         "null seed",

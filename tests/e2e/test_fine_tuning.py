@@ -644,6 +644,88 @@ def test_the_operators_side():
             assert status == 400 or "insufficient_memory" in text and "GiB" in text, text
 
 
+def job_ended(spec, status="succeeded", path="/admin/jobs"):
+    """Creates a job of the operator, and returns it at its end."""
+    job = json.loads(server.admin(path, spec))
+
+    def look():
+        found = server.job(job["id"])
+        return found if found["status"] in ("succeeded", "failed", "cancelled") else None
+
+    found = until(look, f"the end of {job['id']}")
+    assert found["status"] == status, found
+    return found
+
+
+def refusal(path, body):
+    try:
+        server.admin(path, body)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]
+    raise AssertionError(f"{path} accepts {body}")
+
+
+def test_a_model_is_quantized_evaluated_and_served():
+    # The default model is quantized already.
+    path = f"/admin/models/{server.model}/quantize"
+    status, error = refusal(path, {"type": "Q8_0"})
+    assert (status, error["param"]) == (400, "model") and "requantize" in error["message"], error
+    for body, word in [({}, "type"), ({"type": "Q9"}, "Q4_K_M"), ({"type": "Q8_0", "x": 1}, "x")]:
+        status, error = refusal(path, body)
+        assert status == 400 and word in error["message"], error
+    assert refusal("/admin/models/none/quantize", {"type": "Q8_0"})[0] == 404
+    assert refusal(f"/admin/models/{server.model}/bake", {"type": "Q8_0"})[0] == 404
+    settings = {"type": "IQ2_XXS", "requantize": True, "name": "tiny"}
+    failed = job_ended(settings, "failed", path)
+    assert "imatrix" in failed["error"]["message"], failed
+    with Traffic() as traffic:
+        made = job_ended({"type": "Q8_0", "requantize": True, "name": "eight"}, path=path)
+        assert traffic.answers, "nobody asked"
+    assert not traffic.failures, traffic.failures
+    assert made["kind"] == "quantize" and made["progress"]["done"] == made["progress"]["total"], made
+    model = next(artifact for artifact in made["artifacts"] if artifact["type"] == "model")
+    assert model["name"] == "eight" and model["bytes"] > 100 << 20, model
+    status, error = refusal(path, {"type": "Q8_0", "requantize": True, "name": "eight"})
+    assert (status, error["param"]) == (400, "name"), error
+
+    text = "The quick brown fox jumps over the lazy dog. " * 60
+    text = client.files.create(file=("text.txt", text.encode()), purpose="fine-tune")
+    task = upload([{"prompt": "The sky is", "choices": ["blue", "made of cheese"], "answer": 0}])
+    evaluate = {
+        "models": ["eight"],
+        "reference": server.model,
+        "text": text.id,
+        "context": 128,
+        "chunks": 2,
+        "tasks": [{"name": "sky", "file": task.id}],
+        "max_kl": 0.01,
+        "min_accuracy": {"sky": 1},
+    }
+    found = job_ended({"kind": "evaluate", "evaluate": evaluate})
+    reports = [artifact for artifact in found["artifacts"] if artifact["type"] == "report"]
+    assert [report["name"] for report in reports] == ["report.json", "report.html"], reports
+    content = server.admin(f"/admin/jobs/{found['id']}/artifacts/{reports[0]['id']}")
+    divergence = json.loads(content)["report"]["models"][0]["divergence"]
+    assert 0 <= divergence["mean_kl"]["value"] < 0.01, divergence
+    page = server.admin(f"/admin/jobs/{found['id']}/report").decode()
+    assert "eight" in page and "<svg" in page
+    missed = {**evaluate, "max_kl": None, "max_perplexity": 1}
+    missed = job_ended({"kind": "evaluate", "evaluate": missed}, "failed")
+    assert missed["error"]["code"] == "gate_missed" and len(missed["artifacts"]) == 2, missed
+    for change, param in [
+        ({"models": ["none"]}, "evaluate.models"),
+        ({"text": "file-none"}, "evaluate.text"),
+        ({"reference": None}, "evaluate.max_kl"),
+    ]:
+        _, error = refusal("/admin/jobs", {"kind": "evaluate", "evaluate": {**evaluate, **change}})
+        assert error["param"] == param, error
+
+    server.admin("/admin/models", {"model": "eight"})
+    answers = [ask(model).choices[0].message.content for model in ("eight", server.model)]
+    assert all(answers), answers
+    server.admin("/admin/models/eight", method="DELETE")
+
+
 def test_a_killed_gateway_loses_nothing():
     global server, client
     job = create(whole["two"], epochs=2, suffix="gale")

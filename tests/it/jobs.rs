@@ -32,7 +32,7 @@ fn job(folder: &Path) -> Folder {
     let mut order = Order::new("ftjob-1".into(), spec, name, folder.join("train.jsonl"));
     order.model = Some(base);
     let job = Folder::new(folder.join("job"));
-    job.create(&order).expect("written");
+    job.create(&order.into()).expect("written");
     job
 }
 

@@ -13,7 +13,7 @@ type Table = &'static [(&'static str, &'static [&'static str])];
 
 /// Modules of the crate. Gateway and engine share only `ipc`.
 const ROOMS: Table = &[
-    ("main", &["cli", "train", "compress", "evaluate", "engine", "gateway", "config"]),
+    ("main", &["cli", "train", "compress", "evaluate", "engine", "gateway", "job", "config"]),
     ("cli", &["gateway", "config", "job", "dataset", "grade", "gguf", "ipc", "build_info"]),
     ("gateway", &["config", "job", "dataset", "template", "grade", "gguf", "ipc", "build_info"]),
     ("train", &["job", "dataset", "tokenizer", "template", "grade", "kernels", "gguf", "ipc"]),

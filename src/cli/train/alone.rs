@@ -39,11 +39,11 @@ pub(super) async fn run(
     if again && folder.path().exists() {
         std::fs::remove_dir_all(folder.path()).map_err(io)?;
     }
-    if let Some(Outcome::Failed(_)) = folder.outcome().map_err(io)? {
+    if let Some(Outcome::Failed { .. }) = folder.outcome().map_err(io)? {
         // Something may have been mended since.
         std::fs::remove_dir_all(folder.path()).map_err(io)?;
     }
-    folder.create(&order).map_err(io)?;
+    folder.create(&order.clone().into()).map_err(io)?;
     let settings = order.spec.resolve().map_err(CliError::Message)?;
     if folder.outcome().map_err(io)?.is_none() && !follow(&folder, &settings).await? {
         eprintln!("Stopped. The same command goes on from the last checkpoint.");
@@ -55,7 +55,7 @@ pub(super) async fn run(
             tell(&folder, &order, &artifacts);
             Ok(ExitCode::SUCCESS)
         }
-        Some(Outcome::Failed(failure)) => Err(CliError::message(failure.message)),
+        Some(Outcome::Failed { failure, .. }) => Err(CliError::message(failure.message)),
         None => Err(CliError::message(format!(
             "The job's process ended without a word; see {}. The same command goes on from the \
              last checkpoint.",
@@ -208,7 +208,7 @@ async fn follow(folder: &Folder, settings: &Resolved) -> Result<bool, CliError> 
 
 /// Lists what was made in the store, where `ingot serve` finds it.
 fn list(store: &Store, order: &Order, artifacts: &[Artifact]) -> Result<(), CliError> {
-    let (adapter, model) = rows(order, artifacts);
+    let (adapter, model) = rows(&order.clone().into(), artifacts);
     if let Some(adapter) = adapter {
         store.put_adapter(&adapter)?;
     }

@@ -7,7 +7,7 @@ mod alone;
 pub(super) mod remote;
 
 use super::CliError;
-use super::progress::{spinner, step_bar};
+use super::progress::{spinner, step_bar, work_bar};
 use crate::config::{DataDirOption, Secret};
 use crate::job::spec::Spec;
 use crate::job::{Entry, JobEvent};
@@ -135,6 +135,16 @@ impl Screen {
                 // Nobody looks at a bar that is not drawn.
                 if self.bar.is_hidden() && step.step.is_multiple_of((step.total_steps / 20).max(1))
                 {
+                    eprintln!("{}", entry.message);
+                }
+            }
+            JobEvent::Progress { done, total } => {
+                if self.bar.length() != Some(*total) {
+                    self.bar.finish_and_clear();
+                    self.bar = work_bar(*total);
+                }
+                self.bar.set_position(*done);
+                if self.bar.is_hidden() {
                     eprintln!("{}", entry.message);
                 }
             }

@@ -1,4 +1,4 @@
-//! Training jobs: creation, queue, processes and publication.
+//! Jobs: creation, queue, processes and publication.
 //!
 //! The store holds each job's description and status, and the job's folder holds its results
 //! ([`crate::job`]). This module only connects the two. If the gateway is killed, the next one
@@ -6,7 +6,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `admit.rs` | from a specification to a stored job and its folder |
+//! | `admit/` | from a specification to a stored job and its folder |
 //! | `queue.rs` | which job runs when |
 //! | `process.rs` | runs and watches one job process |
 //! | `throttle.rs` | pauses jobs while requests run |
@@ -21,7 +21,7 @@ mod tests;
 mod throttle;
 
 pub(in crate::gateway) use admit::new_id;
-pub use admit::{NewJob, fits};
+pub use admit::{NewJob, Requester, fits};
 pub use publish::{checkpoint_name, rows};
 
 use crate::config::ServeConfig;
@@ -42,9 +42,6 @@ use tokio::sync::{Notify, watch};
 /// A process that has not exited after this time is killed; its job resumes from a checkpoint all
 /// the same.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(20);
-
-/// Minimum number of examples of OpenAI's endpoint.
-const LEAST_EXAMPLES: u64 = 10;
 
 /// The jobs of a gateway.
 pub struct Jobs {
@@ -86,6 +83,8 @@ struct Live {
 pub struct Progress {
     pub step: Option<StepMetrics>,
     pub validation: Option<Validation>,
+    /// Work done and the whole of it, of jobs that do not train.
+    pub work: Option<(u64, u64)>,
 }
 
 impl Progress {
@@ -94,6 +93,7 @@ impl Progress {
             match &entry.event {
                 JobEvent::Step(step) => self.step = Some(step.clone()),
                 JobEvent::Validation(found) => self.validation = Some(found.clone()),
+                JobEvent::Progress { done, total } => self.work = Some((*done, *total)),
                 _ => {}
             }
         }
@@ -171,7 +171,7 @@ impl Jobs {
 
     fn running(&self) -> Vec<JobSample> {
         let sample = |(id, live): (&String, &Arc<Live>)| {
-            let Progress { step, validation } = lock(&live.progress).clone();
+            let Progress { step, validation, .. } = lock(&live.progress).clone();
             let validation_loss = validation.as_ref().and_then(|found| found.loss);
             let validation_reward = validation.as_ref().and_then(Validation::reward);
             let names = JobSample { id: id.clone(), kind: live.kind.clone(), ..Default::default() };
@@ -296,8 +296,10 @@ impl Jobs {
     /// owner may have deleted, and the tokenized data.
     fn tidy(&self, id: &str) {
         let folder = self.folder(id);
-        for name in [admit::TRAIN, admit::VALIDATION] {
-            let _ = std::fs::remove_file(folder.path().join(name));
+        for entry in std::fs::read_dir(folder.path()).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|extension| extension == admit::DATA) {
+                let _ = std::fs::remove_file(entry.path());
+            }
         }
         let _ = std::fs::remove_dir_all(folder.cache());
     }

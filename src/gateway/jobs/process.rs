@@ -4,7 +4,7 @@ use super::throttle::Throttle;
 use super::{JobConnection, Jobs, LEAVE_PATIENCE, Live, lock};
 use crate::config::ByteSize;
 use crate::gateway::memory::available;
-use crate::job::{self, Entry, Failure, Folder, Follower, JobEvent};
+use crate::job::{self, Entry, Failure, Folder, Follower, JobEvent, JobOrder};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
@@ -47,11 +47,13 @@ pub(super) enum End {
 impl Jobs {
     pub(super) async fn run_process(self: &std::sync::Arc<Self>, id: &str, live: &Live) -> End {
         let folder = self.folder(id);
-        let threads = folder.order().ok().and_then(|order| order.spec.train.threads).unwrap_or(1);
+        let order = folder.order().ok();
+        let training = order.as_ref().and_then(JobOrder::training);
+        let threads = training.and_then(|order| order.spec.train.threads).unwrap_or(1);
         // Read before the process writes: these events were already handled.
         let mut follower = Follower::new(folder.events(), 0);
         lock(&live.progress).take(&follower.read().unwrap_or_default());
-        let base = folder.order().ok().and_then(|order| order.spec.model);
+        let base = training.and_then(|order| order.spec.model.clone());
         let socket = match base.map(|base| self.connect(id, base)).transpose() {
             Ok(socket) => socket,
             Err(error) => return End::Died(format!("it could not be connected: {error}")),

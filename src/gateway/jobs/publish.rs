@@ -7,7 +7,7 @@ use crate::gateway::registry::AdapterSpec;
 use crate::gateway::store::{
     Products, StoredAdapter, StoredArtifact, StoredFile, StoredJob, StoredModel,
 };
-use crate::job::{Artifact, ArtifactKind, JobEvent, Level, Order, Outcome};
+use crate::job::{Artifact, ArtifactKind, JobEvent, JobOrder, Level, Outcome};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,14 +26,20 @@ impl Jobs {
         };
         let (trained_tokens, made) = match outcome {
             Outcome::Succeeded { trained_tokens, artifacts } => (trained_tokens, artifacts),
-            Outcome::Failed(failure) => return self.failed(id, &failure),
+            Outcome::Failed { failure, artifacts } => {
+                let artifacts: Vec<_> = artifacts.iter().map(stored).collect();
+                if let Err(error) = self.store().put_artifacts(id, &artifacts) {
+                    tracing::error!(job = id, "its artifacts cannot be listed: {error}");
+                }
+                return self.failed(id, &failure);
+            }
         };
         let adapter = made.iter().find(|artifact| artifact.kind == ArtifactKind::Adapter);
         let mut live = None;
         if let Some(adapter) = adapter {
             let spec = AdapterSpec {
-                name: order.name.clone(),
-                base: order.spec.model.clone(),
+                name: order.name().to_owned(),
+                base: order.base_model().map(str::to_owned),
                 path: folder.path().join(&adapter.file),
                 scale: 1.0,
                 check: true,
@@ -54,13 +60,13 @@ impl Jobs {
         };
         // Logged before the status changes, because clients that follow the events stop at the
         // final status.
-        self.say(id, Level::Info, &format!("New fine-tuned model created: {}", order.name));
+        self.say(id, Level::Info, &created(&order));
         match self.store().finish_job(id, &products, now()) {
             Ok(true) => {}
             Ok(false) => {
                 // The job was cancelled at the last moment: nothing is published.
                 if live.is_some() {
-                    let _ = self.registry.unload_adapter(&order.name);
+                    let _ = self.registry.unload_adapter(order.name());
                 }
                 return self.cancelled(id);
             }
@@ -73,19 +79,12 @@ impl Jobs {
     fn products(
         &self,
         job: &StoredJob,
-        order: &Order,
+        order: &JobOrder,
         trained_tokens: u64,
         made: &[Artifact],
     ) -> std::io::Result<Products> {
         let inside = Path::new("jobs").join(&job.id);
         let find = |kind| made.iter().find(|artifact| artifact.kind == kind);
-        let artifact = |artifact: &Artifact| StoredArtifact {
-            id: new_id("artifact-"),
-            kind: artifact.kind.name().to_owned(),
-            file: artifact.file.clone(),
-            bytes: artifact.bytes,
-            sha256: artifact.sha256.clone(),
-        };
         let mut results = Vec::new();
         if let Some(found) = find(ArtifactKind::Results) {
             let id = self.result_file(&job.id);
@@ -102,7 +101,7 @@ impl Jobs {
             });
         }
         let (adapter, model) = rows(order, made);
-        let artifacts = made.iter().map(artifact).collect();
+        let artifacts = made.iter().map(stored).collect();
         Ok(Products { trained_tokens, artifacts, results, adapter, model })
     }
 
@@ -142,17 +141,18 @@ impl Jobs {
     pub(super) fn list_checkpoints(&self, id: &str) {
         let folder = self.folder(id);
         let (Ok(order), Ok(entries)) = (folder.order(), self.events(id)) else { return };
+        let base = order.base_model().unwrap_or_default();
         let steps = entries.iter().filter_map(|entry| match entry.event {
             JobEvent::Checkpoint { step } => Some(step),
             _ => None,
         });
         for step in steps {
-            let name = checkpoint_name(&order.name, step);
+            let name = checkpoint_name(order.name(), step);
             let file = folder.checkpoint_adapter(step);
             let done = match std::fs::metadata(&file) {
                 Ok(found) => self.store().put_adapter(&StoredAdapter {
                     name,
-                    base_model: order.spec.model.clone().unwrap_or_default(),
+                    base_model: base.to_owned(),
                     file: file.strip_prefix(self.store().folder()).unwrap_or(&file).to_owned(),
                     format: "gguf".into(),
                     sha256: String::new(),
@@ -173,13 +173,34 @@ impl Jobs {
     }
 }
 
+/// What is said at the end of a job that succeeded.
+fn created(order: &JobOrder) -> String {
+    match order {
+        // In the words of OpenAI.
+        JobOrder::Train(order) => format!("New fine-tuned model created: {}", order.name),
+        JobOrder::Quantize(order) => format!("New model created: {}", order.name),
+        JobOrder::Evaluate(_) => "The report is written.".to_owned(),
+    }
+}
+
+/// An artifact as a row of the store.
+fn stored(artifact: &Artifact) -> StoredArtifact {
+    StoredArtifact {
+        id: new_id("artifact-"),
+        kind: artifact.kind.name().to_owned(),
+        file: artifact.file.clone(),
+        bytes: artifact.bytes,
+        sha256: artifact.sha256.clone(),
+    }
+}
+
 /// The adapter and the model among the artifacts, as rows of the store.
-pub fn rows(order: &Order, made: &[Artifact]) -> (Option<StoredAdapter>, Option<StoredModel>) {
-    let inside = Path::new("jobs").join(&order.id);
+pub fn rows(order: &JobOrder, made: &[Artifact]) -> (Option<StoredAdapter>, Option<StoredModel>) {
+    let inside = Path::new("jobs").join(order.id());
     let find = |kind| made.iter().find(|artifact| artifact.kind == kind);
     let adapter = find(ArtifactKind::Adapter).map(|found| StoredAdapter {
-        name: order.name.clone(),
-        base_model: order.spec.model.clone().unwrap_or_default(),
+        name: order.name().to_owned(),
+        base_model: order.base_model().unwrap_or_default().to_owned(),
         file: inside.join(&found.file),
         format: "gguf".into(),
         sha256: found.sha256.clone(),
@@ -188,11 +209,11 @@ pub fn rows(order: &Order, made: &[Artifact]) -> (Option<StoredAdapter>, Option<
         created_at: now(),
     });
     let model = find(ArtifactKind::Model).map(|found| StoredModel {
-        name: order.name.clone(),
+        name: order.name().to_owned(),
         file: inside.join(&found.file),
         sha256: found.sha256.clone(),
         bytes: found.bytes,
-        source: format!("job:{}", order.id),
+        source: format!("job:{}", order.id()),
         created_at: now(),
     });
     (adapter, model)

@@ -6,8 +6,7 @@ use super::{Jobs, Live, now};
 use crate::config::ByteSize;
 use crate::gateway::memory::available;
 use crate::gateway::store::{JobStatus, StoredJob};
-use crate::gguf::Gguf;
-use crate::job::{Failure, Level, Order, ResourceEstimate};
+use crate::job::{Failure, Level, ResourceEstimate};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,7 +81,7 @@ impl Jobs {
     fn fits_now(&self, job: &StoredJob) -> Result<(), String> {
         // If the order cannot be read, the job starts, and fails with the reason.
         let Ok(order) = self.folder(&job.id).order() else { return Ok(()) };
-        let Some(needs) = needs(&order) else { return Ok(()) };
+        let Ok(needs) = ResourceEstimate::of_order(&order) else { return Ok(()) };
         let available = available();
         match needs.memory <= available {
             true => Ok(()),
@@ -220,11 +219,4 @@ impl Jobs {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
-}
-
-/// The estimated memory and disk space of an order; `None` if its model cannot be read.
-pub(super) fn needs(order: &Order) -> Option<ResourceEstimate> {
-    let model = order.model.as_ref().map(Gguf::open_header).transpose().ok()?;
-    let settings = order.spec.resolve().ok()?;
-    ResourceEstimate::of(model.as_ref(), &order.spec, &settings).ok()
 }

@@ -15,7 +15,7 @@ mod named;
 pub(crate) use adapters::work_folder;
 pub use adapters::{AdapterSpec, AdapterVersion};
 pub use model::Model;
-pub use named::{OfJob, Trainable};
+pub use named::{ModelFiles, OfJob};
 
 use crate::config::ServeConfig;
 use crate::gateway::error::ApiError;
@@ -251,7 +251,7 @@ impl Registry {
 }
 
 /// Refuses names that would be ambiguous in a log or a URL.
-fn check_name(param: &str, name: &str) -> Result<(), ApiError> {
+pub(in crate::gateway) fn check_name(param: &str, name: &str) -> Result<(), ApiError> {
     let plain = |c: char| !c.is_control() && !c.is_whitespace();
     if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(plain) {
         return Err(ApiError::invalid(

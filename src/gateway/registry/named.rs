@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 /// A model or adapter that a job can train further, with its files.
 #[derive(Debug, Clone)]
-pub struct Trainable {
+pub struct ModelFiles {
     /// The name as requested.
     pub name: String,
     /// The model, or the base of the adapter.
@@ -98,11 +98,11 @@ impl Registry {
         stored.into_iter().filter_map(card).collect()
     }
 
-    /// Finds a model or adapter that a job can train further: loaded, or in the data folder.
+    /// The files of a model or adapter: loaded, or in the data folder.
     ///
     /// # Errors
     /// 404 if there is no such name, 422 if it has no file.
-    pub async fn trainable(self: &Arc<Self>, name: &str) -> Result<Trainable, ApiError> {
+    pub async fn model_files(self: &Arc<Self>, name: &str) -> Result<ModelFiles, ApiError> {
         check_name("model", name)?;
         let loaded = {
             let state = self.lock();
@@ -113,7 +113,7 @@ impl Registry {
         let (store, wanted) = (self.store.clone(), name.to_owned());
         if let Some((model, adapter)) = loaded {
             if model.fileless {
-                let message = format!("The model `{name}` has no file that could be trained.");
+                let message = format!("The model `{name}` has no file.");
                 return Err(ApiError::unprocessable(message).with_param("model"));
             }
             let of = model.name.clone();
@@ -122,7 +122,7 @@ impl Registry {
             let same = stored.filter(|stored| {
                 folder.join(&stored.file).canonicalize().is_ok_and(|path| path == model.path)
             });
-            return Ok(Trainable {
+            return Ok(ModelFiles {
                 name: name.to_owned(),
                 model: model.name.clone(),
                 path: model.path.clone(),
@@ -140,7 +140,7 @@ impl Registry {
         };
         if let Some(model) = loaded {
             let (model, file) = (model.name.clone(), model.path.clone());
-            return Ok(Trainable {
+            return Ok(ModelFiles {
                 name: name.into(),
                 model,
                 path: file,
@@ -151,7 +151,7 @@ impl Registry {
         }
         let stored = blocking(move || store.model(&base).map_err(store_error)).await?;
         let stored = stored.ok_or_else(|| ApiError::model_not_found(name))?;
-        Ok(Trainable {
+        Ok(ModelFiles {
             name: name.to_owned(),
             parent: stored.parent(),
             model: stored.name,

@@ -57,11 +57,12 @@ pub fn router(app: Arc<App>) -> Router {
         .route_layer(key());
     let admin_json = Router::new()
         .route("/admin/models", post(admin::models::load))
+        .route("/admin/models/{*path}", post(admin::models::of_model))
         .route("/admin/jobs", post(admin::jobs::create))
         .route_layer(json());
     let admin_routes = Router::new()
         .route("/admin/models", get(admin::models::list))
-        .route("/admin/models/{*name}", delete(admin::models::unload))
+        .route("/admin/models/{*path}", delete(admin::models::unload))
         .route("/admin/adapters", get(admin::adapters::list).post(admin::adapters::load))
         .route("/admin/adapters/{*name}", delete(admin::adapters::unload))
         .route("/admin/jobs", get(admin::jobs::list))

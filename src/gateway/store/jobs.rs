@@ -210,20 +210,7 @@ impl Store {
             if changed == 0 {
                 return Ok(false);
             }
-            for artifact in &made.artifacts {
-                c.execute(
-                    "INSERT OR REPLACE INTO artifacts (id, job, kind, file, bytes, sha256) \
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-                    params![
-                        artifact.id,
-                        id,
-                        artifact.kind,
-                        artifact.file.to_string_lossy(),
-                        artifact.bytes as i64,
-                        artifact.sha256
-                    ],
-                )?;
-            }
+            insert_artifacts(c, id, &made.artifacts)?;
             for file in &made.results {
                 files::insert(c, file)?;
             }
@@ -237,6 +224,14 @@ impl Store {
         })
     }
 
+    /// Lists artifacts of a job, in place of those listed before.
+    pub fn put_artifacts(&self, id: &str, made: &[StoredArtifact]) -> Result<(), StoreError> {
+        self.transaction(|c| {
+            c.execute("DELETE FROM artifacts WHERE job = ?1", [id])?;
+            insert_artifacts(c, id, made)
+        })
+    }
+
     /// The artifacts of a job.
     pub fn artifacts(&self, job: &str) -> Result<Vec<StoredArtifact>, StoreError> {
         self.with(|c| {
@@ -244,6 +239,28 @@ impl Store {
             c.prepare(sql)?.query_map([job], artifact)?.collect()
         })
     }
+}
+
+fn insert_artifacts(
+    c: &rusqlite::Connection,
+    id: &str,
+    made: &[StoredArtifact],
+) -> rusqlite::Result<()> {
+    for artifact in made {
+        c.execute(
+            "INSERT OR REPLACE INTO artifacts (id, job, kind, file, bytes, sha256) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            params![
+                artifact.id,
+                id,
+                artifact.kind,
+                artifact.file.to_string_lossy(),
+                artifact.bytes as i64,
+                artifact.sha256
+            ],
+        )?;
+    }
+    Ok(())
 }
 
 /// A list for SQL's `IN`. Status names are constants, so nothing needs to be escaped.

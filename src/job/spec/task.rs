@@ -158,6 +158,9 @@ macro_rules! tasks {
         pub(crate) use for_task;
 
         impl Task {
+            /// The names of all kinds.
+            pub const NAMES: &[&str] = &[$($(#[cfg($cfg)])? stringify!($name),)*];
+
             /// The name in specifications.
             pub fn name(&self) -> &'static str {
                 match self {

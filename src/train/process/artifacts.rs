@@ -1,16 +1,14 @@
 //! Writes the artifacts of a job.
 
-use super::run::JobFailure;
 use crate::gguf::{Gguf, TensorType, is_hugging_face};
 use crate::job::spec::WeightType;
 use crate::job::{
-    Artifact, ArtifactKind, Entry, EventLog, Folder, Follower, JobEvent, Level, Order,
+    Artifact, ArtifactKind, Entry, Follower, JobEvent, JobFailure, JobWork, Level, Order,
 };
 use crate::train::export::{self, ExportError};
 use crate::train::model::{Model, Training};
-use sha2::{Digest, Sha256};
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::Path;
 
 /// Metadata about the origin of an artifact.
@@ -30,17 +28,15 @@ pub(super) fn facts(order: &Order, step: Option<u64>) -> Vec<(&'static str, Stri
 
 /// Writes all artifacts of the job.
 pub(super) fn artifacts(
-    folder: &Folder,
+    work: &mut JobWork<'_>,
     order: &Order,
     model: &Model,
     training: &Training,
     base: &Gguf,
-    log: &mut EventLog,
 ) -> Result<Vec<Artifact>, JobFailure> {
+    work.clear_artifacts()?;
+    let folder = work.folder;
     let to = folder.artifacts();
-    // An earlier attempt may have left an incomplete folder.
-    let _ = fs::remove_dir_all(&to);
-    fs::create_dir_all(&to)?;
     let facts = facts(order, None);
     let export = &order.spec.export;
     // Storage types of the GGUF and of the Hugging Face folder.
@@ -77,13 +73,14 @@ pub(super) fn artifacts(
         match export::hf_folder(model, lora, base, float, parent, &made_folder) {
             Ok(lacking) => {
                 for what in lacking {
-                    log.say(Level::Warn, format!("The folder for transformers: {what}."))?;
+                    work.log.say(Level::Warn, format!("The folder for transformers: {what}."))?;
                 }
                 made.extend(files(&to, "hugging_face", ArtifactKind::HuggingFace)?);
             }
             // The other artifacts are useful without this folder.
             Err(ExportError::Other(why)) => {
-                log.say(Level::Warn, format!("There is no folder for transformers: {why}."))?;
+                work.log
+                    .say(Level::Warn, format!("There is no folder for transformers: {why}."))?;
             }
             Err(error) => return Err(error.into()),
         }
@@ -108,12 +105,8 @@ pub(super) fn artifacts(
     }
     fs::write(to.join("provenance.json"), provenance(order, &entries)?)?;
     made.push((ArtifactKind::Provenance, "provenance.json".into()));
-    let artifact = |(kind, name): (ArtifactKind, String)| -> Result<Artifact, JobFailure> {
-        let file = Path::new("artifacts").join(name);
-        let (bytes, sha256) = digest(&folder.path().join(&file))?;
-        Ok(Artifact { kind, file, bytes, sha256 })
-    };
-    made.into_iter().map(artifact).collect()
+    let each = made.into_iter().map(|(kind, name)| work.artifact(kind, name));
+    Ok(each.collect::<io::Result<_>>()?)
 }
 
 /// The files of a folder, sorted by name.
@@ -180,23 +173,4 @@ fn provenance(order: &Order, entries: &[Entry]) -> Result<Vec<u8>, JobFailure> {
         })),
     });
     serde_json::to_vec_pretty(&value).map_err(|error| JobFailure::from(io::Error::from(error)))
-}
-
-/// Size and SHA-256 of a file, after it is synced to disk.
-fn digest(path: &Path) -> io::Result<(u64, String)> {
-    let mut file = File::open(path)?;
-    file.sync_all()?;
-    let (mut hash, mut bytes) = (Sha256::new(), 0);
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => break,
-            read => {
-                hash.update(&buffer[..read]);
-                bytes += read as u64;
-            }
-        }
-    }
-    let digest = hash.finalize();
-    Ok((bytes, digest.iter().map(|byte| format!("{byte:02x}")).collect()))
 }

@@ -1,10 +1,10 @@
 //! Reads and tokenizes the training data.
 
-use super::run::{JobFailure, classify, failed};
 use crate::dataset::{DataError, DatasetKind};
 use crate::gguf::{Array, Gguf, LACKING, ModelFacts, Value};
 use crate::job::spec::Resolved;
 use crate::job::{DataReport, EventLog, Folder, JobEvent, Level, Order};
+use crate::job::{JobFailure, classify, failed};
 use crate::template::{ChatTemplate, date};
 use crate::tokenizer::Tokenizer;
 use crate::train::data::{Dataset, Encoder};

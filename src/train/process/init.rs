@@ -1,11 +1,11 @@
 //! Sets up the trained parameters and their initial values.
 
-use super::run::{JobFailure, failed};
 use crate::gguf::{
     Gguf, LoraInfo, ModelFacts, Projection, check_lora_gguf, peft_to_gguf, score_head,
 };
 use crate::job::spec::{Lora, TrainDevice};
 use crate::job::{Folder, Order};
+use crate::job::{JobFailure, failed};
 use crate::train::model::{Model, SCORE, Training, VALUE};
 use crate::train::random_init::normal;
 use crate::train::recipes::Recipe;

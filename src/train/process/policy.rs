@@ -2,9 +2,9 @@
 
 use super::artifacts::facts;
 use super::gateway_client::GatewayClient;
-use super::run::{JobFailure, failed};
 use crate::job::Order;
 use crate::job::spec::Spec;
+use crate::job::{JobFailure, failed};
 use crate::train::export;
 use crate::train::model::{Model, Training};
 use crate::train::recipes::TrainError;

@@ -1,7 +1,7 @@
 //! Writes the events of a run to the event log.
 
 use super::artifacts::facts;
-use super::run::JobFailure;
+use crate::job::JobFailure;
 use crate::job::{Control, EventLog, Folder, JobEvent, Level, Order, StepMetrics, rollout_table};
 use crate::train::export;
 use crate::train::model::{Model, Training};

@@ -6,6 +6,7 @@ use crate::job::{
     Outcome, StepMetrics, plot,
 };
 use std::fs;
+use std::path::Path;
 
 /// A job in its own folder: a tiny model, with prompts and completions made of its bytes.
 fn job(folder: &Path, more: &str) -> Folder {
@@ -30,7 +31,7 @@ fn job(folder: &Path, more: &str) -> Folder {
     order.model = Some(folder.join("base.gguf"));
     order.validation = Some(folder.join("valid.jsonl"));
     let job = Folder::new(folder.join("job"));
-    job.create(&order).unwrap();
+    job.create(&order.into()).unwrap();
     job
 }
 
@@ -187,10 +188,10 @@ fn an_adapter_is_trained_further() {
     for init in ["artifacts/adapter.gguf", "artifacts/peft"] {
         let folder = tempfile::tempdir().unwrap();
         let second = job(folder.path(), r#", "adapter": {"init": "ft:tiny:ingot::1"}"#);
-        let mut order = second.order().unwrap();
+        let mut order = second.order().unwrap().training().unwrap().clone();
         order.init = Some(first.path().join(init));
         order.spec.train.learning_rate = Some(1e-12);
-        second.create(&order).unwrap();
+        second.create(&order.into()).unwrap();
         assert!(go(&second));
         let last = |job: &Folder| {
             let entries = Follower::new(job.events(), 0).read().unwrap();
@@ -209,7 +210,7 @@ fn an_adapter_is_trained_further() {
 #[test]
 fn what_is_wrong_is_the_outcome() {
     let failure = |job: &Folder| match job.outcome().unwrap() {
-        Some(Outcome::Failed(failure)) => failure,
+        Some(Outcome::Failed { failure, .. }) => failure,
         other => panic!("{other:?}"),
     };
     let folder = tempfile::tempdir().unwrap();
@@ -223,13 +224,13 @@ fn what_is_wrong_is_the_outcome() {
 
     let folder = tempfile::tempdir().unwrap();
     let diverges = job(folder.path(), "");
-    let mut order = diverges.order().unwrap();
+    let mut order = diverges.order().unwrap().training().unwrap().clone();
     order.spec.train.learning_rate = Some(10.0);
     order.spec.train.epochs = Some(400.0);
     order.spec.adapter = None;
-    diverges.create(&order).unwrap();
+    diverges.create(&order.into()).unwrap();
     assert!(go(&diverges));
-    if let Some(Outcome::Failed(failure)) = diverges.outcome().unwrap() {
+    if let Some(Outcome::Failed { failure, .. }) = diverges.outcome().unwrap() {
         assert!(failure.message.contains("learning rate"), "{failure:?}");
         assert!(!diverges.artifacts().exists());
     }

@@ -77,7 +77,7 @@ mod tests {
         let mut order = Order::new("1".into(), spec, "dummy".into(), path("train.jsonl"));
         order.model = Some(path("base.gguf"));
         let job = Folder::new(path("job"));
-        job.create(&order).unwrap();
+        job.create(&order.into()).unwrap();
         assert!(process::run(&job, &Control::default()).unwrap());
         let Some(Outcome::Succeeded { trained_tokens, artifacts }) = job.outcome().unwrap() else {
             panic!("{:?}", job.outcome())

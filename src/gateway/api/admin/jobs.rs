@@ -7,11 +7,10 @@ use crate::gateway::api::wire::query;
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
-use crate::gateway::jobs::{Jobs, NewJob};
+use crate::gateway::jobs::{Jobs, NewJob, Requester};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::gateway::stream::json_line;
-use crate::job::spec::Spec;
-use crate::job::{Entry, Follower, plot, report, rollout_table};
+use crate::job::{Entry, EvaluateOrder, Follower, JobOrder, JobSpec, plot, report, rollout_table};
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
@@ -47,12 +46,24 @@ pub async fn create(
 ) -> Result<Response, ApiError> {
     // Returns the error if the body is not JSON or not an object.
     Fields::parse(&body)?;
-    let spec: Spec = serde_json::from_slice(without_mark(&body)).map_err(|error| {
-        ApiError::bad_request(format!("The job's specification is not valid: {error}."))
+    let spec = JobSpec::parse(without_mark(&body)).map_err(|why| {
+        ApiError::bad_request(format!("The job's specification is not valid: {why}."))
     })?;
-    check_format(&app, &spec, &format!("{}.response_format", spec.task.name())).await?;
+    if let JobSpec::Train(spec) = &spec {
+        check_format(&app, spec, &format!("{}.response_format", spec.task.name())).await?;
+    }
+    created(&app, identity, spec).await
+}
+
+/// Creates a job of the operator.
+pub(super) async fn created(
+    app: &App,
+    identity: Identity,
+    spec: JobSpec,
+) -> Result<Response, ApiError> {
     let owner = app.auth.owner(identity);
-    let job = app.jobs.create(NewJob { spec, owner, admin: true, request: None }).await?;
+    let requester = Requester { owner, admin: true, request: None };
+    let job = app.jobs.create(NewJob { spec, requester }).await?;
     Ok((StatusCode::CREATED, Json(show(&app.jobs, &job)?)).into_response())
 }
 
@@ -236,7 +247,8 @@ pub async fn curves(
     Ok(([(header::CONTENT_TYPE, "image/svg+xml")], svg).into_response())
 }
 
-/// `GET /admin/jobs/{id}/report`: everything about a job on one HTML page.
+/// `GET /admin/jobs/{id}/report`: everything about a job on one HTML page; of an evaluation that has
+/// ended what it found.
 ///
 /// # Errors
 /// 404.
@@ -248,6 +260,10 @@ pub async fn html_report(
     let (folder, entries) = (app.jobs.folder(&id), app.jobs.events(&id)?);
     let write = move || -> Result<String, ApiError> {
         let order = folder.order().map_err(ApiError::internal)?;
+        let evaluation = folder.artifacts().join(EvaluateOrder::HTML);
+        if matches!(order, JobOrder::Evaluate(_)) && evaluation.exists() {
+            return std::fs::read_to_string(evaluation).map_err(ApiError::internal);
+        }
         let rows = |step| rollout_table::read(&folder.rollouts(), step, MAX_ROLLOUTS);
         let rollouts: Vec<_> = match (rows(Some(1)), rows(None)) {
             (Ok((first, _)), Ok((last, _))) if first == last => vec![last],
@@ -312,6 +328,10 @@ fn show(jobs: &Jobs, job: &StoredJob) -> Result<Value, ApiError> {
     let progress = jobs.progress(&job.id)?;
     let mut shown =
         progress.step.map_or(Ok(json!({})), serde_json::to_value).map_err(ApiError::internal)?;
+    if let Some((done, total)) = progress.work {
+        shown["done"] = done.into();
+        shown["total"] = total.into();
+    }
     if let Some(found) = progress.validation {
         for (name, value) in [
             ("validation_loss", found.loss),

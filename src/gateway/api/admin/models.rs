@@ -1,15 +1,20 @@
-//! `/admin/models`: loading and unloading models at run time.
+//! `/admin/models`: loading, unloading and quantizing models at run time.
 
-use super::{Answer, json_fields, ok, path_name};
+use super::{Answer, jobs, json_fields, ok, path_name};
 use crate::gateway::api::wire::MAX_NAME;
+use crate::gateway::api::wire::fields::{Fields, without_mark};
 use crate::gateway::app::App;
+use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::ModelStatus;
+use crate::job::{JobSpec, QuantizeSpec};
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Extension, Path, Request, State};
+use axum::response::Response;
 use http::StatusCode;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 /// `GET /admin/models`: loaded models with their engines and memory plans, models that are being
@@ -66,4 +71,38 @@ pub async fn unload(
     let name = path_name(name)?;
     app.registry.unload_model(&name).await?;
     ok(json!({"id": name, "object": "model", "deleted": true}))
+}
+
+/// `POST /admin/models/{name}/quantize`: creates a job that writes the model in another type. The
+/// body holds the settings of [`crate::job::QuantizeSettings`] and the `name` of the new model.
+///
+/// # Errors
+/// As [`crate::gateway::jobs::Jobs::create`].
+pub async fn of_model(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    path: Result<Path<String>, PathRejection>,
+    body: Bytes,
+) -> Result<Response, ApiError> {
+    let path = path_name(path)?;
+    // Names contain slashes, so the route matches all paths below `/admin/models`.
+    let Some(model) = path.strip_suffix("/quantize") else {
+        let path: String = path.chars().take(200).collect();
+        let message = format!("There is no route POST /admin/models/{path}; see /openapi.json.");
+        return Err(ApiError::not_found(message));
+    };
+    // Returns the error if the body is not JSON or not an object.
+    Fields::parse(&body)?;
+    let wrong = |why: &dyn std::fmt::Display| {
+        ApiError::bad_request(format!("The settings are not valid: {why}."))
+    };
+    let mut settings: Map<String, Value> =
+        serde_json::from_slice(without_mark(&body)).map_err(|error| wrong(&error))?;
+    let mut spec = json!({"kind": "quantize", "model": model});
+    if let Some(name) = settings.remove("name") {
+        spec["name"] = name;
+    }
+    spec["quantize"] = Value::Object(settings);
+    let spec: QuantizeSpec = serde_json::from_value(spec).map_err(|error| wrong(&error))?;
+    jobs::created(&app, identity, JobSpec::Quantize(spec)).await
 }

@@ -12,11 +12,11 @@ use crate::gateway::api::wire::query::{self, MetadataFilter, Pairs};
 use crate::gateway::app::App;
 use crate::gateway::auth::Identity;
 use crate::gateway::error::ApiError;
-use crate::gateway::jobs::{NewJob, checkpoint_name};
+use crate::gateway::jobs::{NewJob, Requester, checkpoint_name};
 use crate::gateway::store::{JobStatus, StoredJob};
 use crate::grade::Grader;
 use crate::job::spec::{Adapter, Data, Dpo, Export, Grpo, Sft, Spec, Task, Train, VERSION};
-use crate::job::{Entry, JobEvent, Level, StepMetrics, Validation};
+use crate::job::{Entry, JobEvent, JobSpec, Level, StepMetrics, Validation};
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Extension, Path, Query, State};
@@ -261,7 +261,8 @@ pub async fn create(
         task,
     };
     check_format(&app, &spec, "method.reinforcement.response_format").await?;
-    let new = NewJob { spec, owner, admin: identity.admin, request: Some(request.to_string()) };
+    let requester = Requester { owner, admin: identity.admin, request: Some(request.to_string()) };
+    let new = NewJob { spec: JobSpec::Train(Box::new(spec)), requester };
     let job = app.jobs.create(new).await?;
     show(&app, &job).map(Json)
 }
@@ -517,7 +518,9 @@ fn event(job: &str, entry: &Entry) -> Value {
             ("message", json!({"train": train, "validation": validation}))
         }
         JobEvent::Checkpoint { step } => ("message", json!({"step": step})),
-        JobEvent::Message { .. } | JobEvent::Sample { .. } => ("message", json!({})),
+        JobEvent::Message { .. } | JobEvent::Sample { .. } | JobEvent::Progress { .. } => {
+            ("message", json!({}))
+        }
     };
     if let (Value::Object(data), "metrics") = (&mut data, kind) {
         data.retain(|_, value| !value.is_null());
