@@ -22,6 +22,11 @@ fn main() -> ExitCode {
         Command::Quantize(options) => cli::quantize::main(*options, ingot::compress::quantize),
         Command::Imatrix(options) => cli::imatrix::main(*options, ingot::compress::imatrix),
         Command::Eval(options) => cli::eval::main(*options, ingot::evaluate::evaluate),
+        Command::Export(options) => {
+            cli::export::main(*options, ingot::train::export::export, ingot::compress::quantize)
+        }
+        Command::Publish(options) => cli::publish::publish(options),
+        Command::Rollback(options) => cli::publish::rollback(options),
         Command::Verify(options) => cli::verify::main(options, ingot::evaluate::verify::verify),
         Command::Bench(BenchCommand::Serve(options)) => cli::bench_serve::main(*options),
     };

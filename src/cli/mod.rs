@@ -8,6 +8,8 @@
 //! | `bench_serve.rs`, `bench_serve/` | load generator for any OpenAI-compatible server |
 //! | `train.rs`, `train/` | a training job, here or on a server, with a progress bar |
 //! | `jobs.rs` | a server's jobs |
+//! | `export.rs` | models and adapters for other programs, with a model card |
+//! | `publish.rs` | what a name stands for on a server |
 //! | `quantize.rs`, `imatrix.rs` | models in smaller types |
 //! | `eval.rs` | perplexity, KL divergence and accuracy of models |
 //! | `verify.rs` | the runners' rounding, measured on a text |
@@ -16,11 +18,13 @@
 
 pub mod bench_serve;
 pub mod eval;
+pub mod export;
 mod http;
 pub mod imatrix;
 pub mod jobs;
 pub mod models;
 mod progress;
+pub mod publish;
 pub mod pull;
 pub mod quantize;
 pub mod run;
@@ -65,6 +69,12 @@ pub enum Command {
     Quantize(Box<quantize::QuantizeOptions>),
     /// Measure perplexity, KL divergence and accuracy of models, side by side
     Eval(Box<eval::EvalOptions>),
+    /// Write a model or adapter for other programs, with a model card
+    Export(Box<export::ExportOptions>),
+    /// Have a name of a server stand for a model, or for a share of its requests
+    Publish(publish::PublishOptions),
+    /// Have a name of a server stand for the model before
+    Rollback(publish::RollbackOptions),
     /// Measure how far rounding moves a model's predictions, on a text
     Verify(verify::VerifyOptions),
     /// Measure

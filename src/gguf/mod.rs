@@ -13,6 +13,7 @@
 //! | `facts.rs` | [`ModelFacts`]: properties of a model that serving needs, from its header alone |
 //! | `tokens.rs` | [`TokenizerFacts`]: the special tokens and templates within those facts |
 //! | `writer.rs` | [`GgufWriter`] |
+//! | `layers.rs` | [`keep_layers`]: a model without some of its layers |
 //! | `peft.rs` | PEFT folders: configuration, tensor names |
 //! | `lora.rs` | [`peft_to_gguf`] |
 //! | `lora_check.rs` | [`check_lora_gguf`], [`score_head`] |
@@ -33,6 +34,7 @@ mod facts;
 #[doc(hidden)]
 pub mod fixture;
 mod hugging_face;
+mod layers;
 mod lora;
 mod lora_check;
 mod parser;
@@ -56,6 +58,7 @@ pub use facts::{KvType, ModelFacts, PoolingType, SplitFacts};
 pub use hugging_face::{
     ConvertError, LACKING, convert, fingerprint, hugging_face_name, is_hugging_face, pre_tokenizer,
 };
+pub use layers::keep_layers;
 pub use lora::{LoraError, LoraInfo, peft_to_gguf};
 pub use lora_check::{SCORE_HEAD, check_lora_gguf, score_head};
 pub use peft::{is_interleaved, layer_module};

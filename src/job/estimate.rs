@@ -4,7 +4,7 @@ use super::spec::{Resolved, Shape, Spec, TokenizerPlan};
 use super::{EvalModel, JobOrder};
 use crate::dataset::DatasetKind;
 use crate::gguf::{Gguf, ModelConfig};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Bytes for the process itself: code, thread stacks, tokenizer and buffers.
 const PROCESS: u64 = 160 << 20;
@@ -48,13 +48,20 @@ impl ResourceEstimate {
         match order {
             JobOrder::Train(order) => {
                 let model = order.model.as_ref().map(open).transpose()?;
-                Self::of(model.as_ref(), &order.spec, &order.spec.resolve()?)
+                let estimate = Self::of(model.as_ref(), &order.spec, &order.spec.resolve()?)?;
+                Ok(estimate.with_teacher(order.teacher.as_deref()))
             }
             JobOrder::Quantize(order) => Ok(Self::of_quantization(&open(&order.model)?)),
             JobOrder::Evaluate(order) => {
                 Self::of_evaluation(order.models.iter().chain(&order.reference))
             }
         }
+    }
+
+    /// Adds the file of a teacher, which is mapped beside the model.
+    pub(super) fn with_teacher(self, teacher: Option<&Path>) -> Self {
+        let file = teacher.and_then(|path| std::fs::metadata(path).ok());
+        Self { memory: self.memory + file.map_or(0, |file| file.len()), ..self }
     }
 
     /// A quantization holds three times the largest tensor; the input is mapped. Its output is at

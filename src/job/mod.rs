@@ -39,6 +39,7 @@
 //! | `imatrix.rs` | what the computation of an importance matrix is; it runs in the process of `ingot imatrix` |
 //! | `evaluation.rs`, `evaluation_report.rs` | what an evaluation is, and its report; it runs in the process of `ingot eval`, or of a job |
 //! | `evaluation_job.rs` | [`EvaluateSpec`], [`EvaluateOrder`]: jobs that evaluate |
+//! | `export.rs`, `card.md` | what an export is, and its model card; it runs in the process of `ingot export` |
 //! | `rate.rs` | shares with intervals |
 //! | `verify.rs` | what a verification is; it runs in the process of `ingot verify` |
 //! | `control.rs` | [`Control`]: what is asked of a job while it runs |
@@ -52,6 +53,7 @@ mod evaluation;
 mod evaluation_job;
 mod evaluation_report;
 mod events;
+mod export;
 mod folder;
 mod imatrix;
 mod kinds;
@@ -83,6 +85,7 @@ pub use events::{
     DataReport, Entry, EventLog, Follower, JobEvent, Level, Metrics, REWARD, StepMetrics,
     Validation, now,
 };
+pub use export::{EvaluationFacts, ExportFormat, ExportPlan, ExportRefused, ModelCard};
 pub use folder::{Folder, write_whole};
 pub use imatrix::{IMATRIX_CONTEXT, ImatrixPlan, ImatrixReport};
 pub use kinds::{JobOrder, JobSpec};

@@ -38,6 +38,9 @@ pub struct Order {
     /// The model whose tokenizer a new model uses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
+    /// The model whose distributions are learned, a GGUF file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<PathBuf>,
     /// When the job was created, in seconds since 1970. Chat templates print this date, so it stays
     /// the same when the job resumes.
     #[serde(default)]
@@ -60,6 +63,7 @@ impl Order {
             human: None,
             init: None,
             tokenizer: None,
+            teacher: None,
             created_at: now() as i64,
         }
     }

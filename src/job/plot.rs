@@ -15,8 +15,10 @@ const RATE: u32 = 180;
 const POINTS: usize = 1_000;
 const FONT: &str = "sans-serif";
 /// Metrics that have their own panel, with their names in the legend.
-const MEASURED: [(&str, &str); 8] = [
+const MEASURED: [(&str, &str); 10] = [
     ("accuracy", "accuracy"),
+    ("divergence", "divergence from the teacher (nats)"),
+    ("cross_entropy", "cross-entropy (nats)"),
     ("reward_margin", "reward margin"),
     ("reward_std", "spread of rewards"),
     ("kl", "KL to the reference"),
@@ -74,7 +76,7 @@ fn panels(entries: &[Entry]) -> Vec<Panel> {
     }
     let what = if is_policy { "reward" } else { "loss (nats)" };
     let mut panels = vec![Panel { height: MAIN, what, curves, smoothed: true }];
-    // Only preference and policy jobs have further metrics.
+    // Supervised fine-tuning and pretraining have no further metrics.
     if steps.iter().any(|step| !step.metrics.is_empty()) {
         for ((name, what), color) in
             MEASURED.into_iter().zip([MAGENTA, CYAN, BLACK].into_iter().cycle())

@@ -4,7 +4,7 @@
 use super::estimate::ResourceEstimate;
 use super::order::{Order, name_of};
 use super::spec::{Resolved, Spec};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, ModelConfig};
 use std::path::PathBuf;
 
 /// The files of the models that a specification names.
@@ -16,6 +16,8 @@ pub struct Sources {
     pub init: Option<InitAdapter>,
     /// `pretrain.tokenizer.from`: the GGUF whose tokenizer the new model takes.
     pub tokenizer: Option<PathBuf>,
+    /// `distill.teacher`
+    pub teacher: Option<PathBuf>,
 }
 
 /// The model to continue training from.
@@ -84,6 +86,7 @@ pub struct ResolvedJob {
     base: Option<BaseModel>,
     init: Option<PathBuf>,
     tokenizer: Option<PathBuf>,
+    teacher: Option<PathBuf>,
 }
 
 impl ResolvedJob {
@@ -93,7 +96,7 @@ impl ResolvedJob {
     /// [`ResolveError`] if a setting or the model's family is not supported.
     pub fn new(mut spec: Spec, sources: Sources) -> Result<Self, ResolveError> {
         let settings = spec.resolve().map_err(ResolveError::Spec)?;
-        let Sources { base, init, tokenizer } = sources;
+        let Sources { base, init, tokenizer, teacher } = sources;
         let mut path = None;
         if let Some(base) = &base {
             spec.model = Some(base.name.clone());
@@ -112,9 +115,13 @@ impl ResolvedJob {
         }
         let header = base.as_ref().map(|base| Gguf::open_header(&base.path)).transpose();
         let header = header.map_err(|error| ResolveError::Model(error.to_string()))?;
+        if let Some(Ok(config)) = header.as_ref().map(ModelConfig::read) {
+            let checked = spec.task.settings().check_layers(config.layers);
+            checked.map_err(ResolveError::Spec)?;
+        }
         let estimate = ResourceEstimate::of(header.as_ref(), &spec, &settings);
-        let estimate = estimate.map_err(ResolveError::Model)?;
-        Ok(Self { spec, settings, estimate, base, init: path, tokenizer })
+        let estimate = estimate.map_err(ResolveError::Model)?.with_teacher(teacher.as_deref());
+        Ok(Self { spec, settings, estimate, base, init: path, tokenizer, teacher })
     }
 
     /// SHA-256 of the base model, if it was converted from a Hugging Face folder.
@@ -130,6 +137,7 @@ impl ResolvedJob {
         order.validation = validation;
         order.init = self.init;
         order.tokenizer = self.tokenizer;
+        order.teacher = self.teacher;
         if let Some(base) = self.base {
             order.model = Some(base.path);
             order.model_sha256 = base.sha256;
@@ -165,7 +173,8 @@ mod tests {
                 path: path.into(),
                 base: base.map(str::to_owned),
             });
-            let sources = Sources { base: base(folder.path(), adapter), init, tokenizer: None };
+            let sources =
+                Sources { base: base(folder.path(), adapter), init, ..Sources::default() };
             ResolvedJob::new(spec(more), sources)
                 .map(|job| job.order("ftjob-12345678".into(), "train".into(), None))
         };
@@ -200,6 +209,11 @@ mod tests {
         assert_eq!(error.param(), Some("train.warmup"), "{error}");
         let error = of(r#", "adapter": {"targets": ["w"]}"#, base(folder.path(), None));
         assert_eq!(error.param(), Some("adapter.targets"), "{error}");
+        let text = r#"{"kind": "distill", "model": "m", "data": {"train": "f"},
+            "distill": {"layers": 3}}"#;
+        let sources = Sources { base: base(folder.path(), None), ..Sources::default() };
+        let error = ResolvedJob::new(serde_json::from_str(text).unwrap(), sources).unwrap_err();
+        assert_eq!(error.param(), Some("distill.layers"), "{error}");
         let mut missing = base(folder.path(), None).unwrap();
         missing.path = folder.path().join("none.gguf");
         assert_eq!(of("", Some(missing)).param(), Some("model"));

@@ -170,6 +170,7 @@ NEVER_ACCEPTED = {
     "createFineTuningJob": "the mock model cannot be trained",
     "adminCreateJob": "the mock model has no file, and there are no files",
     "adminQuantizeModel": "the mock model has no file",
+    "adminPublish": "a share is one of a published name, and there is none",
     "adminLoadAdapter": "an upload that is made up is no adapter",
 }
 
@@ -557,9 +558,21 @@ def test_answers_of_graders():
         check_answer("POST", "/v1/fine_tuning/alpha/graders/run", body)
 
 
+def check_published():
+    check_answer("POST", "/admin/published", {"name": "assistant", "model": "none"}, status=404)
+    check_answer("POST", "/admin/published", {"name": MODEL, "model": MODEL}, status=409)
+    check_answer("POST", "/admin/published", {"name": "assistant", "model": MODEL})
+    check_answer("GET", "/admin/published")
+    one = "/admin/published/assistant"
+    check_answer("POST", one + "/rollback", template="/admin/published/{name}/rollback", status=409)
+    check_answer("DELETE", one, template="/admin/published/{name}")
+    check_answer("DELETE", one, template="/admin/published/{name}", status=404)
+
+
 def test_answers_for_operators():
     for path in ["/health", "/ready", "/version", "/metrics", "/admin/models", "/admin/adapters"]:
         check_answer("GET", path)
+    check_published()
     check_answer("POST", "/admin/models", {"model": "none"}, status=404)
     check_answer("POST", "/admin/adapters", {"name": "none"}, status=404)
 
@@ -731,6 +744,8 @@ REFUSED = [
     ("scale", "/admin/adapters", {"name": "a", "scale": 101}),
     ("no name", "/admin/adapters", {}),
     ("null model", "/admin/models", {"model": None}),
+    ("all of it", "/admin/published", {"name": "a", "model": MODEL, "share": 1}),
+    ("no model", "/admin/published", {"name": "a"}),
 ]
 
 

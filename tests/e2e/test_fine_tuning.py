@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -26,7 +27,8 @@ from _server import first_model, run, start, stop
 
 KEY, OTHER, ADMIN = "sk-end-to-end", "sk-somebody-else", "sk-operator"
 DATA = tempfile.mkdtemp(prefix="ingot-tuning-")
-SECONDS = 300
+# Long: jobs have the lowest priority, and the machine may have other work.
+SECONDS = 900
 # The tests in which a model answers. The others look at jobs only, and run with the native runner.
 ON_BOTH_RUNNERS = [
     "test_upload_train_chat_delete",
@@ -245,7 +247,7 @@ def test_upload_train_chat_delete():
 def test_a_killed_job_ends_with_the_same_weights():
     file = upload(examples(24))
     jobs = [create(file, epochs=2, suffix="calm"), create(file, epochs=2, suffix="storm")]
-    ended(jobs[0])
+    whole["model"] = ended(jobs[0]).fine_tuned_model
     for step in (2, 5):
         step_of(jobs[1], step)
         [pid] = until(lambda: processes(jobs[1]) or None, "the job's process")
@@ -724,6 +726,123 @@ def test_a_model_is_quantized_evaluated_and_served():
     answers = [ask(model).choices[0].message.content for model in ("eight", server.model)]
     assert all(answers), answers
     server.admin("/admin/models/eight", method="DELETE")
+
+
+def test_a_name_is_published_and_goes_back():
+    global server, client
+
+    def publish(model, **more):
+        body = {"name": "assistant", "model": model, **more}
+        return json.loads(server.admin("/admin/published", body))
+
+    def served_by(count, **more):
+        """The models that served requests, from the counters."""
+        def counters():
+            with urllib.request.urlopen(server.url + "/metrics") as answer:
+                lines = answer.read().decode().splitlines()
+            found = [line for line in lines if line.startswith("ingot_published_requests_total{")]
+            return {line.split('model="')[1].split('"')[0]: int(line.split()[-1]) for line in found}
+
+        before = counters()
+        for number in range(count):
+            found = ask("assistant", max_tokens=1, **{"user": f"user-{number}", **more})
+            assert found.model == "assistant", found
+        return {name: value - before.get(name, 0) for name, value in counters().items()}
+
+    adapter = whole["model"]
+    assert refusal("/admin/published", {"name": server.model, "model": adapter})[0] == 409
+    assert refusal("/admin/published", {"name": "assistant", "model": "none"})[0] == 404
+    status, error = refusal("/admin/published", {"name": "x", "model": adapter, "share": 0.5})
+    assert (status, error["param"]) == (400, "share"), error
+    now = publish(server.model)
+    assert (now["model"], now["previous"], now["share"]) == (server.model, None, None), now
+    assert "assistant" in [model.id for model in client.models.list()]
+    assert served_by(3) == {server.model: 3}
+    assert publish(adapter, share=0.5)["candidate"] == adapter
+    served = served_by(24)
+    assert sum(served.values()) == 24 and min(served.values()) >= 4, served
+    # The same users get the same models again.
+    assert served_by(24) == served
+    assert sorted(served_by(6, user="user-1").values()) == [0, 6]
+    with Traffic() as traffic:
+        assert publish(adapter)["previous"] == server.model
+        assert served_by(3) == {server.model: 0, adapter: 3}
+    assert not traffic.failures, traffic.failures
+    for path in [f"/admin/adapters/{adapter}", f"/admin/models/{server.model}"]:
+        try:
+            server.admin(path, method="DELETE")
+            raise AssertionError(path)
+        except urllib.error.HTTPError as error:
+            assert error.code == 409, error
+    server.kill()
+    server = Server()
+    client = server.client()
+    assert served_by(2) == {adapter: 2}
+    said = command("rollback", "assistant")
+    assert server.model in said and adapter in said, said
+    assert command("publish") == said
+    assert served_by(2) == {adapter: 0, server.model: 2}
+    evaluation = job_ended({"kind": "evaluate", "evaluate": gate(server.model, 1)}, "failed")
+    asked = {"name": "assistant", "model": server.model, "evaluation": evaluation["id"]}
+    status, error = refusal("/admin/published", asked)
+    assert (status, error["code"]) == (409, "evaluation_not_passed"), error
+    evaluation = job_ended({"kind": "evaluate", "evaluate": gate(server.model, 1e6)})
+    status, error = refusal("/admin/published", {**asked, "model": adapter})
+    assert status == 409, error
+    publish(server.model, evaluation=evaluation["id"])
+    server.admin("/admin/published/assistant", method="DELETE")
+    raises(openai.NotFoundError, lambda: ask("assistant"))
+
+
+def command(*arguments):
+    """What the command line prints, asking the server."""
+    line = [os.environ["INGOT_BIN"], *arguments, "--url", server.url, "--admin-key", ADMIN]
+    return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+
+
+def test_what_was_made_is_exported():
+    adapter = whole["model"]
+
+    def export(format, *more, name=adapter):
+        folder = os.path.join(tempfile.mkdtemp(dir=DATA), "made")
+        line = [os.environ["INGOT_BIN"], "export", name, folder, "--data-dir", DATA]
+        subprocess.run([*line, "--format", format, *more], check=True, capture_output=True, text=True)
+        with open(os.path.join(folder, "README.md")) as card:
+            return folder, sorted(os.listdir(folder)), card.read()
+
+    folder, files, card = export("peft")
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"], files
+    job = next(job for job in client.fine_tuning.jobs.list() if job.fine_tuned_model == adapter)
+    peft = "artifacts/peft/adapter_model.safetensors"
+    with open(os.path.join(folder, files[2]), "rb") as made, open(f"{DATA}/jobs/{job.id}/{peft}", "rb") as kept:
+        assert made.read() == kept.read()
+    for part in [f"base_model: {server.model}", "library_name: peft", job.id, '"kind": "sft"', "24 examples"]:
+        assert part in card, (part, card)
+    folder, files, card = export("gguf", "--type", "Q8_0")
+    [model] = [file for file in files if file.endswith("-Q8_0.gguf")]
+    assert len(files) == 2 and "stored as Q8_0" in card, (files, card)
+    # The merged model answers as the adapter does.
+    def answer(name):
+        return ask(name, max_tokens=8).choices[0].message.content
+
+    with_adapter = answer(adapter)
+    line = [os.environ["INGOT_BIN"], "run", os.path.join(folder, model), "Name a colour, number 3."]
+    line += ["--max-tokens", "8", "--temperature", "0", "--data-dir", DATA]
+    said = subprocess.run(line, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.split()[:3] == with_adapter.split()[:3], (said.stdout, with_adapter)
+    _, files, _ = export("hugging-face")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files), files
+    for wrong in [("peft", server.model), ("gguf", "none")]:
+        line = [os.environ["INGOT_BIN"], "export", wrong[1], os.path.join(DATA, "no"), "--format", wrong[0]]
+        refused = subprocess.run([*line, "--data-dir", DATA], capture_output=True, text=True)
+        assert refused.returncode == 1 and not os.path.exists(os.path.join(DATA, "no")), refused
+
+
+def gate(model, most):
+    """An evaluation that fails if the perplexity is above a bound."""
+    text = client.files.create(file=("t.txt", b"The sky is blue. " * 80), purpose="fine-tune")
+    return {"models": [model], "text": text.id, "context": 64, "chunks": 2, "max_perplexity": most}
 
 
 def test_a_killed_gateway_loses_nothing():

@@ -1,5 +1,5 @@
-"""Runs what README shows: its Python code, its request with curl, and the scripts of the lifecycle and compression
-examples, against a server of its own.
+"""Runs what README shows: its Python code, its request with curl, and the scripts of the lifecycle, compression
+and shipping examples, against a server of its own.
 
     INGOT_BIN=target/release/ingot python tests/e2e/test_readme.py [NAME…]
 
@@ -127,6 +127,29 @@ def test_compression():
         failed = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
         assert failed.returncode == 1 and "FAIL" in failed.stdout, (failed.stdout, failed.stderr)
         assert not json.loads(pathlib.Path(folder, "gate.json").read_text())["gates"][0]["passed"]
+
+
+def test_shipping():
+    script = ROOT / "configs/examples/ship/run.sh"
+    names = {"INGOT": str(pathlib.Path(os.environ["INGOT_BIN"]).resolve()), "INGOT_URL": URL}
+    env = {**os.environ, **names, "INGOT_ADMIN_KEY": ADMIN, "CHUNKS": "2"}
+    run = subprocess.run([script], env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    # Published, a share, all, and back.
+    rows = [line.split() for line in run.stdout.splitlines() if line.startswith("assistant ")]
+    big, small = "smollm2:135m", "smollm2:135m-IQ4_NL"
+    assert rows == [
+        ["assistant", big, "-", "-", "-"],
+        ["assistant", big, small, "5.00%", "-"],
+        ["assistant", small, "-", "-", big],
+        ["assistant", big, "-", "-", small],
+    ], run.stdout
+    assert "Paris" in run.stdout, run.stdout
+    # A gate that is missed stops the script before anything is published.
+    env.update(NAME="other", TYPE="Q4_0", MAX_KL="1e-6")
+    failed = subprocess.run([script], env=env, capture_output=True, text=True, timeout=600)
+    assert failed.returncode == 1 and "Bounds are missed" in failed.stderr, failed.stderr
+    assert "Q4_0" not in failed.stdout.split("other", 1)[1].splitlines()[0], failed.stdout
 
 
 if __name__ == "__main__":

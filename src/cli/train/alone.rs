@@ -126,6 +126,9 @@ fn sources(store: &Store, spec: &Spec, beside: &Path) -> Result<Sources, CliErro
     if let Some(name) = spec.tokenizer_from() {
         sources.tokenizer = Some(pull(store, name)?.path);
     }
+    if let Some(name) = spec.task.settings().teacher() {
+        sources.teacher = Some(pull(store, name)?.path);
+    }
     Ok(sources)
 }
 

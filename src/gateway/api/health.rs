@@ -45,6 +45,9 @@ pub async fn version() -> Json<BuildInfo> {
 
 /// `GET /metrics`, in Prometheus' text format.
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {
+    if let Ok(disk) = rustix::fs::statvfs(app.registry.store().folder()) {
+        app.metrics.disk([disk.f_bavail, disk.f_blocks].map(|n| n.saturating_mul(disk.f_frsize)));
+    }
     let text = app.metrics.render(&app.registry.samples(), &app.jobs.samples());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }

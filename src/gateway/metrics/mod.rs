@@ -52,6 +52,9 @@ pub struct Metrics {
     engines: EngineSeries,
     jobs: JobSeries,
     rejected: IntCounterVec,
+    published: IntCounterVec,
+    /// Bytes of the disk of the data folder: free, and all.
+    disk: [IntGaugeVec; 2],
     models: Mutex<HashSet<String>>,
     /// Held during a scrape, which sets gauges before it reads them.
     scrape: Mutex<()>,
@@ -99,6 +102,19 @@ impl Metrics {
             "Requests refused by the gateway, or for lack of room in an engine, by reason.",
             &["reason"],
         );
+        let published = make.counter(
+            "ingot_published_requests_total",
+            "Requests of a published name, by the model or adapter that served them.",
+            &["name", "model"],
+        );
+        let disk = [
+            make.gauge(
+                "ingot_data_disk_free_bytes",
+                "Free bytes of the disk of the data folder.",
+                &[],
+            ),
+            make.gauge("ingot_data_disk_size_bytes", "Size of the disk of the data folder.", &[]),
+        ];
         for reason in REASONS {
             rejected.with_label_values(&[reason]);
         }
@@ -110,6 +126,8 @@ impl Metrics {
             engines,
             jobs,
             rejected,
+            published,
+            disk,
             models: Mutex::default(),
             scrape: Mutex::default(),
         }
@@ -126,6 +144,19 @@ impl Metrics {
     pub fn rejected(&self, reason: &str) {
         debug_assert!(REASONS.contains(&reason), "{reason} is not among the known reasons");
         self.rejected.with_label_values(&[reason]).inc();
+    }
+
+    /// Counts a request of a published name.
+    pub fn published(&self, name: &str, model: &str) {
+        let labels = [self.bounded(name), self.bounded(model)];
+        self.published.with_label_values(&labels).inc();
+    }
+
+    /// Sets the free bytes and the size of the disk of the data folder.
+    pub fn disk(&self, bytes: [u64; 2]) {
+        for (gauge, bytes) in self.disk.iter().zip(bytes) {
+            gauge.with_label_values::<&str>(&[]).set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
     }
 
     /// Renders the Prometheus text, with the present state of engines and jobs.

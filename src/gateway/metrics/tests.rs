@@ -1,5 +1,6 @@
 use super::*;
 use crate::ipc::{EngineError, FinishReason, Progress, Timing};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// The value of a sample line such as `name{labels}`.
@@ -110,4 +111,25 @@ fn hostile_label_values_are_escaped() {
     let metrics = Metrics::new();
     drop(metrics.observe("a\"b\\c\nd"));
     assert!(metrics.render(&[], &JobSamples::default()).contains(r#"model="a\"b\\c\nd""#));
+}
+
+/// Alerts and panels of series that do not exist would never fire, and stay empty.
+#[test]
+fn alerts_and_dashboard_use_series_that_exist() {
+    let source =
+        concat!(include_str!("mod.rs"), include_str!("collect.rs"), include_str!("jobs.rs"));
+    for text in [
+        include_str!("../../../configs/alerts.yml"),
+        include_str!("../../../configs/alerts.test.yml"),
+        include_str!("../../../configs/grafana.json"),
+    ] {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let names: BTreeSet<_> = words.filter(|word| word.starts_with("ingot_")).collect();
+        assert!(names.len() > 5, "{names:?}");
+        for name in names {
+            let mut series = ["_bucket", "_sum", "_count"].into_iter();
+            let series = series.find_map(|part| name.strip_suffix(part)).unwrap_or(name);
+            assert!(source.contains(&format!("\"{series}\"")), "{name}");
+        }
+    }
 }

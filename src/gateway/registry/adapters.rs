@@ -251,6 +251,9 @@ impl Registry {
         if state.models.contains_key(name) || state.loading.contains(name) {
             return Err(name_is_a_models(name));
         }
+        if state.published.contains_key(name) {
+            return Err(conflict(format!("`{name}` is a published name.")).with_param("name"));
+        }
         Ok(())
     }
 

@@ -151,10 +151,12 @@ impl Registry {
         }
     }
 
-    /// Loaded models that no request uses.
+    /// Loaded models that no request uses and no published name stands for.
     fn idle_models(&self) -> Vec<Arc<Model>> {
         // One reference is held by the map.
-        self.lock().models.values().filter(|model| model.idle(1)).cloned().collect()
+        let state = self.lock();
+        let may_leave = |model: &&Arc<Model>| model.idle(1) && state.serves(&model.name).is_none();
+        state.models.values().filter(may_leave).cloned().collect()
     }
 
     /// Number of bytes available for one more model.
@@ -175,6 +177,7 @@ impl Registry {
     /// # Errors
     /// 404 if there is no model of that name, 409 while it is being loaded.
     pub async fn unload_model(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
+        self.check_unpublished(name)?;
         let model = {
             let state = self.lock();
             if state.loading.contains(name) {
@@ -238,6 +241,8 @@ impl Loading {
             "is being unloaded"
         } else if state.adapters.contains_key(name) {
             "is the name of an adapter"
+        } else if state.published.contains_key(name) {
+            "is a published name"
         } else {
             state.loading.insert(name.to_owned());
             return Ok(Self { registry: registry.clone(), name: name.to_owned() });

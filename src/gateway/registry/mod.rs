@@ -11,6 +11,7 @@ mod adapters;
 mod load;
 mod model;
 mod named;
+mod published;
 
 pub(crate) use adapters::work_folder;
 pub use adapters::{AdapterSpec, AdapterVersion};
@@ -21,7 +22,7 @@ use crate::config::ServeConfig;
 use crate::gateway::error::ApiError;
 use crate::gateway::memory::MemoryPlan;
 use crate::gateway::metrics::EngineSample;
-use crate::gateway::store::Store;
+use crate::gateway::store::{Published, Store};
 use crate::gateway::supervisor::{Engine, EngineState};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,6 +43,8 @@ pub struct Registry {
     one_at_a_time: tokio::sync::Mutex<()>,
     /// Held while an adapter is loaded on demand by a request.
     one_adapter_at_a_time: tokio::sync::Mutex<()>,
+    /// Held while what a published name stands for is changed.
+    one_publication_at_a_time: tokio::sync::Mutex<()>,
     /// Next number of an adapter version or of a use of a model (for the least-recently-used
     /// order).
     next: AtomicU64,
@@ -54,6 +57,8 @@ struct State {
     models: BTreeMap<String, Arc<Model>>,
     adapters: BTreeMap<String, Arc<AdapterVersion>>,
     loading: BTreeSet<String>,
+    /// Names that stand for models or adapters.
+    published: BTreeMap<String, Published>,
     /// Adapters that an operator unloaded: requests do not load them again.
     unloaded: BTreeSet<String>,
     /// Unloaded models that still finish their last requests, for the metrics and the memory plan.
@@ -65,6 +70,8 @@ struct State {
 pub struct Served {
     /// The name as the request wrote it.
     pub name: String,
+    /// The name of the model or adapter, which differs from `name` if that is published.
+    pub target: String,
     pub model: Arc<Model>,
     pub adapter: Option<Arc<AdapterVersion>>,
 }
@@ -109,12 +116,19 @@ impl Registry {
     /// Creates an empty registry; relative names of models and adapters are resolved in `store`.
     pub fn new(config: Arc<ServeConfig>, store: Arc<Store>) -> Arc<Self> {
         adapters::sweep_work_folders(&store);
+        let published = store.published().unwrap_or_else(|error| {
+            tracing::error!("the published names cannot be read: {error}");
+            Vec::new()
+        });
+        let names = published.into_iter().map(|published| (published.name.clone(), published));
+        let state = State { published: names.collect(), ..State::default() };
         Arc::new(Self {
             config,
             store,
-            state: Mutex::default(),
+            state: Mutex::new(state),
             one_at_a_time: tokio::sync::Mutex::default(),
             one_adapter_at_a_time: tokio::sync::Mutex::default(),
+            one_publication_at_a_time: tokio::sync::Mutex::default(),
             next: AtomicU64::new(1),
             of_jobs: AtomicUsize::new(0),
         })
@@ -125,7 +139,8 @@ impl Registry {
         &self.store
     }
 
-    /// Resolves `name` to the model and adapter it stands for now.
+    /// Resolves the name of a model or adapter. Published names are resolved by
+    /// [`Registry::find`].
     ///
     /// # Errors
     /// 404 `model_not_found`, or 503 while the model is loading.
@@ -142,7 +157,8 @@ impl Registry {
             });
         };
         model.touch(self.next.fetch_add(1, Ordering::Relaxed));
-        Ok(Served { name: name.to_owned(), model: model.clone(), adapter: adapter.cloned() })
+        let (name, target) = (name.to_owned(), name.to_owned());
+        Ok(Served { name, target, model: model.clone(), adapter: adapter.cloned() })
     }
 
     /// Everything that `find` finds, sorted by name: models, adapters, and those that a request
@@ -150,6 +166,14 @@ impl Registry {
     pub fn list(&self) -> Vec<ModelCard> {
         let mut loaded = self.loaded();
         loaded.extend(self.on_demand_cards(&loaded));
+        let of = |published: Published| {
+            let served = loaded.iter().find(|card| card.id == published.model)?;
+            let Published { name, model, changed_at, .. } = published;
+            let created = changed_at.unsigned_abs();
+            Some(ModelCard { id: name, created, root: model, parent: None, ..served.clone() })
+        };
+        let published: Vec<_> = self.published().into_iter().filter_map(of).collect();
+        loaded.extend(published);
         loaded
     }
 

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// A model or adapter that a job can train further, with its files.
+/// A model or adapter with its files.
 #[derive(Debug, Clone)]
 pub struct ModelFiles {
     /// The name as requested.
@@ -44,6 +44,35 @@ impl Registry {
     /// # Errors
     /// As [`Registry::resolve`] and [`Registry::load_adapter`].
     pub async fn find(self: &Arc<Self>, name: &str) -> Result<Served, ApiError> {
+        self.find_for(name, None).await
+    }
+
+    /// As [`Registry::find`]. If the name is published and some of its requests go to another model,
+    /// those with the same `key` go to the same model.
+    ///
+    /// # Errors
+    /// As [`Registry::find`].
+    pub async fn find_for(
+        self: &Arc<Self>,
+        name: &str,
+        key: Option<&str>,
+    ) -> Result<Served, ApiError> {
+        let target = self.lock().target(name, key);
+        if target == name {
+            return self.find_target(name).await;
+        }
+        let served = self.find_target(&target).await.map_err(|mut error| {
+            if error.code.as_deref() == Some("model_not_found") {
+                error = ApiError::unavailable(format!(
+                    "`{name}` stands for the model `{target}`, which is not loaded."
+                ));
+            }
+            error
+        })?;
+        Ok(Served { name: name.to_owned(), ..served })
+    }
+
+    async fn find_target(self: &Arc<Self>, name: &str) -> Result<Served, ApiError> {
         match self.resolve(name) {
             Err(error) if error.code.as_deref() == Some("model_not_found") => {}
             found => return found,
@@ -98,12 +127,15 @@ impl Registry {
         stored.into_iter().filter_map(card).collect()
     }
 
-    /// The files of a model or adapter: loaded, or in the data folder.
+    /// The files of a model or adapter, loaded or in the data folder; of a published name those of
+    /// its model.
     ///
     /// # Errors
     /// 404 if there is no such name, 422 if it has no file.
     pub async fn model_files(self: &Arc<Self>, name: &str) -> Result<ModelFiles, ApiError> {
         check_name("model", name)?;
+        let published = self.lock().published.get(name).map(|published| published.model.clone());
+        let name = published.as_deref().unwrap_or(name);
         let loaded = {
             let state = self.lock();
             let adapter = state.adapters.get(name);

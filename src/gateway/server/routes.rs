@@ -58,6 +58,7 @@ pub fn router(app: Arc<App>) -> Router {
     let admin_json = Router::new()
         .route("/admin/models", post(admin::models::load))
         .route("/admin/models/{*path}", post(admin::models::of_model))
+        .route("/admin/published", post(admin::published::publish))
         .route("/admin/jobs", post(admin::jobs::create))
         .route_layer(json());
     let admin_routes = Router::new()
@@ -65,6 +66,11 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/admin/models/{*path}", delete(admin::models::unload))
         .route("/admin/adapters", get(admin::adapters::list).post(admin::adapters::load))
         .route("/admin/adapters/{*name}", delete(admin::adapters::unload))
+        .route("/admin/published", get(admin::published::list))
+        .route(
+            "/admin/published/{*path}",
+            post(admin::published::of_name).delete(admin::published::remove),
+        )
         .route("/admin/jobs", get(admin::jobs::list))
         .route("/admin/jobs/{id}", get(admin::jobs::retrieve))
         .route("/admin/jobs/{id}/cancel", post(admin::jobs::cancel))

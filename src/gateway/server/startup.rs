@@ -41,6 +41,7 @@ pub(super) async fn load_all(app: &Arc<App>) -> Result<(), ServeError> {
     for adapter in &app.config.adapters {
         load_adapter(app, adapter, first.clone()).await?;
     }
+    app.registry.load_published().await;
     Ok(())
 }
 

@@ -61,6 +61,16 @@ const MIGRATIONS: &[&str] = &[
         sha256 TEXT NOT NULL
     ) STRICT;
 ",
+    "
+    CREATE TABLE published (
+        name       TEXT PRIMARY KEY,
+        model      TEXT NOT NULL,             -- a model or an adapter
+        previous   TEXT,
+        candidate  TEXT,                      -- serves a share of the requests
+        share      REAL,
+        changed_at INTEGER NOT NULL
+    ) STRICT;
+",
 ];
 
 /// Reason why the data folder cannot be used.

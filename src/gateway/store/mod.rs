@@ -14,6 +14,7 @@
 //! |---|---|
 //! | `database.rs` | [`Store`]: tables, migrations |
 //! | `files.rs`, `jobs.rs` | the tables of files, jobs and artifacts |
+//! | `published.rs` | the table of published names |
 //! | `reference.rs` | [`ModelRef`]: references to models; the aliases |
 //! | `download.rs` | download of one file over HTTP: resume by range, SHA-256 |
 //! | `pull.rs` | [`pull`], [`ensure`]: from a reference to a model in the folder |
@@ -25,6 +26,7 @@ mod download;
 mod files;
 mod folder;
 mod jobs;
+mod published;
 mod pull;
 mod python;
 mod reference;
@@ -34,6 +36,7 @@ mod tests;
 pub use database::{Store, StoreError, StoredAdapter, StoredModel};
 pub use files::StoredFile;
 pub use jobs::{JobStatus, Products, StoredArtifact, StoredJob};
+pub use published::{Candidate, Published};
 pub use pull::{PullError, PullEvent, PulledModel, ensure, pull};
 pub use reference::{Alias, BadRef, DEFAULT_MODEL, ModelRef};
 

@@ -4,6 +4,7 @@
 mod adapter;
 mod constitutional;
 mod device;
+mod distill;
 mod dpo;
 mod grpo;
 mod optimizer;
@@ -21,6 +22,7 @@ pub use constitutional::{
     Constitution, Constitutional, PairSource, PreferenceMethod, Principle, RevisionExample, Stage,
 };
 pub use device::TrainDevice;
+pub use distill::{Distill, Divergence};
 pub use dpo::{Dpo, DpoLoss};
 pub use grpo::Grpo;
 pub use optimizer::Optimizer;

@@ -87,6 +87,19 @@ pub trait TaskSettings {
         None
     }
 
+    /// The model whose distributions are learned, for a kind that has one.
+    fn teacher(&self) -> Option<&str> {
+        None
+    }
+
+    /// Checks the block against the model to train, which has this number of layers.
+    ///
+    /// # Errors
+    /// As [`TaskSettings::check`].
+    fn check_layers(&self, _layers: usize) -> Result<(), String> {
+        Ok(())
+    }
+
     /// Dimensions and tokenizer of the model that the job creates if the specification names no
     /// `model`, for a kind that can.
     fn new_model(&self) -> Option<&super::Pretrain> {
@@ -237,6 +250,7 @@ tasks! {
     pretrain: Pretrain(super::Pretrain),
     dpo: Dpo(super::Dpo),
     reward: Reward(super::Reward),
+    distill: Distill(super::Distill),
     grpo: Grpo(super::Grpo),
     ppo: Ppo(super::Ppo),
     constitutional: Constitutional(super::Constitutional),

@@ -7,12 +7,14 @@
 //! | `model.rs` | models as GGUF |
 //! | `folder.rs` | models as Hugging Face folders |
 //! | `config.rs` | a model's `config.json` |
+//! | `standalone.rs` | `ingot export` |
 //! | `tokenizer.rs` | a GGUF's tokenizer as `tokenizer.json` |
 
 mod adapter;
 mod config;
 mod folder;
 mod model;
+mod standalone;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
@@ -21,6 +23,7 @@ mod weights;
 pub use adapter::{lora_gguf, peft_folder};
 pub use folder::hf_folder;
 pub use model::model_gguf;
+pub use standalone::{begin_with, export, lora_of};
 
 use crate::gguf::GgufError;
 use std::path::{Path, PathBuf};

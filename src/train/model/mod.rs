@@ -7,8 +7,10 @@
 //! | `gradients.rs` | parameter gradients, accumulated over a batch |
 //! | `outputs.rs` | outputs for losses other than cross-entropy, and their backward pass |
 //! | `logits.rs` | next-token logits |
+//! | `distill.rs` | learning from a teacher, and the loss without some layers |
 
 mod block;
+mod distill;
 mod gradients;
 mod logits;
 mod outputs;
@@ -124,6 +126,10 @@ impl Model {
 
     pub fn shape(&self) -> &ModelConfig {
         &self.shape
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// The trained parameters, always in the same order.

@@ -1,6 +1,7 @@
 //! What operations take besides tensors, and the results that are more than a tensor.
 
 use super::frozen::Frozen;
+use crate::job::spec::Divergence;
 use crate::kernels::vector::{Rope, RopePairs};
 use candle_core::{Result, Tensor, bail};
 use std::ops::Range;
@@ -90,6 +91,49 @@ pub struct Targets {
     pub temperature: f64,
 }
 
+/// The most probable tokens of a teacher for some rows. What their probabilities lack of 1 is that of
+/// all other tokens together.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TeacherRows {
+    /// Tokens of a row.
+    pub top_k: usize,
+    /// (rows, top_k) tokens of a row are different.
+    pub tokens: Vec<u32>,
+    /// (rows, top_k) ln p.
+    pub log_probs: Vec<f32>,
+}
+
+/// What a student learns from a teacher.
+#[derive(Debug, Clone)]
+pub struct Distillation {
+    pub teacher: Arc<TeacherRows>,
+    pub divergence: Divergence,
+    /// Weight of the teacher in the mixture of [`Divergence::Jsd`].
+    pub beta: f64,
+    /// Divisor of the student's logits, as it was of the teacher's.
+    pub temperature: f64,
+    /// Weight of the cross-entropy with the targets; that of the divergence is the rest of 1.
+    pub cross_entropy: f64,
+}
+
+/// The losses of some rows of a student.
+pub struct DistillationLosses {
+    /// A scalar: the sum of the rows' losses, times their weights.
+    pub sum: Tensor,
+    pub sums: DistillationSums,
+}
+
+/// Sums over rows, times their weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct DistillationSums {
+    /// Divergence from the teacher in nats, at the temperature.
+    pub divergence: f64,
+    /// Cross-entropy with the targets in nats, at the temperature 1.
+    pub cross_entropy: f64,
+    /// Rows whose target is the most likely token.
+    pub correct: f64,
+}
+
 /// Log-probabilities of some rows' targets, and entropies.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LogProbs {
@@ -123,6 +167,22 @@ impl Targets {
         }
         match self.tokens.iter().find(|token| **token as usize >= vocab) {
             Some(token) => bail!("target {token} is not below {vocab}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Distillation {
+    pub(super) fn check(&self, rows: usize, vocab: usize) -> Result<()> {
+        let TeacherRows { top_k, tokens, log_probs } = &*self.teacher;
+        if *top_k == 0 || *top_k > vocab {
+            bail!("{top_k} tokens of a vocabulary of {vocab}");
+        }
+        if tokens.len() != rows * top_k || log_probs.len() != tokens.len() {
+            bail!("{rows} rows, {} tokens of the teacher", tokens.len());
+        }
+        match tokens.iter().find(|token| **token as usize >= vocab) {
+            Some(token) => bail!("the teacher's token {token} is not below {vocab}"),
             None => Ok(()),
         }
     }

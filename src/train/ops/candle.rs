@@ -1,8 +1,12 @@
 //! Operations composed of candle's differentiable operations, for devices other than the CPU.
 
 use super::arguments::{GELU_CUBIC, GELU_ROOT};
-use super::{Draw, Frozen, Head, Losses, Rotation, Scope, Targets};
+use super::{
+    Distillation, DistillationLosses, DistillationSums, Draw, Frozen, Head, LEAST_MASS, Losses,
+    Rotation, Scope, Targets, cpu,
+};
 use crate::gguf::Gating;
+use crate::job::spec::Divergence;
 use candle_core::{D, DType, Result, Tensor};
 
 pub(super) fn weighed(x: &Tensor, weights: &[f64]) -> Result<Tensor> {
@@ -145,6 +149,75 @@ pub(super) fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Resu
     let tokens = Tensor::new(&targets.tokens[..], hidden.device())?.unsqueeze(1)?;
     let entropies = (all.exp()? * &all)?.sum_keepdim(1)?.neg()?;
     Tensor::cat(&[all.gather(&tokens, 1)?, entropies], 1)
+}
+
+/// As in `cpu/distillation.rs`, where the events are explained.
+pub(super) fn distillation(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &Targets,
+    distillation: &Distillation,
+) -> Result<DistillationLosses> {
+    let Distillation { teacher, divergence, beta, temperature, cross_entropy } = distillation;
+    let logits = logits(hidden, head, targets)?;
+    let (device, dtype) = (hidden.device(), hidden.dtype());
+    let tokens = Tensor::new(&targets.tokens[..], device)?;
+    let said = log_softmax(&logits)?.gather(&tokens.unsqueeze(1)?, 1)?.squeeze(1)?;
+    let weights = Tensor::new(&targets.weights[..], device)?.to_dtype(dtype)?;
+    let of_targets = said.mul(&weights)?.sum_all()?.neg()?;
+
+    let rows = (targets.tokens.len(), teacher.top_k);
+    let events = Tensor::from_slice(&teacher.tokens, rows, device)?;
+    let log_p = Tensor::from_slice(&teacher.log_probs, rows, device)?.to_dtype(dtype)?;
+    let log_q = log_softmax(&(&logits / *temperature)?)?.gather(&events, 1)?;
+    let with_rest = |log: Tensor| -> Result<Tensor> {
+        if teacher.top_k == logits.dim(1)? {
+            return Ok(log);
+        }
+        let mass = log.exp()?.sum_keepdim(1)?;
+        let rest = (mass.ones_like()? - mass)?.maximum(LEAST_MASS)?.log()?;
+        Tensor::cat(&[log, rest], 1)
+    };
+    let (log_p, log_q) = (with_rest(log_p)?, with_rest(log_q)?);
+    let (p, q) = (log_p.exp()?, log_q.exp()?);
+    let events = match divergence {
+        Divergence::ForwardKl => (p * (log_p - &log_q)?)?,
+        Divergence::ReverseKl => (q * (log_q - log_p)?)?,
+        Divergence::Jsd => {
+            let log_m = ((&p * *beta)? + (&q * (1.0 - beta))?)?.log()?;
+            let of_teacher = (p * (log_p - &log_m)?)? * *beta;
+            let of_student = (q * (log_q - log_m)?)? * (1.0 - beta);
+            (of_teacher? + of_student?)?
+        }
+    };
+    let apart = events.sum(1)?.mul(&weights)?.sum_all()?;
+    let by_divergence = (1.0 - cross_entropy) * temperature * temperature;
+    let sum = ((&apart * by_divergence)? + (&of_targets * *cross_entropy)?)?;
+    let number = |x: &Tensor| x.to_dtype(DType::F64)?.to_scalar::<f64>();
+    let hits = logits.argmax(1)?.eq(&tokens)?.to_dtype(DType::F64)?;
+    let sums = DistillationSums {
+        divergence: number(&apart)?,
+        cross_entropy: number(&of_targets)?,
+        correct: hits.mul(&weights.to_dtype(DType::F64)?)?.sum_all()?.to_scalar()?,
+    };
+    Ok(DistillationLosses { sum, sums })
+}
+
+/// (rows, top_k, 2) tokens as numbers, and their log-probabilities.
+pub(super) fn top_log_probs(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &Targets,
+    top_k: usize,
+) -> Result<Tensor> {
+    let all = log_softmax(&logits(&hidden.detach(), head, targets)?)?;
+    let rows = all.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+    let pairs = |row: &Vec<f64>| {
+        let highest = cpu::highest(row, top_k);
+        highest.into_iter().flat_map(|token| [token as f64, row[token]]).collect::<Vec<_>>()
+    };
+    let found: Vec<f64> = rows.iter().flat_map(pairs).collect();
+    Tensor::from_vec(found, (rows.len(), top_k, 2), hidden.device())
 }
 
 /// The gradients by candle's backward pass, from the result `out` and its gradient.

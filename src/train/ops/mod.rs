@@ -29,7 +29,10 @@ mod tests;
 #[cfg(test)]
 mod torch_tests;
 
-pub use arguments::{Head, LogProbs, Losses, Rotation, Scope, Targets};
+pub use arguments::{
+    Distillation, DistillationLosses, DistillationSums, Head, LogProbs, Losses, Rotation, Scope,
+    Targets, TeacherRows,
+};
 pub use draw::{Draw, mixed};
 pub use frozen::Frozen;
 pub use tape::{Grads, Tape, record, without_gradients};
@@ -242,4 +245,54 @@ pub fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<LogP
     let found = found.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
     let of_targets = found.iter().step_by(2).copied().collect();
     Ok(LogProbs { of_targets, entropies: found.iter().skip(1).step_by(2).copied().collect() })
+}
+
+/// Least probability of the tokens that are not among the teacher's `top_k`, so that logarithms are
+/// finite.
+const LEAST_MASS: f64 = 1e-9;
+
+/// The losses of a student, `hidden` (rows, width), which learns from a teacher. The temperature of
+/// `targets` is 1. Gradients are computed as by [`linear_cross_entropy`].
+///
+/// # Errors
+/// As [`linear_cross_entropy`], and if the teacher's rows do not fit.
+pub fn distillation(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &Targets,
+    distillation: &Distillation,
+) -> Result<DistillationLosses> {
+    let (rows, vocab) = (hidden.dim(0)?, head.vocab()?);
+    targets.check(rows, vocab)?;
+    distillation.check(rows, vocab)?;
+    match uses_cpu_ops(hidden) {
+        true => cpu::distillation(hidden, head, targets, distillation),
+        false => candle::distillation(hidden, head, targets, distillation),
+    }
+}
+
+/// The `top_k` most probable tokens of each row of `hidden` (rows, width), without a backward pass.
+/// Of equally probable ones the first count.
+///
+/// # Errors
+/// As [`linear_cross_entropy`], and if `top_k` is 0 or more than the vocabulary.
+pub fn top_log_probs(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &Targets,
+    top_k: usize,
+) -> Result<TeacherRows> {
+    let (rows, vocab) = (hidden.dim(0)?, head.vocab()?);
+    targets.check(rows, vocab)?;
+    if !(1..=vocab).contains(&top_k) {
+        bail!("{top_k} tokens of a vocabulary of {vocab}");
+    }
+    let found = match uses_cpu_ops(hidden) {
+        true => cpu::top_log_probs(hidden, head, targets, top_k)?,
+        false => candle::top_log_probs(hidden, head, targets, top_k)?,
+    };
+    let found = found.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let tokens = found.iter().step_by(2).map(|&token| token as u32).collect();
+    let log_probs = found.iter().skip(1).step_by(2).copied().collect();
+    Ok(TeacherRows { top_k, tokens, log_probs })
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::gguf::{Gating, Gguf, GgufWriter, TensorType};
+use crate::job::spec::Divergence;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -308,4 +309,131 @@ fn losses() {
     assert_eq!(found.correct, correct);
     let other = composed(|| linear_cross_entropy(&hidden, &trained, &targets).unwrap().correct);
     assert_eq!(other, correct);
+}
+
+/// A teacher's rows, and what is learned from them.
+fn distillation_of(
+    rows: usize,
+    vocab: usize,
+    top_k: usize,
+    divergence: Divergence,
+) -> Distillation {
+    let (hidden, head) = (random(&[rows, 16], 31), random(&[vocab, 16], 32));
+    let targets = Targets {
+        tokens: Arc::new(vec![0; rows]),
+        weights: Arc::new(vec![1.0; rows]),
+        cap: None,
+        temperature: 1.3,
+    };
+    let head = Head::Trained((head * 2.0).unwrap());
+    let teacher = top_log_probs(&hidden, &head, &targets, top_k).unwrap();
+    let other = composed(|| top_log_probs(&hidden, &head, &targets, top_k).unwrap());
+    assert_eq!(teacher.tokens, other.tokens);
+    Distillation {
+        teacher: Arc::new(teacher),
+        divergence,
+        beta: 0.3,
+        temperature: 1.3,
+        cross_entropy: 0.4,
+    }
+}
+
+const DIVERGENCES: [Divergence; 3] =
+    [Divergence::ForwardKl, Divergence::ReverseKl, Divergence::Jsd];
+
+#[test]
+fn distillations() {
+    let (rows, vocab) = (40, 30);
+    for (divergence, top_k) in DIVERGENCES.into_iter().flat_map(|d| [(d, 1), (d, 7), (d, vocab)]) {
+        for (temperature, cross_entropy, cap) in [(1.3, 0.4, None), (1.0, 0.0, Some(2.0))] {
+            let distillation = Distillation {
+                temperature,
+                cross_entropy,
+                ..distillation_of(rows, vocab, top_k, divergence)
+            };
+            let targets = Targets {
+                tokens: Arc::new((0..rows as u32).map(|i| i * 7 % 30).collect()),
+                weights: Arc::new((0..rows).map(|i| [0.0, 1.0, 0.5][i % 3]).collect()),
+                cap,
+                temperature: 1.0,
+            };
+            let args = [random(&[rows, 64], 15), random(&[vocab, 64], 16)];
+            let of = |a: &[Tensor]| {
+                super::distillation(&a[0], &Head::Trained(a[1].clone()), &targets, &distillation)
+            };
+            let name = format!("{divergence:?} {top_k} {temperature}");
+            check_gradients(&name, &args, |a| of(a).map(|losses| losses.sum));
+            let found = of(&args).unwrap().sums;
+            let other = composed(|| of(&args).unwrap().sums);
+            assert!((found.divergence - other.divergence).abs() < 1e-9, "{name}");
+            assert!((found.cross_entropy - other.cross_entropy).abs() < 1e-9, "{name}");
+            assert_eq!(found.correct, other.correct, "{name}");
+            assert!(found.divergence > 0.0, "{name}");
+        }
+    }
+}
+
+/// The values for two tokens, as TRL's `generalized_jsd_loss` computes them.
+#[test]
+fn divergences_have_their_closed_forms() {
+    let identity = Tensor::from_vec(vec![1.0f64, 0.0, 0.0, 1.0], (2, 2), &CPU).unwrap();
+    let teacher =
+        TeacherRows { top_k: 2, tokens: vec![1, 0], log_probs: vec![0.8f32.ln(), 0.2f32.ln()] };
+    let targets = Targets {
+        tokens: Arc::new(vec![0]),
+        weights: Arc::new(vec![1.0]),
+        cap: None,
+        temperature: 1.0,
+    };
+    for (divergence, beta, right) in [
+        (Divergence::ForwardKl, 0.5, 0.192_745),
+        (Divergence::ReverseKl, 0.5, 0.223_144),
+        (Divergence::Jsd, 0.1, 0.017_473),
+        (Divergence::Jsd, 0.9, 0.019_599),
+    ] {
+        let teacher = Arc::new(teacher.clone());
+        let how = Distillation { teacher, divergence, beta, temperature: 1.0, cross_entropy: 0.0 };
+        // Both tokens of the student are equally probable.
+        let hidden = Tensor::from_vec(vec![3.0f64, 3.0], (1, 2), &CPU).unwrap();
+        let head = Head::Trained(identity.clone());
+        let found = super::distillation(&hidden, &head, &targets, &how).unwrap().sums.divergence;
+        assert!((found - right).abs() < 1e-6, "{divergence:?}, {beta}: {found}");
+    }
+}
+
+#[test]
+fn a_student_that_is_the_teacher_has_nothing_to_learn() {
+    let (rows, vocab) = (20, 50);
+    let (hidden, head) = (random(&[rows, 16], 33), Head::Trained(random(&[vocab, 16], 34)));
+    let targets = Targets {
+        tokens: Arc::new(vec![3; rows]),
+        weights: Arc::new(vec![1.0; rows]),
+        cap: None,
+        temperature: 1.0,
+    };
+    for divergence in DIVERGENCES {
+        for top_k in [3, vocab] {
+            let teacher = Arc::new(top_log_probs(&hidden, &head, &targets, top_k).unwrap());
+            let how = Distillation {
+                teacher,
+                divergence,
+                beta: 0.5,
+                temperature: 1.0,
+                cross_entropy: 0.0,
+            };
+            let of = |a: &[Tensor]| super::distillation(&a[0], &head, &targets, &how);
+            let found = of(std::slice::from_ref(&hidden)).unwrap().sums.divergence;
+            assert!(found.abs() < 1e-5, "{divergence:?}: {found}");
+            let sum = |a: &[Tensor]| of(a).map(|losses| losses.sum);
+            let (_, grads) = values_and_gradients(std::slice::from_ref(&hidden), &sum, |out| {
+                out.ones_like().unwrap()
+            });
+            let most = grads[0].abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+            assert!(most < 1e-5, "{divergence:?}, {top_k}: {most}");
+        }
+    }
+    let mut wrong = distillation_of(rows, vocab, 3, Divergence::ForwardKl);
+    Arc::make_mut(&mut wrong.teacher).tokens[4] = vocab as u32;
+    assert!(super::distillation(&hidden, &head, &targets, &wrong).is_err());
+    assert!(top_log_probs(&hidden, &head, &targets, vocab + 1).is_err());
 }

@@ -1,18 +1,17 @@
 //! Sets up the trained parameters and their initial values.
 
-use crate::gguf::{
-    Gguf, LoraInfo, ModelFacts, Projection, check_lora_gguf, peft_to_gguf, score_head,
-};
+use crate::gguf::{Gguf, ModelFacts, check_lora_gguf, peft_to_gguf, score_head};
 use crate::job::spec::{Lora, TrainDevice};
 use crate::job::{Folder, Order};
 use crate::job::{JobFailure, failed};
-use crate::train::model::{Model, SCORE, Training, VALUE};
+use crate::train::export::{begin_with, lora_of};
+use crate::train::model::{Model, SCORE, Training};
 use crate::train::random_init::normal;
 use crate::train::recipes::Recipe;
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Separates the random numbers of the score head from others of the same seed.
@@ -50,25 +49,6 @@ pub(super) fn training(
     Ok(Training::Lora(Lora { dropout: adapter.dropout, ..lora }))
 }
 
-/// The LoRA settings of an adapter in llama.cpp's format.
-fn lora_of(info: &LoraInfo, seed: u64) -> Result<Lora, String> {
-    let target = |name: &String| match name.as_str() {
-        "attn_q" => Ok(Projection::Q),
-        "attn_k" => Ok(Projection::K),
-        "attn_v" => Ok(Projection::V),
-        "attn_output" => Ok(Projection::O),
-        "ffn_gate" => Ok(Projection::Gate),
-        "ffn_up" => Ok(Projection::Up),
-        "ffn_down" => Ok(Projection::Down),
-        other => Err(format!("it changes `{other}`, which is not trained here")),
-    };
-    let targets = info.targets.iter().map(target).collect::<Result<_, _>>()?;
-    let (rank, alpha) = (info.rank as usize, f64::from(info.alpha));
-    // An alpha of 0 means that there is no scale.
-    let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
-    Ok(Lora { rank, alpha, targets, rank_stabilized: false, dropout: 0.0, seed })
-}
-
 /// The model with its initial weights.
 pub(super) fn model(
     recipe: &impl Recipe,
@@ -77,9 +57,9 @@ pub(super) fn model(
     base: &Arc<Gguf>,
     training: &Training,
     max_length: usize,
+    device: &Device,
 ) -> Result<Model, JobFailure> {
-    let wanted = order.spec.train.device.unwrap_or_default();
-    let mut model = Model::load(base.clone(), training, max_length, &device(wanted)?)?;
+    let mut model = Model::load(base.clone(), training, max_length, device)?;
     if let Some(name) = recipe.head() {
         let width = model.shape().width;
         // A value head predicts nothing at first; a score head has to tell texts apart.
@@ -96,7 +76,7 @@ pub(super) fn model(
 }
 
 /// The device of the trained weights and of the arithmetic.
-fn device(wanted: TrainDevice) -> Result<Device, JobFailure> {
+pub(super) fn device(wanted: TrainDevice) -> Result<Device, JobFailure> {
     let found = candle_core::utils::cuda_is_available();
     match wanted {
         TrainDevice::Cpu => Ok(Device::Cpu),
@@ -129,15 +109,4 @@ fn score_head_weights(
     let mut rng = StdRng::seed_from_u64(order.spec.seed ^ HEAD);
     let deviation = 1.0 / (width as f64 + 1.0).sqrt();
     Ok((0..width).map(|_| (deviation * normal(&mut rng)) as f32).collect())
-}
-
-/// Replaces the randomly initialized LoRA matrices with those of an adapter.
-fn begin_with(model: &Model, adapter: &Path) -> Result<(), JobFailure> {
-    let file = Gguf::open(adapter)?;
-    for param in model.params().iter().filter(|param| ![SCORE, VALUE].contains(&&*param.name)) {
-        let values = file.to_f32(&param.name)?;
-        let values = Tensor::from_vec(values, param.var.shape(), param.var.device())?;
-        param.var.set(&values)?;
-    }
-    Ok(())
 }

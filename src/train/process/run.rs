@@ -5,11 +5,11 @@ use super::reporter::Reporter;
 use super::{artifacts, data, init, policy};
 use crate::gguf::{Gguf, ModelFacts};
 use crate::job::spec::for_task;
-use crate::job::{Failure, JobFailure, JobWork, Level, Order, Outcome, classify, failed};
+use crate::job::{EventLog, Failure, JobFailure, JobWork, Level, Order, Outcome, classify, failed};
 use crate::tokenizer::native::NativeTokenizer;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::export::ExportError;
-use crate::train::recipes::{self, Job, Making, Policy, Recipe, TrainError};
+use crate::train::recipes::{self, Event, Job, Making, Policy, Recipe, Student, TrainError};
 use std::sync::Arc;
 
 macro_rules! classified {
@@ -69,8 +69,24 @@ fn train<R: Recipe>(
     let tokenizer = Arc::new(tokenizer.map_err(|why| failed("invalid_model", None, why))?);
     let data = data::read(recipe, folder, order, &base, tokenizer.clone(), &settings, work.log)?;
     let context = ModelFacts::read(&base)?.n_ctx_train as usize;
+    let device = init::device(settings.device)?;
+    let student = Student {
+        base: &base,
+        settings: &settings,
+        device: &device,
+        data: &data.train,
+        path: &folder.fresh(),
+        control,
+        event: &mut |event| note(work.log, event),
+    };
+    let base = match recipe.student(student) {
+        Ok(false) => base,
+        Ok(true) => Arc::new(Gguf::open(folder.fresh())?),
+        Err(TrainError::Stopped) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
     let training = init::training(folder, order, &base)?;
-    let model = init::model(recipe, folder, order, &base, &training, settings.max_length)?;
+    let model = init::model(recipe, folder, order, &base, &training, settings.max_length, &device)?;
     let client = policy::connect(spec)?;
     let adapter = AdapterFile::new(&order.id, &folder.cache());
     let export = policy::exporter(&model, &training, order);
@@ -86,6 +102,8 @@ fn train<R: Recipe>(
         seed: spec.seed,
         shuffle: spec.data.shuffle.then_some(spec.seed),
         reference: &folder.reference(),
+        // Without a name the teacher is the model from which the student was made.
+        teacher: order.teacher.as_deref().or(order.model.as_deref()),
         policy,
         making: Making {
             encoder: &data.encoder,
@@ -104,6 +122,15 @@ fn train<R: Recipe>(
     work.log.sync()?;
     let artifacts = artifacts::artifacts(&mut work, order, &model, &training, &base)?;
     Ok(Some(Outcome::Succeeded { trained_tokens: tokens, artifacts }))
+}
+
+/// Writes a note before training, when there is nothing else to report.
+fn note(log: &mut EventLog, event: Event) {
+    if let Event::Note { text } = event
+        && let Err(error) = log.say(Level::Info, text)
+    {
+        tracing::warn!("an event cannot be written: {error}");
+    }
 }
 
 /// The model to train. A model that the order does not name is written first.

@@ -6,6 +6,7 @@
 //! | `sft.rs` | supervised fine-tuning |
 //! | `pretrain.rs` | pretraining; `sample.rs`: the texts that it samples |
 //! | `dpo.rs`, `reward.rs` | objectives of preference pairs; `preference.rs`: what they share |
+//! | `distill.rs` | distillation; `teacher.rs`: its teacher |
 //! | `grpo.rs`, `ppo.rs` | policies; `sampler.rs`: how their completions are sampled and graded |
 //! | `constitutional/` | critiques and revisions, and preferences of a judge |
 //! | `judge.rs` | a served model that compares answers |
@@ -14,6 +15,9 @@
 
 mod calls;
 mod constitutional;
+mod distill;
+#[cfg(test)]
+mod distill_tests;
 mod dpo;
 #[cfg(test)]
 pub mod dummy;
@@ -33,6 +37,7 @@ mod run;
 mod sample;
 mod sampler;
 mod sft;
+mod teacher;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
@@ -40,6 +45,7 @@ mod trl_tests;
 
 pub use run::{Event, Outcome, TrainError};
 
+use crate::gguf::Gguf;
 use crate::job::spec::Resolved;
 use crate::job::{Control, Order};
 use crate::tokenizer::Tokenizer;
@@ -47,8 +53,10 @@ use crate::train::checkpoint::Checkpoints;
 use crate::train::data::Dataset;
 use crate::train::model::Model;
 use crate::train::rollout::RolloutClient;
+use candle_core::Device;
 use std::cell::RefCell;
 use std::path::Path;
+use std::sync::Arc;
 
 /// How a kind of job trains.
 pub trait Recipe {
@@ -74,6 +82,15 @@ pub trait Recipe {
         Err(TrainError::Spec("model: a job of this kind needs one".into()))
     }
 
+    /// Writes the model to train in place of the order's, to [`Student::path`]. `false`: the order's
+    /// own is trained.
+    ///
+    /// # Errors
+    /// [`TrainError`].
+    fn student(&self, _student: Student<'_, Self::Data>) -> Result<bool, TrainError> {
+        Ok(false)
+    }
+
     /// Name of the parameter of the head that maps a row to a value, for recipes that train one.
     fn head(&self) -> Option<&'static str> {
         None
@@ -91,6 +108,19 @@ pub trait Recipe {
     ) -> Result<Outcome, TrainError>;
 }
 
+/// From what a recipe makes the model to train.
+pub struct Student<'a, D: Dataset> {
+    /// The order's model.
+    pub base: &'a Arc<Gguf>,
+    pub settings: &'a Resolved,
+    pub device: &'a Device,
+    pub data: &'a D,
+    /// The file to write. If it exists, an earlier process of the job wrote it.
+    pub path: &'a Path,
+    pub control: &'a Control,
+    pub event: &'a mut dyn FnMut(Event),
+}
+
 /// What a recipe runs on.
 pub struct Job<'a, D: Dataset> {
     /// The model with its initial weights.
@@ -106,6 +136,8 @@ pub struct Job<'a, D: Dataset> {
     pub shuffle: Option<u64>,
     /// File of the reference log-probabilities, those of the initial model.
     pub reference: &'a Path,
+    /// The model whose distributions are learned.
+    pub teacher: Option<&'a Path>,
     /// For kinds that sample: the served model that is trained.
     pub policy: Option<Policy<'a>>,
     /// For recipes that make examples.

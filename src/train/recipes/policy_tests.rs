@@ -238,6 +238,7 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
             seed: 3,
             shuffle: Some(3),
             reference: &runs.join("reference"),
+            teacher: None,
             policy: Some(policy),
             making: Making {
                 encoder: &encoder(),

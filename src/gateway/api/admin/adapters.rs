@@ -87,12 +87,13 @@ pub async fn load(State(app): State<Arc<App>>, request: Request) -> Answer {
 /// `DELETE /admin/adapters/{name}`: running requests finish with the adapter, new ones get a 404.
 ///
 /// # Errors
-/// 404 if the adapter is not loaded.
+/// 404 if the adapter is not loaded, 409 if a published name stands for it.
 pub async fn unload(
     State(app): State<Arc<App>>,
     name: Result<Path<String>, PathRejection>,
 ) -> Answer {
     let name = path_name(name)?;
+    app.registry.check_unpublished(&name)?;
     app.registry.unload_adapter(&name)?;
     ok(json!({"id": name, "object": "adapter", "deleted": true}))
 }

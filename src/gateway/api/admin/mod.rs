@@ -4,6 +4,7 @@
 pub mod adapters;
 pub mod jobs;
 pub mod models;
+pub mod published;
 mod upload;
 
 use crate::gateway::api::wire::fields::Fields;

@@ -25,6 +25,7 @@ struct EmbeddingRequest {
     /// numbers.
     base64: bool,
     dimensions: Option<u32>,
+    sticky: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -64,7 +65,7 @@ pub async fn handle(
     JsonBody(fields): JsonBody,
 ) -> Result<Response, ApiError> {
     let request = EmbeddingRequest::read(fields)?;
-    let served = app.registry.find(&request.model).await?;
+    let served = app.registry.find_for(&request.model, request.sticky.as_deref()).await?;
     let info = served.model.engine.info()?;
     request.check(&served, &info)?;
     let call = served.model.engine.call(Call::Embed { inputs: request.inputs });
@@ -108,9 +109,9 @@ impl EmbeddingRequest {
             }
         };
         let dimensions = fields.count("dimensions", 1, u32::MAX)?;
-        take_bookkeeping(&mut fields)?;
+        let sticky = take_bookkeeping(&mut fields)?;
         fields.finish()?;
-        Ok(Self { model, inputs, base64, dimensions })
+        Ok(Self { model, inputs, base64, dimensions, sticky })
     }
 
     /// Checks the parameters that depend on the model.

@@ -41,7 +41,8 @@ pub async fn retrieve(
 /// checkpoints, or one checkpoint model alone. Running requests finish with the model.
 ///
 /// # Errors
-/// 404 if the model does not exist, 403 if it was not made by a job of this key.
+/// 404 if the model does not exist, 403 if it was not made by a job of this key, 409 if a published
+/// name stands for it.
 pub async fn delete(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
@@ -64,6 +65,7 @@ pub async fn delete(
         )
         .with_param("model"));
     };
+    app.registry.check_unpublished(&name)?;
     if !app.jobs.forget(&name)? {
         return Err(ApiError::model_not_found(&name));
     }

@@ -20,6 +20,7 @@ const MAX_INPUTS: usize = 2048;
 struct ScoreRequest {
     model: String,
     inputs: Vec<Input>,
+    sticky: Option<String>,
 }
 
 /// One input to score.
@@ -40,8 +41,8 @@ pub async fn handle(
     State(app): State<Arc<App>>,
     JsonBody(fields): JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    let ScoreRequest { model, inputs } = ScoreRequest::read(fields)?;
-    let served = app.registry.find(&model).await?;
+    let ScoreRequest { model, inputs, sticky } = ScoreRequest::read(fields)?;
+    let served = app.registry.find_for(&model, sticky.as_deref()).await?;
     let (scores, prompt_tokens) = score_in_time(&app, served, inputs).await?;
     let item = |(index, score)| json!({"object": "score", "index": index, "score": score});
     let data: Vec<Value> = scores.into_iter().enumerate().map(item).collect();
@@ -142,9 +143,9 @@ impl ScoreRequest {
     fn read(mut fields: Fields) -> Result<Self, ApiError> {
         let model = take_model(&mut fields)?.ok_or_else(|| fields.missing("model"))?;
         let inputs = take_inputs(&mut fields)?;
-        take_bookkeeping(&mut fields)?;
+        let sticky = take_bookkeeping(&mut fields)?;
         fields.finish()?;
-        Ok(Self { model, inputs })
+        Ok(Self { model, inputs, sticky })
     }
 }
 

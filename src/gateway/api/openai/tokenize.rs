@@ -183,7 +183,7 @@ async fn resolve(app: &App, fields: &mut Fields) -> Result<Served, ApiError> {
         return app.registry.find(&name).await;
     }
     let models = app.registry.list();
-    let mut models = models.iter().filter(|card| card.parent.is_none());
+    let mut models = models.iter().filter(|card| card.root == card.id);
     match (models.next(), models.next()) {
         (Some(only), None) => app.registry.resolve(&only.id),
         (None, _) => Err(ApiError::unavailable("No model is loaded.")),

@@ -20,6 +20,7 @@ struct Params {
 }
 
 const OPENAI: Params = Params { train: "training_file", validation: "validation_file" };
+const TEACHER: &str = "distill.teacher";
 /// Name of the parameter for pairs labelled by people.
 const HUMAN: &str = "data.human";
 const ADMIN: Params = Params { train: "data.train", validation: "data.validation" };
@@ -59,6 +60,15 @@ impl Jobs {
         }
         if let Some(name) = spec.tokenizer_from() {
             sources.tokenizer = Some(self.registry.model_files(name).await?.path);
+        }
+        if let Some(name) = spec.task.settings().teacher() {
+            let found = self.registry.model_files(name).await;
+            let found = found.map_err(|error| error.with_param(TEACHER))?;
+            if found.adapter.is_some() {
+                let message = format!("{TEACHER}: `{name}` is an adapter; name a merged model.");
+                return Err(ApiError::invalid(TEACHER, message));
+            }
+            sources.teacher = Some(found.path);
         }
         Ok(sources)
     }

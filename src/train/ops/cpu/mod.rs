@@ -12,23 +12,28 @@
 //! | `dropout.rs` | dropout |
 //! | `embedding.rs` | rows of a table |
 //! | `linear.rs` | frozen weights, trained weights, LoRA |
-//! | `cross_entropy.rs` | losses and log-probabilities, without holding all logits at once |
+//! | `logits.rs` | losses of rows of logits, without holding those of all rows at once |
+//! | `cross_entropy.rs` | cross-entropy and log-probabilities |
+//! | `distillation.rs` | divergence from a teacher, and a teacher's most probable tokens |
 
 mod add;
 mod attention;
 mod cross_entropy;
+mod distillation;
 mod dropout;
 mod embedding;
 mod fused;
 mod gated;
 mod lanes;
 mod linear;
+mod logits;
 mod norm;
 mod rope;
 
 pub(super) use add::{add, add_bias, reshape, scale, sum, weighed};
 pub(super) use attention::attention;
 pub(super) use cross_entropy::{linear_cross_entropy, log_probs};
+pub(super) use distillation::{distillation, highest, top_log_probs};
 pub(super) use dropout::dropout;
 pub(super) use embedding::embedding;
 pub(super) use gated::gated;

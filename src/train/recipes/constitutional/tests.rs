@@ -234,6 +234,7 @@ fn run(folder: &Path, spec: &Spec, judge: Judge, calls: u64) -> Result<Ran, Trai
             seed: 3,
             shuffle: Some(3),
             reference: &folder.join("reference"),
+            teacher: None,
             policy: Some(policy),
             making: Making {
                 encoder: &encoder(),

@@ -44,6 +44,9 @@ pub(in crate::gateway::api) struct Common {
     /// Whether cached prefixes may be used, and later requests may use the prefixes of this one.
     pub share_prefix: bool,
     pub stream: Option<StreamOptions>,
+    /// What the client says of its user or conversation: requests with the same key get the same
+    /// model of a published name.
+    pub sticky: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -65,6 +68,7 @@ impl Common {
             render_special: false,
             share_prefix: true,
             stream: None,
+            sticky: None,
         }
     }
 
@@ -73,7 +77,7 @@ impl Common {
     pub(in crate::gateway::api) fn take(fields: &mut Fields) -> Result<Self, ApiError> {
         let model = take_model(fields)?.ok_or_else(|| fields.missing("model"))?;
         let choices = fields.count("n", 1, MAX_CHOICES)?.unwrap_or(1);
-        let common = Self {
+        let mut common = Self {
             model,
             choices,
             sampling: take_sampling(fields)?,
@@ -87,8 +91,9 @@ impl Common {
             render_special: !fields.boolean("skip_special_tokens")?.unwrap_or(true),
             share_prefix: fields.boolean("cache_prompt")?.unwrap_or(true),
             stream: take_stream(fields)?,
+            sticky: None,
         };
-        take_bookkeeping(fields)?;
+        common.sticky = take_bookkeeping(fields)?;
         fields.only_neutral("best_of", &[json!(1), json!(choices)])?;
         for (key, neutral) in neutral_elsewhere() {
             fields.only_neutral(key, &[neutral])?;
@@ -141,16 +146,22 @@ pub(in crate::gateway::api) fn take_model(fields: &mut Fields) -> Result<Option<
     Ok(fields.string("model", MAX_NAME)?.filter(|name| !name.is_empty()))
 }
 
-/// Takes fields that official clients send for bookkeeping: type-checked, without effect.
-pub(in crate::gateway::api) fn take_bookkeeping(fields: &mut Fields) -> Result<(), ApiError> {
+/// Takes fields that official clients send for bookkeeping: type-checked, without effect but for the
+/// first one that identifies a user or a conversation, which is returned.
+pub(in crate::gateway::api) fn take_bookkeeping(
+    fields: &mut Fields,
+) -> Result<Option<String>, ApiError> {
     fields.boolean("store")?;
     fields.object("metadata")?;
-    for key in
-        ["user", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"]
-    {
+    for key in ["service_tier", "prompt_cache_retention"] {
         fields.string(key, MAX_NAME)?;
     }
-    Ok(())
+    let mut sticky = None;
+    for key in ["user", "safety_identifier", "prompt_cache_key"] {
+        let found = fields.string(key, MAX_NAME)?.filter(|found| !found.is_empty());
+        sticky = sticky.or(found);
+    }
+    Ok(sticky)
 }
 
 /// Unsupported parameters of other servers, each with the value that has no effect.
