@@ -93,6 +93,16 @@ else:
     DOCUMENT = request("GET", "/openapi.json")[2]
 SCHEMAS = DOCUMENT["components"]["schemas"]
 
+# The schemas of a job's specification.
+SPECS = [
+    "JobSpec",
+    "TrainingSpec",
+    "QuantizeSpec",
+    "QuantizeSettings",
+    "QuantizeRequest",
+    "EvaluateSpec",
+]
+
 
 def lenient():
     """The document as the server reads it, where the document leaves out what nobody should send.
@@ -155,14 +165,6 @@ CHECKS = [
     "response_schema_conformance",
     "negative_data_rejection",
     "positive_data_acceptance",
-]
-SPECS = [
-    "JobSpec",
-    "TrainingSpec",
-    "QuantizeSpec",
-    "QuantizeSettings",
-    "QuantizeRequest",
-    "EvaluateSpec",
 ]
 # Requests that are right in form are refused here, for what they name is not there.
 NEVER_ACCEPTED = {
