@@ -1,11 +1,12 @@
 //! Rates of single kernels, on one core and in cache where it is not said otherwise:
-//! `cargo bench --bench kernels [-- FILTER]`. Elements are multiplications, or numbers that are normed
+//! `cargo bench --bench kernels [-- FILTER]`; `INGOT_ISA` chooses the instruction set. Elements are multiplications, or numbers that are normed
 //! and quantized.
 
 #![allow(unsafe_code)]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ingot::gguf::{KERNEL_TYPES, KvType};
+use ingot::isa::choose_isa_of_environment;
 use ingot::kernels::attention::{Plan, Scope};
 use ingot::kernels::ops::{self, Activations, Product, Span};
 use ingot::kernels::{KvCache, Matrix, Pool};
@@ -26,6 +27,7 @@ fn activations(pool: &mut Pool, rows: usize, cols: usize) -> Activations {
 
 /// A matrix of each type by some tokens.
 fn matmul(criterion: &mut Criterion) {
+    choose_isa_of_environment().expect("INGOT_ISA is one of this CPU's");
     let mut pool = Pool::new(1).expect("no thread to start");
     for (n, k) in [(512usize, 4096usize), (1536, 576)] {
         let mut group = criterion.benchmark_group(format!("matmul {n}x{k}"));
@@ -36,7 +38,7 @@ fn matmul(criterion: &mut Criterion) {
             let bytes = ty.bytes_for((n * k) as u64).expect("whole blocks");
             let bytes = vec![0; bytes as usize];
             let matrix = Matrix::pack(ty, n, k, &bytes, &mut pool).expect("whole blocks");
-            for m in [1, 2, 4, 8, 256] {
+            for m in [1, 2, 4, 8, 252] {
                 let x = activations(&mut pool, m, k);
                 let (mut out, mut low) = (vec![0f32; m * n], Vec::new());
                 group.throughput(Throughput::Elements((m * n * k) as u64));

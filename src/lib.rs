@@ -60,6 +60,7 @@
 //! | [`gateway`] | the HTTP side |
 //! | [`ipc`] | frames between processes |
 //! | [`engine`] | the model side |
+//! | [`isa`] | the instruction sets of the kernels, and which of them is used |
 //! | [`kernels`] | SIMD arithmetic of the native runner and of training, the thread pool |
 //! | [`llama_log`] | llama.cpp's log |
 //! | [`tokenizer`] | text to tokens and back |
@@ -83,6 +84,7 @@ pub mod gateway;
 pub mod gguf;
 pub mod grade;
 pub mod ipc;
+pub mod isa;
 pub mod job;
 pub mod kernels;
 pub mod llama_log;

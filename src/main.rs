@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use ingot::cli::{self, BenchCommand, Cli, CliError, Command};
+use ingot::isa::choose_isa_of_environment;
 use ingot::job::{JobFailure, JobOrder, JobWork, Outcome};
 use std::process::ExitCode;
 
@@ -9,6 +10,10 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    if let Err(error) = choose_isa_of_environment() {
+        eprintln!("ingot: INGOT_ISA: {error}");
+        return ExitCode::FAILURE;
+    }
     let outcome = match Cli::parse().command {
         Command::Engine => return ingot::engine::main(),
         Command::Job { folder } => return ingot::job::main(&folder, work),

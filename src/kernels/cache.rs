@@ -1,7 +1,6 @@
 //! The KV cache: keys and values in pages of 32 tokens, in f16 or q8_0.
 
-use super::activation::quantize;
-use super::matmul::isa;
+use super::isa::isa;
 use super::pack::BLOCK;
 use super::pool::Disjoint;
 use crate::gguf::KvType;
@@ -39,6 +38,8 @@ pub(super) enum Numbers<'a> {
     /// (fewer in the last block). A scale belongs to one token: later tokens do not change existing
     /// data.
     Q8 { q: &'a [i8], d: &'a [u16] },
+    /// Either of them, converted to f32; the scales as in `Q8`.
+    Wide { x: &'a [f32], d: Option<&'a [u16]> },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -217,7 +218,7 @@ impl CacheWriter {
 fn q8_0(numbers: &[f32]) -> ([i8; BLOCK], u16) {
     let (mut block, mut quants) = ([0f32; BLOCK], [0i8; BLOCK]);
     block[..numbers.len()].copy_from_slice(numbers);
-    let (scale, _) = quantize(isa(), &block, &mut quants);
+    let (scale, _) = (isa().kernels().quantize)(&block, &mut quants);
     (quants, f16::from_f32(scale).to_bits())
 }
 
@@ -230,6 +231,9 @@ impl Numbers<'_> {
             Self::F16(bits) => f16_to_f32(bits[at]),
             Self::Q8 { q, d: scales } => {
                 f32::from(q[at]) * f16_to_f32(scales[d / BLOCK * PAGE + token])
+            }
+            Self::Wide { x, d: scales } => {
+                x[at] * scales.map_or(1.0, |scales| f16_to_f32(scales[d / BLOCK * PAGE + token]))
             }
         }
     }

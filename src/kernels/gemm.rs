@@ -1,9 +1,10 @@
 //! Dense matrix products for training.
 //!
-//! Both operands are packed: the right one into strips of sixteen columns, of which a block of
-//! [`DEPTH`] terms stays in the L1 cache; the left one into tiles of six rows, of which a block
-//! stays in the L2 cache (Goto and van de Geijn 2008, doi:10.1145/1356052.1356053). Every element
-//! of the result is summed in one fixed order, so no sum depends on the number of threads.
+//! Both operands are packed: the right one into strips of sixteen columns, of which a block of some
+//! terms stays in the L1 cache; the left one into tiles of some rows, of which a block stays in the
+//! L2 cache (Goto and van de Geijn 2008, doi:10.1145/1356052.1356053). The instruction set sets
+//! their [`Shape`]. Every element of the result is summed in one fixed order, so no sum depends on
+//! the number of threads.
 
 use super::real::Real;
 use rayon::prelude::*;
@@ -11,12 +12,22 @@ use std::ops::Range;
 
 /// Columns per strip.
 pub const STRIP: usize = 16;
-/// Most rows of a tile.
-pub const TILE: usize = 6;
-/// Terms of a sum that a tile adds at a time: a strip of this depth takes 16 KB of f32, half of the
-/// L1 cache.
-const DEPTH: usize = 256;
-/// Most tiles of the left operand that are multiplied by each strip in turn: 96 KB of f32.
+/// The shape of a kernel's tiles.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// Most rows of a tile, at most [`ROWS`].
+    pub rows: usize,
+    /// Most strips that a tile covers.
+    pub strips: usize,
+    /// Terms of a sum that a tile adds at a time: the strips of this depth stay in the L1 cache.
+    pub depth: usize,
+}
+
+/// The shape of the scalar kernels and those of AVX2: a strip takes 16 KB of f32.
+pub(super) const NARROW: Shape = Shape { rows: 6, strips: 1, depth: 256 };
+/// Most rows of any tile.
+const ROWS: usize = 8;
+/// Most tiles of the left operand that are multiplied by the same strips in turn: 96 KB of f32.
 const TILES: usize = 16;
 /// Most strips that one thread packs or computes at a time.
 const STRIPS: usize = 16;
@@ -28,9 +39,9 @@ const FEW: usize = 2;
 /// Products with fewer multiplications run on one thread: waking another takes longer.
 const SMALL: usize = 1 << 19;
 
-/// Computes a tile of the result: `rows` rows of `a`, whose elements are `strides` apart, times a
-/// strip (`depth`, [`STRIP`]). The product is stored in `out` or added to it; rows of `out` are
-/// `stride` elements apart.
+/// Computes a tile of the result: some rows of `a`, whose elements are `strides` apart, times some
+/// strips (`depth`, [`STRIP`]), which are `distance` apart. The product is stored in `out` or added
+/// to it; rows of `out` are `stride` elements apart.
 ///
 /// # Safety
 /// All of these elements must be readable and writable, and the CPU must support the instructions.
@@ -39,13 +50,11 @@ pub type Tile<T> = unsafe fn(
     a: *const T,
     strides: [usize; 2],
     strip: *const T,
+    distance: usize,
     out: *mut T,
     stride: usize,
     add: bool,
 );
-
-/// Strides of a packed left operand: the rows of a tile are interleaved.
-pub const PACKED: [usize; 2] = [1, TILE];
 
 /// A matrix view of a slice, with arbitrary strides.
 #[derive(Clone, Copy)]
@@ -267,8 +276,10 @@ unsafe fn run<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)], out: Out<T>, share: bo
         a.check();
         work += a.rows * a.cols * cols;
     }
+    let shape = T::shape();
     let share = share && work >= SMALL && rayon::current_num_threads() > 1;
-    let depths = terms.iter().flat_map(|&(a, b)| parts(a.cols, DEPTH).map(move |k| (a, b, k)));
+    let depths =
+        terms.iter().flat_map(|&(a, b)| parts(a.cols, shape.depth).map(move |k| (a, b, k)));
     let depths: Vec<_> = depths.collect();
     if depths.is_empty() && !add {
         for row in 0..if cols > 0 { rows } else { 0 } {
@@ -277,7 +288,7 @@ unsafe fn run<T: Real>(terms: &[(Mat<T>, &dyn Right<T>)], out: Out<T>, share: bo
         }
     }
     for rows in parts(rows, MOST[0]) {
-        for (number, depths) in depths.chunks(MOST[2] / DEPTH).enumerate() {
+        for (number, depths) in depths.chunks(MOST[2] / shape.depth).enumerate() {
             let mut packed = 0;
             let cut = depths.iter().map(|(a, b, k)| {
                 let at = packed;
@@ -366,8 +377,9 @@ unsafe fn block<T: Real>(
     share: bool,
 ) {
     let depth = terms.iter().map(|part| part.k.len()).sum::<usize>();
-    let (tiles, strips) = (rows.div_ceil(TILE), cols.len().div_ceil(STRIP));
-    let left = if strips > FEW { tiles * TILE * depth } else { 0 };
+    let shape = T::shape();
+    let (tiles, strips) = (rows.div_ceil(shape.rows), cols.len().div_ceil(STRIP));
+    let left = if strips > FEW { tiles * shape.rows * depth } else { 0 };
     with_scratch(left + strips * STRIP * depth, |packed| {
         let (left, right) = packed.split_at_mut(left);
         let groups: Vec<_> = parts(strips, STRIPS.min(strips.div_ceil(2))).collect();
@@ -387,41 +399,51 @@ unsafe fn block<T: Real>(
             each(bands.len() * terms.len(), share, |i| {
                 let (band, part) = (&bands[i / terms.len()], &terms[i % terms.len()]);
                 for tile in band.clone() {
-                    let some = tile * TILE..((tile + 1) * TILE).min(rows);
-                    let start = tiles * TILE * part.at + tile * TILE * part.k.len();
+                    let some = tile * shape.rows..((tile + 1) * shape.rows).min(rows);
+                    let start = shape.rows * (tiles * part.at + tile * part.k.len());
                     // SAFETY: tiles are disjoint.
-                    let packed = unsafe { to.part(start, TILE * part.k.len()) };
-                    pack_tile(part.a.rows(some), packed);
+                    let packed = unsafe { to.part(start, shape.rows * part.k.len()) };
+                    match shape.rows {
+                        ROWS => pack_tile::<T, ROWS>(part.a.rows(some), packed),
+                        _ => pack_tile::<T, { NARROW.rows }>(part.a.rows(some), packed),
+                    }
                 }
             });
         }
-        let sides = Sides { left, right, rows, tiles, strips, cols: cols.len() };
+        let sides = Sides { shape, left, right, rows, tiles, strips, cols: cols.len() };
         each(bands.len() * groups.len(), share, |i| {
             let (group, band) = (&groups[i / bands.len()], &bands[i % bands.len()]);
             for part in terms {
-                for strip in group.clone() {
+                // The last strip may be narrower: it is multiplied alone.
+                let whole = group.start..group.end.min(cols.len() / STRIP);
+                for from in whole.clone().step_by(shape.strips) {
+                    let strips = from..(from + shape.strips).min(whole.end);
                     // SAFETY: `out` has room for the product, whose tiles are disjoint.
-                    unsafe { sides.multiply(band.clone(), strip, part, out) };
+                    unsafe { sides.multiply(band.clone(), strips, part, out) };
+                }
+                if whole.end < group.end {
+                    // SAFETY: as above.
+                    unsafe { sides.multiply_narrow(band.clone(), whole.end, part, out) };
                 }
             }
         });
     });
 }
 
-/// Packs the rows of a tile into (columns, [`TILE`]), padded with zeros.
-fn pack_tile<T: Real>(a: Mat<T>, packed: &mut [T]) {
+/// Packs the rows of a tile into (columns, `R`), padded with zeros.
+fn pack_tile<T: Real, const R: usize>(a: Mat<T>, packed: &mut [T]) {
     let [row, col] = a.strides;
-    let all = packed.as_chunks_mut::<TILE>().0;
-    if a.rows == TILE && col == 1 {
-        let rows: [&[T]; TILE] = std::array::from_fn(|r| &a.data[r * row..][..all.len()]);
+    let all = packed.as_chunks_mut::<R>().0;
+    if a.rows == R && col == 1 {
+        let rows: [&[T]; R] = std::array::from_fn(|r| &a.data[r * row..][..all.len()]);
         for (k, packed) in all.iter_mut().enumerate() {
             *packed = std::array::from_fn(|r| rows[r][k]);
         }
         return;
     }
-    if a.rows == TILE && row == 1 {
+    if a.rows == R && row == 1 {
         for (k, packed) in all.iter_mut().enumerate() {
-            packed.copy_from_slice(&a.data[k * col..][..TILE]);
+            packed.copy_from_slice(&a.data[k * col..][..R]);
         }
         return;
     }
@@ -435,6 +457,7 @@ fn pack_tile<T: Real>(a: Mat<T>, packed: &mut [T]) {
 
 /// Both operands of a product, packed.
 struct Sides<'a, T> {
+    shape: Shape,
     /// Empty if the left operand is read in place.
     left: &'a [T],
     right: &'a [T],
@@ -445,47 +468,87 @@ struct Sides<'a, T> {
 }
 
 impl<T: Real> Sides<'_, T> {
-    /// Multiplies some tiles by a strip, for a range of the terms.
+    /// Calls `run` for each of some tiles: with its number of rows, the left operand and its
+    /// strides, and the index of the first row.
+    fn each_tile(
+        &self,
+        tiles: Range<usize>,
+        part: &Part<T>,
+        mut run: impl FnMut(usize, *const T, [usize; 2], usize),
+    ) {
+        let most = self.shape.rows;
+        for tile in tiles {
+            let row = tile * most;
+            let (left, strides) = match self.left {
+                [] => (&part.a.data[row * part.a.strides[0]..], part.a.strides),
+                left => (&left[self.tiles * most * part.at + row * part.k.len()..], [1, most]),
+            };
+            run(most.min(self.rows - row), left.as_ptr(), strides, row);
+        }
+    }
+
+    /// The packed strips from `strip` on, for a range of the terms, and the distance of two strips.
+    fn strips_from(&self, strips: Range<usize>, part: &Part<T>) -> (*const T, usize) {
+        let distance = STRIP * part.k.len();
+        let at = self.strips * STRIP * part.at;
+        (self.right[at..][strips.start * distance..strips.end * distance].as_ptr(), distance)
+    }
+
+    /// Multiplies some tiles by some strips of full width, for a range of the terms.
     ///
     /// # Safety
     /// `out` must have room for the product, and no other thread may access these tiles of it.
-    unsafe fn multiply(&self, tiles: Range<usize>, strip: usize, part: &Part<T>, out: Out<T>) {
+    unsafe fn multiply(
+        &self,
+        tiles: Range<usize>,
+        strips: Range<usize>,
+        part: &Part<T>,
+        out: Out<T>,
+    ) {
         let Place { stride, at, add } = out.place;
-        let (some, add) = (part.k.len(), add || part.at > 0);
-        let width = STRIP.min(self.cols - strip * STRIP);
-        let b = &self.right[self.strips * STRIP * part.at + strip * STRIP * some..];
-        assert!(b.len() >= some * STRIP, "the strip is packed");
-        for tile in tiles {
-            let row = tile * TILE;
-            let rows = TILE.min(self.rows - row);
-            let (left, strides) = match self.left {
-                [] => (&part.a.data[row * part.a.strides[0]..], part.a.strides),
-                left => (&left[self.tiles * TILE * part.at + row * some..], PACKED),
-            };
-            let run = T::tile(rows, strides);
-            let first = row * stride + at + strip * STRIP;
-            if width == STRIP {
-                // SAFETY: `a` was checked to be inside its slice or was packed, the strip has
-                // `some` rows, and the caller guarantees the room in `out`.
-                unsafe {
-                    run(some, left.as_ptr(), strides, b.as_ptr(), out.at(first), stride, add)
-                };
-                continue;
+        let (depth, add) = (part.k.len(), add || part.at > 0);
+        let (b, distance) = self.strips_from(strips.clone(), part);
+        self.each_tile(tiles, part, |rows, left, strides, row| {
+            let run = T::tile(rows, strips.len(), strides);
+            // SAFETY: `a` was checked to be inside its slice or was packed, the strips have `depth`
+            // rows, and the caller guarantees the room in `out`.
+            unsafe {
+                let out = out.at(row * stride + at + strips.start * STRIP);
+                run(depth, left, strides, b, distance, out, stride, add);
             }
-            let mut whole = [T::ZERO; TILE * STRIP];
-            let to = whole.as_mut_ptr();
-            // SAFETY: as above; the buffer holds a whole tile.
-            unsafe { run(some, left.as_ptr(), strides, b.as_ptr(), to, STRIP, false) };
+        });
+    }
+
+    /// Multiplies some tiles by the last strip, which has fewer columns.
+    ///
+    /// # Safety
+    /// As for [`Sides::multiply`].
+    unsafe fn multiply_narrow(
+        &self,
+        tiles: Range<usize>,
+        strip: usize,
+        part: &Part<T>,
+        out: Out<T>,
+    ) {
+        let Place { stride, at, add } = out.place;
+        let (depth, add) = (part.k.len(), add || part.at > 0);
+        let width = self.cols - strip * STRIP;
+        let (b, distance) = self.strips_from(strip..strip + 1, part);
+        self.each_tile(tiles, part, |rows, left, strides, row| {
+            let run = T::tile(rows, 1, strides);
+            let mut whole = [T::ZERO; ROWS * STRIP];
+            // SAFETY: as in `multiply`; the buffer holds a whole tile.
+            unsafe { run(depth, left, strides, b, distance, whole.as_mut_ptr(), STRIP, false) };
             for (r, whole) in whole.chunks_exact(STRIP).take(rows).enumerate() {
                 for (c, &x) in whole[..width].iter().enumerate() {
-                    // SAFETY: as above.
+                    // SAFETY: guaranteed by the caller.
                     unsafe {
-                        let out = out.at(first + r * stride + c);
+                        let out = out.at((row + r) * stride + at + strip * STRIP + c);
                         out.write(if add { *out + x } else { x });
                     }
                 }
             }
-        }
+        });
     }
 }
 
@@ -499,15 +562,29 @@ fn with_scratch<T: Real>(len: usize, run: impl FnOnce(&mut [T])) {
     T::scratch().set(scratch);
 }
 
+/// The scalar kernel for this number of rows, and one strip.
+pub(super) fn plain_tile<T: Real>(rows: usize) -> Tile<T> {
+    match rows {
+        1 => run_plain::<T, 1>,
+        2 => run_plain::<T, 2>,
+        3 => run_plain::<T, 3>,
+        4 => run_plain::<T, 4>,
+        5 => run_plain::<T, 5>,
+        6 => run_plain::<T, 6>,
+        _ => unreachable!("no tile has {rows} rows"),
+    }
+}
+
 /// A tile in scalar code.
 ///
 /// # Safety
 /// As for [`Tile`].
-pub unsafe fn plain_tile<T: Real, const R: usize>(
+unsafe fn run_plain<T: Real, const R: usize>(
     depth: usize,
     a: *const T,
     strides: [usize; 2],
     strip: *const T,
+    _: usize,
     out: *mut T,
     stride: usize,
     add: bool,

@@ -1,6 +1,7 @@
 //! LoRA adapters applied beside a matrix product: each row of a batch may have a different one.
 
-use super::matmul::{Input, isa, multiply};
+use super::isa::isa;
+use super::matmul::{Input, multiply};
 use super::ops::Activations;
 use super::pack::{LANES, Matrix};
 use super::pool::{Disjoint, Pool};

@@ -1,10 +1,9 @@
 //! The arithmetic of the native runner and of training; all SIMD code and the thread pool are here.
 //!
-//! Every kernel exists twice: in scalar code, which is the oracle, and for AVX2. The runner's
-//! kernels give bit-identical results in both versions ([`gemm`], for training, rounds once less
-//! with FMA). A token's result never depends on other rows of the batch: sums run in one order,
-//! whatever the tile. AVX-512 VNNI and NEON would be modules beside `avx2`, and variants of
-//! [`matmul::Isa`].
+//! Every kernel exists in scalar code, which is the oracle, and for the instruction sets of [`crate::isa`].
+//! The runner's kernels give bit-identical results in all versions ([`gemm`], for training, rounds
+//! once less with FMA). A token's result never depends on other rows of the batch: sums run in one
+//! order, whatever the tile.
 
 #![allow(unsafe_code)]
 // An index selects a row, lane or token in several arrays at once, and a tile has many parameters.
@@ -12,10 +11,9 @@
 
 pub mod activation;
 pub mod attention;
-#[cfg(target_arch = "x86_64")]
-mod avx2;
 pub mod cache;
 pub mod gemm;
+mod isa;
 pub mod lora;
 pub mod matmul;
 pub mod ops;
@@ -23,13 +21,12 @@ pub mod pack;
 pub mod pool;
 pub mod real;
 pub mod rope;
-mod scalar;
 pub mod vector;
 
 pub use activation::{Quantized, QuantizedWriter};
 pub use attention::Scope;
 pub use cache::KvCache;
 pub use lora::{Adapted, LoraPair};
-pub use matmul::{Input, Isa, isa, multiply};
+pub use matmul::{Input, multiply};
 pub use pack::{BLOCK, LANES, Matrix, can_pack};
 pub use pool::{Disjoint, Pool};

@@ -2,11 +2,12 @@
 //!
 //! The interface is safe: every function checks its lengths, and its chunks write disjoint parts.
 
-use super::activation::Quantized;
+use super::activation::{PANEL, Quantized};
 use super::attention::{self, Head, Plan, Scratch};
 use super::cache::{KvCache, PAGE};
+use super::isa::isa;
 use super::lora::{Adapted, add_second_halves, first_halves};
-use super::matmul::{Input, isa, multiply};
+use super::matmul::{Input, multiply};
 use super::pack::{LANES, Matrix};
 use super::pool::{Disjoint, Pool};
 use super::vector::{Rope, add, gelu_mul, rms_norm, rms_norm_in_place, silu_mul, soft_cap};
@@ -15,9 +16,11 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 /// Tokens whose feed-forward activations a chunk processes at once.
-const TOKEN_TILE: usize = 32;
+const TOKEN_TILE: usize = 3 * PANEL;
 /// Groups of eight matrix rows in a chunk when many tokens use them: they stay in the L1 cache.
 const CHUNK_GROUPS: usize = 8;
+/// Groups that a kernel can multiply at once by a few tokens.
+const TILE_GROUPS: usize = 4;
 /// Number of groups whose results fill a block of activations.
 const BLOCK_GROUPS: usize = super::pack::BLOCK / LANES;
 
@@ -83,7 +86,7 @@ impl Activations {
 /// memory; for many rows small ones.
 fn groups_of_chunk(groups: usize, rows: usize, pool: &Pool) -> usize {
     match rows {
-        0..8 => groups.div_ceil(4 * pool.threads()).max(1),
+        0..8 => groups.div_ceil(4 * pool.threads()).next_multiple_of(TILE_GROUPS),
         _ => CHUNK_GROUPS,
     }
 }

@@ -1,7 +1,8 @@
 //! The floating-point types of training: f32, and f64 for checks.
 
-use super::gemm::{Tile, plain_tile};
-use super::matmul::{Isa, isa};
+use super::gemm::{NARROW, Shape, Tile, plain_tile};
+use super::isa::isa;
+use super::isa::scalar::transpose;
 use std::cell::Cell;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
@@ -38,8 +39,11 @@ pub trait Real:
     /// `self * a + b`
     fn mul_add(self, a: Self, b: Self) -> Self;
 
-    /// The kernel of dense products for this number of rows, and a left operand with these strides.
-    fn tile(rows: usize, strides: [usize; 2]) -> Tile<Self>;
+    /// The shape of the tiles of dense products.
+    fn shape() -> Shape;
+    /// The kernel of dense products for these numbers of rows and strips, and a left operand with
+    /// these strides.
+    fn tile(rows: usize, strips: usize, strides: [usize; 2]) -> Tile<Self>;
     /// Transposes a block of eight by eight numbers; the rows of the source are `from_stride`
     /// numbers apart, those of the result `to_stride`.
     ///
@@ -47,7 +51,7 @@ pub trait Real:
     /// All of these numbers must be readable and writable.
     unsafe fn transpose(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
         // SAFETY: guaranteed by the caller.
-        unsafe { plain_turn(from, from_stride, to, to_stride) };
+        unsafe { transpose(from, from_stride, to, to_stride) };
     }
     /// The thread's scratch buffer.
     fn scratch() -> &'static LocalKey<Cell<Vec<Self>>>;
@@ -58,29 +62,8 @@ pub trait Real:
 }
 
 thread_local! {
-    static NARROW: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-    static WIDE: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
-}
-
-/// # Safety
-/// As for [`Real::transpose`].
-unsafe fn plain_turn<T: Copy>(from: *const T, from_stride: usize, to: *mut T, to_stride: usize) {
-    for (r, c) in (0..8).flat_map(|r| (0..8).map(move |c| (r, c))) {
-        // SAFETY: guaranteed by the caller.
-        unsafe { *to.add(c * to_stride + r) = *from.add(r * from_stride + c) };
-    }
-}
-
-fn plain<T: Real>(rows: usize) -> Tile<T> {
-    match rows {
-        1 => plain_tile::<T, 1>,
-        2 => plain_tile::<T, 2>,
-        3 => plain_tile::<T, 3>,
-        4 => plain_tile::<T, 4>,
-        5 => plain_tile::<T, 5>,
-        6 => plain_tile::<T, 6>,
-        _ => unreachable!("no tile has {rows} rows"),
-    }
+    static SINGLE: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static DOUBLE: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
 }
 
 impl Real for f32 {
@@ -119,27 +102,20 @@ impl Real for f32 {
         f32::mul_add(self, a, b)
     }
 
-    fn tile(rows: usize, strides: [usize; 2]) -> Tile<Self> {
-        match isa() {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => super::avx2::dense::tile(rows, strides),
-            _ => plain(rows),
-        }
+    fn shape() -> Shape {
+        isa().kernels().dense.shape
     }
-    // SAFETY: both branches need only what the trait requires of the caller.
+    fn tile(rows: usize, strips: usize, strides: [usize; 2]) -> Tile<Self> {
+        (isa().kernels().dense.tile)(rows, strips, strides)
+    }
+    // SAFETY: the table's function needs only what the trait requires of the caller.
     #[inline(always)]
     unsafe fn transpose(from: *const Self, from_stride: usize, to: *mut Self, to_stride: usize) {
         // SAFETY: guaranteed by the caller, and `isa` has checked the CPU.
-        unsafe {
-            match isa() {
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => super::avx2::dense::transpose(from, from_stride, to, to_stride),
-                _ => plain_turn(from, from_stride, to, to_stride),
-            }
-        }
+        unsafe { (isa().kernels().dense.transpose)(from, from_stride, to, to_stride) }
     }
     fn scratch() -> &'static LocalKey<Cell<Vec<Self>>> {
-        &NARROW
+        &SINGLE
     }
 }
 
@@ -178,10 +154,13 @@ impl Real for f64 {
         f64::mul_add(self, a, b)
     }
 
-    fn tile(rows: usize, _: [usize; 2]) -> Tile<Self> {
-        plain(rows)
+    fn shape() -> Shape {
+        NARROW
+    }
+    fn tile(rows: usize, _: usize, _: [usize; 2]) -> Tile<Self> {
+        plain_tile(rows)
     }
     fn scratch() -> &'static LocalKey<Cell<Vec<Self>>> {
-        &WIDE
+        &DOUBLE
     }
 }

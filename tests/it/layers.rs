@@ -13,9 +13,15 @@ type Table = &'static [(&'static str, &'static [&'static str])];
 
 /// Modules of the crate. Gateway and engine share only `ipc`.
 const ROOMS: Table = &[
-    ("main", &["cli", "train", "compress", "evaluate", "engine", "gateway", "job", "config"]),
-    ("cli", &["gateway", "config", "job", "dataset", "grade", "gguf", "ipc", "build_info"]),
-    ("gateway", &["config", "job", "dataset", "template", "grade", "gguf", "ipc", "build_info"]),
+    (
+        "main",
+        &["cli", "train", "compress", "evaluate", "engine", "gateway", "job", "config", "isa"],
+    ),
+    ("cli", &["gateway", "config", "job", "dataset", "grade", "gguf", "ipc", "build_info", "isa"]),
+    (
+        "gateway",
+        &["config", "job", "dataset", "template", "grade", "gguf", "ipc", "build_info", "isa"],
+    ),
     ("train", &["job", "dataset", "tokenizer", "template", "grade", "kernels", "gguf", "ipc"]),
     ("compress", &["job", "gguf", "llama_log"]),
     ("evaluate", &["engine", "tokenizer", "template", "grade", "job", "gguf", "ipc"]),
@@ -27,10 +33,11 @@ const ROOMS: Table = &[
     ("template", &["gguf"]),
     ("tokenizer", &["gguf", "ipc"]),
     ("grade", &[]),
-    ("kernels", &["gguf"]),
+    ("kernels", &["isa", "gguf"]),
     ("gguf", &[]),
     ("ipc", &[]),
     ("llama_log", &[]),
+    ("isa", &[]),
 ];
 
 /// Modules of the gateway.

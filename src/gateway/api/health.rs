@@ -4,6 +4,7 @@
 
 use crate::build_info::{BUILD, BuildInfo};
 use crate::gateway::app::App;
+use crate::isa::isa;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -39,8 +40,17 @@ pub async fn ready(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /version`.
-pub async fn version() -> Json<BuildInfo> {
-    Json(BUILD)
+pub async fn version() -> Json<Version> {
+    Json(Version { build: BUILD, isa: isa().name() })
+}
+
+/// The answer to `GET /version`.
+#[derive(serde::Serialize)]
+pub struct Version {
+    #[serde(flatten)]
+    build: BuildInfo,
+    /// The instruction set of the kernels.
+    isa: &'static str,
 }
 
 /// `GET /metrics`, in Prometheus' text format.

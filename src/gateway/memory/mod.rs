@@ -12,6 +12,7 @@ use crate::config::{ByteSize, DEFAULT_CONTEXT_LENGTH, DEFAULT_SEQUENCES, EngineC
 use crate::gateway::header::ModelHeader;
 use crate::gguf::KvType;
 use crate::ipc::{KvCacheType, KvLayout, LoadSpec, MAX_POOLED_TOKENS, RunnerKind, Speculate};
+use crate::isa::{Isa, isa};
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
@@ -261,8 +262,8 @@ impl<'a> Sketch<'a> {
 
     fn uncovered(&self) -> Option<String> {
         let config = self.config;
-        if !cpu_has_kernels() {
-            Some("the native runner has no kernels for this CPU yet".into())
+        if isa() == Isa::Scalar {
+            Some("the native runner has no fast kernels for this CPU (or for INGOT_ISA)".into())
         } else if config.gpu_layers > 0 {
             Some("the native runner computes on the CPU (--gpu-layers)".into())
         } else if config.kv_layout.is_some() {
@@ -487,17 +488,6 @@ impl<'a> Sketch<'a> {
             notes: self.notes,
         }
     }
-}
-
-/// Whether this CPU has native kernels, so that the native runner is faster than llama.cpp.
-fn cpu_has_kernels() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    let has = is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("f16c");
-    #[cfg(not(target_arch = "x86_64"))]
-    let has = false;
-    has
 }
 
 fn round_down(tokens: u64) -> u64 {

@@ -14,6 +14,7 @@ pub use collect::EngineSample;
 pub use jobs::{JobSample, JobSamples};
 pub use observer::RequestObserver;
 
+use crate::isa::isa;
 use collect::EngineSeries;
 use jobs::JobSeries;
 use prometheus::{
@@ -118,8 +119,12 @@ impl Metrics {
         for reason in REASONS {
             rejected.with_label_values(&[reason]);
         }
-        let build = make.gauge("ingot_build_info", "1, labelled with the version.", &["version"]);
-        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let build = make.gauge(
+            "ingot_build_info",
+            "1, labelled with the version and the instruction set of the kernels.",
+            &["version", "isa"],
+        );
+        build.with_label_values(&[env!("CARGO_PKG_VERSION"), isa().name()]).set(1);
         Self {
             registry: make.0,
             requests,

@@ -9,7 +9,6 @@
 //! several sequences share is read once for all of them, and the runs of one long sequence are
 //! distributed over the threads.
 
-pub(super) mod plain;
 mod plan;
 #[cfg(test)]
 mod tests;

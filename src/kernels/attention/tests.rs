@@ -1,7 +1,7 @@
 use super::*;
 use crate::gguf::KvType;
 use crate::kernels::cache::{KvCache, PAGE};
-use crate::kernels::matmul::{Isa, isa};
+use crate::kernels::isa::{Isa, isa};
 use crate::kernels::ops::{self, Activations, Span};
 use crate::kernels::pool::Pool;
 use rand::rngs::StdRng;
@@ -83,8 +83,11 @@ fn equals_a_softmax_in_double_precision() {
         let case = case(ty, dim, heads);
         for (scope, end) in scopes.into_iter().flat_map(|scope| ENDS.map(|end| (scope, end))) {
             let seen = end.saturating_sub(scope.window.unwrap_or(end))..end;
-            let out = attend_in(&case, isa(), seen.clone(), &case.q, scope.cap);
-            assert_eq!(out, attend_in(&case, Isa::Scalar, seen.clone(), &case.q, scope.cap));
+            let out = attend_in(&case, Isa::Scalar, seen.clone(), &case.q, scope.cap);
+            for isa in Isa::available() {
+                let fast = attend_in(&case, isa, seen.clone(), &case.q, scope.cap);
+                assert_eq!(out, fast, "{isa}");
+            }
             for (q, out) in case.q.chunks(dim).zip(out.chunks(dim)) {
                 let weights = weights(&case, q, seen.clone(), scope.cap);
                 let total: f64 = weights.iter().sum();

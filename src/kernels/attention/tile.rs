@@ -1,13 +1,8 @@
 //! Computes one tile of attention: some rows' queries of one head, over some runs.
 
-#[cfg(not(target_arch = "x86_64"))]
-use super::plain::Number;
-use super::plain::{self, Scales};
 use super::{Query, ROWS, RUN, Scores};
-#[cfg(target_arch = "x86_64")]
-use crate::kernels::avx2::{self, Number};
 use crate::kernels::cache::{KvCache, Numbers, PAGE};
-use crate::kernels::matmul::Isa;
+use crate::kernels::isa::Isa;
 use crate::kernels::vector::{exp, soft_cap};
 use std::ops::Range;
 
@@ -121,13 +116,8 @@ impl Head<'_> {
                     &scratch.q[part.start * group * dim..part.end * group * dim],
                     &mut scratch.scores[part.start * group..part.end * group],
                 );
-                let page = &mut scratch.page;
-                match self.cache.keys(self.layer, id, self.head) {
-                    Numbers::F16(keys) => self.score(q, (keys, ()), scores, at, page),
-                    Numbers::Q8 { q: keys, d } => {
-                        self.score(q, (keys, d), scores, at, page);
-                    }
-                }
+                let keys = self.cache.keys(self.layer, id, self.head);
+                self.score(q, keys, scores, at, &mut scratch.page);
             });
         }
         for (index, query) in queries.iter().enumerate() {
@@ -153,74 +143,59 @@ impl Head<'_> {
                     part.start * group * dim..part.end * group * dim,
                 );
                 let (scores, out) = (&scratch.scores[rows], &mut scratch.partial[numbers]);
-                let page = &mut scratch.page;
-                match self.cache.values(self.layer, id, self.head) {
-                    Numbers::F16(values) => {
-                        self.accumulate_values(scores, at, tokens, (values, ()), out, page);
-                    }
-                    Numbers::Q8 { q, d } => {
-                        self.accumulate_values(scores, at, tokens, (q, d), out, page);
-                    }
-                }
+                let values = self.cache.values(self.layer, id, self.head);
+                self.accumulate_values(scores, at, tokens, values, out, &mut scratch.page);
             });
         }
     }
 
     /// `scores[row][at..at + 32] = q[row] · keys`.
-    fn score<N: Number, S: Scales>(
-        &self,
-        q: &[f32],
-        (keys, scales): (&[N], S),
-        scores: &mut [Scores],
-        at: usize,
-        page: &mut [f32],
-    ) {
+    fn score(&self, q: &[f32], keys: Numbers, scores: &mut [Scores], at: usize, page: &mut [f32]) {
         let dim = self.cache.head_dim();
-        let widened = scores.len() > ROWS;
-        if widened {
-            widen(self.isa, keys, page);
-        }
+        let kernels = &self.isa.kernels().attention;
+        let keys = self.widened(keys, 0..dim * PAGE, scores.len(), page);
         for (q, scores) in q.chunks(ROWS * dim).zip(scores.chunks_mut(ROWS)) {
-            match (self.isa, widened) {
-                #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, false) => avx2::score(q, keys, scales, scores, at),
-                #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, true) => avx2::score(q, &*page, scales, scores, at),
-                _ => plain::score(q, keys, scales, scores, at),
-            }
+            (kernels.score)(q, keys, scores, at);
         }
     }
 
     /// `out[row] += scores[row][at + t] * values[t]` for `tokens` of the page that begins at `at`.
-    fn accumulate_values<N: Number, S: Scales>(
+    fn accumulate_values(
         &self,
         scores: &[Scores],
         at: usize,
         tokens: Range<usize>,
-        (values, scales): (&[N], S),
+        values: Numbers,
         out: &mut [f32],
         page: &mut [f32],
     ) {
         let dim = self.cache.head_dim();
-        let widened = scores.len() > ROWS;
-        if widened {
-            let part = tokens.start * dim..tokens.end * dim;
-            widen(self.isa, &values[part.clone()], &mut page[part]);
-        }
+        let kernels = &self.isa.kernels().attention;
+        let range = tokens.start * dim..tokens.end * dim;
+        let values = self.widened(values, range, scores.len(), page);
         for (scores, out) in scores.chunks(ROWS).zip(out.chunks_mut(ROWS * dim)) {
-            let tokens = tokens.clone();
-            match (self.isa, widened) {
-                #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, false) => {
-                    avx2::accumulate_values(scores, at, tokens, values, scales, out)
-                }
-                #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, true) => {
-                    avx2::accumulate_values(scores, at, tokens, &*page, scales, out)
-                }
-                _ => plain::accumulate_values(scores, at, tokens, values, scales, out),
-            }
+            (kernels.accumulate_values)(scores, at, tokens.clone(), values, out);
         }
+    }
+
+    /// Numbers that the kernel reads more than once are converted to f32 once, in `page`.
+    fn widened<'a>(
+        &self,
+        from: Numbers<'a>,
+        range: Range<usize>,
+        rows: usize,
+        page: &'a mut [f32],
+    ) -> Numbers<'a> {
+        if rows <= ROWS {
+            return from;
+        }
+        (self.isa.kernels().attention.widen)(from, range.clone(), &mut page[range]);
+        let d = match from {
+            Numbers::Q8 { d, .. } => Some(d),
+            Numbers::F16(_) => None,
+            Numbers::Wide { d, .. } => d,
+        };
+        Numbers::Wide { x: page, d }
     }
 }
 
@@ -271,16 +246,6 @@ fn merge(sum: &mut Sum, out: &mut [f32], run: Sum, partial: &[f32]) {
 
 fn divide(out: &mut [f32], sum: Sum) {
     out.iter_mut().for_each(|x| *x /= sum.total);
-}
-
-/// Converts numbers to f32, without their scales.
-fn widen<N: Number>(isa: Isa, from: &[N], to: &mut [f32]) {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::widen(from, to),
-        // The scalar kernels read the numbers directly.
-        _ => {}
-    }
 }
 
 /// Replaces scores by e^(score - largest); returns the largest score, and the sum in lanes of

@@ -3,14 +3,11 @@
 //! A result is one sum over the blocks of a row, in order, whatever tile computes it: a token's
 //! result is bit-identical alone and in any batch.
 
-use super::activation::{Quantized, Row};
-#[cfg(target_arch = "x86_64")]
-use super::avx2;
+use super::activation::{PANEL, Quantized, Row};
+use super::isa::Isa;
 use super::pack::{Kind, LANES, Matrix};
 use super::pool::Disjoint;
-use super::scalar;
 use std::ops::Range;
-use std::sync::LazyLock;
 
 /// Computes a tile of the result: `groups` groups of eight rows from `weights` on, with `blocks`
 /// blocks (or columns) per group, times the rows of `x`. Row `t` of the result starts at `out + t *
@@ -31,18 +28,10 @@ pub enum Input<'a> {
 
 impl Input<'_> {
     fn row(&self, row: usize) -> Row {
-        let none = std::ptr::null();
         match self {
-            Self::Quantized(x) => Row {
-                q: x.q(row).as_ptr(),
-                d: x.d(row).as_ptr(),
-                s: x.s(row).as_ptr(),
-                h: x.h(row).as_ptr(),
-                f: none,
-            },
+            Self::Quantized(x) => x.row(row),
             Self::Float(x, cols) => {
-                let f = x[row * cols..(row + 1) * cols].as_ptr();
-                Row { q: std::ptr::null(), d: none, s: none, h: none, f }
+                Row { f: x[row * cols..(row + 1) * cols].as_ptr(), ..Row::default() }
             }
         }
     }
@@ -54,31 +43,6 @@ impl Input<'_> {
         }
     }
 }
-
-/// The instruction set in use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Isa {
-    Scalar,
-    Avx2,
-}
-
-/// The best instruction set that this CPU supports.
-pub fn isa() -> Isa {
-    static ISA: LazyLock<Isa> = LazyLock::new(|| {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-        {
-            return Isa::Avx2;
-        }
-        Isa::Scalar
-    });
-    *ISA
-}
-
-/// Most tokens of a tile.
-const TOKENS: usize = 6;
 
 /// Computes `out[t][n]` for the rows of `groups` and the tokens of `tokens`. The first token's
 /// first row is at index `at` of `out`; tokens are `stride` elements apart.
@@ -105,22 +69,22 @@ pub unsafe fn multiply(
     let span = (tokens.len() - 1) * stride + groups.len() * LANES;
     let out = out.span(at, span);
     let weights = Weights::of(matrix);
-    let mut rows = [Row::default(); TOKENS];
-    let each = weights.kind.tokens();
-    for first in tokens.clone().step_by(each) {
-        let count = each.min(tokens.end - first);
+    let kernels = isa.kernels();
+    let mut rows = [Row::default(); PANEL];
+    let most = (kernels.tokens)(weights.kind);
+    let mut first = tokens.start;
+    while first < tokens.end {
+        // A tile's tokens are of one panel.
+        let count = most.min(tokens.end - first).min(PANEL - first % PANEL);
         for (t, row) in rows[..count].iter_mut().enumerate() {
             *row = input.row(first + t);
         }
-        let most = weights.kind.groups(count);
+        let most = (kernels.groups)(weights.kind, count);
         let mut group = groups.start;
         while group < groups.end {
-            let wide = match groups.end - group {
-                left if left >= most => most,
-                left if left >= 2 => 2,
-                _ => 1,
-            };
-            let tile = weights.tile(isa, wide, count);
+            let left = groups.end - group;
+            let wide = if left >= most { most } else { 1 << left.ilog2() };
+            let tile = (kernels.tile)(weights.kind, wide, count);
             let offset = (first - tokens.start) * stride + (group - groups.start) * LANES;
             // SAFETY: the groups and tokens are inside, `span` covers what is written, and the CPU
             // supports the instructions.
@@ -130,6 +94,7 @@ pub unsafe fn multiply(
             }
             group += wide;
         }
+        first += count;
     }
 }
 
@@ -142,38 +107,11 @@ struct Weights {
     group_bytes: usize,
 }
 
-impl Kind {
-    /// Most tokens of a tile: as many sums as the registers can hold.
-    fn tokens(self) -> usize {
-        if self.is_float() { TOKENS } else { 4 }
-    }
-
-    /// Most groups of a tile.
-    fn groups(self, tokens: usize) -> usize {
-        match tokens {
-            // Limited by memory bandwidth: more rows in flight.
-            1 => 4,
-            // Enough independent sums to hide the latency of each.
-            _ if self.is_float() => 2,
-            // The weights of one group's block fit into registers; those of two groups do not.
-            _ => 1,
-        }
-    }
-}
-
 impl Weights {
     fn of(matrix: &Matrix) -> Self {
         let raw = matrix.raw();
         let blocks = raw.len / matrix.groups().max(1);
         Self { kind: raw.kind, data: raw.data, blocks, group_bytes: blocks * raw.size }
-    }
-
-    fn tile(&self, isa: Isa, groups: usize, tokens: usize) -> Tile {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::tile(self.kind, groups, tokens),
-            _ => scalar::tile(self.kind, groups),
-        }
     }
 }
 

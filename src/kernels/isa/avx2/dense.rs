@@ -1,10 +1,14 @@
 //! Tiles of dense products in f32, for AVX2.
 
-use crate::kernels::gemm::{PACKED, STRIP, Tile};
+use crate::kernels::gemm::{NARROW, STRIP, Tile};
 use std::arch::x86_64::*;
 
-/// The kernel for this number of rows and these strides; the CPU must have AVX2 and FMA.
-pub(crate) fn tile(rows: usize, strides: [usize; 2]) -> Tile<f32> {
+/// Strides of a packed left operand: the rows of a tile are interleaved.
+const PACKED: [usize; 2] = [1, NARROW.rows];
+
+/// The kernel for this number of rows and these strides, and one strip; the CPU must have AVX2 and
+/// FMA.
+pub(super) fn tile(rows: usize, _: usize, strides: [usize; 2]) -> Tile<f32> {
     if strides == PACKED { of::<true>(rows) } else { of::<false>(rows) }
 }
 
@@ -31,6 +35,7 @@ unsafe fn run<const R: usize, const P: bool>(
     a: *const f32,
     strides: [usize; 2],
     strip: *const f32,
+    _: usize,
     out: *mut f32,
     stride: usize,
     add: bool,
@@ -79,7 +84,7 @@ unsafe fn run<const R: usize, const P: bool>(
 /// # Safety
 /// All of these numbers must be readable and writable, and the CPU must have AVX2.
 #[target_feature(enable = "avx2")]
-pub(crate) unsafe fn transpose(
+pub(super) unsafe fn transpose(
     from: *const f32,
     from_stride: usize,
     to: *mut f32,

@@ -1,19 +1,16 @@
-//! The kernels in scalar code: the bit-exact oracle of the other versions, and the fallback for
-//! CPUs without their instructions.
+//! Products of quantized and floating-point weights.
 
-use super::activation::Row;
-use super::matmul::Tile;
-use super::pack::*;
 use crate::gguf::IQ4_LEVELS;
+use crate::kernels::activation::Row;
+use crate::kernels::matmul::Tile;
+use crate::kernels::pack::*;
 use half::bf16;
 
 /// The kernel for a tile of `groups` groups and any number of tokens.
 pub(super) fn tile(kind: Kind, groups: usize) -> Tile {
     match groups {
         1 => of_kind::<1>(kind),
-        2 => of_kind::<2>(kind),
-        4 => of_kind::<4>(kind),
-        _ => unreachable!("tiles are 1, 2 or 4 groups f16_to_f32"),
+        _ => unreachable!("no tile has {groups} groups"),
     }
 }
 
@@ -180,17 +177,20 @@ unsafe fn quantized<B: Block, const G: usize>(
 /// The row must have a block `at`.
 unsafe fn plus_block<B: Block>(sum: f32, block: B, lane: usize, at: usize, row: &Row) -> f32 {
     let each = if B::SIXTEENS { 2 } else { 1 };
+    let place = |sub: usize| (at * B::SUBS + sub) * row.step;
     // SAFETY: guaranteed by the caller.
-    let (xq, xd, xs) = unsafe {
-        let sums = if B::SIXTEENS { row.h } else { row.s };
-        (
-            std::slice::from_raw_parts(row.q.add(at * B::SUBS * BLOCK), B::SUBS * BLOCK),
-            std::slice::from_raw_parts(row.d.add(at * B::SUBS), B::SUBS),
-            std::slice::from_raw_parts(sums.add(at * B::SUBS * each), B::SUBS * each),
-        )
+    let xd = |sub: usize| unsafe { *row.d.add(place(sub)) };
+    // SAFETY: as above.
+    let xs = |i: usize| unsafe {
+        match B::SIXTEENS {
+            true => *row.h.add(2 * place(i / 2) + i % 2),
+            false => *row.s.add(place(i)),
+        }
     };
     let total = |sub: usize| -> i32 {
-        let q = xq[sub * BLOCK..][..BLOCK].iter().enumerate();
+        // SAFETY: as above.
+        let q = unsafe { std::slice::from_raw_parts(row.q.add(BLOCK * place(sub)), BLOCK) };
+        let q = q.iter().enumerate();
         q.map(|(column, &x)| {
             let scale = block.scale(lane, sub * each + column * each / BLOCK);
             scale * block.q(lane, sub, column) * i32::from(x)
@@ -199,18 +199,18 @@ unsafe fn plus_block<B: Block>(sum: f32, block: B, lane: usize, at: usize, row: 
     };
     let d = block.d(lane);
     if B::SUBS == 1 {
-        let sum = (d * xd[0]).mul_add(total(0) as f32, sum);
-        return block.min(lane, 0).map_or(sum, |min| min.mul_add(xs[0], sum));
+        let sum = (d * xd(0)).mul_add(total(0) as f32, sum);
+        return block.min(lane, 0).map_or(sum, |min| min.mul_add(xs(0), sum));
     }
-    let products = (0..B::SUBS).fold(0f32, |sum, sub| xd[sub].mul_add(total(sub) as f32, sum));
+    let products = (0..B::SUBS).fold(0f32, |sum, sub| xd(sub).mul_add(total(sub) as f32, sum));
     let sum = d.mul_add(products, sum);
     if block.min(lane, 0).is_none() {
         return sum;
     }
     let min = |i: usize| block.min(lane, i).unwrap_or(0.0);
     let mut mins = [0f32; 2];
-    for (i, &x) in xs.iter().enumerate() {
-        mins[i % 2] = min(i).mul_add(x, mins[i % 2]);
+    for i in 0..B::SUBS * each {
+        mins[i % 2] = min(i).mul_add(xs(i), mins[i % 2]);
     }
     block.m(lane).mul_add(mins[0] + mins[1], sum)
 }

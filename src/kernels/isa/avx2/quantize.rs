@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 /// Quantizes a block into `q`; returns the scale, and the sums of the integers of both halves. The
 /// CPU must have AVX2.
-pub(crate) fn quantize(values: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
+pub(super) fn quantize(values: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
     // SAFETY: these kernels are chosen only after checking the CPU's features.
     unsafe { block(values, q) }
 }

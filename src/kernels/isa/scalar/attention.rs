@@ -1,31 +1,31 @@
-//! Scores and weighted sums of one page in scalar code: the bit-exact oracle of the other versions.
+//! Scores and weighted sums of one page.
 
-use super::Scores;
-use crate::kernels::cache::PAGE;
+use crate::kernels::attention::Scores;
+use crate::kernels::cache::{Numbers, PAGE};
 use crate::kernels::pack::{BLOCK, f16_to_f32};
 use std::ops::Range;
 
 /// The element type of a page.
-pub(crate) trait Number: Copy {
+pub(crate) trait Element: Copy {
     fn number(self) -> f32;
 }
 
 /// Bits of f16.
-impl Number for u16 {
+impl Element for u16 {
     fn number(self) -> f32 {
         f16_to_f32(self)
     }
 }
 
 /// Integers of a q8_0 block, without their scale.
-impl Number for i8 {
+impl Element for i8 {
     fn number(self) -> f32 {
         f32::from(self)
     }
 }
 
 /// Numbers already converted from either type.
-impl Number for f32 {
+impl Element for f32 {
     fn number(self) -> f32 {
         self
     }
@@ -56,9 +56,47 @@ impl Scales for &[u16] {
     }
 }
 
+/// Scores of one page; see [`Attention::score`](super::Attention::score).
+pub(super) fn score(q: &[f32], keys: Numbers, scores: &mut [Scores], at: usize) {
+    match keys {
+        Numbers::F16(keys) => score_page(q, keys, (), scores, at),
+        Numbers::Q8 { q: keys, d } => score_page(q, keys, d, scores, at),
+        Numbers::Wide { x, d: None } => score_page(q, x, (), scores, at),
+        Numbers::Wide { x, d: Some(d) } => score_page(q, x, d, scores, at),
+    }
+}
+
+/// Weighted sums of one page; see [`Attention::accumulate_values`](super::Attention).
+pub(super) fn accumulate_values(
+    scores: &[Scores],
+    at: usize,
+    tokens: Range<usize>,
+    values: Numbers,
+    out: &mut [f32],
+) {
+    match values {
+        Numbers::F16(values) => accumulate_page(scores, at, tokens, values, (), out),
+        Numbers::Q8 { q, d } => accumulate_page(scores, at, tokens, q, d, out),
+        Numbers::Wide { x, d: None } => accumulate_page(scores, at, tokens, x, (), out),
+        Numbers::Wide { x, d: Some(d) } => accumulate_page(scores, at, tokens, x, d, out),
+    }
+}
+
+/// Converts numbers to f32; see [`Attention::widen`](super::Attention).
+pub(super) fn widen(from: Numbers, range: Range<usize>, to: &mut [f32]) {
+    fn widen<N: Element>(from: &[N], to: &mut [f32]) {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = from.number());
+    }
+    match from {
+        Numbers::F16(x) => widen(&x[range], to),
+        Numbers::Q8 { q, .. } => widen(&q[range], to),
+        Numbers::Wide { x, .. } => widen(&x[range], to),
+    }
+}
+
 /// `scores[row][at..at + 32] = q[row] · keys`; `keys` (head_dim, 32), `scales` (blocks, 32), `q`
 /// (rows, head_dim).
-pub(crate) fn score<N: Number, S: Scales>(
+fn score_page<N: Element, S: Scales>(
     q: &[f32],
     keys: &[N],
     scales: S,
@@ -86,7 +124,7 @@ pub(crate) fn score<N: Number, S: Scales>(
 
 /// `out[row] += scores[row][at + t] * values[t]` for the tokens `tokens` of a page that begins at
 /// `at`; `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim).
-pub(crate) fn accumulate_values<N: Number, S: Scales>(
+fn accumulate_page<N: Element, S: Scales>(
     scores: &[Scores],
     at: usize,
     tokens: Range<usize>,

@@ -1,14 +1,14 @@
 //! Scores and weighted sums of one page, for AVX2.
 
-use crate::kernels::attention::plain::{self, Scales};
+use super::super::scalar::{self, Scales};
 use crate::kernels::attention::{RUN, Scores};
-use crate::kernels::cache::PAGE;
+use crate::kernels::cache::{Numbers, PAGE};
 use crate::kernels::pack::BLOCK;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// The element type of a page.
-pub(crate) trait Number: plain::Number {
+trait Number: scalar::Element {
     /// # Safety
     /// Eight numbers must be readable, and the CPU must have AVX2 and F16C.
     unsafe fn eight(from: *const Self) -> __m256;
@@ -38,8 +38,43 @@ impl Number for f32 {
     }
 }
 
+/// Scores of one page; see [`Attention::score`](crate::kernels::isa::Attention::score).
+pub(super) fn score(q: &[f32], keys: Numbers, scores: &mut [Scores], at: usize) {
+    match keys {
+        Numbers::F16(keys) => score_page(q, keys, (), scores, at),
+        Numbers::Q8 { q: keys, d } => score_page(q, keys, d, scores, at),
+        Numbers::Wide { x, d: None } => score_page(q, x, (), scores, at),
+        Numbers::Wide { x, d: Some(d) } => score_page(q, x, d, scores, at),
+    }
+}
+
+/// Weighted sums of one page; see [`Attention`](crate::kernels::isa::Attention).
+pub(super) fn accumulate_values(
+    scores: &[Scores],
+    at: usize,
+    tokens: Range<usize>,
+    values: Numbers,
+    out: &mut [f32],
+) {
+    match values {
+        Numbers::F16(values) => accumulate_page(scores, at, tokens, values, (), out),
+        Numbers::Q8 { q, d } => accumulate_page(scores, at, tokens, q, d, out),
+        Numbers::Wide { x, d: None } => accumulate_page(scores, at, tokens, x, (), out),
+        Numbers::Wide { x, d: Some(d) } => accumulate_page(scores, at, tokens, x, d, out),
+    }
+}
+
+/// Converts numbers to f32; see [`Attention`](crate::kernels::isa::Attention).
+pub(super) fn widen(from: Numbers, range: Range<usize>, to: &mut [f32]) {
+    match from {
+        Numbers::F16(x) => widen_numbers(&x[range], to),
+        Numbers::Q8 { q, .. } => widen_numbers(&q[range], to),
+        Numbers::Wide { x, .. } => to.copy_from_slice(&x[range]),
+    }
+}
+
 /// Converts to f32; the lengths must be equal multiples of eight. The CPU must have AVX2 and F16C.
-pub(crate) fn widen<N: Number>(from: &[N], to: &mut [f32]) {
+fn widen_numbers<N: Number>(from: &[N], to: &mut [f32]) {
     assert!(from.len() == to.len() && from.len().is_multiple_of(8));
     /// # Safety
     /// Both must have `count` numbers, a multiple of eight, and the CPU must have AVX2 and F16C.
@@ -60,7 +95,7 @@ fn fit<S: Scales>(scales: S, dim: usize) -> bool {
 
 /// `scores[row][at..at + 32] = q[row] · keys`; `keys` (head_dim, 32), `scales` (blocks, 32), `q`
 /// (rows, head_dim), at most four rows. The CPU must have AVX2, FMA and F16C.
-pub(crate) fn score<N: Number, S: Scales>(
+fn score_page<N: Number, S: Scales>(
     q: &[f32],
     keys: &[N],
     scales: S,
@@ -138,7 +173,7 @@ unsafe fn score_rows<const R: usize, N: Number, S: Scales>(
 /// `out[row] += scores[row][at + t] * values[t]` for the tokens `tokens` of a page that begins at
 /// `at`; `values` (32, dim), `scales` (blocks, 32), `out` (rows, dim), at most four rows, `dim` a
 /// multiple of 8. The CPU must have AVX2, FMA and F16C.
-pub(crate) fn accumulate_values<N: Number, S: Scales>(
+fn accumulate_page<N: Number, S: Scales>(
     scores: &[Scores],
     at: usize,
     tokens: Range<usize>,

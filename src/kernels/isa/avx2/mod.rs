@@ -2,18 +2,47 @@
 
 mod attention;
 mod block;
-pub(super) mod dense;
+mod dense;
 mod float;
 mod quantize;
 mod quantized;
 
-pub(super) use attention::{Number, accumulate_values, score, widen};
-pub(super) use quantize::quantize;
-
-use super::matmul::Tile;
-use super::pack::*;
+use super::{Attention, Dense, Kernels};
+use crate::kernels::gemm;
+use crate::kernels::matmul::Tile;
+use crate::kernels::pack::*;
 use half::bf16;
 use std::arch::x86_64::*;
+
+pub(super) const KERNELS: Kernels = Kernels {
+    tile,
+    tokens,
+    groups,
+    quantize: quantize::quantize,
+    attention: Attention {
+        score: attention::score,
+        accumulate_values: attention::accumulate_values,
+        widen: attention::widen,
+    },
+    dense: Dense { shape: gemm::NARROW, tile: dense::tile, transpose: dense::transpose },
+};
+
+/// Most tokens of a tile: as many sums as the registers can hold.
+fn tokens(kind: Kind) -> usize {
+    if kind.is_float() { 6 } else { 4 }
+}
+
+/// Most groups of a tile.
+fn groups(kind: Kind, tokens: usize) -> usize {
+    match tokens {
+        // Limited by memory bandwidth: more rows in flight.
+        1 => 4,
+        // Enough independent sums to hide the latency of each.
+        _ if kind.is_float() => 2,
+        // The weights of one group's block fit into registers; those of two groups do not.
+        _ => 1,
+    }
+}
 
 /// Bytes per cache line.
 const LINE: usize = 64;
@@ -41,7 +70,7 @@ fn signed_whole(bytes: &[i8; 8]) -> __m256 {
 
 /// The kernel for a tile of `groups` groups and `tokens` tokens; the CPU must have AVX2, FMA and
 /// F16C.
-pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
+fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
     match (groups, tokens) {
         (2, 2) => of_floats::<2, 2>(kind),
         (2, 3) => of_floats::<2, 3>(kind),

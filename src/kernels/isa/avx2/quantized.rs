@@ -88,15 +88,16 @@ unsafe fn single<B: Block, const G: usize, const T: usize>(
     acc: &mut [[__m256; T]; G],
     blocks: usize,
 ) {
+    let at = b * x[0].step;
     // SAFETY: guaranteed by the caller.
-    let sums = unsafe { sums(block, 0, b, x, blocks) };
+    let sums = unsafe { sums(block, 0, at, x, blocks) };
     for g in 0..G {
         // SAFETY: guaranteed by the caller.
         let (d, min) = unsafe { (block[g].d(), block[g].min(0)) };
         for t in 0..T {
             // SAFETY: the row has a scale and a sum for each block.
             let (xd, xs) = unsafe {
-                (_mm256_broadcast_ss(&*x[t].d.add(b)), _mm256_broadcast_ss(&*x[t].s.add(b)))
+                (_mm256_broadcast_ss(&*x[t].d.add(at)), _mm256_broadcast_ss(&*x[t].s.add(at)))
             };
             let scaled = _mm256_mul_ps(d, xd);
             acc[g][t] = _mm256_fmadd_ps(scaled, _mm256_cvtepi32_ps(sums[g][t]), acc[g][t]);
@@ -123,7 +124,7 @@ unsafe fn several<B: Block, const G: usize, const T: usize>(
 ) {
     let mut products = [[_mm256_setzero_ps(); T]; G];
     for sub in 0..B::SUBS {
-        let at = b * B::SUBS + sub;
+        let at = (b * B::SUBS + sub) * x[0].step;
         // SAFETY: guaranteed by the caller.
         let sums = unsafe { sums(block, sub, at, x, blocks) };
         for t in 0..T {
@@ -149,13 +150,18 @@ unsafe fn several<B: Block, const G: usize, const T: usize>(
     let mut mins = [[[_mm256_setzero_ps(); T]; G]; 2];
     let each = if B::SIXTEENS { 2 } else { 1 };
     for i in 0..B::SUBS * each {
+        let at = (b * B::SUBS + i / each) * x[0].step;
         for g in 0..G {
             // SAFETY: guaranteed by the caller.
             let min = unsafe { block[g].min(i) };
             for t in 0..T {
-                let sums = if B::SIXTEENS { x[t].h } else { x[t].s };
                 // SAFETY: the row has a sum for each block, and two sums for its halves.
-                let xs = unsafe { _mm256_broadcast_ss(&*sums.add(b * B::SUBS * each + i)) };
+                let xs = unsafe {
+                    _mm256_broadcast_ss(&*match B::SIXTEENS {
+                        true => x[t].h.add(2 * at + i % 2),
+                        false => x[t].s.add(at),
+                    })
+                };
                 mins[i % 2][g][t] = _mm256_fmadd_ps(min, xs, mins[i % 2][g][t]);
             }
         }
