@@ -15,7 +15,7 @@ pub use values::{
     ShareScope, Span,
 };
 
-use crate::ipc::{KvCacheType, KvLayout, RunnerKind, Speculate};
+use crate::ipc::{ActivationType, KvCacheType, KvLayout, RunnerKind, Speculate};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -88,6 +88,7 @@ pub struct EngineConfig {
     pub context_length: Option<u32>,
     pub kv_tokens: Option<u32>,
     pub kv_type: KvCacheType,
+    pub activations: ActivationType,
     pub kv_layout: Option<KvLayout>,
     pub max_sequences: Option<u32>,
     pub batch_tokens: u32,
@@ -404,6 +405,7 @@ impl ServeOptions {
             context_length: self.context_length.map(NonZeroU32::get),
             kv_tokens: self.kv_tokens.map(NonZeroU32::get),
             kv_type,
+            activations: self.activations.unwrap_or(ActivationType::Auto),
             kv_layout: self.kv_layout,
             max_sequences,
             batch_tokens,

@@ -4,7 +4,7 @@ use super::values::{
     AdapterArg, ByteSize, LogFormat, RemoteKeyArg, RemoteModelArg, Secret, ShareScope, Span,
 };
 use super::{ConfigError, default_data_dir};
-use crate::ipc::{KvCacheType, KvLayout, RunnerKind, Speculate};
+use crate::ipc::{ActivationType, KvCacheType, KvLayout, RunnerKind, Speculate};
 use clap::builder::BoolishValueParser;
 use serde::Deserialize;
 use std::num::NonZeroU32;
@@ -154,6 +154,10 @@ pub struct ServeOptions {
     /// Number format of the KV cache; q8_0 takes 53% of the memory [default: f16]
     #[arg(long, value_name = "TYPE", env = "INGOT_KV_TYPE", help_heading = "Engine")]
     pub kv_type: Option<KvCacheType>,
+
+    /// Integers to which the native runner rounds activations [default: auto]
+    #[arg(long, value_name = "TYPE", env = "INGOT_ACTIVATIONS", help_heading = "Engine")]
+    pub activations: Option<ActivationType>,
 
     /// Layout of llama.cpp's KV cache [default: streams where memory allows, the faster one]
     #[arg(long, value_name = "LAYOUT", env = "INGOT_KV_LAYOUT", help_heading = "Engine")]
@@ -306,7 +310,7 @@ impl ServeOptions {
             options: config, data_dir, host, port, max_connections, header_timeout, body_timeout,
                 slow_client_timeout, grace_time, api_key_file, admin_key, rate_limit,
                 max_concurrent_per_key, share_prefixes, request_timeout, body_limit,
-                parse_control_tokens, queue_limit, context_length, kv_tokens, kv_type, kv_layout, max_sequences, batch_tokens,
+                parse_control_tokens, queue_limit, context_length, kv_tokens, kv_type, activations, kv_layout, max_sequences, batch_tokens,
                 threads, gpu_layers, runner, flash_attention, mmap, target_step_ms, speculate,
                 draft_model, watchdog, max_loaded_models, memory_budget, max_running_jobs, job_memory_reserve, mock_step_us, log_format, log_level, log_prompts;
             lists: models, allowed_host, api_key, adapter, remote_model, remote_key,

@@ -63,6 +63,7 @@ pub struct LoadSpec {
     /// Most tokens in one step.
     pub batch_tokens: u32,
     pub kv_type: KvCacheType,
+    pub activations: ActivationType,
     pub flash_attention: bool,
     pub kv_layout: KvLayout,
     pub threads: u32,
@@ -90,6 +91,7 @@ impl LoadSpec {
             max_sequences: 8,
             batch_tokens: 512,
             kv_type: KvCacheType::F16,
+            activations: ActivationType::Auto,
             flash_attention: false,
             kv_layout: KvLayout::Unified,
             threads: 2,
@@ -121,6 +123,19 @@ pub enum KvCacheType {
     F16,
     #[value(name = "q8_0")]
     Q8_0,
+}
+
+/// The integers to which the native runner rounds the inputs of quantized matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationType {
+    /// 16 bits where rounding moves the predictions most for its cost: in the output matrix, the
+    /// values' matrices and the last layer; 8 bits elsewhere.
+    Auto,
+    /// 8 bits everywhere: the fastest.
+    I8,
+    /// 16 bits everywhere: the closest to F32, at about twice the cost of a prompt.
+    I16,
 }
 
 /// Cache layout of the llama_cpp runner (measurements: docs/log/serving.md).

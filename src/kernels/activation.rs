@@ -143,26 +143,58 @@ impl QuantizedWriter {
         assert!(col.is_multiple_of(BLOCK) && values.len().is_multiple_of(BLOCK));
         assert!(col + values.len() <= self.cols && row < self.rows);
         let (first, step) = blocks_of(row, self.rows, self.cols / BLOCK);
-        let quantize = isa().kernels().quantize;
+        for (block, values) in values.as_chunks::<BLOCK>().0.iter().enumerate() {
+            // SAFETY: guaranteed by the caller.
+            unsafe { self.write_block(first + (col / BLOCK + block) * step, values) };
+        }
+    }
+
+    /// Quantizes `values` (whole blocks) into rows `2 * row` and `2 * row + 1`: the first holds the
+    /// values, and the second what their rounding left out, with a scale of its own.
+    ///
+    /// # Safety
+    /// As for [`QuantizedWriter::write`].
+    pub unsafe fn write_twice(&self, row: usize, col: usize, values: &[f32]) {
+        if self.cols == 0 {
+            return;
+        }
+        assert!(col.is_multiple_of(BLOCK) && values.len().is_multiple_of(BLOCK));
+        assert!(col + values.len() <= self.cols && 2 * row + 1 < self.rows);
+        let (first, step) = blocks_of(2 * row, self.rows, self.cols / BLOCK);
         for (block, values) in values.as_chunks::<BLOCK>().0.iter().enumerate() {
             let at = first + (col / BLOCK + block) * step;
-            // SAFETY: guaranteed by the caller.
-            let (q, d, s, h, z) = unsafe {
-                (
-                    self.q.part(at * BLOCK, BLOCK),
-                    self.d.part(at, 1),
-                    self.s.part(at, 1),
-                    self.h.part(at * 2, 2),
-                    self.z.part(at, 1),
-                )
-            };
-            let (scale, sums) = quantize(values, q.try_into().expect("a block"));
-            d[0] = scale;
-            s[0] = scale * (sums[0] + sums[1]) as f32;
-            h[0] = scale * sums[0] as f32;
-            h[1] = scale * sums[1] as f32;
-            z[0] = -128 * (sums[0] + sums[1]);
+            // SAFETY: guaranteed by the caller; the second row is in the same panel.
+            unsafe {
+                let (q, d) = self.write_block(at, values);
+                let rest = |i: usize| f32::from(q[i]).mul_add(-d, values[i]);
+                self.write_block(at + 1, &std::array::from_fn(rest));
+            }
         }
+    }
+
+    /// Quantizes one block; returns the integers and the scale.
+    ///
+    /// # Safety
+    /// As for [`QuantizedWriter::write`].
+    unsafe fn write_block(&self, at: usize, values: &[f32; BLOCK]) -> (&[i8; BLOCK], f32) {
+        // SAFETY: guaranteed by the caller.
+        let (q, d, s, h, z) = unsafe {
+            (
+                self.q.part(at * BLOCK, BLOCK),
+                self.d.part(at, 1),
+                self.s.part(at, 1),
+                self.h.part(at * 2, 2),
+                self.z.part(at, 1),
+            )
+        };
+        let q: &mut [i8; BLOCK] = q.try_into().expect("a block");
+        let (scale, sums) = (isa().kernels().quantize)(values, q);
+        d[0] = scale;
+        s[0] = scale * (sums[0] + sums[1]) as f32;
+        h[0] = scale * sums[0] as f32;
+        h[1] = scale * sums[1] as f32;
+        z[0] = -128 * (sums[0] + sums[1]);
+        (q, scale)
     }
 }
 

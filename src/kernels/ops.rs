@@ -2,7 +2,7 @@
 //!
 //! The interface is safe: every function checks its lengths, and its chunks write disjoint parts.
 
-use super::activation::{PANEL, Quantized};
+use super::activation::{PANEL, Quantized, QuantizedWriter};
 use super::attention::{self, Head, Plan, Scratch};
 use super::cache::{KvCache, PAGE};
 use super::isa::isa;
@@ -41,6 +41,8 @@ pub struct Activations {
     cols: usize,
     float: Vec<f32>,
     quantized: Quantized,
+    /// Two rows for each row, or none; see [`Matrix::takes_wide`].
+    wide: Quantized,
     only_float: bool,
 }
 
@@ -55,6 +57,16 @@ impl Activations {
         (self.rows, self.cols) = (rows, cols);
         self.float.resize(rows * cols, 0.0);
         self.quantized.resize(rows, if self.only_float { 0 } else { cols });
+        self.wide.resize(0, 0);
+    }
+
+    /// Sets whether the rows will be multiplied by a matrix that takes 16 bits; the contents of the
+    /// rows of 16 bits become unspecified.
+    pub fn set_wide(&mut self, wide: bool) {
+        match wide {
+            true => self.wide.resize(2 * self.rows, self.cols),
+            false => self.wide.resize(0, 0),
+        }
     }
 
     pub fn rows(&self) -> usize {
@@ -68,9 +80,16 @@ impl Activations {
 
     fn input(&self, matrix: &Matrix) -> Input<'_> {
         match matrix.takes_quantized() {
+            true if matrix.takes_wide() => Input::Wide(&self.wide),
             true => Input::Quantized(&self.quantized),
             false => self.floats(),
         }
+    }
+
+    /// The rows in f32, and a writer of their quantized forms.
+    fn writers(&mut self) -> (Disjoint<f32>, RowWriter) {
+        let (quantized, wide) = (self.quantized.writer(), self.wide.writer());
+        (Disjoint::new(&mut self.float), RowWriter { quantized, wide })
     }
 
     pub(super) fn floats(&self) -> Input<'_> {
@@ -79,6 +98,25 @@ impl Activations {
 
     pub(super) fn cols(&self) -> usize {
         self.cols
+    }
+}
+
+/// Writes the quantized forms of rows from several threads.
+#[derive(Clone, Copy)]
+struct RowWriter {
+    quantized: QuantizedWriter,
+    wide: QuantizedWriter,
+}
+
+impl RowWriter {
+    /// # Safety
+    /// As for [`QuantizedWriter::write`].
+    unsafe fn write(&self, row: usize, col: usize, values: &[f32]) {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            self.quantized.write(row, col, values);
+            self.wide.write_twice(row, col, values);
+        }
     }
 }
 
@@ -99,7 +137,7 @@ fn chunk_of(chunk: usize, each: usize, end: usize) -> Range<usize> {
 pub fn norm(pool: &mut Pool, x: &[f32], weight: &[f32], epsilon: f32, out: &mut Activations) {
     let (rows, cols) = (out.rows, out.cols);
     assert!(x.len() == rows * cols && weight.len() == cols);
-    let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
+    let (float, quantized) = out.writers();
     let each = rows.div_ceil(4 * pool.threads()).max(4);
     pool.run(rows.div_ceil(each), |chunk| {
         for row in chunk_of(chunk, each, rows) {
@@ -253,7 +291,7 @@ fn gated_by(
     let (rows, cols, total) = (x.rows, out.cols, gates.gate.groups());
     assert!(out.rows == rows && halves.iter().all(|(matrix, _)| matrix.rows() == cols));
     let lows = first_halves(pool, x, &halves.map(|(_, adapted)| &adapted[..]), low);
-    let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
+    let (float, quantized) = out.writers();
     let each = groups_of_chunk(total, rows, pool).next_multiple_of(BLOCK_GROUPS);
     pool.run(total.div_ceil(each), |chunk| {
         let groups = chunk_of(chunk, each, total);
@@ -359,7 +397,7 @@ pub fn attend(
     let width = cols / kv_heads;
     let head =
         |head| Head { isa: isa(), cache, layer, head, group: width / dim, cap: plan.scope.cap };
-    let (float, quantized) = (Disjoint::new(&mut out.float), out.quantized.writer());
+    let (float, quantized) = out.writers();
     let size = head(0).kept();
     kept.resize(plan.slots * kv_heads * size, 0.0);
     let keep = Disjoint::new(kept);

@@ -24,7 +24,7 @@ use crate::engine::runner::{
     Batch, BatchSequence, MAX_PROMPT_LOGITS, ModelRunner, PAGE_TOKENS, RunnerError, SeqSlot, Wants,
 };
 use crate::gguf::{Gguf, ModelFacts, TensorType, dequantized_bytes, write_dequantized};
-use crate::ipc::{KvLayout, LoadSpec, RunnerKind, Token};
+use crate::ipc::{ActivationType, KvLayout, LoadSpec, RunnerKind, Token};
 use crate::job::{VerifyError, VerifyPlan, VerifyProgress, VerifyReport};
 use divergence::{Divergence, Reference};
 use std::fs;
@@ -37,6 +37,8 @@ pub const SAMPLE: &str = include_str!("sample.txt");
 /// The names of the runners in the report.
 const REFERENCE: &str = "F32, llama.cpp";
 const NATIVE: &str = "native";
+const NATIVE_I8: &str = "native, i8";
+const NATIVE_I16: &str = "native, i16";
 const LLAMA_CPP: &str = "llama.cpp";
 const PROOF: &str = "F32, native";
 
@@ -64,6 +66,7 @@ pub fn verify(
     let file = Gguf::open(&plan.model)?;
     let facts = ModelFacts::read(&file)?;
     let exact = is_f32(&file);
+    let quantized = file.tensors().iter().any(|tensor| tensor.ty().block_size() > 1);
     let copy = match exact {
         true => None,
         false => Some(Copy::write(&file, &plan.folder, progress)?),
@@ -87,6 +90,13 @@ pub fn verify(
     let uncovered = match Native::load(&spec(&plan.model)) {
         Ok(native) => {
             add(NATIVE, Box::new(native));
+            let others = [(NATIVE_I8, ActivationType::I8), (NATIVE_I16, ActivationType::I16)];
+            for (name, activations) in others.into_iter().filter(|_| quantized) {
+                progress(VerifyProgress::Loading(name));
+                let spec = LoadSpec { activations, ..spec(&plan.model) };
+                let native = Native::load(&spec).map_err(|why| RunnerError(why.to_string()))?;
+                add(name, Box::new(native));
+            }
             None
         }
         Err(reason) => Some(reason.to_string()),

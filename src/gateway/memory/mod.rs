@@ -475,6 +475,7 @@ impl<'a> Sketch<'a> {
                 max_sequences: narrow(self.sequences),
                 batch_tokens: narrow(self.batch_tokens()),
                 kv_type: self.config.kv_type,
+                activations: self.config.activations,
                 flash_attention: self.flash_attention(),
                 kv_layout: self.layout,
                 threads: self.config.threads,

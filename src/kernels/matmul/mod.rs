@@ -7,6 +7,7 @@ use super::activation::{PANEL, Quantized, Row};
 use super::isa::Isa;
 use super::pack::{Kind, LANES, Matrix};
 use super::pool::Disjoint;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Computes a tile of the result: `groups` groups of eight rows from `weights` on, with `blocks`
@@ -22,6 +23,8 @@ pub(super) type Tile =
 #[derive(Clone, Copy)]
 pub enum Input<'a> {
     Quantized(&'a Quantized),
+    /// Two rows for each token, whose products are added: see [`Matrix::takes_wide`].
+    Wide(&'a Quantized),
     /// (rows, columns)
     Float(&'a [f32], usize),
 }
@@ -29,7 +32,7 @@ pub enum Input<'a> {
 impl Input<'_> {
     fn row(&self, row: usize) -> Row {
         match self {
-            Self::Quantized(x) => x.row(row),
+            Self::Quantized(x) | Self::Wide(x) => x.row(row),
             Self::Float(x, cols) => {
                 Row { f: x[row * cols..(row + 1) * cols].as_ptr(), ..Row::default() }
             }
@@ -38,7 +41,7 @@ impl Input<'_> {
 
     fn cols(&self) -> usize {
         match self {
-            Self::Quantized(x) => x.cols(),
+            Self::Quantized(x) | Self::Wide(x) => x.cols(),
             Self::Float(_, cols) => *cols,
         }
     }
@@ -61,7 +64,7 @@ pub unsafe fn multiply(
 ) {
     assert!(groups.end <= matrix.groups(), "the rows are inside");
     assert_eq!(input.cols(), matrix.cols(), "the input has a value for every column");
-    assert_eq!(matches!(input, Input::Quantized(_)), matrix.takes_quantized());
+    assert_eq!(matches!(input, Input::Float(..)), !matrix.takes_quantized());
     if tokens.is_empty() || groups.is_empty() {
         return;
     }
@@ -69,6 +72,52 @@ pub unsafe fn multiply(
     let span = (tokens.len() - 1) * stride + groups.len() * LANES;
     let out = out.span(at, span);
     let weights = Weights::of(matrix);
+    if !matches!(input, Input::Wide(_)) {
+        // SAFETY: guaranteed by the caller and checked above.
+        return unsafe { run(isa, &weights, groups, input, tokens, out, stride) };
+    }
+    // The rows of as many tokens as one panel holds.
+    const TOKENS: usize = PANEL / 2;
+    let count = groups.len() * LANES;
+    let mut sums = SUMS.take();
+    sums.resize(2 * TOKENS * count, 0.0);
+    for first in tokens.clone().step_by(TOKENS) {
+        let rows = 2 * first..2 * (first + TOKENS).min(tokens.end);
+        // SAFETY: as above; the sums have room for the rows.
+        unsafe {
+            run(isa, &weights, groups.clone(), input, rows.clone(), sums.as_mut_ptr(), count);
+            for (t, pair) in sums.chunks_exact(2 * count).take(rows.len() / 2).enumerate() {
+                let (values, rests) = pair.split_at(count);
+                let out = out.add((first + t - tokens.start) * stride);
+                for (at, (value, rest)) in values.iter().zip(rests).enumerate() {
+                    *out.add(at) = value + rest;
+                }
+            }
+        }
+    }
+    SUMS.set(sums);
+}
+
+thread_local! {
+    /// Scratch for the products of two rows for each token.
+    static SUMS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Computes the products of some rows of the input; the first row's first product is stored at
+/// `out`.
+///
+/// # Safety
+/// The groups and rows must be inside, and the products writable; the CPU must have the
+/// instructions.
+unsafe fn run(
+    isa: Isa,
+    weights: &Weights,
+    groups: Range<usize>,
+    input: &Input,
+    tokens: Range<usize>,
+    out: *mut f32,
+    stride: usize,
+) {
     let kernels = isa.kernels();
     let mut rows = [Row::default(); PANEL];
     let most = (kernels.tokens)(weights.kind);
@@ -86,8 +135,7 @@ pub unsafe fn multiply(
             let wide = if left >= most { most } else { 1 << left.ilog2() };
             let tile = (kernels.tile)(weights.kind, wide, count);
             let offset = (first - tokens.start) * stride + (group - groups.start) * LANES;
-            // SAFETY: the groups and tokens are inside, `span` covers what is written, and the CPU
-            // supports the instructions.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 let from = weights.data.add(group * weights.group_bytes);
                 tile(from, weights.blocks, &rows[..count], out.add(offset), stride);

@@ -4,7 +4,7 @@ use crate::gguf::{
     Gguf, GgufError, LayerKind, ModelConfig, PARTS, PROJECTIONS, Projection, UnsupportedModel,
     dequantize, rows_of,
 };
-use crate::ipc::Token;
+use crate::ipc::{ActivationType, Token};
 use crate::kernels::rope::rope;
 use crate::kernels::vector::Rope;
 use crate::kernels::{Matrix, Pool};
@@ -86,6 +86,27 @@ impl Weights {
             [q, k, v, output, gate, up, down].iter().any(|matrix| matrix.takes_quantized())
         };
         self.head.takes_quantized() || self.layers.iter().any(of)
+    }
+
+    /// Chooses the matrices that take activations of 16 bits.
+    ///
+    /// A simulation says how much rounding the inputs of each kind of matrix to 8 bits moves the
+    /// predictions of SmolLM2-135M, as mean KL divergence: 0.0030 all, 0.0009 the head, 0.0006 the
+    /// last layer (other layers less than 0.0001), 0.0005 the values' matrices, which are small.
+    pub(super) fn widen(&mut self, activations: ActivationType) {
+        let (all, some) = (activations == ActivationType::I16, activations != ActivationType::I8);
+        let last = self.layers.len().saturating_sub(1);
+        for (number, layer) in self.layers.iter_mut().enumerate() {
+            let Layer { q, k, v, output, gate, up, down, .. } = layer;
+            if all || some && number == last {
+                [q, k, v, output, gate, up, down].into_iter().for_each(Matrix::widen);
+            } else if some {
+                v.widen();
+            }
+        }
+        if some {
+            self.head.widen();
+        }
     }
 
     /// (width) the embedding of a token.
