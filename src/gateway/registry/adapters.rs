@@ -49,6 +49,8 @@ pub struct AdapterVersion {
     pub created: u64,
     /// Result of the check; `None` with the mock runner.
     pub info: Option<LoraInfo>,
+    /// The folder or file that was loaded; it may have been moved since.
+    pub(super) source: PathBuf,
     base: String,
     engine: Arc<Engine>,
     file: WorkFile,
@@ -171,6 +173,7 @@ impl Registry {
         let replaced = {
             let mut state = self.lock();
             state.unloaded.remove(&version.name);
+            state.command_line.remove(&version.name);
             let still_there =
                 state.models.get(&base.name).is_some_and(|model| Arc::ptr_eq(model, &base));
             if !still_there {
@@ -234,6 +237,7 @@ impl Registry {
             scale: spec.scale,
             created: seconds_since_1970(),
             info,
+            source: spec.path,
             base: base.name.clone(),
             engine: base.engine.clone(),
             file,
@@ -260,10 +264,11 @@ impl Registry {
     /// Removes an adapter. Running requests finish with it.
     ///
     /// # Errors
-    /// 404 if there is no adapter of that name.
+    /// 404 if there is no adapter of that name, 409 if a published name stands for it.
     pub fn unload_adapter(&self, name: &str) -> Result<(), ApiError> {
         let removed = {
             let mut state = self.lock();
+            state.check_unpublished(name)?;
             state.unloaded.insert(name.to_owned());
             state.adapters.remove(name)
         };

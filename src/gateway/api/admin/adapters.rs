@@ -93,7 +93,6 @@ pub async fn unload(
     name: Result<Path<String>, PathRejection>,
 ) -> Answer {
     let name = path_name(name)?;
-    app.registry.check_unpublished(&name)?;
     app.registry.unload_adapter(&name)?;
     ok(json!({"id": name, "object": "adapter", "deleted": true}))
 }

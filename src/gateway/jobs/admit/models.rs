@@ -18,7 +18,7 @@ const IMATRIX: &str = "quantize.imatrix";
 impl Jobs {
     pub(super) async fn admit_quantization(
         self: &Arc<Self>,
-        spec: QuantizeSpec,
+        mut spec: QuantizeSpec,
         requester: Requester,
     ) -> Result<StoredJob, ApiError> {
         let files = self.registry.model_files(&spec.model).await?;
@@ -29,6 +29,8 @@ impl Jobs {
             );
             return Err(ApiError::invalid("model", message));
         }
+        // A published name may stand for another model later.
+        spec.model.clone_from(&files.name);
         let name = spec.new_name();
         check_name("name", &name)?;
         let jobs = self.clone();
@@ -74,6 +76,9 @@ impl Jobs {
             let param = why.split_once(": ").map_or("evaluate", |(key, _)| key).to_owned();
             ApiError::invalid(&param, format!("{why}."))
         })?;
+        if let Some(name) = &spec.name {
+            check_name("name", name)?;
+        }
         let mut models = Vec::with_capacity(spec.evaluate.models.len());
         for name in &spec.evaluate.models {
             models.push(self.eval_model(name, "evaluate.models").await?);
