@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Maximum length of the name of a model or adapter.
-const MAX_NAME: usize = 200;
+pub(in crate::gateway) const MAX_NAME: usize = 200;
 
 /// All loaded models and adapters.
 #[derive(Debug)]

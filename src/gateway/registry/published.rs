@@ -411,8 +411,8 @@ fn next(
         }
         (Some(before), Some(_)) if before.model == model => {
             let message = format!(
-                "`{model}` serves all requests for `{name}` that have no other model; leave out share \
-                 to end the share of another model."
+                "`{model}` serves `{name}` already: name another model for the share, or leave out \
+                 share to end the share of a candidate."
             );
             Err(ApiError::invalid("share", message))
         }

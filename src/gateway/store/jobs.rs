@@ -174,7 +174,7 @@ impl Store {
         let ended = names(&[JobStatus::Succeeded, JobStatus::Failed, JobStatus::Cancelled]);
         let sql = format!(
             "SELECT * FROM jobs WHERE kind <> 'evaluate' AND status NOT IN ({ended}) \
-             AND (name = ?1 OR instr(?1, name || ':ckpt-step-') = 1) LIMIT 1"
+             AND (name = ?1 OR instr(?1, name || ':ckpt-step-') = 1) ORDER BY rowid LIMIT 1"
         );
         self.with(|c| c.query_row(&sql, [name], job).optional())
     }

@@ -2,7 +2,7 @@
 
 use super::{Jobs, Requester, new_id};
 use crate::gateway::error::ApiError;
-use crate::gateway::registry::check_name;
+use crate::gateway::registry::{MAX_NAME, check_name};
 use crate::gateway::store::StoredJob;
 use crate::gguf::Gguf;
 use crate::job::spec::VERSION;
@@ -76,8 +76,12 @@ impl Jobs {
             let param = why.split_once(": ").map_or("evaluate", |(key, _)| key).to_owned();
             ApiError::invalid(&param, format!("{why}."))
         })?;
-        if let Some(name) = &spec.name {
-            check_name("name", name)?;
+        // No request names an evaluation, so its name may contain spaces.
+        if let Some(name) = &spec.name
+            && (name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control))
+        {
+            let message = format!("name must be 1 to {MAX_NAME} bytes without control characters.");
+            return Err(ApiError::invalid("name", message));
         }
         let mut models = Vec::with_capacity(spec.evaluate.models.len());
         for name in &spec.evaluate.models {
