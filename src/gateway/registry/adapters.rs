@@ -182,6 +182,9 @@ impl Registry {
             if state.models.contains_key(&version.name) || state.loading.contains(&version.name) {
                 return Err(name_is_a_models(&version.name));
             }
+            if state.is_published(&version.name) {
+                return Err(name_is_published(&version.name));
+            }
             state.adapters.insert(version.name.clone(), version.clone())
         };
         tracing::info!(adapter = version.name, model = base.name, "adapter loaded");
@@ -255,10 +258,10 @@ impl Registry {
         if state.models.contains_key(name) || state.loading.contains(name) {
             return Err(name_is_a_models(name));
         }
-        if state.published.contains_key(name) {
-            return Err(conflict(format!("`{name}` is a published name.")).with_param("name"));
+        match state.is_published(name) {
+            true => Err(name_is_published(name)),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Removes an adapter. Running requests finish with it.
@@ -336,6 +339,11 @@ async fn check_score(version: &AdapterVersion) -> Result<(), ApiError> {
 
 fn name_is_a_models(name: &str) -> ApiError {
     conflict(format!("`{name}` is the name of a model.")).with_param("name")
+}
+
+fn name_is_published(name: &str) -> ApiError {
+    conflict(format!("`{name}` is a published name; give the adapter another name."))
+        .with_param("name")
 }
 
 /// Writes the checked adapter to `out`. Blocks.

@@ -250,7 +250,7 @@ impl Loading {
             "is being unloaded"
         } else if state.adapters.contains_key(name) {
             "is the name of an adapter"
-        } else if state.published.contains_key(name) {
+        } else if state.is_published(name) {
             return Err(conflict(format!(
                 "`{name}` is a published name: load the model under another name, or remove the \
                  published name with `DELETE /admin/published/{name}`."

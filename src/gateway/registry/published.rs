@@ -61,6 +61,12 @@ impl State {
         self.published.get(name).map_or(name, |published| &published.model).to_owned()
     }
 
+    /// Whether a name is published, or is being published for the first time.
+    pub(super) fn is_published(&self, name: &str) -> bool {
+        self.published.contains_key(name)
+            || self.publication.as_ref().is_some_and(|publication| publication.name == name)
+    }
+
     fn is_loaded(&self, name: &str) -> bool {
         let base = self.adapters.get(name).map_or(name, |adapter| adapter.base());
         self.models.contains_key(base)
@@ -94,9 +100,9 @@ impl State {
 }
 
 impl Registry {
-    /// Whether `name` is published.
+    /// Whether `name` is published, or is being published for the first time.
     pub fn is_published(&self, name: &str) -> bool {
-        self.lock().published.contains_key(name)
+        self.lock().is_published(name)
     }
 
     /// The model or adapter that `name` stands for, never the candidate of a share: itself, unless
@@ -514,6 +520,9 @@ mod tests {
         let (registry, _folder) = registry();
         let hold = registry.hold("assistant", "a").await.unwrap();
         assert_eq!(registry.lock().serves("a"), Some("assistant"));
+        // No model takes the name in the meantime.
+        let error = registry.load_path("assistant", "none.gguf".into(), None).await.unwrap_err();
+        assert_eq!((error.status.as_u16(), error.param.as_deref()), (409, Some("name")));
         assert_eq!(registry.unload_adapter("a").unwrap_err().status, 409);
         drop(hold);
         assert_eq!(registry.unload_adapter("a").unwrap_err().status, 404);
