@@ -214,6 +214,14 @@ impl Registry {
         task.await.map_err(ApiError::internal)?
     }
 
+    /// Checks that no published name stands for a model or adapter.
+    ///
+    /// # Errors
+    /// 409.
+    pub fn check_unpublished(&self, model: &str) -> Result<(), ApiError> {
+        self.lock().check_unpublished(model)
+    }
+
     /// Waits for a publication in progress. No other begins until the guard is dropped.
     pub async fn pause_publications(&self) -> tokio::sync::MutexGuard<'_, ()> {
         self.one_publication_at_a_time.lock().await
