@@ -25,9 +25,6 @@ pub async fn start(
     }
     let engine = served.model.engine.clone();
     let name = served.target.clone();
-    if served.target != served.name {
-        app.metrics.published(&served.name, &served.target);
-    }
     let mut running = GenerationStream::new(app.config.limits.request_timeout, Some(served));
     for prompt in prompts {
         if app.config.log.prompts {

@@ -758,6 +758,8 @@ def test_a_name_is_published_and_goes_back():
     assert (now["model"], now["previous"], now["share"]) == (server.model, None, None), now
     assert "assistant" in [model.id for model in client.models.list()]
     assert served_by(3) == {server.model: 3}
+    status, error = refusal("/admin/published", {"name": "assistant", "model": server.model, "share": 0.5})
+    assert (status, error["param"]) == (400, "share"), error
     assert publish(adapter, share=0.5)["candidate"] == adapter
     served = served_by(24)
     assert sum(served.values()) == 24 and min(served.values()) >= 4, served

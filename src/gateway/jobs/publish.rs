@@ -5,9 +5,10 @@ use super::{Jobs, now};
 use crate::gateway::error::ApiError;
 use crate::gateway::registry::AdapterSpec;
 use crate::gateway::store::{
-    Products, StoredAdapter, StoredArtifact, StoredFile, StoredJob, StoredModel,
+    Finished, Products, StoredAdapter, StoredArtifact, StoredFile, StoredJob, StoredModel,
 };
 use crate::job::{Artifact, ArtifactKind, JobEvent, JobOrder, Level, Outcome};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -34,6 +35,16 @@ impl Jobs {
                 return self.failed(id, &failure);
             }
         };
+        // Checked before the adapter is loaded, which would replace a loaded adapter of that name.
+        let taken = job.makes_model()
+            && (self.registry.resolve(order.name()).is_ok()
+                || self.store().name_is_taken(order.name(), id).unwrap_or_else(|error| {
+                    tracing::error!(job = id, "its name cannot be checked: {error}");
+                    false
+                }));
+        if taken {
+            return self.name_taken(id, order.name(), &made);
+        }
         let adapter = made.iter().find(|artifact| artifact.kind == ArtifactKind::Adapter);
         let mut live = None;
         if let Some(adapter) = adapter {
@@ -62,8 +73,14 @@ impl Jobs {
         // final status.
         self.say(id, Level::Info, &created(&order));
         match self.store().finish_job(id, &products, now()) {
-            Ok(true) => {}
-            Ok(false) => {
+            Ok(Finished::Done) => {}
+            Ok(Finished::NameTaken) => {
+                if live.is_some() {
+                    let _ = self.registry.unload_adapter(order.name());
+                }
+                return self.name_taken(id, order.name(), &made);
+            }
+            Ok(Finished::OtherStatus) => {
                 // The job was cancelled at the last moment: nothing is published.
                 if live.is_some() {
                     let _ = self.registry.unload_adapter(order.name());
@@ -74,6 +91,19 @@ impl Jobs {
         }
         self.say(id, Level::Info, "The job has successfully completed.");
         self.tidy(id);
+    }
+
+    /// Fails a job whose name belongs to another model by now. Its files stay.
+    fn name_taken(&self, id: &str, name: &str, made: &[Artifact]) {
+        let artifacts: Vec<_> = made.iter().map(stored).collect();
+        if let Err(error) = self.store().put_artifacts(id, &artifacts) {
+            tracing::error!(job = id, "its artifacts cannot be listed: {error}");
+        }
+        let message = format!(
+            "`{name}` became the name of another model while the job ran: create the job again with \
+             another name. What the job made is among its artifacts."
+        );
+        self.fail(id, "name_taken", &message);
     }
 
     fn products(
@@ -116,28 +146,36 @@ impl Jobs {
     /// # Errors
     /// Errors of the database.
     pub fn forget(&self, name: &str) -> Result<bool, ApiError> {
-        let adapter = self.store().remove_adapter(name).map_err(ApiError::internal)?;
+        let adapter = self.store().forget_adapter(name).map_err(ApiError::internal)?;
         let model = self.store().remove_model(name).map_err(ApiError::internal)?;
         // It may not be loaded.
         let unloaded = self.registry.unload_adapter(name).is_ok();
         Ok(adapter || model || unloaded)
     }
 
-    /// Unloads the adapters of a job's checkpoints and removes them from the store.
+    /// Unloads the adapters of a job's checkpoints and removes them from the store, but for those
+    /// that published names need. Returns the names of these.
     ///
     /// # Errors
     /// Errors of the database, or of reading the job's events.
-    pub fn forget_checkpoints(&self, job: &StoredJob) -> Result<(), ApiError> {
+    pub fn forget_checkpoints(&self, job: &StoredJob) -> Result<BTreeSet<String>, ApiError> {
+        let mut kept = BTreeSet::new();
         for entry in self.events(&job.id)? {
-            if let JobEvent::Checkpoint { step } = entry.event {
-                self.forget(&checkpoint_name(&job.name, step))?;
+            let JobEvent::Checkpoint { step } = entry.event else { continue };
+            let name = checkpoint_name(&job.name, step);
+            match self.registry.check_deletable(&name) {
+                Ok(()) => drop(self.forget(&name)?),
+                Err(error) if error.status == http::StatusCode::CONFLICT => {
+                    kept.insert(name);
+                }
+                Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(kept)
     }
 
     /// Lists the adapters of the job's current checkpoints as `NAME:ckpt-step-N`, and removes those
-    /// of deleted checkpoints.
+    /// of deleted checkpoints, unless published names need them.
     pub(super) fn list_checkpoints(&self, id: &str) {
         let folder = self.folder(id);
         let (Ok(order), Ok(entries)) = (folder.order(), self.events(id)) else { return };
@@ -149,7 +187,11 @@ impl Jobs {
         for step in steps {
             let name = checkpoint_name(order.name(), step);
             let file = folder.checkpoint_adapter(step);
+            let listed = self.store().adapter(&name);
+            let kept = matches!(&listed, Ok(Some(adapter)) if adapter.is_kept_checkpoint());
             let done = match std::fs::metadata(&file) {
+                // It was published, and is listed with the file that was kept.
+                Ok(_) if kept => Ok(()),
                 Ok(found) => self.store().put_adapter(&StoredAdapter {
                     name,
                     base_model: base.to_owned(),
@@ -160,10 +202,14 @@ impl Jobs {
                     scale: 1.0,
                     created_at: now(),
                 }),
+                Err(_) if self.registry.check_deletable(&name).is_err() => {
+                    tracing::info!(job = id, adapter = name, "a published checkpoint is kept");
+                    Ok(())
+                }
                 Err(_) => {
                     // Running requests keep the adapter.
                     let _ = self.registry.unload_adapter(&name);
-                    self.store().remove_adapter(&name).map(drop)
+                    self.store().forget_adapter(&name).map(drop)
                 }
             };
             if let Err(error) = done {

@@ -1,6 +1,7 @@
 use super::admit::fits;
 use crate::gateway::store::{
-    JobStatus, Products, Store, StoredAdapter, StoredArtifact, StoredFile, StoredJob,
+    Candidate, Finished, JobStatus, Products, Published, Store, StoredAdapter, StoredArtifact,
+    StoredFile, StoredJob,
 };
 use crate::job::ResourceEstimate;
 
@@ -72,7 +73,8 @@ fn a_status_changes_once() {
     assert_eq!((found.status, found.started_at, found.finished_at), (Running, Some(3), None));
     assert!(go(&[Running, Paused], Cancelled, 7));
     assert_eq!(store.job("1").unwrap().unwrap().finished_at, Some(7));
-    assert!(!store.finish_job("1", &products("1"), 8).unwrap(), "it was cancelled");
+    let finished = store.finish_job("1", &products("1"), 8).unwrap();
+    assert_eq!(finished, Finished::OtherStatus, "it was cancelled");
     assert!(store.artifacts("1").unwrap().is_empty() && store.adapters().unwrap().is_empty());
     store.put_job(&job("2", "b")).unwrap();
     let why = Some("{\"code\": \"x\"}");
@@ -93,7 +95,7 @@ fn what_a_job_made_comes_with_its_status() {
     let queued: Vec<_> = store.jobs_in(Queued).unwrap().into_iter().map(|job| job.id).collect();
     assert_eq!(queued, ["1", "2"], "the oldest first");
     store.move_job("1", &[Queued], Running, None, 2).unwrap();
-    assert!(store.finish_job("1", &products("1"), 3).unwrap());
+    assert_eq!(store.finish_job("1", &products("1"), 3).unwrap(), Finished::Done);
     let found = store.job("1").unwrap().unwrap();
     assert_eq!((found.status, found.trained_tokens), (JobStatus::Succeeded, Some(9)));
     assert_eq!(store.artifacts("1").unwrap(), products("1").artifacts);
@@ -103,6 +105,65 @@ fn what_a_job_made_comes_with_its_status() {
     assert!(store.files(Some("b")).unwrap().is_empty());
     assert_eq!(store.jobs(Some("1")).unwrap().len(), 1);
     assert_eq!(store.jobs(None).unwrap().len(), 2);
+}
+
+#[test]
+fn the_name_of_another_model_is_not_taken_over() {
+    use JobStatus::{Queued, Running, Validating};
+    let (store, _folder) = store();
+    for id in ["1", "2"] {
+        store.put_job(&StoredJob { name: "new".into(), ..job(id, "a") }).unwrap();
+        store.move_job(id, &[Validating], Queued, None, 2).unwrap();
+        store.move_job(id, &[Queued], Running, None, 2).unwrap();
+    }
+    let makes = |id: &str| {
+        let file = format!("jobs/{id}/artifacts/adapter.gguf").into();
+        let adapter = StoredAdapter { name: "new".into(), file, ..products(id).adapter.unwrap() };
+        Products { adapter: Some(adapter), ..products(id) }
+    };
+    assert_eq!(store.job_making("new").unwrap().unwrap().id, "1");
+    assert!(store.job_making("new:ckpt-step-5").unwrap().is_some());
+    assert!(store.job_making("newer").unwrap().is_none());
+    assert_eq!(store.finish_job("1", &makes("1"), 3).unwrap(), Finished::Done);
+    assert!(!store.name_is_taken("new", "1").unwrap(), "the job itself made it");
+    assert!(store.name_is_taken("new", "2").unwrap());
+    assert_eq!(store.finish_job("2", &makes("2"), 4).unwrap(), Finished::NameTaken);
+    assert_eq!(store.job("2").unwrap().unwrap().status, Running);
+    assert_eq!(store.adapter("new").unwrap(), makes("1").adapter);
+    let evaluation = StoredJob { kind: "evaluate".into(), name: "other".into(), ..job("3", "a") };
+    store.put_job(&evaluation).unwrap();
+    assert!(!evaluation.makes_model() && store.job_making("other").unwrap().is_none());
+    let candidate = Some(Candidate { model: "b".into(), share: 0.5 });
+    let (name, model, previous) = ("other".into(), "a".into(), None);
+    let published = Published { name, model, previous, candidate, changed_at: 1 };
+    store.put_published(&published).unwrap();
+    assert!(store.name_is_taken("other", "3").unwrap());
+}
+
+#[test]
+fn a_published_checkpoint_keeps_its_file() {
+    let (store, folder) = store();
+    let file = std::path::PathBuf::from("jobs/1/checkpoints/adapter-5.gguf");
+    std::fs::create_dir_all(folder.path().join("jobs/1/checkpoints")).unwrap();
+    std::fs::write(folder.path().join(&file), b"weights").unwrap();
+    let name = "new:ckpt-step-5";
+    let checkpoint = StoredAdapter { name: name.into(), file, ..products("1").adapter.unwrap() };
+    store.put_adapter(&checkpoint).unwrap();
+    store.put_adapter(&products("1").adapter.unwrap()).unwrap();
+    store.keep_checkpoint(name).unwrap().unwrap();
+    std::fs::remove_file(folder.path().join(&checkpoint.file)).unwrap();
+    let kept = store.adapter(name).unwrap().unwrap();
+    assert!(kept.is_kept_checkpoint() && !checkpoint.is_kept_checkpoint());
+    let file = folder.path().join(&kept.file);
+    assert_eq!(std::fs::read(&file).unwrap(), b"weights");
+    // Twice is once, and other adapters stay where they are.
+    for name in [name, "ft:m:ingot::1", "unknown"] {
+        store.keep_checkpoint(name).unwrap().unwrap();
+    }
+    assert_eq!(store.adapter(name).unwrap(), Some(kept));
+    assert_eq!(store.adapter("ft:m:ingot::1").unwrap(), products("1").adapter);
+    assert!(store.forget_adapter(name).unwrap() && !file.exists());
+    assert!(!store.forget_adapter(name).unwrap());
 }
 
 #[test]

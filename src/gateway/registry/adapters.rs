@@ -49,6 +49,8 @@ pub struct AdapterVersion {
     pub created: u64,
     /// Result of the check; `None` with the mock runner.
     pub info: Option<LoraInfo>,
+    /// The folder or file that was loaded; it may have been moved since.
+    pub(super) source: PathBuf,
     base: String,
     engine: Arc<Engine>,
     file: WorkFile,
@@ -171,6 +173,7 @@ impl Registry {
         let replaced = {
             let mut state = self.lock();
             state.unloaded.remove(&version.name);
+            state.command_line.remove(&version.name);
             let still_there =
                 state.models.get(&base.name).is_some_and(|model| Arc::ptr_eq(model, &base));
             if !still_there {
@@ -178,6 +181,9 @@ impl Registry {
             }
             if state.models.contains_key(&version.name) || state.loading.contains(&version.name) {
                 return Err(name_is_a_models(&version.name));
+            }
+            if state.is_published(&version.name) {
+                return Err(name_is_published(&version.name));
             }
             state.adapters.insert(version.name.clone(), version.clone())
         };
@@ -234,6 +240,7 @@ impl Registry {
             scale: spec.scale,
             created: seconds_since_1970(),
             info,
+            source: spec.path,
             base: base.name.clone(),
             engine: base.engine.clone(),
             file,
@@ -251,19 +258,20 @@ impl Registry {
         if state.models.contains_key(name) || state.loading.contains(name) {
             return Err(name_is_a_models(name));
         }
-        if state.published.contains_key(name) {
-            return Err(conflict(format!("`{name}` is a published name.")).with_param("name"));
+        match state.is_published(name) {
+            true => Err(name_is_published(name)),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Removes an adapter. Running requests finish with it.
     ///
     /// # Errors
-    /// 404 if there is no adapter of that name.
+    /// 404 if there is no adapter of that name, 409 if a published name stands for it.
     pub fn unload_adapter(&self, name: &str) -> Result<(), ApiError> {
         let removed = {
             let mut state = self.lock();
+            state.check_unpublished(name)?;
             state.unloaded.insert(name.to_owned());
             state.adapters.remove(name)
         };
@@ -331,6 +339,11 @@ async fn check_score(version: &AdapterVersion) -> Result<(), ApiError> {
 
 fn name_is_a_models(name: &str) -> ApiError {
     conflict(format!("`{name}` is the name of a model.")).with_param("name")
+}
+
+fn name_is_published(name: &str) -> ApiError {
+    conflict(format!("`{name}` is a published name; give the adapter another name."))
+        .with_param("name")
 }
 
 /// Writes the checked adapter to `out`. Blocks.

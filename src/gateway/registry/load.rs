@@ -113,6 +113,7 @@ impl Registry {
         }
         let mut state = self.lock();
         model.touch(self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
+        state.command_line.remove(&model.name);
         state.models.insert(model.name.clone(), model.clone());
         Ok(model)
     }
@@ -146,8 +147,11 @@ impl Registry {
             let Some(oldest) = self.idle_models().into_iter().min_by_key(|m| m.last_used()) else {
                 return Err(refusal);
             };
-            tracing::info!(model = oldest.name, "unloaded to make room");
-            self.remove(oldest).await;
+            let name = oldest.name.clone();
+            // A model that was published in the meantime stays, and another one is chosen.
+            if self.remove(oldest).await.is_ok() {
+                tracing::info!(model = name, "unloaded to make room");
+            }
         }
     }
 
@@ -175,9 +179,9 @@ impl Registry {
     /// the grace time. Returns once the engine's process has ended.
     ///
     /// # Errors
-    /// 404 if there is no model of that name, 409 while it is being loaded.
+    /// 404 if there is no model of that name, 409 while it is being loaded or if a published name
+    /// stands for it.
     pub async fn unload_model(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
-        self.check_unpublished(name)?;
         let model = {
             let state = self.lock();
             if state.loading.contains(name) {
@@ -187,20 +191,24 @@ impl Registry {
         };
         let registry = self.clone();
         let task = tokio::spawn(async move { registry.remove(model).await });
-        task.await.map_err(ApiError::internal)
+        task.await.map_err(ApiError::internal)?
     }
 
-    async fn remove(&self, model: Arc<Model>) {
+    /// # Errors
+    /// 409 if a published name stands for the model.
+    async fn remove(&self, model: Arc<Model>) -> Result<(), ApiError> {
         let name = model.name.as_str();
         let adapters: Vec<_> = {
             let mut state = self.lock();
+            // Checked under the lock under which the model leaves: a publication may have begun.
+            state.check_unpublished(name)?;
             match state.models.remove(name) {
                 // Another task removed the model, and another model of the same name may be loaded.
                 Some(other) if !Arc::ptr_eq(&other, &model) => {
                     state.models.insert(name.to_owned(), other);
-                    return;
+                    return Ok(());
                 }
-                None => return,
+                None => return Ok(()),
                 Some(_) => {}
             }
             state.leaving.insert(name.to_owned(), model.clone());
@@ -221,6 +229,7 @@ impl Registry {
         model.stop().await;
         self.lock().leaving.remove(name);
         tracing::info!(model = name, "model unloaded");
+        Ok(())
     }
 }
 
@@ -241,8 +250,12 @@ impl Loading {
             "is being unloaded"
         } else if state.adapters.contains_key(name) {
             "is the name of an adapter"
-        } else if state.published.contains_key(name) {
-            "is a published name"
+        } else if state.is_published(name) {
+            return Err(conflict(format!(
+                "`{name}` is a published name: load the model under another name, or remove the \
+                 published name with `DELETE /admin/published/{name}`."
+            ))
+            .with_param("name"));
         } else {
             state.loading.insert(name.to_owned());
             return Ok(Self { registry: registry.clone(), name: name.to_owned() });

@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Maximum length of the name of a model or adapter.
-const MAX_NAME: usize = 200;
+pub(in crate::gateway) const MAX_NAME: usize = 200;
 
 /// All loaded models and adapters.
 #[derive(Debug)]
@@ -59,6 +59,11 @@ struct State {
     loading: BTreeSet<String>,
     /// Names that stand for models or adapters.
     published: BTreeMap<String, Published>,
+    publication: Option<published::Publication>,
+    /// Reasons why models and adapters of published names could not be loaded at start.
+    load_failures: BTreeMap<String, String>,
+    /// Loaded models and adapters that every start with the same command line loads.
+    command_line: BTreeSet<String>,
     /// Adapters that an operator unloaded: requests do not load them again.
     unloaded: BTreeSet<String>,
     /// Unloaded models that still finish their last requests, for the metrics and the memory plan.
@@ -132,6 +137,11 @@ impl Registry {
             next: AtomicU64::new(1),
             of_jobs: AtomicUsize::new(0),
         })
+    }
+
+    /// Notes that the command line names a loaded model or adapter, so that a restart loads it too.
+    pub fn note_command_line(&self, name: &str) {
+        self.lock().command_line.insert(name.to_owned());
     }
 
     /// The data folder in which names are resolved.

@@ -2,8 +2,9 @@
 //! models of the data folder.
 
 use super::load::store_error;
-use super::{AdapterSpec, ModelCard, Registry, Served, blocking, check_name};
+use super::{AdapterSpec, ModelCard, Registry, Served, State, blocking, check_name};
 use crate::gateway::error::ApiError;
+use crate::gateway::metrics::Metrics;
 use crate::gateway::store::{StoredAdapter, StoredModel};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,16 +40,18 @@ impl Drop for OfJob {
 }
 
 impl Registry {
-    /// Resolves `name`. An adapter of the store is loaded first if its base model is loaded.
+    /// Resolves `name`. An adapter of the store is loaded first if its base model is loaded. Of a
+    /// published name, the candidate of a share is never chosen.
     ///
     /// # Errors
     /// As [`Registry::resolve`] and [`Registry::load_adapter`].
     pub async fn find(self: &Arc<Self>, name: &str) -> Result<Served, ApiError> {
-        self.find_for(name, None).await
+        self.find_chosen(name, |state| state.main_target(name)).await
     }
 
-    /// As [`Registry::find`]. If the name is published and some of its requests go to another model,
-    /// those with the same `key` go to the same model.
+    /// As [`Registry::find`], for a request of a client, which is counted if `name` is published. If
+    /// some of the requests of the name go to another model, those with the same `key` go to the same
+    /// model.
     ///
     /// # Errors
     /// As [`Registry::find`].
@@ -56,20 +59,42 @@ impl Registry {
         self: &Arc<Self>,
         name: &str,
         key: Option<&str>,
+        metrics: &Metrics,
     ) -> Result<Served, ApiError> {
-        let target = self.lock().target(name, key);
-        if target == name {
-            return self.find_target(name).await;
+        let served = self.find_chosen(name, |state| state.target(name, key)).await?;
+        if served.target != served.name {
+            metrics.published(&served.name, &served.target);
         }
-        let served = self.find_target(&target).await.map_err(|mut error| {
-            if error.code.as_deref() == Some("model_not_found") {
-                error = ApiError::unavailable(format!(
-                    "`{name}` stands for the model `{target}`, which is not loaded."
-                ));
+        Ok(served)
+    }
+
+    async fn find_chosen(
+        self: &Arc<Self>,
+        name: &str,
+        choose: impl Fn(&State) -> String,
+    ) -> Result<Served, ApiError> {
+        let mut target = choose(&self.lock());
+        let mut found = self.find_target(&target).await;
+        if found.as_ref().is_err_and(is_not_found) {
+            // Another model may have been published in the meantime, and this one unloaded.
+            let now = choose(&self.lock());
+            if now != target {
+                target = now;
+                found = self.find_target(&target).await;
             }
-            error
-        })?;
-        Ok(Served { name: name.to_owned(), ..served })
+        }
+        match found {
+            Ok(served) => Ok(Served { name: name.to_owned(), ..served }),
+            Err(error) if target != name && is_not_found(&error) => {
+                let why = self.lock().load_failures.get(&target).cloned();
+                let why = why.map(|why| format!(" It could not be loaded: {why}"));
+                Err(ApiError::unavailable(format!(
+                    "`{name}` stands for the model `{target}`, which is not loaded.{}",
+                    why.unwrap_or_default()
+                )))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn find_target(self: &Arc<Self>, name: &str) -> Result<Served, ApiError> {
@@ -207,4 +232,8 @@ impl Registry {
         self.of_jobs.fetch_add(requests, Ordering::Relaxed);
         OfJob { registry: self.clone(), requests }
     }
+}
+
+fn is_not_found(error: &ApiError) -> bool {
+    error.code.as_deref() == Some("model_not_found")
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::config::ServeOptions;
 
-fn registry() -> (Arc<Registry>, tempfile::TempDir) {
+pub(super) fn registry() -> (Arc<Registry>, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let options =
         ServeOptions { data_dir: Some(folder.path().to_owned()), ..ServeOptions::default() };

@@ -3,6 +3,7 @@
 use super::ServeError;
 use crate::config::{AdapterArg, ByteSize};
 use crate::gateway::app::App;
+use crate::gateway::error::ApiError;
 use crate::gateway::registry::{AdapterSpec, Model};
 use crate::gateway::store::{
     self, DEFAULT_MODEL, ModelRef, PullError, PullEvent, PulledModel, Store,
@@ -30,11 +31,15 @@ pub(super) async fn load_all(app: &Arc<App>) -> Result<(), ServeError> {
     let mut first = None;
     for reference in &wanted {
         let (name, path) = find(app, reference, mock).await?;
-        let failed = |error: crate::gateway::error::ApiError| ServeError::Model {
+        let failed = |error: ApiError| ServeError::Model {
+            reason: match app.registry.is_published(&name) {
+                true => published_name(&name),
+                false => error.message,
+            },
             name: name.clone(),
-            reason: error.message,
         };
         let model = app.registry.load_path(&name, path, draft.take()).await.map_err(failed)?;
+        app.registry.note_command_line(&model.name);
         say(&describe(&model));
         first.get_or_insert_with(|| model.name.clone());
     }
@@ -43,6 +48,15 @@ pub(super) async fn load_all(app: &Arc<App>) -> Result<(), ServeError> {
     }
     app.registry.load_published().await;
     Ok(())
+}
+
+/// Why a model cannot be loaded that has the name of a published one.
+fn published_name(name: &str) -> String {
+    format!(
+        "`{name}` is a published name of this data folder, which no model may have: serve the file \
+         under another file name, or start the server without this model and remove the published \
+         name with `DELETE /admin/published/{name}`."
+    )
 }
 
 /// Name and file of a model.
@@ -118,6 +132,7 @@ async fn load_adapter(
         name: adapter.name.clone(),
         reason: error.message,
     })?;
+    app.registry.note_command_line(&loaded.name);
     say(&format!("adapter {} for {}", loaded.name, loaded.base()));
     Ok(())
 }

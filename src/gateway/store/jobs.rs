@@ -84,6 +84,23 @@ pub struct StoredJob {
     pub trained_tokens: Option<u64>,
 }
 
+impl StoredJob {
+    /// Whether the job makes a model or adapter of its name.
+    pub fn makes_model(&self) -> bool {
+        self.kind != "evaluate"
+    }
+}
+
+/// Result of [`Store::finish_job`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finished {
+    Done,
+    /// The job was neither running nor paused. Nothing is stored.
+    OtherStatus,
+    /// Another model or adapter has the name, or it is published. Nothing is stored.
+    NameTaken,
+}
+
 /// A file that a job made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredArtifact {
@@ -152,6 +169,21 @@ impl Store {
         })
     }
 
+    /// An unfinished job that will make a model or adapter of this name, or a checkpoint's adapter.
+    pub fn job_making(&self, name: &str) -> Result<Option<StoredJob>, StoreError> {
+        let ended = names(&[JobStatus::Succeeded, JobStatus::Failed, JobStatus::Cancelled]);
+        let sql = format!(
+            "SELECT * FROM jobs WHERE kind <> 'evaluate' AND status NOT IN ({ended}) \
+             AND (name = ?1 OR instr(?1, name || ':ckpt-step-') = 1) ORDER BY rowid LIMIT 1"
+        );
+        self.with(|c| c.query_row(&sql, [name], job).optional())
+    }
+
+    /// Whether a name is published, or is that of a model or adapter that the job `id` has not made.
+    pub fn name_is_taken(&self, name: &str, id: &str) -> Result<bool, StoreError> {
+        self.with(|c| name_is_taken(c, name, id))
+    }
+
     /// Number of jobs by status.
     pub fn job_counts(&self) -> Result<Vec<(&'static str, usize)>, StoreError> {
         self.with(|c| {
@@ -196,10 +228,16 @@ impl Store {
     /// Changes a running or paused job to succeeded, and stores its results.
     ///
     /// # Errors
-    /// Only database errors. `false` means that the job had another status; nothing is stored then.
-    pub fn finish_job(&self, id: &str, made: &Products, now: i64) -> Result<bool, StoreError> {
+    /// Only database errors.
+    pub fn finish_job(&self, id: &str, made: &Products, now: i64) -> Result<Finished, StoreError> {
         let from = names(&[JobStatus::Running, JobStatus::Paused]);
         self.transaction(|c| {
+            let adapter = made.adapter.iter().map(|adapter| &adapter.name);
+            for name in adapter.chain(made.model.iter().map(|model| &model.name)) {
+                if name_is_taken(c, name, id)? {
+                    return Ok(Finished::NameTaken);
+                }
+            }
             let changed = c.execute(
                 &format!(
                     "UPDATE jobs SET status = 'succeeded', error = NULL, finished_at = ?2, \
@@ -208,7 +246,7 @@ impl Store {
                 params![id, now, made.trained_tokens as i64],
             )?;
             if changed == 0 {
-                return Ok(false);
+                return Ok(Finished::OtherStatus);
             }
             insert_artifacts(c, id, &made.artifacts)?;
             for file in &made.results {
@@ -220,7 +258,7 @@ impl Store {
             if let Some(model) = &made.model {
                 super::database::insert_model(c, model)?;
             }
-            Ok(true)
+            Ok(Finished::Done)
         })
     }
 
@@ -239,6 +277,16 @@ impl Store {
             c.prepare(sql)?.query_map([job], artifact)?.collect()
         })
     }
+}
+
+fn name_is_taken(c: &rusqlite::Connection, name: &str, id: &str) -> rusqlite::Result<bool> {
+    c.query_row(
+        "SELECT EXISTS (SELECT 1 FROM models WHERE name = ?1 AND instr(file, ?2) <> 1) \
+         OR EXISTS (SELECT 1 FROM adapters WHERE name = ?1 AND instr(file, ?2) <> 1) \
+         OR EXISTS (SELECT 1 FROM published WHERE name = ?1)",
+        [name, &format!("jobs/{id}/")],
+        |row| row.get(0),
+    )
 }
 
 fn insert_artifacts(

@@ -35,7 +35,7 @@ mod tests;
 
 pub use database::{Store, StoreError, StoredAdapter, StoredModel};
 pub use files::StoredFile;
-pub use jobs::{JobStatus, Products, StoredArtifact, StoredJob};
+pub use jobs::{Finished, JobStatus, Products, StoredArtifact, StoredJob};
 pub use published::{Candidate, Published};
 pub use pull::{PullError, PullEvent, PulledModel, ensure, pull};
 pub use reference::{Alias, BadRef, DEFAULT_MODEL, ModelRef};

@@ -1,7 +1,9 @@
 //! Published names: one database row each.
 
-use super::database::{Store, StoreError};
+use super::database::{Store, StoreError, StoredAdapter};
 use rusqlite::{OptionalExtension, Row, params};
+use sha2::{Digest, Sha256};
+use std::path::Path;
 
 /// A name that stands for a model or adapter, which the operator may exchange.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,9 +33,56 @@ impl Published {
         let candidate = self.candidate.as_ref().map(|candidate| &*candidate.model);
         std::iter::once(&*self.model).chain(candidate)
     }
+
+    /// The models and adapters that serve requests now, and the one that a rollback needs.
+    pub fn needed(&self) -> impl Iterator<Item = &str> {
+        self.serving().chain(self.previous.as_deref())
+    }
+}
+
+/// Prefix of the names of files that [`Store::keep_checkpoint`] makes in the folder of adapters.
+const KEPT: &str = "checkpoint-";
+
+impl StoredAdapter {
+    /// Whether the file is a kept checkpoint, see [`Store::keep_checkpoint`].
+    pub fn is_kept_checkpoint(&self) -> bool {
+        let name = self.file.file_name().unwrap_or_default().to_string_lossy();
+        self.file.starts_with("adapters") && name.starts_with(KEPT)
+    }
 }
 
 impl Store {
+    /// Links the file of a checkpoint's adapter into the folder of adapters, and lists it there. All
+    /// other adapters are left as they are. The inner error is one of the file.
+    pub fn keep_checkpoint(&self, name: &str) -> Result<std::io::Result<()>, StoreError> {
+        let Some(adapter) = self.adapter(name)? else { return Ok(Ok(())) };
+        let folder = adapter.file.parent().and_then(Path::file_name);
+        if !adapter.file.starts_with("jobs") || folder != Some("checkpoints".as_ref()) {
+            return Ok(Ok(()));
+        }
+        let file = format!("{KEPT}{}.gguf", &super::hex(&Sha256::digest(name))[..32]);
+        let file = Path::new("adapters").join(file);
+        let (from, to) = (self.folder().join(&adapter.file), self.folder().join(&file));
+        let _ = std::fs::remove_file(&to);
+        // A copy where the system does not allow links.
+        let linked = std::fs::hard_link(&from, &to).or_else(|_| std::fs::copy(from, &to).map(drop));
+        if linked.is_err() {
+            return Ok(linked);
+        }
+        self.put_adapter(&StoredAdapter { file, ..adapter }).map(Ok)
+    }
+
+    /// Removes an adapter from the list, and its file if that is a kept checkpoint. False if there
+    /// was none.
+    pub fn forget_adapter(&self, name: &str) -> Result<bool, StoreError> {
+        let kept = self.adapter(name)?.filter(StoredAdapter::is_kept_checkpoint);
+        let removed = self.remove_adapter(name)?;
+        if let Some(adapter) = kept {
+            let _ = std::fs::remove_file(self.folder().join(adapter.file));
+        }
+        Ok(removed)
+    }
+
     /// All published names, sorted.
     pub fn published(&self) -> Result<Vec<Published>, StoreError> {
         self.with(|c| {

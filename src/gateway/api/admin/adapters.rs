@@ -46,7 +46,8 @@ pub async fn list(State(app): State<Arc<App>>) -> Answer {
 /// `adapter_model.safetensors`, or one `.gguf`; they are kept in the adapters folder.
 ///
 /// # Errors
-/// As [`crate::gateway::registry::Registry::load_adapter`].
+/// As [`crate::gateway::registry::Registry::load_adapter`]; 409 if a published name stands for the
+/// adapter and `source` is another one.
 pub async fn load(State(app): State<Arc<App>>, request: Request) -> Answer {
     let mut upload = None;
     let (spec, source) = if form::is_form(&request) {
@@ -62,6 +63,10 @@ pub async fn load(State(app): State<Arc<App>>, request: Request) -> Answer {
         let source = fields.string("source", MAX_NAME)?.unwrap_or_else(|| name.clone());
         let scale = fields.number("scale", -100.0..=100.0)?.unwrap_or(1.0);
         fields.finish()?;
+        if source != name {
+            // A restart would load the adapter of the data folder that has this name.
+            app.registry.check_unpublished(&name)?;
+        }
         let path = app.registry.adapter_path(&source).await?;
         (AdapterSpec { name, base, path, scale, check: false }, source)
     } else {
@@ -93,7 +98,6 @@ pub async fn unload(
     name: Result<Path<String>, PathRejection>,
 ) -> Answer {
     let name = path_name(name)?;
-    app.registry.check_unpublished(&name)?;
     app.registry.unload_adapter(&name)?;
     ok(json!({"id": name, "object": "adapter", "deleted": true}))
 }

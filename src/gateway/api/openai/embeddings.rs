@@ -65,7 +65,8 @@ pub async fn handle(
     JsonBody(fields): JsonBody,
 ) -> Result<Response, ApiError> {
     let request = EmbeddingRequest::read(fields)?;
-    let served = app.registry.find_for(&request.model, request.sticky.as_deref()).await?;
+    let key = request.sticky.as_deref();
+    let served = app.registry.find_for(&request.model, key, &app.metrics).await?;
     let info = served.model.engine.info()?;
     request.check(&served, &info)?;
     let call = served.model.engine.call(Call::Embed { inputs: request.inputs });

@@ -38,11 +38,12 @@ pub async fn retrieve(
 }
 
 /// `DELETE /v1/models/{id}`: deletes a model that a job made, with the models of the job's
-/// checkpoints, or one checkpoint model alone. Running requests finish with the model.
+/// checkpoints, or one checkpoint model alone. Running requests finish with the model. Checkpoint
+/// models that published names need are kept, and listed as `kept`.
 ///
 /// # Errors
 /// 404 if the model does not exist, 403 if it was not made by a job of this key, 409 if a published
-/// name stands for it.
+/// name needs it.
 pub async fn delete(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
@@ -53,7 +54,7 @@ pub async fn delete(
     let owner = seen_by(&app, identity);
     let jobs = app.jobs.store().jobs(owner.as_deref()).map_err(ApiError::internal)?;
     let made = |job: &StoredJob| {
-        job.name == name
+        job.makes_model() && job.name == name
             || name.strip_prefix(&*job.name).is_some_and(|n| n.starts_with(":ckpt-step-"))
     };
     let Some(job) = jobs.iter().find(|job| made(job)) else {
@@ -65,12 +66,17 @@ pub async fn delete(
         )
         .with_param("model"));
     };
-    app.registry.check_unpublished(&name)?;
+    let _no_publication = app.registry.pause_publications().await;
+    app.registry.check_deletable(&name)?;
     if !app.jobs.forget(&name)? {
         return Err(ApiError::model_not_found(&name));
     }
+    let mut deleted = json!({"id": name, "object": "model", "deleted": true});
     if name == job.name {
-        app.jobs.forget_checkpoints(job)?;
+        let kept = app.jobs.forget_checkpoints(job)?;
+        if !kept.is_empty() {
+            deleted["kept"] = json!(kept);
+        }
     }
-    Ok(Json(json!({"id": name, "object": "model", "deleted": true})))
+    Ok(Json(deleted))
 }

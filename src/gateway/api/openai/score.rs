@@ -42,7 +42,7 @@ pub async fn handle(
     JsonBody(fields): JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let ScoreRequest { model, inputs, sticky } = ScoreRequest::read(fields)?;
-    let served = app.registry.find_for(&model, sticky.as_deref()).await?;
+    let served = app.registry.find_for(&model, sticky.as_deref(), &app.metrics).await?;
     let (scores, prompt_tokens) = score_in_time(&app, served, inputs).await?;
     let item = |(index, score)| json!({"object": "score", "index": index, "score": score});
     let data: Vec<Value> = scores.into_iter().enumerate().map(item).collect();

@@ -104,16 +104,22 @@ impl Jobs {
         Ok(job)
     }
 
-    /// Checks that no other model has the name of the one that the job makes.
+    /// Checks that no other model has or will have the name of the one that the job makes.
     fn check_new_name(&self, name: &str) -> Result<(), ApiError> {
         let stored = self.store().model(name).map_err(ApiError::internal)?.is_some()
             || self.store().adapter(name).map_err(ApiError::internal)?.is_some();
-        match stored || self.registry.card(name).is_ok() {
-            false => Ok(()),
-            true => {
-                let message = format!("`{name}` is the name of another model; choose a new one.");
-                Err(ApiError::invalid("name", message))
-            }
+        let taken = |by: &str| {
+            Err(ApiError::invalid("name", format!("`{name}` is {by}; choose a new name.")))
+        };
+        if self.registry.is_published(name) {
+            return taken("a published name");
+        }
+        if stored || self.registry.card(name).is_ok() {
+            return taken("the name of another model");
+        }
+        match self.store().job_making(name).map_err(ApiError::internal)? {
+            Some(job) => taken(&format!("the name of the model that the job `{}` makes", job.id)),
+            None => Ok(()),
         }
     }
 

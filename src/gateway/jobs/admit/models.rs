@@ -2,7 +2,7 @@
 
 use super::{Jobs, Requester, new_id};
 use crate::gateway::error::ApiError;
-use crate::gateway::registry::check_name;
+use crate::gateway::registry::{MAX_NAME, check_name};
 use crate::gateway::store::StoredJob;
 use crate::gguf::Gguf;
 use crate::job::spec::VERSION;
@@ -18,7 +18,7 @@ const IMATRIX: &str = "quantize.imatrix";
 impl Jobs {
     pub(super) async fn admit_quantization(
         self: &Arc<Self>,
-        spec: QuantizeSpec,
+        mut spec: QuantizeSpec,
         requester: Requester,
     ) -> Result<StoredJob, ApiError> {
         let files = self.registry.model_files(&spec.model).await?;
@@ -29,6 +29,8 @@ impl Jobs {
             );
             return Err(ApiError::invalid("model", message));
         }
+        // A published name may stand for another model later.
+        spec.model.clone_from(&files.name);
         let name = spec.new_name();
         check_name("name", &name)?;
         let jobs = self.clone();
@@ -74,6 +76,13 @@ impl Jobs {
             let param = why.split_once(": ").map_or("evaluate", |(key, _)| key).to_owned();
             ApiError::invalid(&param, format!("{why}."))
         })?;
+        // No request names an evaluation, so its name may contain spaces.
+        if let Some(name) = &spec.name
+            && (name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control))
+        {
+            let message = format!("name must be 1 to {MAX_NAME} bytes without control characters.");
+            return Err(ApiError::invalid("name", message));
+        }
         let mut models = Vec::with_capacity(spec.evaluate.models.len());
         for name in &spec.evaluate.models {
             models.push(self.eval_model(name, "evaluate.models").await?);

@@ -83,8 +83,8 @@ pub(in crate::gateway::api) async fn start(
     identity: Identity,
     mut request: ChatRequest,
 ) -> Result<(GenerationStream, Writer), ApiError> {
-    let served =
-        app.registry.find_for(&request.common.model, request.common.sticky.as_deref()).await?;
+    let (model, key) = (&request.common.model, request.common.sticky.as_deref());
+    let served = app.registry.find_for(model, key, &app.metrics).await?;
     let info = served.model.engine.info()?;
     request.check(&info)?;
     request.map_effort(&served.model)?;

@@ -59,8 +59,8 @@ pub async fn handle(
     JsonBody(fields): JsonBody,
 ) -> Result<Response, ApiError> {
     let request = CompletionRequest::read(fields)?;
-    let served =
-        app.registry.find_for(&request.common.model, request.common.sticky.as_deref()).await?;
+    let (model, key) = (&request.common.model, request.common.sticky.as_deref());
+    let served = app.registry.find_for(model, key, &app.metrics).await?;
     let info = served.model.engine.info()?;
     request.check(&info)?;
     let writer = Writer::new(&request);

@@ -115,12 +115,14 @@ pub async fn answer(
     if let Some(model) = app.remote_models.find(&question.model).filter(|_| identity.admin) {
         return remote::answer(&app.remote_models, model, &question.ask).await.map_err(failed);
     }
+    // A share of a published name must not mix two models among the scores.
+    let model = &app.registry.main_target(&question.model);
     match &question.ask {
         Ask::Number { messages, range, sampling } => {
-            number(app, identity, &question.model, messages, *range, sampling).await.map_err(failed)
+            number(app, identity, model, messages, *range, sampling).await.map_err(failed)
         }
         Ask::Choice { messages, labels, reasoning } => {
-            let (model, reasoning) = (&question.model, reasoning.as_ref());
+            let reasoning = reasoning.as_ref();
             choice(app, identity, model, messages, labels, reasoning).await.map_err(failed)
         }
         Ask::Score { messages } => {
