@@ -7,6 +7,7 @@
 
 use ingot::gguf::fixture::TinyDecoder;
 use ingot::gguf::{Gguf, Projection};
+use ingot::isa::choose_isa_of_environment;
 use ingot::job::spec::{Lora, Optimizer};
 use ingot::train::data::Encoded;
 use ingot::train::model::{Batch, Gradients, Model, Pass, Training};
@@ -91,6 +92,7 @@ fn cpu_seconds() -> f64 {
 }
 
 fn main() -> Result<(), Error> {
+    choose_isa_of_environment()?;
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     let folder = tempfile::tempdir()?;
     let Shape { file, training, rows, tokens, steps } = shape(&args, folder.path())?;

@@ -13,6 +13,7 @@ use clap::Parser;
 use ingot::engine::runner::{self, Batch, BatchSequence, ModelRunner, PAGE_TOKENS, SeqSlot, Wants};
 use ingot::gguf::{Gguf, TensorInfo};
 use ingot::ipc::{KvLayout, LoadSpec, RunnerKind, Token};
+use ingot::isa::choose_isa_of_environment;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -255,6 +256,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn main() {
+    choose_isa_of_environment().expect("INGOT_ISA is one of this CPU's");
     let mut arguments = Arguments::parse();
     let folder = tempfile::tempdir().expect("a folder");
     if let Some(name) = arguments.model.strip_prefix("random:") {

@@ -70,11 +70,14 @@ impl Quantized {
         assert!(cols.is_multiple_of(BLOCK), "{cols} columns are not whole blocks");
         (self.rows, self.cols) = (rows, cols);
         let blocks = rows * cols / BLOCK;
-        self.q.resize(rows * cols, 0);
-        self.d.resize(blocks, 0.0);
-        self.s.resize(blocks, 0.0);
-        self.h.resize(blocks * 2, 0.0);
-        self.z.resize(blocks, 0);
+        // The buffers only grow: their size changes from layer to layer.
+        if self.d.len() < blocks {
+            self.q.resize(rows * cols, 0);
+            self.d.resize(blocks, 0.0);
+            self.s.resize(blocks, 0.0);
+            self.h.resize(blocks * 2, 0.0);
+            self.z.resize(blocks, 0);
+        }
     }
 
     pub fn cols(&self) -> usize {

@@ -8,7 +8,7 @@ use super::cache::{KvCache, PAGE};
 use super::isa::isa;
 use super::lora::{Adapted, add_second_halves, first_halves};
 use super::matmul::{Input, multiply};
-use super::pack::{LANES, Matrix};
+use super::pack::{BLOCK, LANES, Matrix};
 use super::pool::{Disjoint, Pool};
 use super::vector::{Rope, add, gelu_mul, rms_norm, rms_norm_in_place, silu_mul, soft_cap};
 use crate::gguf::Gating;
@@ -22,7 +22,7 @@ const CHUNK_GROUPS: usize = 8;
 /// Groups that a kernel can multiply at once by a few tokens.
 const TILE_GROUPS: usize = 4;
 /// Number of groups whose results fill a block of activations.
-const BLOCK_GROUPS: usize = super::pack::BLOCK / LANES;
+const BLOCK_GROUPS: usize = BLOCK / LANES;
 
 /// The rows of one sequence in a batch.
 #[derive(Debug, Clone)]
@@ -34,7 +34,7 @@ pub struct Span {
     pub pages: Vec<u32>,
 }
 
-/// Rows of activations, in both forms that a matrix may need, or in f32 only.
+/// Rows of activations, in f32 and in the quantized forms that matrices need.
 #[derive(Debug, Default)]
 pub struct Activations {
     rows: usize,
@@ -43,30 +43,25 @@ pub struct Activations {
     quantized: Quantized,
     /// Two rows for each row, or none; see [`Matrix::takes_wide`].
     wide: Quantized,
-    only_float: bool,
 }
 
 impl Activations {
-    /// Activations for matrices none of which take quantized rows.
-    pub fn only_float() -> Self {
-        Self { only_float: true, ..Self::default() }
-    }
-
-    /// Resizes to (rows, columns); the contents become unspecified.
+    /// Resizes to (rows, columns), with rows of eight bits if they are whole blocks; the contents
+    /// become unspecified.
     pub fn resize(&mut self, rows: usize, cols: usize) {
         (self.rows, self.cols) = (rows, cols);
         self.float.resize(rows * cols, 0.0);
-        self.quantized.resize(rows, if self.only_float { 0 } else { cols });
+        self.quantized.resize(rows, if cols.is_multiple_of(BLOCK) { cols } else { 0 });
         self.wide.resize(0, 0);
     }
 
-    /// Sets whether the rows will be multiplied by a matrix that takes 16 bits; the contents of the
-    /// rows of 16 bits become unspecified.
-    pub fn set_wide(&mut self, wide: bool) {
-        match wide {
-            true => self.wide.resize(2 * self.rows, self.cols),
-            false => self.wide.resize(0, 0),
-        }
+    /// Prepares the forms that these matrices need; the contents become unspecified.
+    pub fn prepare<const N: usize>(&mut self, matrices: [&Matrix; N]) {
+        let plain = |matrix: &&Matrix| matrix.takes_quantized() && !matrix.takes_wide();
+        let wide = matrices.iter().any(|matrix| matrix.takes_wide());
+        let cols = |needed: bool| if needed { self.cols } else { 0 };
+        self.quantized.resize(self.rows, cols(matrices.iter().any(plain)));
+        self.wide.resize(2 * self.rows, cols(wide));
     }
 
     pub fn rows(&self) -> usize {

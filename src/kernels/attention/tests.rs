@@ -204,3 +204,23 @@ fn company_changes_no_bit(ty: KvType, dim: usize, group: usize) {
         }
     }
 }
+
+/// Scores of all sizes, and runs of all lengths.
+#[test]
+fn softmaxes_have_the_same_bits() {
+    let mut rng = StdRng::seed_from_u64(3);
+    for len in (1..=70).chain([RUN]) {
+        for size in [1e-3, 3.0, 60.0, 1e4] {
+            let scores: Vec<f32> = (0..len).map(|_| rng.random_range(-size..size)).collect();
+            let run = |isa: Isa| {
+                let mut scores = scores.clone();
+                let (max, total) = (isa.kernels().attention.softmax)(&mut scores);
+                scores.extend([max, total]);
+                bits(&scores)
+            };
+            for isa in Isa::available() {
+                assert_eq!(run(isa), run(Isa::Scalar), "{isa}: {scores:?}");
+            }
+        }
+    }
+}

@@ -127,7 +127,8 @@ impl Head<'_> {
                 if let Some(cap) = self.cap {
                     soft_cap(scores, cap);
                 }
-                scratch.sums[row] = softmax(scores);
+                let (max, total) = (self.isa.kernels().attention.softmax)(scores);
+                scratch.sums[row] = Sum { max, total };
             }
         }
         for page in 0..PAGES {
@@ -246,30 +247,4 @@ fn merge(sum: &mut Sum, out: &mut [f32], run: Sum, partial: &[f32]) {
 
 fn divide(out: &mut [f32], sum: Sum) {
     out.iter_mut().for_each(|x| *x /= sum.total);
-}
-
-/// Replaces scores by e^(score - largest); returns the largest score, and the sum in lanes of
-/// eight.
-fn softmax(scores: &mut [f32]) -> Sum {
-    let mut largest = [f32::NEG_INFINITY; 8];
-    let (whole, rest) = scores.as_chunks::<8>();
-    for eight in whole {
-        for (largest, score) in largest.iter_mut().zip(eight) {
-            *largest = largest.max(*score);
-        }
-    }
-    let max = largest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-    let mut lanes = [0f32; 8];
-    let (whole, rest) = scores.as_chunks_mut::<8>();
-    for eight in whole {
-        for (lane, score) in lanes.iter_mut().zip(eight) {
-            *score = exp(*score - max);
-            *lane += *score;
-        }
-    }
-    for (lane, score) in lanes.iter_mut().zip(rest) {
-        *score = exp(*score - max);
-        *lane += *score;
-    }
-    Sum { max, total: lanes.iter().sum() }
 }

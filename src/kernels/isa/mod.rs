@@ -67,6 +67,9 @@ pub(super) struct Attention {
     /// at `at`; `values` (32, head_dim), `out` (rows, head_dim).
     pub accumulate_values:
         fn(scores: &[Scores], at: usize, tokens: Range<usize>, values: Numbers, out: &mut [f32]),
+    /// Replaces scores by e^(score - largest). Returns the largest score and the sum, which is
+    /// computed in lanes of eight.
+    pub softmax: fn(scores: &mut [f32]) -> (f32, f32),
     /// Converts the numbers of a range of a page to f32, without their scales.
     pub widen: fn(from: Numbers, range: Range<usize>, to: &mut [f32]),
 }

@@ -10,7 +10,7 @@ use crate::gguf::Projection;
 use crate::ipc::Token;
 use crate::kernels::attention::Plan;
 use crate::kernels::ops::{self, Activations, Gates, Heads, Product, Span};
-use crate::kernels::{Adapted, KvCache, LANES, Matrix, Pool, Scope};
+use crate::kernels::{Adapted, KvCache, LANES, Pool, Scope};
 use std::ops::Range;
 
 /// The input of a step.
@@ -66,14 +66,6 @@ pub(super) struct Forward {
 }
 
 impl Forward {
-    pub(super) fn new(weights: &Weights) -> Self {
-        if weights.take_quantized() {
-            return Self::default();
-        }
-        let [normed, attended, hidden] = [(); 3].map(|()| Activations::only_float());
-        Self { normed, attended, hidden, ..Self::default() }
-    }
-
     /// Computes the rows. `interrupt` is called before each layer; if it returns true, the step is
     /// abandoned.
     ///
@@ -113,19 +105,18 @@ impl Forward {
         let plan = plans.iter().find(|plan| plan.scope.window == layer.kind.window);
         let plan = plan.expect("there is one for every kind of layer");
         let following = weights.layers.get(number + 1).map_or(&weights.head, |next| &next.q);
-        let wide = [&layer.q, &layer.k, &layer.v].into_iter().any(Matrix::takes_wide);
-        self.normed.set_wide(wide);
+        self.normed.prepare([&layer.q, &layer.k, &layer.v]);
         ops::norm(pool, &self.x, &layer.attention_norm, shape.epsilon, &mut self.normed);
         self.project(pool, layer, number, rows);
         pool.prefetch_next(layer.output.bytes());
         self.rotate(pool, weights, layer, rows.spans, cache, number);
         let (q, attended) = (&self.q, &mut self.attended);
-        attended.set_wide(layer.output.takes_wide());
+        attended.prepare([&layer.output]);
         ops::attend(pool, q, plan, cache, number, attended, &mut self.kept);
         pool.prefetch_next(layer.gate.bytes());
         self.add(pool, weights, number, rows, Projection::O);
-        self.normed.set_wide(layer.gate.takes_wide() || layer.up.takes_wide());
-        self.hidden.set_wide(layer.down.takes_wide());
+        self.normed.prepare([&layer.gate, &layer.up]);
+        self.hidden.prepare([&layer.down]);
         ops::norm(pool, &self.x, &layer.ff_norm, shape.epsilon, &mut self.normed);
         pool.prefetch_next(layer.down.bytes());
         self.feed_forward(pool, weights, number, rows);
@@ -247,7 +238,7 @@ impl Forward {
         let last = wanted.iter().flat_map(|&row| &self.x[row * width..(row + 1) * width]);
         let last: Vec<f32> = last.copied().collect();
         self.normed.resize(wanted.len(), width);
-        self.normed.set_wide(head.takes_wide());
+        self.normed.prepare([head]);
         ops::norm(pool, &last, &weights.output_norm, weights.shape.epsilon, &mut self.normed);
         self.logits.resize(wanted.len() * head.groups() * LANES, 0.0);
         let (adapted, logits) = (rows.head_pairs(), &mut self.logits);

@@ -87,7 +87,7 @@ impl Native {
             info: info(spec, &weights, &*tokenizer),
             cache,
             pooling_cache: None,
-            forward: Forward::new(&weights),
+            forward: Forward::default(),
             adapters: HashMap::new(),
             tokenizer,
             wanted: Vec::new(),

@@ -7,7 +7,7 @@ mod float;
 mod quantize;
 mod quantized;
 
-use super::{Attention, Dense, Kernels};
+use super::{Attention, Dense, Kernels, scalar};
 use crate::kernels::gemm;
 use crate::kernels::matmul::Tile;
 use crate::kernels::pack::*;
@@ -22,6 +22,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     attention: Attention {
         score: attention::score,
         accumulate_values: attention::accumulate_values,
+        softmax: scalar::softmax,
         widen: attention::widen,
     },
     dense: Dense { shape: gemm::NARROW, tile: dense::tile, transpose: dense::transpose },

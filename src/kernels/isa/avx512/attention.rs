@@ -339,3 +339,62 @@ unsafe fn weigh_eight_columns<const R: usize, N: Number>(
         }
     }
 }
+
+/// The softmax of one run; see [`Attention::softmax`](crate::kernels::isa::Attention).
+pub(super) fn softmax(scores: &mut [f32]) -> (f32, f32) {
+    // SAFETY: these kernels are chosen only after checking the CPU's features.
+    unsafe { softmax_of(scores) }
+}
+
+/// # Safety
+/// The CPU must have AVX-512 F and DQ, and FMA.
+#[target_feature(enable = "avx512f,avx512dq,fma")]
+unsafe fn softmax_of(scores: &mut [f32]) -> (f32, f32) {
+    let (whole, rest) = scores.as_chunks_mut::<16>();
+    let mut largest = _mm512_set1_ps(f32::NEG_INFINITY);
+    for sixteen in whole.iter() {
+        // SAFETY: sixteen numbers are read. If the first operand is NaN, the result is the second.
+        largest = _mm512_max_ps(unsafe { _mm512_loadu_ps(sixteen.as_ptr()) }, largest);
+    }
+    let max = rest.iter().fold(_mm512_reduce_max_ps(largest), |a, &b| a.max(b));
+    let mut sums = _mm256_setzero_ps();
+    for sixteen in whole.iter_mut() {
+        // SAFETY: sixteen numbers are read and written.
+        unsafe {
+            let x = _mm512_sub_ps(_mm512_loadu_ps(sixteen.as_ptr()), _mm512_set1_ps(max));
+            let e = exp(x);
+            _mm512_storeu_ps(sixteen.as_mut_ptr(), e);
+            sums = _mm256_add_ps(sums, _mm512_castps512_ps256(e));
+            sums = _mm256_add_ps(sums, _mm512_extractf32x8_ps::<1>(e));
+        }
+    }
+    let mut lanes = [0f32; 8];
+    // SAFETY: eight numbers are written.
+    unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sums) };
+    for eight in rest.chunks_mut(8) {
+        scalar::add_exponentials(eight, max, &mut lanes);
+    }
+    (max, lanes.iter().sum())
+}
+
+/// The operations of [`vector::exp`](crate::kernels::vector::exp).
+#[target_feature(enable = "avx512f,avx512dq")]
+#[inline]
+fn exp(x: __m512) -> __m512 {
+    let of = _mm512_set1_ps;
+    // The second operand is the result if one is NaN: NaN stays NaN.
+    let clamped = _mm512_min_ps(of(88.0), _mm512_max_ps(of(-87.0), x));
+    let n = _mm512_mul_ps(clamped, of(std::f32::consts::LOG2_E));
+    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(n);
+    let f = _mm512_fmadd_ps(n, of(-0.693_359_4), clamped);
+    let f = _mm512_fmadd_ps(n, of(2.121_944_4e-4), f);
+    let mut y = of(1.987_569_1e-4);
+    for term in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        y = _mm512_fmadd_ps(y, f, of(term));
+    }
+    y = _mm512_fmadd_ps(y, _mm512_mul_ps(f, f), _mm512_add_ps(f, of(1.0)));
+    let power = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    let scaled = _mm512_mul_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(power)));
+    let small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, of(-87.0));
+    _mm512_mask_blend_ps(small, scaled, _mm512_setzero_ps())
+}

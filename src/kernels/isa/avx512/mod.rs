@@ -26,6 +26,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     attention: Attention {
         score: attention::score,
         accumulate_values: attention::accumulate_values,
+        softmax: attention::softmax,
         widen: attention::widen,
     },
     dense: Dense { shape: dense::SHAPE, tile: dense::tile, ..avx2::KERNELS.dense },

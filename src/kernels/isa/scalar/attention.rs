@@ -3,6 +3,7 @@
 use crate::kernels::attention::Scores;
 use crate::kernels::cache::{Numbers, PAGE};
 use crate::kernels::pack::{BLOCK, f16_to_f32};
+use crate::kernels::vector::exp;
 use std::ops::Range;
 
 /// The element type of a page.
@@ -143,5 +144,37 @@ fn accumulate_page<N: Element, S: Scales>(
                 *sum = values[t * dim + d].number().mul_add(weight, *sum);
             }
         }
+    }
+}
+
+/// The softmax of one run; see [`Attention::softmax`](super::Attention::softmax).
+pub(in crate::kernels::isa) fn softmax(scores: &mut [f32]) -> (f32, f32) {
+    let mut largest = [f32::NEG_INFINITY; 8];
+    let (whole, rest) = scores.as_chunks::<8>();
+    for eight in whole {
+        for (largest, score) in largest.iter_mut().zip(eight) {
+            *largest = largest.max(*score);
+        }
+    }
+    let max = largest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    let mut lanes = [0f32; 8];
+    let (whole, rest) = scores.as_chunks_mut::<8>();
+    for eight in whole {
+        add_exponentials(eight, max, &mut lanes);
+    }
+    add_exponentials(rest, max, &mut lanes);
+    (max, lanes.iter().sum())
+}
+
+/// Replaces at most eight scores by e^(score - max) and adds each to its lane.
+#[inline(always)]
+pub(in crate::kernels::isa) fn add_exponentials(
+    scores: &mut [f32],
+    max: f32,
+    lanes: &mut [f32; 8],
+) {
+    for (lane, score) in lanes.iter_mut().zip(scores) {
+        *score = exp(*score - max);
+        *lane += *score;
     }
 }

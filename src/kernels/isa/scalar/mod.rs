@@ -4,7 +4,7 @@
 mod attention;
 mod matmul;
 
-pub(super) use attention::{Element, Scales};
+pub(super) use attention::{Element, Scales, add_exponentials, softmax};
 
 use super::{Attention, Dense, Kernels};
 use crate::kernels::gemm;
@@ -18,6 +18,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     attention: Attention {
         score: attention::score,
         accumulate_values: attention::accumulate_values,
+        softmax,
         widen: attention::widen,
     },
     dense: Dense {
