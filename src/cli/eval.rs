@@ -215,9 +215,14 @@ fn find(store: &Store, name: &str) -> Result<EvalModel, CliError> {
     if let Some(adapter) = store.adapter(name)? {
         let file = fetch(store, &adapter.base_model)?;
         let adapter = Some(store.folder().join(adapter.file));
-        return Ok(EvalModel { name: name.to_owned(), file, adapter });
+        return Ok(EvalModel { name: name.to_owned(), file, adapter, ..EvalModel::default() });
     }
-    Ok(EvalModel { name: name.to_owned(), file: fetch(store, name)?, adapter: None })
+    Ok(EvalModel {
+        name: name.to_owned(),
+        file: fetch(store, name)?,
+        adapter: None,
+        ..EvalModel::default()
+    })
 }
 
 /// A spinner while a model is loaded, then a bar of its work.

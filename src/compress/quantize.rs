@@ -343,7 +343,7 @@ impl Call {
         };
         let pattern = |pattern: &str| {
             CString::new(pattern).map_err(|_| {
-                CompressError::Refused("a pattern of --tensor-type has a NUL byte".into())
+                CompressError::Refused("a pattern of the types of tensors has a NUL byte".into())
             })
         };
         let patterns =

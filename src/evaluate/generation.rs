@@ -108,7 +108,7 @@ fn answer(
     if asked == 0 || asked.saturating_add(generation.max_tokens) > scorer.context {
         return Err(EvalError::Refused(format!(
             "{asked} tokens and an answer of up to {} are more than the {} that the model reads: use \
-             fewer --shots or --max-tokens",
+             fewer shots, or a lower maximum of tokens",
             generation.max_tokens, scorer.context
         )));
     }

@@ -18,7 +18,7 @@ const TELL_EVERY: Duration = Duration::from_secs(1);
 /// Why it failed.
 pub fn carry_out(order: &EvaluateOrder, work: JobWork<'_>) -> Result<Option<Outcome>, JobFailure> {
     work.clear_artifacts()?;
-    std::fs::create_dir_all(work.folder.cache())?;
+    work.clear_cache()?;
     let plan = order.plan(work.folder).map_err(|fault| {
         failed("invalid_data", Some(&fault.param), format!("{}.", fault.message))
     })?;
@@ -45,10 +45,20 @@ pub fn carry_out(order: &EvaluateOrder, work: JobWork<'_>) -> Result<Option<Outc
     if let Some(error) = failure {
         return Err(error.into());
     }
-    let report = report.map_err(|error| match error {
-        EvalError::Refused(why) => failed("evaluation_failed", None, format!("{why}.")),
-        EvalError::Io { .. } => classify("io_error", None, &error),
-    })?;
+    let report = match report {
+        Ok(report) => report,
+        Err(EvalError::Refused(why)) => {
+            return Err(failed("evaluation_failed", None, format!("{why}.")));
+        }
+        Err(error) => {
+            let failure = classify("io_error", None, &error);
+            if let JobFailure::DiskFull(why) = &failure {
+                let advice = "Make room, or create the job again with fewer evaluate.chunks.";
+                work.log.say(Level::Error, format!("The disk is full: {why}. {advice}"))?;
+            }
+            return Err(failure);
+        }
+    };
     write(order, &report, &work)?;
     let artifacts = vec![
         work.artifact(ArtifactKind::Report, EvaluateOrder::JSON)?,

@@ -29,6 +29,7 @@ use crate::job::{
 use base_logits::{Header, Reader};
 use scorer::Scorer;
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// Evaluates one model after another.
@@ -162,13 +163,16 @@ fn check_space(path: &Path, needed: u64) -> Result<(), EvalError> {
     let free = space.f_bavail.saturating_mul(space.f_frsize);
     match needed <= free {
         true => Ok(()),
-        false => Err(EvalError::Refused(format!(
-            "the reference's log-probabilities need {} MB in {}, where {} MB are free: use fewer \
-             --chunks, or make room",
-            needed >> 20,
-            folder.display(),
-            free >> 20
-        ))),
+        false => {
+            let why = format!(
+                "the reference's log-probabilities need {} MB, and {} MB are free; fewer chunks need \
+                 less (`evaluate.chunks`, --chunks)",
+                needed >> 20,
+                free >> 20
+            );
+            let source = io::Error::new(io::ErrorKind::StorageFull, why);
+            Err(EvalError::Io { path: folder.to_owned(), source })
+        }
     }
 }
 

@@ -64,7 +64,7 @@ fn continuation(scorer: &mut Scorer, prompt: &str, answer: &str) -> Result<f64, 
     let from = question.len().clamp(1, whole.len().saturating_sub(1).max(1));
     if whole.len() > scorer.context {
         return Err(EvalError::Refused(format!(
-            "{} tokens are more than the {} that the model reads: use fewer --shots",
+            "{} tokens are more than the {} that the model reads: use fewer shots",
             whole.len(),
             scorer.context
         )));

@@ -64,7 +64,7 @@ pub(super) fn cut(
     if there < 2 * context {
         return Err(EvalError::Refused(format!(
             "the text has {there} tokens, and two chunks of {context} are needed: take a longer \
-             text, or a smaller --context"
+             text, or a smaller context"
         )));
     }
     let chunks = chunks.unwrap_or(usize::MAX).min(there / context);

@@ -42,7 +42,7 @@ impl Scorer {
         llama_cpp: bool,
         threads: u32,
     ) -> Result<Self, EvalError> {
-        let EvalModel { name, file, adapter } = model;
+        let EvalModel { name, file, adapter, .. } = model;
         let refuse = |why: &dyn std::fmt::Display| EvalError::Refused(format!("{name}: {why}"));
         let gguf = Gguf::open_header(file).map_err(|error| refuse(&error))?;
         let facts = ModelFacts::read(&gguf).map_err(|error| refuse(&error))?;

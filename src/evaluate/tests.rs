@@ -13,7 +13,7 @@ use std::fs;
 fn tiny(folder: &Path, name: &str, ty: TensorType, seed: u64) -> EvalModel {
     let file = folder.join(format!("{name}.gguf"));
     tiny_llama(&file, &TinyLlama { ty, seed, ..TinyLlama::default() }).unwrap();
-    EvalModel { name: name.into(), file, adapter: None }
+    EvalModel { name: name.into(), file, adapter: None, ..EvalModel::default() }
 }
 
 fn plan(folder: &Path, models: Vec<EvalModel>) -> EvalPlan {
@@ -116,7 +116,7 @@ fn saved_log_probabilities_take_the_place_of_the_reference() {
     // A model that reads less than a chunk cannot be compared.
     let file = folder.path().join("short.gguf");
     tiny_llama(&file, &TinyLlama { n_ctx: 16, ..TinyLlama::default() }).unwrap();
-    let short = EvalModel { name: "short".into(), file, adapter: None };
+    let short = EvalModel { name: "short".into(), file, adapter: None, ..EvalModel::default() };
     let error = refused(&EvalPlan { models: vec![short], ..later });
     assert!(error.contains("short") && error.contains("vocabulary"), "{error}");
 }
@@ -273,12 +273,12 @@ fn what_cannot_be_measured_says_why() {
     assert!(gate(Gate::MinAccuracy { task: "t".into(), least: 0.1 }).contains("`t`"));
     let file = folder.path().join("bert.gguf");
     tiny_bert(&file).unwrap();
-    let bert = EvalModel { name: "bert".into(), file, adapter: None };
+    let bert = EvalModel { name: "bert".into(), file, adapter: None, ..EvalModel::default() };
     assert!(refused(&plan(folder.path(), vec![bert])).contains("bert: this model cannot generate"));
     let file = folder.path().join("cut.gguf");
     let bytes = fs::read(&model.file).unwrap();
     fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
-    let cut = EvalModel { name: "cut".into(), file, adapter: None };
+    let cut = EvalModel { name: "cut".into(), file, adapter: None, ..EvalModel::default() };
     assert!(refused(&plan(folder.path(), vec![cut])).starts_with("cut: "));
     let long =
         format!(r#"{{"prompt": "{}", "choices": ["a", "b"], "answer": 0}}"#, "word ".repeat(4000));
@@ -294,7 +294,7 @@ fn the_default_model_has_llama_cpps_perplexity() {
     assert!(model.is_some() || std::env::var_os("CI").is_none(), "CI sets INGOT_TEST_MODEL");
     let Some(file) = model else { return };
     let folder = tempfile::tempdir().unwrap();
-    let model = EvalModel { name: "smollm2".into(), file, adapter: None };
+    let model = EvalModel { name: "smollm2".into(), file, adapter: None, ..EvalModel::default() };
     let mut plan = plan(folder.path(), vec![model]);
     (plan.context, plan.chunks) = (256, Some(3));
     let perplexity = |llama_cpp| {

@@ -1,9 +1,9 @@
 //! Estimates the memory and disk space of a job from the model's header and the settings.
 
 use super::spec::{Resolved, Shape, Spec, TokenizerPlan};
-use super::{EvalModel, JobOrder};
+use super::{EvalModel, Evaluate, JobOrder, QuantizeSettings};
 use crate::dataset::DatasetKind;
-use crate::gguf::{Gguf, ModelConfig};
+use crate::gguf::{Gguf, GgufError, ModelConfig, ModelFacts, TensorType};
 use std::path::{Path, PathBuf};
 
 /// Bytes for the process itself: code, thread stacks, tokenizer and buffers.
@@ -15,6 +15,11 @@ const CHECKPOINT_BYTES: u64 = 12;
 /// Rows of logits in memory at once, in the forward and the backward pass
 /// (`ops::linear_cross_entropy`).
 const LOGIT_ROWS: u64 = 2 * 128;
+/// Bytes of one of the teacher's tokens with its log-probability, in memory and on disk.
+const TEACHER_ENTRY: u64 = 8;
+/// Bytes of a text for each of its tokens, at least in most texts. Data files have more for each
+/// trained token, as keys and prompts are not trained.
+const TOKEN_BYTES: u64 = 3;
 /// Assumed vocabulary size if the tokenizer is taken from another model.
 const TAKEN_VOCABULARY: usize = 65_536;
 
@@ -49,44 +54,99 @@ impl ResourceEstimate {
             JobOrder::Train(order) => {
                 let model = order.model.as_ref().map(open).transpose()?;
                 let estimate = Self::of(model.as_ref(), &order.spec, &order.spec.resolve()?)?;
-                Ok(estimate.with_teacher(order.teacher.as_deref()))
+                let size = |path: &PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
+                let data = order.validation.iter().chain([&order.train]).map(size).sum();
+                let (spec, settings) = (&order.spec, order.spec.resolve()?);
+                let teacher = order.teacher.as_deref();
+                Ok(estimate.with_teacher(model.as_ref(), spec, &settings, teacher, data))
             }
-            JobOrder::Quantize(order) => Ok(Self::of_quantization(&open(&order.model)?)),
+            JobOrder::Quantize(order) => {
+                let settings = &order.spec.quantize;
+                Ok(Self::of_quantization(&open(&order.model)?, settings))
+            }
             JobOrder::Evaluate(order) => {
-                Self::of_evaluation(order.models.iter().chain(&order.reference))
+                let text = order.text.as_ref().and_then(|path| std::fs::metadata(path).ok());
+                let text = text.map_or(0, |file| file.len());
+                let (spec, reference) = (&order.spec.evaluate, order.reference.as_ref());
+                Self::of_evaluation(spec, &order.models, reference, text)
             }
         }
     }
 
-    /// Adds the file of a teacher, which is mapped beside the model.
-    pub(super) fn with_teacher(self, teacher: Option<&Path>) -> Self {
+    /// Adds what a distillation needs besides the training of the student: the teacher's file, which
+    /// is mapped; its distributions of a micro-batch, and in a file those of all data; and the file of
+    /// a student that is cut from the model. `data_bytes` is the size of the data files.
+    pub(super) fn with_teacher(
+        self,
+        model: Option<&Gguf>,
+        spec: &Spec,
+        settings: &Resolved,
+        teacher: Option<&Path>,
+        data_bytes: u64,
+    ) -> Self {
+        let (Some(block), Some(model)) = (spec.task.settings().distillation(), model) else {
+            return self;
+        };
         let file = teacher.and_then(|path| std::fs::metadata(path).ok());
-        Self { memory: self.memory + file.map_or(0, |file| file.len()), ..self }
+        // Without a name the teacher is the model from which the student is cut.
+        let teacher = file.map_or(model.file_size(), |file| file.len());
+        let vocab = ModelConfig::read(model).map_or(usize::MAX, |config| config.vocab);
+        let row = block.top_k.min(vocab) as u64 * TEACHER_ENTRY;
+        let rows = settings.micro_batch as u64 * settings.max_length as u64;
+        let student = block.layers.map_or(0, |_| model.file_size());
+        let cache = data_bytes / TOKEN_BYTES * row;
+        Self {
+            memory: self.memory + teacher + rows * row,
+            disk: self.disk + cache + student,
+            ..self
+        }
     }
 
     /// A quantization holds three times the largest tensor; the input is mapped. Its output is at
-    /// most as large as the model in F16, or as its input.
-    pub fn of_quantization(model: &Gguf) -> Self {
+    /// most as large as its input, or as the model in F16; in F32 it has 4 bytes per weight.
+    pub fn of_quantization(model: &Gguf, settings: &QuantizeSettings) -> Self {
         let elements = || model.tensors().iter().map(|tensor| tensor.elements());
         let largest = elements().max().unwrap_or_default();
         let all: u64 = elements().sum();
-        let disk = model.file_size().max(2 * all);
+        let given = settings.overrides.iter().map(|given| given.ty);
+        let given = given.chain(settings.output_type).chain(settings.embedding_type);
+        let wide = settings.ty.name() == "F32" || given.into_iter().any(|ty| ty == TensorType::F32);
+        let disk = model.file_size().max(if wide { 4 } else { 2 } * all);
         Self { memory: PROCESS + 3 * 4 * largest, disk, trained: 0 }
     }
 
     /// An evaluation has one model at a time in memory: its file, which is mapped, and as much again
-    /// for weights in the layout of the kernels and the cache.
+    /// for weights in the layout of the kernels and the cache. On disk it has the log-probabilities of
+    /// the reference, two bytes for each token of the vocabulary, for half of the text's tokens.
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn of_evaluation<'a>(models: impl Iterator<Item = &'a EvalModel>) -> Result<Self, String> {
+    pub fn of_evaluation(
+        spec: &Evaluate,
+        models: &[EvalModel],
+        reference: Option<&EvalModel>,
+        text_bytes: u64,
+    ) -> Result<Self, String> {
         let mut largest = 0;
-        for model in models {
+        for model in models.iter().chain(reference) {
             let file = std::fs::metadata(&model.file);
             let file = file.map_err(|error| format!("{}: {error}", model.name))?;
             largest = largest.max(file.len());
         }
-        Ok(Self { memory: PROCESS + 2 * largest, disk: 0, trained: 0 })
+        let disk = match reference {
+            None => 0,
+            Some(model) => {
+                let wrong = |error: GgufError| format!("{}: {error}", model.name);
+                let header = Gguf::open_header(&model.file).map_err(wrong)?;
+                let vocab = u64::from(ModelFacts::read(&header).map_err(wrong)?.n_vocab);
+                let context = spec.context as u64;
+                let chunks = text_bytes / TOKEN_BYTES / context + 1;
+                let chunks = spec.chunks.map_or(chunks, |most| chunks.min(most as u64));
+                let row = 2 * (vocab.next_multiple_of(2) + 4);
+                chunks * (context / 2 * row + 4 * context)
+            }
+        };
+        Ok(Self { memory: PROCESS + 2 * largest, disk, trained: 0 })
     }
 
     /// Estimates rather too much than too little. `model` is the base model.
@@ -169,5 +229,78 @@ impl Dimensions {
         let stages = if task.trains_on_pairs() { 2 } else { 1 };
         let disk = stages * 2 * trained * CHECKPOINT_BYTES + trained * 8 + whole + folder;
         ResourceEstimate { memory, disk, trained }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::fixture::TinyDecoder;
+    use serde_json::json;
+
+    fn model(folder: &Path) -> (PathBuf, Gguf) {
+        let path = folder.join("model.gguf");
+        TinyDecoder::new("llama").write(&path).unwrap();
+        let header = Gguf::open_header(&path).unwrap();
+        (path, header)
+    }
+
+    #[test]
+    fn a_distillation_counts_its_teacher_and_its_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, model) = model(folder.path());
+        let with = |block: serde_json::Value, teacher: Option<&Path>, data: u64| {
+            let spec = json!({
+                "kind": "distill", "model": "m", "data": {"train": "f"}, "distill": block,
+                "train": {"max_length": 32, "micro_batch": 2},
+            });
+            let spec: Spec = serde_json::from_value(spec).unwrap();
+            let settings = spec.resolve().unwrap();
+            let plain = ResourceEstimate::of(Some(&model), &spec, &settings).unwrap();
+            let found = plain.with_teacher(Some(&model), &spec, &settings, teacher, data);
+            (found.memory - plain.memory, found.disk - plain.disk)
+        };
+        let file = model.file_size();
+        let named = with(json!({"teacher": "t", "top_k": 5}), Some(&path), 300);
+        assert_eq!(named, (file + 64 * 5 * 8, 100 * 5 * 8));
+        // The base is the teacher, and the student has a file of its own.
+        let cut = with(json!({"layers": 1, "top_k": 5}), None, 300);
+        assert_eq!(cut, (file + 64 * 5 * 8, file + 100 * 5 * 8));
+        // No more tokens than the vocabulary has.
+        let all = with(json!({"teacher": "t", "top_k": 1 << 20}), Some(&path), 300);
+        assert_eq!(all.1, 100 * 8 * u64::from(TinyDecoder::vocab()));
+    }
+
+    #[test]
+    fn an_evaluation_counts_the_references_log_probabilities() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, _) = model(folder.path());
+        let model = EvalModel { name: "m".into(), file, ..EvalModel::default() };
+        let disk = |chunks: Option<usize>, reference: Option<&EvalModel>| {
+            let spec = json!({"models": ["m"], "text": "f", "context": 64, "chunks": chunks});
+            let spec: Evaluate = serde_json::from_value(spec).unwrap();
+            let models = std::slice::from_ref(&model);
+            ResourceEstimate::of_evaluation(&spec, models, reference, 64 * 3 * 9).unwrap().disk
+        };
+        let row = 2 * (u64::from(TinyDecoder::vocab()).next_multiple_of(2) + 4);
+        let chunk = 32 * row + 4 * 64;
+        assert_eq!(disk(None, None), 0);
+        assert_eq!(disk(None, Some(&model)), 10 * chunk);
+        assert_eq!(disk(Some(2), Some(&model)), 2 * chunk);
+    }
+
+    #[test]
+    fn quantized_models_have_two_or_four_bytes_per_weight_at_most() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, model) = model(folder.path());
+        let weights: u64 = model.tensors().iter().map(|tensor| tensor.elements()).sum();
+        let disk = |settings: serde_json::Value| {
+            let settings: QuantizeSettings = serde_json::from_value(settings).unwrap();
+            ResourceEstimate::of_quantization(&model, &settings).disk
+        };
+        assert_eq!(disk(json!({"type": "Q8_0"})), model.file_size().max(2 * weights));
+        let wide = model.file_size().max(4 * weights);
+        assert_eq!(disk(json!({"type": "F32"})), wide);
+        assert_eq!(disk(json!({"type": "Q8_0", "tensor_types": ["ffn_down=F32"]})), wide);
     }
 }

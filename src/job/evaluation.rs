@@ -12,7 +12,7 @@ use std::str::FromStr;
 pub const EVAL_CONTEXT: usize = 512;
 
 /// A model to evaluate.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EvalModel {
     /// Its name in the report.
     pub name: String,
@@ -20,6 +20,29 @@ pub struct EvalModel {
     pub file: PathBuf,
     /// A LoRA adapter, as GGUF or PEFT folder.
     pub adapter: Option<PathBuf>,
+    /// SHA-256 of `file` and of the adapter, if the data folder knows them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter_sha256: Option<String>,
+}
+
+impl EvalModel {
+    /// Whether both are the same weights, as far as the digests tell; a model without a digest is
+    /// compared by its path.
+    pub fn is_same_file(&self, other: &Self) -> bool {
+        let path = |file: &PathBuf| file.canonicalize().unwrap_or_else(|_| file.clone());
+        let same_base = match (&self.sha256, &other.sha256) {
+            (Some(one), Some(two)) => one == two,
+            _ => path(&self.file) == path(&other.file),
+        };
+        // A loaded adapter is a copy, whose path says nothing.
+        let same_adapter = match (&self.adapter_sha256, &other.adapter_sha256) {
+            (Some(one), Some(two)) => one == two,
+            _ => self.adapter.is_some() == other.adapter.is_some(),
+        };
+        same_base && same_adapter
+    }
 }
 
 /// A task.
@@ -134,7 +157,8 @@ impl EvalTask {
             let GenerationSettings { grader, max_tokens, stop } = settings;
             let grader = grader.ok_or_else(|| {
                 format!(
-                    "{name}: its lines have no `choices`: name a grader with --grader {name}=FILE"
+                    "{name}: its lines have no `choices`: name a grader (`grader` of the task, or \
+                     --grader {name}=FILE)"
                 )
             })?;
             if let Some((model, _)) = grader.models().first_key_value() {
@@ -170,11 +194,11 @@ pub fn question_text(item: &Value) -> Option<&str> {
 fn generation_fault(item: &Value, shots: usize) -> Option<String> {
     let messages = item["messages"].as_array().is_some_and(|messages| !messages.is_empty());
     match (messages, question_text(item)) {
-        (true, _) if shots > 0 => Some("--shots are for lines with `prompt`".into()),
+        (true, _) if shots > 0 => Some("shots are for lines with `prompt`".into()),
         (true, _) => None,
         (false, None) => Some("it has neither `prompt`, `question` nor `messages`".into()),
         (false, Some(_)) if shots > 0 && !item["answer"].is_string() => {
-            Some("`answer` is no string: with --shots the first lines are shown with theirs".into())
+            Some("`answer` is no string: with shots the first lines are shown with theirs".into())
         }
         _ => None,
     }
@@ -478,7 +502,7 @@ mod tests {
             "input": [{"role": "user", "content": "x"}]}"#;
         for (text, shots, grader, why) in [
             (lines, 0, judge, "the model `m`"),
-            (lines, 1, number, "line 2: --shots"),
+            (lines, 1, number, "line 2: shots"),
             (r#"{"question": "q"}"#, 0, number, "answer"),
             (r#"{"question": "q", "answer": 2}"#, 1, number, "`answer` is no string"),
             (r#"{"answer": "2"}"#, 0, number, "neither"),
@@ -492,6 +516,27 @@ mod tests {
         ] {
             assert!(task(text, shots, grader).unwrap_err().contains(why), "{text}, {why}");
         }
+    }
+
+    #[test]
+    fn models_are_the_same_by_digest_or_else_by_path() {
+        let model = |file: &str, sha256: Option<&str>, adapter: Option<&str>| EvalModel {
+            name: "m".into(),
+            file: file.into(),
+            adapter: adapter.map(PathBuf::from),
+            sha256: sha256.map(str::to_owned),
+            adapter_sha256: adapter.map(str::to_owned),
+        };
+        let one = model("/a", Some("1"), None);
+        assert!(one.is_same_file(&model("/b", Some("1"), None)));
+        assert!(!one.is_same_file(&model("/a", Some("2"), None)));
+        assert!(one.is_same_file(&model("/a", None, None)));
+        assert!(!one.is_same_file(&model("/b", None, None)));
+        assert!(!one.is_same_file(&model("/a", Some("1"), Some("3"))));
+        let adapted = model("/a", None, Some("3"));
+        assert!(!adapted.is_same_file(&model("/a", None, Some("4"))));
+        let copy = EvalModel { adapter_sha256: None, ..model("/a", None, Some("4")) };
+        assert!(adapted.is_same_file(&copy));
     }
 
     #[test]

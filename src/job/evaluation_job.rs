@@ -144,6 +144,11 @@ impl EvaluateSpec {
         self.check_gates()
     }
 
+    /// Whether there is a bound, without which an evaluation cannot fail.
+    pub fn has_bounds(&self) -> bool {
+        !self.gates().is_empty()
+    }
+
     fn check_gates(&self) -> Result<(), String> {
         let Evaluate { text, reference, tasks, max_kl, max_perplexity, min_accuracy, .. } =
             &self.evaluate;

@@ -61,13 +61,23 @@ pub struct ExportPlan {
     pub base: PathBuf,
     /// The name of the base model, which PEFT loads.
     pub base_name: String,
-    /// An adapter of the base, as LoRA GGUF.
-    pub adapter: Option<PathBuf>,
+    pub adapter: Option<ExportAdapter>,
     /// The Hugging Face folder from which the base was converted, whose tokenizer is copied.
     pub parent: Option<PathBuf>,
     pub format: ExportFormat,
     /// The file of [`ExportFormat::Gguf`] and [`ExportFormat::LoraGguf`], else the folder.
     pub output: PathBuf,
+}
+
+/// The adapter of an export.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExportAdapter {
+    /// A LoRA GGUF, a folder that holds one, or a PEFT folder.
+    pub path: PathBuf,
+    /// Factor on the adapter's own scale, with which it is exported.
+    pub scale: f32,
+    /// File for the adapter as LoRA GGUF while the export runs.
+    pub work_file: PathBuf,
 }
 
 /// Why nothing was exported. The message names what to change.
@@ -129,7 +139,15 @@ impl ModelCard {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|error| error.to_string())?);
+        let base = self.provenance.as_ref().and_then(|facts| facts["base"]["model"].as_str());
+        // A JSON string is a YAML one.
+        let quoted = |text: &str| Value::from(text).to_string();
         let values = serde_json::json!({
+            "yaml": {
+                "license": self.license.as_deref().map(quoted),
+                "base_model": base.and_then(public_name).map(|name| quoted(&name)),
+            },
+            "base_name": base.map(without_folders),
             "name": self.name,
             "format": self.format.name(),
             "is_adapter": self.format.is_adapter(),
@@ -144,6 +162,25 @@ impl ModelCard {
         });
         let rendered = environment.render_str(CARD, Serde(&values));
         rendered.map(|text| text + "\n").map_err(|error| error.to_string())
+    }
+}
+
+/// The name of a base model for others: the repository of a reference to the hub, or a name. `None` for
+/// a path of this machine.
+fn public_name(model: &str) -> Option<String> {
+    if let Some(address) = model.strip_prefix("hf:") {
+        let mut parts = address.split('/');
+        return Some(format!("{}/{}", parts.next()?, parts.next()?));
+    }
+    let is_path = model.contains('/') || model.contains('\\') || model.ends_with(".gguf");
+    (!is_path && !model.starts_with('.')).then(|| model.to_owned())
+}
+
+/// The last part of a path of this machine; any other name as it is.
+fn without_folders(model: &str) -> &str {
+    match public_name(model) {
+        Some(_) => model,
+        None => model.rsplit(['/', '\\']).find(|part| !part.is_empty()).unwrap_or(model),
     }
 }
 
@@ -185,7 +222,9 @@ mod tests {
         };
         let text = card.markdown().unwrap();
         assert!(
-            text.starts_with("---\nlicense: apache-2.0\nbase_model: m\nlibrary_name: peft\n"),
+            text.starts_with(
+                "---\nlicense: \"apache-2.0\"\nbase_model: \"m\"\nlibrary_name: peft\n"
+            ),
             "{text}"
         );
         for part in ["ftjob-1", "`ab12`", "cd34", "\"seed\": 3", "134.5 million", "12 examples"] {
@@ -207,5 +246,35 @@ mod tests {
         }
         assert!(!text.contains("base_model"), "{text}");
         assert!(EvaluationFacts::parse("{}").is_err());
+    }
+
+    #[test]
+    fn a_card_names_no_path_and_quotes_what_yaml_would_read() {
+        let mut card = ModelCard {
+            name: "m-Q8_0".into(),
+            format: ExportFormat::Gguf,
+            quantization: "Q8_0".into(),
+            architecture: "llama".into(),
+            parameters: 1,
+            license: Some("a: \"b\"\nc: d".into()),
+            provenance: Some(json!({
+                "job": "ftjob-1",
+                "step": "7",
+                "spec": {"kind": "quantize"},
+                "base": {"model": "/home/someone/base.gguf"},
+            })),
+            evaluation: None,
+        };
+        let text = card.markdown().unwrap();
+        assert!(text.starts_with("---\nlicense: \"a: \\\"b\\\"\\nc: d\"\nlibrary_name"), "{text}");
+        for part in ["| base model | base.gguf |", "`ingot quantize`", "after step 7"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(!text.contains("/home") && !text.contains("ingot train"), "{text}");
+        card.provenance = Some(json!({"job": "j", "spec": {"kind": "sft"},
+            "base": {"model": "hf:org/repo/base.gguf@main"}}));
+        let text = card.markdown().unwrap();
+        assert!(text.contains("\nbase_model: \"org/repo\"\n"), "{text}");
+        assert!(!text.contains("checkpoint"), "{text}");
     }
 }

@@ -85,7 +85,9 @@ pub use events::{
     DataReport, Entry, EventLog, Follower, JobEvent, Level, Metrics, REWARD, StepMetrics,
     Validation, now,
 };
-pub use export::{EvaluationFacts, ExportFormat, ExportPlan, ExportRefused, ModelCard};
+pub use export::{
+    EvaluationFacts, ExportAdapter, ExportFormat, ExportPlan, ExportRefused, ModelCard,
+};
 pub use folder::{Folder, write_whole};
 pub use imatrix::{IMATRIX_CONTEXT, ImatrixPlan, ImatrixReport};
 pub use kinds::{JobOrder, JobSpec};

@@ -130,6 +130,9 @@ impl FromStr for TensorOverride {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text.rsplit_once('=') {
+            Some((pattern, _)) if pattern.contains('\0') => {
+                Err("its pattern has a NUL byte: leave it out".to_owned())
+            }
             Some((pattern, ty)) if !pattern.is_empty() => {
                 // As llama-quantize does.
                 Ok(Self { pattern: pattern.to_lowercase(), ty: tensor_type(ty)? })
@@ -346,7 +349,9 @@ mod tests {
         assert!(of("Q9").unwrap_err().contains("Q8_0"));
         let found: TensorOverride = "Ffn_Down=q6_k".parse().unwrap();
         assert_eq!((found.pattern.as_str(), found.ty), ("ffn_down", TensorType::Q6_K));
-        for bad in ["=Q6_K", "ffn_down", "ffn_down=Q99", "ffn_down=Q8_K", "ffn_down=I32"] {
+        for bad in
+            ["=Q6_K", "a\0=Q6_K", "ffn_down", "ffn_down=Q99", "ffn_down=Q8_K", "ffn_down=I32"]
+        {
             assert!(bad.parse::<TensorOverride>().is_err(), "{bad}");
         }
     }

@@ -18,6 +18,8 @@ pub struct Sources {
     pub tokenizer: Option<PathBuf>,
     /// `distill.teacher`
     pub teacher: Option<PathBuf>,
+    /// Size of the files of training and validation data.
+    pub data_bytes: u64,
 }
 
 /// The model to continue training from.
@@ -96,7 +98,7 @@ impl ResolvedJob {
     /// [`ResolveError`] if a setting or the model's family is not supported.
     pub fn new(mut spec: Spec, sources: Sources) -> Result<Self, ResolveError> {
         let settings = spec.resolve().map_err(ResolveError::Spec)?;
-        let Sources { base, init, tokenizer, teacher } = sources;
+        let Sources { base, init, tokenizer, teacher, data_bytes } = sources;
         let mut path = None;
         if let Some(base) = &base {
             spec.model = Some(base.name.clone());
@@ -116,11 +118,13 @@ impl ResolvedJob {
         let header = base.as_ref().map(|base| Gguf::open_header(&base.path)).transpose();
         let header = header.map_err(|error| ResolveError::Model(error.to_string()))?;
         if let Some(Ok(config)) = header.as_ref().map(ModelConfig::read) {
-            let checked = spec.task.settings().check_layers(config.layers);
+            let checked = spec.task.settings().check_layers(&config);
             checked.map_err(ResolveError::Spec)?;
         }
         let estimate = ResourceEstimate::of(header.as_ref(), &spec, &settings);
-        let estimate = estimate.map_err(ResolveError::Model)?.with_teacher(teacher.as_deref());
+        let estimate = estimate.map_err(ResolveError::Model)?;
+        let (model, teacher_file) = (header.as_ref(), teacher.as_deref());
+        let estimate = estimate.with_teacher(model, &spec, &settings, teacher_file, data_bytes);
         Ok(Self { spec, settings, estimate, base, init: path, tokenizer, teacher })
     }
 
@@ -214,6 +218,15 @@ mod tests {
         let sources = Sources { base: base(folder.path(), None), ..Sources::default() };
         let error = ResolvedJob::new(serde_json::from_str(text).unwrap(), sources).unwrap_err();
         assert_eq!(error.param(), Some("distill.layers"), "{error}");
+        // Layers of several kinds, by their numbers.
+        let mut gemma = base(folder.path(), None).unwrap();
+        gemma.path = folder.path().join("gemma.gguf");
+        TinyDecoder::new("gemma2").write(&gemma.path).unwrap();
+        let sources = Sources { base: Some(gemma), ..Sources::default() };
+        let text = text.replace(": 3}", ": 1}");
+        let error = ResolvedJob::new(serde_json::from_str(&text).unwrap(), sources).unwrap_err();
+        assert_eq!(error.param(), Some("distill.layers"), "{error}");
+        assert!(error.to_string().contains("several kinds"), "{error}");
         let mut missing = base(folder.path(), None).unwrap();
         missing.path = folder.path().join("none.gguf");
         assert_eq!(of("", Some(missing)).param(), Some("model"));

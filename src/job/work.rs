@@ -83,6 +83,15 @@ pub struct JobWork<'a> {
 }
 
 impl JobWork<'_> {
+    /// An empty folder for temporary files. What an earlier attempt left is deleted.
+    ///
+    /// # Errors
+    /// If the folder cannot be made.
+    pub fn clear_cache(&self) -> io::Result<()> {
+        let _ = fs::remove_dir_all(self.folder.cache());
+        fs::create_dir_all(self.folder.cache())
+    }
+
     /// An empty folder for artifacts. What an earlier attempt left is deleted.
     ///
     /// # Errors
@@ -103,10 +112,13 @@ impl JobWork<'_> {
     }
 
     /// Ends the process if it was asked to stop. For work without checkpoints, which starts again
-    /// from its beginning: the folder keeps nothing of it.
+    /// from its beginning: its files are deleted here, because no destructor runs. What a killed
+    /// process leaves is deleted when the work starts again, or when the gateway ends the job.
     pub fn exit_if_stopped(&self) {
         if self.control.stops() {
             let _ = self.log.sync();
+            let _ = fs::remove_dir_all(self.folder.artifacts());
+            let _ = fs::remove_dir_all(self.folder.cache());
             std::process::exit(STOPPED.into());
         }
     }

@@ -818,7 +818,7 @@ def test_what_was_made_is_exported():
     peft = "artifacts/peft/adapter_model.safetensors"
     with open(os.path.join(folder, files[2]), "rb") as made, open(f"{DATA}/jobs/{job.id}/{peft}", "rb") as kept:
         assert made.read() == kept.read()
-    for part in [f"base_model: {server.model}", "library_name: peft", job.id, '"kind": "sft"', "24 examples"]:
+    for part in [f'base_model: "{server.model}"', "library_name: peft", job.id, '"kind": "sft"', "24 examples"]:
         assert part in card, (part, card)
     folder, files, card = export("gguf", "--type", "Q8_0")
     [model] = [file for file in files if file.endswith("-Q8_0.gguf")]

@@ -85,7 +85,9 @@ fn order(store: &Store, spec: Spec, beside: &Path) -> Result<Order, CliError> {
             })?;
         }
     }
-    let sources = sources(store, &spec, beside)?;
+    let mut sources = sources(store, &spec, beside)?;
+    let size = |path: &PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
+    sources.data_bytes = validation.iter().chain([&train]).map(size).sum();
     let cannot = |error: ResolveError| CliError::message(format!("{error}."));
     let job = ResolvedJob::new(spec, sources).map_err(cannot)?;
     let disk = rustix::fs::statvfs(store.folder())

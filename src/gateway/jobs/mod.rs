@@ -242,7 +242,7 @@ impl Jobs {
     /// is queued again for this.
     ///
     /// # Errors
-    /// 404, or 400 if it has ended, or has not completed a step.
+    /// 404, or 400 if it does not train, has ended, or has not completed a step.
     pub fn finish(&self, id: &str, owner: Option<&str>) -> Result<StoredJob, ApiError> {
         use JobStatus::{Paused, Queued, Running};
         let job = self.get(id, owner)?;
@@ -251,6 +251,13 @@ impl Jobs {
             return refuse(format!(
                 "The job `{id}` is {}; it cannot be finished.",
                 job.status.name()
+            ));
+        }
+        if ["quantize", "evaluate"].contains(&&*job.kind) {
+            return refuse(format!(
+                "The job `{id}` is of the kind `{}`, which has no steps after which it could be \
+                 finished: wait for its end, or cancel it.",
+                job.kind
             ));
         }
         if self.progress(id)?.step.is_none() {
@@ -293,7 +300,7 @@ impl Jobs {
     }
 
     /// Deletes what a job does not need after its end: its links to data files, whose originals the
-    /// owner may have deleted, and the tokenized data.
+    /// owner may have deleted, the tokenized data, and files that a killed process was writing.
     fn tidy(&self, id: &str) {
         let folder = self.folder(id);
         for entry in std::fs::read_dir(folder.path()).into_iter().flatten().flatten() {
@@ -302,6 +309,15 @@ impl Jobs {
             }
         }
         let _ = std::fs::remove_dir_all(folder.cache());
+        for entry in std::fs::read_dir(folder.artifacts()).into_iter().flatten().flatten() {
+            // Complete artifacts have other names.
+            let name = entry.file_name();
+            if name.as_encoded_bytes().starts_with(b".")
+                || name.as_encoded_bytes().ends_with(b".part")
+            {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
     }
 
     /// Adds a message to a job's events, while no job process writes them.

@@ -141,16 +141,29 @@ impl Jobs {
     }
 
     /// Unloads a job's model or adapter and removes it from the store. `false` if it does not
-    /// exist.
+    /// exist. Running requests finish first, within the grace time.
     ///
     /// # Errors
-    /// Errors of the database.
-    pub fn forget(&self, name: &str) -> Result<bool, ApiError> {
-        let adapter = self.store().forget_adapter(name).map_err(ApiError::internal)?;
-        let model = self.store().remove_model(name).map_err(ApiError::internal)?;
+    /// 409 while the model is being loaded, or errors of the database.
+    pub async fn forget(&self, job: &StoredJob, name: &str) -> Result<bool, ApiError> {
+        let made = self.store().model(name).map_err(ApiError::internal)?;
+        // The name of a job that failed may be that of another model.
+        let source = format!("job:{}", job.id);
+        let made = made.is_some_and(|model| model.name == name && model.source == source);
+        if made {
+            match self.registry.unload_model(name).await {
+                Err(error) if error.status != http::StatusCode::NOT_FOUND => return Err(error),
+                _ => {}
+            }
+            self.store().remove_model(name).map_err(ApiError::internal)?;
+        }
+        Ok(self.forget_adapter(name)? || made)
+    }
+
+    fn forget_adapter(&self, name: &str) -> Result<bool, ApiError> {
+        let stored = self.store().forget_adapter(name).map_err(ApiError::internal)?;
         // It may not be loaded.
-        let unloaded = self.registry.unload_adapter(name).is_ok();
-        Ok(adapter || model || unloaded)
+        Ok(self.registry.unload_adapter(name).is_ok() || stored)
     }
 
     /// Unloads the adapters of a job's checkpoints and removes them from the store, but for those
@@ -164,7 +177,7 @@ impl Jobs {
             let JobEvent::Checkpoint { step } = entry.event else { continue };
             let name = checkpoint_name(&job.name, step);
             match self.registry.check_deletable(&name) {
-                Ok(()) => drop(self.forget(&name)?),
+                Ok(()) => drop(self.forget_adapter(&name)?),
                 Err(error) if error.status == http::StatusCode::CONFLICT => {
                     kept.insert(name);
                 }

@@ -2,6 +2,7 @@
 
 use super::{Resolved, TaskSettings, Weights, within};
 use crate::dataset::DatasetKind;
+use crate::gguf::ModelConfig;
 use serde::{Deserialize, Serialize};
 
 /// Distillation: a student learns the token distributions of a teacher (Hinton et al. 2015,
@@ -76,13 +77,25 @@ impl TaskSettings for Distill {
         self.teacher.as_deref()
     }
 
-    fn check_layers(&self, layers: usize) -> Result<(), String> {
-        match self.layers {
-            Some(kept) if kept >= layers => Err(format!(
+    fn distillation(&self) -> Option<&Self> {
+        Some(self)
+    }
+
+    fn check_layers(&self, model: &ModelConfig) -> Result<(), String> {
+        let (Some(kept), layers) = (self.layers, model.layers) else { return Ok(()) };
+        if kept >= layers {
+            return Err(format!(
                 "distill.layers: the model has {layers} layers, and the student must have fewer than \
                  it, not {kept}"
+            ));
+        }
+        match model.kinds.windows(2).any(|kinds| kinds[0] != kinds[1]) {
+            true => Err(format!(
+                "distill.layers: the layers of a {} model are of several kinds, by their numbers, so \
+                 that none can be removed: name a smaller model, and a `distill.teacher`",
+                model.architecture
             )),
-            _ => Ok(()),
+            false => Ok(()),
         }
     }
 

@@ -5,6 +5,7 @@
 
 use super::{Adapter, Data, Export, Resolved, Schedule, Spec, Train};
 use crate::dataset::DatasetKind;
+use crate::gguf::ModelConfig;
 use crate::grade::Grader;
 use serde::de::value::{Error, MapDeserializer};
 use serde::ser::SerializeMap;
@@ -92,11 +93,16 @@ pub trait TaskSettings {
         None
     }
 
-    /// Checks the block against the model to train, which has this number of layers.
+    /// The block of a kind that learns from a teacher.
+    fn distillation(&self) -> Option<&super::Distill> {
+        None
+    }
+
+    /// Checks the block against the model to train.
     ///
     /// # Errors
     /// As [`TaskSettings::check`].
-    fn check_layers(&self, _layers: usize) -> Result<(), String> {
+    fn check_layers(&self, _model: &ModelConfig) -> Result<(), String> {
         Ok(())
     }
 

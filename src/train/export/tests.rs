@@ -297,3 +297,62 @@ fn quantized_models_keep_their_vectors_and_odd_rows() {
     let (exact, found) = (loss(&model), loss(&quantized));
     assert!((exact - found).abs() < 2e-2 * exact, "{exact}, {found}");
 }
+
+#[test]
+fn adapters_are_exported_from_folders_with_their_scale_and_their_head() {
+    use crate::job::{ExportAdapter, ExportFormat, ExportPlan};
+    use crate::train::model::SCORE;
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    TinyDecoder::new("llama").write(&path("base.gguf")).unwrap();
+    let base = Arc::new(Gguf::open(path("base.gguf")).unwrap());
+    let adapted = model(&base, &Training::Lora(lora()));
+    std::fs::create_dir(path("upload")).unwrap();
+    lora_gguf(&adapted, &lora(), &[], &path("upload/adapter.gguf")).unwrap();
+    peft_folder(&adapted, &lora(), "base", &path("peft")).unwrap();
+    let made = |from: &str, scale: f32, format: ExportFormat, to: &str| {
+        let adapter = ExportAdapter { path: path(from), scale, work_file: path("work.gguf") };
+        let plan = ExportPlan {
+            base: path("base.gguf"),
+            base_name: "base".into(),
+            adapter: Some(adapter),
+            parent: None,
+            format,
+            output: path(to),
+        };
+        let outcome = export(&plan).map_err(|error| error.to_string());
+        assert!(!path("work.gguf").exists());
+        outcome
+    };
+    let alpha =
+        |name: &str| Gguf::open(path(name)).unwrap().f32("adapter.lora.alpha").unwrap().unwrap();
+    for (from, scale) in [("upload", 1.0), ("upload", 0.5), ("peft", 0.5), ("peft", -2.0)] {
+        made(from, scale, ExportFormat::LoraGguf, "out.gguf").unwrap();
+        let right = alpha("upload/adapter.gguf") * scale;
+        assert!((alpha("out.gguf") - right).abs() < 1e-5, "{from}, {scale}");
+    }
+    // Merged with a scale of -1, the adapter is taken away from the model to which it was added.
+    made("upload", 1.0, ExportFormat::Gguf, "plus.gguf").unwrap();
+    made("peft", -1.0, ExportFormat::Gguf, "minus.gguf").unwrap();
+    let [plus, minus] = ["plus.gguf", "minus.gguf"].map(|name| Gguf::open(path(name)).unwrap());
+    let name = "blk.1.attn_q.weight";
+    let values = |file: &Gguf| file.to_f32(name).unwrap();
+    for ((plus, minus), base) in values(&plus).iter().zip(values(&minus)).zip(values(&base)) {
+        assert!(((plus + minus) / 2.0 - base).abs() < 2e-3 * (1.0 + base.abs()), "{plus}, {base}");
+    }
+    assert!(values(&plus) != values(&minus));
+    assert!(made("upload", 0.0, ExportFormat::Gguf, "no").unwrap_err().contains("scale is 0"));
+
+    let head = vec![0.5; adapted.shape().width];
+    let reward = adapted.with_head(SCORE, head).unwrap();
+    lora_gguf(&reward, &lora(), &[], &path("reward.gguf")).unwrap();
+    for format in [ExportFormat::Gguf, ExportFormat::HuggingFace] {
+        let why = made("reward.gguf", 1.0, format, "no").unwrap_err();
+        assert!(why.contains("score head") && why.contains("--format peft"), "{why}");
+    }
+    made("reward.gguf", 0.5, ExportFormat::LoraGguf, "scaled.gguf").unwrap();
+    assert!(crate::gguf::score_head(&Gguf::open(path("scaled.gguf")).unwrap()).is_some());
+    made("reward.gguf", 1.0, ExportFormat::Peft, "reward").unwrap();
+    let config = std::fs::read_to_string(path("reward/adapter_config.json")).unwrap();
+    assert!(config.contains("SEQ_CLS"), "{config}");
+}

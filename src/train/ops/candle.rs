@@ -184,7 +184,9 @@ pub(super) fn distillation(
         Divergence::ForwardKl => (p * (log_p - &log_q)?)?,
         Divergence::ReverseKl => (q * (log_q - log_p)?)?,
         Divergence::Jsd => {
-            let log_m = ((&p * *beta)? + (&q * (1.0 - beta))?)?.log()?;
+            // Both probabilities of an event may round to 0.
+            let mixture = ((&p * *beta)? + (&q * (1.0 - beta))?)?;
+            let log_m = mixture.maximum(f64::from(f32::MIN_POSITIVE))?.log()?;
             let of_teacher = (p * (log_p - &log_m)?)? * *beta;
             let of_student = (q * (log_q - log_m)?)? * (1.0 - beta);
             (of_teacher? + of_student?)?

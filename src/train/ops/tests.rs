@@ -437,3 +437,35 @@ fn a_student_that_is_the_teacher_has_nothing_to_learn() {
     assert!(super::distillation(&hidden, &head, &targets, &wrong).is_err());
     assert!(top_log_probs(&hidden, &head, &targets, vocab + 1).is_err());
 }
+
+/// A token that is improbable for both has a probability that rounds to 0.
+#[test]
+fn probabilities_of_zero_give_numbers() {
+    let identity = Tensor::from_vec(vec![1.0f64, 0.0, 0.0, 1.0], (2, 2), &CPU).unwrap();
+    let hidden = Tensor::from_vec(vec![0.0f64, -2000.0], (1, 2), &CPU).unwrap();
+    let teacher = TeacherRows { top_k: 2, tokens: vec![0, 1], log_probs: vec![0.0, -800.0] };
+    let targets = Targets {
+        tokens: Arc::new(vec![0]),
+        weights: Arc::new(vec![1.0]),
+        cap: None,
+        temperature: 1.0,
+    };
+    for divergence in DIVERGENCES {
+        let teacher = Arc::new(teacher.clone());
+        let (beta, temperature, cross_entropy) = (0.5, 1.0, 0.0);
+        let how = Distillation { teacher, divergence, beta, temperature, cross_entropy };
+        let head = Head::Trained(identity.clone());
+        let sum = |a: &[Tensor]| {
+            super::distillation(&a[0], &head, &targets, &how).map(|losses| losses.sum)
+        };
+        let found = || {
+            let args = std::slice::from_ref(&hidden);
+            let (value, grads) = values_and_gradients(args, &sum, |out| out.ones_like().unwrap());
+            let grads = grads[0].flatten_all().unwrap().to_vec1::<f64>().unwrap();
+            [&[value.to_scalar::<f64>().unwrap()], &grads[..]].concat()
+        };
+        for values in [found(), composed(found)] {
+            assert!(values.iter().all(|value| value.abs() < 1e-9), "{divergence:?}: {values:?}");
+        }
+    }
+}

@@ -68,10 +68,12 @@ impl Recipe for Distill {
             job,
             order: Order::new(job.train.len(), job.shuffle),
             caches: [
-                Some(cache(job.train, "teacher.train")?),
-                job.validation.map(|data| cache(data, "teacher.validation")).transpose()?,
+                Some(Arc::new(cache(job.train, "teacher.train")?)),
+                job.validation
+                    .map(|data| cache(data, "teacher.validation").map(Arc::new))
+                    .transpose()?,
             ],
-            teacher,
+            teacher: Arc::new(teacher),
         };
         let run = Run { model: job.model, settings: job.settings, checkpoints: job.checkpoints };
         let before = source.before(&run, event)?;
@@ -150,41 +152,45 @@ struct Examples<'a> {
     block: &'a Distill,
     job: &'a Job<'a, Prepared>,
     order: Order,
-    teacher: Teacher,
+    teacher: Arc<Teacher>,
     /// Of the training and of the validation data.
-    caches: [Option<TeacherCache>; 2],
+    caches: [Option<Arc<TeacherCache>>; 2],
 }
 
-/// Examples that are computed in one pass.
-struct DistillationBatch {
+/// Examples that are computed in one pass. The teacher's distributions are read or computed in this
+/// pass, so that those of one micro-batch at a time are in memory.
+struct DistillationBatch<'a> {
     batch: Batch,
-    distillation: Distillation,
+    /// Numbers of the examples.
+    numbers: Vec<usize>,
+    block: &'a Distill,
+    teacher: Arc<Teacher>,
+    cache: Option<Arc<TeacherCache>>,
 }
 
-impl Examples<'_> {
-    /// Packs examples into rows, groups the rows into micro-batches, and asks the teacher.
+impl<'a> Examples<'a> {
+    /// Packs examples into rows, and groups the rows into micro-batches.
     fn read(
         &self,
         data: &Prepared,
-        cache: Option<&TeacherCache>,
+        cache: Option<&Arc<TeacherCache>>,
         numbers: &[usize],
-    ) -> Result<Vec<DistillationBatch>, TrainError> {
+    ) -> Result<Vec<DistillationBatch<'a>>, TrainError> {
         let settings = self.job.settings;
         let examples: Vec<Encoded> =
             numbers.iter().map(|&example| data.get(example)).collect::<Result<_, _>>()?;
         let lengths: Vec<_> = examples.iter().map(|example| example.tokens.len()).collect();
         let rows = pack(&lengths, settings.max_length);
-        let part = |members: Vec<usize>| -> Result<DistillationBatch, TrainError> {
-            let batch = Batch::of(members.iter().map(|&member| &examples[member]));
-            let numbers: Vec<usize> = members.iter().map(|&member| numbers[member]).collect();
-            let teacher = Arc::new(self.teacher.rows(&batch, &numbers, cache)?);
-            let Distill { divergence, beta, temperature, cross_entropy, .. } = *self.block;
-            let distillation =
-                Distillation { teacher, divergence, beta, temperature, cross_entropy };
-            Ok(DistillationBatch { batch, distillation })
+        let part = |members: Vec<usize>| DistillationBatch {
+            batch: Batch::of(members.iter().map(|&member| &examples[member])),
+            numbers: members.iter().map(|&member| numbers[member]).collect(),
+            block: self.block,
+            teacher: self.teacher.clone(),
+            cache: cache.cloned(),
         };
         let some = rows.chunks(settings.micro_batch);
-        some.map(|rows| part(rows.iter().flat_map(|row| row.members.clone()).collect())).collect()
+        let some = some.map(|rows| rows.iter().flat_map(|row| row.members.clone()).collect());
+        Ok(some.map(part).collect())
     }
 
     /// The losses before training, which an earlier process may have measured.
@@ -236,8 +242,8 @@ impl Examples<'_> {
     }
 }
 
-impl BatchSource for Examples<'_> {
-    type MicroBatch = DistillationBatch;
+impl<'a> BatchSource for Examples<'a> {
+    type MicroBatch = DistillationBatch<'a>;
 
     fn extent(&self) -> StepCount {
         StepCount::new(self.job.train.len(), self.job.settings)
@@ -247,12 +253,12 @@ impl BatchSource for Examples<'_> {
         &mut self,
         cursor: &mut Cursor,
         count: usize,
-    ) -> Result<Vec<DistillationBatch>, TrainError> {
+    ) -> Result<Vec<DistillationBatch<'a>>, TrainError> {
         let examples = self.order.next(cursor, count);
         self.read(self.job.train, self.caches[0].as_ref(), &examples)
     }
 
-    fn held_out(&self, each: &mut Each<DistillationBatch>) -> Result<bool, TrainError> {
+    fn held_out(&self, each: &mut Each<DistillationBatch<'a>>) -> Result<bool, TrainError> {
         let Some(data) = self.job.validation else { return Ok(false) };
         let all: Vec<usize> = (0..data.len()).collect();
         for some in all.chunks(self.job.settings.batch_size) {
@@ -263,7 +269,14 @@ impl BatchSource for Examples<'_> {
     }
 }
 
-impl DistillationBatch {
+impl DistillationBatch<'_> {
+    fn distillation(&self) -> Result<Distillation, TrainError> {
+        let teacher = self.teacher.rows(&self.batch, &self.numbers, self.cache.as_deref())?;
+        let Distill { divergence, beta, temperature, cross_entropy, .. } = *self.block;
+        let teacher = Arc::new(teacher);
+        Ok(Distillation { teacher, divergence, beta, temperature, cross_entropy })
+    }
+
     fn sums(&self, (loss, sums): (f64, DistillationSums)) -> LossSums {
         let weight = self.batch.weights.iter().map(|weight| f64::from(*weight)).sum();
         let mut found =
@@ -274,7 +287,7 @@ impl DistillationBatch {
     }
 }
 
-impl MicroBatch for DistillationBatch {
+impl MicroBatch for DistillationBatch<'_> {
     fn tokens(&self) -> usize {
         self.batch.tokens.len()
     }
@@ -285,10 +298,10 @@ impl MicroBatch for DistillationBatch {
         pass: Pass,
         gradients: &mut Gradients,
     ) -> Result<LossSums, TrainError> {
-        Ok(self.sums(model.distill(&self.batch, pass, &self.distillation, gradients)?))
+        Ok(self.sums(model.distill(&self.batch, pass, &self.distillation()?, gradients)?))
     }
 
     fn evaluate_part(&self, model: &Model) -> Result<LossSums, TrainError> {
-        Ok(self.sums(model.distillation(&self.batch, &self.distillation)?))
+        Ok(self.sums(model.distillation(&self.batch, &self.distillation()?)?))
     }
 }

@@ -5,7 +5,7 @@ use crate::gateway::api::wire::MAX_NAME;
 use crate::gateway::app::App;
 use crate::gateway::error::ApiError;
 use crate::gateway::store::{JobStatus, Published};
-use crate::job::JobSpec;
+use crate::job::JobOrder;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use serde_json::{Value, json};
@@ -36,7 +36,7 @@ pub async fn publish(State(app): State<Arc<App>>, request: Request) -> Answer {
     let evaluation = fields.string("evaluation", MAX_NAME)?;
     fields.finish()?;
     if let Some(id) = evaluation {
-        check_evaluation(&app, &id, &model)?;
+        check_evaluation(&app, &id, &model).await?;
     }
     ok(show(&app.registry.publish(&name, &model, share).await?))
 }
@@ -46,8 +46,9 @@ fn exact(share: f32) -> f64 {
     (f64::from(share) * 1e6).round() / 1e6
 }
 
-/// Checks that a job has evaluated the model, and that it succeeded.
-fn check_evaluation(app: &App, id: &str, model: &str) -> Result<(), ApiError> {
+/// Checks that a job has evaluated the model in the files that it has now, and that every bound was
+/// kept, of which there must be one.
+async fn check_evaluation(app: &App, id: &str, model: &str) -> Result<(), ApiError> {
     let job = app.jobs.get(id, None).map_err(|error| error.with_param("evaluation"))?;
     let refuse = |why: String| {
         let status = http::StatusCode::CONFLICT;
@@ -55,9 +56,29 @@ fn check_evaluation(app: &App, id: &str, model: &str) -> Result<(), ApiError> {
             .with_param("evaluation")
             .with_code("evaluation_not_passed"))
     };
-    match JobSpec::parse(job.spec.as_bytes()) {
-        Ok(JobSpec::Evaluate(spec)) if spec.evaluate.models.iter().any(|name| name == model) => {}
-        _ => return refuse(format!("The job `{id}` has not evaluated `{model}`.")),
+    let folder = app.jobs.folder(&job.id);
+    let read = tokio::task::spawn_blocking(move || folder.order()).await;
+    let order = match read.map_err(ApiError::internal)? {
+        Ok(JobOrder::Evaluate(order)) => order,
+        Ok(_) => return refuse(format!("The job `{id}` is no evaluation.")),
+        Err(error) => {
+            return refuse(format!("The folder of the evaluation `{id}` cannot be read: {error}."));
+        }
+    };
+    if !order.spec.has_bounds() {
+        return refuse(format!(
+            "The evaluation `{id}` has no bound that `{model}` could miss: create one with \
+             evaluate.max_kl, evaluate.max_perplexity or evaluate.min_accuracy."
+        ));
+    }
+    let now = app.jobs.eval_model(model, "model").await?;
+    let Some(evaluated) = order.models.iter().find(|evaluated| evaluated.name == now.name) else {
+        return refuse(format!("The job `{id}` has not evaluated `{model}`."));
+    };
+    if !evaluated.is_same_file(&now) {
+        return refuse(format!(
+            "`{model}` has other files now than when the job `{id}` evaluated it: evaluate it again."
+        ));
     }
     match job.status {
         JobStatus::Succeeded => Ok(()),

@@ -68,7 +68,7 @@ pub async fn delete(
     };
     let _no_publication = app.registry.pause_publications().await;
     app.registry.check_deletable(&name)?;
-    if !app.jobs.forget(&name)? {
+    if !app.jobs.forget(job, &name).await? {
         return Err(ApiError::model_not_found(&name));
     }
     let mut deleted = json!({"id": name, "object": "model", "deleted": true});

@@ -224,9 +224,13 @@ pub fn fits(needs: &ResourceEstimate, memory: u64, disk: u64) -> Result<(), ApiE
         .with_code("insufficient_memory"));
     }
     if needs.disk > disk {
+        let what = match needs.trained {
+            0 => "make room",
+            _ => "make room, or train an adapter of lower rank",
+        };
         let message = format!(
             "The job needs about {} on the disk of the data folder for what it writes, but {} are \
-             free: make room, or train an adapter of lower rank.",
+             free: {what}.",
             ByteSize(needs.disk),
             ByteSize(disk)
         );

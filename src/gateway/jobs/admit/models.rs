@@ -51,7 +51,7 @@ impl Jobs {
                 );
                 return Err(ApiError::invalid("model", message));
             }
-            jobs.check_room(&ResourceEstimate::of_quantization(&model))?;
+            jobs.check_room(&ResourceEstimate::of_quantization(&model, &spec.quantize))?;
             let file = spec.quantize.imatrix.as_ref().map(|id| {
                 jobs.data_file(&id.to_string_lossy(), IMATRIX, &requester)
             });
@@ -93,10 +93,22 @@ impl Jobs {
         };
         let jobs = self.clone();
         blocking(move || {
-            let estimate = ResourceEstimate::of_evaluation(models.iter().chain(&reference));
-            let estimate = estimate
-                .map_err(|why| ApiError::unprocessable(format!("{why}.")).with_param("models"))?;
-            jobs.check_room(&estimate)?;
+            let text = spec.evaluate.text.as_ref();
+            let text = text.map(|file| jobs.data_file(file, "evaluate.text", &requester));
+            let text = text.transpose()?.map_or(0, |file| file.bytes);
+            let reference_model = reference.as_ref();
+            let estimate =
+                ResourceEstimate::of_evaluation(&spec.evaluate, &models, reference_model, text);
+            let estimate = estimate.map_err(|why| {
+                ApiError::unprocessable(format!("{why}.")).with_param("evaluate.models")
+            })?;
+            jobs.check_room(&estimate).map_err(|mut error| {
+                if error.code.as_deref() == Some("disk_full") {
+                    error.message += " Fewer evaluate.chunks need less.";
+                    error.param = Some("evaluate.chunks".into());
+                }
+                error
+            })?;
             let id = new_id("ftjob-");
             let keep = |file: &str, param: &str, name: &str| -> Result<PathBuf, ApiError> {
                 jobs.keep_data(&id, &jobs.data_file(file, param, &requester)?, name)
@@ -132,10 +144,29 @@ impl Jobs {
         .await
     }
 
-    async fn eval_model(self: &Arc<Self>, name: &str, param: &str) -> Result<EvalModel, ApiError> {
+    /// A model or adapter to evaluate, which the parameter `param` names.
+    ///
+    /// # Errors
+    /// 404 if there is none of that name.
+    pub async fn eval_model(
+        self: &Arc<Self>,
+        name: &str,
+        param: &str,
+    ) -> Result<EvalModel, ApiError> {
         let files = self.registry.model_files(name).await;
         let files = files.map_err(|error| error.with_param(param))?;
-        Ok(EvalModel { name: files.name, file: files.path, adapter: files.adapter })
+        let (jobs, adapter) = (self.clone(), files.name.clone());
+        let stored = blocking(move || jobs.store().adapter(&adapter).map_err(ApiError::internal));
+        // The adapter of a checkpoint is listed without a digest.
+        let adapter_sha256 = stored.await?.map(|stored| stored.sha256);
+        Ok(EvalModel {
+            // A reference to a model is another name for the same.
+            name: if files.adapter.is_some() { files.name } else { files.model },
+            file: files.path,
+            sha256: files.sha256,
+            adapter_sha256: adapter_sha256.filter(|sha256| !sha256.is_empty()),
+            adapter: files.adapter,
+        })
     }
 
     /// Reads the text and the tasks.

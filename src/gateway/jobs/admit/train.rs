@@ -118,7 +118,7 @@ impl Jobs {
         &self,
         spec: Spec,
         requester: Requester,
-        sources: Sources,
+        mut sources: Sources,
     ) -> Result<StoredJob, ApiError> {
         let params = requester.params();
         spec.resolve().map_err(|why| refused(&ResolveError::Spec(why)))?;
@@ -127,6 +127,7 @@ impl Jobs {
         let validation =
             spec.data.validation.as_ref().map(|id| file(id, params.validation)).transpose()?;
         let human = spec.data.human.as_ref().map(|id| file(id, HUMAN)).transpose()?;
+        sources.data_bytes = train.bytes + validation.as_ref().map_or(0, |file| file.bytes);
         let job = ResolvedJob::new(spec, sources).map_err(|error| refused(&error))?;
         if let Some(name) = &job.spec.name {
             self.check_new_name(name)?;
