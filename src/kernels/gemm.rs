@@ -508,13 +508,14 @@ impl<T: Real> Sides<'_, T> {
         let Place { stride, at, add } = out.place;
         let (depth, add) = (part.k.len(), add || part.at > 0);
         let (b, distance) = self.strips_from(strips.clone(), part);
-        // Only the last tile can have fewer rows.
-        let mut kernel = (0, None);
+        // All tiles but the last have the same number of rows.
+        let mut kernel: Option<(usize, Tile<T>)> = None;
         self.each_tile(tiles, part, |rows, left, strides, row| {
-            if kernel.0 != rows {
-                kernel = (rows, Some(T::tile(rows, strips.len(), strides)));
-            }
-            let Some(run) = kernel.1 else { return };
+            let run = match kernel {
+                Some((of, run)) if of == rows => run,
+                _ => T::tile(rows, strips.len(), strides),
+            };
+            kernel = Some((rows, run));
             // SAFETY: `a` was checked to be inside its slice or was packed, the strips have `depth`
             // rows, and the caller guarantees the room in `out`.
             unsafe {
