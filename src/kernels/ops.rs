@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 /// Tokens whose feed-forward activations a chunk processes at once.
-const TOKEN_TILE: usize = 3 * PANEL;
+const TOKEN_TILE: usize = 6 * PANEL;
 /// Groups of eight matrix rows in a chunk when many tokens use them: they stay in the L1 cache.
 const CHUNK_GROUPS: usize = 8;
 /// Groups that a kernel can multiply at once by a few tokens.

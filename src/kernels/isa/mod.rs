@@ -45,6 +45,9 @@ impl Isa {
 pub(super) struct Kernels {
     /// The kernel for a tile of this many groups and tokens.
     pub tile: fn(kind: Kind, groups: usize, tokens: usize) -> Tile,
+    /// A kernel for two groups and whole tiles of the most tokens that unpacks the weights once: `x`
+    /// has the first row of each tile.
+    pub tiles: Option<fn(kind: Kind) -> Option<Tile>>,
     /// Most tokens of a tile, at most [`PANEL`](super::activation::PANEL).
     pub tokens: fn(kind: Kind) -> usize,
     /// Most groups of a tile of this many tokens: a power of two, as are smaller numbers of groups.

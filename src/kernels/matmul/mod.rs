@@ -47,6 +47,9 @@ impl Input<'_> {
     }
 }
 
+/// Tiles of tokens from which on it pays to unpack the weights first.
+const UNPACK: usize = 2;
+
 /// Computes `out[t][n]` for the rows of `groups` and the tokens of `tokens`. The first token's
 /// first row is at index `at` of `out`; tokens are `stride` elements apart.
 ///
@@ -76,11 +79,14 @@ pub unsafe fn multiply(
         // SAFETY: guaranteed by the caller and checked above.
         return unsafe { run(isa, &weights, groups, input, tokens, out, stride) };
     }
-    // The rows of as many tokens as one panel holds.
-    const TOKENS: usize = PANEL / 2;
+    // The rows of as many tokens as some panels hold.
+    const TOKENS: usize = 3 * PANEL;
     let count = groups.len() * LANES;
     let mut sums = SUMS.take();
-    sums.resize(2 * TOKENS * count, 0.0);
+    let most = 2 * TOKENS.min(tokens.len()) * count;
+    if sums.len() < most {
+        sums.resize(most, 0.0);
+    }
     for first in tokens.clone().step_by(TOKENS) {
         let rows = 2 * first..2 * (first + TOKENS).min(tokens.end);
         // SAFETY: as above; the sums have room for the rows.
@@ -122,6 +128,22 @@ unsafe fn run(
     let mut rows = [Row::default(); PANEL];
     let most = (kernels.tokens)(weights.kind);
     let mut first = tokens.start;
+    if let Some(tiles) = kernels.tiles.and_then(|tiles| tiles(weights.kind)) {
+        // SAFETY: guaranteed by the caller.
+        first += unsafe {
+            run_unpacked(
+                isa,
+                tiles,
+                most,
+                weights,
+                groups.clone(),
+                input,
+                tokens.clone(),
+                out,
+                stride,
+            )
+        };
+    }
     while first < tokens.end {
         // A tile's tokens are of one panel.
         let count = most.min(tokens.end - first).min(PANEL - first % PANEL);
@@ -144,6 +166,46 @@ unsafe fn run(
         }
         first += count;
     }
+}
+
+/// Computes the products of whole tiles of tokens, for which the weights are unpacked first, if
+/// there are enough of them. Returns the number of tokens.
+///
+/// # Safety
+/// As for [`run`].
+unsafe fn run_unpacked(
+    isa: Isa,
+    tiles: Tile,
+    most: usize,
+    weights: &Weights,
+    groups: Range<usize>,
+    input: &Input,
+    tokens: Range<usize>,
+    out: *mut f32,
+    stride: usize,
+) -> usize {
+    let whole = tokens.len() / most;
+    let pairs = groups.start..groups.start + groups.len() / 2 * 2;
+    if whole < UNPACK || pairs.is_empty() || !tokens.start.is_multiple_of(most) {
+        return 0;
+    }
+    let done = tokens.start..tokens.start + whole * most;
+    let x: Vec<Row> = done.clone().step_by(most).map(|first| input.row(first)).collect();
+    for group in pairs.clone().step_by(2) {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            let from = weights.data.add(group * weights.group_bytes);
+            tiles(from, weights.blocks, &x, out.add((group - groups.start) * LANES), stride);
+        }
+    }
+    if pairs.end < groups.end {
+        // SAFETY: as above; a single group is not unpacked.
+        unsafe {
+            let out = out.add((pairs.end - groups.start) * LANES);
+            run(isa, weights, pairs.end..groups.end, input, done.clone(), out, stride);
+        }
+    }
+    done.len()
 }
 
 /// A matrix without its type.

@@ -100,8 +100,8 @@ struct Case {
     quantized: Quantized,
 }
 
-/// More than a panel.
-const TOKENS_OF_CASE: usize = 17;
+/// More than two panels.
+const TOKENS_OF_CASE: usize = 27;
 
 fn case(ty: TensorType, rows: usize, cols: usize) -> Case {
     let mut rng = StdRng::seed_from_u64(ty as u64);

@@ -16,6 +16,7 @@ use std::arch::x86_64::*;
 
 pub(super) const KERNELS: Kernels = Kernels {
     tile,
+    tiles: None,
     tokens,
     groups,
     quantize: quantize::quantize,

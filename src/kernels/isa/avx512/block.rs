@@ -3,6 +3,7 @@
 use crate::gguf::IQ4_LEVELS;
 use crate::kernels::pack::*;
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 /// The same block of two groups: sixteen rows.
 pub(super) struct Pair<'a, B>(pub &'a B, pub &'a B);
@@ -56,6 +57,149 @@ pub(super) trait Block: Sized {
     /// # Safety
     /// As above.
     unsafe fn m(pair: Pair<Self>) -> __m512;
+}
+
+/// Two groups' weights as the kernel reads them: [`Block`]'s methods, packed or unpacked.
+pub(super) trait Weights: Copy {
+    const SUBS: usize;
+    const SIGNED: bool;
+    const SIXTEENS: bool;
+    const MINS: bool;
+
+    /// # Safety
+    /// As in [`Block`]; this also applies to the methods below.
+    unsafe fn weights(self, sub: usize, part: usize) -> __m512i;
+
+    /// # Safety
+    /// As above.
+    unsafe fn scale(self, i: usize) -> __m512;
+
+    /// # Safety
+    /// As above.
+    unsafe fn d(self) -> __m512;
+
+    /// # Safety
+    /// As above.
+    unsafe fn min(self, i: usize) -> __m512;
+
+    /// # Safety
+    /// As above.
+    unsafe fn m(self) -> __m512;
+}
+
+/// Implements the constants and methods of [`Weights`], whose safety is that of [`Block`].
+macro_rules! weights {
+    ($self:ident, $weights:expr, $scale:expr, $d:expr, $min:expr, $m:expr) => {
+        const SUBS: usize = B::SUBS;
+        const SIGNED: bool = B::SIGNED;
+        const SIXTEENS: bool = B::SIXTEENS;
+        const MINS: bool = B::MINS;
+
+        #[inline(always)]
+        unsafe fn weights($self, sub: usize, part: usize) -> __m512i {
+            // SAFETY: guaranteed by the caller.
+            unsafe { $weights(sub, part) }
+        }
+        #[inline(always)]
+        unsafe fn scale($self, i: usize) -> __m512 {
+            // SAFETY: guaranteed by the caller.
+            unsafe { $scale(i) }
+        }
+        #[inline(always)]
+        unsafe fn d($self) -> __m512 {
+            // SAFETY: guaranteed by the caller.
+            unsafe { $d() }
+        }
+        #[inline(always)]
+        unsafe fn min($self, i: usize) -> __m512 {
+            // SAFETY: guaranteed by the caller.
+            unsafe { $min(i) }
+        }
+        #[inline(always)]
+        unsafe fn m($self) -> __m512 {
+            // SAFETY: guaranteed by the caller.
+            unsafe { $m() }
+        }
+    };
+}
+
+impl<B: Block> Weights for Pair<'_, B> {
+    weights!(
+        self,
+        |sub, part| B::weights(self, sub, part),
+        |i| B::scale(self, i),
+        || B::d(self),
+        |i| B::min(self, i),
+        || B::m(self)
+    );
+}
+
+/// 64 bytes that a register loads.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Register(pub [u8; 64]);
+
+/// A block of two groups with one byte for each weight and f32 scales, so that many tiles need not
+/// unpack it again: eight registers of weights for each sub-block, the scales, the minima, `d` and
+/// `m`.
+pub(super) struct Unpacked<B>(*const Register, PhantomData<B>);
+
+impl<B> Clone for Unpacked<B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for Unpacked<B> {}
+
+impl<B: Block> Unpacked<B> {
+    /// Units that have a scale and a minimum.
+    const UNITS: usize = B::SUBS * if B::SIXTEENS { 2 } else { 1 };
+    const SCALES: usize = B::SUBS * 8;
+    const MINIMA: usize = Self::SCALES + Self::UNITS;
+    const D: usize = Self::MINIMA + Self::UNITS;
+    const M: usize = Self::D + 1;
+    /// Registers of a block.
+    pub(super) const REGISTERS: usize = Self::M + 1;
+
+    /// # Safety
+    /// `at` must be a block that [`Unpacked::write`] has written.
+    pub(super) unsafe fn at(at: *const Register) -> Self {
+        Self(at, PhantomData)
+    }
+
+    /// # Safety
+    /// `to` must have [`Unpacked::REGISTERS`] registers; the CPU must have AVX-512 F, BW, DQ and VL.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(super) unsafe fn write(pair: Pair<B>, to: &mut [Register]) {
+        assert!(to.len() == Self::REGISTERS);
+        let to = to.as_mut_ptr();
+        // SAFETY: guaranteed by the caller; every index is below the number of registers.
+        unsafe {
+            for sub in 0..B::SUBS {
+                for part in 0..8 {
+                    _mm512_store_si512(to.add(sub * 8 + part).cast(), B::weights(pair, sub, part));
+                }
+            }
+            for i in 0..Self::UNITS {
+                _mm512_store_ps(to.add(Self::SCALES + i).cast(), B::scale(pair, i));
+                _mm512_store_ps(to.add(Self::MINIMA + i).cast(), B::min(pair, i));
+            }
+            _mm512_store_ps(to.add(Self::D).cast(), B::d(pair));
+            _mm512_store_ps(to.add(Self::M).cast(), B::m(pair));
+        }
+    }
+}
+
+impl<B: Block> Weights for Unpacked<B> {
+    weights!(
+        self,
+        |sub: usize, part: usize| _mm512_load_si512(self.0.add(sub * 8 + part).cast()),
+        |i: usize| _mm512_load_ps(self.0.add(Self::SCALES + i).cast()),
+        || _mm512_load_ps(self.0.add(Self::D).cast()),
+        |i: usize| _mm512_load_ps(self.0.add(Self::MINIMA + i).cast()),
+        || _mm512_load_ps(self.0.add(Self::M).cast())
+    );
 }
 
 /// Implements a block from its constants and the results of its methods.

@@ -20,6 +20,7 @@ const LINE: usize = 64;
 
 pub(super) const KERNELS: Kernels = Kernels {
     tile,
+    tiles: Some(tiles),
     tokens,
     groups,
     quantize: quantize::quantize,
@@ -75,6 +76,25 @@ fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
         1 => by_tokens!(groups, 0: 1 2 3 4 5 6 7 8 9 10 11 12),
         _ => unreachable!("no tile is {groups} groups by {tokens} tokens"),
     }
+}
+
+/// The kernel for two groups and many whole tiles of tokens, if the weights have to be unpacked.
+fn tiles(kind: Kind) -> Option<Tile> {
+    Some(match kind {
+        Kind::U4Min => quantized::tiles::<BlockU4Min, { tokens(Kind::U4Min) }>,
+        Kind::U4 => quantized::tiles::<BlockU4, { tokens(Kind::U4) }>,
+        Kind::U5Min => quantized::tiles::<BlockU5Min, { tokens(Kind::U5Min) }>,
+        Kind::U5 => quantized::tiles::<BlockU5, { tokens(Kind::U5) }>,
+        Kind::U4K => quantized::tiles::<BlockU4K, { tokens(Kind::U4K) }>,
+        Kind::U5K => quantized::tiles::<BlockU5K, { tokens(Kind::U5K) }>,
+        Kind::T4 => quantized::tiles::<BlockT4, { tokens(Kind::T4) }>,
+        Kind::T4K => quantized::tiles::<BlockT4K, { tokens(Kind::T4K) }>,
+        Kind::I8 => quantized::tiles::<BlockI8, { tokens(Kind::I8) }>,
+        Kind::U2K => quantized::tiles::<BlockU2K, { tokens(Kind::U2K) }>,
+        Kind::U3K => quantized::tiles::<BlockU3K, { tokens(Kind::U3K) }>,
+        Kind::U6K => quantized::tiles::<BlockU6K, { tokens(Kind::U6K) }>,
+        Kind::F16 | Kind::BF16 | Kind::F32 => return None,
+    })
 }
 
 /// The kernel for `P` pairs of groups, or for a single group if `P` is 0.

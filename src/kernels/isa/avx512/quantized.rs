@@ -5,11 +5,12 @@
 //! of the activations.
 
 use super::LINE;
-use super::block::{Block, Pair};
+use super::block::{Block, Pair, Register, Unpacked, Weights};
 use crate::kernels::activation::Row;
 use crate::kernels::pack::{BLOCK, LANES};
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::cell::Cell;
 
 /// Bytes of a group's weights between the ones that are read and the ones that are prefetched.
 const AHEAD: usize = 1024;
@@ -43,22 +44,23 @@ pub(super) unsafe fn tile<B: Block, const P: usize, const T: usize>(
     // SAFETY: guaranteed by the caller.
     unsafe {
         if P > 0 {
-            return run::<B, P, T>(weights, blocks, distance, &x[0], out, stride);
+            return packed::<B, P, T>(weights, blocks, distance, &x[0], out, stride);
         }
         // The same rows twice; the second half of the result is dropped.
         let mut sums = [[0f32; 2 * LANES]; T];
-        run::<B, 1, T>(weights, blocks, 0, &x[0], sums.as_mut_ptr().cast(), 2 * LANES);
+        packed::<B, 1, T>(weights, blocks, 0, &x[0], sums.as_mut_ptr().cast(), 2 * LANES);
         for (t, sums) in sums.iter().enumerate() {
             out.add(t * stride).copy_from_nonoverlapping(sums.as_ptr(), LANES);
         }
     }
 }
 
+/// Computes a tile from packed weights, whose groups are `distance` bytes apart.
+///
 /// # Safety
-/// As for [`tile`]; the groups of weights are `distance` bytes apart.
+/// As for [`tile`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-#[inline(never)]
-unsafe fn run<B: Block, const P: usize, const T: usize>(
+unsafe fn packed<B: Block, const P: usize, const T: usize>(
     weights: *const u8,
     blocks: usize,
     distance: usize,
@@ -66,11 +68,9 @@ unsafe fn run<B: Block, const P: usize, const T: usize>(
     out: *mut f32,
     stride: usize,
 ) {
-    let x = *x;
-    let mut acc = [[_mm512_setzero_ps(); T]; P];
-    for b in 0..blocks {
+    let pairs = |b: usize| -> [Pair<B>; P] {
         // SAFETY: every group has `blocks` blocks.
-        let pairs: [Pair<B>; P] = std::array::from_fn(|p| unsafe {
+        std::array::from_fn(|p| unsafe {
             let low = weights.add(2 * p * distance + b * size_of::<B>());
             for line in 0..size_of::<B>().div_ceil(LINE) {
                 let ahead = low.wrapping_add(AHEAD + line * LINE);
@@ -78,13 +78,76 @@ unsafe fn run<B: Block, const P: usize, const T: usize>(
                 _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(distance).cast());
             }
             Pair(&*low.cast::<B>(), &*low.add(distance).cast::<B>())
-        });
+        })
+    };
+    // SAFETY: guaranteed by the caller.
+    unsafe { run::<_, P, T>(pairs, blocks, x, out, stride) };
+}
+
+/// Computes the tiles of two groups by the tokens of `x`: the first of `T` tokens of a panel each.
+/// The weights are unpacked once. Tile `i` starts at `out + i * T * stride`.
+///
+/// # Safety
+/// As for [`tile`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
+pub(super) unsafe fn tiles<B: Block, const T: usize>(
+    weights: *const u8,
+    blocks: usize,
+    x: &[Row],
+    out: *mut f32,
+    stride: usize,
+) {
+    let distance = blocks * size_of::<B>();
+    let mut unpacked = UNPACKED.take();
+    let registers = blocks * Unpacked::<B>::REGISTERS;
+    if unpacked.len() < registers {
+        unpacked.resize(registers, Register([0; 64]));
+    }
+    for (b, to) in unpacked.chunks_exact_mut(Unpacked::<B>::REGISTERS).take(blocks).enumerate() {
+        // SAFETY: both groups have `blocks` blocks.
+        unsafe {
+            let low = weights.add(b * size_of::<B>());
+            let pair = Pair(&*low.cast::<B>(), &*low.add(distance).cast::<B>());
+            Unpacked::<B>::write(pair, to);
+        }
+    }
+    let from = unpacked.as_ptr();
+    for (tile, x) in x.iter().enumerate() {
+        // SAFETY: `from` has this many blocks, and the caller guarantees the rest.
+        unsafe {
+            let at = |b: usize| [Unpacked::<B>::at(from.add(b * Unpacked::<B>::REGISTERS))];
+            run::<_, 1, T>(at, blocks, x, out.add(tile * T * stride), stride);
+        }
+    }
+    UNPACKED.set(unpacked);
+}
+
+thread_local! {
+    /// The unpacked weights of two groups.
+    static UNPACKED: Cell<Vec<Register>> = const { Cell::new(Vec::new()) };
+}
+
+/// # Safety
+/// As for [`tile`]; `weights` must return the weights of every block.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
+#[inline(never)]
+unsafe fn run<W: Weights, const P: usize, const T: usize>(
+    weights: impl Fn(usize) -> [W; P],
+    blocks: usize,
+    x: &Row,
+    out: *mut f32,
+    stride: usize,
+) {
+    let x = *x;
+    let mut acc = [[_mm512_setzero_ps(); T]; P];
+    for b in 0..blocks {
+        let pairs = weights(b);
         // SAFETY: guaranteed by the caller.
         unsafe {
-            if B::SUBS == 1 {
+            if W::SUBS == 1 {
                 single(pairs, b * x.step, &x, &mut acc);
             } else {
-                several(pairs, b * B::SUBS, &x, &mut acc);
+                several(pairs, b * W::SUBS, &x, &mut acc);
             }
         }
     }
@@ -102,36 +165,36 @@ unsafe fn run<B: Block, const P: usize, const T: usize>(
 /// The CPU must have the features of [`tile`], and the tokens such a block.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
 #[inline]
-unsafe fn single<B: Block, const P: usize, const T: usize>(
-    pairs: [Pair<B>; P],
+unsafe fn single<W: Weights, const P: usize, const T: usize>(
+    pairs: [W; P],
     at: usize,
     x: &Row,
     acc: &mut [[__m512; T]; P],
 ) {
     let mut sums = [[_mm512_setzero_si512(); T]; P];
     // SAFETY: guaranteed by the caller.
-    unsafe { start::<B, P, T>(&mut sums, at, x) };
+    unsafe { start::<W, P, T>(&mut sums, at, x) };
     each_part!(part => {
         // SAFETY: guaranteed by the caller.
         unsafe { add_part(pairs, 0, part, at, x, &mut sums) };
     });
     for p in 0..P {
         // SAFETY: guaranteed by the caller.
-        let (d, min) = unsafe { (B::d(pairs[p]), B::min(pairs[p], 0)) };
+        let (d, min) = unsafe { (pairs[p].d(), pairs[p].min(0)) };
         for t in 0..T {
             // SAFETY: the token has a scale and a sum for each block.
             let (xd, xs) =
                 unsafe { (_mm512_set1_ps(*x.d.add(at + t)), _mm512_set1_ps(*x.s.add(at + t))) };
             let scaled = _mm512_mul_ps(d, xd);
             acc[p][t] = _mm512_fmadd_ps(scaled, _mm512_cvtepi32_ps(sums[p][t]), acc[p][t]);
-            if B::MINS {
+            if W::MINS {
                 acc[p][t] = _mm512_fmadd_ps(min, xs, acc[p][t]);
             }
         }
     }
 }
 
-/// Adds `B::SUBS` times 32 columns, from sub-block `first` of a row on. Scales and minima are
+/// Adds `W::SUBS` times 32 columns, from sub-block `first` of a row on. Scales and minima are
 /// integers multiplied by one float for the whole block, which is applied at the end. The product
 /// of an integer scale and a sum is below 2^24 and so is exact in f32.
 ///
@@ -139,27 +202,27 @@ unsafe fn single<B: Block, const P: usize, const T: usize>(
 /// As for [`single`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
 #[inline]
-unsafe fn several<B: Block, const P: usize, const T: usize>(
-    pairs: [Pair<B>; P],
+unsafe fn several<W: Weights, const P: usize, const T: usize>(
+    pairs: [W; P],
     first: usize,
     x: &Row,
     acc: &mut [[__m512; T]; P],
 ) {
     let zero = _mm512_setzero_ps();
     let mut products = [[zero; T]; P];
-    for sub in 0..B::SUBS {
+    for sub in 0..W::SUBS {
         let at = (first + sub) * x.step;
         let mut scaled = [[zero; T]; P];
         let mut sums = [[_mm512_setzero_si512(); T]; P];
         // SAFETY: guaranteed by the caller.
-        unsafe { start::<B, P, T>(&mut sums, at, x) };
+        unsafe { start::<W, P, T>(&mut sums, at, x) };
         each_part!(part => {
             // SAFETY: guaranteed by the caller.
             unsafe { add_part(pairs, sub, part, at, x, &mut sums) };
-            if B::SIXTEENS && part == 3 {
+            if W::SIXTEENS && part == 3 {
                 for p in 0..P {
                     // SAFETY: guaranteed by the caller.
-                    let scale = unsafe { B::scale(pairs[p], 2 * sub) };
+                    let scale = unsafe { pairs[p].scale(2 * sub) };
                     for t in 0..T {
                         scaled[p][t] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[p][t]), scale);
                         sums[p][t] = _mm512_setzero_si512();
@@ -168,14 +231,14 @@ unsafe fn several<B: Block, const P: usize, const T: usize>(
             }
         });
         for p in 0..P {
-            let i = if B::SIXTEENS { 2 * sub + 1 } else { sub };
+            let i = if W::SIXTEENS { 2 * sub + 1 } else { sub };
             // SAFETY: guaranteed by the caller.
-            let scale = unsafe { B::scale(pairs[p], i) };
+            let scale = unsafe { pairs[p].scale(i) };
             for t in 0..T {
                 // SAFETY: the token has a scale for each block.
                 let xd = unsafe { _mm512_set1_ps(*x.d.add(at + t)) };
                 let sum = _mm512_cvtepi32_ps(sums[p][t]);
-                let sum = match B::SIXTEENS {
+                let sum = match W::SIXTEENS {
                     true => _mm512_fmadd_ps(sum, scale, scaled[p][t]),
                     false => _mm512_mul_ps(sum, scale),
                 };
@@ -185,26 +248,26 @@ unsafe fn several<B: Block, const P: usize, const T: usize>(
     }
     for p in 0..P {
         // SAFETY: guaranteed by the caller.
-        let d = unsafe { B::d(pairs[p]) };
+        let d = unsafe { pairs[p].d() };
         for t in 0..T {
             acc[p][t] = _mm512_fmadd_ps(d, products[p][t], acc[p][t]);
         }
     }
-    if !B::MINS {
+    if !W::MINS {
         return;
     }
     // Two chains of sums each: a single one would wait for the latency of its own additions.
     let mut mins = [[[zero; T]; P]; 2];
-    let each = if B::SIXTEENS { 2 } else { 1 };
-    for i in 0..B::SUBS * each {
+    let each = if W::SIXTEENS { 2 } else { 1 };
+    for i in 0..W::SUBS * each {
         let at = (first + i / each) * x.step;
         for p in 0..P {
             // SAFETY: guaranteed by the caller.
-            let min = unsafe { B::min(pairs[p], i) };
+            let min = unsafe { pairs[p].min(i) };
             for t in 0..T {
                 // SAFETY: the token has a sum for each block, and two sums for its halves.
                 let xs = _mm512_set1_ps(unsafe {
-                    match B::SIXTEENS {
+                    match W::SIXTEENS {
                         true => *x.h.add(2 * (at + t) + i % 2),
                         false => *x.s.add(at + t),
                     }
@@ -215,7 +278,7 @@ unsafe fn several<B: Block, const P: usize, const T: usize>(
     }
     for p in 0..P {
         // SAFETY: guaranteed by the caller.
-        let m = unsafe { B::m(pairs[p]) };
+        let m = unsafe { pairs[p].m() };
         for t in 0..T {
             let sum = _mm512_add_ps(mins[0][p][t], mins[1][p][t]);
             acc[p][t] = _mm512_fmadd_ps(m, sum, acc[p][t]);
@@ -229,12 +292,12 @@ unsafe fn several<B: Block, const P: usize, const T: usize>(
 /// As for [`single`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
 #[inline]
-unsafe fn start<B: Block, const P: usize, const T: usize>(
+unsafe fn start<W: Weights, const P: usize, const T: usize>(
     sums: &mut [[__m512i; T]; P],
     at: usize,
     x: &Row,
 ) {
-    if !B::SIGNED {
+    if !W::SIGNED {
         return;
     }
     for t in 0..T {
@@ -264,8 +327,8 @@ fn in_order(mut v: __m512i) -> __m512i {
 /// As for [`single`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
 #[inline]
-unsafe fn add_part<B: Block, const P: usize, const T: usize>(
-    pairs: [Pair<B>; P],
+unsafe fn add_part<W: Weights, const P: usize, const T: usize>(
+    pairs: [W; P],
     sub: usize,
     part: usize,
     at: usize,
@@ -275,7 +338,7 @@ unsafe fn add_part<B: Block, const P: usize, const T: usize>(
     let mut w = [_mm512_setzero_si512(); P];
     for p in 0..P {
         // SAFETY: guaranteed by the caller.
-        w[p] = in_order(unsafe { B::weights(pairs[p], sub, part) });
+        w[p] = in_order(unsafe { pairs[p].weights(sub, part) });
     }
     for t in 0..T {
         // SAFETY: the token's block has 32 bytes.

@@ -12,6 +12,7 @@ use crate::kernels::pack::BLOCK;
 
 pub(super) const KERNELS: Kernels = Kernels {
     tile: |kind, groups, _| matmul::tile(kind, groups),
+    tiles: None,
     tokens: |_| 4,
     groups: |_, _| 1,
     quantize,
