@@ -259,20 +259,23 @@ unsafe fn several<W: Weights, const P: usize, const T: usize>(
     // Two chains of sums each: a single one would wait for the latency of its own additions.
     let mut mins = [[[zero; T]; P]; 2];
     let each = if W::SIXTEENS { 2 } else { 1 };
-    for i in 0..W::SUBS * each {
-        let at = (first + i / each) * x.step;
-        for p in 0..P {
-            // SAFETY: guaranteed by the caller.
-            let min = unsafe { pairs[p].min(i) };
-            for t in 0..T {
-                // SAFETY: the token has a sum for each block, and two sums for its halves.
-                let xs = _mm512_set1_ps(unsafe {
-                    match W::SIXTEENS {
-                        true => *x.h.add(2 * (at + t) + i % 2),
-                        false => *x.s.add(at + t),
-                    }
-                });
-                mins[i % 2][p][t] = _mm512_fmadd_ps(min, xs, mins[i % 2][p][t]);
+    for pair in 0..W::SUBS * each / 2 {
+        for chain in 0..2 {
+            let i = 2 * pair + chain;
+            let at = (first + i / each) * x.step;
+            for p in 0..P {
+                // SAFETY: guaranteed by the caller.
+                let min = unsafe { pairs[p].min(i) };
+                for t in 0..T {
+                    // SAFETY: the token has a sum for each block, and two sums for its halves.
+                    let xs = _mm512_set1_ps(unsafe {
+                        match W::SIXTEENS {
+                            true => *x.h.add(2 * (at + t) + chain),
+                            false => *x.s.add(at + t),
+                        }
+                    });
+                    mins[chain][p][t] = _mm512_fmadd_ps(min, xs, mins[chain][p][t]);
+                }
             }
         }
     }
