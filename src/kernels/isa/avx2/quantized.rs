@@ -10,6 +10,10 @@ use crate::kernels::pack::BLOCK;
 use std::arch::asm;
 use std::arch::x86_64::*;
 
+/// Bytes of a group's weights between the ones that are read for several tokens and the ones that
+/// are prefetched.
+const AHEAD: usize = 1024;
+
 /// Registers of four columns each in a block of 32 columns.
 const PARTS: usize = 8;
 
@@ -202,12 +206,12 @@ unsafe fn sums<B: Block, const G: usize, const T: usize>(
     x: &[Row; T],
     blocks: usize,
 ) -> [[__m256i; T]; G] {
-    if T == 1 {
-        let bytes = size_of::<B>() / B::SUBS;
-        for g in 0..G {
-            let next = std::ptr::from_ref(block[g]).wrapping_add(G * blocks).cast::<u8>();
-            prefetch(next.wrapping_add(sub * bytes), bytes);
-        }
+    // One token reads the next tile's first bytes soon; more tokens take longer for a group.
+    let ahead = if T == 1 { G * blocks * size_of::<B>() } else { AHEAD };
+    let bytes = size_of::<B>() / B::SUBS;
+    for g in 0..G {
+        let from = std::ptr::from_ref(block[g]).cast::<u8>().wrapping_add(ahead);
+        prefetch(from.wrapping_add(sub * bytes), bytes);
     }
     let run = const { run::<B>() };
     let zero = _mm256_setzero_si256();
