@@ -351,7 +351,8 @@ fn prepare(source: &Path, base: &Model, out: &Path) -> Result<Option<LoraInfo>, 
     let refused = |error: &dyn std::fmt::Display| {
         ApiError::unprocessable(format!("The adapter cannot be used: {error}."))
     };
-    if source.is_dir() && source.join("adapter_config.json").is_file() {
+    let file = adapter_file(source)?;
+    if file.is_dir() {
         if base.fileless {
             let weights = source.join("adapter_model.safetensors");
             return copy(&weights, out).map(|()| None).map_err(|e| refused(&e));
@@ -360,7 +361,6 @@ fn prepare(source: &Path, base: &Model, out: &Path) -> Result<Option<LoraInfo>, 
         let info = peft_to_gguf(source, &base.facts, &gguf, out).map_err(|e| refused(&e))?;
         return Ok(Some(info));
     }
-    let file = if source.is_dir() { only_gguf(source)? } else { source.to_owned() };
     copy(&file, out).map_err(|e| refused(&e))?;
     if base.fileless {
         return Ok(None);
@@ -369,7 +369,15 @@ fn prepare(source: &Path, base: &Model, out: &Path) -> Result<Option<LoraInfo>, 
     check_lora_gguf(out, &gguf).map(Some).map_err(|e| refused(&e))
 }
 
-/// The only GGUF in a folder without `adapter_config.json`.
+/// The adapter itself: a PEFT folder, a file, or the only GGUF in a folder without
+/// `adapter_config.json`, as uploads have. Blocks.
+pub(super) fn adapter_file(source: &Path) -> Result<PathBuf, ApiError> {
+    if !source.is_dir() || source.join("adapter_config.json").is_file() {
+        return Ok(source.to_owned());
+    }
+    only_gguf(source)
+}
+
 fn only_gguf(folder: &Path) -> Result<PathBuf, ApiError> {
     let files = std::fs::read_dir(folder).map_err(ApiError::internal)?;
     let mut ggufs = files

@@ -1,6 +1,7 @@
 //! Names beyond the loaded models: adapters of the store are loaded on demand, and jobs can train
 //! models of the data folder.
 
+use super::adapters::adapter_file;
 use super::load::store_error;
 use super::{AdapterSpec, ModelCard, Registry, Served, State, blocking, check_name};
 use crate::gateway::error::ApiError;
@@ -192,7 +193,10 @@ impl Registry {
         let base = adapter.as_ref().map_or(wanted, |adapter| adapter.base_model.clone());
         let loaded = self.lock().models.get(&base).cloned();
         let path = match &adapter {
-            Some(adapter) => Some(self.adapter_path(&adapter.name).await?),
+            Some(adapter) => {
+                let path = self.adapter_path(&adapter.name).await?;
+                Some(blocking(move || adapter_file(&path)).await?)
+            }
             None => None,
         };
         if let Some(model) = loaded {

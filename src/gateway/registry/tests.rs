@@ -58,6 +58,29 @@ async fn clients_name_adapters_by_id_and_never_by_path() {
     }
 }
 
+/// Jobs take the GGUF of an upload, which is in a folder of its own.
+#[test]
+fn an_adapter_is_a_peft_folder_a_file_or_the_only_gguf_of_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |name: &str| folder.path().join(name);
+    for name in ["peft", "upload", "two", "none"] {
+        std::fs::create_dir(of(name)).unwrap();
+    }
+    for file in
+        ["peft/adapter_config.json", "peft/x.gguf", "upload/a.gguf", "two/a.gguf", "two/b.gguf"]
+    {
+        std::fs::write(of(file), b"x").unwrap();
+    }
+    for (source, file) in
+        [("peft", "peft"), ("upload", "upload/a.gguf"), ("upload/a.gguf", "upload/a.gguf")]
+    {
+        assert_eq!(adapters::adapter_file(&of(source)).unwrap(), of(file));
+    }
+    for source in ["two", "none"] {
+        assert_eq!(adapters::adapter_file(&of(source)).unwrap_err().status, 422, "{source}");
+    }
+}
+
 #[tokio::test]
 async fn an_adapter_needs_a_base() {
     let (registry, folder) = registry();
