@@ -40,6 +40,8 @@ const SERIES: &[(&str, &str)] = &[
     ("ingot_spec_decode_num_draft_tokens_total", "counter"),
     ("ingot_spec_decode_num_accepted_tokens_total", "counter"),
     ("ingot_build_info", "gauge"),
+    ("ingot_data_disk_free_bytes", "gauge"),
+    ("ingot_data_disk_size_bytes", "gauge"),
 ];
 
 /// Suffixes of metric names: a unit, or the noun that is counted (requests, pages, adapters, rows).

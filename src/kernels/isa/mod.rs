@@ -84,6 +84,9 @@ pub(super) struct Dense {
     /// The kernel for these numbers of rows and strips, and a left operand with these strides.
     pub tile: fn(rows: usize, strips: usize, strides: [usize; 2]) -> gemm::Tile<f32>,
     /// Transposes a block of eight by eight numbers: the rows of the source and of the result are
-    /// these strides apart. All of these numbers must be readable and writable.
+    /// these strides apart.
+    ///
+    /// # Safety
+    /// All of these numbers must be readable and writable.
     pub transpose: unsafe fn(*const f32, usize, *mut f32, usize),
 }

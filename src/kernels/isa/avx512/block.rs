@@ -95,26 +95,36 @@ macro_rules! weights {
         const SIXTEENS: bool = B::SIXTEENS;
         const MINS: bool = B::MINS;
 
+        /// # Safety
+        /// As in [`Weights`].
         #[inline(always)]
         unsafe fn weights($self, sub: usize, part: usize) -> __m512i {
             // SAFETY: guaranteed by the caller.
             unsafe { $weights(sub, part) }
         }
+        /// # Safety
+        /// As in [`Weights`].
         #[inline(always)]
         unsafe fn scale($self, i: usize) -> __m512 {
             // SAFETY: guaranteed by the caller.
             unsafe { $scale(i) }
         }
+        /// # Safety
+        /// As in [`Weights`].
         #[inline(always)]
         unsafe fn d($self) -> __m512 {
             // SAFETY: guaranteed by the caller.
             unsafe { $d() }
         }
+        /// # Safety
+        /// As in [`Weights`].
         #[inline(always)]
         unsafe fn min($self, i: usize) -> __m512 {
             // SAFETY: guaranteed by the caller.
             unsafe { $min(i) }
         }
+        /// # Safety
+        /// As in [`Weights`].
         #[inline(always)]
         unsafe fn m($self) -> __m512 {
             // SAFETY: guaranteed by the caller.
