@@ -198,7 +198,7 @@ fn generation_fault(item: &Value, shots: usize) -> Option<String> {
         (true, _) => None,
         (false, None) => Some("it has neither `prompt`, `question` nor `messages`".into()),
         (false, Some(_)) if shots > 0 && !item["answer"].is_string() => {
-            Some("`answer` is no string: with shots the first lines are shown with theirs".into())
+            Some("`answer` is not a string; with shots, the first lines become examples".into())
         }
         _ => None,
     }
