@@ -504,7 +504,7 @@ mod tests {
             (lines, 0, judge, "the model `m`"),
             (lines, 1, number, "line 2: shots"),
             (r#"{"question": "q"}"#, 0, number, "answer"),
-            (r#"{"question": "q", "answer": 2}"#, 1, number, "`answer` is no string"),
+            (r#"{"question": "q", "answer": 2}"#, 1, number, "`answer` is not a string"),
             (r#"{"answer": "2"}"#, 0, number, "neither"),
             (r#"{"messages": [], "answer": "2"}"#, 0, number, "neither"),
             (
