@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Training's speed beside PyTorch's, in turn, on the same cores.
+"""Training's speed beside PyTorch's and TRL's, in turn, on the same cores.
 
-    bench_train.py lora|full MODEL.gguf [ROUNDS] -- COMMAND...
+    bench_train.py lora|full|grpo|dpo MODEL.gguf [ROUNDS] -- COMMAND...
     bench_train.py nano [ROUNDS] -- COMMAND...
 
 COMMAND is ours: it trains the same shape for the same number of steps, and prints a line
@@ -13,9 +13,13 @@ has no core, which makes it several times slower. A process of ours that uses mi
 MIMALLOC_PURGE_DELAY=-1: without it each step gives memory back and has it cleared again.
 
 Shapes: lora and full are one row of 512 tokens that all count, LoRA of rank 16 on all linears; nano is
-nanoGPT's step on characters: 4 layers, 4 heads, 128 wide, batch 12 by 64.
+nanoGPT's step on characters: 4 layers, 4 heads, 128 wide, batch 12 by 64. grpo is an update with 8
+completions of 64 tokens after one prompt of 256, dpo one with a pair of completions of 256 tokens after
+one prompt of 256, both with the LoRA of lora. They use TRL's head, which computes log-probabilities and
+entropies as GRPOTrainer and DPOTrainer do: padded sequences, each with its prompt. The reference's
+log-probabilities of dpo count as computed, on both sides.
 
-Needs torch, transformers, peft, gguf and numpy.
+Needs torch, transformers, peft, gguf and numpy, and trl for grpo and dpo.
 """
 
 import os
@@ -25,8 +29,9 @@ import subprocess
 import sys
 import time
 
-STEPS = {"lora": 4, "full": 4, "nano": 60}
-TOKENS = {"lora": 512, "full": 512, "nano": 768}
+STEPS = {"lora": 4, "full": 4, "nano": 60, "grpo": 4, "dpo": 4}
+# The tokens of a step that count.
+TOKENS = {"lora": 512, "full": 512, "nano": 768, "grpo": 512, "dpo": 512}
 
 
 def peak():
@@ -57,6 +62,50 @@ def model_step(kind, path):
     def step():
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def completions_step(kind, path):
+    """The policy part of TRL's GRPOTrainer and DPOTrainer: a forward pass with TRL's fused head over
+    prompt and completion, the loss, and the backward pass."""
+    import torch
+    from torch_reference import adapted, dequantized
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, vocab = dequantized(path)
+    model.train()
+    model = adapted(model, 16, 32)
+    if kind == "grpo":
+        add_fused_lm_head(model.get_base_model(), temperature=1.0)
+    else:
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=2e-4, weight_decay=0.01)
+    rows, prompt, count = (8, 256, 64) if kind == "grpo" else (2, 256, 256)
+    shared = torch.arange(prompt)[None] * 7919 % 40000 % vocab
+    own = (torch.arange(count)[None] + 31 * torch.arange(rows)[:, None]) * 7919 % 40000 % vocab
+    tokens = torch.cat([shared.expand(rows, -1), own], dim=1)
+    mask = torch.ones_like(tokens)
+    labels = tokens.clone()
+    labels[:, :prompt] = -100
+    signs = torch.tensor([1.0] * (rows // 2) + [-1.0] * (rows // 2))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        outputs = model(input_ids=tokens, attention_mask=mask, labels=labels, fused_lm_head=True)
+        log_probs = outputs.log_probs[:, -count:]
+        if kind == "grpo":
+            ratios = torch.exp(log_probs - log_probs.detach())
+            advantages = signs[:, None]
+            clipped = torch.clamp(ratios, 0.8, 1.2)
+            loss = -torch.min(ratios * advantages, clipped * advantages).mean()
+        else:
+            loss = -torch.nn.functional.logsigmoid(0.1 * (log_probs.sum(1) * signs).sum())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
@@ -142,7 +191,9 @@ def main():
         import torch
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        steps_of(nano_step() if kind == "nano" else model_step(kind, model[0]), STEPS[kind])
+        makers = {"nano": nano_step, "grpo": completions_step, "dpo": completions_step}
+        make = makers.get(kind, model_step)
+        steps_of(make() if kind == "nano" else make(kind, model[0]), STEPS[kind])
         return
     theirs = [sys.executable, os.path.abspath(__file__), kind, *model, "child"]
     rounds = []

@@ -22,6 +22,14 @@ impl Encoded {
         self.trained.iter().skip(1).filter(|trained| **trained).count()
     }
 
+    /// The example as a reward model reads it: only the row of its last token counts. That row
+    /// "predicts" a token which is not there.
+    pub fn scored(&self) -> Self {
+        let mut trained = vec![false; self.tokens.len()];
+        trained.push(true);
+        Self { tokens: [&self.tokens[..], &[0]].concat(), trained }
+    }
+
     /// Removes what a template puts after the last trained token, so that the end-of-turn token is
     /// last.
     pub fn end_at_the_answer(&mut self) {

@@ -27,7 +27,7 @@ mod windows;
 pub use dataset::Dataset;
 pub use encode::{Encoded, Encoder};
 pub use order::{Cursor, Order};
-pub use pack::{Row, pack};
+pub use pack::{PackedGroups, Row, pack, pack_groups};
 pub use prepare::{
     EncodedPair, EncodedPrompt, Prepared, PreparedPairs, PreparedPrompts, prepare, prepare_pairs,
     prepare_prompts, prepare_tokens,

@@ -8,6 +8,7 @@
 
 use super::{Cursor, Order, Stream};
 use crate::train::model::Batch;
+use crate::train::ops::Documents;
 use sha2::{Digest, Sha256};
 use std::io;
 use std::sync::Arc;
@@ -96,20 +97,21 @@ impl<'a> Windows<'a> {
 
     /// A batch of windows side by side. Each window has one token more than it predicts.
     fn batch(&self, windows: &[Vec<u32>]) -> Batch {
-        let (mut tokens, mut targets, mut documents) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut tokens, mut targets, mut starts) = (Vec::new(), Vec::new(), Vec::new());
         for window in windows {
             let Some((_, inputs)) = window.split_last() else { continue };
             for (at, token) in inputs.iter().enumerate() {
                 if at == 0 || Some(*token) == self.end {
-                    documents.push(tokens.len() + at);
+                    starts.push(tokens.len() + at);
                 }
             }
             tokens.extend_from_slice(inputs);
             targets.extend_from_slice(&window[1..]);
         }
         let weights = Arc::new(vec![1.0; tokens.len()]);
+        let documents = Arc::new(Documents::starting_at(&starts, tokens.len()));
         let (tokens, targets) = (Arc::new(tokens), Arc::new(targets));
-        Batch { tokens, documents: Arc::new(documents), targets, weights }
+        Batch { tokens, documents, targets, weights }
     }
 }
 
@@ -147,7 +149,7 @@ mod tests {
         assert_eq!(batches.len(), 1);
         assert_eq!(*batches[0].tokens, [97, 98, 99, 257, 100, 101]);
         assert_eq!(*batches[0].targets, [98, 99, 257, 100, 101, 257]);
-        assert_eq!(*batches[0].documents, [0, 3]);
+        assert_eq!(*batches[0].documents, Documents::starting_at(&[0, 3], 6));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! One layer: `x += attention(norm(x))`, `x += feed_forward(norm(x))`.
 
-use super::Context;
 use super::weight::{Builder, Weight};
+use super::{Context, Counted};
 use crate::gguf::{LayerKind, ModelConfig, PARTS, PROJECTIONS, Projection, rows_of};
 use crate::train::ops::{self, Scope};
 use candle_core::{Result, Tensor, bail};
@@ -88,48 +88,73 @@ impl Block {
 
     /// Output and `x`: (rows, width).
     pub(super) fn forward(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
+        self.run(x, context, None)
+    }
+
+    /// (counted rows, width) output for the rows with a weight other than 0. Of the others only keys
+    /// and values are computed.
+    pub(super) fn forward_counted(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
+        let count = context.counted.rows.len();
+        match count == 0 || count == context.documents.rows() {
+            true => context.select(&self.run(x, context, None)?),
+            false => self.run(x, context, Some(&context.counted)),
+        }
+    }
+
+    /// The output for the rows `only`; for all if `None`.
+    fn run(&self, x: &Tensor, context: &Context, only: Option<&Counted>) -> Result<Tensor> {
         let epsilon = f64::from(context.shape.epsilon);
         let after = |y: Tensor, norm: &Option<Tensor>| match norm {
             Some(norm) => ops::rms_norm(&y, norm, epsilon),
             None => Ok(y),
         };
-        let normed = ops::rms_norm(x, &self.attention_norm, epsilon)?;
-        let attended = self.output.forward(&self.attend(&normed, context)?, context.pass)?;
-        let x = ops::add(x, &after(attended, &self.attention_post_norm)?)?;
-        let normed = ops::rms_norm(&x, &self.ff_norm, epsilon)?;
         let pass = context.pass;
+        let normed = ops::rms_norm(x, &self.attention_norm, epsilon)?;
+        let attended = self.output.forward(&self.attend(&normed, context, only)?, pass)?;
+        let x = match only {
+            Some(_) => context.select(x)?,
+            None => x.clone(),
+        };
+        let x = ops::add(&x, &after(attended, &self.attention_post_norm)?)?;
+        let normed = ops::rms_norm(&x, &self.ff_norm, epsilon)?;
         let (gate, up) = (self.gate.forward(&normed, pass)?, self.up.forward(&normed, pass)?);
         let hidden = ops::gated(&gate, &up, context.shape.gating)?;
         ops::add(&x, &after(self.down.forward(&hidden, pass)?, &self.ff_post_norm)?)
     }
 
-    /// Output: (rows, heads * head_dim).
-    fn attend(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
+    /// Output: (rows, heads * head_dim); the rows are `only` or all.
+    fn attend(&self, x: &Tensor, context: &Context, only: Option<&Counted>) -> Result<Tensor> {
         let shape = context.shape;
-        let project = |weight: &Weight, which: usize, heads: usize| -> Result<Tensor> {
+        let project = |x: &Tensor, weight: &Weight, which: usize, heads: usize| -> Result<Tensor> {
             let mut y = weight.forward(x, context.pass)?;
             if let Some(biases) = &self.biases {
                 y = ops::add_bias(&y, &biases[which])?;
             }
             ops::reshape(&y, (x.dim(0)?, heads, shape.head_dim))
         };
-        let mut q = project(&self.q, 0, shape.heads)?;
-        let mut k = project(&self.k, 1, shape.kv_heads)?;
-        let v = project(&self.v, 2, shape.kv_heads)?;
+        let queries = match only {
+            Some(_) => context.select(x)?,
+            None => x.clone(),
+        };
+        let mut q = project(&queries, &self.q, 0, shape.heads)?;
+        let mut k = project(x, &self.k, 1, shape.kv_heads)?;
+        let v = project(x, &self.v, 2, shape.kv_heads)?;
         if let Some([of_q, of_k]) = &self.qk_norm {
             let epsilon = f64::from(shape.epsilon);
             q = ops::rms_norm(&q, of_q, epsilon)?;
             k = ops::rms_norm(&k, of_k, epsilon)?;
         }
         let rotation = &context.rotations[self.kind.rope];
+        let of_queries = only.map_or(rotation, |only| &only.rotations[self.kind.rope]);
         let scope = Scope {
             documents: context.documents.clone(),
+            queries: only.map(|only| only.rows.clone()),
             scale: f64::from(shape.attention_scale),
             window: self.kind.window,
             cap: shape.attention_cap.map(f64::from),
         };
         let out =
-            ops::attention(&ops::rotate(&q, rotation)?, &ops::rotate(&k, rotation)?, &v, &scope)?;
-        ops::reshape(&out, (x.dim(0)?, shape.heads * shape.head_dim))
+            ops::attention(&ops::rotate(&q, of_queries)?, &ops::rotate(&k, rotation)?, &v, &scope)?;
+        ops::reshape(&out, (queries.dim(0)?, shape.heads * shape.head_dim))
     }
 }

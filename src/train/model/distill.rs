@@ -1,5 +1,6 @@
 //! Learning from a teacher, and the loss without some layers.
 
+use super::block::Block;
 use super::{Batch, Gradients, Model, Pass};
 use crate::train::ops::{self, Distillation, DistillationSums, Targets, TeacherRows};
 use candle_core::{Result, Tensor, bail};
@@ -17,7 +18,7 @@ impl Model {
     ) -> Result<TeacherRows> {
         rayon::scope(|_| {
             ops::without_gradients(|| {
-                let (normed, targets) = self.counted(&self.forward(batch, None)?, batch)?;
+                let (normed, targets) = self.normed(&self.forward(batch, None)?, batch)?;
                 let targets = Targets { temperature, ..targets };
                 ops::top_log_probs(&normed, &self.head, &targets, top_k)
             })
@@ -38,7 +39,7 @@ impl Model {
     ) -> Result<(f64, DistillationSums)> {
         let mut found = None;
         self.back(batch, pass, gradients, |x| {
-            let (normed, targets) = self.counted(x, batch)?;
+            let (normed, targets) = self.normed(x, batch)?;
             let losses = ops::distillation(&normed, &self.head, &targets, distillation)?;
             found = Some((number(&losses.sum)?, losses.sums));
             Ok(losses.sum)
@@ -57,7 +58,7 @@ impl Model {
     ) -> Result<(f64, DistillationSums)> {
         rayon::scope(|_| {
             ops::without_gradients(|| {
-                let (normed, targets) = self.counted(&self.forward(batch, None)?, batch)?;
+                let (normed, targets) = self.normed(&self.forward(batch, None)?, batch)?;
                 let losses = ops::distillation(&normed, &self.head, &targets, distillation)?;
                 Ok((number(&losses.sum)?, losses.sums))
             })
@@ -80,10 +81,9 @@ impl Model {
                 // What goes into the layer that is left out.
                 let mut before = self.embed(batch)?;
                 for (at, &layer) in kept.iter().enumerate() {
-                    let mut x = before.clone();
-                    for &later in &kept[at + 1..] {
-                        x = self.blocks[later].forward(&x, &context)?;
-                    }
+                    let later: Vec<&Block> =
+                        kept[at + 1..].iter().map(|&later| &self.blocks[later]).collect();
+                    let x = self.counted_output(before.clone(), &later, &context)?;
                     losses.push(number(&self.finish(&x, batch)?.sum)?);
                     before = self.blocks[layer].forward(&before, &context)?;
                 }
@@ -103,6 +103,7 @@ mod tests {
     use crate::gguf::fixture::TinyDecoder;
     use crate::gguf::{Gguf, ModelConfig, keep_layers};
     use crate::train::model::Training;
+    use crate::train::ops::Documents;
     use candle_core::Device;
     use std::sync::Arc;
 
@@ -120,7 +121,7 @@ mod tests {
         let batch = Batch {
             targets: Arc::new(tokens[1..].iter().copied().chain([0]).collect()),
             weights: Arc::new(vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]),
-            documents: Arc::new(vec![0]),
+            documents: Arc::new(Documents::one(8)),
             tokens: Arc::new(tokens),
         };
         let layers = ModelConfig::read(&file).unwrap().layers;

@@ -1,7 +1,7 @@
 //! Next-token logits.
 
 use super::{Batch, Model};
-use crate::train::ops::{self, Head};
+use crate::train::ops::{self, Documents, Head};
 use candle_core::{Result, Tensor, bail};
 use std::sync::Arc;
 
@@ -13,20 +13,21 @@ impl Model {
     /// If there is no token, a token is not in the vocabulary, or memory cannot be allocated.
     pub fn logits(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         let Some(last) = tokens.len().checked_sub(1) else { bail!("nothing to go on from") };
+        let mut weights = vec![0.0; tokens.len()];
+        weights[last] = 1.0;
         let batch = Batch {
             tokens: Arc::new(tokens.to_vec()),
-            documents: Arc::new(vec![0]),
+            documents: Arc::new(Documents::one(tokens.len())),
             targets: Arc::new(vec![0; tokens.len()]),
-            weights: Arc::new(vec![0.0; tokens.len()]),
+            weights: Arc::new(weights),
         };
-        let logits = ops::without_gradients(|| self.last_logits(&batch, last))?;
+        let logits = ops::without_gradients(|| self.counted_logits(&batch))?;
         logits.flatten_all()?.to_vec1()
     }
 
-    /// (1, vocabulary) logits of a row.
-    fn last_logits(&self, batch: &Batch, row: usize) -> Result<Tensor> {
-        let x = self.forward(batch, None)?.narrow(0, row, 1)?;
-        let normed = ops::rms_norm(&x, &self.output_norm, f64::from(self.shape.epsilon))?;
+    /// (counted rows, vocabulary) logits of the rows with a weight other than 0.
+    pub(super) fn counted_logits(&self, batch: &Batch) -> Result<Tensor> {
+        let (normed, _) = self.normed(&self.forward(batch, None)?, batch)?;
         let logits = match &self.head {
             Head::Frozen(head) => ops::frozen_linear(&normed, head)?,
             Head::Trained(head) => ops::linear(&normed, head)?,
@@ -41,6 +42,7 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use super::super::{Batch, Model, Training};
+    use super::Documents;
     use crate::gguf::Gguf;
     use crate::gguf::fixture::TinyDecoder;
     use candle_core::Device;
@@ -64,7 +66,7 @@ mod tests {
             weights[tokens.len() - 1] = 1.0;
             let batch = Batch {
                 tokens: Arc::new(tokens.to_vec()),
-                documents: Arc::new(vec![0]),
+                documents: Arc::new(Documents::one(tokens.len())),
                 targets: Arc::new(vec![target as u32; tokens.len()]),
                 weights: Arc::new(weights),
             };

@@ -27,7 +27,7 @@ pub use weight::Training;
 use crate::gguf::{Gguf, ModelConfig};
 use crate::kernels::rope::rope;
 use crate::kernels::vector::Rope;
-use crate::train::ops::{self, Frozen, Grads, Head, Losses, Rotation, Targets};
+use crate::train::ops::{self, Documents, Frozen, Grads, Head, Losses, Rotation, Targets};
 use crate::train::optim::Param;
 use block::Block;
 use candle_core::{Device, Result, Tensor, Var, bail};
@@ -40,11 +40,10 @@ const EMBEDDING: &str = "token_embd.weight";
 #[derive(Debug, Clone)]
 pub struct Batch {
     pub tokens: Arc<Vec<u32>>,
-    /// Start positions of the documents; the first is 0.
-    pub documents: Arc<Vec<usize>>,
-    /// (tokens) the next token after each; arbitrary for the last token of a document.
+    pub documents: Arc<Documents>,
+    /// (tokens) the next token after each; arbitrary where the weight is 0.
     pub targets: Arc<Vec<u32>>,
-    /// (tokens) loss weight of each token; 0 for the last token of a document.
+    /// (tokens) loss weight of each token.
     pub weights: Arc<Vec<f32>>,
 }
 
@@ -70,11 +69,19 @@ enum Embedding {
 /// What all rows of a batch share.
 struct Context<'a> {
     shape: &'a ModelConfig,
-    documents: Arc<Vec<usize>>,
+    documents: Arc<Documents>,
     /// One rotation per RoPE configuration.
     rotations: Vec<Rotation>,
+    counted: Counted,
     /// Number of the training pass; `None` outside of training.
     pass: Option<u64>,
+}
+
+/// The rows with a weight other than 0. Nothing needs the last block's output for other rows.
+struct Counted {
+    rows: Arc<Vec<u32>>,
+    /// Their rotations.
+    rotations: Vec<Rotation>,
 }
 
 /// A forward and backward pass.
@@ -145,14 +152,20 @@ impl Model {
         rayon::scope(|_| ops::without_gradients(|| self.finish(&self.forward(batch, None)?, batch)))
     }
 
-    /// (tokens, width) output of the last block.
+    /// (counted rows, width) output of the last block for the rows with a weight other than 0.
     fn forward(&self, batch: &Batch, pass: Option<u64>) -> Result<Tensor> {
-        let context = self.context(batch, pass);
-        let mut x = self.embed(batch)?;
-        for block in &self.blocks {
-            x = block.forward(&x, &context)?;
+        let blocks: Vec<&Block> = self.blocks.iter().collect();
+        self.counted_output(self.embed(batch)?, &blocks, &self.context(batch, pass))
+    }
+
+    /// (counted rows, width) output of the last of `blocks` for the rows with a weight other than 0.
+    fn counted_output(&self, x: Tensor, blocks: &[&Block], context: &Context) -> Result<Tensor> {
+        let Some((last, others)) = blocks.split_last() else { return context.select(&x) };
+        let mut x = x;
+        for block in others {
+            x = block.forward(&x, context)?;
         }
-        Ok(x)
+        last.forward_counted(&x, context)
     }
 
     /// Computes the losses of a batch, and adds their gradients to `gradients`.
@@ -171,7 +184,7 @@ impl Model {
     }
 
     /// Runs the forward and the backward pass, and adds the gradients. `finish` computes a scalar
-    /// from the output of the last block.
+    /// from the output of the last block for the rows with a weight other than 0.
     fn back(
         &self,
         batch: &Batch,
@@ -200,23 +213,30 @@ impl Model {
     ) -> Result<()> {
         let context = self.context(batch, Some(pass));
         let mut inputs = Vec::with_capacity(self.blocks.len());
+        let Some((last, others)) = self.blocks.split_last() else {
+            bail!("a model without layers")
+        };
         let x = ops::without_gradients(|| {
             let mut x = self.embed(batch)?.detach();
-            for block in &self.blocks {
+            for block in others {
                 inputs.push(x.clone());
                 x = block.forward(&x, &context)?.detach();
             }
-            start(&x)
+            inputs.push(x.clone());
+            start(&last.forward_counted(&x, &context)?.detach())
         })?;
         let (sum, tape) = ops::record(&[&x], || finish(&x))?;
         let mut grads = tape.backward(&sum, None)?;
         let mut grad = taken(&mut grads, &x)?;
         drop(x);
         gradients.add(&self.params, &mut grads)?;
-        for block in self.blocks.iter().rev() {
+        for (at, block) in self.blocks.iter().enumerate().rev() {
             let Some(input) = inputs.pop() else { bail!("a block's input is missing") };
             let input = start(&input)?;
-            let (out, tape) = ops::record(&[&input], || block.forward(&input, &context))?;
+            let (out, tape) = ops::record(&[&input], || match at == others.len() {
+                true => block.forward_counted(&input, &context),
+                false => block.forward(&input, &context),
+            })?;
             let mut grads = tape.backward(&out, Some(&grad))?;
             grad = taken(&mut grads, &input)?;
             gradients.add(&self.params, &mut grads)?;
@@ -252,40 +272,57 @@ impl Model {
         }
     }
 
-    /// The losses from the output of the last block.
+    /// The losses from the output of the last block for the rows with a weight other than 0.
     fn finish(&self, x: &Tensor, batch: &Batch) -> Result<Losses> {
-        let (normed, targets) = self.counted(x, batch)?;
+        let (normed, targets) = self.normed(x, batch)?;
         ops::linear_cross_entropy(&normed, &self.head, &targets)
     }
 
-    /// The rows with a weight other than 0 after the output norm, and their targets.
-    fn counted(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Targets)> {
-        let counted =
-            (0..batch.tokens.len() as u32).filter(|&row| batch.weights[row as usize] != 0.0);
-        let counted: Vec<u32> = counted.collect();
-        let of = |row: &u32| *row as usize;
+    /// `x`, the output of the last block for the rows with a weight other than 0, after the output
+    /// norm, and the targets of these rows.
+    fn normed(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Targets)> {
+        let counted: Vec<usize> = batch.counted().map(|row| row as usize).collect();
         let targets = Targets {
-            tokens: Arc::new(counted.iter().map(|row| batch.targets[of(row)]).collect()),
-            weights: Arc::new(counted.iter().map(|row| batch.weights[of(row)]).collect()),
+            tokens: Arc::new(counted.iter().map(|&row| batch.targets[row]).collect()),
+            weights: Arc::new(counted.iter().map(|&row| batch.weights[row]).collect()),
             cap: self.shape.logit_cap.map(f64::from),
             temperature: 1.0,
         };
-        let x = match counted.len() == batch.tokens.len() {
-            true => x.clone(),
-            false => ops::embedding(x, &Arc::new(counted))?,
-        };
-        let normed = ops::rms_norm(&x, &self.output_norm, f64::from(self.shape.epsilon))?;
+        let normed = ops::rms_norm(x, &self.output_norm, f64::from(self.shape.epsilon))?;
         Ok((normed, targets))
     }
 
     fn context(&self, batch: &Batch, pass: Option<u64>) -> Context<'_> {
-        let mut positions = Vec::with_capacity(batch.tokens.len());
-        let ends = batch.documents[1..].iter().copied().chain([batch.tokens.len()]);
-        for (&start, end) in batch.documents.iter().zip(ends) {
-            positions.extend(0..end - start);
+        let positions = batch.documents.positions();
+        let rotations: Vec<Rotation> =
+            self.ropes.iter().map(|rope| Rotation::new(rope, &positions)).collect();
+        let rows: Vec<u32> = batch.counted().collect();
+        let of_counted = rotations.iter().map(|rotation| rotation.select(&rows)).collect();
+        Context {
+            shape: &self.shape,
+            documents: batch.documents.clone(),
+            rotations,
+            counted: Counted { rows: Arc::new(rows), rotations: of_counted },
+            pass,
         }
-        let rotations = self.ropes.iter().map(|rope| Rotation::new(rope, &positions)).collect();
-        Context { shape: &self.shape, documents: batch.documents.clone(), rotations, pass }
+    }
+}
+
+impl Batch {
+    /// The rows with a weight other than 0, in ascending order.
+    fn counted(&self) -> impl Iterator<Item = u32> {
+        let weights = (0..).zip(&*self.weights);
+        weights.filter(|(_, weight)| **weight != 0.0).map(|(row, _)| row)
+    }
+}
+
+impl Context<'_> {
+    /// The rows of `x` with a weight other than 0.
+    fn select(&self, x: &Tensor) -> Result<Tensor> {
+        match self.counted.rows.len() == self.documents.rows() {
+            true => Ok(x.clone()),
+            false => ops::embedding(x, &self.counted.rows),
+        }
     }
 }
 

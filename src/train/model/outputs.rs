@@ -1,9 +1,8 @@
 //! Model outputs for losses other than cross-entropy, and their backward pass.
 //!
 //! Such a loss is a function of log-probabilities and values, and its gradient with respect to them
-//! consists of numbers. A sum of log-probabilities weighted by these numbers has the same parameter
-//! gradients as the loss, and its backward pass does not need the logits of all rows at once
-//! ([`ops::linear_cross_entropy`]).
+//! consists of numbers. The sum of the outputs weighted by these numbers has the same parameter
+//! gradients as the loss.
 
 use super::{Batch, Gradients, Model, Pass};
 use crate::train::ops::{self, Targets};
@@ -91,51 +90,42 @@ impl Model {
     ) -> Result<()> {
         self.back(batch, pass, gradients, |x| {
             let (normed, targets) = self.wanted(x, batch, wanted)?;
-            let (outputs, values) = self.look(&normed, &targets, wanted)?;
+            let (outputs, tensors) = self.look(&normed, &targets, wanted)?;
             let slopes = loss(&outputs);
-            let mut sum = None;
-            if wanted.log_probs {
-                // The cross-entropy of a token is minus its log-probability.
-                let weights = slopes.log_probs.iter().map(|slope| -*slope as f32).collect();
-                let targets = Targets { weights: Arc::new(weights), ..targets };
-                sum = Some(ops::linear_cross_entropy(&normed, &self.head, &targets)?.sum);
-            }
-            if let Some(values) = values {
-                let of_values = ops::weighed(&values, &Arc::new(slopes.values))?;
-                sum = Some(match sum {
-                    Some(sum) => ops::add(&sum, &of_values)?,
-                    None => of_values,
-                });
-            }
-            sum.ok_or_else(|| candle_core::Error::msg("nothing is wanted of the model"))
+            let of_each = tensors.into_iter().zip([slopes.log_probs, slopes.values]);
+            let sums = of_each.filter_map(|(tensor, slopes)| Some((tensor?, slopes)));
+            let sums = sums.map(|(tensor, slopes)| ops::weighed(&tensor, &Arc::new(slopes)));
+            let sum = sums.reduce(|one, other| ops::add(&one?, &other?));
+            sum.unwrap_or_else(|| bail!("nothing is wanted of the model"))
         })
     }
 
     fn wanted(&self, x: &Tensor, batch: &Batch, wanted: Wanted) -> Result<(Tensor, Targets)> {
-        let (normed, targets) = self.counted(x, batch)?;
+        let (normed, targets) = self.normed(x, batch)?;
         Ok((normed, Targets { temperature: wanted.temperature, ..targets }))
     }
 
-    /// The outputs, and the values as a tensor for the backward pass.
+    /// The outputs, and log-probabilities and values as tensors for the backward pass.
     fn look(
         &self,
         normed: &Tensor,
         targets: &Targets,
         wanted: Wanted,
-    ) -> Result<(Outputs, Option<Tensor>)> {
-        let mut outputs = Outputs::default();
+    ) -> Result<(Outputs, [Option<Tensor>; 2])> {
+        let numbers = |x: &Tensor| x.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+        let (mut outputs, mut tensors) = (Outputs::default(), [None, None]);
         if wanted.log_probs {
             let found = ops::log_probs(normed, &self.head, targets)?;
-            (outputs.log_probs, outputs.entropies) = (found.of_targets, found.entropies);
+            outputs.log_probs = numbers(&found.of_targets)?;
+            outputs.entropies = found.entropies;
+            tensors[0] = Some(found.of_targets);
         }
-        let values = match (&self.value_head, wanted.values) {
-            (_, false) => None,
-            (Some(score), true) => Some(ops::linear(normed, score)?),
-            (None, true) => bail!("the model has no head for values"),
-        };
-        if let Some(values) = &values {
-            outputs.values = values.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+        if wanted.values {
+            let Some(head) = &self.value_head else { bail!("the model has no head for values") };
+            let values = ops::linear(normed, head)?;
+            outputs.values = numbers(&values)?;
+            tensors[1] = Some(values);
         }
-        Ok((outputs, values))
+        Ok((outputs, tensors))
     }
 }

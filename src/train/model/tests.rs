@@ -4,6 +4,7 @@
 use super::*;
 use crate::gguf::fixture::TinyDecoder;
 use crate::job::spec::Lora;
+use crate::train::data::Encoded;
 use crate::train::ops::Frozen;
 use tempfile::TempDir;
 
@@ -34,16 +35,16 @@ fn batch(documents: &[usize], seed: u32) -> Batch {
     let total: usize = documents.iter().sum();
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8;
     let tokens: Vec<u32> = (0..total).map(|i| token(i) % TinyDecoder::vocab()).collect();
-    let (mut starts, mut weights, mut at) = (Vec::new(), vec![1.0; total], 0);
+    let (mut all, mut weights, mut at) = (Documents::default(), vec![1.0; total], 0);
     for len in documents {
-        starts.push(at);
+        all.push(*len);
         at += len;
         weights[at - 1] = 0.0;
     }
     weights[2] = 0.0;
     let targets = tokens[1..].iter().copied().chain([0]).collect();
     let (tokens, targets) = (Arc::new(tokens), Arc::new(targets));
-    Batch { tokens, documents: Arc::new(starts), targets, weights: Arc::new(weights) }
+    Batch { tokens, documents: Arc::new(all), targets, weights: Arc::new(weights) }
 }
 
 fn load(file: &Arc<Gguf>, training: &Training) -> Model {
@@ -152,7 +153,7 @@ fn checkpointing_and_packing_change_nothing() {
         let (loss, grads) = gradients(&model, std::slice::from_ref(&packed), false);
         let alone = |from: usize, to: usize| Batch {
             tokens: Arc::new(packed.tokens[from..to].to_vec()),
-            documents: Arc::new(vec![0]),
+            documents: Arc::new(Documents::one(to - from)),
             targets: Arc::new(packed.targets[from..to].to_vec()),
             weights: Arc::new(packed.weights[from..to].to_vec()),
         };
@@ -171,6 +172,80 @@ fn checkpointing_and_packing_change_nothing() {
         let again = gradients(&model, std::slice::from_ref(&packed), false);
         for (a, b) in grads.iter().zip(&again.1) {
             assert_eq!(norm(&(a - b).unwrap()), 0.0, "the same again gives the same bits");
+        }
+    }
+}
+
+/// Completions that share the rows of their prompt have the outputs and the gradients of separate
+/// sequences.
+#[test]
+fn shared_prompts_change_nothing() {
+    let text = |seed: u32, count: u32| (0..count).map(move |i| (seed * 31 + i * 17) % 59);
+    let example = |seeds: [u32; 2], prompt: u32, completion: u32| Encoded {
+        tokens: text(seeds[0], prompt).chain(text(seeds[1], completion)).collect(),
+        trained: (0..prompt + completion).map(|at| at >= prompt).collect(),
+    };
+    let examples = [
+        example([1, 2], 70, 5),
+        example([1, 3], 70, 1),
+        example([1, 4], 70, 66),
+        example([5, 6], 3, 9),
+        example([7, 8], 12, 4),
+        example([7, 9], 12, 4),
+    ];
+    let wanted = Wanted { values: true, temperature: 0.7, ..Wanted::LOG_PROBS };
+    for architecture in ["llama", "gemma3", "qwen3"] {
+        let (_folder, file) = tiny(architecture);
+        for training in [Training::Full, lora()] {
+            let model = load(&file, &training);
+            let head = (0..model.shape.width).map(|i| (i as f32).sin()).collect();
+            let model = model.with_head(VALUE, head).unwrap();
+            let run = |batches: &[Batch], checkpoint: bool| {
+                let (mut gradients, mut outputs) = (Gradients::default(), Outputs::default());
+                for batch in batches {
+                    let found = model.outputs(batch, wanted).unwrap();
+                    let pass = Pass { number: 1, checkpoint };
+                    model
+                        .train_with(batch, pass, wanted, &mut gradients, |seen| {
+                            for (one, other) in seen.log_probs.iter().zip(&found.log_probs) {
+                                assert!((one - other).abs() < 1e-5, "{one}, {other}");
+                            }
+                            let slope = |x: &f64| (x * 3.0).sin();
+                            OutputGrads {
+                                log_probs: seen.log_probs.iter().map(slope).collect(),
+                                values: seen.values.iter().map(slope).collect(),
+                            }
+                        })
+                        .unwrap();
+                    outputs.log_probs.extend(found.log_probs);
+                    outputs.entropies.extend(found.entropies);
+                    outputs.values.extend(found.values);
+                }
+                (outputs, gradients.take(model.params()).unwrap())
+            };
+            let apart: Vec<Batch> = examples.iter().map(|one| Batch::of([one])).collect();
+            let (right, grads) = run(&apart, false);
+            let all: Vec<&Encoded> = examples.iter().collect();
+            let groups = [all[..3].to_vec(), all[3..4].to_vec(), all[4..].to_vec()];
+            let shared = [Batch::of_groups(groups)];
+            assert_eq!(shared[0].tokens.len(), 69 + 5 + 1 + 66 + 11 + 11 + 4 + 4);
+            for checkpoint in [false, true] {
+                let (found, others) = run(&shared, checkpoint);
+                for (one, other) in [
+                    (&right.log_probs, &found.log_probs),
+                    (&right.entropies, &found.entropies),
+                    (&right.values, &found.values),
+                ] {
+                    assert_eq!(one.len(), 5 + 1 + 66 + 9 + 4 + 4);
+                    for (one, other) in one.iter().zip(other) {
+                        assert!((one - other).abs() < 1e-4, "{architecture}: {one}, {other}");
+                    }
+                }
+                for ((param, one), other) in model.params().iter().zip(&grads).zip(&others) {
+                    let off = norm(&(one - other).unwrap()) / norm(one);
+                    assert!(off < 1e-4, "{architecture}, {}: {off}", param.name);
+                }
+            }
         }
     }
 }

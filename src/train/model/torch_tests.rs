@@ -90,7 +90,7 @@ fn batch(step: usize, vocab: u32) -> Batch {
     weights[2] = 0.0;
     Batch {
         tokens: Arc::new(tokens),
-        documents: Arc::new(vec![0, 13]),
+        documents: Arc::new(Documents::starting_at(&[0, 13], 22)),
         targets: Arc::new(targets),
         weights: Arc::new(weights),
     }
@@ -190,7 +190,7 @@ impl Run {
         ends.for_each(|end| weights[end - 1] = 0.0);
         Batch {
             tokens: Arc::new(tokens.clone()),
-            documents: Arc::new(self.documents.clone()),
+            documents: Arc::new(Documents::starting_at(&self.documents, tokens.len())),
             targets: Arc::new(tokens[1..].iter().copied().chain([0]).collect()),
             weights: Arc::new(weights),
         }
@@ -201,18 +201,11 @@ impl Run {
 fn logits(model: &Model, tokens: &[u32]) -> Tensor {
     let batch = Batch {
         tokens: Arc::new(tokens.to_vec()),
-        documents: Arc::new(vec![0]),
+        documents: Arc::new(Documents::one(tokens.len())),
         targets: Arc::new(vec![0; tokens.len()]),
         weights: Arc::new(vec![1.0; tokens.len()]),
     };
-    let context = model.context(&batch, None);
-    let mut x = model.embed(&batch).unwrap();
-    for block in &model.blocks {
-        x = block.forward(&x, &context).unwrap();
-    }
-    let normed = ops::rms_norm(&x, &model.output_norm, f64::from(model.shape.epsilon)).unwrap();
-    let Head::Frozen(head) = &model.head else { panic!("the base is frozen") };
-    ops::frozen_linear(&normed, head).unwrap()
+    model.counted_logits(&batch).unwrap()
 }
 
 /// Needs a model of 1 GB of memory and PEFT's run on it; afterwards run `torch_reference.py

@@ -1,5 +1,6 @@
 //! What operations take besides tensors, and the results that are more than a tensor.
 
+use super::documents::{Documents, RowBlock};
 use super::frozen::Frozen;
 use crate::job::spec::Divergence;
 use crate::kernels::vector::{Rope, RopePairs};
@@ -34,6 +35,15 @@ impl Rotation {
         Self { angles: Arc::new(angles), pairs, halves: rope.pairs() == RopePairs::Halves }
     }
 
+    /// The rotation for some of the rows.
+    pub fn select(&self, rows: &[u32]) -> Self {
+        let angles = rows.iter().flat_map(|&row| {
+            let start = row as usize * self.pairs;
+            &self.angles[start..start + self.pairs]
+        });
+        Self { angles: Arc::new(angles.copied().collect()), ..self.clone() }
+    }
+
     /// The two dimensions of pair `i`.
     pub(super) fn pair(&self, i: usize) -> (usize, usize) {
         if self.halves { (i, i + self.pairs) } else { (2 * i, 2 * i + 1) }
@@ -43,9 +53,10 @@ impl Rotation {
 /// The attention mask and the transformation of scores.
 #[derive(Debug, Clone)]
 pub struct Scope {
-    /// Start rows of the documents in ascending order; the first is 0. Documents do not attend to
-    /// each other.
-    pub documents: Arc<Vec<usize>>,
+    /// Documents do not attend to each other, except continuations to what they continue.
+    pub documents: Arc<Documents>,
+    /// The rows of the queries in ascending order; all rows if `None`.
+    pub queries: Option<Arc<Vec<u32>>>,
     /// Factor of the query-key products.
     pub scale: f64,
     /// Sliding window: each row attends to at most this many rows, the last of which is the row
@@ -56,18 +67,19 @@ pub struct Scope {
 }
 
 impl Scope {
-    /// The rows that a row attends to.
-    pub(super) fn seen(&self, row: usize) -> Range<usize> {
-        let document = self.documents.partition_point(|&start| start <= row);
-        let start = self.documents[document.saturating_sub(1)];
-        start.max((row + 1).saturating_sub(self.window.unwrap_or(usize::MAX)))..row + 1
+    /// Number of queries.
+    pub(super) fn query_rows(&self) -> usize {
+        self.queries.as_ref().map_or(self.documents.rows(), |queries| queries.len())
     }
 
-    /// The end of the rows that attend to any of the rows `keys`.
-    pub(super) fn audience(&self, keys: &Range<usize>, rows: usize) -> usize {
-        let next = self.documents.partition_point(|&start| start < keys.end);
-        let end = self.documents.get(next).copied().unwrap_or(rows);
-        end.min((keys.end - 1).saturating_add(self.window.unwrap_or(rows))).max(keys.end)
+    /// The queries in blocks of at most `most`.
+    pub(super) fn query_blocks(&self, most: usize) -> Vec<RowBlock> {
+        self.documents.blocks(self.queries.as_ref().map(|queries| &queries[..]), most)
+    }
+
+    /// The positions of a document that its row at `position` attends to.
+    pub(super) fn seen(&self, position: usize) -> Range<usize> {
+        (position + 1).saturating_sub(self.window.unwrap_or(usize::MAX))..position + 1
     }
 }
 
@@ -135,10 +147,9 @@ pub struct DistillationSums {
 }
 
 /// Log-probabilities of some rows' targets, and entropies.
-#[derive(Debug, Clone, Default, PartialEq)]
 pub struct LogProbs {
     /// (rows) ln p(target).
-    pub of_targets: Vec<f64>,
+    pub of_targets: Tensor,
     /// (rows) -Σ p ln p, in nats.
     pub entropies: Vec<f64>,
 }

@@ -2,8 +2,8 @@
 
 use super::arguments::{GELU_CUBIC, GELU_ROOT};
 use super::{
-    Distillation, DistillationLosses, DistillationSums, Draw, Frozen, Head, LEAST_MASS, Losses,
-    Rotation, Scope, Targets, cpu,
+    Distillation, DistillationLosses, DistillationSums, Draw, Frozen, Head, LEAST_MASS, LogProbs,
+    Losses, Rotation, Scope, Targets, cpu,
 };
 use crate::gguf::Gating;
 use crate::job::spec::Divergence;
@@ -67,7 +67,7 @@ pub(super) fn embedding(table: &Tensor, tokens: &[u32]) -> Result<Tensor> {
 
 /// Holds the scores of all pairs of rows at once.
 pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
-    let ((rows, heads, dim), kv_heads) = (q.dims3()?, k.dim(1)?);
+    let ((queries, heads, dim), (rows, kv_heads, _)) = (q.dims3()?, k.dims3()?);
     let group = heads / kv_heads;
     let spread = |x: &Tensor| -> Result<Tensor> {
         let x = x.unsqueeze(2)?.broadcast_as((rows, kv_heads, group, dim))?;
@@ -78,11 +78,14 @@ pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Re
     if let Some(cap) = scope.cap {
         scores = ((scores / cap)?.tanh()? * cap)?;
     }
-    let mut mask = vec![f32::NEG_INFINITY; rows * rows];
-    for row in 0..rows {
-        mask[row * rows..][scope.seen(row)].fill(0.0);
+    let mut mask = vec![f32::NEG_INFINITY; queries * rows];
+    for block in scope.query_blocks(1) {
+        let mask = &mut mask[block.range.start * rows..][..rows];
+        for seen in scope.documents.rows_at(&block, scope.seen(block.positions.0)) {
+            mask[seen].fill(0.0);
+        }
     }
-    let mask = Tensor::from_vec(mask, (1, rows, rows), q.device())?.to_dtype(q.dtype())?;
+    let mask = Tensor::from_vec(mask, (1, queries, rows), q.device())?.to_dtype(q.dtype())?;
     let scores = scores.broadcast_add(&mask)?;
     let most = scores.max_keepdim(2)?.detach();
     let weights = scores.broadcast_sub(&most)?.exp()?;
@@ -143,12 +146,13 @@ pub(super) fn linear_cross_entropy(
     Ok(Losses { sum, correct })
 }
 
-/// (rows, 2) log-probability of the target, and entropy.
-pub(super) fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<Tensor> {
-    let all = log_softmax(&logits(&hidden.detach(), head, targets)?)?;
+pub(super) fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<LogProbs> {
+    let all = log_softmax(&logits(hidden, head, targets)?)?;
     let tokens = Tensor::new(&targets.tokens[..], hidden.device())?.unsqueeze(1)?;
-    let entropies = (all.exp()? * &all)?.sum_keepdim(1)?.neg()?;
-    Tensor::cat(&[all.gather(&tokens, 1)?, entropies], 1)
+    let of_targets = all.gather(&tokens, 1)?.squeeze(1)?;
+    let all = all.detach();
+    let entropies = (all.exp()? * &all)?.sum(1)?.neg()?.to_dtype(DType::F64)?.to_vec1()?;
+    Ok(LogProbs { of_targets, entropies })
 }
 
 /// As in `cpu/distillation.rs`, where the events are explained.

@@ -12,6 +12,7 @@
 //! | file | content |
 //! |---|---|
 //! | `arguments.rs` | arguments and results other than tensors |
+//! | `documents.rs` | which rows attend to which |
 //! | `frozen.rs` | weights that are not trained, in the file's type |
 //! | `draw.rs` | random numbers of dropout |
 //! | `tape.rs` | the backward pass |
@@ -21,6 +22,7 @@
 mod arguments;
 mod candle;
 mod cpu;
+mod documents;
 mod draw;
 mod frozen;
 mod tape;
@@ -33,6 +35,7 @@ pub use arguments::{
     Distillation, DistillationLosses, DistillationSums, Head, LogProbs, Losses, Rotation, Scope,
     Targets, TeacherRows,
 };
+pub use documents::Documents;
 pub use draw::{Draw, mixed};
 pub use frozen::Frozen;
 pub use tape::{Grads, Tape, record, without_gradients};
@@ -165,19 +168,22 @@ pub fn embedding(table: &Tensor, tokens: &Arc<Vec<u32>>) -> Result<Tensor> {
     dispatch(table, || cpu::embedding(table, tokens), || candle::embedding(table, tokens))
 }
 
-/// (rows, heads, head_dim) causal attention over packed documents of `q` (rows, heads, head_dim),
-/// `k` and `v` (rows, kv_heads, head_dim).
+/// (queries, heads, head_dim) causal attention over packed documents of `q` (queries, heads,
+/// head_dim), `k` and `v` (rows, kv_heads, head_dim).
 ///
 /// # Errors
 /// If the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Result<Tensor> {
-    let ((rows, heads, dim), (key_rows, kv_heads, key_dim)) = (q.dims3()?, k.dims3()?);
-    if key_rows != rows || key_dim != dim || k.dims() != v.dims() || !heads.is_multiple_of(kv_heads)
-    {
+    let ((queries, heads, dim), (rows, kv_heads, key_dim)) = (q.dims3()?, k.dims3()?);
+    if key_dim != dim || k.dims() != v.dims() || !heads.is_multiple_of(kv_heads) {
         bail!("queries {:?}, keys {:?}, values {:?}", q.dims(), k.dims(), v.dims());
     }
-    if scope.documents.first() != Some(&0) {
-        bail!("the first document does not begin with the first row");
+    if queries != scope.query_rows() || rows != scope.documents.rows() {
+        bail!(
+            "{queries} queries and {rows} keys for {} and {} rows",
+            scope.query_rows(),
+            scope.documents.rows()
+        );
     }
     dispatch(q, || cpu::attention(q, k, v, scope), || candle::attention(q, k, v, scope))
 }
@@ -218,8 +224,7 @@ pub fn lora_linear(
 }
 
 /// The losses of `hidden` (rows, width). `cpu/` computes the gradient in the forward pass, while the
-/// logits are in memory. Weights may be negative: a weighted sum of log-probabilities is a weighted
-/// sum of losses, which gives the losses of `train/loss` their backward pass.
+/// logits are in memory. Weights may be negative.
 ///
 /// # Errors
 /// If the shapes do not fit, a target is not in the vocabulary, or the head cannot be read.
@@ -231,20 +236,16 @@ pub fn linear_cross_entropy(hidden: &Tensor, head: &Head, targets: &Targets) -> 
     }
 }
 
-/// The log-probabilities of the targets of `hidden` (rows, width), whatever their weights, without
-/// a backward pass.
+/// The log-probabilities of the targets of `hidden` (rows, width), whatever their weights.
 ///
 /// # Errors
 /// As [`linear_cross_entropy`].
 pub fn log_probs(hidden: &Tensor, head: &Head, targets: &Targets) -> Result<LogProbs> {
     targets.check(hidden.dim(0)?, head.vocab()?)?;
-    let found = match uses_cpu_ops(hidden) {
-        true => cpu::log_probs(hidden, head, targets)?,
-        false => candle::log_probs(hidden, head, targets)?,
-    };
-    let found = found.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-    let of_targets = found.iter().step_by(2).copied().collect();
-    Ok(LogProbs { of_targets, entropies: found.iter().skip(1).step_by(2).copied().collect() })
+    match uses_cpu_ops(hidden) {
+        true => cpu::log_probs(hidden, head, targets),
+        false => candle::log_probs(hidden, head, targets),
+    }
 }
 
 /// Least probability of the tokens that are not among the teacher's `top_k`, so that logarithms are

@@ -117,31 +117,61 @@ fn embeddings() {
     assert!(embedding(&random(&[3, 4], 1), &tokens).is_err());
 }
 
-fn scope(documents: &[usize], window: Option<usize>, cap: Option<f64>) -> Scope {
-    Scope { documents: Arc::new(documents.to_vec()), scale: 0.3, window, cap }
+/// Documents of some lengths; those marked with `true` are continuations.
+fn documents(lengths: &[(usize, bool)]) -> Arc<Documents> {
+    let mut documents = Documents::default();
+    for &(rows, continues) in lengths {
+        match continues {
+            false => documents.push(rows),
+            true => documents.push_continuation(rows),
+        }
+    }
+    Arc::new(documents)
 }
 
-/// Attention row by row, from the definition.
-fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Tensor {
+/// (rows) the rows that each row attends to, from the definition.
+fn seen(lengths: &[(usize, bool)], window: Option<usize>) -> Vec<Vec<usize>> {
+    let (mut seen, mut start, mut prefix) = (Vec::new(), 0, Vec::new());
+    for &(rows, continues) in lengths {
+        for row in start..start + rows {
+            let before = if continues { prefix.clone() } else { Vec::new() };
+            let all: Vec<usize> = before.into_iter().chain(start..=row).collect();
+            let kept = all.len() - all.len().min(window.unwrap_or(usize::MAX));
+            seen.push(all[kept..].to_vec());
+        }
+        if !continues {
+            prefix = (start..start + rows).collect();
+        }
+        start += rows;
+    }
+    seen
+}
+
+/// Attention query by query, from the definition. `seen` has the rows of each query.
+fn plain_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scope: &Scope,
+    seen: &[Vec<usize>],
+) -> Tensor {
     let (rows, heads, dim) = q.dims3().unwrap();
     let group = heads / k.dim(1).unwrap();
     let of = |x: &Tensor| x.to_vec3::<f64>().unwrap();
     let (q, k, v) = (of(q), of(k), of(v));
     let mut out = Vec::new();
-    for (row, queries) in q.iter().enumerate() {
-        let start = *scope.documents.iter().rfind(|start| **start <= row).unwrap();
-        let start = start.max((row + 1).saturating_sub(scope.window.unwrap_or(rows)));
+    for (queries, seen) in q.iter().zip(seen) {
         for (head, query) in queries.iter().enumerate() {
-            let score = |at: usize| {
-                let dot: f64 = query.iter().zip(&k[at][head / group]).map(|(a, b)| a * b).sum();
+            let score = |at: &usize| {
+                let dot: f64 = query.iter().zip(&k[*at][head / group]).map(|(a, b)| a * b).sum();
                 let score = dot * scope.scale;
                 scope.cap.map_or(score, |cap| cap * (score / cap).tanh()).exp()
             };
-            let weights: Vec<f64> = (start..=row).map(score).collect();
+            let weights: Vec<f64> = seen.iter().map(score).collect();
             let total: f64 = weights.iter().sum();
             let mut sum = vec![0.0; dim];
-            for (weight, v) in weights.iter().zip(&v[start..]) {
-                for (sum, x) in sum.iter_mut().zip(&v[head / group]) {
+            for (weight, at) in weights.iter().zip(seen) {
+                for (sum, x) in sum.iter_mut().zip(&v[*at][head / group]) {
                     *sum += weight * x / total;
                 }
             }
@@ -153,18 +183,37 @@ fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scope: &Scope) -> Tensor 
 
 #[test]
 fn attention_over_documents() {
-    for (documents, window, cap) in [
-        (&[0][..], None, None),
-        (&[0, 1, 70, 75, 140], None, None),
-        (&[0, 64, 128], Some(9), None),
-        (&[0, 100], Some(80), Some(0.5)),
+    let apart = |lengths: &[usize]| lengths.iter().map(|&rows| (rows, false)).collect::<Vec<_>>();
+    let tree = vec![(3, false), (75, false), (2, true), (66, true), (1, true), (3, false)];
+    for (lengths, window, cap) in [
+        (apart(&[150]), None, None),
+        (apart(&[1, 69, 5, 65, 10]), None, None),
+        (apart(&[64, 64, 22]), Some(9), None),
+        (apart(&[100, 50]), Some(80), Some(0.5)),
+        (tree.clone(), None, None),
+        (tree.clone(), Some(70), None),
+        (tree, Some(2), Some(0.5)),
     ] {
         let args = [random(&[150, 4, 8], 7), random(&[150, 2, 8], 8), random(&[150, 2, 8], 9)];
-        let scope = scope(documents, window, cap);
-        let ours = attention(&args[0], &args[1], &args[2], &scope).unwrap();
-        let plain = plain_attention(&args[0], &args[1], &args[2], &scope);
-        assert!(distance(&ours, &plain) < 1e-12, "{documents:?}, {window:?}, {cap:?}");
-        check_gradients("attention", &args, |a| attention(&a[0], &a[1], &a[2], &scope));
+        let seen = seen(&lengths, window);
+        let documents = documents(&lengths);
+        let some: Vec<u32> =
+            (0..150).filter(|row| row % 7 < 3 && !(20..40).contains(row)).collect();
+        for queries in [None, Some(Arc::new(some)), Some(Arc::new(vec![149]))] {
+            let (q, seen) = match &queries {
+                None => (args[0].clone(), seen.clone()),
+                Some(rows) => (
+                    args[0].index_select(&Tensor::new(&rows[..], &CPU).unwrap(), 0).unwrap(),
+                    rows.iter().map(|&row| seen[row as usize].clone()).collect(),
+                ),
+            };
+            let args = [q, args[1].clone(), args[2].clone()];
+            let scope = Scope { documents: documents.clone(), queries, scale: 0.3, window, cap };
+            let ours = attention(&args[0], &args[1], &args[2], &scope).unwrap();
+            let plain = plain_attention(&args[0], &args[1], &args[2], &scope, &seen);
+            assert!(distance(&ours, &plain) < 1e-12, "{lengths:?}, {window:?}, {cap:?}");
+            check_gradients("attention", &args, |a| attention(&a[0], &a[1], &a[2], &scope));
+        }
     }
 }
 
@@ -254,7 +303,8 @@ fn log_probs_follow_cap_and_temperature() {
     };
     let said = log_probs(&hidden, &head, &of(vec![0.0; 33])).unwrap();
     let other = composed(|| log_probs(&hidden, &head, &of(vec![0.0; 33])).unwrap());
-    let pairs = |a: &LogProbs| [a.of_targets.clone(), a.entropies.clone()].concat();
+    let of_targets = |a: &LogProbs| a.of_targets.to_vec1::<f64>().unwrap();
+    let pairs = |a: &LogProbs| [of_targets(a), a.entropies.clone()].concat();
     for (ours, other) in pairs(&said).iter().zip(pairs(&other)) {
         assert!((ours - other).abs() < 1e-12, "{ours}, composed {other}");
     }
@@ -263,8 +313,19 @@ fn log_probs_follow_cap_and_temperature() {
         weights[row] = 1.0;
         let loss = linear_cross_entropy(&hidden, &head, &of(weights)).unwrap().sum;
         let loss = loss.to_scalar::<f64>().unwrap();
-        assert!((loss + said.of_targets[row]).abs() < 1e-12, "{loss} {}", said.of_targets[row]);
-        assert!((0.0..40f64.ln()).contains(&said.entropies[row]));
+        let said = of_targets(&said)[row];
+        assert!((loss + said).abs() < 1e-12, "{loss} {said}");
+    }
+    assert!(said.entropies.iter().all(|entropy| (0.0..40f64.ln()).contains(entropy)));
+    for (cap, temperature) in [(None, 1.0), (Some(2.0), 0.6)] {
+        let targets = Targets { cap, temperature, ..of(vec![0.0; 33]) };
+        let args = [random(&[33, 64], 15), random(&[40, 64], 16)];
+        check_gradients("log_probs", &args, |a| {
+            Ok(log_probs(&a[0], &Head::Trained(a[1].clone()), &targets)?.of_targets)
+        });
+        check_gradients("log_probs, frozen", &args[..1], |a| {
+            Ok(log_probs(&a[0], &head, &targets)?.of_targets)
+        });
     }
 }
 
@@ -292,6 +353,7 @@ fn losses() {
     let (trained, targets) = (Head::Trained(head.clone()), targets((None, 1.0)));
     let found = linear_cross_entropy(&hidden, &trained, &targets).unwrap();
     let said = log_probs(&hidden, &trained, &targets).unwrap();
+    let of_targets = said.of_targets.to_vec1::<f64>().unwrap();
     let logits = hidden.matmul(&head.t().unwrap()).unwrap().to_vec2::<f64>().unwrap();
     let (mut sum, mut correct) = (0.0, 0.0);
     for (row, logits) in logits.iter().enumerate() {
@@ -299,7 +361,7 @@ fn losses() {
         let total: f64 = logits.iter().map(|x| x.exp()).sum();
         let each = logits.iter().map(|x| x - total.ln());
         let entropy: f64 = each.map(|logprob| -logprob.exp() * logprob).sum();
-        assert!((said.of_targets[row] - (logits[target] - total.ln())).abs() < 1e-9);
+        assert!((of_targets[row] - (logits[target] - total.ln())).abs() < 1e-9);
         assert!((said.entropies[row] - entropy).abs() < 1e-9);
         sum += weight * (total.ln() - logits[target]);
         let best = logits.iter().copied().fold(f64::MIN, f64::max);

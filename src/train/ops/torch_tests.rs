@@ -81,11 +81,12 @@ fn operations_are_pytorchs() {
             }
             "attention.documents" | "attention.window" | "attention.cap" => {
                 let documents = match right.documents.is_empty() {
-                    true => vec![0],
-                    false => right.documents.clone(),
+                    true => Documents::one(70),
+                    false => Documents::starting_at(&right.documents, 70),
                 };
                 let (window, cap) = (right.window, right.cap);
-                let scope = Scope { documents: Arc::new(documents), scale: 0.6, window, cap };
+                let documents = Arc::new(documents);
+                let scope = Scope { documents, queries: None, scale: 0.6, window, cap };
                 let args = [("q", 2), ("k", 1), ("v", 1)];
                 let args = args.map(|(which, heads)| {
                     tensor(&format!("attention.{which}"), &[70, heads, 4], 1.0)

@@ -7,7 +7,7 @@ use super::{Event, Job, Outcome, Recipe, TrainError};
 use crate::job::Control;
 use crate::job::spec::Dpo;
 use crate::train::data::{Encoded, PreparedPairs};
-use crate::train::model::{Batch, OutputGrads, Outputs, Wanted};
+use crate::train::model::{OutputGrads, Outputs, Wanted};
 
 impl Recipe for Dpo {
     type Data = PreparedPairs;
@@ -31,12 +31,8 @@ impl Objective for Dpo {
         true
     }
 
-    fn batch(&self, completions: &[&Encoded]) -> Batch {
-        Batch::of(completions.iter().copied())
-    }
-
-    fn rows(&self, completion: &Encoded) -> usize {
-        completion.targets()
+    fn example(&self, completion: Encoded) -> Encoded {
+        completion
     }
 
     fn loss(

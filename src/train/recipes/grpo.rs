@@ -5,14 +5,14 @@
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
 use super::sampler::{
     GradedCompletion, Group, Measured, Ranking, ReferenceModel, Reward, Sampled, Sampler, Sampling,
-    SavedRollouts, encoded, mean_gap, measure,
+    SavedRollouts, consecutive, encoded, mean_gap, measure,
 };
 use super::{Job, Recipe};
 use crate::job::rollout_table::RolloutRow;
 use crate::job::spec::{Grpo, GrpoLoss, PolicyLoss, Resolved, RewardSource};
 use crate::job::{Control, Metrics};
 use crate::train::checkpoint::Checkpoints;
-use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
+use crate::train::data::{Cursor, Encoded, Order, PackedGroups, PreparedPrompts, pack_groups};
 use crate::train::loss::{Completion, advantages};
 use crate::train::model::{Batch, Gradients, Model, OutputGrads, Outputs, Pass, Wanted};
 use serde::{Deserialize, Serialize};
@@ -266,30 +266,22 @@ impl Steps<'_, '_> {
         })
     }
 
-    /// The buffered completions, packed into rows of tokens.
+    /// The buffered completions, packed for passes. Completions of one prompt share its rows.
     fn rows(&self) -> Vec<Row> {
-        let (held, settings) = (self.held.borrow(), self.run.settings);
-        let encoded: Vec<Encoded> =
+        let held = self.held.borrow();
+        let examples: Vec<Encoded> =
             held.answers.iter().map(|answer| encoded(&answer.prompt, &answer.tokens)).collect();
-        let lengths: Vec<usize> = encoded.iter().map(|answer| answer.tokens.len()).collect();
-        let packed = pack(&lengths, settings.max_length);
+        let groups = consecutive(&held.answers, |answer| &answer.prompt[..]);
         let temperature = self.run.block.temperature;
-        let row = |rows: &[crate::train::data::Row]| {
-            let members: Vec<usize> = rows.iter().flat_map(|row| row.members.clone()).collect();
-            let mut at = 0;
-            let answers = members.iter().map(|&member| {
-                let count = held.answers[member].tokens.len();
-                at += count;
-                (member, at - count..at)
-            });
-            Row {
-                loss: Loss { answers: answers.collect(), objective: self.run.block.objective() },
-                batch: Batch::of(members.iter().map(|&member| &encoded[member])),
-                wanted: Wanted { temperature, ..Wanted::LOG_PROBS },
-                held: self.held.clone(),
-            }
+        let row = |pass: PackedGroups| Row {
+            loss: Loss { answers: pass.counted(&examples), objective: self.run.block.objective() },
+            tokens: pass.members().map(|member| examples[member].tokens.len()).sum(),
+            batch: pass.batch(&examples),
+            wanted: Wanted { temperature, ..Wanted::LOG_PROBS },
+            held: self.held.clone(),
         };
-        packed.chunks(settings.micro_batch).map(row).collect()
+        let capacity = self.run.settings.max_length * self.run.settings.micro_batch;
+        pack_groups(&examples, groups, capacity).into_iter().map(row).collect()
     }
 }
 
@@ -380,6 +372,8 @@ impl BatchSource for Steps<'_, '_> {
 /// Completions that are computed in one pass.
 struct Row {
     batch: Batch,
+    /// Number of tokens of the completions, each with its prompt.
+    tokens: usize,
     wanted: Wanted,
     loss: Loss,
     held: Rc<RefCell<RolloutBuffer>>,
@@ -428,7 +422,7 @@ impl Loss {
 
 impl MicroBatch for Row {
     fn tokens(&self) -> usize {
-        self.batch.tokens.len()
+        self.tokens
     }
 
     fn train(

@@ -7,14 +7,14 @@
 
 use super::run::{BatchSource, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError};
 use super::sampler::{
-    GradedCompletion, Measured, ReferenceModel, Reward, Sampler, Sampling, encoded, mean_gap,
-    measure,
+    GradedCompletion, Measured, ReferenceModel, Reward, Sampler, Sampling, consecutive, encoded,
+    mean_gap, measure,
 };
 use super::{Job, Recipe};
 use crate::job::rollout_table::RolloutRow;
 use crate::job::spec::{Ppo, PpoLoss, Resolved};
 use crate::job::{Control, Metrics};
-use crate::train::data::{Cursor, Encoded, Order, PreparedPrompts, pack};
+use crate::train::data::{Cursor, Encoded, Order, PackedGroups, PreparedPrompts, pack_groups};
 use crate::train::loss::PpoCompletion;
 use crate::train::model::{Batch, Gradients, Model, OutputGrads, Outputs, Pass, VALUE, Wanted};
 use serde::{Deserialize, Serialize};
@@ -199,35 +199,27 @@ impl Steps<'_> {
         Ok(())
     }
 
-    /// The buffered completions, packed into rows of tokens.
+    /// The buffered completions, packed for passes. Completions of one prompt share its rows.
     fn rows(&self) -> Vec<Row> {
         let buffer = self.buffer.borrow();
-        let all: Vec<Encoded> = buffer
-            .completions
+        let completions = &buffer.completions;
+        let examples: Vec<Encoded> = completions
             .iter()
             .map(|completion| encoded(&completion.prompt, &completion.tokens))
             .collect();
-        let lengths: Vec<usize> = all.iter().map(|completion| completion.tokens.len()).collect();
-        let packed = pack(&lengths, self.settings.max_length);
+        let groups = consecutive(completions, |completion| &completion.prompt[..]);
         let wanted =
             Wanted { values: true, temperature: self.block.temperature, ..Wanted::LOG_PROBS };
-        let row = |rows: &[crate::train::data::Row]| {
-            let members: Vec<usize> = rows.iter().flat_map(|row| row.members.clone()).collect();
-            let mut at = 0;
-            let completions = members.iter().map(|&member| {
-                let count = buffer.completions[member].tokens.len();
-                at += count;
-                (member, at - count..at)
-            });
-            Row {
-                completions: completions.collect(),
-                batch: Batch::of(members.iter().map(|&member| &all[member])),
-                wanted,
-                loss: self.block.objective(),
-                buffer: self.buffer.clone(),
-            }
+        let row = |pass: PackedGroups| Row {
+            completions: pass.counted(&examples),
+            tokens: pass.members().map(|member| examples[member].tokens.len()).sum(),
+            batch: pass.batch(&examples),
+            wanted,
+            loss: self.block.objective(),
+            buffer: self.buffer.clone(),
         };
-        packed.chunks(self.settings.micro_batch).map(row).collect()
+        let capacity = self.settings.max_length * self.settings.micro_batch;
+        pack_groups(&examples, groups, capacity).into_iter().map(row).collect()
     }
 }
 
@@ -289,6 +281,8 @@ impl BatchSource for Steps<'_> {
 /// Completions that are computed in one pass.
 struct Row {
     batch: Batch,
+    /// Number of tokens of the completions, each with its prompt.
+    tokens: usize,
     wanted: Wanted,
     /// Index of each completion, and its range among the rows with a weight other than 0.
     completions: Vec<(usize, Range<usize>)>,
@@ -340,7 +334,7 @@ fn loss(
 
 impl MicroBatch for Row {
     fn tokens(&self) -> usize {
-        self.batch.tokens.len()
+        self.tokens
     }
 
     fn train(

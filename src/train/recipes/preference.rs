@@ -9,7 +9,9 @@ use crate::job::Control;
 use crate::job::spec::Resolved;
 use crate::job::write_whole;
 use crate::train::checkpoint::Checkpoints;
-use crate::train::data::{Cursor, Encoded, EncodedPair, Order, PreparedPairs, pack};
+use crate::train::data::{
+    Cursor, Encoded, EncodedPair, Order, PackedGroups, PreparedPairs, pack_groups,
+};
 use crate::train::model::{Batch, Gradients, Model, OutputGrads, Outputs, Pass, Wanted};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
@@ -30,11 +32,8 @@ pub(super) trait Objective: Debug + Sync {
     /// Whether the loss depends on the log-probabilities by the initial model.
     fn needs_reference(&self) -> bool;
 
-    /// A batch of completions. Weights other than 0 mark the rows of the outputs.
-    fn batch(&self, completions: &[&Encoded]) -> Batch;
-
-    /// Number of rows of the outputs that a completion has.
-    fn rows(&self, completion: &Encoded) -> usize;
+    /// A completion after its prompt, whose trained tokens are those that the loss needs outputs of.
+    fn example(&self, completion: Encoded) -> Encoded;
 
     /// The loss of a pair, and the scores of its completions. Sets the gradient with respect to
     /// their rows, and measures what is particular to the objective.
@@ -157,51 +156,48 @@ impl<'a> PreferenceTrainer<'a> {
             .collect()
     }
 
-    /// Pairs packed into rows of tokens; both completions of a pair are in the same row.
+    /// Pairs packed for passes; both completions of a pair are in the same pass and share the rows
+    /// of their prompt.
     fn rows(
         &self,
         data: &PreparedPairs,
         numbers: &[usize],
         reference: Option<&Reference>,
     ) -> Result<Vec<Row<'a>>, TrainError> {
-        let pairs: Vec<EncodedPair> =
-            numbers.iter().map(|&number| data.get(number)).collect::<Result<_, _>>()?;
-        let length =
-            |pair: &EncodedPair| pair.answers.iter().map(|answer| answer.tokens.len()).sum();
-        let lengths: Vec<usize> = pairs.iter().map(length).collect();
-        let objective = self.objective;
-        let row = |members: Vec<usize>| -> Result<Row<'a>, TrainError> {
-            let completions: Vec<&Encoded> =
-                members.iter().flat_map(|&member| &pairs[member].answers).collect();
-            let batch = objective.batch(&completions);
-            let mut at = 0;
-            let mut rows = |completion: &Encoded| {
-                let count = objective.rows(completion);
-                at += count;
-                at - count..at
-            };
-            let mut placed = Vec::new();
-            for &member in &members {
-                let (number, pair) = (numbers[member], &pairs[member]);
-                let [better, worse] = &pair.answers;
-                placed.push(Placed {
-                    number,
-                    facts: pair.facts,
-                    rows: [rows(better), rows(worse)],
-                    reference: reference
-                        .map(|reference| {
-                            let missing = || std::io::Error::other("a reference is missing");
-                            reference.get(&number).copied().ok_or_else(missing)
-                        })
-                        .transpose()?
-                        .unwrap_or_default(),
-                });
+        let (mut examples, mut facts) = (Vec::new(), Vec::new());
+        for &number in numbers {
+            let EncodedPair { answers, facts: of_pair } = data.get(number)?;
+            examples.extend(answers.map(|answer| self.objective.example(answer)));
+            facts.push(of_pair);
+        }
+        let reference = |number: usize| match reference {
+            None => Ok([0.0; 2]),
+            Some(reference) => {
+                let missing = || std::io::Error::other("a reference is missing");
+                reference.get(&number).copied().ok_or_else(missing)
             }
-            Ok(Row { batch, pairs: placed, objective })
         };
-        let packed = pack(&lengths, 2 * self.settings.max_length);
-        let some = packed.chunks(self.settings.micro_batch);
-        some.map(|rows| row(rows.iter().flat_map(|row| row.members.clone()).collect())).collect()
+        let row = |pass: PackedGroups| -> Result<Row<'a>, TrainError> {
+            let counted = pass.counted(&examples);
+            let pairs = counted.chunks_exact(2).map(|pair| {
+                let (first, number) = (pair[0].0, numbers[pair[0].0 / 2]);
+                Ok::<_, TrainError>(Placed {
+                    number,
+                    facts: facts[first / 2],
+                    rows: [pair[0].1.clone(), pair[1].1.clone()],
+                    reference: reference(number)?,
+                })
+            });
+            Ok(Row {
+                pairs: pairs.collect::<Result<_, _>>()?,
+                tokens: pass.members().map(|member| examples[member].tokens.len()).sum(),
+                batch: pass.batch(&examples),
+                objective: self.objective,
+            })
+        };
+        let pairs = (0..numbers.len()).map(|pair| vec![2 * pair, 2 * pair + 1]);
+        let capacity = 2 * self.settings.max_length * self.settings.micro_batch;
+        pack_groups(&examples, pairs, capacity).into_iter().map(row).collect()
     }
 }
 
@@ -213,6 +209,8 @@ pub(super) fn sum(outputs: &Outputs, rows: Range<usize>) -> f64 {
 /// Pairs that are computed in one pass.
 struct Row<'a> {
     batch: Batch,
+    /// Number of tokens of the completions, each with its prompt.
+    tokens: usize,
     pairs: Vec<Placed>,
     objective: &'a dyn Objective,
 }
@@ -248,7 +246,7 @@ impl Row<'_> {
 
 impl MicroBatch for Row<'_> {
     fn tokens(&self) -> usize {
-        self.batch.tokens.len()
+        self.tokens
     }
 
     fn train(

@@ -7,8 +7,7 @@ use super::{Event, Job, Outcome, Recipe, TrainError};
 use crate::job::Control;
 use crate::job::spec::Reward;
 use crate::train::data::{Encoded, PreparedPairs};
-use crate::train::model::{Batch, OutputGrads, Outputs, SCORE, Wanted};
-use std::sync::Arc;
+use crate::train::model::{OutputGrads, Outputs, SCORE, Wanted};
 
 impl Recipe for Reward {
     type Data = PreparedPairs;
@@ -36,17 +35,8 @@ impl Objective for Reward {
         false
     }
 
-    /// Only the last token of each completion has a weight other than 0.
-    fn batch(&self, completions: &[&Encoded]) -> Batch {
-        let batch = Batch::of(completions.iter().copied());
-        let mut weights = vec![0.0; batch.tokens.len()];
-        let ends = batch.documents[1..].iter().copied().chain([weights.len()]).collect::<Vec<_>>();
-        ends.into_iter().for_each(|end| weights[end - 1] = 1.0);
-        Batch { weights: Arc::new(weights), ..batch }
-    }
-
-    fn rows(&self, _: &Encoded) -> usize {
-        1
+    fn example(&self, completion: Encoded) -> Encoded {
+        completion.scored()
     }
 
     fn loss(

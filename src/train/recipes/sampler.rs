@@ -525,6 +525,17 @@ pub(super) fn encoded(prompt: &[u32], tokens: &[u32]) -> Encoded {
     Encoded { tokens: [prompt, tokens].concat(), trained }
 }
 
+/// The numbers of items, in groups of consecutive ones with the same prompt.
+pub(super) fn consecutive<T>(items: &[T], prompt: impl Fn(&T) -> &[u32]) -> Vec<Vec<usize>> {
+    let mut next = 0;
+    let group = |group: &[T]| {
+        let start = next;
+        next += group.len();
+        (start..next).collect()
+    };
+    items.chunk_by(|one, other| prompt(one) == prompt(other)).map(group).collect()
+}
+
 /// Checks that every template of a grader can be filled from every item. A missing key would set
 /// all rewards of an item to 0 without an error.
 pub(super) fn check_items(

@@ -5,6 +5,7 @@ use super::fused::{Fused, View, apply};
 use super::lanes;
 use crate::kernels::gemm::{Mat, product_here};
 use crate::kernels::real::Real;
+use crate::train::ops::documents::RowBlock;
 use crate::train::ops::{Number, Scope};
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -12,7 +13,8 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// Query or key rows that a thread processes at a time.
+/// Most query or key rows that a thread processes at a time. They are of one document, so that no
+/// score between documents is computed.
 const ROWS: usize = 64;
 
 pub(in crate::train::ops) fn attention(
@@ -26,14 +28,14 @@ pub(in crate::train::ops) fn attention(
 
 struct Attention {
     scope: Scope,
-    /// (rows, heads) log-sum-exp: a `Vec<T>`.
+    /// (queries, heads) log-sum-exp: a `Vec<T>`.
     kept: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 /// The dimensions of one call.
 #[derive(Clone, Copy)]
 struct Sizes {
-    rows: usize,
+    queries: usize,
     heads: usize,
     kv_heads: usize,
     dim: usize,
@@ -42,7 +44,7 @@ struct Sizes {
 impl Sizes {
     fn of<T>(args: &[View<T>]) -> Self {
         let (q, k) = (args[0].dims, args[1].dims);
-        Self { rows: q[0], heads: q[1], kv_heads: k[1], dim: q[2] }
+        Self { queries: q[0], heads: q[1], kv_heads: k[1], dim: q[2] }
     }
 
     /// (rows, head_dim) one head of some rows of the queries or of a tensor of the same shape.
@@ -70,10 +72,19 @@ impl<T: Number> Tile<T> {
         Self { weights: Vec::new(), slopes: Vec::new(), grads: Vec::new() }
     }
 
-    /// Computes scaled and capped scores, without the mask.
-    fn scores(&mut self, scope: &Scope, q: Mat<T>, k: Mat<T>, rows: usize, keys: usize) {
-        self.weights.resize(rows * keys, T::ZERO);
-        product_here(q, k.t(), &mut self.weights, keys, 0, false);
+    /// Computes scaled and capped scores of `queries` (and their number), without the mask.
+    fn scores<'a>(
+        &mut self,
+        scope: &Scope,
+        queries: (Mat<'a, T>, usize),
+        keys: &Keys,
+        k: impl Fn(Range<usize>) -> Mat<'a, T>,
+    ) {
+        let (q, count) = queries;
+        self.weights.resize(count * keys.count, T::ZERO);
+        for (rows, at) in keys.parts() {
+            product_here(q, k(rows).t(), &mut self.weights, keys.count, at, false);
+        }
         let scale = T::of(scope.scale);
         self.weights.iter_mut().for_each(|x| *x *= scale);
         self.slopes.clear();
@@ -86,21 +97,29 @@ impl<T: Number> Tile<T> {
         }
     }
 
-    /// Turns scores into attention weights with the log-sum-exp of each row; masked weights are 0.
+    /// Turns scores into attention weights with the log-sum-exp of each query; masked weights are 0.
     fn weigh(
         &mut self,
-        scope: &Scope,
-        rows: Range<usize>,
-        keys: &Range<usize>,
+        keys: usize,
+        seen: impl Fn(usize) -> Range<usize>,
         lse: impl Fn(usize) -> T,
     ) {
-        for (row, weights) in rows.zip(self.weights.chunks_exact_mut(keys.len())) {
-            let seen = clip(&scope.seen(row), keys);
-            let lse = lse(row);
+        for (at, weights) in self.weights.chunks_exact_mut(keys).enumerate() {
+            let (seen, lse) = (seen(at), lse(at));
             weights[..seen.start].fill(T::ZERO);
             weights[seen.end..].fill(T::ZERO);
             weights[seen].iter_mut().for_each(|x| *x = Real::exp(*x - lse));
         }
+    }
+
+    /// (queries, columns) attention weights of some of the keys.
+    fn weights_of(&self, columns: Range<usize>, keys: usize) -> Mat<'_, T> {
+        Mat::part(&self.weights, 0..self.weights.len() / keys, columns, keys)
+    }
+
+    /// (queries, columns) gradients of the scores of some of the keys.
+    fn grads_of(&self, columns: Range<usize>, keys: usize) -> Mat<'_, T> {
+        Mat::part(&self.grads, 0..self.grads.len() / keys, columns, keys)
     }
 
     /// Turns the gradients of the weights into the gradients of the unscaled scores. `own` is the
@@ -118,10 +137,57 @@ impl<T: Number> Tile<T> {
     }
 }
 
+/// The keys that a block of queries attends to: consecutive positions of a sequence, the rows of
+/// which are those of a prefix and those of the document itself.
+struct Keys {
+    rows: [Range<usize>; 2],
+    first: usize,
+    count: usize,
+}
+
+impl Keys {
+    fn of(scope: &Scope, block: &RowBlock) -> Self {
+        let (first, last) = block.positions;
+        let positions = scope.seen(first).start..last + 1;
+        let (first, count) = (positions.start, positions.len());
+        Self { rows: scope.documents.rows_at(block, positions), first, count }
+    }
+
+    /// The rows, and which key is the first of them.
+    fn parts(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let [prefix, own] = self.rows.clone();
+        let at = prefix.len();
+        [(prefix, 0), (own, at)].into_iter().filter(|(rows, _)| !rows.is_empty())
+    }
+}
+
 /// The part of `range` within `span`, relative to the start of `span`.
 fn clip(range: &Range<usize>, span: &Range<usize>) -> Range<usize> {
     let inside = |at: usize| at.clamp(span.start, span.end) - span.start;
     inside(range.start)..inside(range.end)
+}
+
+/// The rows of each block; `width` numbers a row.
+fn split<'a, T>(mut x: &'a mut [T], blocks: &[RowBlock], width: usize) -> Vec<&'a mut [T]> {
+    let part = |block: &RowBlock| {
+        let (part, rest) = std::mem::take(&mut x).split_at_mut(block.range.len() * width);
+        x = rest;
+        part
+    };
+    blocks.iter().map(part).collect()
+}
+
+impl Attention {
+    /// The position of a query of a block.
+    fn position(&self, block: &RowBlock, at: usize) -> usize {
+        match &self.scope.queries {
+            None => block.positions.0 + at,
+            Some(queries) => {
+                let row = |at: usize| queries[block.range.start + at] as usize;
+                block.positions.0 + row(at) - row(0)
+            }
+        }
+    }
 }
 
 impl Fused for Attention {
@@ -130,21 +196,22 @@ impl Fused for Attention {
     fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
         let [q, k, v] = [args[0], args[1], args[2]];
         let sizes = Sizes::of(args);
-        let Sizes { rows, heads, dim, .. } = sizes;
+        let Sizes { queries, heads, dim, .. } = sizes;
         let width = heads * dim;
-        let mut out = vec![T::ZERO; rows * width];
-        let mut lse = vec![T::ZERO; rows * heads];
-        let blocks = out.par_chunks_mut(ROWS * width).zip(lse.par_chunks_mut(ROWS * heads));
-        blocks.enumerate().for_each_init(Tile::new, |tile, (block, (out, lse))| {
-            let rows = block * ROWS..(block * ROWS + lse.len() / heads);
-            let keys = self.scope.seen(rows.start).start..rows.end;
+        let mut out = vec![T::ZERO; queries * width];
+        let mut lse = vec![T::ZERO; queries * heads];
+        let blocks = self.scope.query_blocks(ROWS);
+        let parts = split(&mut out, &blocks, width).into_par_iter();
+        let parts = parts.zip(split(&mut lse, &blocks, heads)).zip(&blocks);
+        parts.for_each_init(Tile::new, |tile, ((out, lse), block)| {
+            let keys = Keys::of(&self.scope, block);
             for head in 0..heads {
-                let (q, k) =
-                    (sizes.head(q.data, rows.clone(), head), sizes.kv(k.data, keys.clone(), head));
-                tile.scores(&self.scope, q, k, rows.len(), keys.len());
-                for (at, row) in rows.clone().enumerate() {
-                    let seen = clip(&self.scope.seen(row), &keys);
-                    let scores = &mut tile.weights[at * keys.len()..][..keys.len()];
+                let queries = sizes.head(q.data, block.range.clone(), head);
+                let k = |rows| sizes.kv(k.data, rows, head);
+                tile.scores(&self.scope, (queries, block.range.len()), &keys, k);
+                for (at, scores) in tile.weights.chunks_exact_mut(keys.count).enumerate() {
+                    let seen = self.scope.seen(self.position(block, at));
+                    let seen = clip(&seen, &(keys.first..keys.first + keys.count));
                     scores[..seen.start].fill(T::ZERO);
                     scores[seen.end..].fill(T::ZERO);
                     let scores = &mut scores[seen];
@@ -154,15 +221,17 @@ impl Fused for Attention {
                     scores.iter_mut().for_each(|x| *x *= share);
                     lse[at * heads + head] = most + Real::ln(total);
                 }
-                let weights = Mat::new(&tile.weights, rows.len(), keys.len());
-                product_here(
-                    weights,
-                    sizes.kv(v.data, keys.clone(), head),
-                    out,
-                    width,
-                    head * dim,
-                    false,
-                );
+                for (rows, at) in keys.parts() {
+                    let weights = tile.weights_of(at..at + rows.len(), keys.count);
+                    product_here(
+                        weights,
+                        sizes.kv(v.data, rows, head),
+                        out,
+                        width,
+                        head * dim,
+                        at > 0,
+                    );
+                }
             }
         });
         let kept: Box<dyn Any + Send> = Box::new(lse);
@@ -177,81 +246,108 @@ impl Fused for Attention {
         grad: View<T>,
         _: &[bool],
     ) -> Result<Vec<Option<Vec<T>>>> {
-        let [q, k, v] = [args[0].data, args[1].data, args[2].data];
-        let sizes = Sizes::of(args);
-        let Sizes { rows: all, heads, kv_heads, dim } = sizes;
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(lse) = kept.as_ref().and_then(|kept| kept.downcast_ref::<Vec<T>>()) else {
             bail!("the forward pass was of another type");
         };
-        let of_head = |head: usize| move |row: usize| lse[row * heads + head];
-        // (rows, heads) dot products of output and gradient.
-        let own: Vec<T> = result
-            .data
-            .par_chunks(dim)
-            .zip(grad.data.par_chunks(dim))
-            .map(|(out, grad)| lanes::dot(out, grad))
-            .collect();
-        let mut dq = vec![T::ZERO; q.len()];
-        dq.par_chunks_mut(ROWS * heads * dim).enumerate().for_each_init(
-            Tile::new,
-            |tile, (block, dq)| {
-                let rows = block * ROWS..block * ROWS + dq.len() / (heads * dim);
-                let keys = self.scope.seen(rows.start).start..rows.end;
-                for head in 0..heads {
-                    let key = sizes.kv(k, keys.clone(), head);
-                    tile.scores(
-                        &self.scope,
-                        sizes.head(q, rows.clone(), head),
-                        key,
-                        rows.len(),
-                        keys.len(),
-                    );
-                    tile.weigh(&self.scope, rows.clone(), &keys, of_head(head));
-                    tile.grads.resize(rows.len() * keys.len(), T::ZERO);
-                    let (g, v) = (
-                        sizes.head(grad.data, rows.clone(), head),
-                        sizes.kv(v, keys.clone(), head),
-                    );
-                    product_here(g, v.t(), &mut tile.grads, keys.len(), 0, false);
-                    tile.slope(&self.scope, keys.len(), |at| own[(rows.start + at) * heads + head]);
-                    let grads = Mat::new(&tile.grads, rows.len(), keys.len());
-                    product_here(grads, key, dq, heads * dim, head * dim, false);
-                }
-            },
-        );
-        let (mut dk, mut dv) = (vec![T::ZERO; k.len()], vec![T::ZERO; v.len()]);
-        let width = kv_heads * dim;
-        let blocks = dk.par_chunks_mut(ROWS * width).zip(dv.par_chunks_mut(ROWS * width));
-        blocks.enumerate().for_each_init(Tile::new, |tile, (block, (dk, dv))| {
-            let keys = block * ROWS..block * ROWS + dk.len() / width;
-            let end = self.scope.audience(&keys, all);
-            for from in (keys.start..end).step_by(ROWS) {
-                let rows = from..(from + ROWS).min(end);
-                for head in 0..heads {
-                    let at = head / (heads / kv_heads) * dim;
-                    let (query, key) =
-                        (sizes.head(q, rows.clone(), head), sizes.kv(k, keys.clone(), head));
-                    tile.scores(&self.scope, query, key, rows.len(), keys.len());
-                    tile.weigh(&self.scope, rows.clone(), &keys, of_head(head));
-                    let g = sizes.head(grad.data, rows.clone(), head);
-                    let weights = Mat::new(&tile.weights, rows.len(), keys.len());
-                    product_here(weights.t(), g, dv, width, at, true);
-                    tile.grads.resize(rows.len() * keys.len(), T::ZERO);
-                    product_here(
-                        g,
-                        sizes.kv(v, keys.clone(), head).t(),
-                        &mut tile.grads,
-                        keys.len(),
-                        0,
-                        false,
-                    );
-                    tile.slope(&self.scope, keys.len(), |at| own[(rows.start + at) * heads + head]);
-                    let grads = Mat::new(&tile.grads, rows.len(), keys.len());
-                    product_here(grads.t(), query, dk, width, at, true);
+        let dim = args[0].dims[2];
+        let own = result.data.par_chunks(dim).zip(grad.data.par_chunks(dim));
+        let own: Vec<T> = own.map(|(out, grad)| lanes::dot(out, grad)).collect();
+        let pass = BackwardPass {
+            attention: self,
+            sizes: Sizes::of(args),
+            q: args[0].data,
+            k: args[1].data,
+            v: args[2].data,
+            grad: grad.data,
+            lse,
+            own: &own,
+        };
+        let [dk, dv] = pass.of_keys_and_values();
+        Ok(vec![Some(pass.of_queries()), Some(dk), Some(dv)])
+    }
+}
+
+struct BackwardPass<'a, T> {
+    attention: &'a Attention,
+    sizes: Sizes,
+    q: &'a [T],
+    k: &'a [T],
+    v: &'a [T],
+    grad: &'a [T],
+    /// (queries, heads) log-sum-exp.
+    lse: &'a [T],
+    /// (queries, heads) dot products of output and gradient.
+    own: &'a [T],
+}
+
+impl<T: Number> BackwardPass<'_, T> {
+    /// Computes the attention weights of a head and the gradients of its scores.
+    fn fill(&self, tile: &mut Tile<T>, block: &RowBlock, keys: &Keys, head: usize) {
+        let (scope, sizes) = (&self.attention.scope, &self.sizes);
+        let at_query = |at: usize| (block.range.start + at) * sizes.heads + head;
+        let queries = sizes.head(self.q, block.range.clone(), head);
+        let k = |rows| sizes.kv(self.k, rows, head);
+        tile.scores(scope, (queries, block.range.len()), keys, k);
+        let span = keys.first..keys.first + keys.count;
+        let seen = |at| clip(&scope.seen(self.attention.position(block, at)), &span);
+        tile.weigh(keys.count, seen, |at| self.lse[at_query(at)]);
+        tile.grads.resize(tile.weights.len(), T::ZERO);
+        let grad = sizes.head(self.grad, block.range.clone(), head);
+        for (rows, at) in keys.parts() {
+            let v = sizes.kv(self.v, rows, head);
+            product_here(grad, v.t(), &mut tile.grads, keys.count, at, false);
+        }
+        tile.slope(scope, keys.count, |at| self.own[at_query(at)]);
+    }
+
+    fn of_queries(&self) -> Vec<T> {
+        let Sizes { heads, dim, .. } = self.sizes;
+        let blocks = self.attention.scope.query_blocks(ROWS);
+        let mut dq = vec![T::ZERO; self.q.len()];
+        let parts = split(&mut dq, &blocks, heads * dim).into_par_iter().zip(&blocks);
+        parts.for_each_init(Tile::new, |tile, (dq, block)| {
+            let keys = Keys::of(&self.attention.scope, block);
+            for head in 0..heads {
+                self.fill(tile, block, &keys, head);
+                for (rows, at) in keys.parts() {
+                    let grads = tile.grads_of(at..at + rows.len(), keys.count);
+                    let k = self.sizes.kv(self.k, rows, head);
+                    product_here(grads, k, dq, heads * dim, head * dim, at > 0);
                 }
             }
         });
-        Ok(vec![Some(dq), Some(dk), Some(dv)])
+        dq
+    }
+
+    fn of_keys_and_values(&self) -> [Vec<T>; 2] {
+        let Sizes { heads, kv_heads, dim, .. } = self.sizes;
+        let scope = &self.attention.scope;
+        let (key_blocks, query_blocks) =
+            (scope.documents.blocks(None, ROWS), scope.query_blocks(ROWS));
+        let (mut dk, mut dv) = (vec![T::ZERO; self.k.len()], vec![T::ZERO; self.v.len()]);
+        let width = kv_heads * dim;
+        let parts = split(&mut dk, &key_blocks, width).into_par_iter();
+        let parts = parts.zip(split(&mut dv, &key_blocks, width)).zip(&key_blocks);
+        parts.for_each_init(Tile::new, |tile, ((dk, dv), block)| {
+            let (first, last) = block.positions;
+            let count = block.range.len();
+            let keys = Keys { rows: [0..0, block.range.clone()], first, count };
+            let reach = |queries: &&RowBlock| {
+                scope.documents.reaches(queries, block)
+                    && scope.seen(queries.positions.0).start <= last
+            };
+            for queries in query_blocks.iter().filter(reach) {
+                for head in 0..heads {
+                    let at = head / (heads / kv_heads) * dim;
+                    self.fill(tile, queries, &keys, head);
+                    let g = self.sizes.head(self.grad, queries.range.clone(), head);
+                    product_here(tile.weights_of(0..count, count).t(), g, dv, width, at, true);
+                    let q = self.sizes.head(self.q, queries.range.clone(), head);
+                    product_here(tile.grads_of(0..count, count).t(), q, dk, width, at, true);
+                }
+            }
+        });
+        [dk, dv]
     }
 }

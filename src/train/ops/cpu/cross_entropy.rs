@@ -1,11 +1,9 @@
-//! Cross-entropy of a model's output, and log-probabilities.
+//! Cross-entropy of a model's output.
 
-use super::fused::{Fused, View, plain};
 use super::lanes;
-use super::logits::{Logits, RowLoss, linear_loss, shape};
+use super::logits::{RowLoss, linear_loss, shape};
 use crate::train::ops::{Head, Losses, Number, Targets};
-use candle_core::{Result, Shape, Tensor, bail};
-use rayon::prelude::*;
+use candle_core::{Result, Tensor};
 use std::ops::Add;
 
 pub(in crate::train::ops) fn linear_cross_entropy(
@@ -15,59 +13,6 @@ pub(in crate::train::ops) fn linear_cross_entropy(
 ) -> Result<Losses> {
     let (sum, found) = linear_loss(hidden, head, CrossEntropy(targets.clone()))?;
     Ok(Losses { sum, correct: found.correct })
-}
-
-/// (rows, 2) log-probability of the target, and entropy.
-pub(in crate::train::ops) fn log_probs(
-    hidden: &Tensor,
-    head: &Head,
-    targets: &Targets,
-) -> Result<Tensor> {
-    let op = Said { logits: Logits::new(head)?, targets: targets.clone() };
-    match head {
-        Head::Frozen(_) => plain(op, &[hidden]),
-        Head::Trained(head) => plain(op, &[hidden, head]),
-    }
-}
-
-/// The operation of [`log_probs`]: (rows, 2) log-probability of the target, and entropy.
-struct Said {
-    logits: Logits,
-    targets: Targets,
-}
-
-impl Fused for Said {
-    const NAME: &'static str = "log_probs";
-
-    fn forward<T: Number>(&self, args: &[View<T>]) -> Result<(Vec<T>, Shape)> {
-        let rows = args[0].rows().0;
-        let mut found = vec![T::ZERO; 2 * rows];
-        self.logits.blocks(args, |block, logits| {
-            let of = &mut found[2 * block.start..2 * block.end];
-            let rows = logits.par_chunks_mut(self.logits.vocab).zip(of.par_chunks_mut(2));
-            rows.enumerate().for_each(|(row, (logits, found))| {
-                shape(logits, &self.targets);
-                let most = lanes::most(logits);
-                let right = logits[self.targets.tokens[block.start + row] as usize];
-                let (total, moment) = lanes::exp_moment(logits, most);
-                let normal = total.wide().ln();
-                found[0] = T::of((right - most).wide() - normal);
-                found[1] = T::of(normal - moment.wide() / total.wide());
-            });
-            Ok(())
-        })?;
-        Ok((found, Shape::from((rows, 2))))
-    }
-
-    fn backward<T: Number>(
-        &self,
-        _: &[View<T>],
-        _: View<T>,
-        _: View<T>,
-        _: &[bool],
-    ) -> Result<Vec<Option<Vec<T>>>> {
-        bail!("{} has no way back", Self::NAME)
-    }
 }
 
 /// The rule of [`linear_cross_entropy`].

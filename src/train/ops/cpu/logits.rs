@@ -83,7 +83,7 @@ impl Logits {
 
     /// `out = left head`, or the product with the head's transpose; panel by panel if the head is
     /// frozen.
-    fn times_head<T: Number>(
+    pub(super) fn times_head<T: Number>(
         &self,
         args: &[View<T>],
         left: Mat<T>,
