@@ -1,7 +1,7 @@
 //! Scores and weighted sums of one page, for NEON.
 
 use super::super::scalar::{self, Scales};
-use super::{Floats, halves_to_f32, signed_whole};
+use super::{Floats, halves_to_f32, plus_products, plus_times, signed_whole};
 use crate::kernels::attention::{RUN, Scores};
 use crate::kernels::cache::{Numbers, PAGE};
 use crate::kernels::pack::BLOCK;
@@ -49,20 +49,6 @@ unsafe fn store(to: *mut f32, x: Floats) {
         vst1q_f32(to, x[0]);
         vst1q_f32(to.add(4), x[1]);
     }
-}
-
-/// `sum + x * by`, rounded once.
-#[target_feature(enable = "neon")]
-#[inline]
-fn plus_times(sum: Floats, x: Floats, by: f32) -> Floats {
-    [vfmaq_n_f32(sum[0], x[0], by), vfmaq_n_f32(sum[1], x[1], by)]
-}
-
-/// `sum + x * y`, rounded once.
-#[target_feature(enable = "neon")]
-#[inline]
-fn plus_products(sum: Floats, x: Floats, y: Floats) -> Floats {
-    [vfmaq_f32(sum[0], x[0], y[0]), vfmaq_f32(sum[1], x[1], y[1])]
 }
 
 #[target_feature(enable = "neon")]

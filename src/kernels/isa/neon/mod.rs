@@ -48,12 +48,12 @@ fn tokens(kind: Kind) -> usize {
 /// Most groups of a tile.
 fn groups(kind: Kind, tokens: usize) -> usize {
     match tokens {
-        // Limited by memory bandwidth: more rows in flight.
+        // The sums of a block are independent of the next one's, and groups are adjacent in memory.
+        _ if !kind.is_float() => 1,
+        // A sum of each of these groups is added to while the others wait.
         1 => 4,
         // Six tokens and two groups take 24 of the 32 registers.
-        _ if kind.is_float() => 2,
-        // The float sums, the sums of a K block and the integer sums take 24 registers.
-        _ => 1,
+        _ => 2,
     }
 }
 
@@ -84,6 +84,20 @@ fn signed_ints(bytes: int8x8_t) -> Ints {
     [vmovl_s16(vget_low_s16(wide)), vmovl_s16(vget_high_s16(wide))]
 }
 
+/// `sum + x * by`, rounded once.
+#[target_feature(enable = "neon")]
+#[inline]
+fn plus_times(sum: Floats, x: Floats, by: f32) -> Floats {
+    [vfmaq_n_f32(sum[0], x[0], by), vfmaq_n_f32(sum[1], x[1], by)]
+}
+
+/// `sum + x * y`, rounded once.
+#[target_feature(enable = "neon")]
+#[inline]
+fn plus_products(sum: Floats, x: Floats, y: Floats) -> Floats {
+    [vfmaq_f32(sum[0], x[0], y[0]), vfmaq_f32(sum[1], x[1], y[1])]
+}
+
 /// The kernel for a tile of `groups` groups and `tokens` tokens; the CPU must have NEON and, for
 /// quantized weights, dot products.
 fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
@@ -95,31 +109,31 @@ fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
         (2, 6) => of_floats::<2, 6>(kind),
         (1, 5) => of_floats::<1, 5>(kind),
         (1, 6) => of_floats::<1, 6>(kind),
-        (1, 1) => of_kind::<1, 1>(kind),
-        (1, 2) => of_kind::<1, 2>(kind),
-        (1, 3) => of_kind::<1, 3>(kind),
-        (1, 4) => of_kind::<1, 4>(kind),
-        (2, 1) => of_kind::<2, 1>(kind),
-        (4, 1) => of_kind::<4, 1>(kind),
+        (1, 1) => of_kind::<1>(kind),
+        (1, 2) => of_kind::<2>(kind),
+        (1, 3) => of_kind::<3>(kind),
+        (1, 4) => of_kind::<4>(kind),
+        (2, 1) => of_floats::<2, 1>(kind),
+        (4, 1) => of_floats::<4, 1>(kind),
         _ => unreachable!("no tile is {groups} groups by {tokens} tokens"),
     }
 }
 
-fn of_kind<const G: usize, const T: usize>(kind: Kind) -> Tile {
+fn of_kind<const T: usize>(kind: Kind) -> Tile {
     match kind {
-        Kind::U4Min => quantized::tile::<BlockU4Min, G, T>,
-        Kind::U4 => quantized::tile::<BlockU4, G, T>,
-        Kind::U5Min => quantized::tile::<BlockU5Min, G, T>,
-        Kind::U5 => quantized::tile::<BlockU5, G, T>,
-        Kind::U4K => quantized::tile::<BlockU4K, G, T>,
-        Kind::U5K => quantized::tile::<BlockU5K, G, T>,
-        Kind::U2K => quantized::tile::<BlockU2K, G, T>,
-        Kind::U3K => quantized::tile::<BlockU3K, G, T>,
-        Kind::U6K => quantized::tile::<BlockU6K, G, T>,
-        Kind::T4 => quantized::tile::<BlockT4, G, T>,
-        Kind::T4K => quantized::tile::<BlockT4K, G, T>,
-        Kind::I8 => quantized::tile::<BlockI8, G, T>,
-        Kind::F16 | Kind::BF16 | Kind::F32 => of_floats::<G, T>(kind),
+        Kind::U4Min => quantized::tile::<BlockU4Min, T>,
+        Kind::U4 => quantized::tile::<BlockU4, T>,
+        Kind::U5Min => quantized::tile::<BlockU5Min, T>,
+        Kind::U5 => quantized::tile::<BlockU5, T>,
+        Kind::U4K => quantized::tile::<BlockU4K, T>,
+        Kind::U5K => quantized::tile::<BlockU5K, T>,
+        Kind::U2K => quantized::tile::<BlockU2K, T>,
+        Kind::U3K => quantized::tile::<BlockU3K, T>,
+        Kind::U6K => quantized::tile::<BlockU6K, T>,
+        Kind::T4 => quantized::tile::<BlockT4, T>,
+        Kind::T4K => quantized::tile::<BlockT4K, T>,
+        Kind::I8 => quantized::tile::<BlockI8, T>,
+        Kind::F16 | Kind::BF16 | Kind::F32 => of_floats::<1, T>(kind),
     }
 }
 
@@ -128,6 +142,6 @@ fn of_floats<const G: usize, const T: usize>(kind: Kind) -> Tile {
         Kind::F16 => float::tile::<[u16; LANES], G, T>,
         Kind::BF16 => float::tile::<[bf16; LANES], G, T>,
         Kind::F32 => float::tile::<[f32; LANES], G, T>,
-        _ => unreachable!("quantized weights have one group for several tokens"),
+        _ => unreachable!("quantized weights have tiles of one group"),
     }
 }

@@ -4,7 +4,7 @@
 //! The sums are multiplied by the scales if these are integers.
 
 use super::block::Block;
-use super::{Bytes, Floats, Ints};
+use super::{Bytes, Floats, Ints, plus_products, plus_times};
 use crate::kernels::activation::Row;
 use crate::kernels::pack::BLOCK;
 use std::arch::aarch64::*;
@@ -44,28 +44,16 @@ macro_rules! each_part {
 
 #[target_feature(enable = "neon")]
 #[inline]
-fn plus_times(sum: Floats, x: Floats, by: f32) -> Floats {
-    [vfmaq_n_f32(sum[0], x[0], by), vfmaq_n_f32(sum[1], x[1], by)]
-}
-
-#[target_feature(enable = "neon")]
-#[inline]
-fn plus_products(sum: Floats, x: Floats, y: Floats) -> Floats {
-    [vfmaq_f32(sum[0], x[0], y[0]), vfmaq_f32(sum[1], x[1], y[1])]
-}
-
-#[target_feature(enable = "neon")]
-#[inline]
 fn to_floats(x: Ints) -> Floats {
     x.map(|x| vcvtq_f32_s32(x))
 }
 
-/// Computes a tile of `G` groups by `T` tokens.
+/// Computes a tile of one group by `T` tokens.
 ///
 /// # Safety
 /// As for `matmul::Tile`; the CPU must have NEON and dot products.
 #[target_feature(enable = "neon,dotprod")]
-pub(super) unsafe fn tile<B: Block, const G: usize, const T: usize>(
+pub(super) unsafe fn tile<B: Block, const T: usize>(
     weights: *const u8,
     blocks: usize,
     x: &[Row],
@@ -74,26 +62,22 @@ pub(super) unsafe fn tile<B: Block, const G: usize, const T: usize>(
 ) {
     let x: &[Row; T] = x.try_into().expect("as many rows as the tile has tokens");
     let weights = weights.cast::<B>();
-    let mut acc = [[[vdupq_n_f32(0.0); 2]; T]; G];
+    let mut acc = [[vdupq_n_f32(0.0); 2]; T];
     for b in 0..blocks {
-        for g in 0..G {
-            // SAFETY: group `g` has `blocks` blocks; the rest is guaranteed by the caller.
-            unsafe {
-                let block = &*weights.add(g * blocks + b);
-                if B::SUBS == 1 {
-                    single(block, b, x, &mut acc[g]);
-                } else {
-                    several(block, b, x, &mut acc[g]);
-                }
+        // SAFETY: the group has `blocks` blocks; the rest is guaranteed by the caller.
+        unsafe {
+            let block = &*weights.add(b);
+            if B::SUBS == 1 {
+                single(block, b, x, &mut acc);
+            } else {
+                several(block, b, x, &mut acc);
             }
         }
     }
-    for g in 0..G {
-        for t in 0..T {
-            for half in 0..2 {
-                // SAFETY: guaranteed by the caller.
-                unsafe { vst1q_f32(out.add(t * stride + 8 * g + 4 * half), acc[g][t][half]) };
-            }
+    for t in 0..T {
+        for half in 0..2 {
+            // SAFETY: guaranteed by the caller.
+            unsafe { vst1q_f32(out.add(t * stride + 4 * half), acc[t][half]) };
         }
     }
 }
