@@ -4,16 +4,19 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-/// An instruction set, from the slowest to the fastest.
+/// An instruction set, from the slowest to the fastest among those of one architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     Scalar,
     Avx2,
     Avx512,
+    /// NEON with the dot products of Armv8.2 (`dotprod`). An aarch64 CPU without them, such as the
+    /// Cortex-A72, uses the scalar kernels.
+    Neon,
 }
 
 impl Isa {
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Neon];
 
     /// The name, as `INGOT_ISA` has it.
     pub fn name(self) -> &'static str {
@@ -21,6 +24,7 @@ impl Isa {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Neon => "neon",
         }
     }
 
@@ -43,7 +47,12 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => {
+                std::arch::is_aarch64_feature_detected!("neon")
+                    && std::arch::is_aarch64_feature_detected!("dotprod")
+            }
+            // Of another architecture.
             _ => false,
         }
     }
@@ -129,7 +138,8 @@ mod tests {
             assert_eq!(isa.name().parse(), Ok(isa));
         }
         let error = "sse9".parse::<Isa>().unwrap_err().to_string();
-        assert_eq!(error, "there is no instruction set \"sse9\": use one of scalar, avx2, avx512");
+        let names = "scalar, avx2, avx512, neon";
+        assert_eq!(error, format!("there is no instruction set \"sse9\": use one of {names}"));
         assert!(Isa::available().eq(Isa::ALL.into_iter().filter(|isa| isa.is_available())));
         let used = isa();
         assert_eq!(choose_isa(used), Ok(()));

@@ -23,7 +23,7 @@ pub struct Shape {
     pub depth: usize,
 }
 
-/// The shape of the scalar kernels and those of AVX2: a strip takes 16 KB of f32.
+/// The shape of the scalar kernels and those of AVX2 and NEON: a strip takes 16 KB of f32.
 pub(super) const NARROW: Shape = Shape { rows: 6, strips: 1, depth: 256 };
 /// Most rows of any tile.
 const ROWS: usize = 8;

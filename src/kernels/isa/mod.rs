@@ -5,6 +5,7 @@
 //! | `scalar/` | none: the bit-exact oracle of the others, and the fallback |
 //! | `avx2/` | AVX2, FMA, F16C |
 //! | `avx512/` | AVX-512 F, BW, DQ, VL and VNNI; what it lacks is AVX2's |
+//! | `neon/` | NEON with `dotprod` (aarch64); the softmax is scalar code |
 //!
 //! All give bit-identical results, except dense products in f32, which are rounded differently.
 
@@ -12,6 +13,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub(super) mod scalar;
 
 use super::attention::Scores;
@@ -30,11 +33,15 @@ impl Isa {
         static AVX2: Kernels = avx2::KERNELS;
         #[cfg(target_arch = "x86_64")]
         static AVX512: Kernels = avx512::KERNELS;
+        #[cfg(target_arch = "aarch64")]
+        static NEON: Kernels = neon::KERNELS;
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => &AVX2,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => &AVX512,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => &NEON,
             _ => &SCALAR,
         }
     }

@@ -4,7 +4,11 @@
 mod attention;
 mod matmul;
 
-pub(super) use attention::{Element, Scales, add_exponentials, softmax};
+#[cfg(target_arch = "x86_64")]
+pub(super) use attention::add_exponentials;
+pub(super) use attention::softmax;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) use attention::{Element, Scales};
 
 use super::{Attention, Dense, Kernels};
 use crate::kernels::gemm;
