@@ -28,6 +28,11 @@ pub struct Distill {
     /// Number of the teacher's most probable tokens that are kept for each token; all others are
     /// one more.
     pub top_k: usize,
+    /// Share of the examples whose completion the student writes: it learns the teacher's
+    /// distributions on its own completions (GKD's λ; Agarwal et al. 2024, arXiv:2306.13649).
+    pub on_policy: f64,
+    /// Maximum number of tokens of such a completion.
+    pub max_tokens: usize,
 }
 
 /// How the distributions of teacher p and student q are compared.
@@ -53,6 +58,8 @@ impl Default for Distill {
             temperature: 1.0,
             cross_entropy: 0.0,
             top_k: 64,
+            on_policy: 0.0,
+            max_tokens: 128,
         }
     }
 }
@@ -67,10 +74,17 @@ impl TaskSettings for Distill {
     }
 
     fn weights(&self) -> Weights {
-        match self.layers {
-            Some(_) => Weights::All("all weights of a model without some layers are trained"),
-            None => Weights::Any,
+        match (self.layers, self.samples()) {
+            (Some(_), _) => Weights::All("all weights of a model without some layers are trained"),
+            (None, true) => Weights::Adapter(
+                "with `distill.on_policy` the server samples from its model with the student's adapter",
+            ),
+            (None, false) => Weights::Any,
         }
+    }
+
+    fn samples(&self) -> bool {
+        self.on_policy > 0.0
     }
 
     fn teacher(&self) -> Option<&str> {
@@ -99,7 +113,7 @@ impl TaskSettings for Distill {
         }
     }
 
-    fn check(&self, _: &Resolved) -> Result<(), String> {
+    fn check(&self, settings: &Resolved) -> Result<(), String> {
         if self.teacher.is_none() && self.layers.is_none() {
             return Err(
                 "distill.teacher: name the teacher, or with `distill.layers` how many layers of the \
@@ -113,7 +127,16 @@ impl TaskSettings for Distill {
         within("distill.beta", self.beta, 0.01, 0.99)?;
         within("distill.temperature", self.temperature, 0.05, 20.0)?;
         within("distill.cross_entropy", self.cross_entropy, 0.0, 1.0)?;
-        within("distill.top_k", self.top_k as f64, 1.0, f64::from(1 << 20))
+        within("distill.top_k", self.top_k as f64, 1.0, f64::from(1 << 20))?;
+        within("distill.on_policy", self.on_policy, 0.0, 1.0)?;
+        if self.samples() && self.layers.is_some() {
+            return Err(
+                "distill.on_policy: a model without some layers is not served while it is trained: \
+                 first train it on data, then serve it and name it as `model`"
+                    .into(),
+            );
+        }
+        within("distill.max_tokens", self.max_tokens as f64, 1.0, settings.max_length as f64 - 1.0)
     }
 }
 
@@ -133,6 +156,9 @@ mod tests {
     fn a_teacher_or_a_number_of_layers_is_needed() {
         assert!(resolve(r#"{"teacher": "big"}"#).unwrap().adapter.is_some());
         assert!(resolve(r#"{"layers": 24}"#).unwrap().adapter.is_none());
+        let samples = |block| resolve(block).unwrap().task.settings().samples();
+        assert!(!samples(r#"{"teacher": "big"}"#));
+        assert!(samples(r#"{"teacher": "big", "on_policy": 1}"#));
         for (block, key) in [
             ("{}", "distill.teacher: "),
             (r#"{"layers": 0}"#, "distill.layers: "),
@@ -141,6 +167,11 @@ mod tests {
             (r#"{"layers": 2, "temperature": 0}"#, "distill.temperature: "),
             (r#"{"layers": 2, "cross_entropy": 1.1}"#, "distill.cross_entropy: "),
             (r#"{"layers": 2, "top_k": 0}"#, "distill.top_k: "),
+            (r#"{"layers": 2, "on_policy": 0.5}"#, "distill.on_policy: "),
+            (r#"{"teacher": "t", "on_policy": 1.5}"#, "distill.on_policy: "),
+            (r#"{"teacher": "t", "on_policy": -0.1}"#, "distill.on_policy: "),
+            (r#"{"teacher": "t", "on_policy": 1, "max_tokens": 0}"#, "distill.max_tokens: "),
+            (r#"{"teacher": "t", "on_policy": 1, "max_tokens": 1024}"#, "distill.max_tokens: "),
         ] {
             let error = resolve(block).unwrap_err();
             assert!(error.starts_with(key), "{block}: {error}");

@@ -1,6 +1,8 @@
 //! Distillation: a student learns the token distributions of a teacher. The loss is in
-//! `ops/cpu/distillation.rs`; `teacher.rs` runs the teacher.
+//! `ops/cpu/distillation.rs`; `teacher.rs` runs the teacher, `on_policy.rs` samples completions of the
+//! student.
 
+use super::on_policy::{Mixture, OnPolicy};
 use super::run::{
     BatchSource, Each, Event, LossSums, MicroBatch, Outcome, Run, StepCount, TrainError,
 };
@@ -60,6 +62,7 @@ impl Recipe for Distill {
             return Err(TrainError::Spec("distill.teacher: name the teacher".into()));
         };
         let teacher = Teacher::load(path, self, job)?;
+        let on_policy = OnPolicy::new(self, job, control, event)?;
         let cache = |data: &Prepared, name: &str| {
             TeacherCache::open(&job.making.cache.join(name), data, teacher.top_k)
         };
@@ -74,6 +77,8 @@ impl Recipe for Distill {
                     .transpose()?,
             ],
             teacher: Arc::new(teacher),
+            on_policy,
+            measured: LossSums::default(),
         };
         let run = Run { model: job.model, settings: job.settings, checkpoints: job.checkpoints };
         let before = source.before(&run, event)?;
@@ -155,13 +160,16 @@ struct Examples<'a> {
     teacher: Arc<Teacher>,
     /// Of the training and of the validation data.
     caches: [Option<Arc<TeacherCache>>; 2],
+    on_policy: Option<OnPolicy<'a>>,
+    /// The metrics of the last batch's sampling.
+    measured: LossSums,
 }
 
 /// Examples that are computed in one pass. The teacher's distributions are read or computed in this
 /// pass, so that those of one micro-batch at a time are in memory.
 struct DistillationBatch<'a> {
     batch: Batch,
-    /// Numbers of the examples.
+    /// Numbers of the examples; of completions by the student without meaning.
     numbers: Vec<usize>,
     block: &'a Distill,
     teacher: Arc<Teacher>,
@@ -176,9 +184,18 @@ impl<'a> Examples<'a> {
         cache: Option<&Arc<TeacherCache>>,
         numbers: &[usize],
     ) -> Result<Vec<DistillationBatch<'a>>, TrainError> {
-        let settings = self.job.settings;
         let examples: Vec<Encoded> =
             numbers.iter().map(|&example| data.get(example)).collect::<Result<_, _>>()?;
+        Ok(self.pack(&examples, cache, numbers))
+    }
+
+    fn pack(
+        &self,
+        examples: &[Encoded],
+        cache: Option<&Arc<TeacherCache>>,
+        numbers: &[usize],
+    ) -> Vec<DistillationBatch<'a>> {
+        let settings = self.job.settings;
         let lengths: Vec<_> = examples.iter().map(|example| example.tokens.len()).collect();
         let rows = pack(&lengths, settings.max_length);
         let part = |members: Vec<usize>| DistillationBatch {
@@ -190,7 +207,7 @@ impl<'a> Examples<'a> {
         };
         let some = rows.chunks(settings.micro_batch);
         let some = some.map(|rows| rows.iter().flat_map(|row| row.members.clone()).collect());
-        Ok(some.map(part).collect())
+        some.map(part).collect()
     }
 
     /// The losses before training, which an earlier process may have measured.
@@ -254,8 +271,21 @@ impl<'a> BatchSource for Examples<'a> {
         cursor: &mut Cursor,
         count: usize,
     ) -> Result<Vec<DistillationBatch<'a>>, TrainError> {
+        let before = *cursor;
         let examples = self.order.next(cursor, count);
-        self.read(self.job.train, self.caches[0].as_ref(), &examples)
+        let (data, cache) = (self.job.train, self.caches[0].as_ref());
+        let Some(on_policy) = &self.on_policy else { return self.read(data, cache, &examples) };
+        let Mixture { kept, sampled, measured } = on_policy.mix(data, examples, &before)?;
+        let mut batches = self.read(data, cache, &kept)?;
+        let numbers: Vec<usize> = (0..sampled.len()).collect();
+        // Each completion is new: the teacher's distributions are not kept.
+        batches.extend(self.pack(&sampled, None, &numbers));
+        self.measured = measured;
+        Ok(batches)
+    }
+
+    fn extra_losses(&self) -> LossSums {
+        self.measured.clone()
     }
 
     fn held_out(&self, each: &mut Each<DistillationBatch<'a>>) -> Result<bool, TrainError> {

@@ -6,7 +6,7 @@
 //! | `sft.rs` | supervised fine-tuning |
 //! | `pretrain.rs` | pretraining; `sample.rs`: the texts that it samples |
 //! | `dpo.rs`, `reward.rs` | objectives of preference pairs; `preference.rs`: what they share |
-//! | `distill.rs` | distillation; `teacher.rs`: its teacher |
+//! | `distill.rs` | distillation; `teacher.rs`: its teacher; `on_policy.rs`: completions of the student |
 //! | `grpo.rs`, `ppo.rs` | policies; `sampler.rs`: how their completions are sampled and graded |
 //! | `constitutional/` | critiques and revisions, and preferences of a judge |
 //! | `judge.rs` | a served model that compares answers |
@@ -23,6 +23,7 @@ mod dpo;
 pub mod dummy;
 mod grpo;
 mod judge;
+mod on_policy;
 #[cfg(test)]
 mod policy_tests;
 mod ppo;

@@ -7,10 +7,12 @@ use crate::gguf::Gguf;
 use crate::gguf::fixture::TinyDecoder;
 use crate::grade::{Answer, Failed, Question};
 use crate::job::rollout::{CallCause, CallError, Rollout, RolloutRequest};
-use crate::job::spec::{Grpo, Lora, Ppo, Resolved, Spec, Task};
+use crate::job::spec::{Distill, Grpo, Lora, Ppo, Resolved, Spec, Task};
 use crate::job::{Control, StepMetrics, Validation};
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::native::NativeTokenizer;
 use crate::train::checkpoint::Checkpoints;
-use crate::train::data::{PreparedPrompts, prepare_prompts};
+use crate::train::data::{Dataset, Encoder, Prepared, PreparedPrompts, prepare, prepare_prompts};
 use crate::train::model::{Model, Training};
 use crate::train::optim::Param;
 use crate::train::rollout::RolloutClient;
@@ -178,32 +180,58 @@ fn try_run(
     runs: &Path,
 ) -> Result<Ran, TrainError> {
     let settings = spec.resolve().unwrap();
+    let data = || [prompts(folder, "train", 12), prompts(folder, "held", 4)];
     match &spec.task {
-        Task::Grpo(block) => run_recipe::<Grpo>(folder, block, &settings, stops, judge, runs),
-        Task::Ppo(block) => run_recipe::<Ppo>(folder, block, &settings, stops, judge, runs),
+        Task::Grpo(block) => {
+            run_recipe::<Grpo>(folder, block, &settings, &data(), stops, judge, runs)
+        }
+        Task::Ppo(block) => {
+            run_recipe::<Ppo>(folder, block, &settings, &data(), stops, judge, runs)
+        }
+        Task::Distill(block) => {
+            let data = [examples(folder, "train", 12), examples(folder, "held", 4)];
+            run_recipe::<Distill>(folder, block, &settings, &data, stops, judge, runs)
+        }
         other => panic!("{other:?}"),
     }
 }
 
-fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
+/// Prompts with a completion.
+fn examples(folder: &Path, name: &str, count: usize) -> Prepared {
+    let line = |i: usize| format!(r#"{{"prompt": "{i} {}", "completion": "ab"}}"#, i % 5);
+    let lines: Vec<_> = (0..count).map(line).collect();
+    let source = folder.join(format!("{name}.jsonl"));
+    std::fs::write(&source, lines.join("\n")).unwrap();
+    prepare(&source, &encoder(), 60, &folder.join(format!("{name}.examples"))).unwrap().0
+}
+
+fn run_recipe<R: Recipe>(
     folder: &Path,
     recipe: &R,
     settings: &Resolved,
+    [train, held_out]: &[R::Data; 2],
     stops: &[u64],
     judge: &Rc<Cell<Judge>>,
     runs: &Path,
-) -> Result<Ran, TrainError> {
+) -> Result<Ran, TrainError>
+where
+    R::Data: Dataset<Encoder = Encoder>,
+{
     let path = folder.join("model.gguf");
     TinyDecoder::new("llama").write(&path).unwrap();
     let adapter = r#"{"kind": "sft", "model": "m", "data": {"train": "f"}}"#;
     let adapter = serde_json::from_str::<Spec>(adapter).unwrap().adapter.unwrap();
     let lora = Lora { rank: 4, ..adapter.lora(5).unwrap() };
-    let (train, held_out) = (prompts(folder, "train", 12), prompts(folder, "held", 4));
     // Runs in the folder itself begin anew.
     let fresh = tempfile::tempdir().unwrap();
     let runs = if runs == folder { fresh.path() } else { runs };
     let checkpoints = Checkpoints::new(runs, 2).unwrap();
-    let tokenizer = encoder().tokenizer;
+    // A teacher's tokenizer is compared with that of the model's file.
+    let teacher = folder.join("teacher.gguf");
+    let tokenizer: Arc<dyn Tokenizer> = match Gguf::open(&teacher) {
+        Ok(file) => Arc::new(NativeTokenizer::from_gguf(&file).unwrap()),
+        Err(_) => encoder().tokenizer,
+    };
     let (mut steps, mut validation) = (Vec::new(), None);
     for stop_at in stops.iter().copied().chain([u64::MAX]) {
         if judge.get() == Judge::Gone {
@@ -231,14 +259,14 @@ fn run_recipe<R: Recipe<Data = PreparedPrompts>>(
         let job = Job {
             model: &model,
             settings,
-            train: &train,
-            validation: Some(&held_out),
+            train,
+            validation: Some(held_out),
             checkpoints: &checkpoints,
             tokenizer: tokenizer.as_ref(),
             seed: 3,
             shuffle: Some(3),
             reference: &runs.join("reference"),
-            teacher: None,
+            teacher: Some(&teacher),
             policy: Some(policy),
             making: Making {
                 encoder: &encoder(),
@@ -433,4 +461,42 @@ fn a_batch_that_is_sampled_ahead_is_one_update_old() {
     assert!((weight - 1.0).abs() > 1e-4, "{weight}");
     let learned = of(r#""async_rollouts": true,"#, 14).steps[13].reward().unwrap();
     assert!(learned > 0.8, "{learned}");
+}
+
+fn on_policy(share: f64, more: &str) -> Spec {
+    let text = format!(
+        r#"{{"kind": "distill", "model": "m", "data": {{"train": "f"}},
+            "distill": {{"teacher": "t", "on_policy": {share}, "max_tokens": 3,
+                "divergence": "reverse_kl"}},
+            "train": {{"batch_size": 4, "max_length": 32, "eval_every": 1000,
+                "checkpoint_every": 1000, "learning_rate": 1e-2{more}}}}}"#
+    );
+    serde_json::from_str(&text).unwrap()
+}
+
+#[test]
+fn a_student_learns_on_its_own_completions() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = folder.path().join("teacher.gguf");
+    TinyDecoder { seed: 77, ..TinyDecoder::new("llama") }.write(&teacher).unwrap();
+    let spec = on_policy(1.0, r#", "max_steps": 40"#);
+    let ran = run(folder.path(), &spec, &[]);
+    let mean = |steps: &[StepMetrics]| {
+        steps.iter().map(|step| step.metrics["divergence"]).sum::<f64>() / steps.len() as f64
+    };
+    let (first, last) = (mean(&ran.steps[..5]), mean(&ran.steps[35..]));
+    assert!(last < 0.7 * first, "{first}, {last}");
+    assert!(ran.steps.iter().all(|step| step.metrics["completion_length"] == 3.0));
+    // Stopped anywhere, it ends with the same bits.
+    let spec = on_policy(0.5, r#", "max_steps": 8"#);
+    let whole = run(folder.path(), &spec, &[]);
+    let broken = run(folder.path(), &spec, &[2, 5, 7]);
+    assert!(whole.params == broken.params);
+    let sampled = |step: &&StepMetrics| step.metrics.contains_key("completion_length");
+    let count = whole.steps.iter().filter(sampled).count();
+    assert!((4..=8).contains(&count), "{count} of 8 steps have sampled");
+    let divergences = |ran: &Ran| -> Vec<f64> {
+        ran.steps.iter().map(|step| step.metrics["divergence"]).collect()
+    };
+    assert_eq!(divergences(&whole), divergences(&broken));
 }
