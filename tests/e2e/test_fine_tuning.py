@@ -659,6 +659,35 @@ def job_ended(spec, status="succeeded", path="/admin/jobs"):
     return found
 
 
+def test_a_student_learns_on_its_own_answers():
+    spec = {
+        "kind": "distill", "model": server.model, "suffix": "own", "seed": 1,
+        "data": {"train": upload(examples(6)).id},
+        "distill": {"teacher": server.model, "on_policy": 1, "max_tokens": 8, "divergence": "jsd", "top_k": 16},
+        "train": {"max_steps": 2, "batch_size": 2, "max_length": 128, "learning_rate": 1e-4},
+    }
+    job = job_ended(spec)
+    entries = json.loads(server.admin(f"/admin/jobs/{job['id']}/events?stream=false"))["data"]
+    steps = [entry for entry in entries if entry["type"] == "step"]
+    assert len(steps) == 2, entries
+    for step in steps:
+        # The student begins as its own teacher; the engine and the trainer round differently.
+        assert 0 <= step["divergence"] < 0.01 and 1 <= step["completion_length"] <= 8, step
+    name = next(made["name"] for made in job["artifacts"] if made["type"] == "adapter")
+    assert ask(name).choices[0].message.content
+    for block, more, why in [
+        ({"on_policy": 2}, {}, "distill.on_policy"),
+        ({"layers": 10}, {}, "distill.on_policy"),
+        ({"max_tokens": 128}, {}, "distill.max_tokens"),
+        ({}, {"adapter": None}, "student's adapter"),
+    ]:
+        message = raises_admin({**spec, "distill": {**spec["distill"], **block}, **more})
+        assert why in message, message
+    # Plain texts have no prompt that could be answered.
+    text = {**spec, "data": {"train": upload([{"text": "Once upon a time."}] * 4).id}}
+    assert "no prompt" in job_ended(text, "failed")["error"]["message"]
+
+
 def refusal(path, body):
     try:
         server.admin(path, body)

@@ -136,7 +136,9 @@ impl TaskSettings for Distill {
                     .into(),
             );
         }
-        within("distill.max_tokens", self.max_tokens as f64, 1.0, settings.max_length as f64 - 1.0)
+        let most =
+            if self.samples() { settings.max_length as f64 - 1.0 } else { f64::from(1 << 20) };
+        within("distill.max_tokens", self.max_tokens as f64, 1.0, most)
     }
 }
 
@@ -159,6 +161,7 @@ mod tests {
         let samples = |block| resolve(block).unwrap().task.settings().samples();
         assert!(!samples(r#"{"teacher": "big"}"#));
         assert!(samples(r#"{"teacher": "big", "on_policy": 1}"#));
+        assert!(resolve(r#"{"teacher": "big", "max_tokens": 5000}"#).is_ok());
         for (block, key) in [
             ("{}", "distill.teacher: "),
             (r#"{"layers": 0}"#, "distill.layers: "),
