@@ -278,6 +278,12 @@ impl Sums for Narrow {
                 }
             }
         });
-        sums.map(|sums| sums.map(|sum| _mm256_cvtepi32_ps(sum)))
+        let mut floats = [[_mm256_setzero_ps(); T]; G];
+        for g in 0..G {
+            for t in 0..T {
+                floats[g][t] = _mm256_cvtepi32_ps(sums[g][t]);
+            }
+        }
+        floats
     }
 }
