@@ -28,12 +28,12 @@ pub(in super::super) use each_part;
 
 /// The integer arithmetic of a tile.
 pub(in super::super) trait Sums {
-    /// Sums over 32 columns, sub-block `sub` of the weights and block `at` of the rows, multiplied
-    /// by the scales if these are integers: exact, then rounded to f32.
+    /// Sums over 32 columns, sub-block `sub` of the weights and block `at` of the panel and the ones
+    /// after it, multiplied by the scales if these are integers: exact, then rounded to f32.
     ///
     /// # Safety
-    /// The rows must have a block `at`. The CPU must have AVX2, FMA and F16C, and the instructions
-    /// of this arithmetic.
+    /// The rows must be of one panel, one after another, and have a block: block `at` is the first
+    /// row's. The CPU must have AVX2, FMA and F16C, and the instructions of this arithmetic.
     unsafe fn sums<B: Block, const G: usize, const T: usize>(
         block: [&B; G],
         sub: usize,
@@ -63,7 +63,8 @@ const fn run<B: Block>() -> usize {
 /// Computes a tile of `G` groups by `T` tokens.
 ///
 /// # Safety
-/// As for `matmul::Tile`; the CPU must have AVX2, FMA and F16C, and the instructions of `S`.
+/// As for `matmul::Tile`, with tokens of one panel, one after another; the CPU must have AVX2, FMA
+/// and F16C, and the instructions of `S`.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn tile<S: Sums, B: Block, const G: usize, const T: usize>(
     weights: *const u8,
@@ -102,7 +103,7 @@ pub(super) unsafe fn tile<S: Sums, B: Block, const G: usize, const T: usize>(
 /// Adds block `b`, 32 columns.
 ///
 /// # Safety
-/// The CPU must have the instructions of [`tile`], and the rows must have a block `b`.
+/// As for [`tile`]; the rows must have a block `b`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 unsafe fn single<S: Sums, B: Block, const G: usize, const T: usize>(
@@ -124,7 +125,10 @@ unsafe fn single<S: Sums, B: Block, const G: usize, const T: usize>(
         for t in 0..T {
             // SAFETY: the row has a scale and a sum for each block.
             let (xd, xs) = unsafe {
-                (_mm256_broadcast_ss(&*x[t].d.add(at)), _mm256_broadcast_ss(&*x[t].s.add(at)))
+                (
+                    _mm256_broadcast_ss(&*x[0].d.add(at + t)),
+                    _mm256_broadcast_ss(&*x[0].s.add(at + t)),
+                )
             };
             let scaled = _mm256_mul_ps(d, xd);
             acc[g][t] = _mm256_fmadd_ps(scaled, sums[g][t], acc[g][t]);
@@ -159,7 +163,7 @@ unsafe fn several<S: Sums, B: Block, const G: usize, const T: usize>(
         };
         for t in 0..T {
             // SAFETY: the row has a scale for each block.
-            let xd = unsafe { _mm256_broadcast_ss(&*x[t].d.add(at)) };
+            let xd = unsafe { _mm256_broadcast_ss(&*x[0].d.add(at + t)) };
             for g in 0..G {
                 products[g][t] = _mm256_fmadd_ps(xd, sums[g][t], products[g][t]);
             }
@@ -187,8 +191,8 @@ unsafe fn several<S: Sums, B: Block, const G: usize, const T: usize>(
                 // SAFETY: the row has a sum for each block, and two sums for its halves.
                 let xs = unsafe {
                     _mm256_broadcast_ss(&*match B::SIXTEENS {
-                        true => x[t].h.add(2 * at + i % 2),
-                        false => x[t].s.add(at),
+                        true => x[0].h.add(2 * (at + t) + i % 2),
+                        false => x[0].s.add(at + t),
                     })
                 };
                 mins[i % 2][g][t] = _mm256_fmadd_ps(min, xs, mins[i % 2][g][t]);
@@ -257,7 +261,7 @@ impl Sums for Narrow {
             for t in 0..T {
                 // SAFETY: the row has as many blocks of 32 bytes.
                 let q = unsafe {
-                    let q = x[t].q.add(BLOCK * at + 4 * part);
+                    let q = x[0].q.add(BLOCK * (at + t) + 4 * part);
                     _mm256_set1_epi32(q.cast::<i32>().read_unaligned())
                 };
                 for g in 0..G {

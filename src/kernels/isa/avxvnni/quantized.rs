@@ -56,7 +56,7 @@ impl Sums for Vnni {
         if B::SIGNED {
             for t in 0..T {
                 // SAFETY: the row has a start for each block.
-                let start = _mm256_set1_epi32(unsafe { *x[t].z.add(at) });
+                let start = _mm256_set1_epi32(unsafe { *x[0].z.add(at + t) });
                 for g in 0..G {
                     sums[g][t] = start;
                 }
@@ -75,7 +75,7 @@ impl Sums for Vnni {
             for t in 0..T {
                 // SAFETY: the row has as many blocks of 32 bytes.
                 let q = unsafe {
-                    let q = x[t].q.add(BLOCK * at + 4 * part);
+                    let q = x[0].q.add(BLOCK * (at + t) + 4 * part);
                     _mm256_set1_epi32(q.cast::<i32>().read_unaligned())
                 };
                 for g in 0..G {
