@@ -9,6 +9,9 @@ use std::sync::OnceLock;
 pub enum Isa {
     Scalar,
     Avx2,
+    /// AVX2 with dot products of bytes in registers of 256 bits, on CPUs without AVX-512: Intel's
+    /// client CPUs since Alder Lake, and Sierra Forest.
+    AvxVnni,
     Avx512,
     /// NEON with the dot products of Armv8.2 (`dotprod`). An aarch64 CPU without them, such as the
     /// Cortex-A72, uses the scalar kernels.
@@ -16,13 +19,14 @@ pub enum Isa {
 }
 
 impl Isa {
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Neon];
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Neon];
 
     /// The name, as `INGOT_ISA` has it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
             Self::Neon => "neon",
         }
@@ -38,6 +42,8 @@ impl Isa {
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Self::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 Self::Avx2.is_available()
@@ -138,7 +144,7 @@ mod tests {
             assert_eq!(isa.name().parse(), Ok(isa));
         }
         let error = "sse9".parse::<Isa>().unwrap_err().to_string();
-        let names = "scalar, avx2, avx512, neon";
+        let names = "scalar, avx2, avxvnni, avx512, neon";
         assert_eq!(error, format!("there is no instruction set \"sse9\": use one of {names}"));
         assert!(Isa::available().eq(Isa::ALL.into_iter().filter(|isa| isa.is_available())));
         let used = isa();

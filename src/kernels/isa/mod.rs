@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `scalar/` | none: the bit-exact oracle of the others, and the fallback |
 //! | `avx2/` | AVX2, FMA, F16C |
+//! | `avxvnni/` | AVX-VNNI, for quantized weights; the rest is AVX2's |
 //! | `avx512/` | AVX-512 F, BW, DQ, VL and VNNI; what it lacks is AVX2's |
 //! | `neon/` | NEON with `dotprod` (aarch64); the softmax is scalar code |
 //!
@@ -13,6 +14,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub(super) mod scalar;
@@ -32,12 +35,16 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         static AVX2: Kernels = avx2::KERNELS;
         #[cfg(target_arch = "x86_64")]
+        static AVXVNNI: Kernels = avxvnni::KERNELS;
+        #[cfg(target_arch = "x86_64")]
         static AVX512: Kernels = avx512::KERNELS;
         #[cfg(target_arch = "aarch64")]
         static NEON: Kernels = neon::KERNELS;
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => &AVX2,
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => &AVXVNNI,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => &AVX512,
             #[cfg(target_arch = "aarch64")]

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 /// Eight rows of `SUBS` times 32 columns. With several sub-blocks, scales and minima are integers
 /// multiplied by one float per block.
-pub(super) trait Block {
+pub(in super::super) trait Block {
     const SUBS: usize;
     /// The largest magnitude of a weight.
     const MOST: i32;
@@ -31,6 +31,12 @@ pub(super) trait Block {
     /// # Safety
     /// As above.
     unsafe fn scales(&self, i: usize) -> __m256i;
+
+    /// The integer scales as floats; unspecified if there is only one sub-block.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn float_scales(&self, i: usize) -> __m256;
 
     /// The scale, or the factor of the integer scales.
     ///
@@ -57,7 +63,8 @@ macro_rules! block {
         $block:ty, subs: $subs:expr, most: $most:expr, signed: $signed:expr,
         sixteens: $sixteens:expr, mins: $mins:expr;
         |$b:ident, $sub:ident, $part:ident| $weights:expr;
-        |$i:ident| scales: $scales:expr, d: $d:expr, min: $min:expr, m: $m:expr
+        |$i:ident| scales: $scales:expr, floats: $floats:expr;
+        d: $d:expr, min: $min:expr, m: $m:expr
     ) => {
         impl Block for $block {
             const SUBS: usize = $subs;
@@ -83,6 +90,16 @@ macro_rules! block {
                 let ($b, _) = (self, $i);
                 let _ = $b;
                 $scales
+            }
+
+            /// # Safety
+            /// As in the trait.
+            #[target_feature(enable = "avx2,f16c")]
+            #[inline]
+            unsafe fn float_scales(&self, $i: usize) -> __m256 {
+                let ($b, _) = (self, $i);
+                let _ = $b;
+                $floats
             }
 
             /// # Safety
@@ -120,63 +137,74 @@ macro_rules! block {
 block!(
     BlockU4Min, subs: 1, most: 15, signed: false, sixteens: false, mins: true;
     |b, sub, part| nibbles(&b.qs, part);
-    |i| scales: ones(), d: f16_to_f32(&b.d), min: f16_to_f32(&b.m), m: none()
+    |i| scales: ones(), floats: none();
+    d: f16_to_f32(&b.d), min: f16_to_f32(&b.m), m: none()
 );
 block!(
     BlockU4, subs: 1, most: 15, signed: false, sixteens: false, mins: true;
     |b, sub, part| nibbles(&b.qs, part);
-    |i| scales: ones(), d: f16_to_f32(&b.d), min: times(&b.d, -8.0), m: none()
+    |i| scales: ones(), floats: none();
+    d: f16_to_f32(&b.d), min: times(&b.d, -8.0), m: none()
 );
 block!(
     BlockU5Min, subs: 1, most: 31, signed: false, sixteens: false, mins: true;
     |b, sub, part| _mm256_or_si256(nibbles(&b.qs, part), bit(&b.high, part, 4));
-    |i| scales: ones(), d: f16_to_f32(&b.d), min: f16_to_f32(&b.m), m: none()
+    |i| scales: ones(), floats: none();
+    d: f16_to_f32(&b.d), min: f16_to_f32(&b.m), m: none()
 );
 block!(
     BlockU5, subs: 1, most: 31, signed: false, sixteens: false, mins: true;
     |b, sub, part| _mm256_or_si256(nibbles(&b.qs, part), bit(&b.high, part, 4));
-    |i| scales: ones(), d: f16_to_f32(&b.d), min: times(&b.d, -16.0), m: none()
+    |i| scales: ones(), floats: none();
+    d: f16_to_f32(&b.d), min: times(&b.d, -16.0), m: none()
 );
 block!(
     BlockT4, subs: 1, most: 127, signed: true, sixteens: false, mins: false;
     |b, sub, part| levels(&b.qs, part);
-    |i| scales: ones(), d: f16_to_f32(&b.d), min: none(), m: none()
+    |i| scales: ones(), floats: none();
+    d: f16_to_f32(&b.d), min: none(), m: none()
 );
 block!(
     BlockI8, subs: 1, most: 128, signed: true, sixteens: false, mins: false;
     |b, sub, part| load(&b.qs, part);
-    |i| scales: ones(), d: f16_to_f32(&b.d), min: none(), m: none()
+    |i| scales: ones(), floats: none();
+    d: f16_to_f32(&b.d), min: none(), m: none()
 );
 block!(
     BlockU4K, subs: SUBS, most: 15, signed: false, sixteens: false, mins: true;
     |b, sub, part| nibbles(&b.qs[sub], part);
-    |i| scales: unsigned_twice(&b.sc[i]), d: f16_to_f32(&b.d), min: u8_to_f32(&b.mn[i]), m: times(&b.m, -1.0)
+    |i| scales: unsigned_twice(&b.sc[i]), floats: u8_to_f32(&b.sc[i]);
+    d: f16_to_f32(&b.d), min: u8_to_f32(&b.mn[i]), m: times(&b.m, -1.0)
 );
 block!(
     BlockU5K, subs: SUBS, most: 31, signed: false, sixteens: false, mins: true;
     |b, sub, part| _mm256_or_si256(nibbles(&b.qs[sub], part), bit(&b.high[sub], part, 4));
-    |i| scales: unsigned_twice(&b.sc[i]), d: f16_to_f32(&b.d), min: u8_to_f32(&b.mn[i]), m: times(&b.m, -1.0)
+    |i| scales: unsigned_twice(&b.sc[i]), floats: u8_to_f32(&b.sc[i]);
+    d: f16_to_f32(&b.d), min: u8_to_f32(&b.mn[i]), m: times(&b.m, -1.0)
 );
 block!(
     BlockT4K, subs: SUBS, most: 127, signed: true, sixteens: false, mins: false;
     |b, sub, part| levels(&b.qs[sub], part);
-    |i| scales: twice(&b.sc[i]), d: f16_to_f32(&b.d), min: none(), m: none()
+    |i| scales: twice(&b.sc[i]), floats: signed_whole(&b.sc[i]);
+    d: f16_to_f32(&b.d), min: none(), m: none()
 );
 block!(
     BlockU2K, subs: SUBS, most: 3, signed: false, sixteens: true, mins: true;
     |b, sub, part| pair(&b.qs[sub], part, 0);
-    |i| scales: low_twice(&b.sc[i]), d: f16_to_f32(&b.d),
-        min: high_whole(&b.sc[i]), m: times(&b.m, -1.0)
+    |i| scales: low_twice(&b.sc[i]), floats: low_whole(&b.sc[i]);
+    d: f16_to_f32(&b.d), min: high_whole(&b.sc[i]), m: times(&b.m, -1.0)
 );
 block!(
     BlockU3K, subs: SUBS, most: 7, signed: false, sixteens: true, mins: true;
     |b, sub, part| _mm256_or_si256(pair(&b.qs[sub], part, 0), bit(&b.high[sub], part, 2));
-    |i| scales: twice(&b.sc[i]), d: f16_to_f32(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -4.0)
+    |i| scales: twice(&b.sc[i]), floats: signed_whole(&b.sc[i]);
+    d: f16_to_f32(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -4.0)
 );
 block!(
     BlockU6K, subs: SUBS, most: 63, signed: false, sixteens: true, mins: true;
     |b, sub, part| _mm256_or_si256(nibbles(&b.qs[sub], part), pair(&b.high[sub], part, 4));
-    |i| scales: twice(&b.sc[i]), d: f16_to_f32(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -32.0)
+    |i| scales: twice(&b.sc[i]), floats: signed_whole(&b.sc[i]);
+    d: f16_to_f32(&b.d), min: signed_whole(&b.sc[i]), m: times(&b.d, -32.0)
 );
 
 #[target_feature(enable = "avx2")]
@@ -218,6 +246,14 @@ fn unsigned_twice(scales: &[u8; LANES]) -> __m256i {
 #[inline]
 fn low_twice(both: &[u8; LANES]) -> __m256i {
     _mm256_and_si256(unsigned_twice(both), _mm256_set1_epi16(15))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn low_whole(both: &[u8; LANES]) -> __m256 {
+    // SAFETY: eight bytes are read.
+    let both = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(both.as_ptr().cast()) });
+    _mm256_cvtepi32_ps(_mm256_and_si256(both, _mm256_set1_epi32(15)))
 }
 
 #[target_feature(enable = "avx2")]

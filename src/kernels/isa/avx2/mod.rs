@@ -7,11 +7,15 @@ mod float;
 mod quantize;
 mod quantized;
 
+pub(super) use block::Block;
+pub(super) use quantized::{Sums, each_part, in_order};
+
 use super::{Attention, Dense, Kernels, scalar};
 use crate::kernels::gemm;
 use crate::kernels::matmul::Tile;
 use crate::kernels::pack::*;
 use half::bf16;
+use quantized::Narrow;
 use std::arch::x86_64::*;
 
 pub(super) const KERNELS: Kernels = Kernels {
@@ -30,12 +34,12 @@ pub(super) const KERNELS: Kernels = Kernels {
 };
 
 /// Most tokens of a tile: as many sums as the registers can hold.
-fn tokens(kind: Kind) -> usize {
+pub(super) fn tokens(kind: Kind) -> usize {
     if kind.is_float() { 6 } else { 4 }
 }
 
 /// Most groups of a tile.
-fn groups(kind: Kind, tokens: usize) -> usize {
+pub(super) fn groups(kind: Kind, tokens: usize) -> usize {
     match tokens {
         // Limited by memory bandwidth: more rows in flight.
         1 => 4,
@@ -72,7 +76,7 @@ fn signed_whole(bytes: &[i8; 8]) -> __m256 {
 
 /// The kernel for a tile of `groups` groups and `tokens` tokens; the CPU must have AVX2, FMA and
 /// F16C.
-fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
+pub(super) fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
     match (groups, tokens) {
         (2, 2) => of_floats::<2, 2>(kind),
         (2, 3) => of_floats::<2, 3>(kind),
@@ -81,12 +85,12 @@ fn tile(kind: Kind, groups: usize, tokens: usize) -> Tile {
         (2, 6) => of_floats::<2, 6>(kind),
         (1, 5) => of_floats::<1, 5>(kind),
         (1, 6) => of_floats::<1, 6>(kind),
-        (1, 1) => of_kind::<1, 1>(kind),
-        (1, 2) => of_kind::<1, 2>(kind),
-        (1, 3) => of_kind::<1, 3>(kind),
-        (1, 4) => of_kind::<1, 4>(kind),
-        (2, 1) => of_kind::<2, 1>(kind),
-        (4, 1) => of_kind::<4, 1>(kind),
+        (1, 1) => of_kind::<Narrow, 1, 1>(kind),
+        (1, 2) => of_kind::<Narrow, 1, 2>(kind),
+        (1, 3) => of_kind::<Narrow, 1, 3>(kind),
+        (1, 4) => of_kind::<Narrow, 1, 4>(kind),
+        (2, 1) => of_kind::<Narrow, 2, 1>(kind),
+        (4, 1) => of_kind::<Narrow, 4, 1>(kind),
         _ => unreachable!("no tile is {groups} groups by {tokens} tokens"),
     }
 }
@@ -103,20 +107,21 @@ fn prefetch(from: *const u8, bytes: usize) {
     }
 }
 
-fn of_kind<const G: usize, const T: usize>(kind: Kind) -> Tile {
+/// The kernel of one shape, with the arithmetic `S`, whose instructions the CPU must have.
+pub(super) fn of_kind<S: Sums, const G: usize, const T: usize>(kind: Kind) -> Tile {
     match kind {
-        Kind::U4Min => quantized::tile::<BlockU4Min, G, T>,
-        Kind::U4 => quantized::tile::<BlockU4, G, T>,
-        Kind::U5Min => quantized::tile::<BlockU5Min, G, T>,
-        Kind::U5 => quantized::tile::<BlockU5, G, T>,
-        Kind::U4K => quantized::tile::<BlockU4K, G, T>,
-        Kind::U5K => quantized::tile::<BlockU5K, G, T>,
-        Kind::U2K => quantized::tile::<BlockU2K, G, T>,
-        Kind::U3K => quantized::tile::<BlockU3K, G, T>,
-        Kind::U6K => quantized::tile::<BlockU6K, G, T>,
-        Kind::T4 => quantized::tile::<BlockT4, G, T>,
-        Kind::T4K => quantized::tile::<BlockT4K, G, T>,
-        Kind::I8 => quantized::tile::<BlockI8, G, T>,
+        Kind::U4Min => quantized::tile::<S, BlockU4Min, G, T>,
+        Kind::U4 => quantized::tile::<S, BlockU4, G, T>,
+        Kind::U5Min => quantized::tile::<S, BlockU5Min, G, T>,
+        Kind::U5 => quantized::tile::<S, BlockU5, G, T>,
+        Kind::U4K => quantized::tile::<S, BlockU4K, G, T>,
+        Kind::U5K => quantized::tile::<S, BlockU5K, G, T>,
+        Kind::U2K => quantized::tile::<S, BlockU2K, G, T>,
+        Kind::U3K => quantized::tile::<S, BlockU3K, G, T>,
+        Kind::U6K => quantized::tile::<S, BlockU6K, G, T>,
+        Kind::T4 => quantized::tile::<S, BlockT4, G, T>,
+        Kind::T4K => quantized::tile::<S, BlockT4K, G, T>,
+        Kind::I8 => quantized::tile::<S, BlockI8, G, T>,
         Kind::F16 | Kind::BF16 | Kind::F32 => of_floats::<G, T>(kind),
     }
 }

@@ -1,7 +1,4 @@
-//! One kernel for quantized weights of all types, for AVX2.
-//!
-//! Products of unsigned weights and signed activations are summed in 16 bits over as many columns
-//! as cannot overflow, then widened to 32 bits, and multiplied by the scales if these are integers.
+//! One kernel for quantized weights of all types, for AVX2 and, with other [`Sums`], AVX-VNNI.
 
 use super::block::Block;
 use super::prefetch;
@@ -27,6 +24,29 @@ macro_rules! each_part {
     };
 }
 
+pub(in super::super) use each_part;
+
+/// The integer arithmetic of a tile.
+pub(in super::super) trait Sums {
+    /// Sums over 32 columns, sub-block `sub` of the weights and block `at` of the panel and the ones
+    /// after it, multiplied by the scales if these are integers: exact, then rounded to f32.
+    ///
+    /// # Safety
+    /// The rows must be of one panel, one after another, and have a block: block `at` is the first
+    /// row's. The CPU must have AVX2, FMA and F16C, and the instructions of this arithmetic.
+    unsafe fn sums<B: Block, const G: usize, const T: usize>(
+        block: [&B; G],
+        sub: usize,
+        at: usize,
+        x: &[Row; T],
+    ) -> [[__m256; T]; G];
+}
+
+/// The arithmetic of AVX2: products of unsigned weights and signed activations are summed in 16
+/// bits over as many columns as cannot overflow, then widened to 32 bits, and multiplied by the
+/// scales if these are integers.
+pub(super) struct Narrow;
+
 /// Number of registers of products that can be summed in 16 bits: all that share a scale, or as
 /// many as cannot overflow.
 const fn run<B: Block>() -> usize {
@@ -43,9 +63,10 @@ const fn run<B: Block>() -> usize {
 /// Computes a tile of `G` groups by `T` tokens.
 ///
 /// # Safety
-/// As for `matmul::Tile`; the CPU must have AVX2, FMA and F16C.
+/// As for `matmul::Tile`, with tokens of one panel, one after another; the CPU must have AVX2, FMA
+/// and F16C, and the instructions of `S`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn tile<B: Block, const G: usize, const T: usize>(
+pub(super) unsafe fn tile<S: Sums, B: Block, const G: usize, const T: usize>(
     weights: *const u8,
     blocks: usize,
     x: &[Row],
@@ -65,9 +86,9 @@ pub(super) unsafe fn tile<B: Block, const G: usize, const T: usize>(
         // SAFETY: guaranteed by the caller.
         unsafe {
             if B::SUBS == 1 {
-                single(block, b, x, &mut acc, blocks);
+                single::<S, _, _, _>(block, b, x, &mut acc, blocks);
             } else {
-                several(block, b, x, &mut acc, blocks);
+                several::<S, _, _, _>(block, b, x, &mut acc, blocks);
             }
         }
     }
@@ -82,10 +103,10 @@ pub(super) unsafe fn tile<B: Block, const G: usize, const T: usize>(
 /// Adds block `b`, 32 columns.
 ///
 /// # Safety
-/// The CPU must have AVX2, FMA and F16C, and the rows must have a block `b`.
+/// As for [`tile`]; the rows must have a block `b`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-unsafe fn single<B: Block, const G: usize, const T: usize>(
+unsafe fn single<S: Sums, B: Block, const G: usize, const T: usize>(
     block: [&B; G],
     b: usize,
     x: &[Row; T],
@@ -94,17 +115,23 @@ unsafe fn single<B: Block, const G: usize, const T: usize>(
 ) {
     let at = b * x[0].step;
     // SAFETY: guaranteed by the caller.
-    let sums = unsafe { sums(block, 0, at, x, blocks) };
+    let sums = unsafe {
+        prefetch_ahead::<B, G, T>(block, 0, blocks);
+        S::sums(block, 0, at, x)
+    };
     for g in 0..G {
         // SAFETY: guaranteed by the caller.
         let (d, min) = unsafe { (block[g].d(), block[g].min(0)) };
         for t in 0..T {
             // SAFETY: the row has a scale and a sum for each block.
             let (xd, xs) = unsafe {
-                (_mm256_broadcast_ss(&*x[t].d.add(at)), _mm256_broadcast_ss(&*x[t].s.add(at)))
+                (
+                    _mm256_broadcast_ss(&*x[0].d.add(at + t)),
+                    _mm256_broadcast_ss(&*x[0].s.add(at + t)),
+                )
             };
             let scaled = _mm256_mul_ps(d, xd);
-            acc[g][t] = _mm256_fmadd_ps(scaled, _mm256_cvtepi32_ps(sums[g][t]), acc[g][t]);
+            acc[g][t] = _mm256_fmadd_ps(scaled, sums[g][t], acc[g][t]);
             if B::MINS {
                 acc[g][t] = _mm256_fmadd_ps(min, xs, acc[g][t]);
             }
@@ -119,7 +146,7 @@ unsafe fn single<B: Block, const G: usize, const T: usize>(
 /// As for [`single`].
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-unsafe fn several<B: Block, const G: usize, const T: usize>(
+unsafe fn several<S: Sums, B: Block, const G: usize, const T: usize>(
     block: [&B; G],
     b: usize,
     x: &[Row; T],
@@ -130,13 +157,15 @@ unsafe fn several<B: Block, const G: usize, const T: usize>(
     for sub in 0..B::SUBS {
         let at = (b * B::SUBS + sub) * x[0].step;
         // SAFETY: guaranteed by the caller.
-        let sums = unsafe { sums(block, sub, at, x, blocks) };
+        let sums = unsafe {
+            prefetch_ahead::<B, G, T>(block, sub, blocks);
+            S::sums(block, sub, at, x)
+        };
         for t in 0..T {
             // SAFETY: the row has a scale for each block.
-            let xd = unsafe { _mm256_broadcast_ss(&*x[t].d.add(at)) };
+            let xd = unsafe { _mm256_broadcast_ss(&*x[0].d.add(at + t)) };
             for g in 0..G {
-                let sum = _mm256_cvtepi32_ps(sums[g][t]);
-                products[g][t] = _mm256_fmadd_ps(xd, sum, products[g][t]);
+                products[g][t] = _mm256_fmadd_ps(xd, sums[g][t], products[g][t]);
             }
         }
     }
@@ -162,8 +191,8 @@ unsafe fn several<B: Block, const G: usize, const T: usize>(
                 // SAFETY: the row has a sum for each block, and two sums for its halves.
                 let xs = unsafe {
                     _mm256_broadcast_ss(&*match B::SIXTEENS {
-                        true => x[t].h.add(2 * at + i % 2),
-                        false => x[t].s.add(at),
+                        true => x[0].h.add(2 * (at + t) + i % 2),
+                        false => x[0].s.add(at + t),
                     })
                 };
                 mins[i % 2][g][t] = _mm256_fmadd_ps(min, xs, mins[i % 2][g][t]);
@@ -184,7 +213,7 @@ unsafe fn several<B: Block, const G: usize, const T: usize>(
 /// of its kind. Otherwise the compiler would compute all of a block's weights first and spill them.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn in_order(mut v: __m256i) -> __m256i {
+pub(in super::super) fn in_order(mut v: __m256i) -> __m256i {
     // SAFETY: the assembly is a comment: it does nothing.
     unsafe {
         asm!("/* {0} */", inout(ymm_reg) v, options(nomem, nostack, preserves_flags));
@@ -192,20 +221,14 @@ fn in_order(mut v: __m256i) -> __m256i {
     v
 }
 
-/// Sums over 32 columns, sub-block `sub` of the weights and block `at` of the rows, multiplied by
-/// the scales if these are integers. A group has `blocks` blocks.
-///
-/// # Safety
-/// As for [`single`].
-#[target_feature(enable = "avx2,fma,f16c")]
+/// Prefetches what a tile reads after sub-block `sub` of its groups, which have `blocks` blocks.
+#[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn sums<B: Block, const G: usize, const T: usize>(
+fn prefetch_ahead<B: Block, const G: usize, const T: usize>(
     block: [&B; G],
     sub: usize,
-    at: usize,
-    x: &[Row; T],
     blocks: usize,
-) -> [[__m256i; T]; G] {
+) {
     // One token reads the next tile's first bytes soon; more tokens take longer for a group.
     let ahead = if T == 1 { G * blocks * size_of::<B>() } else { AHEAD };
     let bytes = size_of::<B>() / B::SUBS;
@@ -213,38 +236,58 @@ unsafe fn sums<B: Block, const G: usize, const T: usize>(
         let from = std::ptr::from_ref(block[g]).cast::<u8>().wrapping_add(ahead);
         prefetch(from.wrapping_add(sub * bytes), bytes);
     }
-    let run = const { run::<B>() };
-    let zero = _mm256_setzero_si256();
-    let (mut sums, mut narrow) = ([[zero; T]; G], [[zero; T]; G]);
-    each_part!(part => {
-        let mut w = [zero; G];
-        for g in 0..G {
-            // SAFETY: guaranteed by the caller.
-            w[g] = in_order(unsafe { block[g].weights(sub, part) });
-        }
-        for t in 0..T {
-            // SAFETY: the row has as many blocks of 32 bytes.
-            let q = unsafe {
-                let q = x[t].q.add(BLOCK * at + 4 * part);
-                _mm256_set1_epi32(q.cast::<i32>().read_unaligned())
-            };
+}
+
+impl Sums for Narrow {
+    /// # Safety
+    /// As in the trait.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn sums<B: Block, const G: usize, const T: usize>(
+        block: [&B; G],
+        sub: usize,
+        at: usize,
+        x: &[Row; T],
+    ) -> [[__m256; T]; G] {
+        let run = const { run::<B>() };
+        let zero = _mm256_setzero_si256();
+        let (mut sums, mut narrow) = ([[zero; T]; G], [[zero; T]; G]);
+        each_part!(part => {
+            let mut w = [zero; G];
             for g in 0..G {
-                let products = if B::SIGNED {
-                    _mm256_maddubs_epi16(_mm256_abs_epi8(w[g]), _mm256_sign_epi8(q, w[g]))
-                } else {
-                    _mm256_maddubs_epi16(w[g], q)
+                // SAFETY: guaranteed by the caller.
+                w[g] = in_order(unsafe { block[g].weights(sub, part) });
+            }
+            for t in 0..T {
+                // SAFETY: the row has as many blocks of 32 bytes.
+                let q = unsafe {
+                    let q = x[0].q.add(BLOCK * (at + t) + 4 * part);
+                    _mm256_set1_epi32(q.cast::<i32>().read_unaligned())
                 };
-                narrow[g][t] = in_order(_mm256_add_epi16(narrow[g][t], products));
-                if part % run == run - 1 {
-                    let i = if B::SIXTEENS { 2 * sub + 2 * part / PARTS } else { sub };
-                    // SAFETY: guaranteed by the caller.
-                    let scales = unsafe { block[g].scales(i) };
-                    let widened = _mm256_madd_epi16(narrow[g][t], scales);
-                    sums[g][t] = in_order(_mm256_add_epi32(sums[g][t], widened));
-                    narrow[g][t] = zero;
+                for g in 0..G {
+                    let products = if B::SIGNED {
+                        _mm256_maddubs_epi16(_mm256_abs_epi8(w[g]), _mm256_sign_epi8(q, w[g]))
+                    } else {
+                        _mm256_maddubs_epi16(w[g], q)
+                    };
+                    narrow[g][t] = in_order(_mm256_add_epi16(narrow[g][t], products));
+                    if part % run == run - 1 {
+                        let i = if B::SIXTEENS { 2 * sub + 2 * part / PARTS } else { sub };
+                        // SAFETY: guaranteed by the caller.
+                        let scales = unsafe { block[g].scales(i) };
+                        let widened = _mm256_madd_epi16(narrow[g][t], scales);
+                        sums[g][t] = in_order(_mm256_add_epi32(sums[g][t], widened));
+                        narrow[g][t] = zero;
+                    }
                 }
             }
+        });
+        let mut floats = [[_mm256_setzero_ps(); T]; G];
+        for g in 0..G {
+            for t in 0..T {
+                floats[g][t] = _mm256_cvtepi32_ps(sums[g][t]);
+            }
         }
-    });
-    sums
+        floats
+    }
 }
