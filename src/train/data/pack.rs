@@ -1,8 +1,7 @@
 //! Packs examples into rows of tokens.
 
 use super::Encoded;
-use crate::train::model::Batch;
-use crate::train::ops::Documents;
+use crate::train::model::{Batch, Documents};
 use std::ops::Range;
 use std::sync::Arc;
 

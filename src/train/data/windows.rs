@@ -7,8 +7,7 @@
 //! the first token of the next one.
 
 use super::{Cursor, Order, Stream};
-use crate::train::model::Batch;
-use crate::train::ops::Documents;
+use crate::train::model::{Batch, Documents};
 use sha2::{Digest, Sha256};
 use std::io;
 use std::sync::Arc;

@@ -24,10 +24,12 @@ pub use gradients::Gradients;
 pub use outputs::{OutputGrads, Outputs, SCORE, VALUE, Wanted};
 pub use weight::Training;
 
+pub use crate::train::ops::Documents;
+
 use crate::gguf::{Gguf, ModelConfig};
 use crate::kernels::rope::rope;
 use crate::kernels::vector::Rope;
-use crate::train::ops::{self, Documents, Frozen, Grads, Head, Losses, Rotation, Targets};
+use crate::train::ops::{self, Frozen, Grads, Head, Losses, Rotation, Targets};
 use crate::train::optim::Param;
 use block::Block;
 use candle_core::{Device, Result, Tensor, Var, bail};

@@ -164,9 +164,10 @@ impl<'a> PreferenceTrainer<'a> {
         numbers: &[usize],
         reference: Option<&Reference>,
     ) -> Result<Vec<Row<'a>>, TrainError> {
-        let (mut examples, mut facts) = (Vec::new(), Vec::new());
+        let (mut examples, mut lengths, mut facts) = (Vec::new(), Vec::new(), Vec::new());
         for &number in numbers {
             let EncodedPair { answers, facts: of_pair } = data.get(number)?;
+            lengths.extend(answers.iter().map(|answer| answer.tokens.len()));
             examples.extend(answers.map(|answer| self.objective.example(answer)));
             facts.push(of_pair);
         }
@@ -190,7 +191,7 @@ impl<'a> PreferenceTrainer<'a> {
             });
             Ok(Row {
                 pairs: pairs.collect::<Result<_, _>>()?,
-                tokens: pass.members().map(|member| examples[member].tokens.len()).sum(),
+                tokens: pass.members().map(|member| lengths[member]).sum(),
                 batch: pass.batch(&examples),
                 objective: self.objective,
             })
