@@ -101,7 +101,7 @@ fn counted_rows(example: &Encoded) -> Option<(usize, usize)> {
 
 /// Number of rows of an example that are needed: none after the last that predicts a trained token.
 fn needed_rows(example: &Encoded) -> usize {
-    counted_rows(example).map_or(1, |(_, last)| last + 1)
+    counted_rows(example).map_or(example.tokens.len().min(1), |(_, last)| last + 1)
 }
 
 /// Number of rows that the examples of a group share: those of their common beginning, before the
@@ -220,6 +220,7 @@ mod tests {
             (example(&[], &[1, 2, 3, 4]), 4 + 3),
             // Nothing of it is trained.
             (Encoded { tokens: vec![1, 2], trained: vec![false; 2] }, 4 + 1),
+            (Encoded::default(), 4),
         ] {
             let group = [example(&[1, 2, 3], &[4, 5]), other];
             let batch = grouped(&group);
