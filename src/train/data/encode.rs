@@ -22,8 +22,8 @@ impl Encoded {
         self.trained.iter().skip(1).filter(|trained| **trained).count()
     }
 
-    /// The example as a reward model reads it: only the row of its last token counts. That row
-    /// "predicts" a token which is not there.
+    /// The example as a reward model reads it: only the row of its last token counts. A trained token
+    /// is appended, whose id nothing reads, because a row counts if the token after it is trained.
     pub fn scored(&self) -> Self {
         let mut trained = vec![false; self.tokens.len()];
         trained.push(true);

@@ -87,6 +87,7 @@ impl PackedGroups {
         counted.collect()
     }
 
+    /// The rows of the pass.
     pub fn batch(&self, examples: &[Encoded]) -> Batch {
         let of = |group: &Vec<usize>| group.iter().map(|&at| &examples[at]).collect();
         Batch::of_groups(self.groups.iter().map(of))

@@ -42,6 +42,7 @@ const EMBEDDING: &str = "token_embd.weight";
 #[derive(Debug, Clone)]
 pub struct Batch {
     pub tokens: Arc<Vec<u32>>,
+    /// Which tokens attend to which.
     pub documents: Arc<Documents>,
     /// (tokens) the next token after each; arbitrary where the weight is 0.
     pub targets: Arc<Vec<u32>>,

@@ -169,7 +169,7 @@ struct Examples<'a> {
 /// pass, so that those of one micro-batch at a time are in memory.
 struct DistillationBatch<'a> {
     batch: Batch,
-    /// Numbers of the examples; of completions by the student without meaning.
+    /// Numbers of the examples in the data, by which `cache` finds them; unused without a cache.
     numbers: Vec<usize>,
     block: &'a Distill,
     teacher: Arc<Teacher>,
