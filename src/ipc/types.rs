@@ -129,8 +129,8 @@ pub enum KvCacheType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum ActivationType {
-    /// 16 bits where rounding moves the predictions most for its cost: in the output matrix, the
-    /// matrices of queries, keys and values, the first and the last layer; 8 bits elsewhere.
+    /// 8 bits, and 16 bits in blocks with outliers: where one of 32 values is so large that the
+    /// others would be rounded coarsely.
     Auto,
     /// 8 bits everywhere: the fastest.
     I8,

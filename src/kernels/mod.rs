@@ -23,7 +23,7 @@ pub mod real;
 pub mod rope;
 pub mod vector;
 
-pub use activation::{Quantized, QuantizedWriter};
+pub use activation::{Quantized, QuantizedWriter, Residuals};
 pub use attention::Scope;
 pub use cache::KvCache;
 pub use lora::{Adapted, LoraPair};

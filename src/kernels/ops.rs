@@ -2,7 +2,7 @@
 //!
 //! The interface is safe: every function checks its lengths, and its chunks write disjoint parts.
 
-use super::activation::{PANEL, Quantized, QuantizedWriter};
+use super::activation::{PANEL, Quantized, QuantizedWriter, Residuals};
 use super::attention::{self, Head, Plan, Scratch};
 use super::cache::{KvCache, PAGE};
 use super::isa::isa;
@@ -34,34 +34,29 @@ pub struct Span {
     pub pages: Vec<u32>,
 }
 
-/// Rows of activations, in f32 and in the quantized forms that matrices need.
+/// Rows of activations, in f32 and, where a matrix needs it, quantized.
 #[derive(Debug, Default)]
 pub struct Activations {
     rows: usize,
     cols: usize,
     float: Vec<f32>,
     quantized: Quantized,
-    /// Two rows for each row, or none; see [`Matrix::takes_wide`].
-    wide: Quantized,
 }
 
 impl Activations {
-    /// Resizes to (rows, columns), with rows of eight bits if they are whole blocks; the contents
+    /// Resizes to (rows, columns), quantized without residuals if they are whole blocks; the contents
     /// become unspecified.
     pub fn resize(&mut self, rows: usize, cols: usize) {
         (self.rows, self.cols) = (rows, cols);
         self.float.resize(rows * cols, 0.0);
-        self.quantized.resize(rows, if cols.is_multiple_of(BLOCK) { cols } else { 0 });
-        self.wide.resize(0, 0);
+        let quantized = if cols.is_multiple_of(BLOCK) { cols } else { 0 };
+        self.quantized.resize(rows, quantized, Residuals::None);
     }
 
     /// Prepares the forms that these matrices need; the contents become unspecified.
-    pub fn prepare<const N: usize>(&mut self, matrices: [&Matrix; N]) {
-        let plain = |matrix: &&Matrix| matrix.takes_quantized() && !matrix.takes_wide();
-        let wide = matrices.iter().any(|matrix| matrix.takes_wide());
-        let cols = |needed: bool| if needed { self.cols } else { 0 };
-        self.quantized.resize(self.rows, cols(matrices.iter().any(plain)));
-        self.wide.resize(2 * self.rows, cols(wide));
+    pub fn prepare<const N: usize>(&mut self, matrices: [&Matrix; N], residuals: Residuals) {
+        let needed = matrices.iter().any(|matrix| matrix.takes_quantized());
+        self.quantized.resize(self.rows, if needed { self.cols } else { 0 }, residuals);
     }
 
     pub fn rows(&self) -> usize {
@@ -75,16 +70,37 @@ impl Activations {
 
     fn input(&self, matrix: &Matrix) -> Input<'_> {
         match matrix.takes_quantized() {
-            true if matrix.takes_wide() => Input::Wide(&self.wide),
             true => Input::Quantized(&self.quantized),
             false => self.floats(),
         }
     }
 
-    /// The rows in f32, and a writer of their quantized forms.
-    fn writers(&mut self) -> (Disjoint<f32>, RowWriter) {
-        let (quantized, wide) = (self.quantized.writer(), self.wide.writer());
-        (Disjoint::new(&mut self.float), RowWriter { quantized, wide })
+    /// The rows in f32, and a writer of the quantized ones.
+    fn writers(&mut self) -> (Disjoint<f32>, QuantizedWriter) {
+        (Disjoint::new(&mut self.float), self.quantized.writer())
+    }
+
+    /// Writes the residuals of all rows.
+    fn refine(&mut self, pool: &mut Pool) {
+        /// Panels that one thread refines in less time than it takes to wake another.
+        const FEW: usize = 2;
+        if !self.quantized.has_residuals() {
+            return;
+        }
+        let (float, cols) = (&self.float, self.cols);
+        let row = |row: usize| &float[row * cols..(row + 1) * cols];
+        let (writer, panels) = (self.quantized.writer(), self.rows.div_ceil(PANEL));
+        // SAFETY: each panel is refined once, by one thread.
+        let refine = |panel: usize| unsafe { writer.refine(panel, row) };
+        match panels {
+            0..=FEW => (0..panels).for_each(refine),
+            _ => pool.run(panels, refine),
+        }
+    }
+
+    /// The share of blocks whose residuals the kernels multiply.
+    pub fn refined_share(&self) -> f64 {
+        self.quantized.refined_share()
     }
 
     pub(super) fn floats(&self) -> Input<'_> {
@@ -93,25 +109,6 @@ impl Activations {
 
     pub(super) fn cols(&self) -> usize {
         self.cols
-    }
-}
-
-/// Writes the quantized forms of rows from several threads.
-#[derive(Clone, Copy)]
-struct RowWriter {
-    quantized: QuantizedWriter,
-    wide: QuantizedWriter,
-}
-
-impl RowWriter {
-    /// # Safety
-    /// As for [`QuantizedWriter::write`].
-    unsafe fn write(&self, row: usize, col: usize, values: &[f32]) {
-        // SAFETY: guaranteed by the caller.
-        unsafe {
-            self.quantized.write(row, col, values);
-            self.wide.write_twice(row, col, values);
-        }
     }
 }
 
@@ -145,6 +142,7 @@ pub fn norm(pool: &mut Pool, x: &[f32], weight: &[f32], epsilon: f32, out: &mut 
             }
         }
     });
+    out.refine(pool);
 }
 
 /// One of several matrices that are multiplied by the same rows.
@@ -317,6 +315,7 @@ fn gated_by(
             }
         }
     });
+    out.refine(pool);
 }
 
 /// Queries, keys and values of the batch, before attention.
@@ -440,6 +439,7 @@ pub fn attend(
             write(query.row, at * width, &scratch.out);
         });
     });
+    out.refine(pool);
 }
 
 /// `x = cap * tanh(x / cap)`.

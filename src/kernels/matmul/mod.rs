@@ -1,18 +1,18 @@
 //! Products of a packed matrix (rows) and activations (tokens of a batch).
 //!
-//! A result is one sum over the blocks of a row, in order, whatever tile computes it: a token's
-//! result is bit-identical alone and in any batch.
+//! A result is one sum over the blocks of a row and then over its residuals, in order, whatever tile
+//! computes it: a token's result is bit-identical alone and in any batch. (Where other tokens have
+//! residuals and this one has none, zeros are added.)
 
 use super::activation::{PANEL, Quantized, Row};
 use super::isa::Isa;
 use super::pack::{Kind, LANES, Matrix};
 use super::pool::Disjoint;
-use std::cell::Cell;
 use std::ops::Range;
 
 /// Computes a tile of the result: `groups` groups of eight rows from `weights` on, with `blocks`
-/// blocks (or columns) per group, times the rows of `x`. Row `t` of the result starts at `out + t *
-/// stride`.
+/// blocks (or columns) per group, times the rows of `x`, and times the residuals that follow their
+/// blocks. Row `t` of the result starts at `out + t * stride`.
 ///
 /// # Safety
 /// All of these elements must be readable and writable, and the CPU must support the instructions.
@@ -23,8 +23,6 @@ pub(super) type Tile =
 #[derive(Clone, Copy)]
 pub enum Input<'a> {
     Quantized(&'a Quantized),
-    /// Two rows for each token, whose products are added: see [`Matrix::takes_wide`].
-    Wide(&'a Quantized),
     /// (rows, columns)
     Float(&'a [f32], usize),
 }
@@ -32,7 +30,7 @@ pub enum Input<'a> {
 impl Input<'_> {
     fn row(&self, row: usize) -> Row {
         match self {
-            Self::Quantized(x) | Self::Wide(x) => x.row(row),
+            Self::Quantized(x) => x.row(row),
             Self::Float(x, cols) => {
                 Row { f: x[row * cols..(row + 1) * cols].as_ptr(), ..Row::default() }
             }
@@ -41,7 +39,7 @@ impl Input<'_> {
 
     fn cols(&self) -> usize {
         match self {
-            Self::Quantized(x) | Self::Wide(x) => x.cols(),
+            Self::Quantized(x) => x.cols(),
             Self::Float(_, cols) => *cols,
         }
     }
@@ -75,38 +73,8 @@ pub unsafe fn multiply(
     let span = (tokens.len() - 1) * stride + groups.len() * LANES;
     let out = out.span(at, span);
     let weights = Weights::of(matrix);
-    if !matches!(input, Input::Wide(_)) {
-        // SAFETY: guaranteed by the caller and checked above.
-        return unsafe { run(isa, &weights, groups, input, tokens, out, stride) };
-    }
-    // The rows of as many tokens as some panels hold.
-    const TOKENS: usize = 3 * PANEL;
-    let count = groups.len() * LANES;
-    let mut sums = SUMS.take();
-    let most = 2 * TOKENS.min(tokens.len()) * count;
-    if sums.len() < most {
-        sums.resize(most, 0.0);
-    }
-    for first in tokens.clone().step_by(TOKENS) {
-        let rows = 2 * first..2 * (first + TOKENS).min(tokens.end);
-        // SAFETY: as above; the sums have room for the rows.
-        unsafe {
-            run(isa, &weights, groups.clone(), input, rows.clone(), sums.as_mut_ptr(), count);
-            for (t, pair) in sums.chunks_exact(2 * count).take(rows.len() / 2).enumerate() {
-                let (values, rests) = pair.split_at(count);
-                let out = out.add((first + t - tokens.start) * stride);
-                for (at, (value, rest)) in values.iter().zip(rests).enumerate() {
-                    *out.add(at) = value + rest;
-                }
-            }
-        }
-    }
-    SUMS.set(sums);
-}
-
-thread_local! {
-    /// Scratch for the products of two rows for each token.
-    static SUMS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    // SAFETY: guaranteed by the caller and checked above.
+    unsafe { run(isa, &weights, groups, input, tokens, out, stride) };
 }
 
 /// Computes the products of some rows of the input; the first row's first product is stored at

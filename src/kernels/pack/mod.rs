@@ -109,7 +109,6 @@ pub struct Matrix {
     rows: usize,
     cols: usize,
     packed: Packed,
-    wide: bool,
 }
 
 /// The reason why a tensor cannot be packed.
@@ -163,7 +162,7 @@ impl Matrix {
             }
             _ => Packed::F32(source.pack(pool, |rows| rows.map(f32_at))),
         };
-        Ok(Self { rows, cols, packed, wide: false })
+        Ok(Self { rows, cols, packed })
     }
 
     /// Packs (rows, columns) numbers, each multiplied by 2^`shift`, in f16.
@@ -177,7 +176,7 @@ impl Matrix {
         let lanes = |group: usize, col: usize| std::array::from_fn(|lane| at(group, col, lane));
         let groups = 0..rows.div_ceil(LANES);
         let packed = groups.flat_map(|group| (0..cols).map(move |col| lanes(group, col))).collect();
-        Self { rows, cols, packed: Packed::F16(packed), wide: false }
+        Self { rows, cols, packed: Packed::F16(packed) }
     }
 
     pub fn rows(&self) -> usize {
@@ -201,17 +200,6 @@ impl Matrix {
     /// Whether the kernels need quantized activations.
     pub fn takes_quantized(&self) -> bool {
         !self.raw().kind.is_float()
-    }
-
-    /// Lets the matrix take activations of 16 bits, if it takes quantized ones: two of eight, the
-    /// second of which is what the rounding of the first left out. This costs a second product.
-    pub fn widen(&mut self) {
-        self.wide = self.takes_quantized();
-    }
-
-    /// Whether the kernels need activations of 16 bits.
-    pub fn takes_wide(&self) -> bool {
-        self.wide
     }
 
     /// The packed weights as bytes.

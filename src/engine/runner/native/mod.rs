@@ -6,6 +6,7 @@
 
 mod adapter;
 mod forward;
+mod rounding;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -70,8 +71,8 @@ impl Native {
         }
         let other = |error: &dyn std::fmt::Display| Unsupported::Other(error.to_string());
         let context = spec.context_length.min(spec.kv_tokens.max(1)) as usize;
-        let mut weights = Weights::load(Gguf::open(&spec.model)?, context, &mut pool.borrow_mut())?;
-        weights.widen(spec.activations);
+        let (file, activations) = (Gguf::open(&spec.model)?, spec.activations);
+        let weights = Weights::load(file, context, activations, &mut pool.borrow_mut())?;
         let tokenizer = tokenizer(&weights.file, &spec.model).map_err(|error| other(&error))?;
         if tokenizer.vocab().len() > weights.shape.vocab {
             return Err(Unsupported::Other("it has more tokens than embeddings".into()));

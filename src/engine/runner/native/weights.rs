@@ -1,5 +1,6 @@
 //! A model's weights, read from its GGUF and packed for the kernels.
 
+use super::rounding::{self, LayerResiduals};
 use crate::gguf::{
     Gguf, GgufError, LayerKind, ModelConfig, PARTS, PROJECTIONS, Projection, UnsupportedModel,
     dequantize, rows_of,
@@ -7,7 +8,7 @@ use crate::gguf::{
 use crate::ipc::{ActivationType, Token};
 use crate::kernels::rope::rope;
 use crate::kernels::vector::Rope;
-use crate::kernels::{Matrix, Pool};
+use crate::kernels::{Matrix, Pool, Residuals};
 use std::ops::Range;
 
 const EMBEDDING: &str = "token_embd.weight";
@@ -47,6 +48,7 @@ pub(super) struct Layer {
     pub down: Matrix,
     /// Norm of the feed-forward half's output before it is added (Gemma).
     pub ff_post_norm: Option<Vec<f32>>,
+    pub residuals: LayerResiduals,
 }
 
 pub(super) struct Weights {
@@ -56,6 +58,8 @@ pub(super) struct Weights {
     pub layers: Vec<Layer>,
     pub output_norm: Vec<f32>,
     pub head: Matrix,
+    /// Residuals of the inputs of `head`.
+    pub head_residuals: Residuals,
     pub parameters: u64,
     /// Embedding rows are read directly from the file.
     pub file: Gguf,
@@ -64,11 +68,16 @@ pub(super) struct Weights {
 impl Weights {
     /// Reads and packs all weights, on all threads of the pool. `context` is the most tokens of a
     /// sequence.
-    pub(super) fn load(file: Gguf, context: usize, pool: &mut Pool) -> Result<Self, Unsupported> {
+    pub(super) fn load(
+        file: Gguf,
+        context: usize,
+        activations: ActivationType,
+        pool: &mut Pool,
+    ) -> Result<Self, Unsupported> {
         let shape = ModelConfig::read(&file)?;
         let ropes = shape.ropes.iter().map(|facts| rope(&file, facts, context));
         let ropes = ropes.collect::<Result<_, _>>().map_err(Unsupported::Other)?;
-        let mut reader = Reader { file: &file, shape: &shape, pool };
+        let mut reader = Reader { file: &file, shape: &shape, activations, pool };
         let layers = (0..shape.layers).map(|layer| reader.layer(layer));
         let layers = layers.collect::<Result<_, _>>()?;
         let tied = file.tensor("output.weight").is_none();
@@ -76,29 +85,8 @@ impl Weights {
         let head = reader.matrix(head, shape.vocab, 0..shape.vocab, shape.width)?;
         let output_norm = reader.vector("output_norm.weight", shape.width)?;
         let parameters = file.tensors().iter().map(|tensor| tensor.elements()).sum();
-        Ok(Self { shape, ropes, layers, output_norm, head, parameters, file })
-    }
-
-    /// Chooses the matrices that take activations of 16 bits.
-    ///
-    /// A simulation says how much rounding the inputs of each kind of matrix to 8 bits moves the
-    /// predictions of SmolLM2-135M, as mean KL divergence: 0.0030 all, 0.0009 the head, 0.0006 the
-    /// last layer and 0.0001 the first, 0.0005, 0.0002 and 0.0001 values, queries and keys, whose
-    /// matrices are small. What is left of it in practice: docs/performance.md.
-    pub(super) fn widen(&mut self, activations: ActivationType) {
-        let (all, some) = (activations == ActivationType::I16, activations != ActivationType::I8);
-        let last = self.layers.len().saturating_sub(1);
-        for (number, layer) in self.layers.iter_mut().enumerate() {
-            let Layer { q, k, v, output, gate, up, down, .. } = layer;
-            if all || some && (number == 0 || number == last) {
-                [q, k, v, output, gate, up, down].into_iter().for_each(Matrix::widen);
-            } else if some {
-                [q, k, v].into_iter().for_each(Matrix::widen);
-            }
-        }
-        if some {
-            self.head.widen();
-        }
+        let head_residuals = rounding::of_head(activations);
+        Ok(Self { shape, ropes, layers, output_norm, head, head_residuals, parameters, file })
     }
 
     /// (width) the embedding of a token.
@@ -120,6 +108,7 @@ impl Weights {
 struct Reader<'a> {
     file: &'a Gguf,
     shape: &'a ModelConfig,
+    activations: ActivationType,
     pool: &'a mut Pool,
 }
 
@@ -153,6 +142,7 @@ impl Reader<'_> {
             gate: take(Projection::Gate)?,
             up: take(Projection::Up)?,
             down: take(Projection::Down)?,
+            residuals: rounding::of_layer(self.activations, layer, self.shape.layers),
             ff_post_norm: norm_if_there("post_ffw_norm", width)?,
         })
     }

@@ -6,6 +6,7 @@ use crate::kernels::activation::Row;
 use crate::kernels::pack::BLOCK;
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// Bytes of a group's weights between the ones that are read for several tokens and the ones that
 /// are prefetched.
@@ -76,19 +77,43 @@ pub(super) unsafe fn tile<S: Sums, B: Block, const G: usize, const T: usize>(
     let x: &[Row; T] = x.try_into().expect("as many rows as the tile has tokens");
     let weights = weights.cast::<B>();
     let mut acc = [[_mm256_setzero_ps(); T]; G];
-    for b in 0..blocks {
+    let block = |b: usize| {
         // SAFETY: group `g` has `blocks` blocks.
         let mut block = [unsafe { &*weights }; G];
         for g in 0..G {
             // SAFETY: as above.
             block[g] = unsafe { &*weights.add(g * blocks + b) };
         }
-        // SAFETY: guaranteed by the caller.
-        unsafe {
-            if B::SUBS == 1 {
-                single::<S, _, _, _>(block, b, x, &mut acc, blocks);
-            } else {
-                several::<S, _, _, _>(block, b, x, &mut acc, blocks);
+        block
+    };
+    // SAFETY: guaranteed by the caller.
+    let refined = unsafe { x[0].refined() };
+    if B::SUBS == 1 {
+        for i in 0..blocks + refined.len() {
+            // SAFETY: guaranteed by the caller; the residuals follow the blocks.
+            unsafe {
+                let b = match i.checked_sub(blocks) {
+                    None => i,
+                    Some(_) if x[0].are_zeros::<T>(i * x[0].step) => continue,
+                    Some(i) => refined[i] as usize,
+                };
+                single::<S, _, _, _>(block(b), i * x[0].step, x, &mut acc, blocks);
+            }
+        }
+    } else {
+        for b in 0..blocks {
+            let at = b * B::SUBS * x[0].step;
+            // SAFETY: guaranteed by the caller.
+            unsafe { several::<S, _, _, _>(block(b), 0..B::SUBS, at, x, &mut acc, blocks) };
+        }
+        for (i, &refined) in refined.iter().enumerate() {
+            let (b, sub) = (refined as usize / B::SUBS, refined as usize % B::SUBS);
+            let at = (blocks * B::SUBS + i) * x[0].step;
+            // SAFETY: guaranteed by the caller; the residuals follow the blocks.
+            unsafe {
+                if !x[0].are_zeros::<T>(at) {
+                    several::<S, _, _, _>(block(b), sub..sub + 1, at, x, &mut acc, blocks);
+                }
             }
         }
     }
@@ -100,20 +125,19 @@ pub(super) unsafe fn tile<S: Sums, B: Block, const G: usize, const T: usize>(
     }
 }
 
-/// Adds block `b`, 32 columns.
+/// Adds a block of 32 columns; the first token's block is block `at` of the panel.
 ///
 /// # Safety
-/// As for [`tile`]; the rows must have a block `b`.
+/// As for [`tile`]; the rows must have such a block.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 unsafe fn single<S: Sums, B: Block, const G: usize, const T: usize>(
     block: [&B; G],
-    b: usize,
+    at: usize,
     x: &[Row; T],
     acc: &mut [[__m256; T]; G],
     blocks: usize,
 ) {
-    let at = b * x[0].step;
     // SAFETY: guaranteed by the caller.
     let sums = unsafe {
         prefetch_ahead::<B, G, T>(block, 0, blocks);
@@ -139,8 +163,9 @@ unsafe fn single<S: Sums, B: Block, const G: usize, const T: usize>(
     }
 }
 
-/// Adds block `b`, `B::SUBS` times 32 columns. Scales and minima are integers multiplied by one
-/// float for the whole block, which is applied at the end.
+/// Adds sub-blocks of a block, 32 columns each, of which block `at` of the panel is the first
+/// token's first. Scales and minima are integers multiplied by one float for the whole block, which
+/// is applied at the end.
 ///
 /// # Safety
 /// As for [`single`].
@@ -148,14 +173,16 @@ unsafe fn single<S: Sums, B: Block, const G: usize, const T: usize>(
 #[inline]
 unsafe fn several<S: Sums, B: Block, const G: usize, const T: usize>(
     block: [&B; G],
-    b: usize,
+    subs: Range<usize>,
+    at: usize,
     x: &[Row; T],
     acc: &mut [[__m256; T]; G],
     blocks: usize,
 ) {
+    let place = |sub: usize| at + (sub - subs.start) * x[0].step;
     let mut products = [[_mm256_setzero_ps(); T]; G];
-    for sub in 0..B::SUBS {
-        let at = (b * B::SUBS + sub) * x[0].step;
+    for sub in subs.clone() {
+        let at = place(sub);
         // SAFETY: guaranteed by the caller.
         let sums = unsafe {
             prefetch_ahead::<B, G, T>(block, sub, blocks);
@@ -182,8 +209,8 @@ unsafe fn several<S: Sums, B: Block, const G: usize, const T: usize>(
     // Two chains of sums each: a single one would wait for the latency of its own additions.
     let mut mins = [[[_mm256_setzero_ps(); T]; G]; 2];
     let each = if B::SIXTEENS { 2 } else { 1 };
-    for i in 0..B::SUBS * each {
-        let at = (b * B::SUBS + i / each) * x[0].step;
+    for i in subs.start * each..subs.end * each {
+        let at = place(i / each);
         for g in 0..G {
             // SAFETY: guaranteed by the caller.
             let min = unsafe { block[g].min(i) };

@@ -11,6 +11,7 @@ use crate::kernels::pack::{BLOCK, LANES};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::Cell;
+use std::ops::Range;
 
 /// Bytes of a group's weights between the ones that are read and the ones that are prefetched.
 const AHEAD: usize = 1024;
@@ -139,15 +140,34 @@ unsafe fn run<W: Weights, const P: usize, const T: usize>(
     stride: usize,
 ) {
     let x = *x;
+    // SAFETY: guaranteed by the caller.
+    let refined = unsafe { x.refined() };
     let mut acc = [[_mm512_setzero_ps(); T]; P];
-    for b in 0..blocks {
-        let pairs = weights(b);
-        // SAFETY: guaranteed by the caller.
-        unsafe {
-            if W::SUBS == 1 {
-                single(pairs, b * x.step, &x, &mut acc);
-            } else {
-                several(pairs, b * W::SUBS, &x, &mut acc);
+    if W::SUBS == 1 {
+        for i in 0..blocks + refined.len() {
+            // SAFETY: guaranteed by the caller; the residuals follow the blocks.
+            unsafe {
+                let b = match i.checked_sub(blocks) {
+                    None => i,
+                    Some(_) if x.are_zeros::<T>(i * x.step) => continue,
+                    Some(i) => refined[i] as usize,
+                };
+                single(weights(b), i * x.step, &x, &mut acc);
+            }
+        }
+    } else {
+        for b in 0..blocks {
+            // SAFETY: guaranteed by the caller.
+            unsafe { several(weights(b), 0..W::SUBS, b * W::SUBS * x.step, &x, &mut acc) };
+        }
+        for (i, &refined) in refined.iter().enumerate() {
+            let (b, sub) = (refined as usize / W::SUBS, refined as usize % W::SUBS);
+            let at = (blocks * W::SUBS + i) * x.step;
+            // SAFETY: guaranteed by the caller; the residuals follow the blocks.
+            unsafe {
+                if !x.are_zeros::<T>(at) {
+                    several(weights(b), sub..sub + 1, at, &x, &mut acc);
+                }
             }
         }
     }
@@ -194,9 +214,9 @@ unsafe fn single<W: Weights, const P: usize, const T: usize>(
     }
 }
 
-/// Adds `W::SUBS` times 32 columns, from sub-block `first` of a row on. Scales and minima are
-/// integers multiplied by one float for the whole block, which is applied at the end. The product
-/// of an integer scale and a sum is below 2^24 and so is exact in f32.
+/// Adds sub-blocks of a block, 32 columns each; the first token's first is block `at` of `x`. Scales
+/// and minima are integers multiplied by one float for the whole block, which is applied at the end.
+/// The product of an integer scale and a sum is below 2^24 and so is exact in f32.
 ///
 /// # Safety
 /// As for [`single`].
@@ -204,14 +224,16 @@ unsafe fn single<W: Weights, const P: usize, const T: usize>(
 #[inline]
 unsafe fn several<W: Weights, const P: usize, const T: usize>(
     pairs: [W; P],
-    first: usize,
+    subs: Range<usize>,
+    at: usize,
     x: &Row,
     acc: &mut [[__m512; T]; P],
 ) {
+    let place = |sub: usize| at + (sub - subs.start) * x.step;
     let zero = _mm512_setzero_ps();
     let mut products = [[zero; T]; P];
-    for sub in 0..W::SUBS {
-        let at = (first + sub) * x.step;
+    for sub in subs.clone() {
+        let at = place(sub);
         let mut scaled = [[zero; T]; P];
         let mut sums = [[_mm512_setzero_si512(); T]; P];
         // SAFETY: guaranteed by the caller.
@@ -259,23 +281,20 @@ unsafe fn several<W: Weights, const P: usize, const T: usize>(
     // Two chains of sums each: a single one would wait for the latency of its own additions.
     let mut mins = [[[zero; T]; P]; 2];
     let each = if W::SIXTEENS { 2 } else { 1 };
-    for pair in 0..W::SUBS * each / 2 {
-        for chain in 0..2 {
-            let i = 2 * pair + chain;
-            let at = (first + i / each) * x.step;
-            for p in 0..P {
-                // SAFETY: guaranteed by the caller.
-                let min = unsafe { pairs[p].min(i) };
-                for t in 0..T {
-                    // SAFETY: the token has a sum for each block, and two sums for its halves.
-                    let xs = _mm512_set1_ps(unsafe {
-                        match W::SIXTEENS {
-                            true => *x.h.add(2 * (at + t) + chain),
-                            false => *x.s.add(at + t),
-                        }
-                    });
-                    mins[chain][p][t] = _mm512_fmadd_ps(min, xs, mins[chain][p][t]);
-                }
+    for i in subs.start * each..subs.end * each {
+        let at = place(i / each);
+        for p in 0..P {
+            // SAFETY: guaranteed by the caller.
+            let min = unsafe { pairs[p].min(i) };
+            for t in 0..T {
+                // SAFETY: the token has a sum for each block, and two sums for its halves.
+                let xs = _mm512_set1_ps(unsafe {
+                    match W::SIXTEENS {
+                        true => *x.h.add(2 * (at + t) + i % 2),
+                        false => *x.s.add(at + t),
+                    }
+                });
+                mins[i % 2][p][t] = _mm512_fmadd_ps(min, xs, mins[i % 2][p][t]);
             }
         }
     }

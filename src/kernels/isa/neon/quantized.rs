@@ -9,6 +9,7 @@ use crate::kernels::activation::Row;
 use crate::kernels::pack::BLOCK;
 use std::arch::aarch64::*;
 use std::arch::asm;
+use std::ops::Range;
 
 /// Adds to each sum the products of four bytes of `w` and the four bytes `PART` of `x`.
 ///
@@ -63,14 +64,35 @@ pub(super) unsafe fn tile<B: Block, const T: usize>(
     let x: &[Row; T] = x.try_into().expect("as many rows as the tile has tokens");
     let weights = weights.cast::<B>();
     let mut acc = [[vdupq_n_f32(0.0); 2]; T];
-    for b in 0..blocks {
-        // SAFETY: the group has `blocks` blocks; the rest is guaranteed by the caller.
-        unsafe {
-            let block = &*weights.add(b);
-            if B::SUBS == 1 {
-                single(block, b, x, &mut acc);
-            } else {
-                several(block, b, x, &mut acc);
+    // SAFETY: guaranteed by the caller.
+    let refined = unsafe { x[0].refined() };
+    if B::SUBS == 1 {
+        for i in 0..blocks + refined.len() {
+            // SAFETY: the group has `blocks` blocks; the residuals follow the rows' blocks.
+            unsafe {
+                let b = match i.checked_sub(blocks) {
+                    None => i,
+                    Some(_) if x[0].are_zeros::<T>(i * x[0].step) => continue,
+                    Some(i) => refined[i] as usize,
+                };
+                single(&*weights.add(b), i * x[0].step, x, &mut acc);
+            }
+        }
+    } else {
+        for b in 0..blocks {
+            // SAFETY: as above.
+            unsafe {
+                several(&*weights.add(b), 0..B::SUBS, b * B::SUBS * x[0].step, x, &mut acc);
+            }
+        }
+        for (i, &refined) in refined.iter().enumerate() {
+            let (b, sub) = (refined as usize / B::SUBS, refined as usize % B::SUBS);
+            let at = (blocks * B::SUBS + i) * x[0].step;
+            // SAFETY: as above.
+            unsafe {
+                if !x[0].are_zeros::<T>(at) {
+                    several(&*weights.add(b), sub..sub + 1, at, x, &mut acc);
+                }
             }
         }
     }
@@ -82,19 +104,18 @@ pub(super) unsafe fn tile<B: Block, const T: usize>(
     }
 }
 
-/// Adds block `b`, 32 columns.
+/// Adds a block of 32 columns; a row's block is block `at` from its first one on.
 ///
 /// # Safety
-/// The CPU must have NEON and dot products, and the rows must have a block `b`.
+/// The CPU must have NEON and dot products, and the rows must have such a block.
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
 unsafe fn single<B: Block, const T: usize>(
     block: &B,
-    b: usize,
+    at: usize,
     x: &[Row; T],
     acc: &mut [Floats; T],
 ) {
-    let at = b * x[0].step;
     // SAFETY: guaranteed by the caller.
     let (sums, d, min) = unsafe { (sums(block, 0, at, x), block.d(), block.min(0)) };
     for t in 0..T {
@@ -108,8 +129,9 @@ unsafe fn single<B: Block, const T: usize>(
     }
 }
 
-/// Adds block `b`, `B::SUBS` times 32 columns. Scales and minima are integers multiplied by one
-/// float for the whole block, which is applied at the end.
+/// Adds sub-blocks of a block, 32 columns each; a row's first is block `at` from its first one on.
+/// Scales and minima are integers multiplied by one float for the whole block, which is applied at
+/// the end.
 ///
 /// # Safety
 /// As for [`single`].
@@ -117,13 +139,15 @@ unsafe fn single<B: Block, const T: usize>(
 #[inline]
 unsafe fn several<B: Block, const T: usize>(
     block: &B,
-    b: usize,
+    subs: Range<usize>,
+    at: usize,
     x: &[Row; T],
     acc: &mut [Floats; T],
 ) {
+    let place = |sub: usize| at + (sub - subs.start) * x[0].step;
     let mut products = [[vdupq_n_f32(0.0); 2]; T];
-    for sub in 0..B::SUBS {
-        let at = (b * B::SUBS + sub) * x[0].step;
+    for sub in subs.clone() {
+        let at = place(sub);
         // SAFETY: guaranteed by the caller.
         let sums = unsafe { sums(block, sub, at, x) };
         for t in 0..T {
@@ -143,8 +167,8 @@ unsafe fn several<B: Block, const T: usize>(
     // Two chains of sums each: a single one would wait for the latency of its own additions.
     let mut mins = [[[vdupq_n_f32(0.0); 2]; T]; 2];
     let each = if B::SIXTEENS { 2 } else { 1 };
-    for i in 0..B::SUBS * each {
-        let at = (b * B::SUBS + i / each) * x[0].step;
+    for i in subs.start * each..subs.end * each {
+        let at = place(i / each);
         // SAFETY: guaranteed by the caller.
         let min = unsafe { block.min(i) };
         for t in 0..T {

@@ -5,6 +5,7 @@ use crate::kernels::activation::Row;
 use crate::kernels::matmul::Tile;
 use crate::kernels::pack::*;
 use half::bf16;
+use std::ops::Range;
 
 /// The kernel for a tile of `groups` groups and any number of tokens.
 pub(super) fn tile(kind: Kind, groups: usize) -> Tile {
@@ -153,6 +154,10 @@ unsafe fn quantized<B: Block, const G: usize>(
     out: *mut f32,
     stride: usize,
 ) {
+    // SAFETY: guaranteed by the caller.
+    let block = |group: usize, at: usize| unsafe {
+        weights.cast::<B>().add(group * blocks + at).read_unaligned()
+    };
     for group in 0..G {
         for (t, row) in x.iter().enumerate() {
             for lane in 0..LANES {
@@ -160,9 +165,17 @@ unsafe fn quantized<B: Block, const G: usize>(
                 for at in 0..blocks {
                     // SAFETY: guaranteed by the caller.
                     sum = unsafe {
-                        let block = weights.cast::<B>().add(group * blocks + at);
-                        plus_block(sum, block.read_unaligned(), lane, at, row)
+                        let block = block(group, at);
+                        plus_subs(sum, &block, lane, 0..B::SUBS, at * B::SUBS, row)
                     };
+                }
+                // SAFETY: guaranteed by the caller.
+                let refined = unsafe { row.refined() };
+                for (i, &refined) in refined.iter().enumerate() {
+                    let (at, sub) = (refined as usize / B::SUBS, refined as usize % B::SUBS);
+                    let (block, place) = (block(group, at), blocks * B::SUBS + i);
+                    // SAFETY: the residuals follow the row's blocks.
+                    sum = unsafe { plus_subs(sum, &block, lane, sub..sub + 1, place, row) };
                 }
                 // SAFETY: guaranteed by the caller.
                 unsafe { *out.add(t * stride + group * LANES + lane) = sum };
@@ -171,13 +184,21 @@ unsafe fn quantized<B: Block, const G: usize>(
     }
 }
 
-/// Adds the contribution of one lane of a block to `sum`.
+/// Adds the contribution of one lane of some sub-blocks of a block to `sum`; block `at` of the row
+/// belongs to the first of them.
 ///
 /// # Safety
-/// The row must have a block `at`.
-unsafe fn plus_block<B: Block>(sum: f32, block: B, lane: usize, at: usize, row: &Row) -> f32 {
+/// The row must have these blocks.
+unsafe fn plus_subs<B: Block>(
+    sum: f32,
+    block: &B,
+    lane: usize,
+    subs: Range<usize>,
+    at: usize,
+    row: &Row,
+) -> f32 {
     let each = if B::SIXTEENS { 2 } else { 1 };
-    let place = |sub: usize| (at * B::SUBS + sub) * row.step;
+    let place = |sub: usize| (at + sub - subs.start) * row.step;
     // SAFETY: guaranteed by the caller.
     let xd = |sub: usize| unsafe { *row.d.add(place(sub)) };
     // SAFETY: as above.
@@ -202,14 +223,14 @@ unsafe fn plus_block<B: Block>(sum: f32, block: B, lane: usize, at: usize, row: 
         let sum = (d * xd(0)).mul_add(total(0) as f32, sum);
         return block.min(lane, 0).map_or(sum, |min| min.mul_add(xs(0), sum));
     }
-    let products = (0..B::SUBS).fold(0f32, |sum, sub| xd(sub).mul_add(total(sub) as f32, sum));
+    let products = subs.clone().fold(0f32, |sum, sub| xd(sub).mul_add(total(sub) as f32, sum));
     let sum = d.mul_add(products, sum);
     if block.min(lane, 0).is_none() {
         return sum;
     }
     let min = |i: usize| block.min(lane, i).unwrap_or(0.0);
     let mut mins = [0f32; 2];
-    for i in 0..B::SUBS * each {
+    for i in subs.start * each..subs.end * each {
         mins[i % 2] = min(i).mul_add(xs(i), mins[i % 2]);
     }
     block.m(lane).mul_add(mins[0] + mins[1], sum)
