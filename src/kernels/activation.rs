@@ -11,8 +11,8 @@ use std::ops::Range;
 pub(super) const PANEL: usize = 12;
 
 /// Which blocks have residuals: what the rounding to 8 bits left out, quantized to 8 bits with a
-/// scale of its own, so that the block has 16 bits. A kernel multiplies each of them as one more
-/// block.
+/// scale of its own, so that the block has 16 bits (residual quantization; nothing to do with the
+/// residual stream of a transformer). A kernel multiplies each of them as one more block.
 #[derive(Debug, Default, Clone, Copy, PartialEq)]
 pub enum Residuals {
     #[default]
@@ -32,9 +32,7 @@ pub enum Residuals {
 /// row of the panel; the other rows have zeros there.
 #[derive(Debug, Default, Clone)]
 pub struct Quantized {
-    rows: usize,
-    cols: usize,
-    residuals: Residuals,
+    layout: Layout,
     q: Vec<i8>,
     d: Vec<f32>,
     /// `d` times the sum of the block's `q`; weights with a minimum need it.
@@ -63,9 +61,9 @@ pub struct Row {
     pub z: *const i32,
     /// Distance of a row's blocks, in blocks.
     pub step: usize,
-    /// The numbers of the blocks whose residuals follow the row's blocks, and how many there are.
+    /// See [`Row::refined`], and how many there are.
     pub refined: *const u32,
-    pub count: usize,
+    pub refined_count: usize,
     /// (columns) the row in f32.
     pub f: *const f32,
 }
@@ -76,7 +74,7 @@ impl Row {
     /// # Safety
     /// The [`Quantized`] must still be borrowed.
     pub unsafe fn refined<'a>(&self) -> &'a [u32] {
-        match self.count {
+        match self.refined_count {
             0 => &[],
             // SAFETY: guaranteed by the caller.
             count => unsafe { std::slice::from_raw_parts(self.refined, count) },
@@ -106,14 +104,14 @@ impl Default for Row {
             z: std::ptr::null(),
             step: 0,
             refined: std::ptr::null(),
-            count: 0,
+            refined_count: 0,
             f: none,
         }
     }
 }
 
 /// The blocks of `rows` rows of `cols` columns in memory.
-#[derive(Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy)]
 struct Layout {
     rows: usize,
     cols: usize,
@@ -149,8 +147,8 @@ impl Quantized {
     /// Resizes to `rows` rows of `cols` columns; the contents become unspecified.
     pub fn resize(&mut self, rows: usize, cols: usize, residuals: Residuals) {
         assert!(cols.is_multiple_of(BLOCK), "{cols} columns are not whole blocks");
-        (self.rows, self.cols, self.residuals) = (rows, cols, residuals);
-        let layout = self.layout();
+        let layout = Layout { rows, cols, residuals };
+        self.layout = layout;
         let blocks = rows * layout.room();
         // The buffers only grow: their size changes from layer to layer.
         if self.d.len() < blocks {
@@ -169,18 +167,14 @@ impl Quantized {
         self.counts.resize(panels, 0);
     }
 
-    fn layout(&self) -> Layout {
-        Layout { rows: self.rows, cols: self.cols, residuals: self.residuals }
-    }
-
     pub fn cols(&self) -> usize {
-        self.cols
+        self.layout.cols
     }
 
     /// One row's blocks, for the kernels.
     pub(super) fn row(&self, row: usize) -> Row {
-        assert!(row < self.rows, "the row is inside");
-        let (layout, panel) = (self.layout(), row / PANEL);
+        assert!(row < self.layout.rows, "the row is inside");
+        let (layout, panel) = (self.layout, row / PANEL);
         let (at, step) = layout.place(row);
         Row {
             q: self.q[at * BLOCK..].as_ptr(),
@@ -190,32 +184,33 @@ impl Quantized {
             z: self.z[at..].as_ptr(),
             step,
             refined: self.refined[panel * layout.blocks()..].as_ptr(),
-            count: self.counts[panel] as usize,
+            refined_count: self.counts[panel] as usize,
             f: std::ptr::null(),
         }
     }
 
     /// The integer and the scale of one value, without its residual.
     pub fn value(&self, row: usize, col: usize) -> (i8, f32) {
-        let (at, step) = self.layout().place(row);
+        let (at, step) = self.layout.place(row);
         let block = at + col / BLOCK * step;
         (self.q[block * BLOCK + col % BLOCK], self.d[block])
     }
 
     pub fn has_residuals(&self) -> bool {
-        self.cols > 0 && self.residuals != Residuals::None
+        self.layout.cols > 0 && self.layout.residuals != Residuals::None
     }
 
     /// The share of blocks whose residuals the kernels multiply.
-    pub fn refined_share(&self) -> f64 {
-        let most = self.counts.len() * self.layout().blocks();
+    #[cfg(test)]
+    pub(super) fn refined_share(&self) -> f64 {
+        let most = self.counts.len() * self.layout.blocks();
         self.counts.iter().map(|&count| f64::from(count)).sum::<f64>() / most.max(1) as f64
     }
 
     /// A writer for jobs whose chunks write different blocks.
     pub fn writer(&mut self) -> QuantizedWriter {
         QuantizedWriter {
-            layout: self.layout(),
+            layout: self.layout,
             q: Disjoint::new(&mut self.q),
             d: Disjoint::new(&mut self.d),
             s: Disjoint::new(&mut self.s),

@@ -82,7 +82,7 @@ impl Activations {
 
     /// Writes the residuals of all rows.
     fn refine(&mut self, pool: &mut Pool) {
-        /// Panels that one thread refines in less time than it takes to wake another.
+        /// Up to so many panels are refined by the calling thread: to wake the others takes time too.
         const FEW: usize = 2;
         if !self.quantized.has_residuals() {
             return;
@@ -96,11 +96,6 @@ impl Activations {
             0..=FEW => (0..panels).for_each(refine),
             _ => pool.run(panels, refine),
         }
-    }
-
-    /// The share of blocks whose residuals the kernels multiply.
-    pub fn refined_share(&self) -> f64 {
-        self.quantized.refined_share()
     }
 
     pub(super) fn floats(&self) -> Input<'_> {

@@ -27,8 +27,8 @@ impl LayerResiduals {
     }
 }
 
-/// The residuals of the inputs of layer `layer` of `layers`. The errors of the last layer reach the
-/// logits undiminished, so that it has a lower limit.
+/// The residuals of the inputs of layer `layer` of `layers`. Rounding in the last layer moves the
+/// predictions most, so its limit is lower.
 pub(super) fn of_layer(activations: ActivationType, layer: usize, layers: usize) -> LayerResiduals {
     match activations {
         ActivationType::I8 => LayerResiduals::all(Residuals::None),

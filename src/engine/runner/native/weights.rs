@@ -142,8 +142,8 @@ impl Reader<'_> {
             gate: take(Projection::Gate)?,
             up: take(Projection::Up)?,
             down: take(Projection::Down)?,
-            residuals: rounding::of_layer(self.activations, layer, self.shape.layers),
             ff_post_norm: norm_if_there("post_ffw_norm", width)?,
+            residuals: rounding::of_layer(self.activations, layer, self.shape.layers),
         })
     }
 

@@ -89,6 +89,7 @@ pub(super) unsafe fn tile<S: Sums, B: Block, const G: usize, const T: usize>(
     // SAFETY: guaranteed by the caller.
     let refined = unsafe { x[0].refined() };
     if B::SUBS == 1 {
+        // One loop for both, because the compiler repeats the unrolled body in each.
         for i in 0..blocks + refined.len() {
             // SAFETY: guaranteed by the caller; the residuals follow the blocks.
             unsafe {

@@ -144,6 +144,7 @@ unsafe fn run<W: Weights, const P: usize, const T: usize>(
     let refined = unsafe { x.refined() };
     let mut acc = [[_mm512_setzero_ps(); T]; P];
     if W::SUBS == 1 {
+        // One loop for both, because the compiler repeats the unrolled body in each.
         for i in 0..blocks + refined.len() {
             // SAFETY: guaranteed by the caller; the residuals follow the blocks.
             unsafe {

@@ -67,6 +67,7 @@ pub(super) unsafe fn tile<B: Block, const T: usize>(
     // SAFETY: guaranteed by the caller.
     let refined = unsafe { x[0].refined() };
     if B::SUBS == 1 {
+        // One loop for both, because the compiler repeats the unrolled body in each.
         for i in 0..blocks + refined.len() {
             // SAFETY: the group has `blocks` blocks; the residuals follow the rows' blocks.
             unsafe {
